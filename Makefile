@@ -1,0 +1,32 @@
+# Everything runs in .venv, which is made on first use. PYTHON=python3.12 make test  chooses another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test lint docs clean
+
+demo: $(STAMP)
+	$(BIN)/python -m tests.testbed.demo
+
+# One thread per worker: two workers with as many threads as cores each are slower than one.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(STAMP)
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf .venv build dist out .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first: it is the largest download, and a failure there says so plainly.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,triton,dev]"
+	touch $(STAMP)

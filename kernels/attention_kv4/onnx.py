@@ -1,0 +1,49 @@
+"""`qpcompile::attention_kv4` in plain ONNX operators, grouped-query without repeating keys or values."""
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import opset21
+
+from qpcompile.kernels.attention_kv4.masking import FORBIDDEN
+from qpcompile.kernels.kv4_read.onnx import dequantize
+
+op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
+
+
+def attention_kv4(
+    q: Any, k_codes: Any, k_affine: Any, v_codes: Any, v_affine: Any, mask: Any = None, scale: float = 1.0
+) -> Any:
+    """q: f[B, Hq, Sq, D], codes: u8[B, Hkv, S, ceil(D / 2)], affine: f32[B, Hkv, S, 2] -> q.dtype[B, Hq, Sq, D]."""
+    groups, head_dim = k_codes.shape[1], q.shape[3]
+    k = op.Transpose(dequantize(k_codes, k_affine, head_dim), perm=[0, 1, 3, 2])
+    v = dequantize(v_codes, v_affine, head_dim)
+    queries = op.Mul(op.Cast(q, to=ir.DataType.FLOAT), scale)
+    products = op.MatMul(group_rows(queries, groups, head_dim), k)
+    scores = op.Reshape(products, op.Concat(op.Shape(q, start=0, end=3), [-1], axis=0))
+    probabilities = masked_softmax(scores, mask)
+    weights = op.Reshape(probabilities, op.Concat([0, groups, -1], op.Shape(v, start=2, end=3), axis=0))
+    y = op.Reshape(op.MatMul(weights, v), op.Shape(q))
+    return op.Cast(y, to=q.dtype)
+
+
+def group_rows(queries: Any, groups: int, head_dim: int) -> Any:
+    """queries: f32[B, Hq, R, D] -> f32[B, Hkv, Hq / Hkv * R, D]: the query heads of one key head become its rows."""
+    return op.Reshape(queries, [0, groups, -1, head_dim])
+
+
+def masked_scores(scores: Any, mask: Any) -> Any:
+    """scores: f32[..., Sq, S], mask as in masking.py -> f32[..., Sq, S], forbidden keys are -inf."""
+    if mask.dtype == ir.DataType.BOOL:
+        return op.Where(mask, scores, float("-inf"))
+    bias = op.Cast(mask, to=ir.DataType.FLOAT)
+    return op.Where(op.Greater(bias, FORBIDDEN), op.Add(scores, bias), float("-inf"))
+
+
+def masked_softmax(scores: Any, mask: Any) -> Any:
+    """scores: f32[..., Sq, S] -> probabilities f32[..., Sq, S]; a row that sees no key is 0."""
+    if mask is None:
+        return op.Softmax(scores, axis=-1)
+    scores = masked_scores(scores, mask)
+    blind = op.Equal(op.ReduceMax(scores, [-1], keepdims=1), float("-inf"))
+    return op.Where(blind, 0.0, op.Softmax(scores, axis=-1))

@@ -1,0 +1,37 @@
+"""Attention on a 4-bit cache, grouped-query: y_h = softmax(scale * q_h K_g^T + mask) V_g with g = h // (Hq / Hkv).
+
+K and V are what kv4_write stored. Probabilities are not quantized, everything is float32 inside.
+
+Source: FlatQuant, attention on dequantized keys and values (arXiv 2410.09426).
+"""
+
+from torch import Tensor, float32
+
+from qpcompile.kernels.attention_kv4.masking import masked_softmax
+from qpcompile.kernels.kv4_read.reference import kv4_read
+
+
+def attention_kv4(
+    q: Tensor,
+    k_codes: Tensor,
+    k_affine: Tensor,
+    v_codes: Tensor,
+    v_affine: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """q: f[B, Hq, Sq, D], codes: u8[B, Hkv, S, ceil(D / 2)], affine: f32[B, Hkv, S, 2] -> q.dtype[B, Hq, Sq, D].
+
+    mask: f or bool [B | 1, 1 | Hq, Sq, S], see masking.py; None lets every query see every key.
+    """
+    heads, head_dim = q.shape[1], q.shape[3]
+    repeats = heads // k_codes.shape[1]
+    k = kv4_read(k_codes, k_affine, head_dim, float32).repeat_interleave(repeats, dim=1)
+    v = kv4_read(v_codes, v_affine, head_dim, float32).repeat_interleave(repeats, dim=1)
+    probabilities = masked_softmax(q.float() @ k.mT * scale, mask)
+    return tokens_outside(probabilities @ v).to(q.dtype)
+
+
+def tokens_outside(y: Tensor) -> Tensor:
+    """y: f[B, H, S, D] -> the same, in memory [B, S, H, D]: so does torch's own attention, and graphs rely on it."""
+    return y.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,46 @@
+"""qpcompile::hadamard, the operator that rotates activations at run time where the rotation cannot be folded."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.hadamard import reference
+
+
+@torch.library.custom_op("qpcompile::hadamard", mutates_args=(), device_types="cpu")
+def hadamard(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x: f[..., C], scale: f32[C] -> x.dtype[..., C]."""
+    return reference.hadamard(x, scale)
+
+
+@hadamard.register_kernel("cuda")
+def _hadamard_cuda(x: Tensor, scale: Tensor | None) -> Tensor:
+    return hadamard_cuda(x, scale)
+
+
+@hadamard.register_fake
+def _hadamard_fake(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def hadamard_cuda(x: Tensor, scale: Tensor | None) -> Tensor:
+    """The same two products on the GPU, with the factors kept there: a copy from the host breaks graph capture."""
+    left, right = _device_factors(x.shape[-1], x.device)
+    return reference.rotate(x, scale, left, right)
+
+
+def transform_cuda(x: Tensor, scale: Tensor | None, rotated: bool) -> Tensor:
+    """x: f32[..., C] on the GPU, scale: f32[C] -> f32[..., C], as reference.transform."""
+    return hadamard_cuda(x, scale) if rotated else reference.transform(x, scale, rotated=False)
+
+
+@functools.cache
+def _device_factors(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The factors of `channels` on `device`, copied once."""
+    with torch.inference_mode(False):
+        left, right = reference.factors(channels)
+        return left.to(device), right.to(device)
+
+
+OVERLOAD = torch.ops.qpcompile.hadamard.default

@@ -1,0 +1,32 @@
+"""`qpcompile::kv4_read` in plain ONNX operators; equal to the reference bit for bit."""
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import opset21
+
+op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
+
+
+def kv4_read(codes: Any, affine: Any, head_dim: int, dtype: int) -> Any:
+    """codes: u8[B, H, S, ceil(D / 2)], affine: f32[B, H, S, 2] -> dtype[B, H, S, D], D = head_dim."""
+    return op.Cast(dequantize(codes, affine, head_dim), to=dtype)
+
+
+def dequantize(codes: Any, affine: Any, head_dim: int) -> Any:
+    """The same in f32, for translations that go on computing."""
+    values = op.Cast(unpack_planes(codes, head_dim), to=ir.DataType.FLOAT)
+    scale = op.Slice(affine, [0], [1], [-1])
+    zero = op.Slice(affine, [1], [2], [-1])
+    return op.Mul(op.Sub(values, zero), scale)
+
+
+def unpack_planes(codes: Any, head_dim: int) -> Any:
+    """codes: u8[..., ceil(D / 2)] -> u8[..., D], each in 0..15."""
+    low = op.BitwiseAnd(codes, _byte(15))
+    high = op.BitShift(codes, _byte(4), direction="RIGHT")
+    return op.Slice(op.Concat(low, high, axis=-1), [0], [head_dim], [-1])
+
+
+def _byte(value: int) -> Any:
+    return op.Constant(value=ir.tensor([value], dtype=ir.DataType.UINT8))

@@ -1,0 +1,21 @@
+"""Read keys or values back from the 4-bit cache: x = (code - zero) * scale.
+
+The packing is the one of kv4_write: byte j holds code j in its low and code P + j in its high nibble.
+
+Source: FlatQuant, KV-cache quantization (arXiv 2410.09426).
+"""
+
+import torch
+from torch import Tensor
+
+
+def kv4_read(codes: Tensor, affine: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """codes: u8[B, H, S, ceil(D / 2)], affine: f32[B, H, S, 2] -> dtype[B, H, S, D], D = head_dim."""
+    scale, zero = affine.split(1, dim=-1)
+    return ((unpack_planes(codes, head_dim).float() - zero) * scale).to(dtype)
+
+
+def unpack_planes(codes: Tensor, head_dim: int) -> Tensor:
+    """codes: u8[..., ceil(D / 2)] -> u8[..., D], each in 0..15."""
+    codes = codes.contiguous()
+    return torch.cat([codes & 15, codes >> 4], dim=-1)[..., :head_dim]

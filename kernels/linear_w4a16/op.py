@@ -1,0 +1,31 @@
+"""qpcompile::linear_w4a16, the linear layer on float activations and packed 4-bit weights."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.linear_w4a4.reference import check_linear
+from qpcompile.kernels.linear_w4a16 import reference
+
+
+@torch.library.custom_op("qpcompile::linear_w4a16", mutates_args=(), device_types="cpu")
+def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x: f[..., K], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw], bias: f[N] -> x.dtype[..., N]."""
+    check_linear(x.shape[-1], 1, weight, weight_scale, bias)
+    return reference.linear_w4a16(x, weight, weight_scale, bias)
+
+
+@linear_w4a16.register_kernel("cuda")
+def _linear_w4a16_cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_linear(x.shape[-1], 1, weight, weight_scale, bias)
+    # The product runs in the type of x, on its tensor cores; they sum in float32.
+    dense = reference.dequantize_weight(weight, x.shape[-1], weight_scale).to(x.dtype)
+    return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+
+@linear_w4a16.register_fake
+def _linear_w4a16_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_linear(x.shape[-1], 1, weight, weight_scale, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+OVERLOAD = torch.ops.qpcompile.linear_w4a16.default

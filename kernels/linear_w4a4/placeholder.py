@@ -1,0 +1,117 @@
+"""Export of operators on packed 4-bit weights in two steps, because an export meets a weight as a value without data.
+
+The translation leaves one node of our own domain; `lower_placeholders` replaces it by standard ONNX once the data is
+there, with the weight stored as INT4[K, N]: two codes to a byte in the file, and the layout that a product wants.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import values
+
+from qpcompile.errors import ExportError
+from qpcompile.kernels.linear_w4a4.packing import unpack_int4
+
+DOMAIN = "qpcompile"
+FIRST_OPSET = 21
+"""The first ONNX opset with 4-bit integers."""
+
+Build = Callable[[ir.tape.Tape, ir.Node, ir.Value, np.ndarray], ir.Value]
+"""(tape, placeholder, weight: INT4[K, N], weight_scale: f32[N, Gw]) -> y; writes the new nodes to the tape."""
+
+
+def placeholder_op(name: str, inputs: Sequence[str], attributes: Sequence[str]) -> values.Op:
+    """The operator `name` of our domain, with inputs of any type, the last one optional, and integer attributes."""
+    schema = onnx.defs.OpSchema
+    option = schema.FormalParameterOption
+    parameters = [schema.FormalParameter(each, f"T_{each}", param_option=option.Single) for each in inputs[:-1]]
+    parameters.append(schema.FormalParameter(inputs[-1], f"T_{inputs[-1]}", param_option=option.Optional))
+    types = [f"tensor({each})" for each in ("float", "float16", "bfloat16", "int8", "uint8")]
+    signature = schema(
+        name,
+        DOMAIN,
+        1,
+        inputs=parameters,
+        outputs=[schema.FormalParameter("y", "T_y")],
+        type_constraints=[(f"T_{each}", types, "") for each in (*inputs, "y")],
+        attributes=[schema.Attribute(each, schema.AttrType.INT) for each in attributes],
+    )
+    return values.Op(values.Opset(DOMAIN, 1), name, signature)
+
+
+def lower_placeholders(model: ir.Model, name: str, weight_at: int, build: Build) -> None:
+    """Replace every node `name` of our domain in `model`; input `weight_at` is the packed weight, the next its scale.
+
+    A weight that several nodes share stays shared, and initializers that nobody reads any more are removed.
+    """
+    graph = model.graph
+    nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == name]
+    opset = graph.opset_imports.get("", 0)
+    if nodes and opset < FIRST_OPSET:
+        raise ExportError(
+            f"ONNX opset {opset} has no 4-bit integers",
+            where=f"{DOMAIN}::{name}",
+            do=f"export with opset_version={FIRST_OPSET} or later",
+        )
+    for node in nodes:
+        packed, scale = _initializer(node, weight_at), _initializer(node, weight_at + 1)
+        weight = _int4_initializer(graph, packed, node.attributes["in_features"].as_int())
+        tape = ir.tape.Tape()
+        y = build(tape, node, weight, _array(scale).astype(np.float32))
+        ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [y])
+        for value in (packed, scale):
+            if not value.uses() and not value.is_graph_output():
+                graph.initializers.pop(value.name or "", None)
+    if not any(node.domain == DOMAIN for node in graph):
+        graph.opset_imports.pop(DOMAIN, None)
+
+
+def constant(tape: ir.tape.Tape, array: np.ndarray | np.generic) -> ir.Value:
+    """A constant node that holds `array`."""
+    return tape.op("Constant", [], {"value": ir.tensor(array)})
+
+
+def add_bias_and_cast(tape: ir.tape.Tape, y: ir.Value, bias: ir.Value | None, dtype: ir.DataType) -> ir.Value:
+    """y: f32[..., N], bias: f[N] -> dtype[..., N], added in float32."""
+    if bias is not None:
+        y = tape.op("Add", [y, tape.op("Cast", [bias], {"to": ir.DataType.FLOAT})])
+    return y if dtype == ir.DataType.FLOAT else tape.op("Cast", [y], {"to": dtype})
+
+
+def _initializer(node: ir.Node, index: int) -> ir.Value:
+    """Input `index` of `node`, which must have its data in the model."""
+    value = node.inputs[index]
+    if value is None or value.const_value is None:
+        raise ExportError(
+            f"input {index} of {node.op_type} has no data in the model, so it cannot be stored in 4 bits",
+            where=f"node {node.name}",
+            do="keep packed weights and their scales as buffers of the exported module, not as graph inputs",
+        )
+    return value
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    """The data of an initializer."""
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _int4_initializer(graph: ir.Graph, packed: ir.Value, in_features: int) -> ir.Value:
+    """packed: u8[N, ceil(K/2)] in planes -> INT4[K, N], registered in `graph` once for all nodes that read it."""
+    name = f"{packed.name}_int4"
+    if name in graph.initializers:
+        return graph.initializers[name]
+    codes = unpack_int4(torch.from_numpy(np.ascontiguousarray(_array(packed))), in_features).numpy().T
+    tensor = ir.PackedTensor(_pack_pairs(codes), ir.DataType.INT4, shape=ir.Shape(codes.shape), name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _pack_pairs(codes: np.ndarray) -> np.ndarray:
+    """codes: i8[K, N] -> u8[ceil(K N / 2)], ONNX's order: the first of two neighbours in the low nibble."""
+    flat = np.pad(codes.reshape(-1), (0, codes.size % 2)).view(np.uint8)
+    return (flat[0::2] & 15) | (flat[1::2] << 4)

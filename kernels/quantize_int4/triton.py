@@ -1,0 +1,57 @@
+"""The GPU path of quantize_int4: one program reads one group of one token, and writes its codes and its scale.
+
+Rounding to even is done by adding and taking away 1.5 * 2^23, whose unit in the last place is 1: the interpreter has no
+rint, and the compiler does not reorder float additions.
+"""
+
+# Kernel bodies and launches are Triton's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qpcompile.kernels.quantize_int4.reference import group_count
+
+ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def quantize_int4_kernel(
+    x_ptr: tl.tensor,
+    q_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    clip_ratio: tl.tensor,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """x: f[R, GROUP] -> q: i8[R, GROUP], scale: f32[R]; program r does row r."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < GROUP
+    x = tl.load(x_ptr + row * GROUP + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.div_rn(tl.max(tl.abs(x), 0) * clip_ratio, 7.0)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    # tl.max drops NaN; a poisoned token must stay poisoned, as in the reference.
+    scale = tl.where(tl.max((x != x).to(tl.int32), 0) > 0, float("nan"), scale)
+    code = tl.minimum(tl.maximum(tl.div_rn(x, tl.zeros_like(x) + scale), -8.0), 7.0)
+    code = (code + ROUNDER) - ROUNDER
+    tl.store(q_ptr + row * GROUP + column, code.to(tl.int8), mask=inside)
+    tl.store(scale_ptr + row, scale)
+
+
+def quantize_int4(x: Tensor, group_size: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    """x: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
+    x = x.contiguous()
+    groups = group_count(x.shape[-1], group_size)
+    width = x.shape[-1] // groups
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty((*x.shape[:-1], groups), dtype=torch.float32, device=x.device)
+    if scale.numel():
+        block = triton.next_power_of_2(width)
+        warps = min(max(block // 512, 1), 8)
+        quantize_int4_kernel[(scale.numel(),)](
+            x, codes, scale, clip_ratio, width, block, num_warps=warps, enable_fp_fusion=False
+        )
+    return codes, scale

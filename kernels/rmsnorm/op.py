@@ -1,0 +1,16 @@
+"""`qpcompile::rmsnorm`: one node for what transformers spells in six."""
+
+import torch
+
+from qpcompile.kernels.rmsnorm.reference import rmsnorm as reference
+
+
+@torch.library.custom_op("qpcompile::rmsnorm", mutates_args=())
+def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x: f[..., C]; weight: f[C]; returns f[..., C]."""
+    return reference(x, weight, eps)
+
+
+@rmsnorm.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))

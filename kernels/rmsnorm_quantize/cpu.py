@@ -1,0 +1,28 @@
+"""The CPU path of rmsnorm_quantize: the reference's arithmetic in reused buffers, bit for bit."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.hadamard.reference import transform
+from qpcompile.kernels.quantize_int4.cpu import quantize_int4
+
+
+def rmsnorm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    transform_scale: Tensor | None,
+    rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+) -> tuple[Tensor, Tensor]:
+    """x: f[..., C], weight: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    return quantize_int4(transform(rmsnorm(x, weight, eps), transform_scale, rotate), group_size, clip_ratio)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: f[..., C], weight: f[C] -> f32[..., C]."""
+    values = x.float()
+    buffer = values * values
+    inverse = buffer.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return torch.mul(values, inverse, out=buffer).mul_(weight.float())

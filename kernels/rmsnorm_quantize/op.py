@@ -1,0 +1,54 @@
+"""qpcompile::rmsnorm_quantize, the operator that a norm followed by quantization becomes."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.hadamard.op import transform_cuda
+from qpcompile.kernels.quantize_int4.op import fake_quantized
+from qpcompile.kernels.rmsnorm_quantize import cpu, reference
+
+
+@torch.library.custom_op("qpcompile::rmsnorm_quantize", mutates_args=(), device_types="cpu")
+def rmsnorm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    transform_scale: Tensor | None,
+    rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+) -> tuple[Tensor, Tensor]:
+    """x: f[..., C], weight: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    return cpu.rmsnorm_quantize(x, weight, eps, transform_scale, rotate, group_size, clip_ratio)
+
+
+@rmsnorm_quantize.register_kernel("cuda")
+def _rmsnorm_quantize_cuda(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    transform_scale: Tensor | None,
+    rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+) -> tuple[Tensor, Tensor]:
+    from qpcompile.kernels.quantize_int4 import triton
+
+    values = transform_cuda(reference.rmsnorm(x, weight, eps), transform_scale, rotate)
+    return triton.quantize_int4(values, group_size, clip_ratio)
+
+
+@rmsnorm_quantize.register_fake
+def _rmsnorm_quantize_fake(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    transform_scale: Tensor | None,
+    rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+) -> tuple[Tensor, Tensor]:
+    return fake_quantized(x, group_size)
+
+
+OVERLOAD = torch.ops.qpcompile.rmsnorm_quantize.default

@@ -1,0 +1,36 @@
+"""qpcompile::silu_mul_quantize, the operator that a gated activation followed by quantization becomes."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.hadamard.op import transform_cuda
+from qpcompile.kernels.quantize_int4.op import fake_quantized
+from qpcompile.kernels.silu_mul_quantize import cpu, reference
+
+
+@torch.library.custom_op("qpcompile::silu_mul_quantize", mutates_args=(), device_types="cpu")
+def silu_mul_quantize(
+    gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
+) -> tuple[Tensor, Tensor]:
+    """gate, up: f[..., C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    return cpu.silu_mul_quantize(gate, up, transform_scale, rotate, group_size, clip_ratio)
+
+
+@silu_mul_quantize.register_kernel("cuda")
+def _silu_mul_quantize_cuda(
+    gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
+) -> tuple[Tensor, Tensor]:
+    from qpcompile.kernels.quantize_int4 import triton
+
+    values = transform_cuda(reference.silu_mul(gate, up), transform_scale, rotate)
+    return triton.quantize_int4(values, group_size, clip_ratio)
+
+
+@silu_mul_quantize.register_fake
+def _silu_mul_quantize_fake(
+    gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
+) -> tuple[Tensor, Tensor]:
+    return fake_quantized(gate, group_size)
+
+
+OVERLOAD = torch.ops.qpcompile.silu_mul_quantize.default

@@ -1,0 +1,84 @@
+"""Token scores in pieces: only the query rows that a metric asks for, a few at a time, so that no [S, S] is ever held.
+
+Within a piece the softmax is never divided out: the sum over rows r of group_r / (H * denominator_r) * exp(..)_r is one
+matrix product over heads and rows. Plain torch, so that it serves the GPU too.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.attention_kv4.masking import split_mask
+from qpcompile.kernels.token_scores import reference
+
+# Scores held at once, 8 MiB of float32: near the size of a cache, and pieces short enough to skip later keys.
+PIECE = 1 << 21
+
+
+def attention_mass(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, valid: Tensor, groups: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in reference.py."""
+    batch, heads, length = q.shape[:3]
+    rows = groups.any(1).any(0).nonzero().squeeze(1)
+    keys = k.float().mT.contiguous()
+    mass, seen_by = torch.zeros(2, *groups.shape, device=q.device).unbind(0)
+    for piece in rows.split(max(1, PIECE // max(1, batch * heads * length))):
+        chosen = groups[:, :, piece].float()
+        allowed, bias = split_mask(_causal_rows(piece, valid) if mask is None else mask[:, :, piece])
+        seen_keys = allowed.any(0).any(0).any(0).nonzero()
+        if not len(seen_keys):
+            continue
+        end = int(seen_keys[-1]) + 1
+        allowed = allowed[..., :end]
+        scores = _products(q[:, :, piece].float() * scale, keys[..., :end])
+        if bias is not None:
+            scores += bias[..., :end]
+        weights, parts = _weighted_parts(scores.masked_fill_(~allowed, -torch.inf), chosen)
+        mass[..., :end] += weights @ parts
+        seen_by[..., :end] += chosen @ allowed.float().mean(1)
+    return mass, seen_by
+
+
+def _weighted_parts(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """scores: f32[B, H, R, S], chosen: f32[B, M, R] -> f32[B, M, H * R], f32[B, H * R, S]; their product is mass."""
+    peak = scores.amax(-1, keepdim=True)
+    # A row that sees nothing has peak -inf: shifted by 0 instead, it stays exp(-inf) = 0.
+    parts = scores.sub_(torch.where(peak == -torch.inf, 0.0, peak)).exp_()
+    shares = 1 / (scores.shape[1] * parts.sum(-1).clamp(min=torch.finfo(torch.float32).tiny))
+    return (chosen[:, :, None] * shares[:, None]).flatten(2), parts.flatten(1, 2)
+
+
+def token_scores(
+    hidden: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    visual: Tensor,
+    valid: Tensor,
+    weights: Sequence[float],
+    normalize: str,
+    low: float,
+    high: float,
+    queries: str,
+    intra_mean: bool,
+    rotate: bool,
+) -> Tensor:
+    """Shapes as in reference.py."""
+    settings = (weights, normalize, low, high, queries, intra_mean, rotate)
+    return reference.token_scores(hidden, q, k, mask, scale, visual, valid, *settings, mass_of=attention_mass)
+
+
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    """queries: f32[B, H, R, D], keys: f32[B, Hkv, D, S] -> f32[B, H, R, S], one product per key head."""
+    batch, heads, rows, width = queries.shape
+    grouped = queries.reshape(batch, keys.shape[1], -1, width)
+    return (grouped @ keys).reshape(batch, heads, rows, keys.shape[-1])
+
+
+def _causal_rows(rows: Tensor, valid: Tensor) -> Tensor:
+    """rows: i64[R], valid: bool[B, S] -> bool[B, 1, R, S]."""
+    positions = torch.arange(valid.shape[1], device=valid.device)
+    return (positions <= rows[:, None]) & valid[:, None, None]

@@ -1,0 +1,196 @@
+"""One spelling per idea: no assertions, no empty caches, no no-ops, no value computed twice, one node per norm.
+
+    %a = aten::to.dtype(%x, f32)          (x is f32 already)
+    %b = aten::pow(%a, 2) ... %g = aten::mul(@weight, %f)
+      -> %g = qpcompile::rmsnorm(%x, @weight, 1e-06)
+
+Exact: every value a graph returns is bit-equal before and after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
+
+from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, tidy
+from qpcompile.ir.operators import RMSNORM
+from qpcompile.ir.program import Graph, Program
+
+ASSERTIONS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+COPIES = (
+    aten.detach_.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.alias.default,
+    aten.dropout.default,
+)
+CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
+WHOLE = 2**62
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "canonicalize"
+    needs: ClassVar[str] = "captured"
+    gives: ClassVar[str] = "canonical"
+
+    def run(self, program: Program) -> bool:
+        """Returns whether any graph changed."""
+        return any([canonicalize(graph) for graph in program.graphs.values()])
+
+
+def canonicalize(graph: Graph) -> bool:
+    """Rewrite one graph; returns whether it changed."""
+    changed = _drop_assertions(graph)
+    changed |= _drop_empty_caches(graph)
+    changed |= _drop_no_ops(graph)
+    changed |= _merge_equal_nodes(graph)
+    changed |= _fuse_norms(graph)
+    tidy(graph)
+    return changed
+
+
+def _drop_assertions(graph: Graph) -> bool:
+    nodes = list(calls(graph, *ASSERTIONS))
+    for node in reversed(nodes):
+        if not node.users:
+            graph.module.graph.erase_node(node)
+    return bool(nodes)
+
+
+def _drop_no_ops(graph: Graph) -> bool:
+    changed = False
+    for node in graph.nodes:
+        if node.op == "call_function" and _is_no_op(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.module.graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _is_no_op(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return False
+    if node.target in COPIES:
+        return True
+    if node.target in CASTS:
+        before, after = source.meta.get("val"), node.meta.get("val")
+        return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
+    if node.target is aten.slice.Tensor:
+        start, end, *step = [*node.args[2:], 0, WHOLE][:3] if len(node.args) > 2 else [0, WHOLE]
+        return start in (0, None) and isinstance(end, int) and end >= WHOLE and step in ([], [1], [0], [WHOLE])
+    return False
+
+
+def _drop_empty_caches(graph: Graph) -> bool:
+    """`cat([empty, k], -2)` is k: prefill starts from a cache without tokens."""
+    changed = False
+    for node in list(calls(graph, aten.cat.default)):
+        parts = node.args[0]
+        assert isinstance(parts, (list, tuple))
+        full = [part for part in parts if isinstance(part, fx.Node) and not _is_empty(graph, part)]
+        if len(full) == 1 and len(parts) > 1:
+            node.replace_all_uses_with(full[0])
+            graph.module.graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _is_empty(graph: Graph, node: fx.Node) -> bool:
+    while is_call(node, *COPIES):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node.op == "get_attr" and get_tensor(graph.module, str(node.target)).numel() == 0
+
+
+def _merge_equal_nodes(graph: Graph) -> bool:
+    changed = _merge_equal_tensors(graph)
+    result = CSEPass(banned_ops=set(get_CSE_banned_ops()))(graph.module)
+    assert result is not None
+    graph.module = result.graph_module
+    return changed or result.modified
+
+
+def _merge_equal_tensors(graph: Graph) -> bool:
+    """One `get_attr` node per tensor name, at the top of the graph."""
+    first: dict[str, fx.Node] = {}
+    changed = False
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            kept = first.setdefault(str(node.target), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.module.graph.erase_node(node)
+                changed = True
+    return changed
+
+
+def _fuse_norms(graph: Graph) -> bool:
+    found = [match for node in calls(graph, aten.rsqrt.default) if (match := _match_norm(node)) is not None]
+    for x, scale, eps, end in found:
+        weight = scale if scale.op == "get_attr" else _one_plus(graph, scale, end)
+        norm = call(graph, end, RMSNORM, x, weight, eps)
+        norm.meta["val"] = end.meta["val"]
+        end.replace_all_uses_with(norm)
+    return bool(found)
+
+
+def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | None:
+    """(input, scale, eps, last node) of the norm around an rsqrt node, or None where this is no such norm.
+
+    Two spellings are known: weight * cast(x * r) and cast(x * r) * (1 + weight), the second in float32 only, where
+    the order of casts does not matter.
+    """
+    shifted = rsqrt.args[0]
+    if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):  # type: ignore[union-attr]
+        return None
+    mean, eps = shifted.args  # type: ignore[union-attr]
+    if not is_call(mean, aten.mean.dim) or list(mean.args[1]) != [-1]:  # type: ignore[union-attr,arg-type]
+        return None
+    square = mean.args[0]  # type: ignore[union-attr]
+    if not is_call(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:  # type: ignore[union-attr]
+        return None
+    wide = square.args[0]  # type: ignore[union-attr]
+    product = next(iter(rsqrt.users), None)
+    if len(rsqrt.users) != 1 or product is None or not is_call(product, aten.mul.Tensor) or wide not in product.args:
+        return None
+    x, narrow = wide, product
+    if is_call(wide, *CASTS):
+        x = wide.args[0]
+        narrow = next(iter(product.users), product)
+        if len(product.users) != 1 or not is_call(narrow, *CASTS):
+            return None
+    end = next(iter(narrow.users), None)
+    if len(narrow.users) != 1 or end is None or not is_call(end, aten.mul.Tensor):
+        return None
+    scale = end.args[0] if end.args[1] is narrow else end.args[1]
+    if not isinstance(x, fx.Node) or not isinstance(scale, fx.Node) or not isinstance(eps, float):
+        return None
+    if scale.op == "get_attr" or (x.meta["val"].dtype == torch.float32 and _is_one_plus(scale)):
+        return x, scale, eps, end
+    return None
+
+
+def _is_one_plus(scale: fx.Node) -> bool:
+    return is_call(scale, aten.add.Tensor) and isinstance(scale.args[0], fx.Node) and scale.args[0].op == "get_attr" and scale.args[1] == 1.0
+
+
+def _one_plus(graph: Graph, scale: fx.Node, before: fx.Node) -> fx.Node:
+    source = scale.args[0]
+    assert isinstance(source, fx.Node)
+    name = f"{source.target}_plus_one"
+    return add_tensor(graph, name, get_tensor(graph.module, str(source.target)).detach() + 1.0, before)

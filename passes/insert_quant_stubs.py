@@ -1,0 +1,143 @@
+"""Mark every place a recipe may quantize: linear inputs, linear weights, keys and values on their way to the cache.
+
+    %y = aten::linear(%x, @q_proj.weight)
+      -> %s = qpcompile::quant_stub(%x)      activation, one per input, shared by the linears that read it
+         %w = qpcompile::quant_stub(@q_proj.weight)
+         %y = aten::linear(%s, %w)
+
+Stubs are identities with a fact (site, role, layer) for the passes behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from qpcompile.errors import RecipeError
+from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, tidy
+from qpcompile.ir.facts import Role, StubFact, set_fact, stub_fact
+from qpcompile.ir.operators import QUANT_STUB
+from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.structure import CACHE
+from qpcompile.plan import LeftOut
+from qpcompile.recipe_schema import QuantizeScheme, matches_name
+
+SCOPES = {VISION: "vision", PROJECTOR: "projector", PREFILL: "language", DECODE: "language"}
+
+
+@dataclass(frozen=True)
+class InsertQuantStubs:
+    """See the module's docstring. Raises RecipeError for an ignore pattern that matches no linear."""
+
+    name: ClassVar[str] = "insert_quant_stubs"
+    needs: ClassVar[str] = "canonical"
+    gives: ClassVar[str] = "stubbed"
+
+    def run(self, program: Program) -> bool:
+        """Returns whether the recipe quantizes anything."""
+        scheme = program.recipe.quantize
+        if scheme is None:
+            return False
+        left_out: list[LeftOut] = []
+        changed = False
+        for graph in program.graphs.values():
+            changed |= _stub_linears(graph, scheme, left_out)
+            if graph.name in (PREFILL, DECODE) and scheme.kv_cache.bits == 4:
+                changed |= _stub_caches(graph)
+            tidy(graph)
+        _check_patterns(program, scheme)
+        unique = {(item.graph, item.name): item for item in left_out}
+        program.plan = program.plan.model_copy(update={"left_out": tuple(unique.values())})
+        return changed
+
+
+def site_name(graph: Graph, linear: fx.Node) -> str | None:
+    """The dotted module name of a linear: its weight's name without `.weight`; None for a computed weight."""
+    weight = linear.args[1]
+    while is_call(weight, QUANT_STUB):
+        weight = weight.args[0]  # type: ignore[union-attr]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    name = str(weight.target).removesuffix(".weight")
+    name = f"{graph.owner}.{name}" if graph.owner and name != "weight" else (name if name != "weight" else graph.owner)
+    return name
+
+
+def _stub_linears(graph: Graph, scheme: QuantizeScheme, left_out: list[LeftOut]) -> bool:
+    stubs: dict[fx.Node, fx.Node] = {}
+    changed = False
+    for linear in list(calls(graph, aten.linear.default)):
+        name = site_name(graph, linear)
+        x, weight = linear.args[0], linear.args[1]
+        if is_call(x, QUANT_STUB) or name is None:
+            continue
+        if reason := _left_out(graph, scheme, name):
+            left_out.append(LeftOut(graph=graph.name, name=name, reason=reason))
+            continue
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        if x not in stubs:
+            stubs[x] = _stub(graph, linear, x, name, "activation")
+        linear.replace_input_with(x, stubs[x])
+        linear.replace_input_with(weight, _stub(graph, linear, weight, name, "weight"))
+        changed = True
+    return changed
+
+
+def _left_out(graph: Graph, scheme: QuantizeScheme, name: str) -> str | None:
+    if scheme.weights.bits == 16:
+        return "the recipe leaves weights as they are"
+    if graph.name not in SCOPES:
+        return "the output head is never quantized"
+    if SCOPES[graph.name] not in scheme.scope:
+        return f"{SCOPES[graph.name]} is not in quantize.scope"
+    for pattern in scheme.ignore:
+        if matches_name(pattern, name):
+            return f"quantize.ignore: {pattern}"
+    return None
+
+
+def _stub_caches(graph: Graph) -> bool:
+    """Stub keys and values where they enter the cache: the output itself, or what is appended to the past."""
+    changed = False
+    for path in graph.outputs:
+        if not path.startswith(f"{CACHE}.") or path.count(".") != 2:
+            continue
+        result = graph.result(path)
+        new = result
+        if is_call(result, aten.cat.default):
+            parts = result.args[0]
+            assert isinstance(parts, (list, tuple))
+            new = parts[-1]
+        if not isinstance(new, fx.Node) or stub_fact(new):
+            continue
+        layer, part = path.split(".")[1:]
+        after = next(iter(graph.module.graph.nodes)) if new.op == "placeholder" else new.next
+        stub = _stub(graph, after, new, f"{graph.owner}.layers.{layer}.{part}", "key" if part == "key" else "value")
+        new.replace_all_uses_with(stub, delete_user_cb=lambda user, stub=stub: user is not stub)
+        changed = True
+    return changed
+
+
+def _stub(graph: Graph, before: fx.Node, source: fx.Node, site: str, role: Role) -> fx.Node:
+    node = call(graph, before, QUANT_STUB, source, like=source if source.op == "call_function" else before)
+    node.meta["val"] = source.meta["val"]
+    set_fact(node, StubFact(site, role, layer_of(node)))
+    return node
+
+
+def _check_patterns(program: Program, scheme: QuantizeScheme) -> None:
+    names = {
+        name
+        for graph in program.graphs.values()
+        for linear in calls(graph, aten.linear.default)
+        if (name := site_name(graph, linear)) is not None
+    }
+    for pattern in scheme.ignore:
+        if not any(matches_name(pattern, name) for name in names):
+            raise RecipeError(
+                f"the pattern {pattern!r} matches no linear of this model",
+                where="quantize.ignore",
+                do=f"use a name such as {min(names)}, or remove the pattern",
+            )

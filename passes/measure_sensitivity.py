@@ -1,0 +1,151 @@
+"""How far quantization moves each decoder layer, and how layers look at the picture.
+
+Each layer runs twice on the same full-precision input, as it is and with every stub quantized:
+
+    S_l = median over samples of ||x_l^q - x_l|| / (||x_l|| + eta)
+
+and in the quantized layer: the attention mass of the ten visual tokens that text looks at most, and the mean pairwise
+cosine of visual tokens. Without a quantizer the deviations are zero and all layers count as equally sensitive.
+
+Source: "QUOTA" (arXiv 2604.17320), section 3.2 and equation 1; Figures 2 and 3 for the two profiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from qpcompile.ir.edit import aten, is_call, layer_of
+from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.fake_quant import fake_quantize
+from qpcompile.ir.profile import attention_mass, pairwise_cosine
+from qpcompile.ir.program import PREFILL, Graph, Program
+from qpcompile.ir.run import Machine, execute_graph
+from qpcompile.passes.calibrate import run_sample
+from qpcompile.plan import LayerFacts
+from qpcompile.progress import track
+
+
+@dataclass(frozen=True)
+class MeasureSensitivity:
+    """See the module's docstring."""
+
+    samples: Iterable[dict[str, Any]] = field(repr=False)
+    count: int
+    name: ClassVar[str] = "measure_sensitivity"
+    needs: ClassVar[str] = "calibrated"
+    gives: ClassVar[str] = "transformed"
+
+    def run(self, program: Program) -> bool:
+        """Fills `program.facts["deviations"]` and `program.plan.facts`; nothing to do where no token is dropped."""
+        if program.recipe.tokens.method == "none":
+            return False
+        layers = [layer.index for layer in program.layers]
+        table = {layer: LayerRows() for layer in layers}
+
+        def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            if graph.name != PREFILL:
+                return execute_graph(graph, feeds)
+            return _Twice(program, graph, machine, table).run_graph(feeds)
+
+        machine = Machine(program, execute)
+        with track("measure_sensitivity", self.count) as step:
+            for number, sample in enumerate(self.samples):
+                run_sample(machine, sample, number)
+                step()
+        program.facts["deviations"] = {layer: rows.deviations for layer, rows in table.items()}
+        program.plan = program.plan.model_copy(update={"facts": tuple(rows.facts(layer) for layer, rows in table.items())})
+        return False
+
+
+@dataclass
+class LayerRows:
+    """One number per sample for one layer."""
+
+    deviations: list[float] = field(default_factory=list)
+    masses: list[float] = field(default_factory=list)
+    cosines: list[float] = field(default_factory=list)
+
+    def facts(self, layer: int) -> LayerFacts:
+        """Medians and spread over the samples."""
+        masses = torch.tensor(self.masses or [0.0], dtype=torch.float64)
+        low, middle, high = torch.quantile(masses, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        cosine = float(torch.tensor(self.cosines or [0.0], dtype=torch.float64).median())
+        return LayerFacts(layer=layer, mass_median=middle, mass_iqr=high - low, cosine=cosine)
+
+
+class _Twice(fx.Interpreter):
+    """Runs the prefill graph, and beside it each layer quantized, from that layer's full-precision input."""
+
+    def __init__(self, program: Program, graph: Graph, machine: Machine, table: dict[int, LayerRows]) -> None:
+        super().__init__(graph.module, garbage_collect_values=True)
+        self.program, self.graph_, self.machine, self.table = program, graph, machine, table
+        self.shadow: dict[fx.Node, Any] = {}
+        self.layer: int | None = None
+        self.entry: tuple[fx.Node, torch.Tensor] | None = None
+        self.last: fx.Node | None = None
+        self.hidden_width = int(program.graphs[PREFILL].placeholder("inputs_embeds").meta["val"].shape[2])
+
+    def run_graph(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run on tensors named by input path."""
+        with torch.no_grad():
+            results = self.run(*[feeds[name] for name in self.graph_.inputs])
+        return dict(zip(self.graph_.outputs, results, strict=True))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node in full precision, and quantized where it belongs to a layer."""
+        layer = layer_of(n) if n.op == "call_function" else None
+        if layer is not None and layer != self.layer:
+            self._finish()
+            self.layer = layer
+        if n.op == "output":
+            self._finish()
+        value = super().run_node(n)
+        if layer is not None:
+            self._run_shadow(n, value)
+        return value
+
+    def _run_shadow(self, n: fx.Node, value: Any) -> None:
+        fact = stub_fact(n)
+        scheme = self.program.recipe.quantize
+        changed = any(argument in self.shadow for argument in n.all_input_nodes)
+        if not changed and fact is None:
+            self._note(n, value, value)
+            return
+        fetch = lambda argument: self.shadow.get(argument, self.env.get(argument))  # noqa: E731
+        args, kwargs = fx.map_arg(n.args, fetch), fx.map_arg(n.kwargs, fetch)
+        result = n.target(*args, **kwargs)  # type: ignore[operator]
+        if fact is not None and scheme is not None:
+            result = fake_quantize(result, fact, scheme)
+        self.shadow[n] = result
+        self._note(n, value, result)
+
+    def _note(self, n: fx.Node, value: Any, quantized: Any) -> None:
+        """Keep the latest residual stream, and look at attention as it passes."""
+        if is_call(n, aten.scaled_dot_product_attention.default) and self.machine.visual is not None:
+            fetch = lambda argument: self.shadow.get(argument, self.env.get(argument))  # noqa: E731
+            query, key = fetch(n.args[0]), fetch(n.args[1])
+            mask = n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")
+            mass = attention_mass(query, key, fetch(mask) if isinstance(mask, fx.Node) else None, n.kwargs.get("scale"), self.machine.visual)
+            if mass is not None and self.layer is not None:
+                self.table[self.layer].masses.append(mass)
+        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[2] == self.hidden_width:
+            self.last = n
+            self.value, self.quantized = value, quantized
+
+    def _finish(self) -> None:
+        """At a layer's end: compare its two outputs, and forget the quantized one."""
+        if self.layer is not None and self.last is not None:
+            rows = self.table[self.layer]
+            base = self.entry[1] if self.entry is not None and self.program.recipe.tokens.sensitivity_of == "delta" else 0
+            full, moved = self.value - base, self.quantized - self.value
+            eta = self.program.recipe.tokens.eta
+            rows.deviations.append(float(moved.norm() / (full.norm() + eta)))
+            if self.machine.visual is not None and self.machine.visual.any():
+                rows.cosines.append(pairwise_cosine(self.quantized, self.machine.visual))
+            self.entry = (self.last, self.value)
+        self.shadow.clear()

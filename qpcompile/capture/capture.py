@@ -1,0 +1,73 @@
+"""A transformers VLM becomes a Program: one graph per component, the rest stays on the host."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from qpcompile.capture.host import empty_host, fill_host, host_tensors
+from qpcompile.capture.record import Recording, record
+from qpcompile.capture.sample import two_rows
+from qpcompile.capture.trace import trace
+from qpcompile.errors import CaptureError
+from qpcompile.ir.edit import layer_of
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Layer, Program
+from qpcompile.ir.structure import CACHE
+from qpcompile.plan import Plan
+from qpcompile.recipe import Recipe
+
+# Which call of which component each graph is traced from.
+SOURCES = ((VISION, "vision", 0), (PROJECTOR, "projector", 0), (PREFILL, "language", 0), (DECODE, "language", 1), (HEAD, "head", 0))
+
+
+def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> Program:
+    """Trace every component of `model` as one small `generate` on `sample` calls it.
+
+    Raises ModelError for a model that is no VLM and CaptureError, with the component and the line of the model's
+    code, where tracing fails or the graph differs from eager.
+    """
+    pad = model.generation_config.pad_token_id
+    recording = record(model, two_rows(sample, pad if isinstance(pad, int) else 0))
+    graphs: dict[str, Graph] = {}
+    for name, component, occurrence in SOURCES:
+        call = recording.first(component, occurrence)
+        if call is None:
+            continue
+        owner = recording.owners[component]
+        if name == PREFILL:
+            call.inputs[CACHE] = DynamicCache()
+        if name == HEAD:
+            call.inputs = {key: value.expand(-1, 2, -1).contiguous() for key, value in call.inputs.items()}
+            call.output = model.get_submodule(owner)(**call.inputs)
+        graphs[name] = trace(name, owner, model.get_submodule(owner), call)
+    held = _own_weights(graphs)
+    host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
+    host.generation_config = copy.deepcopy(model.generation_config)
+    return Program(graphs, host, _layers(graphs[PREFILL]), recipe, Plan(recipe=recipe))
+
+
+def _own_weights(graphs: dict[str, Graph]) -> set[str]:
+    """Rename each graph's tensors to their names in the model; returns the names that graphs hold."""
+    held: set[str] = set()
+    for graph in graphs.values():
+        prefix = f"{graph.owner}." if graph.owner else ""
+        root = graph.module
+        for node in root.graph.nodes:
+            if node.op == "get_attr":
+                held.add(prefix + str(node.target))
+    return held
+
+
+def _layers(prefill: Graph) -> tuple[Layer, ...]:
+    """The decoder's layers, found in the module stack of the prefill graph."""
+    indices = sorted({index for node in prefill.nodes if (index := layer_of(node)) is not None})
+    if not indices:
+        raise CaptureError(
+            "no decoder layers were found in the prefill graph",
+            where=prefill.owner,
+            do="report this family: its decoder names its layers in a way that is not known",
+        )
+    return tuple(Layer(index, f"{prefill.owner}.layers.{index}") for index in indices)

@@ -1,0 +1,43 @@
+"""The host: the transformers model without the weights that the graphs hold.
+
+What happens between the graphs (putting picture features into the embeddings, rotary positions, the generation loop)
+stays transformers' own code. The host is that code on an empty copy of the model: weights of graphs become
+zero-sized, the others (embeddings, separators between picture tiles) are shared with the original.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from qpcompile.ir.edit import get_tensor
+
+
+def empty_host(model_class: type[PreTrainedModel], config: object) -> PreTrainedModel:
+    """A model of the given class whose tensors take no memory."""
+    with torch.device("meta"):
+        host = model_class._from_config(copy.deepcopy(config))
+    return host.eval()
+
+
+def host_tensors(model: PreTrainedModel, held: set[str]) -> dict[str, torch.Tensor]:
+    """Tensors of `model` that the host needs: every parameter and buffer whose dotted name is not in `held`."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    return {name: get_tensor(model, name).detach() for name in names if name not in held}
+
+
+def fill_host(host: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """Give the host its own tensors; all others become empty ones of the model's type, so that `.dtype` is right."""
+    for module_name, module in host.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                value = tensors.get(prefix + name, torch.empty(0, dtype=dtype))
+                module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = tensors.get(prefix + name, torch.empty(0, dtype=buffer.dtype))
+    return host

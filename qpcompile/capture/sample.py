@@ -1,0 +1,54 @@
+"""The sample a model is traced with: two rows, one of them padded, so that no axis is specialised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qpcompile.errors import CalibrationError
+
+# Inputs with a row per prompt; everything else has a row per picture (or per patch).
+ROWS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
+
+
+def check_sample(inputs: dict[str, Any]) -> None:
+    """Refuse a sample that is not what `model.generate(**inputs)` takes, or has no picture."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        raise CalibrationError(
+            "a sample has no input_ids of shape [batch, tokens]",
+            where=f"sample keys {sorted(inputs)}",
+            do='build samples with processor(images=..., text=..., return_tensors="pt")',
+        )
+    if not any(key.startswith("pixel_values") or key in ("image_patches", "images") for key in inputs):
+        raise CalibrationError(
+            "a sample has no picture in it",
+            where=f"sample keys {sorted(inputs)}",
+            do="give image-text samples: the vision tower and the token scores are calibrated on them",
+        )
+
+
+def two_rows(inputs: dict[str, Any], pad: int) -> dict[str, Any]:
+    """At least two rows, one token longer: row 0 padded on the left, the others with their last token also in front.
+
+    So no axis has the size 1, and no mask is all ones (which transformers would leave out).
+
+    Args:
+        inputs: one or more rows, as the processor returns them.
+        pad: id of the padding token.
+    """
+    check_sample(inputs)
+    shape = inputs["input_ids"].shape
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    longer: dict[str, Any] = {}
+    for key, value in {**inputs, "attention_mask": mask}.items():
+        if not isinstance(value, torch.Tensor):
+            longer[key] = value
+            continue
+        rows = torch.cat([value, value]) if shape[0] == 1 else value
+        if key in ROWS and value.shape[:2] == shape:
+            rows = torch.cat([rows[:, -1:], rows], dim=1)  # the last token is text: the first may stand for a picture
+            rows[0, 0] = {"input_ids": pad, "attention_mask": 0}.get(key, int(rows[0, 0]))
+        longer[key] = rows
+    return longer

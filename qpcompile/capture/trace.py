@@ -1,0 +1,197 @@
+"""Trace one component with transformers' exporter and turn it into a plain FX graph with named inputs and outputs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from transformers.exporters import exporter_dynamo
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+from qpcompile.capture.adapters import table_of, traceable
+from qpcompile.capture.record import Call
+from qpcompile.errors import CaptureError
+from qpcompile.ir.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
+from qpcompile.ir.program import Graph
+from qpcompile.ir.structure import CACHE, named_tensors, template
+
+# Flags of a call that choose what is returned; they are not data.
+FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
+# The exporter's own preparation of inputs, left out: `prepare` does it, the same way for tracing and running.
+_PRECOMPUTE = "transformers.exporters.utils.precompute_export_inputs"
+
+
+def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
+    """Trace `module` as it was called in `call`, all shapes symbolic, and check the graph against that call.
+
+    Raises CaptureError with the line of the model's code that cannot be traced, or if the graph's results differ
+    from eager's.
+    """
+    table = table_of(module)
+    flags = {key: value for key, value in call.inputs.items() if key in FLAGS}
+    data = {key: value for key, value in call.inputs.items() if key not in FLAGS and value is not None}
+    with torch.no_grad():
+        arguments = {key: value for key, value in prepare(module, data, table).items() if value is not None}
+    config = DynamoConfig(dynamic=True, dynamic_shapes=_dynamic_axes(arguments))
+    try:
+        with _quiet(), _attention_by_segment(), traceable(module), mock.patch(_PRECOMPUTE, lambda *_: None):
+            exported, _ = DynamoExporter().export_program(module, copy.deepcopy({**arguments, **flags}), config)
+    except Exception as error:
+        raise CaptureError(
+            f"{name} cannot be traced: {type(error).__name__}: {_first_line(error)}",
+            where=f"{owner or type(module).__name__}, {_model_line(error)}",
+            do="report this family; a picture or prompt of another size sometimes avoids the branch",
+        ) from error
+    tensors = dict(named_tensors(arguments))
+    graph = Graph(
+        name=name,
+        module=_plain(exported),
+        inputs=_input_names(exported, tensors),
+        outputs=tuple(path or "output" for path, _ in named_tensors(call.output)),
+        owner=owner,
+        returns=template(call.output) if not isinstance(call.output, torch.Tensor) else "output",
+        constants={key: value for key, value in flags.items() if isinstance(value, (bool, int))},
+    )
+    if table is not None:
+        graph.constants[TABLE] = table
+    graph.constants |= _mask_facts(module, tensors)
+    _check(graph, tensors, call.output)
+    return graph
+
+
+def _mask_facts(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What has to be known to make up a mask that a call leaves out (qpcompile/ir/prepare.py)."""
+    axes = [tensor.ndim for path, tensor in tensors.items() if path.split(".")[0] == MASK]
+    causal = all(getattr(part, "is_causal", True) for part in module.modules())
+    return {MASK_AXES: axes[0], CAUSAL: causal} if axes else {}
+
+
+def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Which axes get a symbol: all, except the channels of embeddings and the heads and channels of the cache.
+
+    Fewer symbols trace faster, and an axis that is the same in every call has no business being one.
+    """
+    axes = {key: exporter_dynamo.get_auto_dynamic_shapes(value) for key, value in arguments.items()}
+    if "inputs_embeds" in axes:
+        axes["inputs_embeds"].pop(2)
+    if CACHE in axes:
+        for tensor in axes[CACHE]:
+            tensor.pop(1), tensor.pop(3)
+    return axes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the exporter's notes about dimensions it may specialise: the graph is checked against eager anyway."""
+    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.fx.experimental", "transformers.exporters")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _attention_by_segment() -> Iterator[None]:
+    """Trace attention over packed segments (windows, pictures of several sizes) with a mask from `cu_seqlens`.
+
+    The exporter reshapes segments into a batch, which is right only where all have one length; windows at a
+    picture's border have not.
+    """
+    original = exporter_dynamo._reshaped_vision_attention_forward
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def forward(self: torch.nn.Module, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Any) -> Any:
+        length = hidden_states.shape[-2]
+        position = torch.arange(length, device=hidden_states.device)
+        segment = (position[:, None] >= cu_seqlens[None, 1:]).sum(dim=-1)
+        same = (segment[:, None] == segment[None, :])[None, None]
+
+        def masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+            return attention(query, key, value, attn_mask=same, scale=options.get("scale"), enable_gqa=options.get("enable_gqa", False))
+
+        with mock.patch("torch.nn.functional.scaled_dot_product_attention", masked):
+            return original(self, hidden_states, torch.stack([cu_seqlens[0], cu_seqlens[-1]]), **kwargs)
+
+    with mock.patch.object(exporter_dynamo, "_reshaped_vision_attention_forward", forward):
+        yield
+
+
+def _plain(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The exported graph as an ordinary GraphModule: tensors in, a tuple of tensors out, no guards."""
+    module = exported.module(check_guards=False)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    values, _ = torch.utils._pytree.tree_flatten(output.args[0])
+    output.args = (tuple(value for value in values if isinstance(value, fx.Node)),)
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            tensor = module
+            for part in str(node.target).split("."):
+                tensor = getattr(tensor, part)
+            node.meta["val"] = tensor
+    constants = [not isinstance(name, str) for name in exported.graph_signature.user_inputs]
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, constant in zip(placeholders, constants, strict=True):
+        if constant:  # a number or None: the trace has it inside, nobody reads it
+            module.graph.erase_node(node)
+    plain = fx.GraphModule(module, module.graph)
+    plain.graph.eliminate_dead_code()
+    plain.recompile()
+    return plain
+
+
+def _input_names(exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]) -> tuple[str, ...]:
+    """Dotted names of the graph's inputs, in its order: that of the keyword arguments it was traced with."""
+    wanted = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
+    signature = exported.call_spec.in_spec
+    keys = list(signature.child(1).context) if signature is not None else []
+    ordered = [name for key in keys for name in tensors if name == key or name.startswith(f"{key}.")]
+    if len(ordered) != len(wanted):
+        raise CaptureError(
+            f"the traced graph has {len(wanted)} inputs, the call {len(ordered)} tensors",
+            where=f"graph inputs {list(wanted)}, call {ordered}",
+            do="report this family",
+        )
+    return tuple(ordered)
+
+
+def _check(graph: Graph, tensors: dict[str, torch.Tensor], eager: Any) -> None:
+    expected = [tensor for _, tensor in named_tensors(eager)]
+    with torch.no_grad():
+        actual = list(graph({name: tensors[name] for name in graph.inputs}).values())
+    for path, left, right in zip(graph.outputs, actual, expected, strict=True):
+        if left.shape != right.shape or not torch.allclose(left.float(), right.float(), rtol=1e-3, atol=1e-4):
+            raise CaptureError(
+                f"the traced {graph.name} differs from eager in its output {path}",
+                where=graph.owner,
+                do="report this family: its code takes a branch that tracing cannot see",
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+
+
+def _model_line(error: BaseException) -> str:
+    """The innermost line of transformers' model code in a traceback."""
+    found = "no line of the model's code in the traceback"
+    traceback = error.__traceback__
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if "transformers" in filename and "/models/" in filename:
+            found = f"{filename.rsplit('/models/', 1)[1]}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return found

@@ -1,0 +1,121 @@
+"""A compiled VLM: what `qpcompile.compile` returns and `qpcompile.load` gives back."""
+
+from __future__ import annotations
+
+import importlib
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpcompile.emit import artifact
+from qpcompile.emit.weights import stored_tensors, total_bytes
+from qpcompile.errors import ExportError
+from qpcompile.ir.program import Program
+from qpcompile.ir.run import Machine
+from qpcompile.ir.text import graph_text
+from qpcompile.plan import Plan
+from qpcompile.recipe import Recipe
+
+# Slots of a row that hold no token: padding, or a row that kept fewer tokens than another.
+NO_TOKEN = -1
+
+
+class CompiledVLM:
+    """A program that answers: transformers' generation loop around the compiled graphs.
+
+    `processor` turns pictures and text into inputs, where the model came with one; `program` holds the graphs.
+    """
+
+    def __init__(self, program: Program, processor: Any = None) -> None:
+        self.program = program
+        self.processor = processor
+        self.machine = Machine(program)
+
+    @property
+    def plan(self) -> Plan:
+        """What the compile decided."""
+        return self.program.plan
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was asked."""
+        return self.program.recipe
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the transformers model."""
+        return self.machine.host.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The settings `generate` uses where it is given no others."""
+        return self.machine.host.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs of `generate` must be."""
+        return self.machine.host.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the model."""
+        return self.machine.host.dtype
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """What `model.generate` of transformers takes and returns.
+
+        Args:
+            inputs: i64[B, S] prompt tokens, as an alternative to `input_ids`.
+            kwargs: the processor's outputs and any generation settings (`max_new_tokens`, `streamer`, ...).
+        """
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        return self.machine.generate(**kwargs)
+
+    def kept_tokens(self, **inputs: Any) -> dict[int, torch.Tensor]:
+        """Which tokens of the prompt go on after each cut layer.
+
+        Args:
+            inputs: what `generate` takes, without generation settings.
+        Returns:
+            layer -> i64[B, N], positions in the prompt, ascending; -1 in slots of a row that hold no token.
+        """
+        cache = self.machine.prefill(inputs)
+        return {layer: kept.masked_fill(~cache.alive[layer], NO_TOKEN) for layer, kept in sorted(cache.kept.items())}
+
+    def graph_text(self, stage: str) -> str:
+        """The printed graph of one component: "vision", "projector", "prefill", "decode" or "head"."""
+        graphs = self.program.graphs
+        if stage not in graphs:
+            raise ExportError(f"this model has no graph called {stage!r}", do=f"name one of {', '.join(graphs)}")
+        return graph_text(graphs[stage])
+
+    def weight_bytes(self, stage: str | None = None) -> int:
+        """Bytes of all weights, each counted once; or of the weights that one graph reads."""
+        return total_bytes(stored_tensors(self.program), stage)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the artifact folder; `qpcompile.load` reads it back. A folder that exists is refused."""
+        artifact.save(self.program, self.processor, Path(folder))
+
+    def export_onnx(self, folder: str | PathLike[str]) -> None:
+        """Write graphs for onnxruntime with a runner beside them. Needs the extra `onnx`."""
+        # Imported here because onnx is an optional dependency.
+        from qpcompile.emit.onnx import export_onnx
+
+        export_onnx(self, Path(folder))
+
+    def report(self, path: str | PathLike[str]) -> None:
+        """Write the report, one self-contained HTML file."""
+        # `inspect` is built on this module, so it is looked up when called: emit must not import it.
+        importlib.import_module("qpcompile.inspect.report").write_report(self, Path(path))
+
+
+def load(folder: str | PathLike[str]) -> CompiledVLM:
+    """The compiled model saved in `folder`; nothing in it is executed.
+
+    Raises ArtifactError for a folder that is incomplete, altered, of another version, or holds a pickle.
+    """
+    return CompiledVLM(*artifact.load(Path(folder)))

@@ -1,0 +1,57 @@
+"""`aten::scaled_dot_product_attention` in plain ONNX operators.
+
+The stock translation gives NaN for a query that may see no key, such as a padding token on the left, and the NaN
+spreads through the keys of the next layer. Here such a row is 0, as in torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import opset21
+
+from qpcompile.errors import ExportError
+from qpcompile.kernels.attention_kv4.onnx import group_rows, masked_softmax
+
+op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """query: f[B, Hq, Sq, D], key: f[B, Hkv, S, D], value: f[B, Hkv, S, Dv] -> f[B, Hq, Sq, Dv]; float32 inside."""
+    heads, groups, width = query.shape[1], key.shape[1], query.shape[3]
+    grouped = heads != groups
+    needed = (heads, groups, width) if grouped else (width,) if scale is None else ()
+    if dropout_p or not all(isinstance(size, int) for size in needed):
+        raise ExportError(
+            f"attention with {heads} and {groups} heads, width {width} and dropout {dropout_p} has no translation",
+            where="aten::scaled_dot_product_attention",
+            do="report this family",
+        )
+    wide = op.Mul(op.Cast(query, to=ir.DataType.FLOAT), width**-0.5 if scale is None else scale)
+    key, value = (op.Cast(each, to=ir.DataType.FLOAT) for each in (key, value))
+    products = op.MatMul(group_rows(wide, groups, width) if grouped else wide, op.Transpose(key, perm=[0, 1, 3, 2]))
+    scores = op.Reshape(products, op.Concat(op.Shape(query, start=0, end=3), [-1], axis=0)) if grouped else products
+    weights = masked_softmax(scores, _causal(query, key) if is_causal else attn_mask)
+    if grouped:
+        weights = op.Reshape(weights, op.Concat([0, groups, -1], op.Shape(value, start=2, end=3), axis=0))
+    y = op.MatMul(weights, value)
+    if grouped:
+        y = op.Reshape(y, op.Concat(op.Shape(query, start=0, end=3), [-1], axis=0))
+    return op.Cast(y, to=query.dtype)
+
+
+def _causal(query: Any, key: Any) -> Any:
+    """bool[Sq, S]: query i sees keys 0 to i, as torch defines it."""
+    rows = op.Range(0, op.Squeeze(op.Shape(query, start=2, end=3)), 1)
+    columns = op.Range(0, op.Squeeze(op.Shape(key, start=2, end=3)), 1)
+    return op.GreaterOrEqual(op.Unsqueeze(rows, [1]), op.Unsqueeze(columns, [0]))

@@ -1,0 +1,206 @@
+"""Find the change of basis for each linear's input in one graph, and the tensors it changes.
+
+    s_j = max|x_j|^a / max|W_:j|^(1-a)      D = diag(1/s)      x' = T D x      W' = W D^-1 T^T
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from qpcompile.ir.edit import aten, calls, get_tensor, is_call, layer_of, through_shape_ops
+from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.operators import QUANT_STUB, RMSNORM
+from qpcompile.ir.program import Graph
+from qpcompile.ir.shapes import value
+from qpcompile.ir.statistics import Calibration
+from qpcompile.kernels.hadamard.reference import hadamard_matrix
+from qpcompile.recipe_schema import QuantizeScheme
+
+SMALLEST = 1e-5
+
+
+@dataclass
+class Basis:
+    """New tensors by name, and per site what is left to do online: (scale f32[C] or None, rotate)."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    nodes: dict[str, tuple[torch.Tensor | None, bool]] = field(default_factory=dict)
+
+
+def find_basis(graph: Graph, scheme: QuantizeScheme, calibration: Calibration) -> Basis:
+    """The change of basis of one graph; statistics in `calibration` are carried over to the new basis."""
+    finder = _Finder(graph, scheme, calibration, Basis())
+    balanced = finder.fold_values() if scheme.kv_cache.bits == 4 else set()
+    if scheme.weights.bits == 4:
+        for stub in list(calls(graph, QUANT_STUB)):
+            fact = stub_fact(stub)
+            if fact is not None and fact.role == "activation":
+                finder.change_input(stub, fact.site, scaled=fact.site not in balanced)
+    return finder.basis
+
+
+@dataclass
+class _Finder:
+    graph: Graph
+    scheme: QuantizeScheme
+    calibration: Calibration
+    basis: Basis
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The current value of a tensor, f64."""
+        if name in self.basis.tensors:
+            return self.basis.tensors[name].double()
+        return get_tensor(self.graph.module, name).detach().double()
+
+    def update(self, name: str, new: torch.Tensor) -> None:
+        self.basis.tensors[name] = new.to(get_tensor(self.graph.module, name).dtype).contiguous()
+
+    def change_input(self, stub: fx.Node, site: str, scaled: bool) -> None:
+        """Balance and rotate the input of the linears behind one stub."""
+        x = stub.args[0]
+        assert isinstance(x, fx.Node)
+        names = [weight_name(linear) for linear in stub.users]
+        channels = self.tensor(names[0]).shape[1]
+        scale = self._balance(site, names) if scaled else None
+        rotate = self.scheme.transform == "hadamard"
+        if scale is None and not rotate:
+            return
+        forward = hadamard_matrix(channels).double() if rotate else torch.eye(channels, dtype=torch.float64)
+        backward = forward.T
+        if scale is not None:
+            forward, backward = forward * scale[None, :], backward / scale[:, None]
+        for name in names:
+            self.update(name, self.tensor(name) @ backward)
+        self._carry(site, forward)
+        rest = None if scale is None or self._fold_scale(x, stub, scale) else scale.float()
+        self.basis.nodes[site] = (rest, rotate)
+
+    def _balance(self, site: str, names: list[str]) -> torch.Tensor | None:
+        """1 / s of SmoothQuant for the linears `names`, f64[C]; None where the recipe or the data has none."""
+        strength, statistics = self.scheme.smooth, self.calibration.inputs.get(site)
+        if strength is None or statistics is None or not statistics.tokens:
+            return None
+        weights = torch.stack([self.tensor(name).abs().amax(dim=0) for name in names]).amax(dim=0)
+        return _inverse_smoothing(statistics.largest.double(), weights, strength)
+
+    def _carry(self, site: str, matrix: torch.Tensor) -> None:
+        if site in self.calibration.inputs:
+            self.calibration.inputs[site] = self.calibration.inputs[site].transformed(matrix)
+
+    def _fold_scale(self, x: fx.Node, stub: fx.Node, scale: torch.Tensor) -> bool:
+        """Fold a per-channel scale into what makes x, if only this stub reads it; returns whether that was possible."""
+        if list(x.users) != [stub]:
+            return False
+        if is_call(x, RMSNORM):
+            return self._scale_tensors([x.args[1]], scale)
+        if is_call(x, aten.layer_norm.default) and len(x.args) > 3:
+            return self._scale_tensors([x.args[2], x.args[3]], scale)
+        if is_call(x, aten.mul.Tensor):
+            for factor in x.args:
+                if is_call(factor, aten.linear.default) and len(factor.users) == 1:  # type: ignore[union-attr]
+                    return self._scale_rows(factor, scale)  # type: ignore[arg-type]
+        return False
+
+    def _scale_tensors(self, nodes: list[object], scale: torch.Tensor) -> bool:
+        if not all(isinstance(node, fx.Node) and node.op == "get_attr" and len(node.users) == 1 for node in nodes):
+            return False
+        for node in nodes:
+            assert isinstance(node, fx.Node)
+            self.update(str(node.target), self.tensor(str(node.target)) * scale)
+        return True
+
+    def _scale_rows(self, linear: fx.Node, scale: torch.Tensor) -> bool:
+        name, bias = weight_name(linear), _bias_name(linear)
+        self.update(name, self.tensor(name) * scale[:, None])
+        if bias is not None:
+            self.update(bias, self.tensor(bias) * scale)
+        return True
+
+    def fold_values(self) -> set[str]:
+        """Balance and rotate attention values head by head, inside v_proj and o_proj; returns the o_proj sites."""
+        done = set()
+        for stub in list(calls(self.graph, QUANT_STUB)):
+            fact = stub_fact(stub)
+            if fact is None or fact.role != "value":
+                continue
+            pair = _value_and_output(self.graph, stub)
+            if pair is None:
+                continue
+            produce, consume = pair
+            site = _stub_site(consume)
+            if site is not None and self._fold_head(stub, produce, consume, site):
+                done.add(site)
+        return done
+
+    def _fold_head(self, stub: fx.Node, produce: fx.Node, consume: fx.Node, site: str) -> bool:
+        _, heads, _, width = value(stub).shape
+        into, out = weight_name(produce), weight_name(consume)
+        columns = self.tensor(out)
+        repeats = columns.shape[1] // (heads * width)
+        if self.tensor(into).shape[0] != heads * width or columns.shape[1] != repeats * heads * width:
+            return False
+        scale = torch.ones(heads, width, dtype=torch.float64)
+        statistics = self.calibration.inputs.get(site)
+        if self.scheme.smooth is not None and statistics is not None and statistics.tokens:
+            largest = statistics.largest.double().view(heads, repeats, width).amax(dim=1)
+            weights = columns.abs().amax(dim=0).view(heads, repeats, width).amax(dim=1)
+            scale = _inverse_smoothing(largest.flatten(), weights.flatten(), self.scheme.smooth).view(heads, width)
+        turn = torch.eye(width, dtype=torch.float64)
+        if self.scheme.transform == "hadamard":
+            turn = hadamard_matrix(width).double()
+        blocks = turn[None] * scale[:, None, :]
+        inverse = torch.linalg.inv(blocks)
+        rows = self.tensor(into).view(heads, width, -1)
+        self.update(into, (blocks @ rows).reshape(heads * width, -1))
+        if (bias := _bias_name(produce)) is not None:
+            self.update(bias, (blocks @ self.tensor(bias).view(heads, width, 1)).flatten())
+        spread = inverse.repeat_interleave(repeats, dim=0)
+        parts = columns.view(-1, heads * repeats, width).transpose(0, 1)
+        self.update(out, (parts @ spread).transpose(0, 1).reshape(columns.shape))
+        self._carry(site, torch.block_diag(*blocks.repeat_interleave(repeats, dim=0)))
+        return True
+
+
+def weight_name(linear: fx.Node) -> str:
+    """The name of a linear's weight tensor, through its stub."""
+    weight = linear.args[1]
+    if is_call(weight, QUANT_STUB):
+        weight = weight.args[0]  # type: ignore[union-attr]
+    assert isinstance(weight, fx.Node)
+    return str(weight.target)
+
+
+def _bias_name(linear: fx.Node) -> str | None:
+    bias = linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
+    return str(bias.target) if isinstance(bias, fx.Node) else None
+
+
+def _inverse_smoothing(inputs: torch.Tensor, weights: torch.Tensor, strength: float) -> torch.Tensor:
+    """1 / s, s = inputs^strength / weights^(1 - strength); channels that are never used keep scale 1."""
+    scale = weights.clamp(min=SMALLEST).pow(1 - strength) / inputs.clamp(min=SMALLEST).pow(strength)
+    return torch.where((inputs > 0) & (weights > 0), scale, torch.ones_like(scale))
+
+
+def _value_and_output(graph: Graph, stub: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The linear that makes a layer's values and the one that reads its attention, if only shapes lie between."""
+    source = stub.args[0]
+    assert isinstance(source, fx.Node)
+    produce = through_shape_ops(source)
+    if not is_call(produce, aten.linear.default):
+        return None
+    for linear in calls(graph, aten.linear.default):
+        origin = linear.args[0]
+        assert isinstance(origin, fx.Node)
+        attention = through_shape_ops(origin, extra=(QUANT_STUB,))
+        if is_call(attention, aten.scaled_dot_product_attention.default) and layer_of(attention) == layer_of(stub):
+            return produce, linear
+    return None
+
+
+def _stub_site(linear: fx.Node) -> str | None:
+    source = linear.args[0]
+    fact = stub_fact(source) if isinstance(source, fx.Node) else None
+    return fact.site if fact is not None else None

@@ -1,0 +1,155 @@
+"""Small edits on FX graphs that several passes need: tensors by dotted name, layers of nodes, chains of shape operators."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from qpcompile.errors import PlanError
+from qpcompile.ir.program import Graph
+
+aten = torch.ops.aten
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)$")
+
+# Operators that only move or repeat elements: following them finds where a value came from.
+SHAPE_OPS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.expand.default,
+        aten.slice.Tensor,
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.flatten.using_ints,
+        aten.repeat_interleave.self_int,
+    }
+)
+
+
+def get_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
+    """The parameter, buffer or attribute called `name` (dotted) of `module`."""
+    *path, leaf = name.split(".")
+    owner = module.get_submodule(".".join(path))
+    return getattr(owner, leaf)
+
+
+def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put `value` at the dotted name `name`, making the modules on the way."""
+    owner = module
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    if leaf in owner._parameters:
+        del owner._parameters[leaf]
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        owner.register_buffer(leaf, value)
+
+
+def add_tensor(graph: Graph, name: str, value: torch.Tensor, before: fx.Node) -> fx.Node:
+    """A `get_attr` node for the new or replaced tensor `name`, placed before `before`."""
+    set_tensor(graph.module, name, value)
+    with graph.module.graph.inserting_before(before):
+        node = graph.module.graph.get_attr(name)
+    node.meta["val"] = value
+    return node
+
+
+def call(graph: Graph, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+    """A `call_function` node before `before`, its shape computed; it inherits the module stack of `like` (or `before`)."""
+    with graph.module.graph.inserting_before(before):
+        node = graph.module.graph.call_function(target, args, kwargs)
+    source = like or before
+    if "nn_module_stack" in source.meta:
+        node.meta["nn_module_stack"] = source.meta["nn_module_stack"]
+    infer(graph, node)
+    return node
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The fake tensor mode the graph was traced in; its shape environment knows the graph's symbols."""
+    for node in graph.module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise ValueError(f"no node of the {graph.name} graph has a fake value")
+
+
+def infer(graph: Graph, node: fx.Node) -> None:
+    """Compute the fake value of one call from those of its arguments."""
+    mode = fake_mode(graph)
+
+    def fake(argument: fx.Node) -> Any:
+        value = argument.meta["val"]
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+            return mode.from_tensor(value.detach(), static_shapes=True)
+        return value
+
+    with mode:
+        node.meta["val"] = node.target(*fx.map_arg(node.args, fake), **fx.map_arg(node.kwargs, fake))  # type: ignore[operator]
+
+
+def layer_of(node: fx.Node) -> int | None:
+    """The index of the layer a node was traced in, or None outside the layers."""
+    for name, _ in reversed(list(node.meta.get("nn_module_stack", {}).values())):
+        if match := _LAYER.search(name):
+            return int(match.group(1))
+    return None
+
+
+def first_node_of_layer(graph: Graph, layer: int) -> fx.Node:
+    """The first operator of a decoder layer. Raises PlanError where there is no such layer."""
+    for node in graph.nodes:
+        if node.op == "call_function" and layer_of(node) == layer:
+            return node
+    raise PlanError(
+        f"tokens cannot be cut after layer {layer - 1}: there is no layer behind it",
+        where=graph.name,
+        do="choose tokens.candidate_layers before the last layer",
+    )
+
+
+def is_call(node: object, *targets: object) -> bool:
+    """Whether `node` calls one of `targets`."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def calls(graph: Graph, *targets: object) -> Iterator[fx.Node]:
+    """The nodes of a graph that call one of `targets`, in order."""
+    return (node for node in graph.nodes if is_call(node, *targets))
+
+
+def through_shape_ops(node: fx.Node, extra: Sequence[object] = ()) -> fx.Node:
+    """Follow the first argument of shape operators (and of `extra`) up to the value that was reshaped."""
+    while node.op == "call_function" and (node.target in SHAPE_OPS or node.target in extra):
+        source = node.args[0]
+        if isinstance(source, (list, tuple)):
+            source = source[-1]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
+def tidy(graph: Graph) -> None:
+    """Remove dead nodes and tensors nobody reads, and recompile."""
+    graph.module.graph.eliminate_dead_code()
+    graph.module.graph.lint()
+    graph.module.delete_all_unused_submodules()
+    used = {node.target for node in graph.module.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*graph.module.named_parameters(remove_duplicate=False), *graph.module.named_buffers(remove_duplicate=False)]:
+        if name not in used:
+            *path, leaf = name.split(".")
+            delattr(graph.module.get_submodule(".".join(path)), leaf)
+    graph.module.recompile()

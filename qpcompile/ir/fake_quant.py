@@ -1,0 +1,31 @@
+"""What a stub's value becomes once it is quantized: the numerics of the operators, in floating point."""
+
+from __future__ import annotations
+
+import torch
+
+from qpcompile.ir.facts import StubFact
+from qpcompile.kernels.kv4_read.reference import kv4_read
+from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.recipe_schema import QuantizeScheme
+
+
+def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> torch.Tensor:
+    """x: f[...] as the 4-bit operators will see it; unchanged where the recipe keeps 16 bits."""
+    if fact.role == "activation":
+        if scheme.activations.bits == 16:
+            return x
+        return _round_trip(x, scheme.activations.kernel_group, scheme.activations.clip_ratio)
+    if fact.role == "weight":
+        return x if scheme.weights.bits == 16 else _round_trip(x, scheme.weights.kernel_group, 1.0)
+    if scheme.kv_cache.bits == 16:
+        return x
+    codes, affine = kv4_write(x)
+    return kv4_read(codes, affine, x.shape[-1], x.dtype)
+
+
+def _round_trip(x: torch.Tensor, group_size: int, clip_ratio: float) -> torch.Tensor:
+    codes, scale = quantize_int4(x, group_size, clip_ratio)
+    wide = codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
+    return wide.flatten(-2).to(x.dtype)

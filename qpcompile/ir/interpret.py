@@ -1,0 +1,37 @@
+"""Run a graph node by node and look at, or replace, what nodes give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.ir.program import Graph
+
+# Gets a node, its arguments and the value it gave; returns the value to go on with.
+Look = Callable[[fx.Node, tuple[Any, ...], Any], Any]
+
+
+class Watcher(fx.Interpreter):
+    """An interpreter that shows every operator call to `look`."""
+
+    def __init__(self, graph: Graph, look: Look) -> None:
+        super().__init__(graph.module, garbage_collect_values=True)
+        self.look = look
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, then let `look` see it."""
+        value = super().run_node(n)
+        if n.op != "call_function":
+            return value
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        return self.look(n, args, value)
+
+
+def run_watched(graph: Graph, feeds: dict[str, torch.Tensor], look: Look) -> dict[str, torch.Tensor]:
+    """Run a graph on tensors named by input path, showing each operator call to `look`."""
+    with torch.no_grad():
+        results = Watcher(graph, look).run(*[feeds[name] for name in graph.inputs])
+    return dict(zip(graph.outputs, results, strict=True))

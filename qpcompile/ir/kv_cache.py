@@ -1,0 +1,92 @@
+"""The KV cache of a compiled model: whatever tensors the graphs pass on, with a length per layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+
+class CompiledCache(Cache):
+    """What the prefill graph returned and the decode graph takes back, by name.
+
+    `tensors` holds the graphs' cache tensors; their token axes may differ from layer to layer. `kept[l]` holds the
+    original positions of the tokens that survive the cut after layer l, new tokens included: i64[B, N_l];
+    `alive[l]` says which of those slots hold a token and not padding: bool[B, N_l]. To transformers the cache looks
+    as long as the unpruned sequence, so that new tokens go on from the original positions.
+    """
+
+    def __init__(self, layer_count: int) -> None:
+        super().__init__(layers=[])
+        self.layer_count = layer_count
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.kept: dict[int, torch.Tensor] = {}
+        self.alive: dict[int, torch.Tensor] = {}
+        self.seen = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens seen, pruned ones included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a mask over all tokens seen."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No limit."""
+        return -1
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer cuts its cache to a window: the mask applies windows."""
+        return [False] * self.layer_count
+
+    @property
+    def is_compileable(self) -> bool:
+        """The cache grows, so it cannot serve a compiled static loop."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a prefill has run."""
+        return self.seen > 0
+
+    def __len__(self) -> int:
+        return self.layer_count
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Not used: the graphs return the updated cache themselves."""
+        raise TypeError("a compiled model updates its cache inside its graphs")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Follow beam search: row i becomes row beam_idx[i]."""
+        self._each(lambda tensor: tensor.index_select(0, beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, for several answers to one prompt."""
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the given rows."""
+        self._each(lambda tensor: tensor[indices])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.tensors, self.kept, self.alive, self.seen = {}, {}, {}, 0
+
+    def append(self, layer: int, new: int) -> None:
+        """The next `new` tokens join those kept behind the cut after `layer`."""
+        kept, alive = self.kept[layer], self.alive[layer]
+        positions = torch.arange(self.seen, self.seen + new).expand(kept.shape[0], new)
+        self.kept[layer] = torch.cat([kept, positions], dim=1)
+        self.alive[layer] = torch.cat([alive, alive.new_ones(kept.shape[0], new)], dim=1)
+
+    def nbytes(self) -> int:
+        """Bytes of keys, values and their scales."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def _each(self, change: Any) -> None:
+        for group in (self.tensors, self.kept, self.alive):
+            for name, tensor in group.items():
+                group[name] = change(tensor)  # type: ignore[index]

@@ -1,0 +1,142 @@
+"""What is alive at a point of a graph, and how it is reduced to some of its tokens.
+
+Cutting tokens needs no knowledge of a family: every value that is defined before the point, read after it and has a
+token axis is gathered on those axes; every symbolic size that counts tokens is replaced by the new count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from qpcompile.errors import PlanError
+from qpcompile.ir.edit import aten, call
+from qpcompile.ir.program import Graph
+from qpcompile.ir.shapes import expression, same, token_axes, value
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A value that is alive at a point, and its readers behind it."""
+
+    node: fx.Node
+    readers: tuple[fx.Node, ...]
+
+
+def crossings(graph: Graph, point: fx.Node) -> list[Crossing]:
+    """Every value defined before `point` and read at or after it by something other than the output node."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    border = order[point]
+    found = []
+    for node in graph.nodes[:border]:
+        readers = tuple(user for user in node.users if order[user] >= border and user.op != "output")
+        if readers and node.op != "get_attr":
+            found.append(Crossing(node, readers))
+    return found
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that stay at a point: indices i64[B, N], which of them are alive bool[B, N], and N as a node."""
+
+    index: fx.Node
+    alive: fx.Node
+    count: fx.Node
+    batch: fx.Node
+
+
+def reduce_tokens(
+    graph: Graph,
+    point: fx.Node,
+    lengths: Sequence[tuple[torch.SymInt, Selection]],
+    skip: Sequence[fx.Node] = (),
+    place: fx.Node | None = None,
+) -> None:
+    """Gather every value alive at `point` that has an axis of one of the `lengths`, and replace sizes equal to it.
+
+    New nodes go before `place` (default: `point`) where the value is known there already. Raises PlanError where a
+    size depends on a length in a way that cannot be replaced.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for crossing in crossings(graph, point):
+        if crossing.node in skip:
+            continue
+        early = place is not None and order[crossing.node] < order[place]
+        replacement = _reduced(graph, place if early and place is not None else point, crossing.node, lengths)
+        if replacement is not None:
+            for reader in crossing.readers:
+                reader.replace_input_with(crossing.node, replacement)
+
+
+def _reduced(graph: Graph, place: fx.Node, node: fx.Node, lengths: Sequence[tuple[torch.SymInt, Selection]]) -> fx.Node | None:
+    """What stands for `node` behind the cut, or None where it has nothing to do with tokens."""
+    current = value(node)
+    for length, selection in lengths:
+        if isinstance(current, torch.SymInt) and same(current, length):
+            return selection.count
+        if axes := token_axes(node, length):
+            reduced = gather(graph, place, node, axes, selection)
+            is_mask = current.ndim == 4 and axes[-1] == 3
+            return mask_dead(graph, place, reduced, selection.alive, current.dtype) if is_mask else reduced
+    if isinstance(current, torch.SymInt) and any(_depends(current, length) for length, _ in lengths):
+        raise _cannot_cut(graph, place, node, f"its size is {expression(current)}")
+    return None
+
+
+def gather(graph: Graph, point: fx.Node, node: fx.Node, axes: Sequence[int], selection: Selection) -> fx.Node:
+    """`node` reduced to the selected tokens on each of `axes`; the batch axis is the first of size B (or 1)."""
+    current = value(node)
+    batch = value(selection.batch)
+    rows = [axis for axis, size in enumerate(current.shape) if same(size, batch)]
+    if not rows:
+        if current.shape[0] != 1 or 0 in axes:
+            raise _cannot_cut(graph, point, node, f"its shape {tuple(current.shape)} has no batch axis")
+        sizes = [selection.batch, *[-1] * (current.ndim - 1)]
+        node = call(graph, point, aten.expand.default, node, sizes)
+        rows = [0]
+    for axis in axes:
+        index = selection.index
+        for position in range(current.ndim):
+            if position not in (rows[0], axis):
+                index = call(graph, point, aten.unsqueeze.default, index, position)
+        sizes: list[object] = []
+        for position, size in enumerate(current.shape):
+            if position == axis:
+                sizes.append(-1)
+            elif position == rows[0]:
+                sizes.append(selection.batch)
+            elif isinstance(size, torch.SymInt):
+                sizes.append(call(graph, point, aten.sym_size.int, node, position))
+            else:
+                sizes.append(size)
+        index = call(graph, point, aten.expand.default, index, sizes)
+        node = call(graph, point, aten.gather.default, node, axis, index)
+    return node
+
+
+def mask_dead(graph: Graph, point: fx.Node, mask: fx.Node, alive: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Close an attention mask [B, 1, ..., N] for keys that hold no token.
+
+    Boolean masks say who may be seen; float masks are added to the scores.
+    """
+    keys = call(graph, point, aten.unsqueeze.default, call(graph, point, aten.unsqueeze.default, alive, 1), 1)
+    if dtype == torch.bool:
+        return call(graph, point, aten.bitwise_and.Tensor, mask, keys)
+    dead = call(graph, point, aten.bitwise_not.default, keys)
+    return call(graph, point, aten.masked_fill.Scalar, mask, dead, torch.finfo(dtype).min)
+
+
+def _depends(size: torch.SymInt, length: torch.SymInt) -> bool:
+    symbols = getattr(expression(size), "free_symbols", set())
+    return bool(symbols & expression(length).free_symbols)
+
+
+def _cannot_cut(graph: Graph, point: fx.Node, node: fx.Node, reason: str) -> PlanError:
+    return PlanError(
+        f"tokens cannot be cut at this layer: {node.name} is alive there and {reason}",
+        where=f"{graph.name}, before {point.name}",
+        do="choose other tokens.candidate_layers",
+    )

@@ -1,0 +1,75 @@
+"""What a pass is, and how a list of them is run: precondition, run, verify, write down."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from qpcompile.errors import InvariantError
+from qpcompile.ir.program import STAGES, Program
+from qpcompile.ir.verify import verify
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options.
+
+    `name` is that of its file; `needs` is the stage it starts from (or a later one), `gives` the stage it leaves.
+    `run` edits the program in place and says whether it changed anything.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[str]
+    gives: ClassVar[str]
+
+    def run(self, program: Program) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did: operator counts per graph before and after, and whether it changed anything."""
+
+    name: str
+    modified: bool
+    before: dict[str, dict[str, int]]
+    after: dict[str, dict[str, int]]
+
+
+def run_passes(program: Program, passes: Sequence[Pass], after: Callable[[Step, Program], None] | None = None) -> list[Step]:
+    """Run passes in order and verify the program after each of them, always.
+
+    Raises InvariantError when a pass is run before the stage it needs or leaves a program that breaks its stage's rules.
+    """
+    steps = []
+    for item in passes:
+        if not program.at_least(item.needs):
+            raise InvariantError(
+                f"{item.name} needs the stage {item.needs}, the program is {program.stage}",
+                ran=program.history[-1] if program.history else "capture",
+                before=program.history[:-1],
+                do="put the passes in the order of qpcompile/pipeline.py",
+            )
+        before = operator_counts(program)
+        modified = item.run(program)
+        program.history.append(item.name)
+        program.stage = max(program.stage, item.gives, key=STAGES.index)
+        verify(program)
+        steps.append(Step(item.name, modified, before, operator_counts(program)))
+        if after is not None:
+            after(steps[-1], program)
+    return steps
+
+
+def operator_counts(program: Program) -> dict[str, dict[str, int]]:
+    """How often each operator occurs in each graph."""
+    return {
+        name: dict(sorted(Counter(_label(node.target) for node in graph.nodes if node.op == "call_function").items()))
+        for name, graph in program.graphs.items()
+    }
+
+
+def _label(target: object) -> str:
+    return target.name() if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))

@@ -1,0 +1,109 @@
+"""What depends on values is computed on the host, before a graph runs: window and patch tables, dense deepstack features.
+
+The same function serves tracing and running, so that a graph always gets what it was traced with. It builds on
+`transformers.exporters`, which does the same for packed pictures (segments, window order, grid interpolation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.exporters.utils import precompute_export_inputs
+
+from qpcompile.ir.program import Graph
+
+DEEPSTACK, VISUAL_POSITIONS, SIZES = "deepstack_visual_embeds", "visual_pos_masks", "image_sizes"
+MASK = "attention_mask"
+# Keys of `Graph.constants`: which of TABLES stands in for the sizes of pictures; how many axes the masks have; whether
+# attention without a mask hides the future.
+TABLE, MASK_AXES, CAUSAL = "table", "mask_axes", "causal"
+
+
+def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | None = None) -> dict[str, Any]:
+    """The arguments of one call of `module` with everything data-dependent turned into tensors."""
+    arguments = dict(arguments)
+    if table is not None and arguments.get(SIZES) is not None:
+        arguments[SIZES] = TABLES[table](module, [tuple(map(int, size)) for size in arguments[SIZES]])
+    else:
+        precompute_export_inputs(module, arguments)
+    if arguments.get(DEEPSTACK) is not None:
+        mask = arguments.pop(VISUAL_POSITIONS)
+        arguments[DEEPSTACK] = [_scattered(arguments["inputs_embeds"], mask, visual) for visual in arguments[DEEPSTACK]]
+    return arguments
+
+
+def absent_inputs(graph: Graph, feeds: dict[str, torch.Tensor], seen: int) -> dict[str, torch.Tensor]:
+    """Inputs of a decoder graph that transformers leaves out where they would say nothing.
+
+    A mask that hides nothing, or nothing but the future: i64[B, S] of ones, or bool[B, 1, new, S] where the host makes
+    4-D masks.
+    Deepstack features of a prompt without pictures: zeros.
+
+    Args:
+        feeds: what the call has; `inputs_embeds: f[B, new, C]` at least.
+        seen: tokens in the cache; S = seen + new.
+    """
+    embeds = feeds["inputs_embeds"]
+    batch, new = embeds.shape[:2]
+    absent: dict[str, torch.Tensor] = {}
+    for name in graph.inputs:
+        root = name.split(".")[0]
+        if name in feeds or root not in (MASK, DEEPSTACK):
+            continue
+        if root == DEEPSTACK:
+            absent[name] = torch.zeros_like(embeds)
+        elif graph.constants[MASK_AXES] == 2:
+            absent[name] = embeds.new_ones(batch, seen + new, dtype=torch.long)
+        else:
+            open_mask = embeds.new_ones(new, seen + new, dtype=torch.bool)
+            open_mask = open_mask.tril(seen) if graph.constants[CAUSAL] else open_mask
+            absent[name] = open_mask.expand(batch, 1, -1, -1)
+    return absent
+
+
+def _scattered(like: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Features of the visual tokens `visual: f[V, C]` at their places in the sequence, zero elsewhere: f[B, S, C].
+
+    A dense tensor has the token axis of everything else, so a token cut gathers it as it gathers hidden states.
+    """
+    dense = torch.zeros_like(like)
+    dense[mask] = visual.to(like)
+    return dense
+
+
+def patch_table(module: torch.nn.Module, sizes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Where each patch of a packed sequence comes from: i64[T, 3] of picture, row and column.
+
+    `sizes` are the pixels (height, width) of pictures that stand in one frame.
+    """
+    side = int(_attribute(module, "patch_size"))
+    grids = [
+        torch.cartesian_prod(torch.tensor([picture]), torch.arange(height // side), torch.arange(width // side))
+        for picture, (height, width) in enumerate(sizes)
+    ]
+    return torch.cat(grids)
+
+
+def merge_table(module: torch.nn.Module, sizes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Which patches of a packed sequence are merged into one token: i64[T / m^2, m^2], squares of m x m by rows."""
+    side, merge = int(_attribute(module, "patch_size")), int(_attribute(module, "spatial_merge_size"))
+    squares, start = [], 0
+    for pixels in sizes:
+        height, width = pixels[0] // side, pixels[1] // side
+        grid = torch.arange(start, start + height * width).view(height, width)
+        squares.append(grid.unfold(0, merge, merge).unfold(1, merge, merge).reshape(-1, merge * merge))
+        start += height * width
+    return torch.cat(squares)
+
+
+def _attribute(module: torch.nn.Module, name: str) -> Any:
+    """The first attribute called `name` in a module or below it."""
+    return next(getattr(part, name) for part in module.modules() if hasattr(part, name))
+
+
+TABLES: dict[str, Callable[[torch.nn.Module, Sequence[tuple[int, ...]]], torch.Tensor]] = {
+    "patches": patch_table,
+    "merged": merge_table,
+}

@@ -1,0 +1,98 @@
+"""The thing every pass reads and writes: the graphs of one model, their weights and what is known about them.
+
+    Program
+      graphs["vision"]     pictures            -> patch features
+      graphs["projector"]  patch features      -> visual tokens          (absent where the tower projects itself)
+      graphs["prefill"]    embeddings          -> hidden states, K and V
+      graphs["decode"]     one token + K and V -> hidden states, K and V
+      graphs["head"]       hidden states       -> logits
+      host                 what transformers does between the graphs: it holds no weight that a graph holds
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.plan import Plan
+from qpcompile.recipe import Recipe
+
+VISION, PROJECTOR, PREFILL, DECODE, HEAD = "vision", "projector", "prefill", "decode", "head"
+STAGES = ("captured", "canonical", "stubbed", "calibrated", "transformed", "planned", "cut", "quantized", "fused")
+
+
+@dataclass
+class Graph:
+    """One traced component: a plain FX module from tensors, in the order of `inputs`, to tensors.
+
+    `inputs` and `outputs` are dotted paths into the keyword arguments and the result of the transformers
+    module (`attention_mask`, `past_key_values.3.key`, `hidden_states.2`). `owner` is the dotted name of that module
+    in the model. `returns` says what the module returned: "object", "tuple" or "tensor".
+    """
+
+    name: str
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    owner: str
+    returns: str = "object"
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.module.graph.nodes)
+
+    def placeholder(self, path: str) -> fx.Node:
+        """The placeholder node that receives the input called `path`."""
+        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        return placeholders[self.inputs.index(path)]
+
+    def result(self, path: str) -> fx.Node:
+        """The node whose value is returned as the output called `path`."""
+        (values,) = self.output_node.args
+        assert isinstance(values, tuple)
+        node = values[self.outputs.index(path)]
+        assert isinstance(node, fx.Node)
+        return node
+
+    @property
+    def output_node(self) -> fx.Node:
+        return next(node for node in reversed(self.module.graph.nodes) if node.op == "output")
+
+    def __call__(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run on tensors named by input path; returns tensors named by output path."""
+        return dict(zip(self.outputs, self.module(*[feeds[name] for name in self.inputs]), strict=True))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its index and the dotted name of its module."""
+
+    index: int
+    name: str
+
+
+@dataclass
+class Program:
+    """All graphs of one model at one stage of compilation."""
+
+    graphs: dict[str, Graph]
+    host: torch.nn.Module
+    layers: tuple[Layer, ...]
+    recipe: Recipe
+    plan: Plan
+    stage: str = "captured"
+    facts: dict[str, Any] = field(default_factory=dict)
+    history: list[str] = field(default_factory=list)
+
+    @property
+    def language(self) -> list[Graph]:
+        """The graphs of the decoder, in the order they run."""
+        return [self.graphs[PREFILL], self.graphs[DECODE]]
+
+    def at_least(self, stage: str) -> bool:
+        """Whether the program has reached `stage`."""
+        return STAGES.index(self.stage) >= STAGES.index(stage)

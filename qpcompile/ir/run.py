@@ -1,0 +1,160 @@
+"""Run a program: transformers' own code on the host, the graphs wherever it would call a component."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qpcompile.errors import CalibrationError, CaptureError
+from qpcompile.ir.arguments import keyword_arguments
+from qpcompile.ir.kv_cache import CompiledCache
+from qpcompile.ir.prepare import TABLE, absent_inputs, prepare
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.structure import CACHE, named_tensors, rebuild
+
+Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits", "logits_to_keep")
+VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
+KEPT, ALIVE = "kept", "alive"
+
+
+def execute_graph(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run a graph as it is."""
+    with torch.no_grad():
+        return graph(feeds)
+
+
+class Machine:
+    """A program bound to its host: `host.generate(...)` runs the graphs.
+
+    `execute` runs one graph; passes that measure give their own. `last` is the cache of the latest prefill.
+    """
+
+    def __init__(self, program: Program, execute: Execute = execute_graph) -> None:
+        self.program = program
+        self.execute = execute
+        self.host: Any = program.host
+        self.last: CompiledCache | None = None
+        self.visual: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None
+        self._bind()
+
+    def generate(self, **inputs: Any) -> Any:
+        """`host.generate` with a cache of ours."""
+        if inputs.get("use_cache", True) and CACHE not in inputs:
+            inputs[CACHE] = CompiledCache(len(self.program.layers))
+        return self.host.generate(**inputs)
+
+    def prefill(self, inputs: dict[str, Any]) -> CompiledCache:
+        """Run the prompt once; returns the cache it left."""
+        cache = CompiledCache(len(self.program.layers))
+        self.host.generate(**{**inputs, CACHE: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
+        return cache
+
+    def _bind(self) -> None:
+        graphs = self.program.graphs
+        for name in (VISION, PROJECTOR, HEAD):
+            if name in graphs:
+                self._replace(graphs[name].owner, lambda *args, graph=graphs[name], **kwargs: self._component(graph, args, kwargs))
+        self._replace(graphs[PREFILL].owner, self._language)
+        original = type(self.host).forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._see(kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
+            return original(self.host, *args, **kwargs)
+
+        self.host.forward = functools.partial(forward)
+        functools.update_wrapper(self.host.forward, original.__get__(self.host))
+
+    def _replace(self, name: str, function: Callable[..., Any]) -> None:
+        module = self.host.get_submodule(name) if name else self.host
+        module.forward = function
+
+    def _see(self, input_ids: torch.Tensor | None, attention_mask: Any) -> None:
+        """Remember which tokens of the prompt are visual, and which are padding."""
+        if input_ids is None or input_ids.shape[-1] == 1:
+            return
+        config = self.host.config
+        tokens = [getattr(config, key, None) for key in ("image_token_id", "video_token_id")]
+        self.visual = torch.isin(input_ids, torch.tensor([token for token in tokens if token is not None]))
+        is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
+        self.valid = attention_mask.bool() if is_flat else torch.ones_like(self.visual)
+
+    def _component(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.host.get_submodule(graph.owner)
+        arguments = {k: v for k, v in keyword_arguments(module, args, kwargs).items() if k not in FLAGS}
+        feeds = dict(named_tensors(prepare(module, arguments, graph.constants.get(TABLE))))
+        return rebuild(graph.returns, self.execute(graph, _pick(graph, feeds)))
+
+    def _language(self, **kwargs: Any) -> Any:
+        cache = kwargs.get(CACHE)
+        if cache is None:
+            cache = CompiledCache(len(self.program.layers))
+        if not isinstance(cache, CompiledCache):
+            raise CaptureError(
+                f"a compiled model cannot use a {type(cache).__name__}",
+                where=CACHE,
+                do="leave past_key_values out: generate makes the cache this model was compiled for",
+            )
+        new = kwargs["inputs_embeds"].shape[1]
+        graph = self.program.graphs[DECODE if cache.seen else PREFILL]
+        if cache.seen and new != 1:
+            raise CaptureError(
+                f"{new} tokens were given on top of a cache of {cache.seen}",
+                where="decode",
+                do="give the whole prompt at once: decoding goes token by token",
+            )
+        arguments = {k: v for k, v in kwargs.items() if k not in (*FLAGS, CACHE)}
+        feeds = dict(named_tensors(prepare(self.host.get_submodule(graph.owner), arguments)))
+        feeds |= absent_inputs(graph, feeds, cache.seen)
+        feeds |= self._token_feeds(cache, new, feeds)
+        results = self.execute(graph, _pick(graph, feeds))
+        self._store(cache, results, new)
+        self.last = cache
+        answer = rebuild(graph.returns, results)
+        answer[CACHE] = cache
+        return answer
+
+    def _token_feeds(self, cache: CompiledCache, new: int, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch = feeds["inputs_embeds"].shape[0]
+        extra = dict(cache.tensors)
+        if feeds.get("attention_mask") is None:
+            extra["attention_mask"] = torch.ones(batch, cache.seen + new, dtype=torch.long)
+        if not cache.seen:
+            visual, valid = self.visual, self.valid
+            if visual is None or valid is None or visual.shape != (batch, new):
+                visual, valid = torch.zeros(batch, new, dtype=torch.bool), torch.ones(batch, new, dtype=torch.bool)
+            extra[VISUAL], extra[VALID] = visual, valid
+            extra[COUNT] = torch.arange(int(visual.sum(dim=1).min()))
+        extra[SEEN] = torch.arange(cache.seen)
+        for layer in cache.kept:
+            cache.append(layer, new)
+            extra[f"{KEPT}.{layer}"], extra[f"{ALIVE}.{layer}"] = cache.kept[layer], cache.alive[layer]
+        return extra
+
+    def _store(self, cache: CompiledCache, results: dict[str, torch.Tensor], new: int) -> None:
+        """Put what a graph returned into the cache."""
+        for name in [name for name in results if name.split(".")[0] in (CACHE, KEPT, ALIVE)]:
+            kind, *rest = name.split(".")
+            if kind == CACHE:
+                cache.tensors[name] = results.pop(name)
+            else:
+                group = cache.kept if kind == KEPT else cache.alive
+                group[int(rest[0])] = results.pop(name)
+        cache.seen += new
+
+
+def _pick(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    missing = [name for name in graph.inputs if name not in feeds]
+    if missing:
+        raise CalibrationError(
+            f"the {graph.name} graph was traced with inputs that this call does not have: {', '.join(missing)}",
+            where=f"{graph.name}, given {', '.join(sorted(feeds)) or 'nothing'}",
+            do="compile with a calibration sample of the same kind as the inputs you run",
+        )
+    return {name: feeds[name] for name in graph.inputs}

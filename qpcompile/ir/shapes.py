@@ -1,0 +1,71 @@
+"""Symbolic shapes of nodes: recompute them after an edit, make new placeholders, compare sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from qpcompile.ir.edit import fake_mode, infer
+from qpcompile.ir.program import Graph
+
+
+def value(node: fx.Node) -> Any:
+    """The fake tensor or symbolic size of a node."""
+    return node.meta["val"]
+
+
+def same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Whether two sizes are the same expression (no guard is added)."""
+    return expression(left) == expression(right)
+
+
+def expression(size: int | torch.SymInt) -> Any:
+    """The sympy expression of a symbolic size; the number itself for a plain one."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def token_axes(node: fx.Node, length: int | torch.SymInt) -> list[int]:
+    """The axes of a node's tensor whose size is `length`."""
+    tensor = value(node)
+    return [axis for axis, size in enumerate(tensor.shape) if same(size, length)] if isinstance(tensor, torch.Tensor) else []
+
+
+def new_size(graph: Graph, name: str, hint: int) -> torch.SymInt:
+    """A fresh symbolic size with the given example value."""
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    tensor = fake_mode(graph).from_tensor(torch.zeros(hint), source=ConstantSource(name), symbolic_context=context)
+    size = tensor.shape[0]
+    assert isinstance(size, torch.SymInt)
+    return size
+
+
+def add_input(graph: Graph, path: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+    """A new last input called `path`; returns its placeholder."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.module.graph.inserting_after(last):
+        node = graph.module.graph.placeholder(path.replace(".", "_"))
+    with fake_mode(graph):
+        node.meta["val"] = torch.empty(shape, dtype=dtype)
+    graph.inputs = (*graph.inputs, path)
+    return node
+
+
+def add_output(graph: Graph, path: str, node: fx.Node) -> None:
+    """A new last output called `path`."""
+    output = graph.output_node
+    (values,) = output.args
+    assert isinstance(values, tuple)
+    output.args = ((*values, node),)
+    graph.outputs = (*graph.outputs, path)
+
+
+def propagate(graph: Graph, start: fx.Node | None = None) -> None:
+    """Compute the shape of every operator anew, from `start` (default: from the top) on."""
+    nodes = graph.nodes
+    for node in nodes[nodes.index(start) if start is not None else 0 :]:
+        if node.op == "call_function":
+            infer(graph, node)

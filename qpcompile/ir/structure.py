@@ -1,0 +1,80 @@
+"""Nested arguments and results as flat tensors with dotted names, and back.
+
+    {"attention_mask": t0, "masks": {"full": t1}, "past_key_values": DynamicCache}
+      -> {"attention_mask": t0, "masks.full": t1, "past_key_values.0.key": t2, "past_key_values.0.value": t3}
+
+A template is the same nest with a name in place of each tensor: plain lists, dicts and strings, so that it can be
+written to JSON and a result can be rebuilt from it without importing anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+CACHE = "past_key_values"
+
+
+def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in a nest of dicts, lists, model outputs and caches, with its dotted name, in flattening order."""
+    if isinstance(value, torch.Tensor):
+        yield prefix, value
+    elif isinstance(value, Cache):
+        for index, layer in enumerate(value.layers):
+            if getattr(layer, "keys", None) is not None and layer.keys.numel():
+                yield f"{prefix}.{index}.key", layer.keys
+                yield f"{prefix}.{index}.value", layer.values
+    else:
+        for key, item in _children(value):
+            yield from named_tensors(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def template(value: Any, prefix: str = "") -> Any:
+    """The nest of a result with names for tensors; caches are left out (they are kept apart)."""
+    if isinstance(value, torch.Tensor):
+        return prefix
+    if isinstance(value, Cache) or value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): template(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [template(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in enumerate(value)]
+    return None
+
+
+def rebuild(shape: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The result that a template describes, filled with tensors."""
+    if isinstance(shape, str):
+        return tensors[shape]
+    if isinstance(shape, dict):
+        return Result({key: rebuild(item, tensors) for key, item in shape.items()})
+    if isinstance(shape, list):
+        return tuple(rebuild(item, tensors) for item in shape)
+    return None
+
+
+class Result(dict[str, Any]):
+    """A model output by name, by attribute and by position, as transformers' own outputs are."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.to_tuple()[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are not None, in order."""
+        return tuple(value for value in self.values() if value is not None)
+
+
+def _children(value: Any) -> Iterator[tuple[str | int, Any]]:
+    if isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, (list, tuple)):
+        yield from enumerate(value)

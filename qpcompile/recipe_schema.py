@@ -1,0 +1,304 @@
+"""The sections of a recipe: every key with its type, its bounds and its meaning.
+
+The keys under `tokens` are equations 1 to 9 of "QUOTA" (arXiv 2604.17320); what the paper leaves open is a key too,
+with our default.
+"""
+
+import re
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from qpcompile.schema_text import impossible
+
+Scope = Literal["vision", "projector", "language"]
+LayerList = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys: nothing unknown, nothing converted, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class WeightScheme(Section):
+    """How linear weights are stored."""
+
+    bits: Literal[4, 16] = Field(default=4, description="4 packs two weights in a byte; 16 leaves weights as they are.")
+    granularity: Literal["channel", "group"] = Field(
+        default="channel", description="One scale per output channel, or one per group of inputs of an output channel."
+    )
+    group_size: int = Field(
+        default=128, ge=1, description="Inputs that share a scale; read with granularity group only."
+    )
+    symmetric: bool = Field(default=True, description="Codes -8..7 around zero. The kernels take no weight zero point.")
+    solver: Literal["gptq", "rtn"] = Field(
+        default="gptq",
+        description="gptq corrects later columns for the rounding of earlier ones; rtn rounds to nearest.",
+    )
+    damping: float = Field(
+        default=0.01, gt=0, le=1, description="gptq: share of the mean Hessian diagonal that is added to the diagonal."
+    )
+    clip_search: bool = Field(
+        default=True, description="Search each scale for the least squared error, not the full range."
+    )
+
+    @property
+    def kernel_group(self) -> int:
+        """The group size as the operators take it: 0 means one scale per output channel."""
+        return self.group_size if self.granularity == "group" else 0
+
+
+class ActivationScheme(Section):
+    """How the inputs of linears are quantized, each token on its own, when the model runs."""
+
+    bits: Literal[4, 16] = Field(
+        default=4, description="4 multiplies integers; 16 leaves the inputs of linears as they are."
+    )
+    granularity: Literal["token", "group"] = Field(
+        default="token", description="One scale per token, or one per group of channels of a token."
+    )
+    group_size: int = Field(
+        default=128, ge=1, description="Channels that share a scale; read with granularity group only."
+    )
+    symmetric: bool = Field(
+        default=True, description="Codes -8..7 around zero. The kernels take no activation zero point."
+    )
+    clip_ratio: float = Field(
+        default=1.0, gt=0, le=1, description="The largest magnitude kept, as a share of the true one."
+    )
+
+    @property
+    def kernel_group(self) -> int:
+        """The group size as the operators take it: 0 means one scale per token."""
+        return self.group_size if self.granularity == "group" else 0
+
+
+class CacheScheme(Section):
+    """How keys (after rotary positions) and values are stored, before attention reads them."""
+
+    bits: Literal[4, 16] = Field(
+        default=4, description="4 packs two cache entries in a byte; 16 leaves the cache as it is."
+    )
+    granularity: Literal["token-head"] = Field(
+        default="token-head", description="One scale and zero per token and head."
+    )
+    symmetric: bool = Field(default=False, description="The cache kernels store codes 0..15 with a zero point, only.")
+    rotate: bool = Field(
+        default=True, description="Rotate queries and keys by an orthogonal matrix first: same products."
+    )
+
+
+class QuantizeScheme(Section):
+    """What is stored and computed in 4 bits."""
+
+    weights: WeightScheme = Field(default=WeightScheme(), description="Weights of linears.")
+    activations: ActivationScheme = Field(default=ActivationScheme(), description="Inputs of linears.")
+    kv_cache: CacheScheme = Field(default=CacheScheme(), description="Keys and values of the decoder.")
+    transform: Literal["none", "hadamard"] = Field(
+        default="hadamard", description="Exact rotation of the inputs of linears that spreads outlier channels."
+    )
+    smooth: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Strength of the per-channel scaling moved from inputs to weights before the rotation; null: none.",
+    )
+    scope: tuple[Scope, ...] = Field(
+        default=("vision", "projector", "language"),
+        strict=False,
+        min_length=1,
+        description="Components that are quantized.",
+    )
+    ignore: tuple[str, ...] = Field(
+        default=("lm_head",),
+        strict=False,
+        description="Linears left as they are: a module name or its last parts, or `re:` and a regular expression "
+        "matched from the start of the name. A pattern that matches nothing is an error.",
+    )
+
+    @field_validator("scope")
+    @classmethod
+    def _scope_once(cls, scope: tuple[Scope, ...]) -> tuple[Scope, ...]:
+        if len(set(scope)) < len(scope):
+            raise ValueError("a component is listed twice")
+        return scope
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if not pattern.removeprefix("re:"):
+                raise ValueError("an empty pattern")
+            try:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
+
+    @model_validator(mode="after")
+    def _kernels_exist(self) -> Self:
+        reasons = _refusals(self)
+        if reasons:
+            raise impossible(reasons)
+        return self
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """Whether an `ignore` pattern means the module `name` (dotted path)."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
+    """Key -> why no kernel can run this combination."""
+    weights, activations, cache = scheme.weights, scheme.activations, scheme.kv_cache
+    reasons: dict[str, str] = {}
+    if {weights.bits, activations.bits, cache.bits} == {16}:
+        reasons["weights.bits"] = "nothing is quantized; write `quantize: null`"
+    if not weights.symmetric:
+        reasons["weights.symmetric"] = "no linear kernel takes a weight zero point; write true"
+    if not activations.symmetric:
+        reasons["activations.symmetric"] = "no linear kernel takes an activation zero point; write true"
+    if cache.symmetric:
+        reasons["kv_cache.symmetric"] = "the cache kernels are asymmetric only; write false"
+    if weights.bits == 16 and activations.bits == 4:
+        reasons["activations.bits"] = "4-bit inputs multiply 4-bit weights only; set weights.bits to 4 or this to 16"
+    if weights.bits == 16 and scheme.transform != "none":
+        reasons["transform"] = "it serves 4-bit linears and weights.bits is 16; write none"
+    if weights.bits == 16 and scheme.smooth is not None:
+        reasons["smooth"] = "it serves 4-bit linears and weights.bits is 16; write null"
+    if weights.kernel_group and activations.bits == 4 and activations.kernel_group not in (0, weights.kernel_group):
+        reasons["activations.group_size"] = (
+            f"must equal weights.group_size ({weights.group_size}) when both are grouped"
+        )
+    return reasons
+
+
+class ScoreWeights(Section):
+    """Weights of the four terms of a visual token's score."""
+
+    inter: float = Field(default=0.45, ge=0, description="Attention from text queries.")
+    magnitude: float = Field(default=0.25, ge=0, description="L2 norm of the hidden state.")
+    intra: float = Field(default=0.10, ge=0, description="Attention from visual queries.")
+    residual: float = Field(default=0.20, ge=0, description="L2 error of rounding the hidden state to 4 bits.")
+
+    @model_validator(mode="after")
+    def _some_term(self) -> Self:
+        if not any((self.inter, self.magnitude, self.intra, self.residual)):
+            raise impossible({"inter": "all four weights are 0, so every token would score the same"})
+        return self
+
+
+class TokenScheme(Section):
+    """Which visual tokens are dropped, where, and how they are chosen."""
+
+    method: Literal["none", "random", "quota"] = Field(
+        default="none",
+        description="none keeps all; random draws by seed on the same schedule; quota scores every token.",
+    )
+    keep: float = Field(default=1.0, gt=0, le=1, description="Share of visual tokens left after the last cut.")
+    candidate_layers: Literal["auto"] | LayerList = Field(
+        default="auto",
+        description="Decoder layers after which tokens are cut, from 0, strictly increasing; auto profiles them.",
+    )
+    max_candidates: int = Field(default=5, ge=1, description="auto: cut after at most so many neighbouring layers.")
+    concentration_floor: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="auto: skip first layers whose top-10 attention mass is below this share of the best.",
+    )
+    iqr_ceiling: float = Field(
+        default=0.5,
+        ge=0,
+        description="auto: skip first layers whose mass varies (interquartile range) more than this x median.",
+    )
+    cosine_ceiling: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="auto: skip layers whose token cosine is above min + this share of (max - min).",
+    )
+    tail_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="auto: never cut in this last share of the layers."
+    )
+    temperature: float = Field(
+        default=1.25, gt=0, description="Higher spreads the drops evenly, lower favours robust layers."
+    )
+    eta: float = Field(default=1e-6, gt=0, description="Added to the norm that sensitivity is divided by.")
+    sensitivity_of: Literal["output", "delta"] = Field(
+        default="output", description="Sensitivity of a layer's output, or of what the layer adds to its input."
+    )
+    sensitivity_percentiles: tuple[float, float] = Field(
+        default=(10.0, 90.0), strict=False, description="Percentiles over candidate layers that become 0 and 1."
+    )
+    sensitivity_clip: tuple[float, float] = Field(
+        default=(0.1, 0.9), strict=False, description="Bounds of the normalised sensitivity."
+    )
+    weights: ScoreWeights = Field(default=ScoreWeights(), description="Weights of the score's terms.")
+    normalize: Literal["percentile", "mad", "rank"] = Field(
+        default="percentile", description="How each term becomes 0..1 over the current visual tokens of a sample."
+    )
+    percentiles: tuple[float, float] = Field(
+        default=(1.0, 99.0), strict=False, description="normalize percentile: the percentiles that become 0 and 1."
+    )
+    queries: Literal["after_image", "last"] = Field(
+        default="after_image",
+        description="Text queries that count for inter: all after the first picture token, or the last.",
+    )
+    intra_mean: bool = Field(
+        default=False, description="Divide intra by the number of visual queries that can see the token."
+    )
+    residual_space: Literal["transformed", "plain"] = Field(
+        default="transformed",
+        description="Measure residual after the recipe's rotation, as linears see it, or without it.",
+    )
+    position_mode: Literal["retain", "reindex"] = Field(
+        default="retain", description="Kept tokens keep their positions, or are counted anew."
+    )
+    compact_scored_layer: bool = Field(
+        default=True, description="Also drop the cut tokens from the cache of the layer that scored them."
+    )
+    seed: int = Field(default=0, ge=0, description="method random: seed of the draw.")
+
+    @field_validator("candidate_layers")
+    @classmethod
+    def _layers_increase(cls, layers: Literal["auto"] | LayerList) -> Literal["auto"] | LayerList:
+        if layers != "auto" and any(after <= before for before, after in pairwise(layers)):
+            raise ValueError("layers must be strictly increasing")
+        return layers
+
+    @field_validator("sensitivity_percentiles", "percentiles")
+    @classmethod
+    def _percentiles_ordered(cls, pair: tuple[float, float]) -> tuple[float, float]:
+        return _ordered(pair, 100)
+
+    @field_validator("sensitivity_clip")
+    @classmethod
+    def _clip_ordered(cls, pair: tuple[float, float]) -> tuple[float, float]:
+        return _ordered(pair, 1)
+
+    @model_validator(mode="after")
+    def _something_cuts(self) -> Self:
+        if self.method == "none" and self.keep < 1:
+            raise impossible({"keep": "method is none, which keeps every token; write 1.0, or choose a method"})
+        return self
+
+
+def _ordered(pair: tuple[float, float], top: float) -> tuple[float, float]:
+    """The pair itself when 0 <= low < high <= top."""
+    if not 0 <= pair[0] < pair[1] <= top:
+        raise ValueError(f"needs 0 <= low < high <= {top}")
+    return pair
+
+
+class CalibrationScheme(Section):
+    """How much of the calibration data is used."""
+
+    samples: int = Field(
+        default=128, ge=1, description="Samples used at most; fewer are used, and reported, when fewer come."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of samples.")

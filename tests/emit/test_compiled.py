@@ -1,0 +1,128 @@
+"""CompiledVLM: generate is transformers' own, and the plan, the graphs and the kept tokens can be asked for."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.errors import ExportError
+from qpcompile.ir.kv_cache import CompiledCache
+
+Case = dict[str, torch.Tensor]
+Tiny = tuple[Any, dict[str, Case]]
+
+SETTINGS = {
+    "greedy": {"do_sample": False, "max_new_tokens": 6},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20, "max_new_tokens": 6},
+    "two answers": {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 4},
+    "beams": {"num_beams": 3, "do_sample": False, "max_new_tokens": 5},
+    "scores": {"do_sample": False, "max_new_tokens": 2, "return_dict_in_generate": True, "output_scores": True},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize("case", ["longer", "padded"])
+def test_generate_is_the_models_own(
+    tiny_llava: Tiny, compiled_llava: CompiledVLM, settings: dict[str, Any], case: str
+) -> None:
+    model, cases = tiny_llava
+    torch.manual_seed(3)
+    expected = model.generate(**cases[case], **settings)
+    torch.manual_seed(3)
+    answer = compiled_llava.generate(**cases[case], **settings)
+    if "output_scores" in settings:
+        torch.testing.assert_close(answer.scores, expected.scores, rtol=1e-4, atol=1e-5)
+        expected, answer = expected.sequences, answer.sequences
+    assert torch.equal(answer, expected)
+
+
+def test_generate_stops_at_the_end_token(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    case = tiny_llava[1]["one"]
+    tokens = compiled_llava.generate(**case, max_new_tokens=6, do_sample=False)[0, case["input_ids"].shape[1] :]
+    end = int(tokens[2])
+    stopped = compiled_llava.generate(**case, max_new_tokens=6, do_sample=False, eos_token_id=end)
+    first = tokens.tolist().index(end)
+    assert stopped[0, case["input_ids"].shape[1] :].tolist() == tokens[: first + 1].tolist()
+
+
+def test_prompt_may_be_given_by_position(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    case = dict(tiny_llava[1]["one"])
+    expected = compiled_llava.generate(**case, max_new_tokens=2, do_sample=False)
+    ids = case.pop("input_ids")
+    assert torch.equal(compiled_llava.generate(ids, **case, max_new_tokens=2, do_sample=False), expected)
+
+
+class Collector(BaseStreamer):
+    """Keeps what a streamer is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streamer_gets_every_token(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    streamer = Collector()
+    answer = compiled_llava.generate(**tiny_llava[1]["one"], max_new_tokens=4, do_sample=False, streamer=streamer)
+    assert streamer.tokens == answer[0].tolist() and streamer.ended
+
+
+def test_kept_tokens_without_a_cut(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    assert compiled_llava.kept_tokens(**tiny_llava[1]["padded"]) == {}
+
+
+def test_kept_tokens_mark_empty_slots(compiled_llava: CompiledVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = CompiledCache(3)
+    cache.kept = {2: torch.tensor([[3]]), 1: torch.tensor([[0, 3, 5]])}
+    cache.alive = {2: torch.tensor([[True]]), 1: torch.tensor([[False, True, True]])}
+    monkeypatch.setattr(compiled_llava.machine, "prefill", lambda inputs: cache)
+    kept = compiled_llava.kept_tokens(input_ids=torch.zeros(1, 1))
+    assert [(layer, index.tolist()) for layer, index in kept.items()] == [(1, [[-1, 3, 5]]), (2, [[3]])]
+
+
+def test_plan_recipe_and_model_settings(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    model, _ = tiny_llava
+    assert compiled_llava.plan is compiled_llava.program.plan
+    assert compiled_llava.recipe == compiled_llava.plan.recipe
+    assert compiled_llava.config.text_config.hidden_size == model.config.text_config.hidden_size
+    assert compiled_llava.generation_config.pad_token_id == model.generation_config.pad_token_id
+    assert (compiled_llava.dtype, compiled_llava.device) == (torch.float32, torch.device("cpu"))
+
+
+def test_graph_text_names_what_there_is(compiled_llava: CompiledVLM) -> None:
+    text = compiled_llava.graph_text("prefill")
+    assert text.startswith("graph prefill of model.language_model\n")
+    assert "# layers.2\n" in text and "@layers.2.mlp.down_proj.weight : f32[48, 80]\n" in text
+    assert "/" not in text
+    with pytest.raises(ExportError, match=r"no graph called 'encode'[\s\S]*vision, projector, prefill, decode, head"):
+        compiled_llava.graph_text("encode")
+
+
+def test_weight_bytes_count_shared_tensors_once(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    model, _ = tiny_llava
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert parameters <= compiled_llava.weight_bytes() < 1.02 * parameters
+    assert compiled_llava.weight_bytes("prefill") == compiled_llava.weight_bytes("decode")
+    assert compiled_llava.weight_bytes("head") == model.lm_head.weight.nbytes
+
+
+def test_report_and_onnx_are_handed_on(compiled_llava: CompiledVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, str]] = []
+    for name, function in (("qpcompile.inspect.report", "write_report"), ("qpcompile.emit.onnx", "export_onnx")):
+        module = ModuleType(name)
+        setattr(module, function, lambda compiled, path: calls.append((compiled, path.name)))
+        monkeypatch.setitem(sys.modules, name, module)
+    compiled_llava.report("out.html")
+    compiled_llava.export_onnx("out-onnx")
+    assert calls == [(compiled_llava, "out.html"), (compiled_llava, "out-onnx")]

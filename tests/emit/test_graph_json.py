@@ -1,0 +1,160 @@
+"""Graphs as JSON: they come back whole, and only operators and arguments of the fixed list are accepted."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from qpcompile.emit.graph_json import SIZE_FUNCTIONS, read_graph, write_graph
+from qpcompile.errors import ArtifactError, ExportError
+from qpcompile.ir.edit import layer_of, set_tensor
+from qpcompile.ir.facts import QuantizedFact, quantized_fact, set_fact
+from qpcompile.ir.program import Graph
+from qpcompile.ir.text import graph_text
+
+aten = torch.ops.aten
+WEIGHT = torch.arange(6.0).reshape(2, 3)
+KEYS = {"layers.0.weight": "model.layers.0.weight"}
+
+
+def small_graph() -> Graph:
+    """x -> two results, with a weight, sizes, a pair of results, lists and constants of many kinds."""
+    root, made = torch.nn.Module(), fx.Graph()
+    set_tensor(root, "layers.0.weight", WEIGHT)
+    x = made.placeholder("x")
+    rows = made.call_function(aten.sym_size.int, (x, 0))
+    double = made.call_function(operator.mul, (rows, 2))
+    where = {"dtype": torch.float32, "device": torch.device("cpu")}
+    ones = made.call_function(aten.ones.default, ([double, 2],), where)
+    weight = made.call_function(aten.t.default, (made.get_attr("layers.0.weight"),))
+    linear = made.call_function(aten.linear.default, (ones, weight))
+    linear.meta["nn_module_stack"] = {"a": ("", ""), "b": ("layers.0", ""), "c": ("layers.0.mlp", "")}
+    set_fact(linear, QuantizedFact(("layers.0.mlp",), "reference"))
+    low = made.call_function(aten.lt.Scalar, (linear, 2.5))
+    filled = made.call_function(aten.masked_fill.Scalar, (linear, low, -math.inf))
+    pair = made.call_function(aten.topk.default, (filled, 1), {"dim": 0, "largest": True})
+    first, index = (made.call_function(operator.getitem, (pair, place)) for place in (0, 1))
+    copy = made.call_function(aten.clone.default, (first,), {"memory_format": torch.contiguous_format})
+    made.output((copy, index))
+    returns: Any = {"a": ["a.0", None], "b": "b"}
+    return Graph("part", fx.GraphModule(root, made), ("x",), ("a.0", "b"), "model", returns, {"flag": True})
+
+
+def read(text: str) -> Graph:
+    """Read with the one tensor stored."""
+    return read_graph(text, {"model.layers.0.weight": WEIGHT}, "graph/part.json")
+
+
+def test_graph_comes_back_whole() -> None:
+    graph = small_graph()
+    text = write_graph(graph, KEYS)
+    again = read(text)
+    feeds = {"x": torch.zeros(3, 1)}
+    for name, value in graph(feeds).items():
+        assert torch.equal(again(feeds)[name], value)
+    for name in ("name", "inputs", "outputs", "owner", "returns", "constants"):
+        assert getattr(again, name) == getattr(graph, name)
+    linear = next(node for node in again.nodes if node.target is aten.linear.default)
+    assert layer_of(linear) == 0
+    assert quantized_fact(linear) == QuantizedFact(("layers.0.mlp",), "reference")
+    assert write_graph(again, KEYS) == text and graph_text(again) == graph_text(graph)
+
+
+def test_every_node_is_one_line() -> None:
+    lines = write_graph(small_graph(), KEYS).splitlines()
+    nodes = [json.loads(line.removesuffix(",")) for line in lines if line.startswith('  {"')]
+    assert [node["op"] for node in nodes].count("call") == 11 and nodes[-1]["op"] == "output"
+    assert {"label": "@layers.0.weight", "op": "weight", "key": "model.layers.0.weight", "type": ""} in nodes
+
+
+def test_weight_read_twice_is_one_line() -> None:
+    graph = small_graph()
+    copy = next(node for node in graph.nodes if node.target is aten.clone.default)
+    made = graph.module.graph
+    with made.inserting_before(copy):
+        copy.args = (made.call_function(aten.add.Tensor, (copy.args[0], made.get_attr("layers.0.weight"))),)
+    assert write_graph(graph, KEYS).count('"op": "weight"') == 1
+    assert sum(node.op == "get_attr" for node in read(write_graph(graph, KEYS)).nodes) == 1
+
+
+def test_operator_outside_the_list_is_not_saved() -> None:
+    graph = small_graph()
+    graph.nodes[1].target = torch.ops.prims.abs.default
+    with pytest.raises(ExportError, match="prims::abs"):
+        write_graph(graph, KEYS)
+
+
+def node(target: str = "aten::relu.default", args: Any = ({"ref": "%0"},), **more: Any) -> dict[str, Any]:
+    return {"label": "%1", "op": "call", "target": target, "args": list(args), "type": "", **more}
+
+
+def weight(label: str, key: str) -> dict[str, Any]:
+    return {"label": label, "op": "weight", "key": key, "type": ""}
+
+
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "python": (node("os.system", ["true"]), "operator 'os.system'"),
+    "builtin": (node("builtins.eval", ["1"]), "operator 'builtins.eval'"),
+    "attribute getter": (node("operator.attrgetter", ["x"]), "operator 'operator.attrgetter'"),
+    "other namespace": (node("prims::abs.default"), "operator 'prims::abs.default'"),
+    "other operator of transformers": (node("transformers::x.default"), "operator 'transformers::x.default'"),
+    "reads a file": (node("aten::from_file.default", ["/etc/passwd"]), "operator 'aten::from_file.default'"),
+    "no such operator": (node("aten::relu.nothing"), "does not exist here"),
+    "class of the namespace": (node("aten::__class__.default"), "does not exist here"),
+    "unknown of ours": (node("qpcompile::nothing.default"), "does not exist here"),
+    "reference to nothing": (node(args=[{"ref": "%7"}]), "'%7' is used before it is defined"),
+    "reference to itself": (node(args=[{"ref": "%1"}]), "'%1' is used before it is defined"),
+    "label twice": (node() | {"label": "%0"}, "%0 is defined twice"),
+    "keyword that is code": (node(kwargs={"x=open('f')": 1}), "is no argument name"),
+    "unknown kind": (node() | {"op": "call_module"}, "no kind of node called 'call_module'"),
+    "constant of torch": (node(args=[{"dtype": "load"}]), "is no argument"),
+    "device that is code": (node(args=[{"device": "cpu'); f("}]), "is no argument"),
+    "unknown constant": (node(args=[{"slice": "x"}]), "is no argument"),
+    "object with two keys": (node(args=[{"ref": "%0", "x": 1}]), "not a graph"),
+    "no arguments": ({"label": "%1", "op": "call", "target": "aten::relu.default"}, "not a graph"),
+    "weight that is code": (weight("@x')+f('", "model.layers.0.weight"), "no name of a weight"),
+    "weight below a number": (weight("@x..y", "model.layers.0.weight"), "no name of a weight"),
+    "tensor that is not stored": (weight("@x", "y"), "the tensor y is not stored"),
+    "unknown fact": (node(fact={"kind": "magic"}), "not a graph"),
+}
+
+
+@pytest.mark.parametrize(("entry", "message"), HOSTILE.values(), ids=list(HOSTILE))
+def test_hostile_text_is_refused(entry: dict[str, Any], message: str) -> None:
+    data = json.loads(write_graph(small_graph(), KEYS))
+    output = {"op": "output", "args": {"tuple": [{"ref": "%0"}] * 2}}
+    data["nodes"] = [{"label": "%0", "op": "input", "type": ""}, entry, output]
+    with pytest.raises(ArtifactError, match=message) as caught:
+        read(json.dumps(data))
+    assert caught.value.where == "graph/part.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 9}, "format 9, this version reads 1"),
+        ({"outputs": ["a"]}, "do not match their names"),
+        ({"inputs": []}, "do not match their names"),
+        ({"nodes": []}, "do not match their names"),
+        ({"nodes": 3}, "not a graph"),
+    ],
+)
+def test_wrong_frame_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        read(json.dumps(json.loads(write_graph(small_graph(), KEYS)) | change))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"format": 1}', "[" * 100_000])
+def test_text_that_is_no_graph_is_refused(text: str) -> None:
+    with pytest.raises(ArtifactError):
+        read(text)
+
+
+def test_size_functions_have_stable_names() -> None:
+    assert {"operator.mul", "operator.floordiv", "operator.getitem", "math.ceil", "torch.sym_max"} <= {*SIZE_FUNCTIONS}

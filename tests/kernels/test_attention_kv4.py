@@ -1,0 +1,177 @@
+"""attention_kv4 against one query at a time in float64, on both of its CPU routes and in onnxruntime."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qpcompile.errors import KernelError
+from qpcompile.kernels.attention_kv4 import cpu, reference
+from qpcompile.kernels.attention_kv4.op import OVERLOAD, attention_kv4
+from qpcompile.kernels.kv4_read.reference import kv4_read
+from qpcompile.kernels.kv4_write.op import kv4_write
+
+# (batch, query heads, key heads, queries, keys, head size)
+CASES = [(1, 1, 1, 1, 1, 1), (2, 6, 2, 1, 63, 33), (1, 4, 4, 17, 17, 7), (2, 6, 2, 63, 63, 16), (1, 4, 1, 5, 257, 64)]
+MASKS = ["none", "bool", "float", "per_head"]
+# Float32 sums of up to 257 products of order 1, in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def make(case: tuple[int, ...], mask: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    batch, heads, groups, rows, keys, head_dim = case
+    torch.manual_seed(0)
+    q = torch.randn(batch, heads, rows, head_dim).to(dtype)
+    k, v = (kv4_write(torch.randn(batch, groups, keys, head_dim)) for _ in range(2))
+    allowed = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows).expand(batch, 1, -1, -1)
+    masks = {
+        "none": None,
+        "bool": allowed,
+        "float": torch.zeros(1, 1, rows, keys).masked_fill(~allowed[:1], torch.finfo(torch.float32).min),
+        "per_head": torch.randn(batch, heads, rows, keys).masked_fill(~allowed, -torch.inf),
+    }
+    return q, *k, *v, masks[mask], 0.3
+
+
+def naive(
+    q: Tensor, k_codes: Tensor, k_affine: Tensor, v_codes: Tensor, v_affine: Tensor, mask: Tensor | None, scale: float
+) -> np.ndarray:
+    """One batch row, head and query at a time, in float64."""
+    batch, heads, rows, head_dim = q.shape
+    k = kv4_read(k_codes, k_affine, head_dim, torch.float64).numpy()
+    v = kv4_read(v_codes, v_affine, head_dim, torch.float64).numpy()
+    term = None if mask is None else mask.expand(batch, heads, -1, -1)
+    y = np.zeros(q.shape)
+    for b, h, i in np.ndindex(batch, heads, rows):
+        group = h // (heads // k.shape[1])
+        logits = scale * k[b, group] @ q[b, h, i].double().numpy()
+        if term is not None:
+            row = term[b, h, i]
+            logits = np.where(row, logits, -np.inf) if row.dtype == torch.bool else logits + row.double().numpy()
+        weights = np.exp(logits - logits.max())
+        y[b, h, i] = weights / weights.sum() @ v[b, group]
+    return y
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_routes_equal_the_formula(case: tuple[int, ...], mask: str) -> None:
+    inputs = make(case, mask)
+    expected = torch.from_numpy(naive(*inputs)).float()
+    for attend in (reference.attention_kv4, cpu._attend_to_codes, cpu._attend_to_values, attention_kv4):
+        torch.testing.assert_close(attend(*inputs), expected, **CLOSE)
+
+
+def test_by_hand() -> None:
+    # Codes and scales are exact here: keys 0 and 15, values 3 and 12 in one channel, scores 0 and ln 2.
+    k, v = (kv4_write(torch.tensor([[[[a], [b]]]])) for a, b in ((0.0, 15.0), (3.0, 12.0)))
+    y = attention_kv4(torch.ones(1, 1, 1, 1), *k, *v, None, float(np.log(2) / 15))
+    assert y.item() == pytest.approx(3 / 3 + 12 * 2 / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_queries(dtype: torch.dtype) -> None:
+    inputs = make(CASES[3], "bool", dtype)
+    got = attention_kv4(*inputs)
+    assert got.dtype == dtype
+    # One rounding of the result is all that half precision may cost.
+    assert torch.equal(got, reference.attention_kv4(*inputs)) or (
+        (got.double() - torch.from_numpy(naive(*inputs))).abs().max() <= 2 * torch.finfo(dtype).eps
+    )
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("fill", [False, -torch.inf, torch.finfo(torch.float16).min, torch.finfo(torch.float32).min])
+def test_a_query_that_sees_nothing_gets_zero(rows: int, fill: float) -> None:
+    q, *cache, _, scale = make((2, 4, 2, rows, 9, 8), "none")
+    mask = torch.ones(2, 1, rows, 9, dtype=torch.bool) if fill is False else torch.zeros(2, 1, rows, 9)
+    mask[0, 0, 0] = fill
+    y = attention_kv4(q, *cache, mask, scale)
+    assert not y[0, :, 0].any()
+    assert torch.isfinite(y).all() and (y[0, :, 1] != 0).all() and (y[1] != 0).all()
+    torch.testing.assert_close(y, reference.attention_kv4(q, *cache, mask, scale), **CLOSE)
+
+
+def test_decode_equals_the_last_row_of_prefill() -> None:
+    q, *cache, mask, scale = make((2, 6, 2, 63, 63, 16), "bool")
+    decoded = attention_kv4(q[:, :, -1:], *cache, None, scale)
+    torch.testing.assert_close(decoded, attention_kv4(q, *cache, mask, scale)[:, :, -1:], **CLOSE)
+
+
+def test_gathered_cache_equals_masked_cache() -> None:
+    q, *cache, _, scale = make((1, 4, 2, 3, 63, 16), "none")
+    index = torch.sort(torch.randperm(63)[:20]).values
+    mask = torch.zeros(1, 1, 3, 63, dtype=torch.bool).index_fill(3, index, True)
+    gathered = attention_kv4(q, *(part[:, :, index] for part in cache), None, scale)
+    torch.testing.assert_close(gathered, attention_kv4(q, *cache, mask, scale), **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_not_contiguous(rows: int) -> None:
+    q, *cache, _, scale = make((2, 4, 2, rows, 9, 8), "none")
+    views = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, *cache)]
+    torch.testing.assert_close(
+        attention_kv4(*views, None, scale), reference.attention_kv4(q, *cache, None, scale), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_tokens_are_outside_heads_in_memory(rows: int) -> None:
+    y = attention_kv4(*make((2, 4, 2, rows, 40, 8), "none"))
+    assert y.transpose(1, 2).is_contiguous()
+    assert y.transpose(1, 2).view(2, rows, 32).shape == (2, rows, 32)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_opcheck(rows: int, mask: str) -> None:
+    torch.library.opcheck(attention_kv4, make((2, 4, 2, rows, 40, 7), mask))
+
+
+def test_refusals() -> None:
+    q, *cache, _, scale = make((1, 4, 2, 3, 5, 8), "none")
+    with pytest.raises(KernelError, match="do not fit a cache with 2 heads"):
+        attention_kv4(q[:, :3], *cache, None, scale)
+    with pytest.raises(KernelError, match="head size 6"):
+        attention_kv4(q[..., :6], *cache, None, scale)
+    with pytest.raises(KernelError, match="mask is torch.int64"):
+        attention_kv4(q, *cache, torch.ones(1, 1, 3, 5, dtype=torch.int64), scale)
+
+
+class Attend(torch.nn.Module):
+    """Queries, keys and values [B, S, heads, D] of a causal layer with left padding, its mask bool or float or none."""
+
+    def __init__(self, mask: str) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+        length = q.shape[1]
+        mask = None
+        if self.mask != "none":
+            mask = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, None]
+        if mask is not None and self.mask == "float":
+            mask = torch.where(mask, 0.25, torch.finfo(torch.float32).min)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return attention_kv4(q, *kv4_write(k), *kv4_write(v), mask, 0.3)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_onnx(export_onnx: Callable[..., Any], mask: str) -> None:
+    from qpcompile.kernels.attention_kv4.onnx import attention_kv4 as translation
+    from qpcompile.kernels.kv4_write.onnx import kv4_write as write_translation
+    from qpcompile.kernels.kv4_write.op import OVERLOAD as WRITE
+
+    def inputs(batch: int, length: int) -> list[Tensor]:
+        valid = torch.ones(batch, length, dtype=torch.bool)
+        valid[0, : length // 3] = False
+        return [torch.randn(batch, length, heads, 7) for heads in (6, 2, 2)] + [valid]
+
+    module = Attend(mask)
+    exported = export_onnx(module, inputs(2, 9), {OVERLOAD: translation, WRITE: write_translation})
+    for batch, length in ((1, 1), (3, 17), (2, 63)):
+        given = inputs(batch, length)
+        torch.testing.assert_close(exported(*given)[0], module(*given), **CLOSE)

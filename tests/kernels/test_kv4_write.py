@@ -1,0 +1,121 @@
+"""kv4_write against a formula written out here, its packing, and its independence of other tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qpcompile.errors import KernelError
+from qpcompile.kernels.kv4_write.op import OVERLOAD, kv4_write
+from qpcompile.kernels.kv4_write.reference import pack_planes
+
+SHAPES = [(1, 1, 1, 1), (1, 2, 17, 7), (2, 3, 63, 33), (2, 1, 257, 64), (1, 4, 5, 80)]
+
+
+def naive(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x: f32[B, H, S, D], one token and head at a time, nibble by nibble."""
+    plane = -(-x.shape[-1] // 2)
+    codes = np.zeros((*x.shape[:-1], plane), np.uint8)
+    affine = np.zeros((*x.shape[:-1], 2), np.float32)
+    for place in np.ndindex(*x.shape[:-1]):
+        row = x[place].astype(np.float32)
+        low, high = min(row.min(), np.float32(0)), max(row.max(), np.float32(0))
+        scale = np.float32(high - low) / np.float32(15) or np.float32(1)
+        zero = np.rint(-low / scale)
+        for j, value in enumerate(row):
+            code = int(np.clip(np.rint(value / scale) + zero, 0, 15))
+            codes[place][j % plane] |= code << (4 if j >= plane else 0)
+        affine[place] = scale, zero
+    return codes, affine
+
+
+def test_by_hand() -> None:
+    x = torch.tensor([[0.0, 1.0, 2.0, 3.0], [-1.5, 0.0, 4.4, 13.5]])
+    codes, affine = kv4_write(x[None, None])
+    # Row 0: scale 0.2, codes 0 5 10 15. Row 1: scale 1, zero 2 (1.5 to even), codes 0 2 6 and 14 + 2 held at 15.
+    assert codes.tolist() == [[[[0 | 10 << 4, 5 | 15 << 4], [0 | 6 << 4, 2 | 15 << 4]]]]
+    torch.testing.assert_close(affine, torch.tensor([[[[0.2, 0.0], [1.0, 2.0]]]]))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 0.5).to(dtype)
+    codes, affine = kv4_write(x)
+    expected_codes, expected_affine = naive(x.float().numpy())
+    assert np.array_equal(codes.numpy(), expected_codes)
+    assert np.array_equal(affine.numpy(), expected_affine)
+
+
+def test_rows_of_one_sign_keep_zero_exact() -> None:
+    x = torch.tensor([[[[2.0, 4.0, 8.0]], [[-2.0, -4.0, -8.0]]]])
+    _, affine = kv4_write(x)
+    assert affine[0, :, 0, 1].tolist() == [0, 15]
+
+
+def test_zero_and_tiny_rows() -> None:
+    x = torch.zeros(1, 1, 3, 6)
+    x[0, 0, 1] = 1e-45  # a fifteenth of it is 0 in float32
+    codes, affine = kv4_write(x)
+    assert not codes.any()
+    assert affine[0, 0, :, 0].tolist() == [1, 1, 1]
+
+
+def test_not_contiguous() -> None:
+    x = torch.randn(3, 5, 8, 6)
+    for view in (x.mT, x.transpose(1, 2), x[:, :, ::2], x[..., 1::2], x[:, :1].expand(-1, 4, -1, -1)):
+        for got, expected in zip(kv4_write(view), kv4_write(view.contiguous()), strict=True):
+            assert got.is_contiguous() and torch.equal(got, expected)
+
+
+def test_survivors_keep_their_codes() -> None:
+    x = torch.randn(2, 3, 63, 16) * torch.logspace(-3, 3, 63)[:, None]
+    index = torch.sort(torch.randperm(63)[:20]).values
+    for of_all, of_kept in zip(kv4_write(x), kv4_write(x[:, :, index]), strict=True):
+        assert torch.equal(of_all[:, :, index], of_kept)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=40))
+def test_packing_places_every_code(codes: list[int]) -> None:
+    packed = pack_planes(torch.tensor(codes, dtype=torch.uint8)).tolist()
+    plane = -(-len(codes) // 2)
+    assert len(packed) == plane
+    assert [byte & 15 for byte in packed] == codes[:plane]
+    assert [byte >> 4 for byte in packed] == codes[plane:] + [0] * (len(codes) % 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    torch.library.opcheck(kv4_write, (torch.randn(2, 3, 5, 7, dtype=dtype),))
+    torch.library.opcheck(kv4_write, (torch.randn(2, 3, 6, 5, dtype=dtype).mT,))
+
+
+def test_refuses_other_shapes() -> None:
+    with pytest.raises(KernelError, match="3 dimensions"):
+        kv4_write(torch.zeros(2, 3, 4))
+    with pytest.raises(KernelError, match="int64"):
+        kv4_write(torch.zeros(1, 2, 3, 4, dtype=torch.int64))
+
+
+class Write(torch.nn.Module):
+    """[B, S, H, D] as a projection leaves it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return kv4_write(x.transpose(1, 2))
+
+
+@pytest.mark.parametrize("head_dim", [7, 64])
+def test_onnx_is_bit_exact(export_onnx: Callable[..., Any], head_dim: int) -> None:
+    from qpcompile.kernels.kv4_write.onnx import kv4_write as translation
+
+    exported = export_onnx(Write(), [torch.randn(2, 9, 3, head_dim)], {OVERLOAD: translation})
+    for batch, length in ((1, 1), (3, 17), (2, 257)):
+        x = torch.randn(batch, length, 3, head_dim)
+        x[0, 0] = 0
+        assert all(map(torch.equal, Write()(x), exported(x)))

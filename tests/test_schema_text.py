@@ -1,0 +1,63 @@
+"""The words for what is allowed come from the schema that is checked."""
+
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, Field, ValidationError
+
+from qpcompile.schema_text import allowed, problems
+
+
+class Inner(BaseModel):
+    """A section."""
+
+    size: int = Field(default=1, ge=1, lt=9)
+
+
+class Outer(BaseModel, extra="forbid"):
+    """All kinds of keys."""
+
+    flag: bool = True
+    word: Literal["a", "b"] = "a"
+    either: Literal["auto"] | list[int] = "auto"
+    pair: tuple[int, float] = (1, 2.0)
+    words: list[Literal["a", "b"]] = []
+    maybe: Inner | None = None
+    names: dict[str, str] = {}
+    items: list[Inner] = []
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("flag", "true | false"),
+        ("word", "a | b"),
+        ("either", "auto | list of integer"),
+        ("pair", "[integer, number]"),
+        ("words", "list of (a | b)"),
+        ("maybe", "a section with the keys size | null"),
+        ("names", "a mapping"),
+        ("items", "list of a section with the keys size"),
+    ],
+)
+def test_words_for_each_kind(key: str, words: str) -> None:
+    schema = Outer.model_json_schema()
+    assert allowed(schema["properties"][key], schema) == words
+
+
+def test_bounds_are_said() -> None:
+    schema = Inner.model_json_schema()
+    assert allowed(schema["properties"]["size"], schema) == "integer >= 1 and < 9"
+
+
+def test_one_line_per_wrong_place() -> None:
+    data = {"either": ["x", "y"], "maybe": {"size": 9}, "items": [{}, {"size": "x" * 100}], "wrd": 1, "pair": [1]}
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate(data)
+    assert problems(Outer, caught.value, data) == [
+        'either: given ["x", "y"]; allowed: auto | list of integer',
+        "pair: given [1]; allowed: [integer, number]",
+        "maybe.size: given 9; allowed: integer >= 1 and < 9",
+        f'items.1.size: given "{"x" * 76}...; allowed: integer >= 1 and < 9',
+        "wrd: unknown key; did you mean word or words?",
+    ]
