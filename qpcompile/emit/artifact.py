@@ -88,7 +88,10 @@ def _write_settings(program: Program, processor: Any, out: Path) -> None:
     if processor is not None:
         processor.save_pretrained(out)
     _write(out / "recipe.yaml", program.recipe.to_yaml())
-    _write(out / "plan.yaml", program.plan.to_yaml())
+    plan = program.plan.to_yaml()
+    # Passes may have changed the plan without its checks; what could not be loaded again is not written.
+    Plan.from_yaml(plan, where="the plan of the program")
+    _write(out / "plan.yaml", plan)
 
 
 def _facts(program: Program, processor: Any, stored: StoredTensors) -> dict[str, Any]:

@@ -46,12 +46,13 @@ def cut_decode(graph: Graph, cuts: Sequence[int], offset: int) -> None:
     past = _free_full_length(graph)
     firsts = [cut + offset for cut in cuts]
     stages = [_Stage(cut, first, last) for cut, first, last in zip(cuts, firsts, [*firsts[1:], None], strict=True)]
-    place = first_node_of_layer(graph, firsts[0])
+    points = {stage.cut: first_node_of_layer(graph, stage.first) for stage in stages}
+    place = points[cuts[0]]
     inputs = {stage.cut: _add_stage_inputs(graph, stage) for stage in stages}
     # Last stage first: a later stage's readers are gone when an earlier one looks for its own.
     for stage in reversed(stages):
         kept, alive = inputs[stage.cut]
-        _shorten(graph, stage, past, kept, alive, place)
+        _shorten(graph, points[stage.cut], place, past, kept, alive)
     propagate(graph, place)
     tidy(graph)
 
@@ -86,12 +87,11 @@ def _add_stage_inputs(graph: Graph, stage: _Stage) -> tuple[fx.Node, fx.Node]:
     return kept, alive
 
 
-def _shorten(graph: Graph, stage: _Stage, past: torch.SymInt, kept: fx.Node, alive: fx.Node, place: fx.Node) -> None:
-    """Behind the stage's first layer, replace what has the full length by its part at the kept positions."""
+def _shorten(graph: Graph, point: fx.Node, place: fx.Node, past: torch.SymInt, kept: fx.Node, alive: fx.Node) -> None:
+    """From `point`, the first node of a stage, on: replace what has the full length by its part at the kept positions."""
     batch = call(graph, place, aten.sym_size.int, kept, 0)
     slots = call(graph, place, aten.sym_size.int, kept, 1)
     before = call(graph, place, operator.sub, slots, 1)
-    point = first_node_of_layer(graph, stage.first)
     caches = [graph.placeholder(path) for path in graph.inputs if path.startswith(f"{CACHE}.")]
     lengths = [(past + 1, Selection(kept, alive, slots, batch)), (past, Selection(kept, alive, before, batch))]
     reduce_tokens(graph, point, lengths, skip=[*caches, kept, alive, batch, slots, before], place=place)

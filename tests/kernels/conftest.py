@@ -36,7 +36,7 @@ Export = Callable[..., ExportedModule]
 
 @pytest.fixture(scope="session")
 def export_onnx() -> Export:
-    """export_onnx(module, inputs, translations, lowerings=(), options={}): first two dimensions of inputs are dynamic."""
+    """export_onnx(module, inputs, translations, lowerings, options); the first two dimensions of inputs are dynamic."""
     onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
     import onnx_ir as ir
     import onnxruntime

@@ -1,4 +1,4 @@
-"""qpcompile::linear_w4a4: the packing, exact integer products on every shape, the scaling, and ONNX with 4-bit weights."""
+"""qpcompile::linear_w4a4: the packing, exact integer products on every shape, the scaling, ONNX with 4-bit weights."""
 
 from typing import Any
 
@@ -212,7 +212,7 @@ def placeholder_model(opset: int) -> ir.Model:
 
 
 def test_lower_refuses_a_weight_without_data() -> None:
-    with pytest.raises(ExportError, match="input 2 of LinearW4A4 has no data(.|\n)*node projection"):
+    with pytest.raises(ExportError, match=r"input 2 of LinearW4A4 has no data(.|\n)*node projection"):
         translation.lower(placeholder_model(21))
 
 

@@ -1,0 +1,48 @@
+"""Types and sizes that translations to ONNX ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset21
+
+op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
+
+
+class _Types(dict[torch.dtype, ir.DataType]):
+    @property
+    def inverse(self) -> dict[Any, torch.dtype]:
+        return {value: key for key, value in self.items()}
+
+
+onnx_type = _Types(
+    {
+        torch.float32: ir.DataType.FLOAT,
+        torch.float16: ir.DataType.FLOAT16,
+        torch.float64: ir.DataType.DOUBLE,
+        torch.int64: ir.DataType.INT64,
+        torch.int32: ir.DataType.INT32,
+        torch.int8: ir.DataType.INT8,
+        torch.uint8: ir.DataType.UINT8,
+        torch.bool: ir.DataType.BOOL,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is known of a tensor before it is computed: its type, and its sizes, None where they vary."""
+
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """`value`, a tensor or a number, in the given type."""
+    if not isinstance(value, ir.Value):
+        wide = float(value) if dtype.is_floating_point else bool(value) if dtype == torch.bool else int(value)
+        return op.Constant(value=ir.tensor(wide, dtype=onnx_type[dtype]))
+    return value if value.dtype == onnx_type[dtype] else op.Cast(value, to=onnx_type[dtype])
