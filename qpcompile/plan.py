@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from qpcompile import yaml_text
 from qpcompile.errors import PlanError, RecipeError

@@ -20,9 +20,9 @@ def attention_kv4(
     v = dequantize(v_codes, v_affine, head_dim)
     queries = op.Mul(op.Cast(q, to=ir.DataType.FLOAT), scale)
     products = op.MatMul(group_rows(queries, groups, head_dim), k)
-    scores = op.Reshape(products, op.Concat(op.Shape(q, start=0, end=3), [-1], axis=0))
+    scores = op.Reshape(products, op.Concat(op.Shape(q, start=0, end=3), op.Constant(value_ints=[-1]), axis=0))
     probabilities = masked_softmax(scores, mask)
-    weights = op.Reshape(probabilities, op.Concat([0, groups, -1], op.Shape(v, start=2, end=3), axis=0))
+    weights = op.Reshape(probabilities, op.Shape(products))
     y = op.Reshape(op.MatMul(weights, v), op.Shape(q))
     return op.Cast(y, to=q.dtype)
 

@@ -22,7 +22,8 @@ def rmsnorm_quantize(
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: f[..., C], weight: f[C] -> f32[..., C]."""
-    values = x.float()
+    # The layout decides the order in which torch adds a mean up; one layout, one result.
+    values = x.float().contiguous()
     buffer = values * values
     inverse = buffer.mean(-1, keepdim=True).add_(eps).rsqrt_()
     return torch.mul(values, inverse, out=buffer).mul_(weight.float())

@@ -27,5 +27,6 @@ def rmsnorm_quantize(
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: f[..., C], weight: f[C] -> f32[..., C]."""
-    values = x.float()
+    # The layout decides the order in which torch adds a mean up; one layout, one result.
+    values = x.float().contiguous()
     return values * torch.rsqrt((values * values).mean(-1, keepdim=True) + eps) * weight.float()

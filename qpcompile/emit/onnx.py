@@ -16,30 +16,58 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, RemoveUnusedNodesPass
 
-from qpcompile.emit import onnx_runner
-from qpcompile.emit.onnx_attention import attention
-from qpcompile.emit.onnx_example import decode_example, prefill_example, vision_example
-from qpcompile.emit.onnx_lower import OPSET, Table, to_onnx
+from qpcompile.emit import onnx_aten, onnx_aten_shape, onnx_runner
+from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
+from qpcompile.emit.onnx_translate import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx_weights import save_models
-from qpcompile.emit.onnx_wrap import Component, Language, vision
+from qpcompile.emit.onnx_wrap import Part, language, vision
 from qpcompile.errors import ExportError
 from qpcompile.files import sha256, staged_folder
+from qpcompile.ir import operators
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
+from qpcompile.kernels.attention_kv4.onnx import attention_kv4
+from qpcompile.kernels.hadamard.onnx import hadamard
+from qpcompile.kernels.kv4_read.onnx import kv4_read
+from qpcompile.kernels.kv4_write.onnx import kv4_write
+from qpcompile.kernels.linear_w4a4 import onnx as linear_w4a4
+from qpcompile.kernels.linear_w4a16 import onnx as linear_w4a16
+from qpcompile.kernels.quantize_int4.onnx import quantize_int4
+from qpcompile.kernels.rmsnorm.onnx import rmsnorm
+from qpcompile.kernels.rmsnorm_quantize.onnx import rmsnorm_quantize
+from qpcompile.kernels.select_tokens.onnx import select_tokens
+from qpcompile.kernels.silu_mul_quantize.onnx import silu_mul_quantize
+from qpcompile.kernels.token_scores.onnx import token_scores
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
 
     from qpcompile.emit.compiled import CompiledVLM
 
-aten = torch.ops.aten
-TRANSLATIONS: Table = {
-    aten.scaled_dot_product_attention.default: attention,
+# Every translation there is: torch's operators, then this project's own.
+TORCH = onnx_aten.table() | onnx_aten_shape.table()
+OWN = {
+    operators.ATTENTION_KV4: attention_kv4,
+    operators.HADAMARD: hadamard,
+    operators.KV4_READ: kv4_read,
+    operators.KV4_WRITE: kv4_write,
+    operators.LINEAR_W4A4: linear_w4a4.linear_w4a4,
+    operators.LINEAR_W4A16: linear_w4a16.linear_w4a16,
+    operators.QUANTIZE_INT4: quantize_int4,
+    operators.RMSNORM: rmsnorm,
+    operators.RMSNORM_QUANTIZE: rmsnorm_quantize,
+    operators.SELECT_TOKENS: select_tokens,
+    operators.SILU_MUL_QUANTIZE: silu_mul_quantize,
+    operators.TOKEN_SCORES: token_scores,
 }
+LOWERINGS = (linear_w4a4.lower, linear_w4a16.lower)
+CLEAN_UP = (InlinePass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
 PACKAGES = ("qpcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
-def export_onnx(compiled: "CompiledVLM | Program", folder: "str | PathLike[str]") -> None:
+def export_onnx(compiled: CompiledVLM | Program, folder: str | PathLike[str]) -> None:
     """Write the ONNX folder; it appears whole or not at all.
 
     Raises OutputError if `folder` exists and ExportError if the model cannot be written as ONNX, or the runner has
@@ -57,24 +85,26 @@ def export_onnx(compiled: "CompiledVLM | Program", folder: "str | PathLike[str]"
 
 def build_models(program: Program) -> dict[str, ir.Model]:
     """The three graphs of a program."""
-    modules: dict[str, Component] = {
-        VISION: vision(program),
-        PREFILL: Language(program, PREFILL),
-        DECODE: Language(program, DECODE),
-    }
-    for name, module in modules.items():
-        _check_inputs(name, module)
-    models: dict[str, ir.Model] = {}
-    with torch.no_grad():
-        pictures = vision_example(program, modules[VISION])
-        (features,) = modules[VISION](*[pictures[path] for path in modules[VISION].inputs])
-        models[VISION] = to_onnx(VISION, modules[VISION], pictures, TRANSLATIONS)
-        prompt = prefill_example(program, features)
-        results = modules[PREFILL](*[prompt[path] for path in modules[PREFILL].inputs])
-        models[PREFILL] = to_onnx(PREFILL, modules[PREFILL], prompt, TRANSLATIONS)
-        token = decode_example(modules[PREFILL], results, prompt)
-        models[DECODE] = to_onnx(DECODE, modules[DECODE], token, TRANSLATIONS)
+    parts = {VISION: vision(program), PREFILL: language(program, PREFILL), DECODE: language(program, DECODE)}
+    for name, part in parts.items():
+        _check_inputs(name, part)
+    pictures = [vision_example(program, sizes) for sizes in SIZES]
+    models = {VISION: _model(VISION, parts[VISION], pictures)}
+    width = models[VISION].graph.outputs[0].shape[-1]
+    prompts = [prefill_example(program, sizes, width) for sizes in SIZES]
+    models[PREFILL] = _model(PREFILL, parts[PREFILL], prompts)
+    tokens = [decode_example(program, prompt, results(parts[PREFILL], prompt)) for prompt in prompts]
+    models[DECODE] = _model(DECODE, parts[DECODE], tokens)
     return models
+
+
+def _model(name: str, part: Part, examples: Sequence[Feeds]) -> ir.Model:
+    model = to_onnx(name, part, (examples[0], examples[1]), (TORCH, OWN))
+    for lower in LOWERINGS:
+        lower(model)
+    for clean in CLEAN_UP:
+        clean(model)
+    return model
 
 
 def _check_supported(program: Program) -> None:
@@ -93,9 +123,9 @@ def _check_supported(program: Program) -> None:
         )
 
 
-def _check_inputs(name: str, module: Component) -> None:
+def _check_inputs(name: str, part: Part) -> None:
     known = onnx_runner.VISION_INPUTS if name == VISION else onnx_runner.LANGUAGE_INPUTS
-    unknown = [path for path in module.inputs if path not in known and path.split(".")[0] not in onnx_runner.STATE]
+    unknown = [path for path in part.inputs if path not in known and path.split(".")[0] not in onnx_runner.STATE]
     if unknown:
         raise ExportError(
             f"the {name} graph takes inputs that the ONNX runner cannot compute: {', '.join(unknown)}",

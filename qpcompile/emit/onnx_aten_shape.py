@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import onnx_ir as ir
@@ -101,7 +102,9 @@ def _select(_: Fact, x: Any, dim: int, index: Any) -> Any:
 
 
 def _cat(out: Fact, parts: Sequence[Any], dim: int = 0) -> Any:
-    return op.Concat(*(cast(part, out.dtype) for part in parts), axis=dim)
+    # torch lets a vector without elements, an empty cache, join tensors of any rank.
+    full = [cast(part, out.dtype) for part in parts if list(part.shape) != [0]]
+    return op.Concat(*full, axis=dim) if len(full) > 1 else full[0]
 
 
 def _stack(out: Fact, parts: Sequence[Any], dim: int = 0) -> Any:
@@ -109,7 +112,8 @@ def _stack(out: Fact, parts: Sequence[Any], dim: int = 0) -> Any:
 
 
 def _split_with_sizes(_: Fact, x: Any, sizes: Sequence[int], dim: int = 0) -> Any:
-    return op.Split(x, list(sizes), axis=dim, num_outputs=len(sizes)) if len(sizes) > 1 else (x,)
+    ends = list(accumulate(sizes))
+    return tuple(op.Slice(x, [end - size], [end], [dim], [1]) for size, end in zip(sizes, ends, strict=True))
 
 
 def _split(_: Fact, x: Any, size: int, dim: int = 0) -> Any:

@@ -1,85 +1,88 @@
-"""Example inputs that the modules of an ONNX folder are exported with: every open axis has a size of its own.
-
-Two axes of one size would be taken for the same axis; an axis of size 0 or 1 for a constant.
-"""
+"""Example inputs for the graphs of an ONNX folder, in two sizes: whatever may vary differs between them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.exporters.utils import precompute_export_inputs
 
-from qpcompile.emit.onnx_runner import COUNT, FEATURES, IDS, MASK, POSITIONS, SEEN, VISUAL
-from qpcompile.emit.onnx_wrap import GRID, PICTURES, Component, PackedVision
-from qpcompile.errors import ExportError
+from qpcompile.emit.onnx_runner import COUNT, FEATURES, IDS, MASK, POSITIONS, SEEN, VALID, VISUAL
+from qpcompile.emit.onnx_vision import PICTURES, picture_shape
+from qpcompile.emit.onnx_wrap import GRID
 from qpcompile.ir.program import VISION, Program
+from qpcompile.ir.run import ALIVE, KEPT
+from qpcompile.ir.structure import CACHE
 
-BATCH, BEFORE, BETWEEN, AFTER = 3, 5, 23, 9
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large one example is; `grids` are in units of merged patches."""
+
+    batch: int
+    before: int
+    visual: int
+    after: int
+    grids: tuple[tuple[int, int], ...]
 
 
-def vision_example(program: Program, module: Component) -> dict[str, torch.Tensor]:
-    """Pictures for the vision module; of several sizes where the tower takes that."""
+SIZES = (Sizes(2, 3, 23, 6, ((4, 6), (10, 2))), Sizes(3, 5, 57, 10, ((4, 7), (9, 5), (2, 3))))
+
+
+def vision_example(program: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Pictures; of several sizes where the tower takes that."""
     config, dtype = program.host.config.vision_config, program.host.dtype
-    if not isinstance(module, PackedVision):
-        size = getattr(config, "image_size", None)
-        if size is None:
-            raise ExportError(
-                "the pictures of this family have neither one size nor a grid of patches",
-                where=PICTURES,
-                do="use the compiled module: the ONNX runner has no code for this family",
-            )
-        height, width = (size, size) if isinstance(size, int) else size
-        return {PICTURES: torch.zeros(BATCH, getattr(config, "num_channels", 3), height, width, dtype=dtype)}
-    tower = program.host.get_submodule(program.graphs[VISION].owner)
+    graph = program.graphs[VISION]
+    if GRID not in graph.inputs:
+        return {PICTURES: torch.zeros(sizes.batch, *(picture_shape(program) or ()), dtype=dtype)}
     merge = config.spatial_merge_size
-    grids = torch.tensor([[1, 4 * merge, 6 * merge], [1, 10 * merge, 2 * merge], [1, 4 * merge, 5 * merge]])
+    grids = torch.tensor([[1, rows * merge, columns * merge] for rows, columns in sizes.grids])
     channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
-    patch = channels * config.temporal_patch_size * config.patch_size**2
-    arguments: dict[str, Any] = {
-        "hidden_states": torch.zeros(int(grids.prod(1).sum()), patch, dtype=dtype),
-        "pixel_values": torch.zeros(int(grids.prod(1).sum()), patch, dtype=dtype),
-        GRID: grids,
-    }
-    precompute_export_inputs(tower, arguments)
+    patches = torch.zeros(int(grids.prod(1).sum()), channels * config.temporal_patch_size * config.patch_size**2, dtype=dtype)
+    arguments: dict[str, Any] = {"hidden_states": patches, PICTURES: patches, GRID: grids}
+    precompute_export_inputs(program.host.get_submodule(graph.owner), arguments)
     return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
 
 
-def prefill_example(program: Program, features: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Prompts with a picture each; features: f[N, C], of any picture."""
-    token = program.host.config.image_token_id
-    ids = torch.full((BATCH, BEFORE + BETWEEN + AFTER), 0 if token else 1)
-    ids[:, BEFORE : BEFORE + BETWEEN] = token
+def prefill_example(program: Program, sizes: Sizes, width: int) -> dict[str, torch.Tensor]:
+    """Prompts with a picture each; width: channels of an image feature."""
+    host: Any = program.host
+    token = host.config.image_token_id
+    ids = torch.full((sizes.batch, sizes.before + sizes.visual + sizes.after), 0 if token else 1)
+    ids[:, sizes.before : sizes.before + sizes.visual] = token
     mask = torch.ones_like(ids)
-    positions = program.host._prepare_position_ids_for_generation(ids, {IDS: ids, MASK: mask})
+    generator = torch.Generator().manual_seed(0)
     return {
         IDS: ids,
-        FEATURES: torch.zeros(BATCH * BETWEEN, features.shape[-1], dtype=features.dtype),
+        FEATURES: torch.randn(sizes.batch * sizes.visual, width, generator=generator).to(host.dtype),
         MASK: mask,
-        POSITIONS: positions,
+        POSITIONS: host._prepare_position_ids_for_generation(ids, {IDS: ids, MASK: mask}),
         VISUAL: ids == token,
-        COUNT: torch.arange(BETWEEN),
+        VALID: mask.bool(),
+        COUNT: torch.arange(sizes.visual),
     }
 
 
 def decode_example(
-    prefill: Component, results: tuple[torch.Tensor, ...], prompt: dict[str, torch.Tensor]
+    program: Program, prompt: dict[str, torch.Tensor], results: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """One token on top of what the prefill module returned for `prompt`."""
+    """One token on top of what the prefill graph returned for `prompt`."""
     ids, mask = prompt[IDS], prompt[MASK]
-    state = dict(zip(prefill.outputs[1:], results[1:], strict=True))
     example = {
         IDS: ids[:, :1],
         MASK: torch.cat([mask, mask[:, :1]], dim=1),
         POSITIONS: prompt[POSITIONS][..., -1:] + 1,
         SEEN: torch.arange(ids.shape[1]),
     }
-    paths = [name for name in state]
-    return example | {path: state[path] for path in paths} | {_input(path): state[path] for path in paths}
-
-
-def _input(output: str) -> str:
-    path = output.removeprefix("present.")
-    return path if path.split(".")[0] in ("kept", "alive") else f"past_key_values.{path}"
+    for name, value in results.items():
+        path = name.removeprefix("present.")
+        if path.startswith(f"{KEPT}."):
+            example[path] = torch.cat([value, value.new_full((value.shape[0], 1), ids.shape[1])], dim=1)
+        elif path.startswith(f"{ALIVE}."):
+            example[path] = torch.cat([value, value.new_ones(value.shape[0], 1)], dim=1)
+        else:
+            example[f"{CACHE}.{path}"] = value
+    return example
 
 

@@ -32,9 +32,8 @@ class Recorder:
             return self._constant_operator(kwargs)
         attributes = {name: value for name, value in kwargs.items() if name in schema.attributes and value is not None}
         inputs = self._inputs(schema, args, {name: value for name, value in kwargs.items() if name not in schema.attributes})
-        count = attributes.get("num_outputs") if schema.name == "Split" else None
         outputs = [each for each in schema.outputs if each.option is not _FORMAL.Optional]
-        return self._node(schema.domain, schema.name, inputs, attributes, count or len(outputs))
+        return self._node(schema.domain, schema.name, inputs, attributes, len(outputs))
 
     def eval_function(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A call of a scripted function: a node that refers to it, to be inlined at the end."""
@@ -65,6 +64,10 @@ class Recorder:
         self.graph.register_initializer(value)
         return value
 
+    def copy(self, value: ir.Value) -> ir.Value:
+        """The same tensor under another name."""
+        return self._node("", "Identity", [value], {}, 1)
+
     def _node(self, domain: str, name: str, inputs: Sequence[Any], attributes: Mapping[str, Any], outputs: int) -> Any:
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
@@ -77,7 +80,7 @@ class Recorder:
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
     def _constant_operator(self, attributes: Mapping[str, Any]) -> ir.Value:
-        ((name, value),) = attributes.items()
+        ((name, value),) = ((name, value) for name, value in attributes.items() if value is not None)
         types = {"value_float": ir.DataType.FLOAT, "value_floats": ir.DataType.FLOAT, "value_int": ir.DataType.INT64}
         return self.constant(value, None if name == "value" else types.get(name, ir.DataType.INT64))
 

@@ -24,10 +24,10 @@ import onnxruntime as ort
 Array = np.ndarray[Any, Any]
 
 IDS, MASK, POSITIONS, FEATURES, LOGITS = "input_ids", "attention_mask", "position_ids", "image_features", "logits"
-VISUAL, COUNT, SEEN = "visual_mask", "visual_count", "tokens_seen"
+VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
 # Inputs this runner can compute; caches and the state of token cuts come on top.
 VISION_INPUTS = ("pixel_values", "hidden_states", "grid_thw", "cu_seqlens", "position_ids", "window_index", "cu_window_seqlens")
-LANGUAGE_INPUTS = (IDS, FEATURES, MASK, POSITIONS, VISUAL, COUNT, SEEN)
+LANGUAGE_INPUTS = (IDS, FEATURES, MASK, POSITIONS, VISUAL, VALID, COUNT, SEEN)
 STATE = ("past_key_values", "kept", "alive")
 
 _TYPES = {
@@ -145,6 +145,7 @@ class Steps:
             MASK: self.mask,
             POSITIONS: self.positions,
             VISUAL: visual,
+            VALID: self.mask != 0,
             COUNT: np.arange(int(visual.sum(1).min())),
         }
         return self._step(self.model.prefill, feeds)
@@ -153,15 +154,14 @@ class Steps:
         """Logits f[B, V] after one more token; token: i64[B, 1]."""
         self.positions = self.positions[..., -1:] + 1
         self.mask = np.concatenate([self.mask, np.ones_like(self.mask[:, :1])], axis=1)
-        feeds = {IDS: token, MASK: self.mask, POSITIONS: self.positions, SEEN: np.arange(self.seen)}
-        logits = self._step(self.model.decode, feeds)
         for name in [name for name in self.state if name.startswith(("kept.", "alive."))]:
             # The new token joins the kept ones of every cut, at its own position.
             value = self.state[name].numpy()
             new = np.full_like(value[:, :1], self.seen if name.startswith("kept.") else True)
             self.state[name] = ort.OrtValue.ortvalue_from_numpy(np.concatenate([value, new], axis=1))
+        feeds = {IDS: token, MASK: self.mask, POSITIONS: self.positions, SEEN: np.arange(self.seen)}
         self.seen += 1
-        return logits
+        return self._step(self.model.decode, feeds)
 
     def _step(self, session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Array:
         results = run(session, feeds, self.state)

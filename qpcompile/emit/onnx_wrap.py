@@ -1,110 +1,95 @@
-"""The three modules of an ONNX folder, built from a program's graphs and the host's code between them.
+"""The three graphs of an ONNX folder, put together from a program's graphs and what the host does between them.
 
     vision   pictures                                        -> image_features f[N, C]
     prefill  input_ids, image_features, masks, positions     -> logits f[B, V] of the last token, caches
     decode   input_ids i64[B, 1], masks, positions, caches   -> logits f[B, V], caches
 
-All three take tensors in the order of `inputs` and return them in the order of `outputs`; outputs that have the
-name of an input are called `present.*` where the input is `past_key_values.*`.
+Inputs keep the names they have in the program; an output that the next step takes back as `past_key_values.x` is
+called `present.x`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
-from qpcompile.emit.onnx_runner import FEATURES, IDS, LOGITS
+from qpcompile.emit.onnx_runner import FEATURES, IDS, LOGITS, STATE
+from qpcompile.emit.onnx_vision import host_chain
 from qpcompile.errors import ExportError
-from qpcompile.ir.arguments import keyword_arguments
-from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
-from qpcompile.ir.structure import CACHE, named_tensors, rebuild
+from qpcompile.ir.edit import aten
+from qpcompile.ir.program import HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.structure import CACHE
 
-EMBEDS, PICTURES, GRID = "inputs_embeds", "pixel_values", "grid_thw"
-
-
-class Component(torch.nn.Module):
-    """One module to export: named tensors in, a tuple of named tensors out."""
-
-    def __init__(self, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.inputs = inputs
-        self.outputs = outputs
-
-    def _named(self, args: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        return dict(zip(self.inputs, args, strict=True))
+EMBEDS, GRID = "inputs_embeds", "grid_thw"
+END = 2**63 - 1
 
 
-class FixedVision(Component):
-    """A tower whose pictures all have one size: the host's own chain of tower, choice of layer and projector."""
+@dataclass(frozen=True)
+class Part:
+    """One graph to export: named tensors in the order of `inputs`, named tensors out."""
 
-    def __init__(self, program: Program) -> None:
-        super().__init__((PICTURES,), (FEATURES,))
-        self.host = _Apart(program.host)
-        self.graphs = {name: program.graphs[name] for name in (VISION, PROJECTOR) if name in program.graphs}
-        self.modules_ = torch.nn.ModuleList(graph.module for graph in self.graphs.values())
-
-    def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with _bound(self.host.module, self.graphs):
-            found = self.host.module.get_image_features(args[0])
-        features = getattr(found, "pooler_output", found)
-        parts = [features] if isinstance(features, torch.Tensor) else list(features)
-        return (torch.cat([part.flatten(0, -2) for part in parts]),)
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
-class PackedVision(Component):
-    """A tower over patches of pictures of any size, packed one after the other: its graph, as it is."""
-
-    def __init__(self, program: Program) -> None:
-        graph = program.graphs[VISION]
-        super().__init__(_used(graph), (FEATURES,))
-        self.graph = graph
-        self.module = graph.module
-
-    def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        feeds = self._named(args)
-        results = self.graph({name: feeds.get(name, _NOTHING) for name in self.graph.inputs})
-        return (results["pooler_output"],)
-
-
-class Language(Component):
-    """Token embeddings, the decoder graph and the head on the last token."""
-
-    def __init__(self, program: Program, name: str) -> None:
-        graph = program.graphs[name]
-        features = (FEATURES,) if name == PREFILL else ()
-        inputs = (IDS, *features, *(path for path in _used(graph) if path != EMBEDS))
-        self.states = tuple(path for path in graph.outputs if path.split(".")[0] in (CACHE, "kept", "alive"))
-        super().__init__(inputs, (LOGITS, *(present(path) for path in self.states)))
-        self.graph = graph
-        self.head_graph = program.graphs[HEAD]
-        self.module, self.head = graph.module, self.head_graph.module
-        self.embed = program.host.get_input_embeddings()
-        self.image_token = program.host.config.image_token_id
-
-    def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        feeds = self._named(args)
-        ids = feeds.pop(IDS)
-        embeds = self.embed(ids)
-        if FEATURES in feeds:
-            embeds = _merge(embeds, feeds.pop(FEATURES), ids == self.image_token)
-        feeds[EMBEDS] = embeds
-        results = self.graph({name: feeds.get(name, _NOTHING) for name in self.graph.inputs})
-        last = results["last_hidden_state"][:, -1:]
-        (logits,) = self.head_graph({self.head_graph.inputs[0]: last}).values()
-        return (logits[:, 0], *(results[path] for path in self.states))
+def language(program: Program, name: str) -> Part:
+    """Token embeddings, a decoder graph and the head on the last token."""
+    graph, head = program.graphs[name], program.graphs[HEAD]
+    embed = program.host.get_input_embeddings()
+    if type(embed) is not torch.nn.Embedding:
+        raise _unknown(f"token embeddings of the kind {type(embed).__name__}", name)
+    root = torch.nn.ModuleDict({"decoder": graph.module, "head": head.module, "embed_tokens": embed})
+    builder = _Builder(root)
+    ids = builder.input(IDS)
+    values = {EMBEDS: builder.call(aten.embedding.default, builder.tensor("embed_tokens.weight"), ids)}
+    if name == PREFILL:
+        values[EMBEDS] = _merge(builder, ids, values[EMBEDS], builder.input(FEATURES), program.host.config.image_token_id)
+    for path in graph.inputs:
+        if path != EMBEDS and graph.placeholder(path).users:
+            values[path] = builder.input(path)
+    results = builder.inline("decoder", graph, values)
+    last = builder.call(aten.slice.Tensor, results["last_hidden_state"], 1, -1, END)
+    (logits,) = builder.inline("head", head, {head.inputs[0]: last}).values()
+    state = [path for path in graph.outputs if path.split(".")[0] in STATE]
+    outputs = {LOGITS: builder.call(aten.select.int, logits, 1, 0), **{present(path): results[path] for path in state}}
+    return builder.finish(outputs)
 
 
-_NOTHING = torch.empty(0)
+def vision(program: Program) -> Part:
+    """Everything from pictures to what takes the place of image tokens.
+
+    A tower over packed patches of pictures of any size is its graph as it is; for one whose pictures have one size
+    the host's own chain of tower, choice of layer and projector is traced.
+    """
+    graph = program.graphs[VISION]
+    if GRID not in graph.inputs:
+        return _fixed_vision(program)
+    if "pooler_output" not in graph.outputs:
+        raise _unknown(f"a vision tower that returns {', '.join(graph.outputs)}", VISION)
+    builder = _Builder(torch.nn.ModuleDict({"tower": graph.module}))
+    values = {path: builder.input(path) for path in graph.inputs if graph.placeholder(path).users}
+    results = builder.inline("tower", graph, values)
+    return builder.finish({FEATURES: results["pooler_output"]})
 
 
-class _Apart:
-    """Keeps a module out of the parameters of its holder."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
+def _fixed_vision(program: Program) -> Part:
+    tower, projector = program.graphs[VISION], program.graphs.get(PROJECTOR)
+    chain = host_chain(program)
+    if chain is None:
+        raise _unknown(f"what {type(program.host).__name__} does with pictures around its tower", VISION)
+    root = {"tower": tower.module} | ({"between": chain.between.module} if chain.between else {})
+    builder = _Builder(torch.nn.ModuleDict(root | ({"projector": projector.module} if projector else {})))
+    values = builder.inline("tower", tower, {path: builder.input(path) for path in tower.inputs})
+    if projector is not None and chain.between is not None:
+        values = builder.inline("between", chain.between, values)
+        values = builder.inline("projector", projector, {path: values[path] for path in projector.inputs})
+    features = builder.call(aten.flatten.using_ints, values[chain.features], 0, -2)
+    return builder.finish({FEATURES: features})
 
 
 def present(path: str) -> str:
@@ -112,52 +97,70 @@ def present(path: str) -> str:
     return f"present.{path.removeprefix(CACHE + '.')}"
 
 
-def vision(program: Program) -> Component:
-    """The module of vision.onnx."""
-    graph = program.graphs[VISION]
-    if GRID in graph.inputs:
-        if "pooler_output" not in graph.outputs:
-            raise ExportError(
-                f"the vision tower returns {', '.join(graph.outputs)}, and which of them are the visual tokens is not known",
-                where="vision",
-                do="use the compiled module: the ONNX runner has no code for this family",
-            )
-        return PackedVision(program)
-    return FixedVision(program)
+def _unknown(what: str, where: str) -> ExportError:
+    return ExportError(
+        f"the ONNX runner has no code for {what}",
+        where=where,
+        do="use the compiled module: this family cannot be written as an ONNX folder yet",
+    )
 
 
-def _merge(embeds: torch.Tensor, features: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """embeds: f[B, S, C]; features: f[N, C], in reading order; visual: bool[B, S]. Each visual token gets the next one."""
-    order = visual.flatten().to(torch.int64).cumsum(0).view(visual.shape) - 1
-    rows = features[order.clamp(min=0)]
-    return torch.where(visual[..., None], rows.to(embeds.dtype), embeds)
+def _merge(builder: _Builder, ids: fx.Node, embeds: fx.Node, features: fx.Node, image_token: int) -> fx.Node:
+    """Image tokens, in reading order over the batch, take the rows of `features`: f[N, C] one after the other."""
+    visual = builder.call(aten.eq.Scalar, ids, image_token)
+    counted = builder.call(aten.to.dtype, builder.call(aten.reshape.default, visual, [-1]), torch.int64)
+    order = builder.call(aten.sub.Tensor, builder.call(aten.cumsum.default, counted, 0), 1)
+    sizes = [builder.call(aten.sym_size.int, ids, axis) for axis in (0, 1)]
+    index = builder.call(aten.reshape.default, builder.call(aten.clamp.default, order, 0), sizes)
+    rows = builder.call(aten.index.Tensor, features, [index])
+    return builder.call(aten.where.self, builder.call(aten.unsqueeze.default, visual, -1), rows, embeds)
 
 
-def _used(graph: Graph) -> tuple[str, ...]:
-    """Inputs that the graph reads."""
-    return tuple(name for name in graph.inputs if graph.placeholder(name).users)
+class _Builder:
+    """Puts graphs together in one new graph over `root`."""
+
+    def __init__(self, root: torch.nn.Module) -> None:
+        self.root = root
+        self.graph = fx.Graph()
+        self.inputs: list[str] = []
+        self._last_input: fx.Node | None = None
+
+    def input(self, path: str) -> fx.Node:
+        """A new input called `path`; inputs stand before everything else."""
+        before = self._last_input.next if self._last_input is not None else next(iter(self.graph.nodes), None)
+        with self.graph.inserting_before(before):
+            self._last_input = self.graph.placeholder(path.replace(".", "_"))
+        self.inputs.append(path)
+        return self._last_input
+
+    def tensor(self, name: str) -> fx.Node:
+        """A tensor of `root`."""
+        return self.graph.get_attr(name)
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        """A call of an operator."""
+        return self.graph.call_function(target, args)
+
+    def inline(self, prefix: str, graph: Graph, values: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+        """Copy the nodes of `graph`, which lies in `root` as `prefix`; returns its results by name."""
+        mapped: dict[fx.Node, fx.Node] = {}
+        for path, node in zip(graph.inputs, (n for n in graph.nodes if n.op == "placeholder"), strict=True):
+            if path in values:
+                mapped[node] = values[path]
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                mapped[node] = self.graph.get_attr(f"{prefix}.{node.target}")
+            elif node.op == "call_function":
+                mapped[node] = self.graph.node_copy(node, lambda old: mapped[old])
+        return {path: mapped[graph.result(path)] for path in graph.outputs}
+
+    def finish(self, outputs: Mapping[str, fx.Node]) -> Part:
+        """The graph that returns `outputs`."""
+        self.graph.output(tuple(outputs.values()))
+        for node in reversed(self.graph.nodes):
+            if "assert" in getattr(node.target, "__name__", "") and not node.users:
+                self.graph.erase_node(node)
+        self.graph.eliminate_dead_code()
+        return Part(fx.GraphModule(self.root, self.graph), tuple(self.inputs), tuple(outputs))
 
 
-@contextmanager
-def _bound(host: Any, graphs: dict[str, Graph]) -> Iterator[None]:
-    """For the time of a call, components of the host run their graphs."""
-    modules = [host.get_submodule(graph.owner) for graph in graphs.values()]
-    before = [module.__dict__.get("forward") for module in modules]
-    for module, graph in zip(modules, graphs.values(), strict=True):
-        module.forward = _caller(module, graph)
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-
-
-def _caller(module: torch.nn.Module, graph: Graph) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        feeds = dict(named_tensors(keyword_arguments(module, args, kwargs)))
-        return rebuild(graph.returns, graph({name: feeds[name] for name in graph.inputs}))
-
-    return forward

@@ -77,10 +77,8 @@ def test_half_precision_queries(dtype: torch.dtype) -> None:
     inputs = make(CASES[3], "bool", dtype)
     got = attention_kv4(*inputs)
     assert got.dtype == dtype
-    # One rounding of the result is all that half precision may cost.
-    assert torch.equal(got, reference.attention_kv4(*inputs)) or (
-        (got.double() - torch.from_numpy(naive(*inputs))).abs().max() <= 2 * torch.finfo(dtype).eps
-    )
+    # One rounding of the result, whose entries stay below 4, is all that half precision may cost.
+    assert (got.double() - torch.from_numpy(naive(*inputs))).abs().max() <= 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("rows", [2, 40])
@@ -142,25 +140,17 @@ def test_refusals() -> None:
 
 
 class Attend(torch.nn.Module):
-    """Queries, keys and values [B, S, heads, D] of a causal layer with left padding, its mask bool or float or none."""
+    """Queries, keys and values [B, S, heads, D] under left padding, with each kind of mask."""
 
-    def __init__(self, mask: str) -> None:
-        super().__init__()
-        self.mask = mask
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> list[Tensor]:
         length = q.shape[1]
-        mask = None
-        if self.mask != "none":
-            mask = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, None]
-        if mask is not None and self.mask == "float":
-            mask = torch.where(mask, 0.25, torch.finfo(torch.float32).min)
+        allowed = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, None]
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        return attention_kv4(q, *kv4_write(k), *kv4_write(v), mask, 0.3)
+        masks = (None, allowed, torch.where(allowed, 0.25, torch.finfo(torch.float32).min))
+        return [attention_kv4(q, *kv4_write(k), *kv4_write(v), mask, 0.3) for mask in masks]
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "float"])
-def test_onnx(export_onnx: Callable[..., Any], mask: str) -> None:
+def test_onnx(export_onnx: Callable[..., Any]) -> None:
     from qpcompile.kernels.attention_kv4.onnx import attention_kv4 as translation
     from qpcompile.kernels.kv4_write.onnx import kv4_write as write_translation
     from qpcompile.kernels.kv4_write.op import OVERLOAD as WRITE
@@ -170,8 +160,8 @@ def test_onnx(export_onnx: Callable[..., Any], mask: str) -> None:
         valid[0, : length // 3] = False
         return [torch.randn(batch, length, heads, 7) for heads in (6, 2, 2)] + [valid]
 
-    module = Attend(mask)
-    exported = export_onnx(module, inputs(2, 9), {OVERLOAD: translation, WRITE: write_translation})
+    exported = export_onnx(Attend(), inputs(2, 9), {OVERLOAD: translation, WRITE: write_translation})
     for batch, length in ((1, 1), (3, 17), (2, 63)):
         given = inputs(batch, length)
-        torch.testing.assert_close(exported(*given)[0], module(*given), **CLOSE)
+        for got, expected in zip(exported(*given), Attend()(*given), strict=True):
+            torch.testing.assert_close(got, expected, **CLOSE)

@@ -1,4 +1,4 @@
-"""qpcompile::hadamard: orthogonal for every width, equal to its matrix, the same for a token in any batch, and in ONNX."""
+"""qpcompile::hadamard: orthogonal for every width, equal to its matrix, one result for a token in any batch, ONNX."""
 
 from typing import Any
 

@@ -110,12 +110,11 @@ class Write(torch.nn.Module):
         return kv4_write(x.transpose(1, 2))
 
 
-@pytest.mark.parametrize("head_dim", [7, 64])
-def test_onnx_is_bit_exact(export_onnx: Callable[..., Any], head_dim: int) -> None:
+def test_onnx_is_bit_exact(export_onnx: Callable[..., Any]) -> None:
     from qpcompile.kernels.kv4_write.onnx import kv4_write as translation
 
-    exported = export_onnx(Write(), [torch.randn(2, 9, 3, head_dim)], {OVERLOAD: translation})
+    exported = export_onnx(Write(), [torch.randn(2, 9, 3, 7)], {OVERLOAD: translation})
     for batch, length in ((1, 1), (3, 17), (2, 257)):
-        x = torch.randn(batch, length, 3, head_dim)
+        x = torch.randn(batch, length, 3, 7)
         x[0, 0] = 0
         assert all(map(torch.equal, Write()(x), exported(x)))

@@ -1,0 +1,79 @@
+"""Join what runs in a row into one operator.
+
+    rmsnorm [-> hadamard | * scale] -> quantize_int4        becomes  qpcompile::rmsnorm_quantize
+    silu(gate) * up [-> hadamard | * scale] -> quantize_int4  becomes  qpcompile::silu_mul_quantize
+
+Exact: the fused operators are defined as these compositions. A value with another reader is not fused away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qpcompile.ir.edit import aten, call, calls, is_call, tidy
+from qpcompile.ir.operators import HADAMARD, QUANTIZE_INT4, RMSNORM, RMSNORM_QUANTIZE, SILU_MUL_QUANTIZE
+from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.shapes import value
+
+
+@dataclass(frozen=True)
+class FuseKernels:
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "fuse_kernels"
+    needs: ClassVar[str] = "quantized"
+    gives: ClassVar[str] = "fused"
+
+    def run(self, program: Program) -> bool:
+        """Returns whether anything was fused."""
+        changed = False
+        for graph in program.graphs.values():
+            for node in list(calls(graph, QUANTIZE_INT4)):
+                changed |= _fuse(graph, node)
+            tidy(graph)
+        return changed
+
+
+def _fuse(graph: Graph, quantize: fx.Node) -> bool:
+    x, group_size, clip_ratio = quantize.args
+    assert isinstance(x, fx.Node)
+    source, scale, rotate = _split_transform(x)
+    if source is not x and len(x.users) > 1 or len(source.users) > 1:
+        return False
+    tail = (scale, rotate, group_size, clip_ratio)
+    if is_call(source, RMSNORM) and value(source).dtype == torch.float32:
+        new = call(graph, quantize, RMSNORM_QUANTIZE, *source.args, *tail, like=quantize)
+    elif (factors := _silu_mul(source)) is not None:
+        new = call(graph, quantize, SILU_MUL_QUANTIZE, *factors, *tail, like=quantize)
+    else:
+        return False
+    quantize.replace_all_uses_with(new)
+    graph.module.graph.erase_node(quantize)
+    return True
+
+
+def _split_transform(x: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
+    """(what is transformed, scale, whether it is rotated) of a quantizer's input."""
+    if is_call(x, HADAMARD):
+        source, scale = x.args
+        assert isinstance(source, fx.Node)
+        return source, scale if isinstance(scale, fx.Node) else None, True
+    if is_call(x, aten.mul.Tensor) and isinstance(x.args[1], fx.Node) and x.args[1].op == "get_attr":
+        source = x.args[0]
+        assert isinstance(source, fx.Node)
+        return source, x.args[1], False
+    return x, None, False
+
+
+def _silu_mul(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(gate, up) where the node is silu(gate) * up in float32 and nothing else reads the silu."""
+    if not is_call(node, aten.mul.Tensor) or value(node).dtype != torch.float32:
+        return None
+    for gate, up in (node.args, node.args[::-1]):
+        if is_call(gate, aten.silu.default) and len(gate.users) == 1 and isinstance(up, fx.Node):  # type: ignore[union-attr]
+            return gate.args[0], up  # type: ignore[union-attr,return-value]
+    return None

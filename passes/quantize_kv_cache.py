@@ -1,0 +1,201 @@
+"""Keep keys and values in 4 bits, in prefill and in decode alike: quantized after rotary positions, before attention.
+
+    prefill  %k = quant_stub(%rope)                      -> %c, %a = qpcompile::kv4_write(%rope)
+             sdpa(%q, repeat(%k), repeat(%v), %mask)     -> qpcompile::attention_kv4(%q, %c, %a, ...)
+    decode   cat(%past, quant_stub(%rope))               -> cat(%past.codes, %c), cat(%past.affine, %a)
+
+Scales are per token and head, so dropping tokens never touches the codes of those that stay.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qpcompile.errors import InvariantError
+from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, through_shape_ops, tidy
+from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV4_WRITE, QUANT_STUB, TOKEN_SCORES
+from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.shapes import fake_mode, value
+from qpcompile.ir.structure import CACHE
+from qpcompile.plan import Site
+
+Pair = tuple[fx.Node, fx.Node]
+
+
+@dataclass(frozen=True)
+class QuantizeKvCache:
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "quantize_kv_cache"
+    needs: ClassVar[str] = "cut"
+    gives: ClassVar[str] = "quantized"
+
+    def run(self, program: Program) -> bool:
+        """Returns whether the recipe quantizes the cache."""
+        scheme = program.recipe.quantize
+        if scheme is None or scheme.kv_cache.bits == 16:
+            return False
+        sites = []
+        for graph in program.language:
+            pairs = {stub: _write(graph, stub) for stub in _stubs(graph)}
+            _replace_attention(graph, pairs)
+            _replace_cache(graph, pairs)
+            for stub in pairs:
+                if stub.users:
+                    _dequantize_rest(graph, stub, pairs[stub])
+            tidy(graph)
+            layers = sorted({layer for stub in pairs if (layer := layer_of(stub)) is not None})
+            sites += [Site(graph=graph.name, name=f"{graph.owner}.layers.{layer}.kv_cache", cache_bits=4, kernel="qpcompile::attention_kv4") for layer in layers]
+        program.plan = program.plan.model_copy(update={"sites": (*program.plan.sites, *sites)})
+        return True
+
+
+def _stubs(graph: Graph) -> list[fx.Node]:
+    found = []
+    for stub in calls(graph, QUANT_STUB):
+        fact = stub_fact(stub)
+        if fact is not None and fact.role in ("key", "value"):
+            found.append(stub)
+    return found
+
+
+def _write(graph: Graph, stub: fx.Node) -> Pair:
+    pair = call(graph, stub, KV4_WRITE, stub.args[0])
+    return call(graph, stub, operator.getitem, pair, 0), call(graph, stub, operator.getitem, pair, 1)
+
+
+def _source(node: object) -> fx.Node:
+    """The stub behind the key or value argument of an attention: through repeats and the append to the past."""
+    assert isinstance(node, fx.Node)
+    return through_shape_ops(node, extra=(aten.cat.default,))
+
+
+def _cached(graph: Graph, node: fx.Node, pairs: dict[fx.Node, Pair], before: fx.Node) -> Pair:
+    """Codes and scales of everything the attention sees: the new tokens', behind the past's where there is one."""
+    stub = _source(node)
+    codes, affine = pairs[stub]
+    append = next((user for user in stub.users if is_call(user, aten.cat.default)), None)
+    if append is None:
+        return codes, affine
+    parts = append.args[0]
+    assert isinstance(parts, (list, tuple))
+    past = parts[0]
+    assert isinstance(past, fx.Node)
+    joined = []
+    for kind, new in (("codes", codes), ("affine", affine)):
+        old = _past(graph, past, kind, new)
+        joined.append(call(graph, before, aten.cat.default, [old, new], 2))
+    return joined[0], joined[1]
+
+
+def _past(graph: Graph, past: fx.Node, kind: str, new: fx.Node) -> fx.Node:
+    """The placeholder of a cached tensor's codes or scales; made beside the one it replaces."""
+    position = [node for node in graph.nodes if node.op == "placeholder"].index(past)
+    path = f"{graph.inputs[position]}.{kind}"
+    if path in graph.inputs:
+        return graph.placeholder(path)
+    with graph.module.graph.inserting_before(past):
+        node = graph.module.graph.placeholder(path.replace(".", "_"))
+    shape = [*value(past).shape[:3], value(new).shape[3]]
+    with fake_mode(graph):
+        node.meta["val"] = torch.empty(shape, dtype=value(new).dtype)
+    graph.inputs = (*graph.inputs[:position], path, *graph.inputs[position:])
+    return node
+
+
+def _replace_attention(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
+    for attention in list(calls(graph, aten.scaled_dot_product_attention.default)):
+        query, key, held, *rest = attention.args
+        if _source(key) not in pairs or _source(held) not in pairs:
+            continue
+        mask = rest[0] if rest else attention.kwargs.get("attn_mask")
+        if mask is None and attention.kwargs.get("is_causal"):
+            mask = _causal_mask(graph, attention)
+        scale = attention.kwargs.get("scale")
+        if not isinstance(scale, float):
+            scale = float(value(query).shape[-1]) ** -0.5  # type: ignore[arg-type]
+        keys, values = _cached(graph, key, pairs, attention), _cached(graph, held, pairs, attention)  # type: ignore[arg-type]
+        new = call(graph, attention, ATTENTION_KV4, query, *keys, *values, mask, scale)
+        attention.replace_all_uses_with(new)
+        graph.module.graph.erase_node(attention)
+
+
+def _causal_mask(graph: Graph, attention: fx.Node) -> fx.Node:
+    """bool[S, S], true on and below the diagonal, for attention that was traced with `is_causal`."""
+    size = call(graph, attention, aten.sym_size.int, attention.args[0], 2)
+    position = call(graph, attention, aten.arange.default, size)
+    rows = call(graph, attention, aten.unsqueeze.default, position, 1)
+    flat = call(graph, attention, aten.le.Tensor, position, rows)
+    return call(graph, attention, aten.unsqueeze.default, call(graph, attention, aten.unsqueeze.default, flat, 0), 0)
+
+
+def _replace_cache(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
+    """Outputs `past_key_values.l.key` become `.codes` and `.affine`; gathers behind a cut are done on both."""
+    (values,) = graph.output_node.args
+    assert isinstance(values, tuple)
+    results, paths = [], []
+    for path, node in zip(graph.outputs, values, strict=True):
+        stub = _stub_behind(node) if path.startswith(f"{CACHE}.") else None
+        if stub is None or stub not in pairs:
+            results.append(node)
+            paths.append(path)
+            continue
+        for kind, new in zip(("codes", "affine"), _stored(graph, node, stub, pairs), strict=True):
+            results.append(new)
+            paths.append(f"{path}.{kind}")
+    graph.output_node.args = (tuple(results),)
+    graph.outputs = tuple(paths)
+    graph.module.graph.eliminate_dead_code()
+    for path in [path for path in graph.inputs if path.startswith(f"{CACHE}.") and path.count(".") == 2]:
+        placeholder = graph.placeholder(path)
+        if not placeholder.users:
+            graph.module.graph.erase_node(placeholder)
+            graph.inputs = tuple(name for name in graph.inputs if name != path)
+
+
+def _stub_behind(node: fx.Node) -> fx.Node | None:
+    source = through_shape_ops(node, extra=(aten.gather.default, aten.cat.default))
+    return source if is_call(source, QUANT_STUB) else None
+
+
+def _stored(graph: Graph, node: fx.Node, stub: fx.Node, pairs: dict[fx.Node, Pair]) -> Pair:
+    if is_call(node, aten.gather.default):
+        return _gathered(graph, node, pairs[stub])
+    return _cached(graph, stub, pairs, graph.output_node)
+
+
+def _gathered(graph: Graph, gather: fx.Node, pair: Pair) -> Pair:
+    """The gather of a compacted cache, on codes and scales: its index is expanded along their last axis anew."""
+    _, axis, index = gather.args
+    assert isinstance(index, fx.Node) and is_call(index, aten.expand.default)
+    narrow, sizes = index.args
+    assert isinstance(sizes, (list, tuple))
+    parts = []
+    for tensor in pair:
+        wide = call(graph, gather, aten.expand.default, narrow, [*sizes[:-1], int(value(tensor).shape[-1])])
+        parts.append(call(graph, gather, aten.gather.default, tensor, axis, wide))
+    return parts[0], parts[1]
+
+
+def _dequantize_rest(graph: Graph, stub: fx.Node, pair: Pair) -> None:
+    """Other readers (token scores) see the keys as attention does: written to 4 bits and read back."""
+    if not all(_leads_to_scores(user) for user in stub.users):
+        raise InvariantError(
+            f"{stub.name} is read by {[user.name for user in stub.users]}, which have no 4-bit form",
+            ran="quantize_kv_cache",
+            do="report this family, or set kv_cache.bits to 16",
+        )
+    tensor = value(stub)
+    first = min(stub.users, key=graph.nodes.index)
+    read = call(graph, first, KV4_READ, *pair, int(tensor.shape[-1]), tensor.dtype)
+    stub.replace_all_uses_with(read)
+
+
+def _leads_to_scores(node: fx.Node) -> bool:
+    return is_call(node, TOKEN_SCORES) or bool(node.users) and all(_leads_to_scores(user) for user in node.users)

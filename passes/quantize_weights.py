@@ -1,0 +1,126 @@
+"""Pack every stubbed weight into 4 bits and bind its linear to the integer operator.
+
+    %y = linear(quant_stub(%x), quant_stub(@w), @b)
+      -> %q = qpcompile::quantize_int4(%x)                                  once per input
+         %y = qpcompile::linear_w4a4(%q, @w_packed, @w_scale, @b)           activations in 4 bits
+      or %y = qpcompile::linear_w4a16(%x, @w_packed, @w_scale, @b)          activations left alone
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qpcompile.errors import RecipeError
+from qpcompile.ir.basis import weight_name
+from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, tidy
+from qpcompile.ir.facts import QuantizedFact, set_fact, stub_fact
+from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANT_STUB, QUANTIZE_INT4
+from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.shapes import value
+from qpcompile.ir.solvers import output_error, solve
+from qpcompile.ir.statistics import Calibration
+from qpcompile.kernels.linear_w4a4.packing import pack_int4
+from qpcompile.plan import Site
+from qpcompile.progress import track
+from qpcompile.recipe_schema import QuantizeScheme
+
+Packed = tuple[torch.Tensor, torch.Tensor, float]
+
+
+@dataclass(frozen=True)
+class QuantizeWeights:
+    """See the module's docstring. Weights that prefill and decode share are solved once."""
+
+    name: ClassVar[str] = "quantize_weights"
+    needs: ClassVar[str] = "calibrated"
+    gives: ClassVar[str] = "cut"
+
+    def run(self, program: Program) -> bool:
+        """Returns whether any linear was quantized; fills `plan.sites`."""
+        scheme = program.recipe.quantize
+        if scheme is None or scheme.weights.bits == 16:
+            return False
+        solved: dict[str, Packed] = {}
+        sites: list[Site] = []
+        total = sum(1 for graph in program.graphs.values() for _ in _stubbed(graph))
+        with track("quantize_weights", total) as step:
+            for graph in program.graphs.values():
+                quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+                for linear in list(_stubbed(graph)):
+                    sites.append(_replace(graph, linear, scheme, program.facts["calibration"], solved, quantized))
+                    step()
+                _drop_stubs(graph, ("activation", "weight"))
+                tidy(graph)
+        program.plan = program.plan.model_copy(update={"sites": (*program.plan.sites, *sites)})
+        return bool(sites)
+
+
+def _stubbed(graph: Graph) -> list[fx.Node]:
+    return [node for node in calls(graph, aten.linear.default) if is_call(node.args[1], QUANT_STUB)]
+
+
+def _replace(
+    graph: Graph,
+    linear: fx.Node,
+    scheme: QuantizeScheme,
+    calibration: Calibration,
+    solved: dict[str, Packed],
+    quantized: dict[fx.Node, tuple[fx.Node, fx.Node]],
+) -> Site:
+    """Bind one linear; returns what it became."""
+    stub, weight_stub = linear.args[0], linear.args[1]
+    assert isinstance(stub, fx.Node) and isinstance(weight_stub, fx.Node)
+    fact, group = stub_fact(weight_stub), stub_fact(stub)
+    assert fact is not None and group is not None
+    if fact.site not in solved:
+        solved[fact.site] = _solve(graph, linear, fact.site, scheme, calibration, group.site)
+    packed, scale, error = solved[fact.site]
+    name = weight_name(linear)
+    weight = add_tensor(graph, f"{name}_packed", packed, linear)
+    factor = add_tensor(graph, f"{name}_scale", scale, linear)
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    x = stub.args[0]
+    if scheme.activations.bits == 4:
+        if stub not in quantized:
+            options = (scheme.activations.kernel_group, scheme.activations.clip_ratio)
+            pair = call(graph, stub, QUANTIZE_INT4, x, *options)
+            quantized[stub] = (call(graph, stub, operator.getitem, pair, 0), call(graph, stub, operator.getitem, pair, 1))
+        codes, step = quantized[stub]
+        new = call(graph, linear, LINEAR_W4A4, codes, step, weight, factor, bias, value(linear).dtype, like=linear)
+    else:
+        new = call(graph, linear, LINEAR_W4A16, x, weight, factor, bias, like=linear)
+    kernel = str(new.target.name())  # type: ignore[union-attr]
+    set_fact(new, QuantizedFact((fact.site,), kernel))
+    linear.replace_all_uses_with(new)
+    graph.module.graph.erase_node(linear)
+    return Site(graph=graph.name, name=fact.site, weight_bits=4, activation_bits=scheme.activations.bits, error=error, kernel=kernel)
+
+
+def _solve(
+    graph: Graph, linear: fx.Node, site: str, scheme: QuantizeScheme, calibration: Calibration, group: str
+) -> Packed:
+    weight = get_tensor(graph.module, weight_name(linear)).detach()
+    size = scheme.weights.kernel_group
+    if size and weight.shape[1] % size:
+        raise RecipeError(
+            f"{site} has {weight.shape[1]} inputs, which {size} does not divide",
+            where="quantize.weights.group_size",
+            do="choose a group size that divides the widths, granularity: channel, or add the linear to quantize.ignore",
+        )
+    statistics = calibration.inputs.get(group)
+    moments = None if statistics is None else statistics.moments
+    codes, scale = solve(weight, moments, scheme.weights)
+    return pack_int4(codes), scale, output_error(weight, codes, scale, moments)
+
+
+def _drop_stubs(graph: Graph, roles: tuple[str, ...]) -> None:
+    for stub in list(calls(graph, QUANT_STUB)):
+        fact = stub_fact(stub)
+        if fact is None or fact.role in roles:
+            stub.replace_all_uses_with(stub.args[0])  # type: ignore[arg-type]
+            graph.module.graph.erase_node(stub)

@@ -1,0 +1,281 @@
+"""token_scores against full softmax matrices built here in float64, and against what the paper demands of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qpcompile.errors import KernelError
+from qpcompile.kernels.token_scores import cpu, reference
+from qpcompile.kernels.token_scores.op import OVERLOAD, token_scores
+
+WEIGHTS = [0.45, 0.25, 0.10, 0.20]
+DEFAULTS = {
+    "weights": WEIGHTS,
+    "normalize": "percentile",
+    "low": 1.0,
+    "high": 99.0,
+    "queries": "after_image",
+    "intra_mean": False,
+    "rotate": False,
+}
+# (batch, query heads, key heads, tokens, head size, channels)
+CASES = [(1, 1, 1, 1, 1, 4), (1, 4, 4, 17, 7, 33), (2, 6, 2, 63, 9, 48), (2, 4, 1, 257, 16, 40)]
+MASKS = ["none", "bool", "float", "per_head"]
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def make(case: tuple[int, ...], mask: str = "bool") -> dict[str, Any]:
+    """Text, picture, text, a smaller picture, text; the first row of a batch begins with padding."""
+    batch, heads, groups, length, head_dim, channels = case
+    torch.manual_seed(length)
+    place = torch.arange(length) / length
+    visual = ((place >= 0.2) & (place < 0.6) | (place >= 0.7) & (place < 0.8)).repeat(batch, 1)
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    valid[0, : length // 8] = False
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, None]
+    masks = {
+        "none": None,
+        "bool": allowed,
+        "float": torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min),
+        "per_head": torch.randn(batch, heads, length, length).masked_fill(~allowed, -torch.inf),
+    }
+    return {
+        "hidden": torch.randn(batch, length, channels) * torch.rand(batch, length, 1).exp(),
+        "q": torch.randn(batch, heads, length, head_dim),
+        "k": torch.randn(batch, groups, length, head_dim),
+        "mask": masks[mask],
+        "scale": head_dim**-0.5,
+        "visual": visual,
+        "valid": valid,
+    }
+
+
+def attention(given: dict[str, Any]) -> np.ndarray:
+    """Softmax probabilities f64[B, H, S, S]; rows that see nothing are 0."""
+    q, k, mask = given["q"].double().numpy(), given["k"].double().numpy(), given["mask"]
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    logits = q @ k.swapaxes(-1, -2) * given["scale"]
+    if mask is None:
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril() & given["valid"][:, None, None]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    logits = logits + np.where(mask < -1e30, -np.inf, mask.double())
+    peak = logits.max(-1, keepdims=True)
+    parts = np.exp(logits - np.where(np.isfinite(peak), peak, 0))
+    return parts / np.maximum(parts.sum(-1, keepdims=True), 1e-300)
+
+
+def naive(given: dict[str, Any], row: int, text: list[int], intra_mean: bool = False) -> np.ndarray:
+    """Scores f64[V] of the visual tokens of one row, percentile form, text: the query rows of inter."""
+    seen = (given["visual"] & given["valid"])[row].numpy().nonzero()[0]
+    matrix = attention(given)[row].mean(0)
+    values = given["hidden"][row].double().numpy()[seen]
+    scale = np.abs(values).max(-1, keepdims=True) / 7
+    restored = np.clip(np.rint(values / scale), -8, 7) * scale
+    intra = matrix[seen][:, seen].sum(0)
+    if intra_mean:
+        intra = intra / [sum(query >= key for query in seen) for key in seen]
+    metrics = (
+        matrix[text][:, seen].sum(0),
+        np.linalg.norm(values, axis=-1),
+        intra,
+        np.linalg.norm(restored - values, axis=-1),
+    )
+    score = np.zeros(len(seen))
+    for weight, metric in zip(WEIGHTS, metrics, strict=True):
+        low, high = np.percentile(metric, [1, 99])
+        score += weight * np.clip((metric - low) / (high - low + 1e-6), 0, 1)
+    return score
+
+
+def text_after_image(given: dict[str, Any], row: int) -> list[int]:
+    visual, valid = given["visual"][row].tolist(), given["valid"][row].tolist()
+    first = next((i for i, (v, ok) in enumerate(zip(visual, valid, strict=True)) if v and ok), len(visual))
+    return [i for i in range(first, len(visual)) if valid[i] and not visual[i]]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
+def test_equals_the_formula(case: tuple[int, ...], mask: str) -> None:
+    given = make(case, mask)
+    scores = token_scores(**given, **DEFAULTS)
+    counted = given["visual"] & given["valid"]
+    for row in range(case[0]):
+        expected = naive(given, row, text_after_image(given, row))
+        np.testing.assert_allclose(scores[row][counted[row]], expected, atol=1e-4)
+    assert (scores[given["valid"] & ~given["visual"]] == torch.inf).all()
+    assert (scores[~given["valid"]] == -torch.inf).all()
+
+
+def test_last_token_as_the_only_query_and_mean_of_intra() -> None:
+    given = make(CASES[2])
+    given["valid"][1, -5:] = False
+    scores = token_scores(**given, **DEFAULTS | {"queries": "last", "intra_mean": True})
+    for row, last in ((0, 62), (1, 57)):
+        counted = (given["visual"] & given["valid"])[row]
+        np.testing.assert_allclose(scores[row][counted], naive(given, row, [last], intra_mean=True), atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("normalize", ["percentile", "mad", "rank"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pieces_equal_the_reference(case: tuple[int, ...], normalize: str, mask: str) -> None:
+    given = make(case, mask)
+    for options in ({}, {"queries": "last"}, {"intra_mean": True, "rotate": True}):
+        settings = DEFAULTS | {"normalize": normalize} | options
+        expected = reference.token_scores(**given, **settings)
+        torch.testing.assert_close(token_scores(**given, **settings), expected, **CLOSE)
+
+
+def test_no_piece_holds_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, held = make(CASES[3]), []
+    multiply = cpu._products
+
+    def spy(queries: Tensor, keys: Tensor) -> Tensor:
+        held.append(multiply(queries, keys))
+        return held[-1]
+
+    expected = token_scores(**given, **DEFAULTS)
+    monkeypatch.setattr(cpu, "PIECE", 20_000)
+    monkeypatch.setattr(cpu, "_products", spy)
+    torch.testing.assert_close(token_scores(**given, **DEFAULTS), expected, **CLOSE)
+    assert len(held) > 5 and max(each.numel() for each in held) <= 20_000
+
+
+def test_unasked_metrics_cost_no_query_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = make(CASES[2])
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a query row was processed")
+
+    monkeypatch.setattr(cpu, "_products", fail)
+    scores = token_scores(**given, **DEFAULTS | {"weights": [0.0, 0.5, 0.0, 0.5]})
+    assert torch.isfinite(scores[given["visual"] & given["valid"]]).all()
+
+
+@pytest.mark.parametrize("mass_of", [reference.attention_mass, cpu.attention_mass], ids=["reference", "cpu"])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_mass_over_text_visual_and_rest_is_one_per_query(mass_of: reference.AttentionMass, mask: str) -> None:
+    given = make(CASES[2], mask)
+    visual, valid = given["visual"], given["valid"]
+    before = valid & ~visual & (visual.cumsum(1) == 0)
+    text = reference.text_queries(visual, valid, "after_image")
+    groups = torch.stack([text, visual & valid, before], dim=1)
+    mass, _ = mass_of(given["q"], given["k"], given["mask"], given["scale"], valid, groups)
+    parts = [(mass * keys[:, None]).sum(-1) for keys in (text, visual & valid, ~text & ~(visual & valid))]
+    torch.testing.assert_close(sum(parts), groups.sum(-1).float(), rtol=1e-5, atol=1e-5)
+    # No query before the picture can see it, and the picture gives nothing to what comes after.
+    assert not (mass[:, 2] * visual).any()
+    assert not (text & before).any()
+
+
+def test_text_before_the_image_changes_no_score() -> None:
+    given = make(CASES[2])
+    before = (given["visual"].cumsum(1) == 0)[:, None, :, None]
+    changed = given | {"q": torch.where(before, torch.randn(given["q"].shape), given["q"])}
+    assert torch.equal(token_scores(**given, **DEFAULTS), token_scores(**changed, **DEFAULTS))
+
+
+def test_residual_by_hand() -> None:
+    # Scale 1: 0.5 rounds to 0 and loses 0.5, -1.2 loses 0.2. A zero row loses nothing.
+    values = torch.tensor([[[7.0, 0.5, -1.2, 3.0], [0.0, 0.0, 0.0, 0.0]]])
+    expected = torch.tensor([[(0.25 + 0.04) ** 0.5, 0.0]])
+    torch.testing.assert_close(reference.residual(values, rotate=False), expected)
+    # Hadamard of order 4 over 2: rows (4.65, 1.15, 2.85, 5.35); scale 5.35 / 7, codes 6 2 4 7.
+    step = 5.35 / 7
+    lost = [6 * step - 4.65, 2 * step - 1.15, 4 * step - 2.85, 0.0]
+    rotated = reference.residual(torch.tensor([[[7.0, 0.5, -1.2, 3.0]]]), rotate=True)
+    assert rotated.item() == pytest.approx(sum(x * x for x in lost) ** 0.5, rel=1e-5)
+
+
+def test_zero_rows_and_missing_kinds_stay_finite() -> None:
+    given = make(CASES[2])
+    given["hidden"][:, 20:30] = 0
+    for visual in (torch.zeros_like(given["visual"]), torch.ones_like(given["visual"]), given["visual"]):
+        for normalize in ("percentile", "mad", "rank"):
+            scores = token_scores(**given | {"visual": visual}, **DEFAULTS | {"normalize": normalize})
+            assert torch.isfinite(scores[visual & given["valid"]]).all()
+            assert not scores.isnan().any()
+
+
+def test_a_row_of_padding_only() -> None:
+    given = make(CASES[2])
+    given["valid"][0] = False
+    given["mask"] = given["mask"] & given["valid"][:, None, None]
+    scores = token_scores(**given, **DEFAULTS)
+    assert (scores[0] == -torch.inf).all() and not scores[1].isnan().any()
+
+
+def test_not_contiguous_and_half_precision() -> None:
+    given = make(CASES[2])
+    expected = token_scores(**given, **DEFAULTS)
+    moved = {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("hidden", "q", "k", "mask")}
+    torch.testing.assert_close(token_scores(**given | moved, **DEFAULTS), expected, **CLOSE)
+    halves = {name: given[name].bfloat16() for name in ("hidden", "q", "k")}
+    floats = {name: value.float() for name, value in halves.items()}
+    torch.testing.assert_close(
+        token_scores(**given | halves, **DEFAULTS), token_scores(**given | floats, **DEFAULTS), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("mask", ["none", "per_head"])
+def test_opcheck(mask: str) -> None:
+    torch.library.opcheck(token_scores, tuple((make(CASES[1], mask) | DEFAULTS).values()))
+
+
+def test_refusals() -> None:
+    given = make(CASES[1])
+    for wrong, message in (
+        ({"normalize": "softmax"}, "softmax"),
+        ({"queries": "first"}, "first"),
+        ({"weights": [1.0]}, r"weights \[1.0\]"),
+        ({"low": 99.0, "high": 1.0}, "99.0, 1.0"),
+        ({"visual": given["visual"].long()}, "visual is torch.int64"),
+        ({"mask": given["mask"][0]}, "dimensions"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            token_scores(**given | DEFAULTS | wrong)
+
+
+class Score(torch.nn.Module):
+    """A layer's queries and keys [B, S, heads, D], scored with several settings and kinds of mask."""
+
+    def __init__(self, settings: list[tuple[str, dict[str, Any]]]) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, hidden: Tensor, q: Tensor, k: Tensor, visual: Tensor, valid: Tensor) -> list[Tensor]:
+        length = q.shape[1]
+        allowed = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, None]
+        masks = {"none": None, "bool": allowed, "float": torch.where(allowed, 0.0, torch.finfo(torch.float32).min)}
+        rest = {"hidden": hidden, "q": q.transpose(1, 2), "k": k.transpose(1, 2), "visual": visual, "valid": valid}
+        return [token_scores(**rest, mask=masks[mask], scale=0.4, **options) for mask, options in self.settings]
+
+
+def test_onnx_scores_and_selects_the_same(export_onnx: Callable[..., Any]) -> None:
+    from qpcompile.kernels.token_scores.onnx import token_scores as translation
+
+    settings = [
+        ("bool", DEFAULTS | {"rotate": True}),
+        ("float", DEFAULTS | {"queries": "last", "intra_mean": True}),
+        ("none", DEFAULTS | {"normalize": "mad", "weights": [0.5, 0.0, 0.5, 0.0]}),
+        ("none", DEFAULTS | {"normalize": "rank", "weights": [0.0, 0.5, 0.0, 0.5]}),
+    ]
+
+    def inputs(batch: int, length: int) -> list[Tensor]:
+        given = make((batch, 6, 2, length, 9, 48))
+        moved = [given[name].transpose(1, 2).contiguous() for name in ("q", "k")]
+        return [given["hidden"], *moved, given["visual"], given["valid"]]
+
+    module = Score(settings)
+    exported = export_onnx(module, inputs(2, 40), {OVERLOAD: translation})
+    for batch, length in ((1, 1), (3, 17), (2, 63), (1, 257)):
+        given = inputs(batch, length)
+        for got, expected in zip(exported(*given), module(*given), strict=True):
+            torch.testing.assert_close(got, expected, **CLOSE)
+            order = [scores.argsort(dim=1, descending=True, stable=True) for scores in (got, expected)]
+            assert torch.equal(*order)

@@ -1,0 +1,52 @@
+"""Triton's kernels compile ahead of time for Hopper, without a GPU, to the instructions they are written for."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the extra `triton` is not installed")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+
+def compile_for_hopper(kernel: Any, pointers: Mapping[str, str], constants: Mapping[str, Any], warps: int) -> Any:
+    """The compiled kernel; `pointers` types the arguments, the rest are `constants`."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, type_ in pointers.items() if type_[0] == "*"}
+    signature = {name: pointers.get(name, "constexpr") for name in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
+    options = {"num_warps": warps, "num_stages": 4, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def test_quantize_int4_divides_exactly() -> None:
+    from qpcompile.kernels.quantize_int4.triton import quantize_int4_kernel
+
+    pointers = {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32", "clip_ratio": "fp32"}
+    ptx = compile_for_hopper(quantize_int4_kernel, pointers, {"GROUP": 1000, "BLOCK": 1024}, 2).asm["ptx"]
+    assert "div.rn.f32" in ptx
+    assert not re.search(r"div\.(full|approx)|fma\.rn\.f32|\.ftz", ptx)
+
+
+def test_linear_w4a4_multiplies_int8_from_registers() -> None:
+    from qpcompile.kernels.linear_w4a4.triton import TILES, linear_w4a4_kernel
+
+    pointers = {"w_ptr": "*i8", "x_ptr": "*i8", "sum_ptr": "*i32", "scale_ptr": "*fp32", "w_scale_ptr": "*fp32"}
+    pointers |= {"bias_ptr": "*bf16", "y_ptr": "*bf16", "T": "i32", "N": "i32"}
+    tile = TILES[16]
+    constants = {"K": 4096, "PLANE": 128, "HAS_BIAS": True, "OUT": tile.out, "TOKENS": tile.tokens, "STEP": tile.step}
+    compiled = compile_for_hopper(linear_w4a4_kernel, pointers, constants, tile.warps)
+    ptx = compiled.asm["ptx"]
+    products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n16k32\.s32\.s8\.s8 \{[^}]*\}, (.)", ptx)
+    # The left operand is a list of registers, not a descriptor of shared memory.
+    assert products and set(products) == {"{"}
+    assert "cp.async" in ptx
+    # Hopper's shared memory is 227 KiB.
+    assert compiled.metadata.shared <= 227 * 1024
