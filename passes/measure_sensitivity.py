@@ -42,7 +42,7 @@ class MeasureSensitivity:
 
     def run(self, program: Program) -> bool:
         """Fills `program.facts["deviations"]` and `program.plan.facts`; nothing to do where no token is dropped."""
-        if program.recipe.tokens.method == "none":
+        if program.recipe.tokens.method == "none" or not self.count:
             return False
         layers = [layer.index for layer in program.layers]
         table = {layer: LayerRows() for layer in layers}

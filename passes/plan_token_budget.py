@@ -28,7 +28,8 @@ class PlanTokenBudget:
         if tokens.method == "none":
             return False
         chosen = _candidates(program)
-        deviations = program.facts["deviations"]
+        # Without samples all layers count as equally sensitive.
+        deviations = program.facts.get("deviations", {layer: [0.0] for layer in chosen})
         table = [list(sample) for sample in zip(*[deviations[layer] for layer in chosen], strict=True)]
         budgets = plan_budget(
             chosen,

@@ -1,1 +1,9 @@
-"""Compile vision-language models to 4-bit weights, activations and cache with pruned visual tokens."""
+"""A compiler for vision-language models: 4-bit weights, activations and KV cache and the visual tokens to keep, chosen together."""
+
+from qpcompile.emit.compiled import CompiledVLM, load
+from qpcompile.errors import QPCompileError
+from qpcompile.pipeline import compile
+from qpcompile.plan import Plan
+from qpcompile.recipe import Recipe
+
+__all__ = ["CompiledVLM", "Plan", "QPCompileError", "Recipe", "compile", "load"]

@@ -6,10 +6,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from qpcompile.ir.pass_manager import Pass
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from qpcompile.capture.capture import capture
+from qpcompile.capture.data_folder import prompt
+from qpcompile.capture.samples import Samples, Source
+from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.errors import CalibrationError, ModelError
+from qpcompile.ir.pass_manager import Pass, Step, run_passes
+from qpcompile.ir.program import Program
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.fold_transforms import FoldTransforms
@@ -20,6 +32,9 @@ from qpcompile.passes.measure_sensitivity import MeasureSensitivity
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
+from qpcompile.plan import CalibrationUsed, Plan
+from qpcompile.plan import Layer as LayerEntry
+from qpcompile.recipe import Recipe
 
 
 def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
@@ -40,3 +55,88 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         QuantizeKvCache(),
         FuseKernels(),
     ]
+
+
+def compile(
+    model: PreTrainedModel | str | PathLike[str],
+    recipe: Recipe | str | PathLike[str],
+    *,
+    processor: Any = None,
+    calibration: Source | None = None,
+    after: Callable[[Step, Program], None] | None = None,
+) -> CompiledVLM:
+    """Compile a vision-language model: weights, activations, cache and visual tokens by one recipe.
+
+    Args:
+        model: a transformers model, or the folder or hub name of one. The model itself is not changed.
+        recipe: the name of a preset, the path of a YAML file, or a Recipe.
+        processor: what makes inputs from pictures and text; loaded with the model where a folder or name is given.
+        calibration: model inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
+        after: called after each pass with what it did, for reports and dumps.
+
+    Raises CalibrationError where the recipe measures something and there are no samples to measure it on.
+    """
+    recipe = Recipe.load(recipe)
+    if not isinstance(model, PreTrainedModel):
+        model, processor = load_model(model, processor)
+    samples = None
+    if calibration is not None:
+        samples = Samples(calibration, processor, recipe.calibration.samples, recipe.calibration.seed)
+    elif needs := needs_samples(recipe):
+        raise CalibrationError(
+            f"this recipe measures on samples, and none were given: {'; '.join(needs)}",
+            where="calibration",
+            do="pass calibration=..., or take the settings named above out of the recipe",
+        )
+    program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
+    used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
+    layers = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in program.layers)
+    program.plan = Plan(recipe=recipe, layers=layers, calibration=used, versions=package_versions())
+    steps = run_passes(program, passes(samples or (), len(samples) if samples else 0), after)
+    program.facts["steps"] = steps
+    return CompiledVLM(program, processor)
+
+
+def needs_samples(recipe: Recipe) -> list[str]:
+    """What in a recipe cannot be done without calibration samples, in words."""
+    needs = []
+    if recipe.quantize is not None and recipe.quantize.weights.bits == 4:
+        if recipe.quantize.weights.solver == "gptq":
+            needs.append("quantize.weights.solver gptq (rtn needs none)")
+        if recipe.quantize.smooth is not None:
+            needs.append("quantize.smooth (null needs none)")
+    if recipe.tokens.method != "none" and recipe.tokens.candidate_layers == "auto":
+        needs.append("tokens.candidate_layers auto (a list of layers needs none)")
+    return needs
+
+
+def load_model(source: str | PathLike[str], processor: Any = None) -> tuple[PreTrainedModel, Any]:
+    """The model and the processor in a folder or under a hub name; code from the hub is never run."""
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source).eval()
+        return model, processor or AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{source} does not load as an image-text-to-text model: {str(error).strip().splitlines()[0]}",
+            where=str(source),
+            do="give a folder or a hub name that transformers.AutoModelForImageTextToText loads",
+        ) from error
+
+
+def blank_sample(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
+    """A white picture and a short prompt, to trace a model with that comes without samples."""
+    if processor is None and Path(model.name_or_path).is_dir():
+        processor = AutoProcessor.from_pretrained(model.name_or_path)
+    if processor is None:
+        raise CalibrationError(
+            "there is nothing to trace the model with: neither samples nor a processor",
+            where=type(model).__name__,
+            do="pass processor=... or calibration=[inputs]",
+        )
+    picture = Image.new("RGB", (224, 224), "white")
+    return dict(processor(images=[picture], text=[prompt(processor, "what is this?")], return_tensors="pt"))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a compile depends on."""
+    return {name: version(name) for name in ("qpcompile", "torch", "transformers")}

@@ -12,10 +12,19 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from qpcompile import yaml_text
 from qpcompile.errors import RecipeError
-from qpcompile.recipe_schema import CalibrationScheme, QuantizeScheme, Section, TokenScheme
+from qpcompile.recipe_schema import QuantizeScheme, Section, TokenScheme
 from qpcompile.schema_text import problems
 
 _DO = "correct the keys above; the recipe reference in the documentation lists every key"
+
+
+class CalibrationScheme(Section):
+    """How much of the calibration data is used."""
+
+    samples: int = Field(
+        default=128, ge=1, description="Samples used at most; fewer are used, and reported, when fewer come."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of samples.")
 
 
 class Recipe(Section):

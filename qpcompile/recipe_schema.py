@@ -293,12 +293,3 @@ def _ordered(pair: tuple[float, float], top: float) -> tuple[float, float]:
     if not 0 <= pair[0] < pair[1] <= top:
         raise ValueError(f"needs 0 <= low < high <= {top}")
     return pair
-
-
-class CalibrationScheme(Section):
-    """How much of the calibration data is used."""
-
-    samples: int = Field(
-        default=128, ge=1, description="Samples used at most; fewer are used, and reported, when fewer come."
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of the choice of samples.")

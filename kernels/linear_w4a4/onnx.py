@@ -89,9 +89,7 @@ def _by_channel(
     return tape.op("Mul", [y, constant(tape, weight_scale.reshape(-1))])
 
 
-def _by_group(
-    tape: ir.tape.Tape, node: ir.Node, left: ir.Value, right: ir.Value, weight_scale: np.ndarray
-) -> ir.Value:
+def _by_group(tape: ir.tape.Tape, node: ir.Node, left: ir.Value, right: ir.Value, weight_scale: np.ndarray) -> ir.Value:
     """Scales per group: the groups become the batch of one product, and its results are added -> f32[..., N]."""
     groups, in_features = node.attributes["groups"].as_int(), node.attributes["in_features"].as_int()
     rank, out_features = node.attributes["rank"].as_int(), weight_scale.shape[0]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from qpcompile.capture.host import empty_host, fill_host, host_tensors
-from qpcompile.capture.record import Recording, record
+from qpcompile.ir.host import empty_host, fill_host, host_tensors
+from qpcompile.capture.record import find_components, record
 from qpcompile.capture.sample import two_rows
 from qpcompile.capture.trace import trace
 from qpcompile.errors import CaptureError
@@ -29,6 +29,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
     Raises ModelError for a model that is no VLM and CaptureError, with the component and the line of the model's
     code, where tracing fails or the graph differs from eager.
     """
+    find_components(model)  # refuses what is no VLM, before anything is run
     pad = model.generation_config.pad_token_id
     recording = record(model, two_rows(sample, pad if isinstance(pad, int) else 0))
     graphs: dict[str, Graph] = {}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,6 +30,9 @@ FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions"
 # The exporter's own preparation of inputs, left out: `prepare` does it, the same way for tracing and running.
 _PRECOMPUTE = "transformers.exporters.utils.precompute_export_inputs"
 
+# Where code lies that is nobody's model: Python, its packages, and this one.
+_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parents[1]))
+
 
 def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
     """Trace `module` as it was called in `call`, all shapes symbolic, and check the graph against that call.
@@ -39,6 +45,7 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
     data = {key: value for key, value in call.inputs.items() if key not in FLAGS and value is not None}
     with torch.no_grad():
         arguments = {key: value for key, value in prepare(module, data, table).items() if value is not None}
+    hook = module.register_forward_pre_hook(_one_token_count, with_kwargs=True)
     config = DynamoConfig(dynamic=True, dynamic_shapes=_dynamic_axes(arguments))
     try:
         with _quiet(), _attention_by_segment(), traceable(module), mock.patch(_PRECOMPUTE, lambda *_: None):
@@ -49,6 +56,8 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
             where=f"{owner or type(module).__name__}, {_model_line(error)}",
             do="report this family; a picture or prompt of another size sometimes avoids the branch",
         ) from error
+    finally:
+        hook.remove()
     tensors = dict(named_tensors(arguments))
     graph = Graph(
         name=name,
@@ -64,6 +73,15 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
     graph.constants |= _mask_facts(module, tensors)
     _check(graph, tensors, call.output)
     return graph
+
+
+def _one_token_count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Say that masks count the tokens of cache and embeddings, so that the trace has one symbol for them."""
+    embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(CACHE)
+    if embeds is not None and cache is not None:
+        for _, mask in named_tensors(kwargs.get(MASK)):
+            torch._check(mask.shape[-1] == cache.get_seq_length() + embeds.shape[1])
+            torch._check(mask.shape[0] == embeds.shape[0])
 
 
 def _mask_facts(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -186,12 +204,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _model_line(error: BaseException) -> str:
-    """The innermost line of transformers' model code in a traceback."""
-    found = "no line of the model's code in the traceback"
-    traceback = error.__traceback__
-    while traceback is not None:
-        filename = traceback.tb_frame.f_code.co_filename
-        if "transformers" in filename and "/models/" in filename:
-            found = f"{filename.rsplit('/models/', 1)[1]}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    return found
+    """The innermost line of the model's own code in a traceback: not of Python, torch or what drives the tracing."""
+    for cause in (error, error.__cause__, error.__context__):
+        for frame in reversed(traceback.extract_tb(cause.__traceback__ if cause else None)):
+            name = frame.filename
+            if "/transformers/models/" in name or not (name.startswith(_LIBRARIES) or "<" in name):
+                return f"{name.rsplit('/models/', 1)[-1]}:{frame.lineno}: {frame.line}"
+    return "no line of the model's code in the traceback"

@@ -117,7 +117,7 @@ class Machine:
         self._store(cache, results, new)
         self.last = cache
         answer = rebuild(graph.returns, results)
-        answer[CACHE] = cache
+        answer[CACHE] = cache if kwargs.get("use_cache", True) else None
         return answer
 
     def _token_feeds(self, cache: CompiledCache, new: int, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,18 +2,105 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from qpcompile.capture.capture import capture
+from qpcompile.capture.sample import two_rows
+from qpcompile.capture.trace import trace
 from qpcompile.errors import CalibrationError, CaptureError, ModelError
 from qpcompile.recipe import Recipe
 
-from families import llava, qwen2_5_vl
+from families import llava
+
+NONE = Recipe.load("none")
+
+
+def test_language_model_is_refused() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(ModelError, match="no vision tower") as error:
+        capture(model, {"input_ids": ids, "pixel_values": torch.zeros(1)}, NONE)
+    assert "AutoModelForImageTextToText" in str(error.value) and "'llama'" in str(error.value)
+
+
+def test_model_that_generates_no_text_is_refused() -> None:
+    part = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**part, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config={**part, "vocab_size": 32}, vision_config=vision, projection_dim=8)).eval()
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "pixel_values": torch.zeros(1, 3, 16, 16)}
+    with pytest.raises(ModelError, match="CLIPModel is not a vision-language model that generates text"):
+        capture(model, inputs, NONE)
+
+
+def test_decoder_that_reads_values_names_component_and_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cases = llava()
+    original = LlamaDecoderLayer.forward
+
+    def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if hidden_states.sum() > 1e9:
+            hidden_states = hidden_states * 2
+        return original(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    with pytest.raises(CaptureError, match="prefill cannot be traced") as error:
+        capture(model, cases["one"], NONE)
+    assert error.value.where is not None and "if hidden_states.sum() > 1e9:" in error.value.where
+    assert "model.language_model" in error.value.where and "test_capture_errors.py" in error.value.where
+
+
+def test_branch_that_tracing_cannot_see_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced code that computes something else than eager is refused, never returned."""
+    model, _ = llava()
+    owner = "model.multi_modal_projector"
+    projector = model.get_submodule(owner)
+    features = torch.randn(2, 5, 32)
+    call = type("Call", (), {"inputs": {"image_features": features}, "output": projector(features)})()
+    original = type(projector).forward
+
+    def forward(self: torch.nn.Module, image_features: torch.Tensor) -> torch.Tensor:
+        result = original(self, image_features)
+        return result * 2 if torch.compiler.is_exporting() else result
+
+    monkeypatch.setattr(type(projector), "forward", forward)
+    with pytest.raises(CaptureError, match="the traced projector differs from eager in its output output"):
+        trace("projector", owner, projector, call)  # type: ignore[arg-type]
+
+
+def test_decoder_that_generate_bypasses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cases = llava()
+    original = LlamaModel.forward
+    monkeypatch.setattr(model.get_decoder(), "__call__", None, raising=False)
+    monkeypatch.setattr(LlamaModel, "__call__", lambda self, *args, **kwargs: original(self, *args, **kwargs), raising=False)
+    with pytest.raises(CaptureError, match="does not call its decoder once per step"):
+        capture(model, cases["one"], NONE)
+
+
+def test_generate_that_fails_on_the_sample() -> None:
+    model, cases = llava()
+    inputs = dict(cases["one"], pixel_values=torch.zeros(1, 3, 40, 40))
+    with pytest.raises(CaptureError, match="generate failed on the sample") as error:
+        capture(model, inputs, NONE)
+    assert "model.generate(**sample)" in str(error.value)
+
+
+def test_sample_without_a_picture() -> None:
+    model, cases = llava()
+    inputs = {key: value for key, value in cases["one"].items() if key != "pixel_values"}
+    with pytest.raises(CalibrationError, match="no picture"):
+        capture(model, inputs, NONE)
+
+
+def test_two_rows_pads_one_row_and_adds_no_picture_token() -> None:
+    _, cases = llava()
+    inputs = cases["one"] | {"input_ids": cases["one"]["input_ids"][:, 5:], "attention_mask": cases["one"]["attention_mask"][:, 5:]}
+    doubled = two_rows(inputs, pad=0)
+    assert doubled["input_ids"].shape == (2, inputs["input_ids"].shape[1] + 1)
+    assert doubled["attention_mask"][:, 0].tolist() == [0, 1]
+    assert (doubled["input_ids"] == 90).sum() == 2 * (inputs["input_ids"] == 90).sum()
+    assert doubled["pixel_values"].shape[0] == 2

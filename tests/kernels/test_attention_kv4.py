@@ -18,7 +18,7 @@ from qpcompile.kernels.kv4_write.op import kv4_write
 CASES = [(1, 1, 1, 1, 1, 1), (2, 6, 2, 1, 63, 33), (1, 4, 4, 17, 17, 7), (2, 6, 2, 63, 63, 16), (1, 4, 1, 5, 257, 64)]
 MASKS = ["none", "bool", "float", "per_head"]
 # Float32 sums of up to 257 products of order 1, in another order.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def make(case: tuple[int, ...], mask: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
@@ -87,10 +87,11 @@ def test_a_query_that_sees_nothing_gets_zero(rows: int, fill: float) -> None:
     q, *cache, _, scale = make((2, 4, 2, rows, 9, 8), "none")
     mask = torch.ones(2, 1, rows, 9, dtype=torch.bool) if fill is False else torch.zeros(2, 1, rows, 9)
     mask[0, 0, 0] = fill
-    y = attention_kv4(q, *cache, mask, scale)
+    inputs: Any = (q, *cache, mask, scale)
+    y = attention_kv4(*inputs)
     assert not y[0, :, 0].any()
     assert torch.isfinite(y).all() and (y[0, :, 1] != 0).all() and (y[1] != 0).all()
-    torch.testing.assert_close(y, reference.attention_kv4(q, *cache, mask, scale), **CLOSE)
+    torch.testing.assert_close(y, reference.attention_kv4(*inputs), **CLOSE)
 
 
 def test_decode_equals_the_last_row_of_prefill() -> None:
@@ -103,17 +104,15 @@ def test_gathered_cache_equals_masked_cache() -> None:
     q, *cache, _, scale = make((1, 4, 2, 3, 63, 16), "none")
     index = torch.sort(torch.randperm(63)[:20]).values
     mask = torch.zeros(1, 1, 3, 63, dtype=torch.bool).index_fill(3, index, True)
-    gathered = attention_kv4(q, *(part[:, :, index] for part in cache), None, scale)
+    gathered = attention_kv4(q, *[part[:, :, index] for part in cache], None, scale)
     torch.testing.assert_close(gathered, attention_kv4(q, *cache, mask, scale), **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [2, 40])
 def test_not_contiguous(rows: int) -> None:
-    q, *cache, _, scale = make((2, 4, 2, rows, 9, 8), "none")
-    views = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, *cache)]
-    torch.testing.assert_close(
-        attention_kv4(*views, None, scale), reference.attention_kv4(q, *cache, None, scale), **CLOSE
-    )
+    inputs = make((2, 4, 2, rows, 9, 8), "none")
+    views = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in inputs[:5]]
+    torch.testing.assert_close(attention_kv4(*views, *inputs[5:]), reference.attention_kv4(*inputs), **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -135,7 +134,7 @@ def test_refusals() -> None:
         attention_kv4(q[:, :3], *cache, None, scale)
     with pytest.raises(KernelError, match="head size 6"):
         attention_kv4(q[..., :6], *cache, None, scale)
-    with pytest.raises(KernelError, match="mask is torch.int64"):
+    with pytest.raises(KernelError, match="mask is torch"):
         attention_kv4(q, *cache, torch.ones(1, 1, 3, 5, dtype=torch.int64), scale)
 
 

@@ -29,9 +29,9 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    cache = kv4_write(torch.randn(shape))
-    expected = reference.kv4_read(*cache, shape[-1], dtype)
-    got = kv4_read(*cache, shape[-1], dtype)
+    codes, affine = kv4_write(torch.randn(shape))
+    expected = reference.kv4_read(codes, affine, shape[-1], dtype)
+    got = kv4_read(codes, affine, shape[-1], dtype)
     assert got.dtype == dtype and got.is_contiguous()
     assert torch.equal(got, expected)
 
@@ -58,7 +58,7 @@ def test_not_contiguous() -> None:
     codes, affine = kv4_write(torch.randn(2, 6, 8, 5))
     for part in (slice(None, None, 2), slice(1, 4)):
         views = codes.transpose(1, 2)[:, part], affine.transpose(1, 2)[:, part]
-        expected = reference.kv4_read(*(view.contiguous() for view in views), 5, torch.float32)
+        expected = reference.kv4_read(views[0].contiguous(), views[1].contiguous(), 5, torch.float32)
         assert torch.equal(kv4_read(*views, 5, torch.float32), expected)
 
 

@@ -133,8 +133,8 @@ def test_non_contiguous() -> None:
     q, scale = random_codes(96, 5).T, random_floats(10, 1)[::2]
     weight, weight_scale = pack_int4(random_codes(14, 96, seed=1))[::2], random_floats(1, 7).T
     found = torch.ops.qpcompile.linear_w4a4(q, scale, weight, weight_scale, None, torch.float32)
-    dense = (each.contiguous() for each in (q, scale, weight, weight_scale))
-    assert torch.equal(found, reference.linear_w4a4(*dense, None, torch.float32))
+    q, scale, weight, weight_scale = (each.contiguous() for each in (q, scale, weight, weight_scale))
+    assert torch.equal(found, reference.linear_w4a4(q, scale, weight, weight_scale, None, torch.float32))
 
 
 @pytest.mark.parametrize("bias", [None, torch.ones(7)], ids=["plain", "bias"])

@@ -13,7 +13,7 @@ from qpcompile.kernels.token_scores import cpu, reference
 from qpcompile.kernels.token_scores.op import OVERLOAD, token_scores
 
 WEIGHTS = [0.45, 0.25, 0.10, 0.20]
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "weights": WEIGHTS,
     "normalize": "percentile",
     "low": 1.0,
@@ -25,7 +25,7 @@ DEFAULTS = {
 # (batch, query heads, key heads, tokens, head size, channels)
 CASES = [(1, 1, 1, 1, 1, 4), (1, 4, 4, 17, 7, 33), (2, 6, 2, 63, 9, 48), (2, 4, 1, 257, 16, 40)]
 MASKS = ["none", "bool", "float", "per_head"]
-CLOSE = {"rtol": 0, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
 
 
 def make(case: tuple[int, ...], mask: str = "bool") -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_last_token_as_the_only_query_and_mean_of_intra() -> None:
 def test_pieces_equal_the_reference(case: tuple[int, ...], normalize: str, mask: str) -> None:
     given = make(case, mask)
     for options in ({}, {"queries": "last"}, {"intra_mean": True, "rotate": True}):
-        settings = DEFAULTS | {"normalize": normalize} | options
+        settings: dict[str, Any] = {**DEFAULTS, "normalize": normalize, **options}
         expected = reference.token_scores(**given, **settings)
         torch.testing.assert_close(token_scores(**given, **settings), expected, **CLOSE)
 

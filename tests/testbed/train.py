@@ -29,7 +29,7 @@ from packing import Batch, attention_mask, category_ids, choose_tokens, make_bat
 STAGES = ("tower", "decoder", "joint")
 # Shares of the question kinds in stage 2. Lookups of colour, shape and digit are learned at once; what stays behind is
 # given more: a zone as the answer (it needs attention heads of its own), counting, and absence.
-DECODER_WEIGHTS = np.array([5, 5, 5, 10, 5, 5, 18, 17, 6, 11, 13]) / 100.0
+DECODER_WEIGHTS = np.array([4, 4, 4, 6, 4, 4, 26, 20, 4, 12, 12]) / 100.0
 TRAIN_SEED = 1  # evaluation uses 7, calibration 3, validation during training 2
 
 
@@ -90,7 +90,7 @@ def tower_step(model: PreTrainedModel, family: str, step: int, progress: float) 
 
 def decoder_step(model: PreTrainedModel, family: str, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
     """Loss of stage 2."""
-    batch = make_batch(family, (TRAIN_SEED, 2, step), 8, 8, weights=DECODER_WEIGHTS)
+    batch = make_batch(family, (TRAIN_SEED, 2, step), 4, 10, weights=DECODER_WEIGHTS)
     generator = torch.Generator().manual_seed(step)
     embedding = model.get_input_embeddings().weight
     background = table(family)[scenes.BACKGROUND]
@@ -104,7 +104,8 @@ def decoder_step(model: PreTrainedModel, family: str, step: int, progress: float
 
 def joint_step(model: PreTrainedModel, family: str, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
     """Loss of stage 3."""
-    batch = make_batch(family, (TRAIN_SEED, 3, step), 4, 16)
+    weights = DECODER_WEIGHTS if progress < 0.6 else scenes.WEIGHTS
+    batch = make_batch(family, (TRAIN_SEED, 3, step), 4, 16, weights=weights)
     with torch.set_grad_enabled(progress > 0.5):  # the decoder first gets used to real tokens
         tokens = encode_pictures(model, batch.pixels)
     loss, report = _answer_loss(answer_logits(model, family, batch, tokens, None), batch)

@@ -1,0 +1,82 @@
+"""Calibration samples: however they come, they can be walked over again, one in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qpcompile.capture.data_folder import Question, question_inputs, read_questions
+from qpcompile.capture.sample import check_sample
+from qpcompile.errors import CalibrationError
+
+Source = str | Path | Iterable[dict[str, Any]]
+
+
+class Samples:
+    """Up to `limit` samples from a data folder, a sequence or any iterable of model inputs.
+
+    Folders and sequences are drawn from by `seed`, in their order; other iterables are taken from the start and kept
+    on disk, since they may not be walked over twice. Each sample is checked when it is reached.
+    """
+
+    def __init__(self, source: Source, processor: Any, limit: int, seed: int) -> None:
+        self.processor = processor
+        self._spool: tempfile.TemporaryDirectory[str] | None = None
+        items: Sequence[Any]
+        if isinstance(source, (str, Path)):
+            if processor is None:
+                raise CalibrationError("a data folder needs a processor", where=str(source), do="pass processor=...")
+            items = read_questions(Path(source))
+        elif isinstance(source, Sequence):
+            items = source
+        else:
+            items = self._keep(source, limit)
+        if not items:
+            raise CalibrationError("there is no calibration sample", where="calibration", do="give at least one sample")
+        chosen = sorted(random.Random(seed).sample(range(len(items)), min(limit, len(items))))
+        self._items = [items[index] for index in chosen]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, item in enumerate(self._items):
+            sample = self._inputs(item)
+            try:
+                check_sample(sample)
+            except CalibrationError as error:
+                raise CalibrationError(error.what, where=f"calibration sample {number}: {error.where}", do=error.do) from None
+            yield sample
+
+    def digest(self) -> str:
+        """SHA-256 over all tensors of all samples, in order."""
+        total = hashlib.sha256()
+        for sample in self:
+            for key in sorted(sample):
+                if isinstance(sample[key], torch.Tensor):
+                    total.update(key.encode())
+                    total.update(sample[key].contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+    def _inputs(self, item: Any) -> dict[str, Any]:
+        if isinstance(item, Question):
+            return question_inputs(self.processor, [item])
+        if isinstance(item, Path):
+            return dict(load_file(item))
+        return dict(item)
+
+    def _keep(self, source: Iterable[dict[str, Any]], limit: int) -> list[Path]:
+        self._spool = tempfile.TemporaryDirectory(prefix="qpcompile-samples-")
+        kept = []
+        for number, sample in zip(range(limit), source, strict=False):
+            path = Path(self._spool.name) / f"{number:06d}.safetensors"
+            save_file({key: value.contiguous() for key, value in dict(sample).items() if isinstance(value, torch.Tensor)}, path)
+            kept.append(path)
+        return kept
