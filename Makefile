@@ -6,7 +6,7 @@ STAMP := .venv/installed
 .PHONY: demo test lint docs clean
 
 demo: $(STAMP)
-	$(BIN)/python -m tests.testbed.demo
+	$(BIN)/python demo/demo.py
 
 # One thread per worker: two workers with as many threads as cores each are slower than one.
 test: $(STAMP)

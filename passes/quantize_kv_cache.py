@@ -154,6 +154,10 @@ def _replace_cache(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
     graph.module.graph.eliminate_dead_code()
     for path in [path for path in graph.inputs if path.startswith(f"{CACHE}.") and path.count(".") == 2]:
         placeholder = graph.placeholder(path)
+        for user in list(placeholder.users):
+            # Batch and length are the same on the codes.
+            if is_call(user, aten.sym_size.int) and f"{path}.codes" in graph.inputs and user.args[1] != 3:
+                user.replace_input_with(placeholder, graph.placeholder(f"{path}.codes"))
         if not placeholder.users:
             graph.module.graph.erase_node(placeholder)
             graph.inputs = tuple(name for name in graph.inputs if name != path)

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written aside, flushed to disk, renamed at the end."""
+"""Folders and files that appear whole or not at all: written aside, flushed to disk, renamed at the end."""
 
 import errno
 import hashlib
@@ -12,7 +12,6 @@ from pathlib import Path
 from qpcompile.errors import OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_GIB = 1024**3
 
 
 @contextmanager
@@ -22,7 +21,7 @@ def staged_folder(path: str | os.PathLike[str], *, needed: int | None = None) ->
     needed: bytes that will be written, when known; refused at once if the disk has fewer.
     """
     target = Path(os.path.abspath(path))
-    _refuse_existing(target)
+    refuse_existing(target)
     made = _make_parents(target)
     aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     try:
@@ -33,7 +32,7 @@ def staged_folder(path: str | os.PathLike[str], *, needed: int | None = None) ->
             raise _cannot_write(target, error) from error
         yield aside
         _flush(aside)
-        _refuse_existing(target)
+        refuse_existing(target)
         aside.rename(target)
         _flush_entry(target.parent)
     except BaseException as error:
@@ -45,18 +44,40 @@ def staged_folder(path: str | os.PathLike[str], *, needed: int | None = None) ->
         raise
 
 
+def write_new_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """A new file that holds `data`, or none at all. Raises OutputError where it exists or cannot be written."""
+    target = Path(os.path.abspath(path))
+    refuse_existing(target)
+    made = _make_parents(target)
+    aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    try:
+        _refuse_small_disk(target, len(data))
+        aside.write_bytes(data)
+        _flush_entry(aside)
+        refuse_existing(target)
+        aside.rename(target)
+        _flush_entry(target.parent)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        _remove(made)
+        if isinstance(error, OSError):
+            raise _cannot_write(target, error, len(data)) from error
+        raise
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raise OutputError where something lies at `target`: nothing is overwritten."""
     if os.path.lexists(target):
         raise OutputError(
             "the output exists already; nothing is overwritten",
             where=str(target),
-            do="name another folder, or remove this one first",
+            do="name another path, or remove what lies there first",
         )
 
 
@@ -95,22 +116,23 @@ def _disk_full(error: BaseException) -> bool:
 
 
 def _full(target: Path, written: int, needed: int | None) -> OutputError:
-    free = shutil.disk_usage(target.parent if target.parent.exists() else target.anchor).free
-    need = (
-        f"{needed / _GIB:.3f} GiB are needed"
-        if needed is not None
-        else f"more than {written / _GIB:.3f} GiB are needed"
-    )
+    # The folders that would hold the target may be gone again: the nearest one left is on the same disk.
+    free = shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free
+    need = f"{_mebibytes(needed)} are needed" if needed is not None else f"{_mebibytes(written)} had been written"
     return OutputError(
-        f"the disk is full: {need}, {free / _GIB:.3f} GiB are free",
+        f"the disk is full: {need}, {_mebibytes(free)} are free now",
         where=str(target),
         do="free some space or name a folder on another disk; nothing was left behind",
     )
 
 
-def _cannot_write(target: Path, error: OSError) -> OutputError:
+def _mebibytes(size: int) -> str:
+    return f"{size / 1024**2:.1f} MiB"
+
+
+def _cannot_write(target: Path, error: OSError, needed: int | None = None) -> OutputError:
     if error.errno in _FULL:
-        return _full(target, 0, None)
+        return _full(target, 0, needed)
     return OutputError(
         f"the output cannot be written: {error.strerror or error}",
         where=str(target),

@@ -54,14 +54,15 @@ def _tower(model_type: str, **changes: Any) -> dict[str, Any]:
 
 
 def _build(name: str, **settings: Any) -> PreTrainedModel:
-    """A seeded model of class `{name}ForConditionalGeneration`; weights wide enough that no two answers agree by chance."""
+    """A seeded model of class `{name}ForConditionalGeneration`; weights so wide that answers depend on the prompt."""
     config = getattr(transformers, f"{name}Config")(**settings)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim > 1 or not bool(parameter.any()):
-            parameter.data.normal_(0.0, 0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.1, generator=generator)
+            width = 0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.1
+            parameter.data.normal_(0.0, width, generator=generator)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
     return model.requires_grad_(False)
@@ -77,14 +78,16 @@ def _ids(length: int, seed: int) -> list[int]:
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> Inputs:
-    """Rows of ids as one tensor, padded on the left, with their mask and the token types that M-RoPE and block masks use."""
+    """Rows of ids as one tensor, padded on the left, and their mask."""
     width = max(map(len, rows))
     ids = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _cases(model: PreTrainedModel, pictures: Pictures, types: str | None = None, around: tuple[list[int], list[int]] = ([], [])) -> Cases:
+def _cases(
+    model: PreTrainedModel, pictures: Pictures, types: str | None = None, around: tuple[list[int], list[int]] = ([], [])
+) -> Cases:
     """Prompts of several shapes: one row (to trace with), a longer row, two rows of which one is padded, two pictures.
 
     `pictures(numbers)` gives the pixel inputs of the pictures of those numbers; even and odd ones may differ in size.
@@ -93,7 +96,8 @@ def _cases(model: PreTrainedModel, pictures: Pictures, types: str | None = None,
     def tokens(number: int) -> list[int]:
         features: Any = model.get_image_features(**pictures([number]))  # type: ignore[operator]
         parts = features.pooler_output
-        count = sum(part.numel() // part.shape[-1] for part in (parts if not isinstance(parts, torch.Tensor) else [parts]))
+        parts = [parts] if isinstance(parts, torch.Tensor) else parts
+        count = sum(part.numel() // part.shape[-1] for part in parts)
         return [*around[0], *[IMAGE] * count, *around[1]]
 
     def case(rows: Sequence[Sequence[int]], numbers: Sequence[int]) -> Inputs:
@@ -169,7 +173,7 @@ def llava_onevision() -> tuple[PreTrainedModel, Cases]:
 
 
 def _packed(patch: int, temporal: int = 2) -> Pictures:
-    """Qwen's packed patches: 6 x 4 patches in even pictures, 10 x 6 in odd ones; neither fills its attention windows."""
+    """Qwen's packed patches: 6 x 4 in even pictures, 10 x 6 in odd ones; neither fills its attention windows."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
         grids = [(1, 6, 4) if number % 2 == 0 else (1, 10, 6) for number in numbers]
@@ -295,7 +299,7 @@ def paligemma() -> tuple[PreTrainedModel, Cases]:
 
 
 def gemma3() -> tuple[PreTrainedModel, Cases]:
-    """Sliding-window and full layers with a mask each, pictures that attend both ways; prompts pass the window of 12."""
+    """Sliding-window and full layers with a mask each, pictures that attend both ways; prompts pass the window."""
     model = _build(
         "Gemma3",
         vision_config=_tower("siglip_vision_model", vision_use_head=False),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, Cases, Inputs
 from torch import fx
 from transformers import PreTrainedModel
 
@@ -13,8 +14,6 @@ from qpcompile.capture.capture import capture
 from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.ir.run import Machine
 from qpcompile.recipe import Recipe
-
-from families import FAMILIES, Cases, Inputs
 
 NEW_TOKENS = 9
 # Sums in another order; the logits are of order 1. A wrong mask, position or window changes them by 0.01 and more.
@@ -38,7 +37,7 @@ def check_same_answers(name: str, model: PreTrainedModel, machine: Machine, case
         tokens, logits = answer(model, inputs)
         found_tokens, found_logits = answer(machine, inputs)
         assert torch.equal(found_tokens, tokens), f"{name}, {case}"
-        torch.testing.assert_close(found_logits, logits, rtol=0, atol=TOLERANCE, msg=lambda text: f"{name}, {case}: {text}")
+        assert (found_logits - logits).abs().max() < TOLERANCE, f"{name}, {case}"
 
 
 def sizes(node: fx.Node) -> tuple[torch.SymInt | int, ...]:
@@ -51,7 +50,7 @@ def check_one_token_axis(program: Program) -> None:
     batch, length, _ = sizes(prefill.placeholder("inputs_embeds"))
     assert isinstance(batch, torch.SymInt) and isinstance(length, torch.SymInt) and str(batch) != str(length)
     for path in prefill.inputs:
-        symbols = {str(size) for size in sizes(prefill.placeholder(path)) if isinstance(size, torch.SymInt)}
+        symbols = {size for size in map(str, sizes(prefill.placeholder(path))) if not size.isdigit()}
         assert symbols == {str(batch), str(length)}, path
     for path in prefill.outputs:
         assert str(length) in map(str, sizes(prefill.result(path))), path

@@ -75,7 +75,7 @@ def test_parents_that_others_filled_meanwhile_stay(tmp_path: Path) -> None:
     "error", [OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: No space left on device (os error 28)")]
 )
 def test_full_disk_says_how_much(tmp_path: Path, error: Exception) -> None:
-    said = r"disk is full: more than 0\.001 GiB are needed, .* GiB are free"
+    said = r"disk is full: 1\.0 MiB had been written, .* MiB are free now"
     with pytest.raises(OutputError, match=said) as caught, staged_folder(tmp_path / "out") as folder:
         (folder / "half").write_bytes(b"x" * 1024**2)
         raise error
@@ -83,9 +83,16 @@ def test_full_disk_says_how_much(tmp_path: Path, error: Exception) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_free_space_is_that_of_the_targets_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {tmp_path: 7 * 1024**2}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    with pytest.raises(OutputError, match=r"7\.0 MiB are free"), staged_folder(tmp_path / "a" / "b" / "out"):
+        raise OSError(errno.ENOSPC, "full")
+
+
 def test_disk_too_small_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 1024**3))
-    said, needed = r"3\.000 GiB are needed, 2\.000 GiB are free", 3 * 1024**3
+    said, needed = r"3072\.0 MiB are needed, 2048\.0 MiB are free", 3 * 1024**3
     with pytest.raises(OutputError, match=said), staged_folder(tmp_path / "deep" / "out", needed=needed):
         pytest.fail("the block must not run")
     assert os.listdir(tmp_path) == []

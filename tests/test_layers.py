@@ -19,7 +19,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"ir"}),),
     (frozenset({"passes"}), frozenset({"capture"}), frozenset({"emit"})),
     (frozenset({"pipeline"}),),
-    (frozenset({"inspect"}), frozenset({"evaluate"})),
+    (frozenset({"inspect"}), frozenset({"evaluate"}), frozenset({"doctor", "dry_run", "probes"})),
     (frozenset({"__init__", "__main__", "cli"}),),
 )
 PLACE = {name: (level, cell) for level, row in enumerate(LEVELS) for cell in row for name in cell}

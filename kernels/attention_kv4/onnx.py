@@ -11,9 +11,7 @@ from qpcompile.kernels.kv4_read.onnx import dequantize
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
 
-def attention_kv4(
-    q: Any, k_codes: Any, k_affine: Any, v_codes: Any, v_affine: Any, mask: Any = None, scale: float = 1.0
-) -> Any:
+def attention_kv4(q: Any, k_codes: Any, k_affine: Any, v_codes: Any, v_affine: Any, mask: Any, scale: float) -> Any:
     """q: f[B, Hq, Sq, D], codes: u8[B, Hkv, S, ceil(D / 2)], affine: f32[B, Hkv, S, 2] -> q.dtype[B, Hq, Sq, D]."""
     groups, head_dim = k_codes.shape[1], q.shape[3]
     k = op.Transpose(dequantize(k_codes, k_affine, head_dim), perm=[0, 1, 3, 2])

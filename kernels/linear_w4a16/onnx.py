@@ -1,7 +1,8 @@
 """qpcompile::linear_w4a16 in ONNX: a 4-bit initializer, DequantizeLinear and MatMul.
 
-onnxruntime turns the pair into its 4-bit MatMulNBits; whether that quantizes activations inside is the session's option
-`session.qdq_matmulnbits_accuracy_level` (0 keeps float products).
+onnxruntime turns the pair into its 4-bit MatMulNBits, which by default rounds activations to 8 bits inside: 0.5 %
+relative error on Gaussian activations of 1024 channels, and twice the speed on one token. The session's option
+`session.qdq_matmulnbits_accuracy_level` at "0" makes the product a float one (1.5e-7).
 """
 
 from typing import Any

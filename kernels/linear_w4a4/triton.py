@@ -119,8 +119,8 @@ def linear_w4a4_kernel(
             packed = tl.load(at, mask=row_in[:, None] & low_in[None, :], other=0)
             x_low = tl.load(x_row + low[:, None], mask=token_in[None, :] & low_in[:, None], other=0)
             x_high = tl.load(x_row + high[:, None], mask=token_in[None, :] & high_in[:, None], other=0)
-        total = tl.dot(packed & 15, x_low, total)
-        total = tl.dot(packed & -16, x_high, total)
+        total = tl.dot(packed & 15, x_low, total, out_dtype=tl.int32)
+        total = tl.dot(packed & -16, x_high, total, out_dtype=tl.int32)
     low_sum = tl.load(sum_ptr + token, mask=token_in, other=0)
     exact = (total - 128 * low_sum[None, :]) >> 4
     y = exact.to(tl.float32) * tl.load(scale_ptr + token, mask=token_in, other=0.0)[None, :]
@@ -171,7 +171,7 @@ def linear_w4a4_grouped_kernel(
             packed = tl.load(at, mask=row_in[:, None] & inside[None, :], other=0)
             w = tl.where(((k // PLANE) % 2 == 1)[None, :], packed >> 4, (packed & 15) - 8)
             x = tl.load(q_ptr + token_at[None, :] * K + k[:, None], mask=token_in[None, :] & inside[:, None], other=0)
-            exact = tl.dot(w, x, exact)
+            exact = tl.dot(w, x, exact, out_dtype=tl.int32)
         scale = tl.load(scale_ptr + token_at * G + (group if G > 1 else 0), mask=token_in, other=0.0)
         w_scale = tl.load(w_scale_ptr + row_at * GW + (group if GW > 1 else 0), mask=row_in, other=0.0)
         y += exact.to(tl.float32) * scale[None, :] * w_scale[:, None]

@@ -5,22 +5,27 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from qpcompile.ir.host import empty_host, fill_host, host_tensors
 from qpcompile.capture.record import find_components, record
 from qpcompile.capture.sample import two_rows
 from qpcompile.capture.trace import trace
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import layer_of
+from qpcompile.ir.host import empty_host, fill_host, host_tensors
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Layer, Program
 from qpcompile.ir.structure import CACHE
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
 
 # Which call of which component each graph is traced from.
-SOURCES = ((VISION, "vision", 0), (PROJECTOR, "projector", 0), (PREFILL, "language", 0), (DECODE, "language", 1), (HEAD, "head", 0))
+SOURCES = (
+    (VISION, "vision", 0),
+    (PROJECTOR, "projector", 0),
+    (PREFILL, "language", 0),
+    (DECODE, "language", 1),
+    (HEAD, "head", 0),
+)
 
 
 def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> Program:

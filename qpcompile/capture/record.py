@@ -78,9 +78,9 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(_entry(recording, component), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(_exit(recording, component), with_kwargs=True).remove)
-        settings: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1, "use_cache": True}
+        settings: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1}
         # A cache made without the config keeps all tokens in every layer: masks apply the windows, as in our graphs.
-        settings["past_key_values"] = DynamicCache()
+        settings |= {"use_cache": True, "past_key_values": DynamicCache()}
         try:
             model.generate(**copy.deepcopy(inputs), **settings)
         except Exception as error:

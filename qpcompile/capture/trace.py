@@ -138,7 +138,8 @@ def _attention_by_segment() -> Iterator[None]:
         same = (segment[:, None] == segment[None, :])[None, None]
 
         def masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-            return attention(query, key, value, attn_mask=same, scale=options.get("scale"), enable_gqa=options.get("enable_gqa", False))
+            kept = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
+            return attention(query, key, value, attn_mask=same, **kept)
 
         with mock.patch("torch.nn.functional.scaled_dot_product_attention", masked):
             return original(self, hidden_states, torch.stack([cu_seqlens[0], cu_seqlens[-1]]), **kwargs)

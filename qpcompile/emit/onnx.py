@@ -3,6 +3,8 @@
     vision.onnx   prefill.onnx   decode.onnx   weights.data    the graphs; weights they share are stored once
     runner.py     config.json    generation_config.json        what generates
     recipe.yaml   plan.yaml      manifest.json                 what was asked, what was decided, what every file is
+
+Writing the same program twice gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
@@ -20,6 +22,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass
 
 from qpcompile.emit import onnx_aten, onnx_aten_shape, onnx_runner
 from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
+from qpcompile.emit.onnx_runner import FEATURES
 from qpcompile.emit.onnx_translate import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx_weights import save_models
 from qpcompile.emit.onnx_wrap import Part, language, vision
@@ -90,7 +93,7 @@ def build_models(program: Program) -> dict[str, ir.Model]:
         _check_inputs(name, part)
     pictures = [vision_example(program, sizes) for sizes in SIZES]
     models = {VISION: _model(VISION, parts[VISION], pictures)}
-    width = models[VISION].graph.outputs[0].shape[-1]
+    width = results(parts[VISION], pictures[0])[FEATURES].shape[-1]
     prompts = [prefill_example(program, sizes, width) for sizes in SIZES]
     models[PREFILL] = _model(PREFILL, parts[PREFILL], prompts)
     tokens = [decode_example(program, prompt, results(parts[PREFILL], prompt)) for prompt in prompts]
@@ -102,8 +105,12 @@ def _model(name: str, part: Part, examples: Sequence[Feeds]) -> ir.Model:
     model = to_onnx(name, part, (examples[0], examples[1]), (TORCH, OWN))
     for lower in LOWERINGS:
         lower(model)
+    shapes = [value.shape for value in model.graph.outputs]
     for clean in CLEAN_UP:
         clean(model)
+    # Merging equal nodes keeps the names of outputs, not of their sizes.
+    for value, shape in zip(model.graph.outputs, shapes, strict=True):
+        value.shape = shape
     return model
 
 
@@ -138,10 +145,11 @@ def _write_texts(program: Program, folder: Path) -> None:
     """Everything in the folder that is text; the manifest comes last and names all files."""
     shutil.copyfile(onnx_runner.__file__, folder / "runner.py")
     # Some families store the id of image tokens under another name; the runner looks for one.
-    config = program.host.config.to_dict() | {"image_token_id": program.host.config.image_token_id}
+    host: Any = program.host
+    config = host.config.to_dict() | {"image_token_id": host.config.image_token_id}
     texts = {
         "config.json": json.dumps(config, indent=2, sort_keys=True, default=str) + "\n",
-        "generation_config.json": program.host.generation_config.to_json_string(use_diff=False),
+        "generation_config.json": host.generation_config.to_json_string(use_diff=False),
         "recipe.yaml": program.recipe.to_yaml(),
         "plan.yaml": program.plan.to_yaml(),
     }

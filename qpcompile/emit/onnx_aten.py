@@ -170,7 +170,14 @@ def _addmm(out: Fact, bias: Any, left: Any, right: Any) -> Any:
 
 def _convolution(rank: int) -> Translation:
     def translate(
-        _: Fact, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+        _: Fact,
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
     ) -> Any:
         strides, pads, dilations = (_each(value, rank) for value in (stride, padding, dilation))
         return op.Conv(x, weight, bias, strides=strides, pads=[*pads, *pads], dilations=dilations, group=groups)
@@ -183,7 +190,9 @@ def _each(value: Any, rank: int) -> list[int]:
     return values * rank if len(values) == 1 else values
 
 
-def _layer_norm(_: Fact, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any) -> Any:
+def _layer_norm(
+    _: Fact, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+) -> Any:
     if weight is None:
         weight = op.Expand(cast(1.0, onnx_type.inverse[x.dtype]), list(shape))
     return op.LayerNormalization(x, weight, bias, axis=-len(shape), epsilon=eps)
@@ -200,9 +209,9 @@ def _attention(_: Fact, *args: Any, **named: Any) -> Any:
 _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "maximum": "Max", "minimum": "Min"}
 _COMPARISONS = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
 _UNARY = {
-    "neg": "Neg", "sqrt": "Sqrt", "cos": "Cos", "sin": "Sin", "exp": "Exp", "abs": "Abs", "log": "Log", "floor": "Floor",
-    "sigmoid": "Sigmoid", "relu": "Relu", "tanh": "Tanh", "round": "Round", "reciprocal": "Reciprocal",
-    "erf": "Erf", "ceil": "Ceil",
+    "neg": "Neg", "abs": "Abs", "sqrt": "Sqrt", "reciprocal": "Reciprocal", "exp": "Exp", "log": "Log", "cos": "Cos",
+    "sin": "Sin", "tanh": "Tanh", "sigmoid": "Sigmoid", "relu": "Relu", "erf": "Erf", "floor": "Floor",
+    "ceil": "Ceil", "round": "Round",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
@@ -33,16 +34,13 @@ def _reshape(out: Fact, x: Any, shape: Any) -> Any:
 def _flatten(out: Fact, x: Any, first: int = 0, last: int = -1) -> Any:
     rank = len(x.shape)
     first, last = first % rank, last % rank
-    return op.Reshape(x, _sizes(x, 0, first) + [-1] + _sizes(x, last + 1, rank))
+    return op.Reshape(x, [*_sizes(x, 0, first), -1, *_sizes(x, last + 1, rank)])
 
 
 def _unflatten(out: Fact, x: Any, dim: int, sizes: Sequence[Any]) -> Any:
     rank = len(x.shape)
     dim %= rank
-    if any(isinstance(size, ir.Value) for size in sizes) or -1 in sizes:
-        return op.Reshape(x, _sizes(x, 0, dim) + list(sizes) + _sizes(x, dim + 1, rank))
-    # Copied sizes (0) count from the left only; the sizes of the dimension itself are known, so one other may be -1.
-    return _reshape(out, x, _sizes(x, 0, dim) + list(sizes) + _sizes(x, dim + 1, rank))
+    return _reshape(out, x, [*_sizes(x, 0, dim), *sizes, *_sizes(x, dim + 1, rank)])
 
 
 def _sizes(x: Any, first: int, last: int) -> list[Any]:
@@ -87,7 +85,7 @@ def _repeat_interleave(out: Fact, x: Any, repeats: int, dim: int, **named: Any) 
     rank = len(x.shape)
     dim %= rank
     wide = op.Expand(op.Unsqueeze(x, [dim + 1]), [1] * (dim + 1) + [repeats] + [1] * (rank - dim - 1))
-    return op.Reshape(wide, _sizes(x, 0, dim) + [-1] + _sizes(x, dim + 1, rank))
+    return op.Reshape(wide, [*_sizes(x, 0, dim), -1, *_sizes(x, dim + 1, rank)])
 
 
 def _slice(_: Fact, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
@@ -151,15 +149,14 @@ def _index_select(_: Fact, x: Any, dim: int, index: Any) -> Any:
 def _index(_: Fact, x: Any, indices: Sequence[Any]) -> Any:
     """x[i], x[:, i] or x[i, j, ...] with indices that broadcast."""
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    if any(index.dtype == ir.DataType.BOOL for _, index in given) or len(given) > 1 and given[-1][0] != len(given) - 1:
+    leading = len(given) == 1 or given[-1][0] == len(given) - 1
+    if not leading or any(index.dtype == ir.DataType.BOOL for _, index in given):
         raise ExportError("a tensor is indexed by a mask, or on axes that do not come first", do="report this family")
     if len(given) == 1:
         return op.Gather(x, given[0][1], axis=given[0][0])
-    total = given[0][1]
-    for _, index in given[1:]:
-        total = op.Add(total, op.Mul(index, cast(0, torch.int64)))
-    shape = op.Shape(total)
-    spread = [op.Unsqueeze(op.Expand(index, shape), [-1]) for _, index in given]
+    wide = [cast(index, torch.int64) for _, index in given]
+    shape = op.Shape(reduce(lambda left, right: op.Add(left, right), wide))
+    spread = [op.Unsqueeze(op.Expand(index, shape), [-1]) for index in wide]
     return op.GatherND(x, op.Concat(*spread, axis=-1))
 
 
@@ -171,9 +168,8 @@ def _to(out: Fact, x: Any, *rest: Any, **named: Any) -> Any:
     return cast(x, out.dtype)
 
 
-def _arange(out: Fact, *args: Any, **named: Any) -> Any:
-    bounds = [args[0], args[1]] if len(args) > 1 else [0, args[0]]
-    step = args[2] if len(args) > 2 else 1
+def _arange(out: Fact, start: Any, end: Any = None, step: Any = 1, **named: Any) -> Any:
+    bounds = (0, start) if end is None else (start, end)
     return op.Range(*(cast(bound, out.dtype) for bound in (*bounds, step)))
 
 
@@ -266,5 +262,3 @@ def table() -> dict[Any, Translation]:
         aten.constant_pad_nd.default: _pad,
         aten.pad.default: lambda out, x, pads, mode="constant", value=0, **named: _pad(out, x, pads, value or 0),
     }
-
-

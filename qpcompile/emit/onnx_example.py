@@ -32,16 +32,18 @@ SIZES = (Sizes(2, 3, 23, 6, ((4, 6), (10, 2))), Sizes(3, 5, 57, 10, ((4, 7), (9,
 
 def vision_example(program: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
     """Pictures; of several sizes where the tower takes that."""
-    config, dtype = program.host.config.vision_config, program.host.dtype
+    host: Any = program.host
+    config, dtype = host.config.vision_config, host.dtype
     graph = program.graphs[VISION]
     if GRID not in graph.inputs:
         return {PICTURES: torch.zeros(sizes.batch, *(picture_shape(program) or ()), dtype=dtype)}
     merge = config.spatial_merge_size
     grids = torch.tensor([[1, rows * merge, columns * merge] for rows, columns in sizes.grids])
     channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
-    patches = torch.zeros(int(grids.prod(1).sum()), channels * config.temporal_patch_size * config.patch_size**2, dtype=dtype)
+    width = channels * config.temporal_patch_size * config.patch_size**2
+    patches = torch.zeros(int(grids.prod(1).sum()), width, dtype=dtype)
     arguments: dict[str, Any] = {"hidden_states": patches, PICTURES: patches, GRID: grids}
-    precompute_export_inputs(program.host.get_submodule(graph.owner), arguments)
+    precompute_export_inputs(host.get_submodule(graph.owner), arguments)
     return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
 
 
@@ -84,5 +86,3 @@ def decode_example(
         else:
             example[f"{CACHE}.{path}"] = value
     return example
-
-

@@ -30,8 +30,9 @@ class Recorder:
         schema: onnx.defs.OpSchema = op.op_schema
         if schema.name == "Constant":
             return self._constant_operator(kwargs)
-        attributes = {name: value for name, value in kwargs.items() if name in schema.attributes and value is not None}
-        inputs = self._inputs(schema, args, {name: value for name, value in kwargs.items() if name not in schema.attributes})
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        attributes = {name: value for name, value in given.items() if name in schema.attributes}
+        inputs = self._inputs(schema, args, {name: given[name] for name in given.keys() - attributes.keys()})
         outputs = [each for each in schema.outputs if each.option is not _FORMAL.Optional]
         return self._node(schema.domain, schema.name, inputs, attributes, len(outputs))
 
@@ -39,6 +40,8 @@ class Recorder:
         """A call of a scripted function: a node that refers to it, to be inlined at the end."""
         proto = function.to_function_proto()
         stored = ir.serde.deserialize_function(proto)
+        # Opsets 19 to 21 only add types to the operators that scripted functions use.
+        stored.opset_imports.update(self.graph.opset_imports)
         self.functions[stored.identifier()] = stored
         inputs, rest = list(args[: len(proto.input)]), list(args[len(proto.input) :])
         names = [*proto.attribute, *(attribute.name for attribute in proto.attribute_proto)]
@@ -60,7 +63,9 @@ class Recorder:
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """A named tensor of the graph."""
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
         self.graph.register_initializer(value)
         return value
 

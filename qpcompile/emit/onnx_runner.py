@@ -26,7 +26,8 @@ Array = np.ndarray[Any, Any]
 IDS, MASK, POSITIONS, FEATURES, LOGITS = "input_ids", "attention_mask", "position_ids", "image_features", "logits"
 VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
 # Inputs this runner can compute; caches and the state of token cuts come on top.
-VISION_INPUTS = ("pixel_values", "hidden_states", "grid_thw", "cu_seqlens", "position_ids", "window_index", "cu_window_seqlens")
+PATCH_INPUTS = ("grid_thw", "cu_seqlens", "position_ids", "window_index", "cu_window_seqlens")
+VISION_INPUTS = ("pixel_values", "hidden_states", *PATCH_INPUTS)
 LANGUAGE_INPUTS = (IDS, FEATURES, MASK, POSITIONS, VISUAL, VALID, COUNT, SEEN)
 STATE = ("past_key_values", "kept", "alive")
 
@@ -50,6 +51,8 @@ class OnnxVLM:
         self.generation = json.loads((self.folder / "generation_config.json").read_text(encoding="utf-8"))
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Products with 4-bit weights stay float products: onnxruntime would quantize activations to 8 bits.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         self.vision, self.prefill, self.decode = (

@@ -219,23 +219,31 @@ def _data(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key not in storage}
 
 
+# Names of the sizes that vary, axis by axis from the last one named; sizes that are constant need none.
 AXES = {
     "input_ids": ("batch", "tokens"),
-    "image_features": ("visual_tokens",),
+    "image_features": ("visual_tokens", ""),
     "attention_mask": ("batch", "tokens_so_far"),
+    "position_ids": ("batch", "tokens"),
     "visual_mask": ("batch", "tokens"),
     "valid_mask": ("batch", "tokens"),
     "visual_count": ("fewest_visual_tokens",),
     "tokens_seen": ("tokens_seen",),
-    "pixel_values": ("pictures",),
-    "logits": ("batch",),
+    "logits": ("batch", ""),
+    "past_key_values": ("batch", "", "cached_{}", ""),
+    "present": ("batch", "", "present_{}", ""),
+    "kept": ("batch", "kept_{}"),
+    "alive": ("batch", "kept_{}"),
+    "pixel_values": ("pictures", "", "", ""),
 }
 
 
 def _named(path: str, fact: Fact) -> ir.Shape:
     """Sizes of an input or output; those that vary get a name."""
-    names = AXES.get(path, ("batch",) if path.split(".")[0] in ("past_key_values", "present", "kept", "alive") else ())
-    sizes: list[int | str] = []
-    for axis, size in enumerate(fact.shape):
-        sizes.append(size if size is not None else names[axis] if axis < len(names) else f"{path}.{axis}")
+    first, *rest = path.split(".")
+    if rest and rest[0] in ("kept", "alive"):
+        first, *rest = rest
+    names = [name.format(*rest) for name in AXES.get(first, ())][-len(fact.shape) :]
+    names = [""] * (len(fact.shape) - len(names)) + names
+    sizes = [size if size is not None else names[axis] or f"{path}.{axis}" for axis, size in enumerate(fact.shape)]
     return ir.Shape(sizes)

@@ -2,8 +2,8 @@
 
     pixel_values -> [tower graph] -> choose a layer, drop the class token, ... -> [projector graph] -> image features
 
-The middle is the host's own code: it is traced from what the tower returns to what the projector takes. Whatever the
-host does after the projector must not change the numbers, only split them by picture; that is checked on random pictures.
+The middle is the host's own code, traced from what the tower returns to what the projector takes. What the host does
+after the projector must not change the numbers, only split them by picture; that is checked on random pictures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_flatten
 
 from qpcompile.ir.arguments import keyword_arguments
 from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program
@@ -38,14 +40,14 @@ def host_chain(program: Program) -> Chain | None:
     tower, projector = program.graphs[VISION], program.graphs.get(PROJECTOR)
     if shape is None or tower.inputs != (PICTURES,):
         return None
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(3, *shape, generator=generator).to(program.host.dtype)
+    host: Any = program.host
+    pictures = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(host.dtype)
     with torch.no_grad():
         returned = tower({PICTURES: pictures})
         between = None if projector is None else _trace(program, projector, returned)
         candidates = returned if projector is None or between is None else projector(between(returned))
-        with _answering(program.host, {VISION: tower} | ({PROJECTOR: projector} if projector else {})):
-            found = program.host.get_image_features(pictures)
+        with _answering(host, {VISION: tower} | ({PROJECTOR: projector} if projector else {})):
+            found = host.get_image_features(pictures)
     wanted = _rows(getattr(found, "pooler_output", found))
     for name, value in candidates.items():
         if value.ndim > 1 and value.flatten(0, -2).shape == wanted.shape and torch.equal(value.flatten(0, -2), wanted):
@@ -55,7 +57,8 @@ def host_chain(program: Program) -> Chain | None:
 
 def picture_shape(program: Program) -> tuple[int, int, int] | None:
     """Channels, height and width of the pictures of a tower that takes one size."""
-    config = program.host.config.vision_config
+    host: Any = program.host
+    config = host.config.vision_config
     size = getattr(config, "image_size", None)
     if size is None:
         return None
@@ -75,9 +78,9 @@ def _trace(program: Program, projector: Graph, returned: dict[str, torch.Tensor]
     args = tuple(returned[path] for path in tower.outputs)
     shapes = tuple({0: torch.export.Dim.AUTO} for _ in args)
     exported = torch.export.export(module, args, dynamic_shapes=(shapes,), strict=False).module(check_guards=False)
-    exported.graph.set_codegen(fx.graph.CodeGen())
+    exported.graph.set_codegen(CodeGen())
     output = next(node for node in reversed(exported.graph.nodes) if node.op == "output")
-    values, _ = torch.utils._pytree.tree_flatten(output.args[0])
+    values, _ = tree_flatten(output.args[0])
     output.args = (tuple(values),)
     return Graph("between", fx.GraphModule(exported, exported.graph), tower.outputs, projector.inputs, "")
 
@@ -130,7 +133,7 @@ def _answering(host: torch.nn.Module, graphs: Mapping[str, Graph]) -> Iterator[N
 @contextmanager
 def _replaced(host: torch.nn.Module, answers: Mapping[str, Answer]) -> Iterator[None]:
     """For a while, calls of the host's modules are answered by functions of their named tensors."""
-    modules = {name: host.get_submodule(name) for name in answers}
+    modules: dict[str, Any] = {name: host.get_submodule(name) for name in answers}
     before = {name: module.__dict__.get("forward") for name, module in modules.items()}
     for name, module in modules.items():
         module.forward = _forward(module, answers[name])

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 DATA = "weights.data"
 SMALL = 1024  # bytes; smaller tensors stay in the graph's own file
-ALIGNMENT = 4096  # of a page: runtimes map large tensors straight from the file
+LARGE, PAGE, LINE = 2**20, 4096, 64  # runtimes map large tensors from the file: they begin on a page
 
 
 def save_models(models: Mapping[str, ir.Model], folder: Path) -> None:
@@ -26,11 +26,16 @@ def save_models(models: Mapping[str, ir.Model], folder: Path) -> None:
                 data = tensor.tobytes()
                 key = hashlib.sha256(data).hexdigest()
                 if key not in places:
-                    file.seek(-file.tell() % ALIGNMENT, 1)
+                    file.seek(-file.tell() % (PAGE if len(data) >= LARGE else LINE), 1)
                     places[key] = (file.tell(), len(data))
                     file.write(data)
                 value.const_value = ir.ExternalTensor(
-                    DATA, *places[key], tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "", base_dir=folder
+                    DATA,
+                    *places[key],
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=value.name or "",
+                    base_dir=folder,
                 )
     for name, model in models.items():
         ir.save(model, folder / f"{name}.onnx")

@@ -40,7 +40,8 @@ class Part:
 def language(program: Program, name: str) -> Part:
     """Token embeddings, a decoder graph and the head on the last token."""
     graph, head = program.graphs[name], program.graphs[HEAD]
-    embed = program.host.get_input_embeddings()
+    host: Any = program.host
+    embed = host.get_input_embeddings()
     if type(embed) is not torch.nn.Embedding:
         raise _unknown(f"token embeddings of the kind {type(embed).__name__}", name)
     root = torch.nn.ModuleDict({"decoder": graph.module, "head": head.module, "embed_tokens": embed})
@@ -48,7 +49,7 @@ def language(program: Program, name: str) -> Part:
     ids = builder.input(IDS)
     values = {EMBEDS: builder.call(aten.embedding.default, builder.tensor("embed_tokens.weight"), ids)}
     if name == PREFILL:
-        values[EMBEDS] = _merge(builder, ids, values[EMBEDS], builder.input(FEATURES), program.host.config.image_token_id)
+        values[EMBEDS] = _merge(builder, ids, values[EMBEDS], builder.input(FEATURES), host.config.image_token_id)
     for path in graph.inputs:
         if path != EMBEDS and graph.placeholder(path).users:
             values[path] = builder.input(path)
@@ -162,5 +163,3 @@ class _Builder:
                 self.graph.erase_node(node)
         self.graph.eliminate_dead_code()
         return Part(fx.GraphModule(self.root, self.graph), tuple(self.inputs), tuple(outputs))
-
-

@@ -1,4 +1,4 @@
-"""What depends on values is computed on the host, before a graph runs: window and patch tables, dense deepstack features.
+"""What depends on values is computed on the host, before a graph runs: window and patch tables, dense deepstack.
 
 The same function serves tracing and running, so that a graph always gets what it was traced with. It builds on
 `transformers.exporters`, which does the same for packed pictures (segments, window order, grid interpolation).

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import llava
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
@@ -15,14 +16,12 @@ from qpcompile.capture.trace import trace
 from qpcompile.errors import CalibrationError, CaptureError, ModelError
 from qpcompile.recipe import Recipe
 
-from families import llava
-
 NONE = Recipe.load("none")
 
 
 def test_language_model_is_refused() -> None:
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(ModelError, match="no vision tower") as error:
         capture(model, {"input_ids": ids, "pixel_values": torch.zeros(1)}, NONE)
@@ -75,8 +74,8 @@ def test_branch_that_tracing_cannot_see_is_found(monkeypatch: pytest.MonkeyPatch
 def test_decoder_that_generate_bypasses(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cases = llava()
     original = LlamaModel.forward
-    monkeypatch.setattr(model.get_decoder(), "__call__", None, raising=False)
-    monkeypatch.setattr(LlamaModel, "__call__", lambda self, *args, **kwargs: original(self, *args, **kwargs), raising=False)
+    bypass = lambda self, *args, **kwargs: original(self, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(LlamaModel, "__call__", bypass, raising=False)
     with pytest.raises(CaptureError, match="does not call its decoder once per step"):
         capture(model, cases["one"], NONE)
 
@@ -98,7 +97,8 @@ def test_sample_without_a_picture() -> None:
 
 def test_two_rows_pads_one_row_and_adds_no_picture_token() -> None:
     _, cases = llava()
-    inputs = cases["one"] | {"input_ids": cases["one"]["input_ids"][:, 5:], "attention_mask": cases["one"]["attention_mask"][:, 5:]}
+    shorter = {key: cases["one"][key][:, 5:] for key in ("input_ids", "attention_mask")}  # begins with the picture
+    inputs = cases["one"] | shorter
     doubled = two_rows(inputs, pad=0)
     assert doubled["input_ids"].shape == (2, inputs["input_ids"].shape[1] + 1)
     assert doubled["attention_mask"][:, 0].tolist() == [0, 1]

@@ -91,19 +91,19 @@ def test_refusals() -> None:
 
 
 class Select(torch.nn.Module):
-    """Keeps all but five tokens of a row, of which its own share counts."""
+    """Keeps all but five tokens of a row, of which its own share counts, and, apart from that, one token."""
 
-    def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
         quota = (scores > 0).sum(1)
-        return select_tokens(scores, scores.shape[1] - 5, quota)
+        return *select_tokens(scores, scores.shape[1] - 5, quota), *select_tokens(scores, 1, quota)
 
 
 def test_export_keeps_the_count_symbolic() -> None:
     # At least two tokens stay: torch.export treats a size of 1 as a case of its own.
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=7)}
     exported = torch.export.export(Select(), (tied_scores(2, 20, 3),), dynamic_shapes=(sizes,))
-    (node,) = (node for node in exported.graph.nodes if node.target is OVERLOAD)
-    assert isinstance(node.args[1], torch.fx.Node)
+    counts = [node.args[1] for node in exported.graph.nodes if node.target is OVERLOAD]
+    assert isinstance(counts[0], torch.fx.Node) and counts[1] == 1
     for batch, length in ((2, 7), (3, 63), (2, 257)):
         scores = tied_scores(batch, length, 3)
         assert all(map(torch.equal, exported.module()(scores), Select()(scores)))

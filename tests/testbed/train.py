@@ -106,7 +106,7 @@ def joint_step(model: PreTrainedModel, family: str, step: int, progress: float) 
     """Loss of stage 3."""
     weights = DECODER_WEIGHTS if progress < 0.6 else scenes.WEIGHTS
     batch = make_batch(family, (TRAIN_SEED, 3, step), 4, 16, weights=weights)
-    with torch.set_grad_enabled(progress > 0.5):  # the decoder first gets used to real tokens
+    with torch.set_grad_enabled(progress > 0.8):  # the decoder first gets used to real tokens
         tokens = encode_pictures(model, batch.pixels)
     loss, report = _answer_loss(answer_logits(model, family, batch, tokens, None), batch)
     entropy, distance = patch_loss(tokens, batch.labels, model.get_input_embeddings().weight, family)

@@ -1,0 +1,253 @@
+"""The command `qpcompile`: compile, run, export, inspect, eval, doctor.
+
+Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image, UnidentifiedImageError
+
+from qpcompile import terminal
+from qpcompile.capture.data_folder import prompt, read_questions
+from qpcompile.doctor import examine, recipe_warning
+from qpcompile.dry_run import forecast
+from qpcompile.emit.compiled import CompiledVLM, load
+from qpcompile.errors import ArtifactError, CalibrationError, OutputError
+from qpcompile.evaluate.accuracy import accuracy
+from qpcompile.ir.pass_manager import Step
+from qpcompile.ir.program import Program
+from qpcompile.pipeline import compile as compile_model
+from qpcompile.pipeline import load_model
+from qpcompile.recipe import Recipe
+from qpcompile.terminal import note, told_as_text
+
+app = typer.Typer(
+    help="Compile vision-language models: 4-bit weights, activations and KV cache, and the visual tokens to keep.",
+    epilog="Start with: qpcompile doctor",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a preset, or path of a YAML file.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", "-d", help="Calibration folder: pictures and data.jsonl.", show_default=False)
+]
+MODEL_HELP = "Folder or hub name of a transformers model."
+ARTIFACT_HELP = "Folder written by `qpcompile compile`."
+
+
+@app.command(
+    "compile",
+    epilog="Examples:\n\n"
+    "qpcompile compile MODEL --recipe quota-30 --data photos/ --output out/ --report report.html\n\n"
+    "qpcompile compile MODEL --recipe w4a4kv4 --set quantize.weights.solver=rtn --data photos/ --output out/\n\n"
+    "qpcompile compile MODEL --recipe quota-30 --data photos/ --dry-run",
+)
+def compile_command(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    recipe: RecipeName = "quota-30",
+    overrides: Overrides = None,
+    data: Data = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder for the compiled model.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of passes; loads no weights.")] = False,
+    report: Annotated[Path | None, typer.Option("--report", help="New HTML file with everything to see.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Compile a model by a recipe and write it to a new folder."""
+    with told_as_text(debug):
+        asked = Recipe.load(recipe).with_overrides(overrides or [])
+        if output is None and not dry_run:
+            raise typer.BadParameter(
+                "name a folder for the compiled model, or ask for --dry-run", param_hint="--output"
+            )
+        refuse_existing(output, report)
+        expected = forecast(model, asked, data)
+        if warning := recipe_warning(asked):
+            note(f"note: {warning}")
+        if dry_run:
+            terminal.show_forecast(expected)
+            return
+        assert output is not None
+        compiled = compile_told(model, asked, data)
+        compiled.save_pretrained(output)
+        note(f"wrote {output}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
+        if report is not None:
+            compiled.report(report)
+            note(f"wrote {report}")
+
+
+@app.command("run", epilog='Example:\n\nqpcompile run out/ --image photo.png --question "what color is the star?"')
+def run_command(
+    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
+    image: Annotated[Path, typer.Option("--image", "-i", help="Picture.", exists=True, dir_okay=False)],
+    question: Annotated[str, typer.Option("--question", "-q", help="Question about the picture.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    debug: Debug = False,
+) -> None:
+    """Answer one question about one picture."""
+    with told_as_text(debug):
+        picture = open_picture(image)
+        compiled = load(artifact)
+        processor = need_processor(compiled.processor, artifact)
+        inputs = processor(images=[picture], text=[prompt(processor, question)], return_tensors="pt")
+        tokens = compiled.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        typer.echo(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
+
+
+@app.command(
+    "export",
+    epilog="Examples:\n\nqpcompile export out/ --output out-onnx/\n\n"
+    "qpcompile export MODEL --recipe quota-30 --data photos/ --output out-onnx/",
+)
+def export_command(
+    source: Annotated[
+        str, typer.Argument(metavar="ARTIFACT_OR_MODEL", help="Compiled folder, or a model to compile first.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for graphs and runner.")],
+    recipe: RecipeName = "none",
+    overrides: Overrides = None,
+    data: Data = None,
+    debug: Debug = False,
+) -> None:
+    """Write graphs for onnxruntime, with a runner beside them that needs no torch.
+
+    Recipe and data are read for a model only: a compiled folder has its own.
+    """
+    with told_as_text(debug):
+        refuse_existing(output)
+        if is_artifact(source):
+            compiled = load(source)
+        else:
+            compiled = compile_told(source, Recipe.load(recipe).with_overrides(overrides or []), data)
+        compiled.export_onnx(output)
+        note(f"wrote {output}; try: python {output}/runner.py --help")
+
+
+@app.command(
+    "inspect",
+    epilog="Examples:\n\nqpcompile inspect out/\n\nqpcompile inspect out/ --graph prefill | less\n\n"
+    "qpcompile inspect out/ --report report.html",
+)
+def inspect_command(
+    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
+    graph: Annotated[str | None, typer.Option("--graph", "-g", help="Print this graph: prefill, decode, ...")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write the report to this new HTML file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show what was decided, what was quantized and which graphs run."""
+    with told_as_text(debug):
+        refuse_existing(report)
+        compiled = load(artifact)
+        if graph is not None:
+            typer.echo(compiled.graph_text(graph), nl=False)
+        elif report is None:
+            terminal.show_model(compiled)
+        if report is not None:
+            compiled.report(report)
+            note(f"wrote {report}")
+
+
+@app.command("eval", epilog="Example:\n\nqpcompile eval out/ --data unseen/ --batch-size 16")
+def eval_command(
+    source: Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="Compiled folder, or a model.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Folder with pictures and data.jsonl.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many questions only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    debug: Debug = False,
+) -> None:
+    """Share of questions whose answer is exactly right."""
+    with told_as_text(debug):
+        questions = read_questions(data)[:limit]
+        if not questions:
+            raise CalibrationError("there is no question to ask", where=str(data), do="give at least one line of data")
+        model, processor = open_model(source)
+        started = time.monotonic()
+        score = accuracy(model.generate, processor, questions, batch_size, max_new_tokens=max_new_tokens)
+        note(f"{time.monotonic() - started:.1f} s, batches of {batch_size}")
+        typer.echo(f"accuracy {score.accuracy:.4f} ({score.correct} of {score.total})")
+
+
+@app.command("doctor", epilog="Example:\n\nqpcompile doctor")
+def doctor_command(debug: Debug = False) -> None:
+    """Tell what can run on this machine, and why the rest cannot."""
+    with told_as_text(debug):
+        terminal.show_diagnosis(examine())
+
+
+def compile_told(model: str, recipe: Recipe, data: Path | None) -> CompiledVLM:
+    """A compile that says on stderr what each pass did."""
+    started = time.monotonic()
+
+    def after(step: Step, program: Program) -> None:
+        note(f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}")
+
+    return compile_model(model, recipe, calibration=data, after=after)
+
+
+def is_artifact(source: str | Path) -> bool:
+    """Whether a folder looks like one of ours, be it damaged."""
+    folder = Path(source)
+    if (folder / "prefill.onnx").is_file():
+        raise ArtifactError(
+            "this is an ONNX folder, not a compiled model",
+            where=str(folder),
+            do=f"run it with python {folder / 'runner.py'}, or name the folder it was exported from",
+        )
+    return (folder / "manifest.json").is_file() or (folder / "graph").is_dir()
+
+
+def open_model(source: str) -> tuple[Any, Any]:
+    """(something with `generate`, processor) of a compiled folder or of a transformers model."""
+    if not is_artifact(source):
+        return load_model(source)
+    compiled = load(source)
+    return compiled, need_processor(compiled.processor, source)
+
+
+def need_processor(processor: Any, source: str | Path) -> Any:
+    """The processor, or an error that says how a compiled model gets one."""
+    if processor is None:
+        raise ArtifactError(
+            "the compiled model has no processor, so pictures and questions cannot be turned into inputs",
+            where=str(source),
+            do="compile with processor=..., or from the folder of a model that has one",
+        )
+    return processor
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in a file; anything else is wrong usage."""
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise typer.BadParameter(f"{path} is no picture: {error}", param_hint="--image") from error
+
+
+def refuse_existing(*paths: Path | None) -> None:
+    """Refuse outputs that exist before minutes are spent on them."""
+    for path in paths:
+        if path is not None and os.path.lexists(path):
+            raise OutputError(
+                "the output exists already; nothing is overwritten",
+                where=str(path),
+                do="name another place, or remove this one first",
+            )
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,149 @@
+"""What a compile would do, pass by pass, told from the recipe and the model's configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from qpcompile.capture.data_folder import read_questions
+from qpcompile.errors import CalibrationError, ModelError, PlanError
+from qpcompile.pipeline import needs_samples, passes
+from qpcompile.recipe import Recipe
+
+NOTHING = "nothing to do for this recipe"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A compile before it is run: the model in words, samples that would be used, (pass, what it would do)."""
+
+    model: str
+    samples: int
+    steps: tuple[tuple[str, str], ...]
+
+
+def forecast(model: str | PathLike[str], recipe: Recipe, data: Path | None) -> Forecast:
+    """Look ahead. Raises the errors that a compile would raise from what is known without weights."""
+    config = _config(model)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    _check_candidates(recipe, layers)
+    samples = min(len(read_questions(data)), recipe.calibration.samples) if data else 0
+    needs = needs_samples(recipe)
+    if not samples and (data or needs):
+        raise CalibrationError(
+            "there is no calibration sample" if data else f"this recipe measures on samples: {'; '.join(needs)}",
+            where=str(data) if data else "--data",
+            do="give a data folder with at least one line in data.jsonl",
+        )
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    words = f"{name}, {layers or '?'} decoder layers"
+    return Forecast(words, samples, tuple((item.name, EXPECT[item.name](recipe, samples)) for item in passes((), 0)))
+
+
+def _config(model: str | PathLike[str]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{model} has no configuration that transformers reads: {str(error).strip().splitlines()[0]}",
+            where=str(model),
+            do="give a folder or a hub name that transformers.AutoModelForImageTextToText loads",
+        ) from error
+
+
+def _check_candidates(recipe: Recipe, layers: int | None) -> None:
+    chosen = recipe.tokens.candidate_layers
+    if recipe.tokens.method == "none" or chosen == "auto" or layers is None or chosen[-1] < layers - 1:
+        return
+    raise PlanError(
+        f"layer {chosen[-1]} cannot be cut behind: this model's last layer is {layers - 1}",
+        where="tokens.candidate_layers",
+        do=f"name layers from 0 to {layers - 2}",
+    )
+
+
+def _stubs(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None:
+        return NOTHING
+    ignored = f"; ignored: {', '.join(scheme.ignore)}" if scheme.ignore else ""
+    return f"mark linears and the cache in {', '.join(scheme.scope)}{ignored}"
+
+
+def _calibrate(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16 or not samples:
+        return NOTHING
+    more = " and second moments for gptq" if scheme.weights.solver == "gptq" else ""
+    return f"{samples} samples: ranges{more} at every linear input"
+
+
+def _transforms(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None:
+        return NOTHING
+    parts = [f"smooth by {scheme.smooth}"] if scheme.smooth is not None else []
+    parts += ["rotate by Hadamard matrices"] if scheme.transform == "hadamard" else []
+    parts += ["rotate queries and keys"] if scheme.kv_cache.bits == 4 and scheme.kv_cache.rotate else []
+    return ", ".join(parts) or NOTHING
+
+
+def _sensitivity(recipe: Recipe, samples: int) -> str:
+    if recipe.tokens.method == "none" or not samples:
+        return NOTHING
+    return f"{samples} samples, each layer twice: as it is and quantized; attention mass and redundancy per layer"
+
+
+def _budget(recipe: Recipe, samples: int) -> str:
+    tokens = recipe.tokens
+    if tokens.method == "none":
+        return NOTHING
+    layers = "chosen by the profile" if tokens.candidate_layers == "auto" else str(list(tokens.candidate_layers))
+    return f"{tokens.method}: keep {tokens.keep:g} of the visual tokens in the end, cut behind layers {layers}"
+
+
+def _cuts(recipe: Recipe, samples: int) -> str:
+    if recipe.tokens.method == "none":
+        return NOTHING
+    return "score, select and gather behind the chosen layers, in prefill; caches of their own length in decode"
+
+
+def _weights(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16:
+        return NOTHING
+    per = "channel" if scheme.weights.granularity == "channel" else f"group of {scheme.weights.group_size}"
+    inputs = f"{scheme.activations.bits}-bit inputs" if scheme.activations.bits == 4 else "float inputs"
+    return f"int4 by {scheme.weights.solver}, one scale per {per}, for {inputs}"
+
+
+def _cache(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.quantize.kv_cache.bits == 16:
+        return NOTHING
+    return "keys and values in 4 bits, one scale per token and head, after rotary positions"
+
+
+def _fuse(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16 or scheme.activations.bits == 16:
+        return NOTHING
+    return "norm + quantize and silu * up + quantize become one operator each"
+
+
+EXPECT: dict[str, Callable[[Recipe, int], str]] = {
+    "canonicalize": lambda recipe, samples: "one spelling per idea: linear, norm, attention",
+    "insert_quant_stubs": _stubs,
+    "calibrate": _calibrate,
+    "fold_transforms": _transforms,
+    "measure_sensitivity": _sensitivity,
+    "plan_token_budget": _budget,
+    "insert_token_cuts": _cuts,
+    "quantize_weights": _weights,
+    "quantize_kv_cache": _cache,
+    "fuse_kernels": _fuse,
+}

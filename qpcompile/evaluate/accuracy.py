@@ -1,0 +1,98 @@
+"""How many questions a model answers exactly right: generated text against the answer, greedy, in padded batches.
+
+accuracy = answers equal to the ground truth, white space at the ends aside / questions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qpcompile.capture.data_folder import Question, question_inputs
+from qpcompile.errors import CalibrationError
+from qpcompile.progress import track
+
+# (**model inputs, max_new_tokens=...) -> i64[B, S + T], prompt and answer, as a tensor or an array.
+Generate = Callable[..., Any]
+RUNNER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers of `total` questions, and what was answered to each, in order."""
+
+    correct: int
+    total: int
+    answers: tuple[str, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.correct / self.total
+
+
+def accuracy(
+    generate: Generate,
+    processor: Any,
+    questions: Sequence[Question],
+    batch_size: int = 16,
+    *,
+    max_new_tokens: int = 16,
+    name: str = "answer",
+) -> Score:
+    """Ask every question.
+
+    Args:
+        generate: `generate` of a transformers model or of a compiled one, or `on_numpy(runner)`.
+        processor: what turns pictures and questions into inputs of that model.
+        questions: pictures, questions and answers, as `read_questions` gives them.
+        batch_size: questions asked at once.
+        max_new_tokens: longest answer.
+        name: what the progress bar says.
+    """
+    if not questions:
+        raise CalibrationError("there is no question to ask", where="questions", do="give at least one line of data")
+    _pad_on_the_left(processor)
+    answers: list[str] = []
+    with track(name, len(questions)) as step:
+        for first in range(0, len(questions), batch_size):
+            batch = questions[first : first + batch_size]
+            answers += answer(generate, processor, batch, max_new_tokens)
+            for _ in batch:
+                step()
+    pairs = zip(answers, questions, strict=True)
+    correct = sum(given == question.answer.strip() for given, question in pairs)
+    return Score(correct, len(questions), tuple(answers))
+
+
+def answer(generate: Generate, processor: Any, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+    """The text generated for each question of one batch, stripped."""
+    inputs = question_inputs(processor, questions)
+    with torch.no_grad():
+        tokens = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    new = [row[length:] for row in tokens.tolist()]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def on_numpy(runner: Any) -> Generate:
+    """`generate` of an ONNX runner, which takes and returns arrays, for inputs that are tensors.
+
+    The runner is greedy and knows four inputs; the others only repeat what these say.
+    """
+
+    def generate(*, max_new_tokens: int, do_sample: bool = False, **inputs: torch.Tensor) -> Any:
+        if do_sample:
+            raise ValueError("the ONNX runner is greedy: do_sample must be False")
+        arrays = {name: inputs[name].numpy() for name in RUNNER_INPUTS if name in inputs}
+        return runner.generate(**arrays, max_new_tokens=max_new_tokens)
+
+    return generate
+
+
+def _pad_on_the_left(processor: Any) -> None:
+    """Answers begin where prompts end, so shorter prompts of a batch are filled up in front."""
+    processor.tokenizer.padding_side = "left"

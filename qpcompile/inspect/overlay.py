@@ -1,0 +1,186 @@
+"""Which visual tokens of a picture each decoder layer still sees, as cells drawn over the picture.
+
+Visual tokens of one picture come in raster order. Where the processor says the grid (`image_grid_thw`) it is that grid
+divided by the merge size; a tower of fixed size has a square one. What has no single grid (tiles, several pictures)
+is counted but not drawn.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from qpcompile.capture.data_folder import prompt
+from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.errors import CalibrationError
+from qpcompile.plan import Plan
+
+Sample = tuple[str | PathLike[str] | Image.Image, str]
+
+ANSWER_TOKENS = 24
+# Longest side of an embedded picture, in pixels.
+_LONGEST_SIDE = 448
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Neighbouring layers that see the same visual tokens; `kept` are raster indices of `total` tokens."""
+
+    first_layer: int
+    last_layer: int
+    kept: tuple[int, ...]
+    total: int
+
+    @property
+    def title(self) -> str:
+        if self.first_layer == self.last_layer:
+            return f"layer {self.first_layer}"
+        return f"layers {self.first_layer} to {self.last_layer}"
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One sample: the picture as the model sees it, its token grid (None: not drawn), and what each layer keeps."""
+
+    question: str
+    answer: str
+    picture: str
+    width: int
+    height: int
+    grid: tuple[int, int] | None
+    panels: tuple[Panel, ...]
+
+    def dropped_path(self, panel: Panel) -> str:
+        """SVG path data that covers the cells of the tokens a panel does not see, in pixels of the picture."""
+        if self.grid is None:
+            return ""
+        kept = set(panel.kept)
+        return cells_path([index for index in range(panel.total) if index not in kept], self.grid, self.width, self.height)
+
+
+def overlays(compiled: CompiledVLM, samples: Iterable[Sample]) -> list[Overlay]:
+    """Run every (picture, question) and draw what was kept.
+
+    Raises CalibrationError for a picture that cannot be read and for a model without a processor.
+    """
+    if compiled.processor is None:
+        raise CalibrationError(
+            "sample pictures need a processor, and this model has none",
+            where="report samples",
+            do="compile with processor=..., or write the report without samples",
+        )
+    return [_overlay(compiled, _open(picture), question) for picture, question in samples]
+
+
+def token_grid(config: Any, inputs: Mapping[str, Any], count: int) -> tuple[int, int] | None:
+    """(rows, columns) of the `count` visual tokens of the one picture in `inputs`; None where they form no one grid."""
+    sizes = inputs.get("image_grid_thw")
+    if isinstance(sizes, torch.Tensor):
+        merge = int(getattr(config.vision_config, "spatial_merge_size", 1))
+        if sizes.shape[0] != 1:
+            return None
+        frames, height, width = (int(size) for size in sizes[0])
+        grid = height // merge, width // merge
+        return grid if frames == 1 and grid[0] * grid[1] == count else None
+    pixels = inputs.get("pixel_values")
+    one = isinstance(pixels, torch.Tensor) and pixels.ndim >= 4 and math.prod(pixels.shape[:-3]) == 1
+    side = math.isqrt(count)
+    return (side, side) if one and count and side * side == count else None
+
+
+def panels(plan: Plan, kept: Mapping[int, torch.Tensor], visual: torch.Tensor) -> tuple[Panel, ...]:
+    """What each run of layers sees of one row.
+
+    Args:
+        kept: cut layer -> i64[N], positions in the prompt, -1 for no token.
+        visual: i64[V], positions of the visual tokens in the prompt, ascending.
+    """
+    raster = {position: index for index, position in enumerate(visual.tolist())}
+    seen = tuple(range(len(raster)))
+    first, found = 0, []
+    for layer in sorted(kept):
+        found.append(Panel(first, layer, seen, len(raster)))
+        seen = tuple(raster[position] for position in kept[layer].tolist() if position in raster)
+        first = layer + 1
+    found.append(Panel(first, len(plan.layers) - 1, seen, len(raster)))
+    return tuple(found)
+
+
+def cells_path(cells: Iterable[int], grid: tuple[int, int], width: int, height: int) -> str:
+    """SVG path data of grid cells (raster indices) over a picture of `width` x `height`; runs in a row are one box."""
+    rows, columns = grid
+    runs: list[list[int]] = []
+    for cell in sorted(cells):
+        if runs and cell == runs[-1][1] and cell % columns:
+            runs[-1][1] += 1
+        else:
+            runs.append([cell, cell + 1])
+    across, down = width / columns, height / rows
+    return "".join(
+        f"M{start % columns * across:g} {start // columns * down:g}h{(end - start) * across:g}v{down:g}h{(start - end) * across:g}z"
+        for start, end in runs
+    )
+
+
+def seen_picture(picture: Image.Image, inputs: Mapping[str, Any], processor: Any) -> Image.Image:
+    """The picture after the processor's resizing and cropping where its output still is a picture, else as given."""
+    pixels, settings = inputs.get("pixel_values"), getattr(processor, "image_processor", None)
+    mean, deviation = getattr(settings, "image_mean", None), getattr(settings, "image_std", None)
+    if not isinstance(pixels, torch.Tensor) or pixels.ndim < 4 or math.prod(pixels.shape[:-3]) != 1:
+        return picture
+    image = pixels.reshape(pixels.shape[-3:]).float()
+    if getattr(settings, "do_normalize", False) and mean and deviation:
+        image = image * torch.tensor(deviation)[:, None, None] + torch.tensor(mean)[:, None, None]
+    values = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy(), "RGB")
+
+
+def _overlay(compiled: CompiledVLM, picture: Image.Image, question: str) -> Overlay:
+    processor = compiled.processor
+    inputs = dict(processor(images=[picture], text=[prompt(processor, question)], return_tensors="pt"))
+    ids = inputs["input_ids"][0]
+    visual = (ids == compiled.config.image_token_id).nonzero()[:, 0]
+    kept = {layer: positions[0] for layer, positions in compiled.kept_tokens(**inputs).items()}
+    answer = compiled.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, len(ids) :]
+    seen = seen_picture(picture, inputs, processor)
+    data, width, height = _embedded(seen)
+    return Overlay(
+        question=question,
+        answer=processor.decode(answer, skip_special_tokens=True).strip(),
+        picture=data,
+        width=width,
+        height=height,
+        grid=token_grid(compiled.config, inputs, len(visual)),
+        panels=panels(compiled.plan, kept, visual),
+    )
+
+
+def _open(picture: str | PathLike[str] | Image.Image) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    try:
+        with Image.open(picture) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise CalibrationError(
+            f"the picture cannot be read: {getattr(error, 'strerror', None) or error}",
+            where=f"report samples: {picture}",
+            do="give pictures as files that Pillow opens, or as PIL images",
+        ) from error
+
+
+def _embedded(picture: Image.Image) -> tuple[str, int, int]:
+    """A picture as a data address, with its width and height; large ones are made smaller."""
+    small = picture.copy()
+    small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    target = io.BytesIO()
+    small.save(target, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(target.getvalue()).decode()}", small.width, small.height

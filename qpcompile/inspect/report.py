@@ -1,0 +1,162 @@
+"""The report of a compiled model: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.emit.weights import stored_tensors
+from qpcompile.files import refuse_existing, write_new_file
+from qpcompile.inspect.graph_svg import layer_svg
+from qpcompile.inspect.layer_nodes import layer_names, layer_nodes, layer_text
+from qpcompile.inspect.overlay import Overlay, Sample, overlays
+from qpcompile.inspect.schedule import profile_svg, schedule_svg
+from qpcompile.inspect.tables import error_tables, left_out_rows, pass_rows, settings, site_rows
+from qpcompile.ir.program import PREFILL
+from qpcompile.pipeline import package_versions
+from qpcompile.plan import Plan
+
+# The schedule is drawn for so many visual tokens where neither a sample nor the model says how many a picture has.
+_UNKNOWN_VISUAL = 100
+_PACKED, _SCALE = "_packed", "_scale"
+
+
+def write_report(compiled: CompiledVLM, path: str | PathLike[str], samples: Iterable[Sample] | None = None) -> None:
+    """Write the report as a new HTML file.
+
+    Args:
+        compiled: what `qpcompile.compile` returned, or `qpcompile.load` (whose passes are listed without counts).
+        path: the file; one that exists is refused.
+        samples: (picture, question) pairs, on which kept tokens are drawn. A picture is a path or a PIL image.
+
+    Raises OutputError for a path that cannot be written, CalibrationError for samples that the model does not take.
+    """
+    refuse_existing(Path(path).absolute())
+    drawn = None if samples is None else overlays(compiled, samples)
+    write_new_file(path, report_html(compiled, drawn).encode())
+
+
+def report_html(compiled: CompiledVLM, drawn: list[Overlay] | None) -> str:
+    """The page's text; `drawn` holds the samples with what was kept of them."""
+    plan, program = compiled.plan, compiled.program
+    steps = program.facts.get("steps")
+    sites = site_rows(plan.sites)
+    errors = [row.site.error for row in sites if row.site.error is not None]
+    visual, known = _visual_tokens(compiled, drawn)
+    environment = Environment(
+        loader=PackageLoader("qpcompile", "inspect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html.j2").render(
+        version=package_versions()["qpcompile"],
+        model=_model(compiled),
+        tiles=_tiles(compiled, visual, len(sites)),
+        settings=settings(plan),
+        recipe=plan.recipe.to_yaml(),
+        counted=steps is not None,
+        passes=pass_rows(steps, program.history),
+        schedule={"svg": schedule_svg(plan, visual), "note": _schedule_note(plan, visual, known), "visual": visual},
+        cuts=plan.cuts,
+        profile=profile_svg(plan),
+        calibration=plan.calibration,
+        sites=sites,
+        known_errors=bool(errors),
+        worst=max(errors, default=0.0) or 1.0,
+        error_tables=error_tables(sites),
+        left_out=left_out_rows(plan.left_out),
+        overlays=drawn,
+        graph=_graph(compiled),
+        versions=list(plan.versions.items()),
+        bits=lambda bits: "" if bits is None else str(bits),
+    )
+
+
+def _model(compiled: CompiledVLM) -> dict[str, Any]:
+    config = compiled.config
+    text = config.get_text_config()
+    facts = [
+        ("family", config.model_type),
+        ("decoder layers", len(compiled.plan.layers)),
+        ("hidden width", getattr(text, "hidden_size", "")),
+        ("attention heads", _heads(text)),
+        ("vocabulary", getattr(text, "vocab_size", "")),
+        ("floating point", str(compiled.dtype).removeprefix("torch.")),
+        ("graphs", ", ".join(compiled.program.graphs)),
+        ("stage", compiled.program.stage),
+    ]
+    folder = Path(getattr(config, "_name_or_path", "") or "").name
+    return {"name": type(compiled.program.host).__name__, "folder": folder, "facts": [row for row in facts if row[1] != ""]}
+
+
+def _heads(text: Any) -> str:
+    queries, keys = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if queries is None:
+        return ""
+    return str(queries) if keys in (None, queries) else f"{queries}, {keys} for keys and values"
+
+
+def _tiles(compiled: CompiledVLM, visual: int, sites: int) -> list[dict[str, str]]:
+    counts = compiled.plan.visual_tokens(visual)
+    stored, full = _weight_bytes(compiled)
+    tiles = []
+    if counts:
+        tiles.append({"value": f"{counts[-1] / visual:.0%}", "label": "of the visual tokens reach the last layer"})
+        tiles.append({"value": f"{sum(counts) / len(counts) / visual:.0%}", "label": "of them per layer, on average"})
+    tiles.append({"value": str(sites), "label": f"quantized sites, {len(left_out_rows(compiled.plan.left_out))} left out"})
+    share = f"{stored / full:.2f} of their size in 16 bits" if full else "no weights"
+    tiles.append({"value": _megabytes(stored), "label": f"weights, {share}"})
+    return tiles
+
+
+def _weight_bytes(compiled: CompiledVLM) -> tuple[int, int]:
+    """(bytes of all weights as stored, bytes of the same weights with 16 bits each)."""
+    tensors = stored_tensors(compiled.program).tensors
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    full = 0
+    for name, tensor in tensors.items():
+        if name.endswith(_PACKED):
+            # Two codes in a byte.
+            full += tensor.numel() * 2 * 2
+        elif not (name.endswith(_SCALE) and f"{name.removesuffix(_SCALE)}{_PACKED}" in tensors):
+            full += tensor.numel() * 2
+    return stored, full
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _visual_tokens(compiled: CompiledVLM, drawn: list[Overlay] | None) -> tuple[int, bool]:
+    """Visual tokens of one picture, and whether that is known."""
+    if drawn and drawn[0].panels[0].total:
+        return drawn[0].panels[0].total, True
+    fixed = getattr(compiled.config, "image_seq_length", None)
+    if isinstance(fixed, int) and fixed > 0:
+        return fixed, True
+    return _UNKNOWN_VISUAL, False
+
+
+def _schedule_note(plan: Plan, visual: int, known: bool) -> str:
+    size = f"a picture of {visual} visual tokens" if known else f"{visual} visual tokens (pictures of this model vary in size)"
+    if not plan.cuts:
+        return f"Visual tokens that each layer computes on, for {size}. No tokens are dropped."
+    return f"Visual tokens that each layer computes on, for {size}. Text tokens are always kept."
+
+
+def _graph(compiled: CompiledVLM) -> dict[str, Any]:
+    """The first layer that tokens are cut behind, else the first layer, of the prefill graph."""
+    text = compiled.graph_text(PREFILL)
+    names = layer_names(text)
+    index = compiled.plan.cuts[0].layer if compiled.plan.cuts else 0
+    name = next((name for name in names if name.split(".")[-1] == str(index)), names[0])
+    operators = sum(not node.outside for node in layer_nodes(text, name))
+    return {
+        "layer": name,
+        "operators": operators,
+        "svg": layer_svg(text, name, standalone=False),
+        "text": layer_text(text, name),
+    }

@@ -1,0 +1,153 @@
+"""Rows of the report's tables, made from a plan and from what the passes did."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qpcompile.ir.pass_manager import Step
+from qpcompile.pipeline import passes
+from qpcompile.plan import LeftOut, Plan, Site
+
+_NUMBERED = re.compile(r"^(?P<stem>.*?)\.(?P<layer>\d+)\.(?P<part>.+)$")
+
+
+@dataclass(frozen=True)
+class GraphChange:
+    """Operators of one graph before and after a pass; `changes` are (operator, how many more), largest loss first."""
+
+    graph: str
+    before: int
+    after: int
+    changes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """One pass: what it is for, whether it changed anything (None: not known), and what in which graph."""
+
+    name: str
+    purpose: str
+    modified: bool | None
+    graphs: tuple[GraphChange, ...]
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One quantized place; graphs in which it is the same share a row."""
+
+    site: Site
+    graphs: str
+    stem: str
+    layer: int | None
+    part: str
+
+
+@dataclass(frozen=True)
+class LeftOutRow:
+    """One place that was left as it is."""
+
+    name: str
+    graphs: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """Errors of the numbered layers of one stack: a row per layer, a column per linear."""
+
+    stem: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[int, tuple[float | None, ...]], ...]
+
+
+def pass_rows(steps: Sequence[Step] | None, history: Iterable[str]) -> list[PassRow]:
+    """One row per pass; from `history` alone, without counts, where the steps are not known."""
+    purposes = pass_purposes()
+    if steps is None:
+        return [PassRow(name, purposes.get(name, ""), None, ()) for name in history]
+    return [PassRow(step.name, purposes.get(step.name, ""), step.modified, _graph_changes(step)) for step in steps]
+
+
+def pass_purposes() -> dict[str, str]:
+    """The first sentence of each pass's own text."""
+    texts = {item.name: sys.modules[type(item).__module__].__doc__ or "" for item in passes((), 0)}
+    return {name: " ".join(re.split(r"(?<=[.:])\s", text.strip(), maxsplit=1)[0].split()) for name, text in texts.items()}
+
+
+def site_rows(sites: Iterable[Site]) -> list[SiteRow]:
+    """Rows by stack, layer and part."""
+    groups: dict[Site, list[str]] = {}
+    for site in sites:
+        groups.setdefault(site.model_copy(update={"graph": "any"}), []).append(site.graph)
+    rows = [SiteRow(site, ", ".join(graphs), *_split(site.name)) for site, graphs in groups.items()]
+    return sorted(rows, key=lambda row: (row.stem, -1 if row.layer is None else row.layer, row.part))
+
+
+def left_out_rows(places: Iterable[LeftOut]) -> list[LeftOutRow]:
+    """Rows by name; graphs that leave out the same place for the same reason share one."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for place in places:
+        groups.setdefault((place.name, place.reason), []).append(place.graph)
+    return [LeftOutRow(name, ", ".join(graphs), reason) for (name, reason), graphs in sorted(groups.items())]
+
+
+def error_tables(rows: Sequence[SiteRow]) -> list[ErrorTable]:
+    """One table per stack of numbered layers in which an error is known."""
+    tables = []
+    for stem in dict.fromkeys(row.stem for row in rows if row.layer is not None):
+        known = [row for row in rows if row.stem == stem and row.layer is not None and row.site.error is not None]
+        columns = tuple(dict.fromkeys(row.part for row in known))
+        cells = {(row.layer, row.part): row.site.error for row in known}
+        layers = sorted({row.layer for row in known if row.layer is not None})
+        if layers:
+            lines = tuple((layer, tuple(cells.get((layer, column)) for column in columns)) for layer in layers)
+            tables.append(ErrorTable(stem, columns, lines))
+    return tables
+
+
+def settings(plan: Plan) -> list[tuple[str, str]]:
+    """What the recipe asks for, in words."""
+    scheme, tokens = plan.recipe.quantize, plan.recipe.tokens
+    rows = []
+    if scheme is None:
+        rows.append(("quantization", "none"))
+    else:
+        per = {"group": f"group of {scheme.weights.group_size}"}
+        weights = f"4 bits per {per.get(scheme.weights.granularity, scheme.weights.granularity)}, {scheme.weights.solver}"
+        rows += [
+            ("weights", weights if scheme.weights.bits == 4 else "left as they are"),
+            ("activations", _bits(scheme.activations.bits, scheme.activations.granularity)),
+            ("KV cache", _bits(scheme.kv_cache.bits, "token and head")),
+            ("transform", scheme.transform + (f", smoothing {scheme.smooth:g}" if scheme.smooth is not None else "")),
+            ("scope", ", ".join(scheme.scope)),
+            ("ignore", ", ".join(scheme.ignore) or "nothing"),
+        ]
+    kept = "all visual tokens are kept" if tokens.method == "none" else f"{tokens.method}, keep {tokens.keep:.0%}"
+    rows.append(("visual tokens", kept))
+    used = plan.calibration
+    rows.append(("calibration", f"{used.samples} samples" if used.samples else "no data"))
+    return rows
+
+
+def _bits(bits: int, granularity: str) -> str:
+    return f"4 bits per {granularity}" if bits == 4 else "left as they are"
+
+
+def _graph_changes(step: Step) -> tuple[GraphChange, ...]:
+    found = []
+    for graph in dict.fromkeys([*step.before, *step.after]):
+        before, after = step.before.get(graph, {}), step.after.get(graph, {})
+        deltas = {name: after.get(name, 0) - before.get(name, 0) for name in {*before, *after}}
+        changes = tuple(sorted(((n, d) for n, d in deltas.items() if d), key=lambda item: (item[1], item[0])))
+        if changes:
+            found.append(GraphChange(graph, sum(before.values()), sum(after.values()), changes))
+    return tuple(found)
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    """(stack, layer, part) of a dotted module name; a name without a number is its own stack."""
+    match = _NUMBERED.match(name)
+    return (match["stem"], int(match["layer"]), match["part"]) if match else (name, None, "")

@@ -1,0 +1,153 @@
+"""How the command line talks: tables and notes, and errors as what, where and what to do."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from qpcompile.doctor import Diagnosis
+from qpcompile.dry_run import Forecast
+from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.errors import QPCompileError
+from qpcompile.plan import Plan, Site
+
+FAILED, INTERRUPTED = 1, 130
+
+
+@contextmanager
+def told_as_text(debug: bool) -> Iterator[None]:
+    """Errors of ours become text and exit code 1, Ctrl-C becomes 130; with `debug` the traceback comes first."""
+    quiet_libraries()
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain("interrupted; no file was left half-written")
+        raise typer.Exit(INTERRUPTED) from None
+    except QPCompileError as error:
+        if debug:
+            typer.echo(traceback.format_exc(), err=True)
+        text = str(error) if debug else f"{error}\n  more: --debug shows the traceback"
+        _complain(f"error: {text}")
+        raise typer.Exit(FAILED) from None
+
+
+def quiet_libraries() -> None:
+    """Progress of ours as log lines where there is no terminal; no bars and no warnings of transformers."""
+    log = logging.getLogger("qpcompile")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def note(text: str) -> None:
+    """A line that is no result: to stderr."""
+    typer.echo(text, err=True)
+
+
+def _complain(text: str) -> None:
+    typer.secho(text, fg="red", err=True)
+
+
+def console() -> Console:
+    """Where results go; made when needed, so that a replaced stdout is respected."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def table(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    """A plain table."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for head in heads:
+        made.add_column(head, overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def show_forecast(forecast: Forecast) -> None:
+    """The plan of passes."""
+    rows = [(str(number), name, words) for number, (name, words) in enumerate(forecast.steps, 1)]
+    out = console()
+    out.print(f"model: {forecast.model}", markup=False)
+    out.print(f"calibration samples: {forecast.samples or 'none'}")
+    out.print(table("passes", ("", "pass", "what it would do"), rows))
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    """What can run on this machine."""
+    out = console()
+    out.print(table("machine", ("", ""), list(diagnosis.machine.items())))
+    packages = [(item.name, item.version or "-", item.tested, item.verdict) for item in diagnosis.packages]
+    out.print(table("packages", ("package", "installed", "tested", ""), packages))
+    operators = [
+        (state.name, *("yes" if backend.runs else "no" for backend in state.backends.values()))
+        for state in diagnosis.operators
+    ]
+    out.print(table("operators", ("operator", *diagnosis.operators[0].backends), operators))
+    for reason, places in _reasons(diagnosis).items():
+        out.print(f"  {reason}: {', '.join(places)}", markup=False)
+    presets = [(state.name, state.speed, state.why) for state in diagnosis.presets]
+    out.print(table("presets on the processor", ("preset", "runs", "why"), presets))
+    out.print("Compiled models run on the processor; on a GPU the operators run on their own.")
+
+
+def _reasons(diagnosis: Diagnosis) -> dict[str, list[str]]:
+    """Why something does not run, or is special -> operators, each reason once per back end."""
+    reasons: dict[str, list[str]] = {}
+    for state in diagnosis.operators:
+        for name, backend in state.backends.items():
+            if backend.note:
+                reasons.setdefault(f"{name}, {backend.note}", []).append(state.name)
+    return reasons
+
+
+def show_model(compiled: CompiledVLM) -> None:
+    """A compiled model on one screen: graphs, decisions, quantized sites, what was left out."""
+    plan, graphs = compiled.plan, compiled.program.graphs
+    out = console()
+    facts = [
+        ("model", type(compiled.program.host).__name__),
+        ("decoder layers", str(len(plan.layers))),
+        ("weights", f"{compiled.weight_bytes() / 1e6:.2f} MB in all"),
+        ("calibration", f"{plan.calibration.samples} samples" if plan.calibration.samples else "none"),
+        ("compiled with", ", ".join(f"{name} {version}" for name, version in plan.versions.items()) or "-"),
+    ]
+    out.print(table("model", ("", ""), facts))
+    sizes = [
+        (name, graph.owner or "-", str(len(graph.nodes)), f"{compiled.weight_bytes(name) / 1e6:.2f} MB")
+        for name, graph in graphs.items()
+    ]
+    out.print(table("graphs", ("graph", "module", "nodes", "weights"), sizes))
+    if plan.cuts:
+        out.print(table("visual tokens", ("cut behind layer", "share kept", "fraction"), _cuts(plan)))
+    else:
+        out.print("visual tokens: all are kept in every layer")
+    if plan.sites:
+        kinds = Counter((site.graph, _bits(site), site.kernel) for site in plan.sites)
+        rows = [(graph, bits, kernel, str(count)) for (graph, bits, kernel), count in sorted(kinds.items())]
+        out.print(table("quantized sites", ("graph", "bits", "kernel", "sites"), rows))
+    if plan.left_out:
+        why = Counter((item.graph, item.reason) for item in plan.left_out)
+        rows = [(graph, reason, str(count)) for (graph, reason), count in sorted(why.items())]
+        out.print(table("left out", ("graph", "reason", "sites"), rows))
+
+
+def _cuts(plan: Plan) -> list[tuple[str, ...]]:
+    return [(str(cut.layer), f"{cut.ratio:.4f}", f"{cut.numerator}/{cut.denominator}") for cut in plan.cuts]
+
+
+def _bits(site: Site) -> str:
+    if site.cache_bits is not None:
+        return f"KV{site.cache_bits}"
+    return f"W{site.weight_bits}A{site.activation_bits}"
