@@ -19,6 +19,7 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, tidy
 from qpcompile.ir.operators import RMSNORM
 from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.shapes import value
 
 ASSERTIONS = (
     aten._assert_tensor_metadata.default,
@@ -58,16 +59,14 @@ def canonicalize(graph: Graph) -> bool:
     changed |= _drop_no_ops(graph)
     changed |= _merge_equal_nodes(graph)
     changed |= _fuse_norms(graph)
-    tidy(graph)
-    return changed
+    return tidy(graph) or changed
 
 
 def _drop_assertions(graph: Graph) -> bool:
-    nodes = list(calls(graph, *ASSERTIONS))
-    for node in reversed(nodes):
-        if not node.users:
-            graph.module.graph.erase_node(node)
-    return bool(nodes)
+    unread = [node for node in calls(graph, *ASSERTIONS) if not node.users]
+    for node in unread:
+        graph.module.graph.erase_node(node)
+    return bool(unread)
 
 
 def _drop_no_ops(graph: Graph) -> bool:
@@ -90,8 +89,8 @@ def _is_no_op(node: fx.Node) -> bool:
         before, after = source.meta.get("val"), node.meta.get("val")
         return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
     if node.target is aten.slice.Tensor:
-        start, end, *step = [*node.args[2:], 0, WHOLE][:3] if len(node.args) > 2 else [0, WHOLE]
-        return start in (0, None) and isinstance(end, int) and end >= WHOLE and step in ([], [1], [0], [WHOLE])
+        start, end, step = (*node.args[2:], *(None, None, 1)[max(len(node.args) - 2, 0) :])
+        return start in (0, None) and (end is None or isinstance(end, int) and end >= WHOLE) and step == 1
     return False
 
 
@@ -102,7 +101,7 @@ def _drop_empty_caches(graph: Graph) -> bool:
         parts = node.args[0]
         assert isinstance(parts, (list, tuple))
         full = [part for part in parts if isinstance(part, fx.Node) and not _is_empty(graph, part)]
-        if len(full) == 1 and len(parts) > 1:
+        if len(full) == 1 and len(parts) > 1 and value(full[0]).dtype == value(node).dtype:
             node.replace_all_uses_with(full[0])
             graph.module.graph.erase_node(node)
             changed = True
@@ -159,7 +158,7 @@ def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | Non
     if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):  # type: ignore[union-attr]
         return None
     mean, eps = shifted.args  # type: ignore[union-attr]
-    if not is_call(mean, aten.mean.dim) or list(mean.args[1]) != [-1]:  # type: ignore[union-attr,arg-type]
+    if not is_call(mean, aten.mean.dim) or list(mean.args[1:]) != [[-1], True]:  # type: ignore[union-attr]
         return None
     square = mean.args[0]  # type: ignore[union-attr]
     if not is_call(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:  # type: ignore[union-attr]
@@ -180,13 +179,21 @@ def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | Non
     scale = end.args[0] if end.args[1] is narrow else end.args[1]
     if not isinstance(x, fx.Node) or not isinstance(scale, fx.Node) or not isinstance(eps, float):
         return None
+    # The operator squares in float32 and narrows to the type of x; any other order of types rounds elsewhere.
+    if value(wide).dtype != torch.float32 or value(narrow).dtype != value(x).dtype or value(scale).ndim != 1:
+        return None
     if scale.op == "get_attr" or (x.meta["val"].dtype == torch.float32 and _is_one_plus(scale)):
         return x, scale, eps, end
     return None
 
 
 def _is_one_plus(scale: fx.Node) -> bool:
-    return is_call(scale, aten.add.Tensor) and isinstance(scale.args[0], fx.Node) and scale.args[0].op == "get_attr" and scale.args[1] == 1.0
+    return (
+        is_call(scale, aten.add.Tensor)
+        and isinstance(scale.args[0], fx.Node)
+        and scale.args[0].op == "get_attr"
+        and scale.args[1] == 1.0
+    )
 
 
 def _one_plus(graph: Graph, scale: fx.Node, before: fx.Node) -> fx.Node:

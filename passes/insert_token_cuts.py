@@ -80,7 +80,13 @@ class _State:
 
 
 def _cut_once(
-    graph: Graph, point: fx.Node, cut: Cut, tokens: TokenScheme, rotate: bool, state: _State, inputs: tuple[fx.Node, ...]
+    graph: Graph,
+    point: fx.Node,
+    cut: Cut,
+    tokens: TokenScheme,
+    rotate: bool,
+    state: _State,
+    inputs: tuple[fx.Node, ...],
 ) -> _State:
     visual, valid, count = inputs
     scores = _scores(graph, point, cut.layer, tokens, rotate, state)
@@ -117,7 +123,9 @@ def _quota(graph: Graph, point: fx.Node, cut: Cut, visual: fx.Node, valid: fx.No
     text = call(graph, point, aten.bitwise_and.Tensor, valid, call(graph, point, aten.bitwise_not.default, visual))
     texts = call(graph, point, aten.sum.dim_IntList, text, [1])
     own = call(graph, point, aten.sum.dim_IntList, visual, [1])
-    raised = call(graph, point, aten.add.Tensor, call(graph, point, aten.mul.Tensor, own, cut.numerator), cut.denominator - 1)
+    raised = call(
+        graph, point, aten.add.Tensor, call(graph, point, aten.mul.Tensor, own, cut.numerator), cut.denominator - 1
+    )
     share = call(graph, point, aten.div.Tensor_mode, raised, cut.denominator, rounding_mode="floor")
     return call(graph, point, aten.add.Tensor, texts, share)
 
@@ -153,7 +161,9 @@ def _random_scores(graph: Graph, point: fx.Node, seed: int, state: _State) -> fx
     """A hash of position and seed on visual tokens, +inf on text, -inf on padding: the same on every back end."""
     length = call(graph, point, aten.sym_size.int, state.visual, 1)
     position = state.kept or call(graph, point, aten.arange.default, length)
-    mixed = call(graph, point, aten.mul.Tensor, call(graph, point, aten.add.Tensor, position, seed * 7919 + 1), 2654435761)
+    mixed = call(
+        graph, point, aten.mul.Tensor, call(graph, point, aten.add.Tensor, position, seed * 7919 + 1), 2654435761
+    )
     score = call(graph, point, aten.remainder.Scalar, mixed, 1048573)
     score = call(graph, point, aten.to.dtype, score, torch.float32)
     score = call(graph, point, aten.where.ScalarOther, state.visual, score, float("inf"))
@@ -191,7 +201,9 @@ def _hidden(graph: Graph, point: fx.Node, length: torch.SymInt) -> fx.Node:
         shape = getattr(value(node), "shape", ()) if "val" in node.meta else ()
         if len(shape) == 3 and same(shape[1], length) and shape[2] == width and after & set(node.users):
             return node
-    raise PlanError("no residual stream crosses this layer", where=f"{graph.name}, {point.name}", do="report this family")
+    raise PlanError(
+        "no residual stream crosses this layer", where=f"{graph.name}, {point.name}", do="report this family"
+    )
 
 
 def _compact_cache(graph: Graph, point: fx.Node, layer: int, length: torch.SymInt, selection: Selection) -> None:

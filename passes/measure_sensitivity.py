@@ -58,7 +58,9 @@ class MeasureSensitivity:
                 run_sample(machine, sample, number)
                 step()
         program.facts["deviations"] = {layer: rows.deviations for layer, rows in table.items()}
-        program.plan = program.plan.model_copy(update={"facts": tuple(rows.facts(layer) for layer, rows in table.items())})
+        program.plan = program.plan.model_copy(
+            update={"facts": tuple(rows.facts(layer) for layer, rows in table.items())}
+        )
         return False
 
 
@@ -130,7 +132,13 @@ class _Twice(fx.Interpreter):
             fetch = lambda argument: self.shadow.get(argument, self.env.get(argument))  # noqa: E731
             query, key = fetch(n.args[0]), fetch(n.args[1])
             mask = n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")
-            mass = attention_mass(query, key, fetch(mask) if isinstance(mask, fx.Node) else None, n.kwargs.get("scale"), self.machine.visual)
+            mass = attention_mass(
+                query,
+                key,
+                fetch(mask) if isinstance(mask, fx.Node) else None,
+                n.kwargs.get("scale"),
+                self.machine.visual,
+            )
             if mass is not None and self.layer is not None:
                 self.table[self.layer].masses.append(mass)
         if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[2] == self.hidden_width:
@@ -141,7 +149,9 @@ class _Twice(fx.Interpreter):
         """At a layer's end: compare its two outputs, and forget the quantized one."""
         if self.layer is not None and self.last is not None:
             rows = self.table[self.layer]
-            base = self.entry[1] if self.entry is not None and self.program.recipe.tokens.sensitivity_of == "delta" else 0
+            base = (
+                self.entry[1] if self.entry is not None and self.program.recipe.tokens.sensitivity_of == "delta" else 0
+            )
             full, moved = self.value - base, self.quantized - self.value
             eta = self.program.recipe.tokens.eta
             rows.deviations.append(float(moved.norm() / (full.norm() + eta)))

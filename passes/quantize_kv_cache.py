@@ -51,7 +51,15 @@ class QuantizeKvCache:
                     _dequantize_rest(graph, stub, pairs[stub])
             tidy(graph)
             layers = sorted({layer for stub in pairs if (layer := layer_of(stub)) is not None})
-            sites += [Site(graph=graph.name, name=f"{graph.owner}.layers.{layer}.kv_cache", cache_bits=4, kernel="qpcompile::attention_kv4") for layer in layers]
+            sites += [
+                Site(
+                    graph=graph.name,
+                    name=f"{graph.owner}.layers.{layer}.kv_cache",
+                    cache_bits=4,
+                    kernel="qpcompile::attention_kv4",
+                )
+                for layer in layers
+            ]
         program.plan = program.plan.model_copy(update={"sites": (*program.plan.sites, *sites)})
         return True
 

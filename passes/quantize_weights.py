@@ -1,9 +1,9 @@
 """Pack every stubbed weight into 4 bits and bind its linear to the integer operator.
 
-    %y = linear(quant_stub(%x), quant_stub(@w), @b)
-      -> %q = qpcompile::quantize_int4(%x)                                  once per input
-         %y = qpcompile::linear_w4a4(%q, @w_packed, @w_scale, @b)           activations in 4 bits
-      or %y = qpcompile::linear_w4a16(%x, @w_packed, @w_scale, @b)          activations left alone
+%y = linear(quant_stub(%x), quant_stub(@w), @b)
+  -> %q = qpcompile::quantize_int4(%x)                                  once per input
+     %y = qpcompile::linear_w4a4(%q, @w_packed, @w_scale, @b)           activations in 4 bits
+  or %y = qpcompile::linear_w4a16(%x, @w_packed, @w_scale, @b)          activations left alone
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ def _replace(
         if stub not in quantized:
             options = (scheme.activations.kernel_group, scheme.activations.clip_ratio)
             pair = call(graph, stub, QUANTIZE_INT4, x, *options)
-            quantized[stub] = (call(graph, stub, operator.getitem, pair, 0), call(graph, stub, operator.getitem, pair, 1))
+            quantized[stub] = (
+                call(graph, stub, operator.getitem, pair, 0),
+                call(graph, stub, operator.getitem, pair, 1),
+            )
         codes, step = quantized[stub]
         new = call(graph, linear, LINEAR_W4A4, codes, step, weight, factor, bias, value(linear).dtype, like=linear)
     else:
@@ -98,7 +101,14 @@ def _replace(
     set_fact(new, QuantizedFact((fact.site,), kernel))
     linear.replace_all_uses_with(new)
     graph.module.graph.erase_node(linear)
-    return Site(graph=graph.name, name=fact.site, weight_bits=4, activation_bits=scheme.activations.bits, error=error, kernel=kernel)
+    return Site(
+        graph=graph.name,
+        name=fact.site,
+        weight_bits=4,
+        activation_bits=scheme.activations.bits,
+        error=error,
+        kernel=kernel,
+    )
 
 
 def _solve(

@@ -1,4 +1,4 @@
-"""A compiler for vision-language models: 4-bit weights, activations and KV cache and the visual tokens to keep, chosen together."""
+"""A compiler for vision-language models: 4 bits and the visual tokens to keep, chosen together."""
 
 from qpcompile.emit.compiled import CompiledVLM, load
 from qpcompile.errors import QPCompileError

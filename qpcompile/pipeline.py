@@ -1,7 +1,7 @@
 """THE LIST: every pass of a compile, in order. Read this first.
 
-    transformers VLM --capture--> Program --passes--> Program --emit--> CompiledVLM | artifact folder | ONNX folder
-                                     |  verified after every pass  |
+transformers VLM --capture--> Program --passes--> Program --emit--> CompiledVLM | artifact folder | ONNX folder
+                                 |  verified after every pass  |
 """
 
 from __future__ import annotations

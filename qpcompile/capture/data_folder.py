@@ -42,7 +42,8 @@ def read_questions(folder: Path) -> list[Question]:
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-            question = Question(folder / entry["image"], entry["question"], entry["answer"], tuple(entry.get("choices", ())))
+            choices = tuple(entry.get("choices", ()))
+            question = Question(folder / entry["image"], entry["question"], entry["answer"], choices)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CalibrationError(
                 f"the line is no question: {error!r}", where=where, do="give image, question and answer as JSON"

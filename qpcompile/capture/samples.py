@@ -52,7 +52,8 @@ class Samples:
             try:
                 check_sample(sample)
             except CalibrationError as error:
-                raise CalibrationError(error.what, where=f"calibration sample {number}: {error.where}", do=error.do) from None
+                where = f"calibration sample {number}: {error.where}"
+                raise CalibrationError(error.what, where=where, do=error.do) from None
             yield sample
 
     def digest(self) -> str:
@@ -77,6 +78,7 @@ class Samples:
         kept = []
         for number, sample in zip(range(limit), source, strict=False):
             path = Path(self._spool.name) / f"{number:06d}.safetensors"
-            save_file({key: value.contiguous() for key, value in dict(sample).items() if isinstance(value, torch.Tensor)}, path)
+            tensors = {key: value for key, value in dict(sample).items() if isinstance(value, torch.Tensor)}
+            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
             kept.append(path)
         return kept

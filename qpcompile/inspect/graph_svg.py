@@ -1,6 +1,6 @@
 """One part of a printed graph as an SVG drawing: operators as boxes, values as lines from top to bottom.
 
-    svg = layer_svg(graph_text(program.graphs["prefill"]), "layers.3")
+svg = layer_svg(graph_text(program.graphs["prefill"]), "layers.3")
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import pairwise
 
 from qpcompile.inspect.layer_nodes import Node, layer_nodes
 from qpcompile.inspect.layered_layout import Layout, place
@@ -20,17 +21,31 @@ _SHAPE = re.compile(
 _HEAVY = re.compile(r"^aten::(linear|matmul|bmm|mm|addmm|scaled_dot_product_attention)(\.\w+)?$")
 _CHARACTER, _SMALL_CHARACTER, _LINE, _PADDING, _GAP, _ROW_GAP, _MARGIN = 7.3, 6.1, 15.0, 9.0, 22.0, 26.0, 14.0
 _LONGEST_TYPE = 34
-_COLOURS = """
+_LIGHT = """
 .qg { font: 12px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.qg text { fill: #1b1f24; text-anchor: middle; } .qg .t { fill: #5c6570; font-size: 10px; } .qg .w { fill: #5c6570; font-size: 10px; font-style: italic; }
-.qg rect { fill: #ffffff; stroke: #aab3be; } .qg .s rect { fill: #eef0f3; stroke: #d3d9e0; } .qg .h rect { fill: #e3ecfb; stroke: #7fa3e0; } .qg .q rect { fill: #fbe9d7; stroke: #d79a5c; } .qg .i rect { fill: none; stroke: #8a949f; stroke-dasharray: 3 2; }
-.qg path { fill: none; stroke: #8a949f; } .qg path.a { fill: #8a949f; stroke: none; }
-@media screen and (prefers-color-scheme: dark) {
-.qg text { fill: #e6e9ed; } .qg .t, .qg .w { fill: #9aa4b0; }
-.qg rect { fill: #14171b; stroke: #56606c; } .qg .s rect { fill: #23282f; stroke: #343b45; } .qg .h rect { fill: #1d2f52; stroke: #4f7ac4; } .qg .q rect { fill: #45301b; stroke: #b27a40; } .qg .i rect { fill: none; stroke: #6d7783; }
-.qg path { stroke: #6d7783; } .qg path.a { fill: #6d7783; stroke: none; }
-}
+.qg text { fill: #1b1f24; text-anchor: middle; }
+.qg .t, .qg .w { fill: #5c6570; font-size: 10px; }
+.qg .w { font-style: italic; }
+.qg rect { fill: #ffffff; stroke: #aab3be; }
+.qg .s rect { fill: #eef0f3; stroke: #d3d9e0; }
+.qg .h rect { fill: #e3ecfb; stroke: #7fa3e0; }
+.qg .q rect { fill: #fbe9d7; stroke: #d79a5c; }
+.qg .i rect { fill: none; stroke: #8a949f; stroke-dasharray: 3 2; }
+.qg path { fill: none; stroke: #8a949f; }
+.qg path.a { fill: #8a949f; stroke: none; }
 """
+_DARK = """
+.qg text { fill: #e6e9ed; }
+.qg .t, .qg .w { fill: #9aa4b0; }
+.qg rect { fill: #14171b; stroke: #56606c; }
+.qg .s rect { fill: #23282f; stroke: #343b45; }
+.qg .h rect { fill: #1d2f52; stroke: #4f7ac4; }
+.qg .q rect { fill: #45301b; stroke: #b27a40; }
+.qg .i rect { fill: none; stroke: #6d7783; }
+.qg path { stroke: #6d7783; }
+.qg path.a { fill: #6d7783; stroke: none; }
+"""
+_COLOURS = f"{_LIGHT}@media screen and (prefers-color-scheme: dark) {{{_DARK}}}\n"
 
 
 def layer_svg(text: str, part: str, *, standalone: bool = True) -> str:
@@ -45,7 +60,8 @@ def layer_svg(text: str, part: str, *, standalone: bool = True) -> str:
     heights = {name: _height(lines) for name, lines in rows.items()}
     lines = [_route(edge, layout, tops, heights) for edge in layout.routes]
     space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
-    frame = f'<svg class="qg"{space} width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" role="img">'
+    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
+    frame = f'<svg class="qg"{space} {size} role="img">'
     title = f"<title>{escape(text.split(chr(10), 1)[0])}, {escape(part)}</title>"
     return "\n".join([frame, title, f"<style>{_COLOURS}</style>", *lines, *boxes, "</svg>\n"])
 
@@ -104,7 +120,7 @@ def _box(
     width = widths[node.name]
     top = y + (1.5 if lines[0][0] else 3.0)
     words = "".join(
-        f'<text x="{x:.1f}" y="{top + index * _LINE + 11:.1f}"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}>{escape(line)}</text>'
+        f'<text class="{kind or "n"}" x="{x:.1f}" y="{top + index * _LINE + 11:.1f}">{escape(line)}</text>'
         for index, (kind, line) in enumerate(lines)
     )
     box = f'<rect x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{_height(lines):.1f}" rx="4"/>'
@@ -121,13 +137,17 @@ def _class(node: Node) -> str:
 
 def _route(edge: tuple[str, str], layout: Layout, tops: Sequence[float], heights: dict[str, float]) -> str:
     """A smooth line from the lower edge of the source, past the rows between, to the upper edge of the target."""
-    source, target = edge
+    source, _ = edge
     first = layout.places[source][1]
     points = list(_points(layout.routes[edge], first, tops, heights[source]))
     path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         bend = (y1 - y0) / 2
-        path += f"L{x1:.1f} {y1:.1f}" if x0 == x1 else f"C{x0:.1f} {y0 + bend:.1f} {x1:.1f} {y1 - bend:.1f} {x1:.1f} {y1:.1f}"
+        path += (
+            f"L{x1:.1f} {y1:.1f}"
+            if x0 == x1
+            else f"C{x0:.1f} {y0 + bend:.1f} {x1:.1f} {y1 - bend:.1f} {x1:.1f} {y1:.1f}"
+        )
     x, y = points[-1]
     return f'<path d="{path}"/><path class="a" d="M{x:.1f} {y:.1f}l-3 -6h6z"/>'
 

@@ -63,7 +63,9 @@ class Overlay:
         if self.grid is None:
             return ""
         kept = set(panel.kept)
-        return cells_path([index for index in range(panel.total) if index not in kept], self.grid, self.width, self.height)
+        return cells_path(
+            [index for index in range(panel.total) if index not in kept], self.grid, self.width, self.height
+        )
 
 
 def overlays(compiled: CompiledVLM, samples: Iterable[Sample]) -> list[Overlay]:
@@ -123,11 +125,13 @@ def cells_path(cells: Iterable[int], grid: tuple[int, int], width: int, height: 
             runs[-1][1] += 1
         else:
             runs.append([cell, cell + 1])
-    across, down = width / columns, height / rows
-    return "".join(
-        f"M{start % columns * across:g} {start // columns * down:g}h{(end - start) * across:g}v{down:g}h{(start - end) * across:g}z"
-        for start, end in runs
-    )
+    return "".join(_box(start, end, columns, width / columns, height / rows) for start, end in runs)
+
+
+def _box(start: int, end: int, columns: int, across: float, down: float) -> str:
+    """Cells `start` to `end` of one row, each `across` x `down` pixels."""
+    length = (end - start) * across
+    return f"M{start % columns * across:g} {start // columns * down:g}h{length:g}v{down:g}h{-length:g}z"
 
 
 def seen_picture(picture: Image.Image, inputs: Mapping[str, Any], processor: Any) -> Image.Image:

@@ -69,7 +69,7 @@ def report_html(compiled: CompiledVLM, drawn: list[Overlay] | None) -> str:
         error_tables=error_tables(sites),
         left_out=left_out_rows(plan.left_out),
         overlays=drawn,
-        graph=_graph(compiled),
+        graphs=_graphs(compiled),
         versions=list(plan.versions.items()),
         bits=lambda bits: "" if bits is None else str(bits),
     )
@@ -89,7 +89,11 @@ def _model(compiled: CompiledVLM) -> dict[str, Any]:
         ("stage", compiled.program.stage),
     ]
     folder = Path(getattr(config, "_name_or_path", "") or "").name
-    return {"name": type(compiled.program.host).__name__, "folder": folder, "facts": [row for row in facts if row[1] != ""]}
+    return {
+        "name": type(compiled.program.host).__name__,
+        "folder": folder,
+        "facts": [row for row in facts if row[1] != ""],
+    }
 
 
 def _heads(text: Any) -> str:
@@ -106,7 +110,9 @@ def _tiles(compiled: CompiledVLM, visual: int, sites: int) -> list[dict[str, str
     if counts:
         tiles.append({"value": f"{counts[-1] / visual:.0%}", "label": "of the visual tokens reach the last layer"})
         tiles.append({"value": f"{sum(counts) / len(counts) / visual:.0%}", "label": "of them per layer, on average"})
-    tiles.append({"value": str(sites), "label": f"quantized sites, {len(left_out_rows(compiled.plan.left_out))} left out"})
+    tiles.append(
+        {"value": str(sites), "label": f"quantized sites, {len(left_out_rows(compiled.plan.left_out))} left out"}
+    )
     share = f"{stored / full:.2f} of their size in 16 bits" if full else "no weights"
     tiles.append({"value": _megabytes(stored), "label": f"weights, {share}"})
     return tiles
@@ -141,22 +147,31 @@ def _visual_tokens(compiled: CompiledVLM, drawn: list[Overlay] | None) -> tuple[
 
 
 def _schedule_note(plan: Plan, visual: int, known: bool) -> str:
-    size = f"a picture of {visual} visual tokens" if known else f"{visual} visual tokens (pictures of this model vary in size)"
+    size = (
+        f"a picture of {visual} visual tokens"
+        if known
+        else f"{visual} visual tokens (pictures of this model vary in size)"
+    )
     if not plan.cuts:
         return f"Visual tokens that each layer computes on, for {size}. No tokens are dropped."
     return f"Visual tokens that each layer computes on, for {size}. Text tokens are always kept."
 
 
-def _graph(compiled: CompiledVLM) -> dict[str, Any]:
-    """The first layer that tokens are cut behind, else the first layer, of the prefill graph."""
+def _graphs(compiled: CompiledVLM) -> list[dict[str, Any]]:
+    """The layer in front of which tokens are cut first, and the last layer, of the prefill graph."""
     text = compiled.graph_text(PREFILL)
     names = layer_names(text)
-    index = compiled.plan.cuts[0].layer if compiled.plan.cuts else 0
-    name = next((name for name in names if name.split(".")[-1] == str(index)), names[0])
-    operators = sum(not node.outside for node in layer_nodes(text, name))
-    return {
-        "layer": name,
-        "operators": operators,
-        "svg": layer_svg(text, name, standalone=False),
-        "text": layer_text(text, name),
-    }
+    by_index = {name.rsplit(".", 1)[-1]: name for name in names}
+    chosen = {names[-1]: "the last layer"}
+    if compiled.plan.cuts and (first := by_index.get(str(compiled.plan.cuts[0].layer + 1))):
+        chosen = {first: "with the first cut in front of it"} | chosen
+    return [
+        {
+            "layer": name,
+            "title": title,
+            "operators": sum(not node.outside for node in layer_nodes(text, name)),
+            "svg": layer_svg(text, name, standalone=False),
+            "text": layer_text(text, name),
+        }
+        for name, title in chosen.items()
+    ]

@@ -74,7 +74,13 @@ def pass_rows(steps: Sequence[Step] | None, history: Iterable[str]) -> list[Pass
 def pass_purposes() -> dict[str, str]:
     """The first sentence of each pass's own text."""
     texts = {item.name: sys.modules[type(item).__module__].__doc__ or "" for item in passes((), 0)}
-    return {name: " ".join(re.split(r"(?<=[.:])\s", text.strip(), maxsplit=1)[0].split()) for name, text in texts.items()}
+    return {name: _first_sentence(text) for name, text in texts.items()}
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of a docstring; one that leads into a formula ends before it."""
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    return re.sub(r":$", ".", re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0])
 
 
 def site_rows(sites: Iterable[Site]) -> list[SiteRow]:
@@ -116,7 +122,9 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("quantization", "none"))
     else:
         per = {"group": f"group of {scheme.weights.group_size}"}
-        weights = f"4 bits per {per.get(scheme.weights.granularity, scheme.weights.granularity)}, {scheme.weights.solver}"
+        weights = (
+            f"4 bits per {per.get(scheme.weights.granularity, scheme.weights.granularity)}, {scheme.weights.solver}"
+        )
         rows += [
             ("weights", weights if scheme.weights.bits == 4 else "left as they are"),
             ("activations", _bits(scheme.activations.bits, scheme.activations.granularity)),

@@ -1,6 +1,6 @@
 """Find the change of basis for each linear's input in one graph, and the tensors it changes.
 
-    s_j = max|x_j|^a / max|W_:j|^(1-a)      D = diag(1/s)      x' = T D x      W' = W D^-1 T^T
+s_j = max|x_j|^a / max|W_:j|^(1-a)      D = diag(1/s)      x' = T D x      W' = W D^-1 T^T
 """
 
 from __future__ import annotations

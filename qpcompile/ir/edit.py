@@ -142,14 +142,18 @@ def through_shape_ops(node: fx.Node, extra: Sequence[object] = ()) -> fx.Node:
     return node
 
 
-def tidy(graph: Graph) -> None:
-    """Remove dead nodes and tensors nobody reads, and recompile."""
-    graph.module.graph.eliminate_dead_code()
+def tidy(graph: Graph) -> bool:
+    """Remove dead nodes and tensors nobody reads, and recompile; returns whether a node was dead."""
+    dead = graph.module.graph.eliminate_dead_code()
     graph.module.graph.lint()
     graph.module.delete_all_unused_submodules()
     used = {node.target for node in graph.module.graph.nodes if node.op == "get_attr"}
-    for name, _ in [*graph.module.named_parameters(remove_duplicate=False), *graph.module.named_buffers(remove_duplicate=False)]:
+    for name, _ in [
+        *graph.module.named_parameters(remove_duplicate=False),
+        *graph.module.named_buffers(remove_duplicate=False),
+    ]:
         if name not in used:
             *path, leaf = name.split(".")
             delattr(graph.module.get_submodule(".".join(path)), leaf)
     graph.module.recompile()
+    return dead

@@ -71,7 +71,9 @@ def reduce_tokens(
                 reader.replace_input_with(crossing.node, replacement)
 
 
-def _reduced(graph: Graph, place: fx.Node, node: fx.Node, lengths: Sequence[tuple[torch.SymInt, Selection]]) -> fx.Node | None:
+def _reduced(
+    graph: Graph, place: fx.Node, node: fx.Node, lengths: Sequence[tuple[torch.SymInt, Selection]]
+) -> fx.Node | None:
     """What stands for `node` behind the cut, or None where it has nothing to do with tokens."""
     current = value(node)
     for length, selection in lengths:

@@ -38,7 +38,9 @@ class Step:
     after: dict[str, dict[str, int]]
 
 
-def run_passes(program: Program, passes: Sequence[Pass], after: Callable[[Step, Program], None] | None = None) -> list[Step]:
+def run_passes(
+    program: Program, passes: Sequence[Pass], after: Callable[[Step, Program], None] | None = None
+) -> list[Step]:
     """Run passes in order and verify the program after each of them, always.
 
     Raises InvariantError when a pass is run before the stage it needs or leaves a program that breaks its stage's rules.

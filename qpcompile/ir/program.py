@@ -1,12 +1,12 @@
 """The thing every pass reads and writes: the graphs of one model, their weights and what is known about them.
 
-    Program
-      graphs["vision"]     pictures            -> patch features
-      graphs["projector"]  patch features      -> visual tokens          (absent where the tower projects itself)
-      graphs["prefill"]    embeddings          -> hidden states, K and V
-      graphs["decode"]     one token + K and V -> hidden states, K and V
-      graphs["head"]       hidden states       -> logits
-      host                 what transformers does between the graphs: it holds no weight that a graph holds
+Program
+  graphs["vision"]     pictures            -> patch features
+  graphs["projector"]  patch features      -> visual tokens          (absent where the tower projects itself)
+  graphs["prefill"]    embeddings          -> hidden states, K and V
+  graphs["decode"]     one token + K and V -> hidden states, K and V
+  graphs["head"]       hidden states       -> logits
+  host                 what transformers does between the graphs: it holds no weight that a graph holds
 """
 
 from __future__ import annotations

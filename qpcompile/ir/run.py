@@ -17,7 +17,14 @@ from qpcompile.ir.structure import CACHE, named_tensors, rebuild
 
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
-FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits", "logits_to_keep")
+FLAGS = (
+    "use_cache",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "output_router_logits",
+    "logits_to_keep",
+)
 VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
 KEPT, ALIVE = "kept", "alive"
 
@@ -59,7 +66,7 @@ class Machine:
         graphs = self.program.graphs
         for name in (VISION, PROJECTOR, HEAD):
             if name in graphs:
-                self._replace(graphs[name].owner, lambda *args, graph=graphs[name], **kwargs: self._component(graph, args, kwargs))
+                self._replace(graphs[name].owner, functools.partial(self._component, graphs[name]))
         self._replace(graphs[PREFILL].owner, self._language)
         original = type(self.host).forward
 
@@ -85,7 +92,7 @@ class Machine:
         is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
         self.valid = attention_mask.bool() if is_flat else torch.ones_like(self.visual)
 
-    def _component(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _component(self, graph: Graph, *args: Any, **kwargs: Any) -> Any:
         module = self.host.get_submodule(graph.owner)
         arguments = {k: v for k, v in keyword_arguments(module, args, kwargs).items() if k not in FLAGS}
         feeds = dict(named_tensors(prepare(module, arguments, graph.constants.get(TABLE))))

@@ -31,7 +31,11 @@ def expression(size: int | torch.SymInt) -> Any:
 def token_axes(node: fx.Node, length: int | torch.SymInt) -> list[int]:
     """The axes of a node's tensor whose size is `length`."""
     tensor = value(node)
-    return [axis for axis, size in enumerate(tensor.shape) if same(size, length)] if isinstance(tensor, torch.Tensor) else []
+    return (
+        [axis for axis, size in enumerate(tensor.shape) if same(size, length)]
+        if isinstance(tensor, torch.Tensor)
+        else []
+    )
 
 
 def new_size(graph: Graph, name: str, hint: int) -> torch.SymInt:

@@ -18,7 +18,9 @@ BLOCK = 128
 CLIPS = tuple(1 - step * 0.02 for step in range(21))
 
 
-def solve(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightScheme) -> tuple[torch.Tensor, torch.Tensor]:
+def solve(
+    weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightScheme
+) -> tuple[torch.Tensor, torch.Tensor]:
     """weight: f[N, K]; moments: f32[K, K] (sum x x^T) or None -> codes i8[N, K], scale f32[N, G].
 
     Without moments GPTQ has nothing to go by and rounds to nearest.

@@ -1,0 +1,256 @@
+"""The ONNX folder answers as the compiled module does, on onnxruntime and numpy alone, and holds 4-bit weights as such."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from qpcompile.capture.capture import capture
+from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.emit.onnx import export_onnx
+from qpcompile.emit.onnx_runner import OnnxVLM, Steps
+from qpcompile.errors import ExportError, OutputError
+from qpcompile.files import sha256
+from qpcompile.ir.pass_manager import run_passes
+from qpcompile.ir.program import PREFILL, Program
+from qpcompile.ir.run import Machine
+from qpcompile.pipeline import passes
+from qpcompile.plan import Plan
+from qpcompile.recipe import Recipe
+from tests.families import qwen2_5_vl
+
+Cases = dict[str, dict[str, torch.Tensor]]
+TAKES = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+NEW_TOKENS = 8
+CUTS = "tokens.candidate_layers=[0,1]"
+
+
+def arrays(case: dict[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """What the runner takes of a prompt."""
+    return {name: tensor.numpy() for name, tensor in case.items() if name in TAKES}
+
+
+def compiled(program: Program, cases: Cases, preset: str, *overrides: str) -> Program:
+    """A copy of a captured program, compiled with a preset."""
+    recipe = Recipe.load(preset).with_overrides(overrides)
+    program = copy.deepcopy(program)
+    program.recipe, program.plan = recipe, Plan(recipe=recipe)
+    samples = [cases["one"], cases["longer"]]
+    run_passes(program, passes(samples, len(samples)))
+    return program
+
+
+def check_same_tokens(program: Program, folder: Path, cases: Cases) -> None:
+    """Greedy tokens of the runner are those of the program, for every prompt."""
+    machine, runner = Machine(program), OnnxVLM(folder, threads=1)
+    for name, case in cases.items():
+        expected = machine.generate(**case, max_new_tokens=NEW_TOKENS, do_sample=False)
+        found = runner.generate(**arrays(case), max_new_tokens=NEW_TOKENS)
+        assert found.tolist() == expected.tolist(), name
+
+
+def initializer_bytes(folder: Path, name: str) -> Counter[str]:
+    """Stored bytes of a graph's tensors by type, those in the data file."""
+    found: Counter[str] = Counter()
+    for tensor in onnx.load(folder / f"{name}.onnx", load_external_data=False).graph.initializer:
+        length = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
+        found[onnx.TensorProto.DataType.Name(tensor.data_type)] += length
+    return found
+
+
+def operators(folder: Path, name: str) -> Counter[str]:
+    """How often each operator stands in a graph."""
+    return Counter(node.op_type for node in onnx.load(folder / f"{name}.onnx", load_external_data=False).graph.node)
+
+
+@pytest.fixture(scope="module")
+def plain(compiled_llava: CompiledVLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random LLaVA, nothing quantized, nothing cut."""
+    folder = tmp_path_factory.mktemp("onnx") / "plain"
+    export_onnx(compiled_llava, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quota(
+    compiled_llava: CompiledVLM, tiny_llava: tuple[Any, Cases], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Program, Path]:
+    """The same model with two cuts, 4-bit weights, activations and cache."""
+    program = compiled(compiled_llava.program, tiny_llava[1], "quota-30", CUTS)
+    folder = tmp_path_factory.mktemp("onnx") / "quota"
+    export_onnx(program, folder)
+    return program, folder
+
+
+@pytest.fixture(scope="module")
+def qwen() -> tuple[Program, Cases]:
+    """A random Qwen2.5-VL, captured."""
+    model, cases = qwen2_5_vl()
+    return capture(model, cases["one"], Recipe.load("none")), cases
+
+
+def test_tokens_and_logits_are_the_models(tiny_llava: tuple[Any, Cases], plain: Path) -> None:
+    model, cases = tiny_llava
+    runner = OnnxVLM(plain, threads=1)
+    for name, case in cases.items():
+        expected = model.generate(
+            **case, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        given = arrays(case)
+        assert runner.generate(**given, max_new_tokens=3).tolist() == expected.sequences.tolist(), name
+        ids, mask = given["input_ids"], given["attention_mask"]
+        steps = Steps(runner, mask, np.where(mask == 0, 0, np.cumsum(mask, 1) - 1))
+        logits = [steps.prefill(ids, runner.encode(given["pixel_values"]))]
+        logits += [steps.decode(expected.sequences[:, ids.shape[1] + step, None].numpy()) for step in range(2)]
+        for found, wanted in zip(logits, expected.logits, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)
+
+
+def test_a_prompt_without_a_picture(tiny_llava: tuple[Any, Cases], plain: Path) -> None:
+    model, cases = tiny_llava
+    ids = cases["longer"]["input_ids"][:, -15:]
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert OnnxVLM(plain, threads=1).generate(ids.numpy(), max_new_tokens=5).tolist() == expected.tolist()
+
+
+def test_rows_that_ended_are_padded(tiny_llava: tuple[Any, Cases], plain: Path, tmp_path: Path) -> None:
+    model, cases = tiny_llava
+    case = cases["padded"]
+    free = model.generate(**case, max_new_tokens=6, do_sample=False)[:, case["input_ids"].shape[1] :]
+    end = int(free[0, 2])
+    expected = model.generate(**case, max_new_tokens=6, do_sample=False, eos_token_id=end)
+    runner = OnnxVLM(plain, threads=1)
+    runner.generation["eos_token_id"] = end
+    assert runner.generate(**arrays(case), max_new_tokens=6).tolist() == expected.tolist()
+
+
+def test_cut_and_quantized_tokens_are_the_compiled_modules(
+    quota: tuple[Program, Path], tiny_llava: tuple[Any, Cases]
+) -> None:
+    check_same_tokens(*quota, tiny_llava[1])
+
+
+def test_cut_graphs_rank_and_gather_and_keep_four_bits(quota: tuple[Program, Path], plain: Path) -> None:
+    program, folder = quota
+    found = operators(folder, "prefill")
+    assert found["TopK"] - operators(plain, "prefill")["TopK"] >= 2 * len(program.plan.cuts)
+    assert found["GatherElements"] > operators(plain, "prefill")["GatherElements"]
+    codes = sum(
+        tensor.numel()
+        for name, tensor in program.graphs[PREFILL].module.named_buffers()
+        if tensor.dtype == torch.uint8
+    )
+    stored = {name: initializer_bytes(folder, name)["INT4"] for name in ("prefill", "decode")}
+    assert stored["prefill"] == stored["decode"]
+    # Small tensors lie in the graph's own file.
+    assert 0.5 * codes < stored["prefill"] <= codes
+
+
+@pytest.mark.parametrize("preset", ["none", "w4a16", "quota-30"])
+def test_pictures_of_any_size(qwen: tuple[Program, Cases], preset: str, tmp_path: Path) -> None:
+    program, cases = qwen
+    program = compiled(program, cases, preset, *([CUTS] if preset == "quota-30" else []))
+    export_onnx(program, tmp_path / "folder")
+    check_same_tokens(program, tmp_path / "folder", cases)
+
+
+def test_weights_of_both_decoder_graphs_are_stored_once(plain: Path) -> None:
+    places: dict[str, set[tuple[str, ...]]] = {}
+    for name in ("prefill", "decode"):
+        model = onnx.load(plain / f"{name}.onnx", load_external_data=False)
+        places[name] = {tuple(entry.value for entry in t.external_data) for t in model.graph.initializer} - {()}
+    assert places["prefill"] == places["decode"]
+
+
+def test_sizes_that_vary_have_names(plain: Path) -> None:
+    session = OnnxVLM(plain, threads=1)
+    shapes = {entry.name: entry.shape for entry in (*session.prefill.get_inputs(), *session.decode.get_outputs())}
+    assert shapes["input_ids"] == ["batch", "tokens"]
+    assert shapes["image_features"][0] == "visual_tokens"
+    assert shapes["logits"] == ["batch", 99]
+    assert shapes["present.1.key"] == ["batch", 2, "present_1", 12]
+
+
+def test_folder_stands_alone(tiny_llava: tuple[Any, Cases], compiled_llava: CompiledVLM, plain: Path) -> None:
+    """The runner in the folder, in a process where only numpy and onnxruntime can be imported."""
+    case = tiny_llava[1]["padded"]
+    np.savez(plain.parent / "inputs.npz", **arrays(case))
+    blocker = """
+import runpy, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "qpcompile", "onnx", "onnxscript", "onnx_ir", "safetensors"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+sys.argv = ["runner.py", ".", "../inputs.npz", "--max-new-tokens", "5", "--threads", "1"]
+runpy.run_path("runner.py", run_name="__main__")
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", blocker], cwd=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = compiled_llava.generate(**case, max_new_tokens=5, do_sample=False)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers == expected[:, case["input_ids"].shape[1] :].tolist()
+
+
+def test_manifest_names_every_file(plain: Path) -> None:
+    manifest = json.loads((plain / "manifest.json").read_text())
+    assert set(manifest["files"]) == {path.name for path in plain.iterdir()} - {"manifest.json"}
+    for name, entry in manifest["files"].items():
+        assert entry == {"bytes": (plain / name).stat().st_size, "sha256": sha256(plain / name)}
+    assert {"vision.onnx", "prefill.onnx", "decode.onnx", "runner.py", "plan.yaml", "recipe.yaml"} <= set(
+        manifest["files"]
+    )
+
+
+def test_same_program_same_bytes(compiled_llava: CompiledVLM, plain: Path, tmp_path: Path) -> None:
+    export_onnx(compiled_llava.program, tmp_path / "again")
+    for path in plain.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_wrong_number_of_pictures_is_refused(tiny_llava: tuple[Any, Cases], plain: Path) -> None:
+    given = arrays(tiny_llava[1]["padded"])
+    with pytest.raises(ValueError, match="has 32 image tokens .* the pictures give 16"):
+        OnnxVLM(plain, threads=1).generate(**given | {"pixel_values": given["pixel_values"][:1]})
+
+
+def test_existing_folder_is_refused(compiled_llava: CompiledVLM, plain: Path) -> None:
+    with pytest.raises(OutputError, match="exists"):
+        export_onnx(compiled_llava, plain)
+
+
+def test_inputs_nobody_can_compute_are_refused(compiled_llava: CompiledVLM, tmp_path: Path) -> None:
+    program = copy.deepcopy(compiled_llava.program)
+    graph = program.graphs[PREFILL]
+    graph.inputs = tuple("pixel_mask" if name == "position_ids" else name for name in graph.inputs)
+    with pytest.raises(ExportError, match=r"inputs that the ONNX runner cannot compute: pixel_mask"):
+        export_onnx(program, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_operator_without_translation_is_named(compiled_llava: CompiledVLM, tmp_path: Path) -> None:
+    program = copy.deepcopy(compiled_llava.program)
+    graph = program.graphs[PREFILL].module.graph
+    node = next(node for node in graph.nodes if node.target is torch.ops.aten.silu.default)
+    node.target = torch.ops.aten.erfinv.default
+    with pytest.raises(ExportError, match=r"aten.erfinv.default has no translation to ONNX\n  where: prefill, silu"):
+        export_onnx(program, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_is_refused(compiled_llava: CompiledVLM, tmp_path: Path) -> None:
+    program = copy.deepcopy(compiled_llava.program)
+    program.host.to(torch.bfloat16)
+    with pytest.raises(ExportError, match="bfloat16"):
+        export_onnx(program, tmp_path / "folder")
