@@ -70,7 +70,7 @@ def run_sample(machine: Machine, sample: dict[str, Any], number: int) -> None:
         machine.prefill(sample)
     except (ValueError, IndexError, RuntimeError, TypeError) as error:
         raise CalibrationError(
-            f"the model does not take this sample: {str(error).strip().splitlines()[0]}",
+            f"the model does not take this sample: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=f"calibration sample {number}, keys {sorted(sample)}",
             do="build samples with this model's own processor, one picture for each picture in the text",
         ) from error

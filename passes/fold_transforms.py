@@ -37,20 +37,22 @@ class FoldTransforms:
     def run(self, program: Program) -> bool:
         """Returns whether any basis changed."""
         scheme = program.recipe.quantize
-        if scheme is None:
+        if scheme is None or program.at_least(self.gives):
             return False
         found: dict[str, Basis] = {}
+        changed = False
         for graph in program.graphs.values():
             if graph.name == HEAD:
                 continue
             # Prefill and decode have one owner and one set of weights: what prefill finds holds for both.
             if graph.owner not in found:
                 found[graph.owner] = find_basis(graph, scheme, program.facts["calibration"])
-            _apply(graph, found[graph.owner], scheme.kv_cache.bits == 4 and scheme.kv_cache.rotate)
-        return any(basis.tensors for basis in found.values())
+            changed |= _apply(graph, found[graph.owner], scheme.kv_cache.bits == 4 and scheme.kv_cache.rotate)
+        return changed
 
 
-def _apply(graph: Graph, basis: Basis, rotate_keys: bool) -> None:
+def _apply(graph: Graph, basis: Basis, rotate_keys: bool) -> bool:
+    changed = bool(basis.tensors)
     for name, tensor in basis.tensors.items():
         set_tensor(graph.module, name, tensor)
     for stub in list(calls(graph, QUANT_STUB)):
@@ -60,8 +62,9 @@ def _apply(graph: Graph, basis: Basis, rotate_keys: bool) -> None:
         if fact.role == "activation" and fact.site in basis.nodes:
             _transform(graph, stub, basis, fact.site)
         if fact.role == "key" and rotate_keys:
-            _rotate_key(graph, stub)
+            changed |= _rotate_key(graph, stub)
     tidy(graph)
+    return changed
 
 
 def _transform(graph: Graph, stub: fx.Node, basis: Basis, site: str) -> None:
@@ -79,12 +82,15 @@ def _transform(graph: Graph, stub: fx.Node, basis: Basis, site: str) -> None:
     stub.replace_input_with(x, changed)
 
 
-def _rotate_key(graph: Graph, stub: fx.Node) -> None:
-    """Rotate the keys that enter the cache and the queries that meet them, in one layer."""
-    layer = layer_of(stub)
-    for attention in list(calls(graph, aten.scaled_dot_product_attention.default)):
-        if layer_of(attention) == layer:
-            query, key = attention.args[0], stub.args[0]
-            assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
-            attention.replace_input_with(query, call(graph, attention, HADAMARD, query, None))
-            stub.replace_input_with(key, call(graph, stub, HADAMARD, key, None))
+def _rotate_key(graph: Graph, stub: fx.Node) -> bool:
+    """Rotate the keys that enter the cache and the queries that meet them, in one layer; whether there are any."""
+    layer, key = layer_of(stub), stub.args[0]
+    meets = [node for node in calls(graph, aten.scaled_dot_product_attention.default) if layer_of(node) == layer]
+    assert isinstance(key, fx.Node)
+    for attention in meets:
+        query = attention.args[0]
+        assert isinstance(query, fx.Node)
+        attention.replace_input_with(query, call(graph, attention, HADAMARD, query, None))
+    if meets:
+        stub.replace_input_with(key, call(graph, stub, HADAMARD, key, None))
+    return bool(meets)

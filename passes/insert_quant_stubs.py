@@ -20,6 +20,7 @@ from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, tidy
 from qpcompile.ir.facts import Role, StubFact, set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.shapes import value
 from qpcompile.ir.structure import CACHE
 from qpcompile.plan import LeftOut
 from qpcompile.recipe_schema import QuantizeScheme, matches_name
@@ -49,7 +50,7 @@ class InsertQuantStubs:
             tidy(graph)
         _check_patterns(program, scheme)
         unique = {(item.graph, item.name): item for item in left_out}
-        program.plan = program.plan.model_copy(update={"left_out": tuple(unique.values())})
+        program.plan = program.plan.changed(left_out=tuple(unique.values()))
         return changed
 
 
@@ -77,12 +78,26 @@ def _stub_linears(graph: Graph, scheme: QuantizeScheme, left_out: list[LeftOut])
             left_out.append(LeftOut(graph=graph.name, name=name, reason=reason))
             continue
         assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        _check_width(name, int(value(weight).shape[1]), scheme)
         if x not in stubs:
             stubs[x] = _stub(graph, linear, x, name, "activation")
         linear.replace_input_with(x, stubs[x])
         linear.replace_input_with(weight, _stub(graph, linear, weight, name, "weight"))
         changed = True
     return changed
+
+
+def _check_width(name: str, width: int, scheme: QuantizeScheme) -> None:
+    groups = {"weights": scheme.weights.kernel_group}
+    if scheme.activations.bits == 4:
+        groups["activations"] = scheme.activations.kernel_group
+    for part, size in groups.items():
+        if size and width % size:
+            raise RecipeError(
+                f"{name} has {width} inputs, which {size} does not divide",
+                where=f"quantize.{part}.group_size",
+                do="choose a size that divides the widths, no groups, or add the linear to quantize.ignore",
+            )
 
 
 def _left_out(graph: Graph, scheme: QuantizeScheme, name: str) -> str | None:

@@ -23,6 +23,7 @@ from torch import fx
 
 from qpcompile.errors import PlanError
 from qpcompile.ir.cut_decode import cut_decode
+from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, call, calls, first_node_of_layer, layer_of, tidy
 from qpcompile.ir.liveness import Selection, gather, reduce_tokens
 from qpcompile.ir.operators import SELECT_TOKENS, TOKEN_SCORES
@@ -46,7 +47,7 @@ class InsertTokenCuts:
     def run(self, program: Program) -> bool:
         """Returns whether anything is cut."""
         cuts = program.plan.cuts
-        if not cuts:
+        if not cuts or VISUAL in program.graphs[PREFILL].inputs:
             return False
         tokens = program.recipe.tokens
         rotate = program.recipe.quantize is not None and program.recipe.quantize.transform == "hadamard"
@@ -133,18 +134,17 @@ def _quota(graph: Graph, point: fx.Node, cut: Cut, visual: fx.Node, valid: fx.No
 def _scores(graph: Graph, point: fx.Node, layer: int, tokens: TokenScheme, rotate: bool, state: _State) -> fx.Node:
     if tokens.method == "random":
         return _random_scores(graph, point, tokens.seed, state)
-    attention = _attention(graph, layer)
-    query, key, mask, scale = _attention_inputs(attention)
+    attention = read_attention(_attention(graph, layer))
     weights = tokens.weights
     return call(
         graph,
         point,
         TOKEN_SCORES,
         _hidden(graph, point, state.length),
-        query,
-        key,
-        mask,
-        scale,
+        attention.query,
+        attention.key,
+        attention.mask,
+        attention.scale,
         state.visual,
         state.alive,
         [weights.inter, weights.magnitude, weights.intra, weights.residual],
@@ -179,16 +179,6 @@ def _attention(graph: Graph, layer: int) -> fx.Node:
             do="choose other tokens.candidate_layers, or tokens.method random",
         )
     return found[0]
-
-
-def _attention_inputs(attention: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float]:
-    query, key, _, *rest = attention.args
-    mask = rest[0] if rest else attention.kwargs.get("attn_mask")
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
-    scale = attention.kwargs.get("scale")
-    if not isinstance(scale, float):
-        scale = float(value(query).shape[-1]) ** -0.5
-    return query, key, mask if isinstance(mask, fx.Node) else None, scale
 
 
 def _hidden(graph: Graph, point: fx.Node, length: torch.SymInt) -> fx.Node:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, is_call, layer_of
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.fake_quant import fake_quantize
@@ -58,9 +59,7 @@ class MeasureSensitivity:
                 run_sample(machine, sample, number)
                 step()
         program.facts["deviations"] = {layer: rows.deviations for layer, rows in table.items()}
-        program.plan = program.plan.model_copy(
-            update={"facts": tuple(rows.facts(layer) for layer, rows in table.items())}
-        )
+        program.plan = program.plan.changed(facts=tuple(rows.facts(layer) for layer, rows in table.items()))
         return False
 
 
@@ -88,8 +87,8 @@ class _Twice(fx.Interpreter):
         self.program, self.graph_, self.machine, self.table = program, graph, machine, table
         self.shadow: dict[fx.Node, Any] = {}
         self.layer: int | None = None
-        self.entry: tuple[fx.Node, torch.Tensor] | None = None
-        self.last: fx.Node | None = None
+        self.entry: torch.Tensor | None = None
+        self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
         self.hidden_width = int(program.graphs[PREFILL].placeholder("inputs_embeds").meta["val"].shape[2])
 
     def run_graph(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -109,6 +108,8 @@ class _Twice(fx.Interpreter):
         value = super().run_node(n)
         if layer is not None:
             self._run_shadow(n, value)
+        elif self.layer is None and self._is_residual(value):
+            self.entry = value
         return value
 
     def _run_shadow(self, n: fx.Node, value: Any) -> None:
@@ -130,32 +131,25 @@ class _Twice(fx.Interpreter):
         """Keep the latest residual stream, and look at attention as it passes."""
         if is_call(n, aten.scaled_dot_product_attention.default) and self.machine.visual is not None:
             fetch = lambda argument: self.shadow.get(argument, self.env.get(argument))  # noqa: E731
-            query, key = fetch(n.args[0]), fetch(n.args[1])
-            mask = n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")
-            mass = attention_mass(
-                query,
-                key,
-                fetch(mask) if isinstance(mask, fx.Node) else None,
-                n.kwargs.get("scale"),
-                self.machine.visual,
-            )
+            read = read_attention(n)
+            mask = None if read.mask is None else fetch(read.mask)
+            mass = attention_mass(fetch(read.query), fetch(read.key), mask, read.scale, self.machine.visual)
             if mass is not None and self.layer is not None:
                 self.table[self.layer].masses.append(mass)
-        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[2] == self.hidden_width:
-            self.last = n
-            self.value, self.quantized = value, quantized
+        if self._is_residual(value):
+            self.latest = value, quantized
+
+    def _is_residual(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[2] == self.hidden_width
 
     def _finish(self) -> None:
         """At a layer's end: compare its two outputs, and forget the quantized one."""
-        if self.layer is not None and self.last is not None:
-            rows = self.table[self.layer]
-            base = (
-                self.entry[1] if self.entry is not None and self.program.recipe.tokens.sensitivity_of == "delta" else 0
-            )
-            full, moved = self.value - base, self.quantized - self.value
-            eta = self.program.recipe.tokens.eta
-            rows.deviations.append(float(moved.norm() / (full.norm() + eta)))
+        if self.layer is not None and self.latest is not None:
+            value, quantized = self.latest
+            rows, tokens = self.table[self.layer], self.program.recipe.tokens
+            full = value if self.entry is None or tokens.sensitivity_of == "output" else value - self.entry
+            rows.deviations.append(float((quantized - value).norm() / (full.norm() + tokens.eta)))
             if self.machine.visual is not None and self.machine.visual.any():
-                rows.cosines.append(pairwise_cosine(self.quantized, self.machine.visual))
-            self.entry = (self.last, self.value)
+                rows.cosines.append(pairwise_cosine(quantized, self.machine.visual))
+            self.entry, self.latest = value, None
         self.shadow.clear()

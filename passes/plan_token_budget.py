@@ -27,6 +27,12 @@ class PlanTokenBudget:
         tokens = program.recipe.tokens
         if tokens.method == "none":
             return False
+        if tokens.position_mode != "retain":
+            raise PlanError(
+                f"position_mode {tokens.position_mode} has no implementation: kept tokens keep their positions",
+                where="tokens.position_mode",
+                do="write retain",
+            )
         chosen = _candidates(program)
         # Without samples all layers count as equally sensitive.
         deviations = program.facts.get("deviations", {layer: [0.0] for layer in chosen})
@@ -45,8 +51,7 @@ class PlanTokenBudget:
             for b in budgets
             if b.numerator < b.denominator
         ]
-        changes = {"candidate_layers": tuple(chosen), "sensitivity": tuple(found), "cuts": tuple(cuts)}
-        program.plan = program.plan.model_copy(update=changes)
+        program.plan = program.plan.changed(candidate_layers=chosen, sensitivity=tuple(found), cuts=tuple(cuts))
         return False
 
 

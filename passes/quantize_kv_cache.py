@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from qpcompile.errors import InvariantError
+from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, through_shape_ops, tidy
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV4_WRITE, QUANT_STUB, TOKEN_SCORES
@@ -60,8 +61,8 @@ class QuantizeKvCache:
                 )
                 for layer in layers
             ]
-        program.plan = program.plan.model_copy(update={"sites": (*program.plan.sites, *sites)})
-        return True
+        program.plan = program.plan.changed(sites=(*program.plan.sites, *sites))
+        return bool(sites)
 
 
 def _stubs(graph: Graph) -> list[fx.Node]:
@@ -78,9 +79,8 @@ def _write(graph: Graph, stub: fx.Node) -> Pair:
     return call(graph, stub, operator.getitem, pair, 0), call(graph, stub, operator.getitem, pair, 1)
 
 
-def _source(node: object) -> fx.Node:
+def _source(node: fx.Node) -> fx.Node:
     """The stub behind the key or value argument of an attention: through repeats and the append to the past."""
-    assert isinstance(node, fx.Node)
     return through_shape_ops(node, extra=(aten.cat.default,))
 
 
@@ -119,17 +119,13 @@ def _past(graph: Graph, past: fx.Node, kind: str, new: fx.Node) -> fx.Node:
 
 def _replace_attention(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
     for attention in list(calls(graph, aten.scaled_dot_product_attention.default)):
-        query, key, held, *rest = attention.args
-        if _source(key) not in pairs or _source(held) not in pairs:
+        read = read_attention(attention)
+        if _source(read.key) not in pairs or _source(read.value) not in pairs:
             continue
-        mask = rest[0] if rest else attention.kwargs.get("attn_mask")
-        if mask is None and attention.kwargs.get("is_causal"):
-            mask = _causal_mask(graph, attention)
-        scale = attention.kwargs.get("scale")
-        if not isinstance(scale, float):
-            scale = float(value(query).shape[-1]) ** -0.5  # type: ignore[arg-type]
-        keys, values = _cached(graph, key, pairs, attention), _cached(graph, held, pairs, attention)  # type: ignore[arg-type]
-        new = call(graph, attention, ATTENTION_KV4, query, *keys, *values, mask, scale)
+        mask = _causal_mask(graph, attention) if read.mask is None and read.causal else read.mask
+        keys = _cached(graph, read.key, pairs, attention)
+        values = _cached(graph, read.value, pairs, attention)
+        new = call(graph, attention, ATTENTION_KV4, read.query, *keys, *values, mask, read.scale)
         attention.replace_all_uses_with(new)
         graph.module.graph.erase_node(attention)
 

@@ -46,17 +46,18 @@ class QuantizeWeights:
         if scheme is None or scheme.weights.bits == 16:
             return False
         solved: dict[str, Packed] = {}
-        sites: list[Site] = []
+        sites: dict[tuple[str, str], Site] = {}
         total = sum(1 for graph in program.graphs.values() for _ in _stubbed(graph))
         with track("quantize_weights", total) as step:
             for graph in program.graphs.values():
                 quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
                 for linear in list(_stubbed(graph)):
-                    sites.append(_replace(graph, linear, scheme, program.facts["calibration"], solved, quantized))
+                    site = _replace(graph, linear, scheme, program.facts["calibration"], solved, quantized)
+                    sites[site.graph, site.name] = site
                     step()
                 _drop_stubs(graph, ("activation", "weight"))
                 tidy(graph)
-        program.plan = program.plan.model_copy(update={"sites": (*program.plan.sites, *sites)})
+        program.plan = program.plan.changed(sites=(*program.plan.sites, *sites.values()))
         return bool(sites)
 
 

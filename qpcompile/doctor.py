@@ -146,7 +146,7 @@ def operator_state(name: str, packages: tuple[Package, ...]) -> OperatorState:
     own_path = _has_file(name, "cpu")
     backends = {
         "reference": Backend(True),
-        "cpu": Backend(not failure, failure or ("" if own_path else "the reference")),
+        "cpu": Backend(not failure, failure or ("" if own_path else "runs the reference")),
         "triton": _triton(name, versions["triton"]),
         "onnx": _onnx(name, [package for package in ONNX_PACKAGES if versions[package] is None]),
     }

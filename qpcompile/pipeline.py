@@ -125,8 +125,9 @@ def load_model(source: str | PathLike[str], processor: Any = None) -> tuple[PreT
 
 def blank_sample(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
     """A white picture and a short prompt, to trace a model with that comes without samples."""
-    if processor is None and Path(model.name_or_path).is_dir():
-        processor = AutoProcessor.from_pretrained(model.name_or_path)
+    folder = model.name_or_path
+    if processor is None and folder and Path(folder).is_dir():
+        processor = AutoProcessor.from_pretrained(folder)
     if processor is None:
         raise CalibrationError(
             "there is nothing to trace the model with: neither samples nor a processor",

@@ -148,6 +148,10 @@ class Plan(Section):
             lines = problems(cls, error, data)
             raise PlanError("\n  ".join(["the plan contradicts itself or its format:", *lines])) from error
 
+    def changed(self, **parts: Any) -> "Plan":
+        """A copy with other parts, sorted and checked as a new plan is."""
+        return Plan(**{**dict(self), **parts})
+
     def visual_tokens(self, visual: int) -> tuple[int, ...]:
         """Visual tokens that each decoder layer computes on, when `visual` tokens enter the decoder."""
         kept = {cut.layer: cut.kept(visual) for cut in self.cuts}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -71,7 +72,7 @@ def table(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Ta
     for head in heads:
         made.add_column(head, overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(escape, row))
     return made
 
 
@@ -108,7 +109,7 @@ def _reasons(diagnosis: Diagnosis) -> dict[str, list[str]]:
     for state in diagnosis.operators:
         for name, backend in state.backends.items():
             if backend.note:
-                reasons.setdefault(f"{name}, {backend.note}", []).append(state.name)
+                reasons.setdefault(f"{name}: {backend.note}", []).append(state.name)
     return reasons
 
 

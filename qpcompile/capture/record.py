@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -82,7 +82,7 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
         # A cache made without the config keeps all tokens in every layer: masks apply the windows, as in our graphs.
         settings |= {"use_cache": True, "past_key_values": DynamicCache()}
         try:
-            model.generate(**copy.deepcopy(inputs), **settings)
+            cast(Any, model).generate(**copy.deepcopy(inputs), **settings)
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__}.generate failed on the sample used for tracing: {error}",

@@ -10,13 +10,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import fx
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
 from transformers.exporters import exporter_dynamo
-from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.configs import DynamoConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from qpcompile.capture.adapters import table_of, traceable
 from qpcompile.capture.record import Call
@@ -49,7 +52,7 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
     config = DynamoConfig(dynamic=True, dynamic_shapes=_dynamic_axes(arguments))
     try:
         with _quiet(), _attention_by_segment(), traceable(module), mock.patch(_PRECOMPUTE, lambda *_: None):
-            exported, _ = DynamoExporter().export_program(module, copy.deepcopy({**arguments, **flags}), config)
+            exported, _ = DynamoExporter().export_program(cast(Any, module), copy.deepcopy({**arguments, **flags}), config)
     except Exception as error:
         raise CaptureError(
             f"{name} cannot be traced: {type(error).__name__}: {_first_line(error)}",
@@ -101,7 +104,8 @@ def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
         axes["inputs_embeds"].pop(2)
     if CACHE in axes:
         for tensor in axes[CACHE]:
-            tensor.pop(1), tensor.pop(3)
+            tensor.pop(1)
+            tensor.pop(3)
     return axes
 
 
@@ -151,9 +155,9 @@ def _attention_by_segment() -> Iterator[None]:
 def _plain(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """The exported graph as an ordinary GraphModule: tensors in, a tuple of tensors out, no guards."""
     module = exported.module(check_guards=False)
-    module.graph.set_codegen(fx.graph.CodeGen())
+    module.graph.set_codegen(CodeGen())
     output = next(node for node in module.graph.nodes if node.op == "output")
-    values, _ = torch.utils._pytree.tree_flatten(output.args[0])
+    values, _ = pytree.tree_flatten(output.args[0])
     output.args = (tuple(value for value in values if isinstance(value, fx.Node)),)
     for node in module.graph.nodes:
         if node.op == "get_attr":

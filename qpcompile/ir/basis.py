@@ -33,7 +33,8 @@ class Basis:
 def find_basis(graph: Graph, scheme: QuantizeScheme, calibration: Calibration) -> Basis:
     """The change of basis of one graph; statistics in `calibration` are carried over to the new basis."""
     finder = _Finder(graph, scheme, calibration, Basis())
-    balanced = finder.fold_values() if scheme.kv_cache.bits == 4 else set()
+    changes = scheme.transform != "none" or scheme.smooth is not None
+    balanced = finder.fold_values() if changes and scheme.kv_cache.bits == 4 else set()
     if scheme.weights.bits == 4:
         for stub in list(calls(graph, QUANT_STUB)):
             fact = stub_fact(stub)
@@ -100,7 +101,7 @@ class _Finder:
             return self._scale_tensors([x.args[2], x.args[3]], scale)
         if is_call(x, aten.mul.Tensor):
             for factor in x.args:
-                if is_call(factor, aten.linear.default) and len(factor.users) == 1:  # type: ignore[union-attr]
+                if _makes_each_channel(factor, scale.numel()):
                     return self._scale_rows(factor, scale)  # type: ignore[arg-type]
         return False
 
@@ -164,6 +165,13 @@ class _Finder:
         return True
 
 
+def _makes_each_channel(factor: object, channels: int) -> bool:
+    """Whether a factor of a product is a linear with a row for every channel that nothing else reads."""
+    if not isinstance(factor, fx.Node) or not is_call(factor, aten.linear.default):
+        return False
+    return len(factor.users) == 1 and value(factor).shape[-1] == channels
+
+
 def weight_name(linear: fx.Node) -> str:
     """The name of a linear's weight tensor, through its stub."""
     weight = linear.args[1]
@@ -189,15 +197,27 @@ def _value_and_output(graph: Graph, stub: fx.Node) -> tuple[fx.Node, fx.Node] | 
     source = stub.args[0]
     assert isinstance(source, fx.Node)
     produce = through_shape_ops(source)
-    if not is_call(produce, aten.linear.default):
+    if not is_call(produce, aten.linear.default) or not _sole_reader(produce, stub):
         return None
     for linear in calls(graph, aten.linear.default):
         origin = linear.args[0]
         assert isinstance(origin, fx.Node)
         attention = through_shape_ops(origin, extra=(QUANT_STUB,))
         if is_call(attention, aten.scaled_dot_product_attention.default) and layer_of(attention) == layer_of(stub):
-            return produce, linear
+            return (produce, linear) if _sole_reader(attention, linear) else None
     return None
+
+
+def _sole_reader(source: fx.Node, reader: fx.Node) -> bool:
+    """Whether nothing but `reader` gets to see `source`, through whatever shapes."""
+    node = source
+    while node is not reader:
+        # Sizes are read off a tensor without looking at its values.
+        users = [user for user in node.users if not is_call(user, aten.sym_size.int)]
+        if len(users) != 1:
+            return False
+        (node,) = users
+    return True
 
 
 def _stub_site(linear: fx.Node) -> str | None:

@@ -24,9 +24,10 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
         yield prefix, value
     elif isinstance(value, Cache):
         for index, layer in enumerate(value.layers):
-            if getattr(layer, "keys", None) is not None and layer.keys.numel():
-                yield f"{prefix}.{index}.key", layer.keys
-                yield f"{prefix}.{index}.value", layer.values
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.numel():
+                yield f"{prefix}.{index}.key", keys
+                yield f"{prefix}.{index}.value", values
     else:
         for key, item in _children(value):
             yield from named_tensors(item, f"{prefix}.{key}" if prefix else str(key))
