@@ -18,7 +18,7 @@ lint: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(STAMP)
-	$(BIN)/python docs/build.py
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf .venv build dist out .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -49,7 +49,8 @@ class Canonicalize:
 
     def run(self, program: Program) -> bool:
         """Returns whether any graph changed."""
-        return any([canonicalize(graph) for graph in program.graphs.values()])
+        changed = [canonicalize(graph) for graph in program.graphs.values()]
+        return any(changed)
 
 
 def canonicalize(graph: Graph) -> bool:
@@ -58,7 +59,9 @@ def canonicalize(graph: Graph) -> bool:
     changed |= _drop_empty_caches(graph)
     changed |= _drop_no_ops(graph)
     changed |= _merge_equal_nodes(graph)
-    changed |= _fuse_norms(graph)
+    if _fuse_norms(graph):
+        _merge_equal_tensors(graph)
+        changed = True
     return tidy(graph) or changed
 
 
@@ -90,7 +93,7 @@ def _is_no_op(node: fx.Node) -> bool:
         return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
     if node.target is aten.slice.Tensor:
         start, end, step = (*node.args[2:], *(None, None, 1)[max(len(node.args) - 2, 0) :])
-        return start in (0, None) and (end is None or isinstance(end, int) and end >= WHOLE) and step == 1
+        return start in (0, None) and (end is None or (isinstance(end, int) and end >= WHOLE)) and step == 1
     return False
 
 

@@ -3,7 +3,8 @@
     rmsnorm [-> hadamard | * scale] -> quantize_int4        becomes  qpcompile::rmsnorm_quantize
     silu(gate) * up [-> hadamard | * scale] -> quantize_int4  becomes  qpcompile::silu_mul_quantize
 
-Exact: the fused operators are defined as these compositions. A value with another reader is not fused away.
+Exact for norms. The gated product is gate * sigmoid(gate) * up, as every back end spells it: torch's own silu may
+differ from that in the last bit. A value with another reader is not fused away.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _fuse(graph: Graph, quantize: fx.Node) -> bool:
     x, group_size, clip_ratio = quantize.args
     assert isinstance(x, fx.Node)
     source, scale, rotate = _split_transform(x)
-    if source is not x and len(x.users) > 1 or len(source.users) > 1:
+    if (source is not x and len(x.users) > 1) or len(source.users) > 1:
         return False
     tail = (scale, rotate, group_size, clip_ratio)
     if is_call(source, RMSNORM) and value(source).dtype == torch.float32:

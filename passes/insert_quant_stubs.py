@@ -61,9 +61,8 @@ def site_name(graph: Graph, linear: fx.Node) -> str | None:
         weight = weight.args[0]  # type: ignore[union-attr]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
-    name = str(weight.target).removesuffix(".weight")
-    name = f"{graph.owner}.{name}" if graph.owner and name != "weight" else (name if name != "weight" else graph.owner)
-    return name
+    path = [graph.owner, *str(weight.target).split(".")[:-1]]
+    return ".".join(part for part in path if part)
 
 
 def _stub_linears(graph: Graph, scheme: QuantizeScheme, left_out: list[LeftOut]) -> bool:

@@ -22,8 +22,8 @@ import torch
 from torch import fx
 
 from qpcompile.errors import PlanError
-from qpcompile.ir.cut_decode import cut_decode
 from qpcompile.ir.attention import read_attention
+from qpcompile.ir.cut_decode import cut_decode
 from qpcompile.ir.edit import aten, call, calls, first_node_of_layer, layer_of, tidy
 from qpcompile.ir.liveness import Selection, gather, reduce_tokens
 from qpcompile.ir.operators import SELECT_TOKENS, TOKEN_SCORES
@@ -90,7 +90,7 @@ def _cut_once(
     inputs: tuple[fx.Node, ...],
 ) -> _State:
     visual, valid, count = inputs
-    scores = _scores(graph, point, cut.layer, tokens, rotate, state)
+    scores = _scores(graph, point, cut.layer, tokens, rotate, state, valid)
     batch = call(graph, point, aten.sym_size.int, visual, 0)
     total = call(graph, point, aten.sym_size.int, visual, 1)
     smallest = call(graph, point, aten.sym_size.int, count, 0)
@@ -131,9 +131,11 @@ def _quota(graph: Graph, point: fx.Node, cut: Cut, visual: fx.Node, valid: fx.No
     return call(graph, point, aten.add.Tensor, texts, share)
 
 
-def _scores(graph: Graph, point: fx.Node, layer: int, tokens: TokenScheme, rotate: bool, state: _State) -> fx.Node:
+def _scores(
+    graph: Graph, point: fx.Node, layer: int, tokens: TokenScheme, rotate: bool, state: _State, valid: fx.Node
+) -> fx.Node:
     if tokens.method == "random":
-        return _random_scores(graph, point, tokens.seed, state)
+        return _random_scores(graph, point, tokens.seed, state, valid)
     attention = read_attention(_attention(graph, layer))
     weights = tokens.weights
     return call(
@@ -157,10 +159,14 @@ def _scores(graph: Graph, point: fx.Node, layer: int, tokens: TokenScheme, rotat
     )
 
 
-def _random_scores(graph: Graph, point: fx.Node, seed: int, state: _State) -> fx.Node:
-    """A hash of position and seed on visual tokens, +inf on text, -inf on padding: the same on every back end."""
-    length = call(graph, point, aten.sym_size.int, state.visual, 1)
-    position = state.kept or call(graph, point, aten.arange.default, length)
+def _random_scores(graph: Graph, point: fx.Node, seed: int, state: _State, valid: fx.Node) -> fx.Node:
+    """A hash of position and seed on visual tokens, +inf on text, -inf on padding: the same on every back end.
+
+    Positions are counted from the first token of each row, so that padding does not change the draw.
+    """
+    position = call(graph, point, aten.cumsum.default, valid, 1)
+    if state.kept is not None:
+        position = call(graph, point, aten.gather.default, position, 1, state.kept)
     mixed = call(
         graph, point, aten.mul.Tensor, call(graph, point, aten.add.Tensor, position, seed * 7919 + 1), 2654435761
     )

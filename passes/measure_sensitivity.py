@@ -26,6 +26,7 @@ from qpcompile.ir.fake_quant import fake_quantize
 from qpcompile.ir.profile import attention_mass, pairwise_cosine
 from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.run import Machine, execute_graph
+from qpcompile.ir.shapes import value as fake_value
 from qpcompile.passes.calibrate import run_sample
 from qpcompile.plan import LayerFacts
 from qpcompile.progress import track
@@ -89,7 +90,8 @@ class _Twice(fx.Interpreter):
         self.layer: int | None = None
         self.entry: torch.Tensor | None = None
         self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.hidden_width = int(program.graphs[PREFILL].placeholder("inputs_embeds").meta["val"].shape[2])
+        self.embeddings = graph.placeholder("inputs_embeds")
+        self.hidden_width = int(fake_value(self.embeddings).shape[2])
 
     def run_graph(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run on tensors named by input path."""
@@ -108,7 +110,7 @@ class _Twice(fx.Interpreter):
         value = super().run_node(n)
         if layer is not None:
             self._run_shadow(n, value)
-        elif self.layer is None and self._is_residual(value):
+        elif n is self.embeddings:
             self.entry = value
         return value
 

@@ -206,4 +206,4 @@ def _dequantize_rest(graph: Graph, stub: fx.Node, pair: Pair) -> None:
 
 
 def _leads_to_scores(node: fx.Node) -> bool:
-    return is_call(node, TOKEN_SCORES) or bool(node.users) and all(_leads_to_scores(user) for user in node.users)
+    return is_call(node, TOKEN_SCORES) or (bool(node.users) and all(_leads_to_scores(user) for user in node.users))

@@ -121,7 +121,7 @@ def _solve(
         raise RecipeError(
             f"{site} has {weight.shape[1]} inputs, which {size} does not divide",
             where="quantize.weights.group_size",
-            do="choose a group size that divides the widths, granularity: channel, or add the linear to quantize.ignore",
+            do="choose a size that divides the widths, granularity: channel, or add the linear to quantize.ignore",
         )
     statistics = calibration.inputs.get(group)
     moments = None if statistics is None else statistics.moments

@@ -89,7 +89,12 @@ def told(error: pytest.ExceptionInfo[qpcompile.QPCompileError]) -> None:
 
 
 def test_text_model_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="does not load as an image-text-to-text model") as error:
         qpcompile.compile(tmp_path, "none")
@@ -156,9 +161,9 @@ def test_picture_and_text_disagree_in_a_later_sample(tiny: Tiny, program: Progra
     assert "calibration sample 7" in str(error.value)
 
 
-def write_lines(*lines: str) -> Callable[[Path], None]:
+def write_lines(*lines: str) -> Callable[[Path], Any]:
     """Write data.jsonl with these lines."""
-    return lambda folder: (folder / "data.jsonl").write_text("\n".join(lines), encoding="utf-8") and None
+    return lambda folder: (folder / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
 GOOD = json.dumps({"image": "00000.png", "question": "what?", "answer": "red"})
@@ -173,6 +178,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         write_lines(GOOD, '{"image": "no.png", "question": "?", "answer": "red"}'),
         "no.png is missing",
     ),
+    "no text": (lambda folder: (folder / "data.jsonl").write_bytes(b"\xff\xfe"), "cannot be read"),
     "folder for a picture": (write_lines('{"image": ".", "question": "?", "answer": "red"}'), "is missing"),
 }
 
@@ -185,6 +191,14 @@ def test_defect_of_a_data_folder_is_named(tmp_path: Path, damage: Callable[[Path
     damage(folder)
     with pytest.raises(CalibrationError, match=message) as error:
         Samples(folder, AutoProcessor.from_pretrained(MODEL), 4, 0)
+    told(error)
+
+
+def test_file_that_is_no_picture(tmp_path: Path) -> None:
+    write_lines('{"image": "data.jsonl", "question": "what?", "answer": "red"}')(tmp_path)
+    samples = Samples(tmp_path, AutoProcessor.from_pretrained(MODEL), 4, 0)
+    with pytest.raises(CalibrationError, match="no picture that can be read") as error:
+        next(iter(samples))
     told(error)
 
 
@@ -246,6 +260,17 @@ def test_existing_output_is_refused_before_compiling(
     result = CliRunner().invoke(cli.app, ["compile", str(MODEL), "--recipe", "none", *words])
     assert result.exit_code == 1 and "exists already" in result.output and str(kept) in result.output
     assert kept.read_text() == "mine" and list(tmp_path.iterdir()) == [kept]
+
+
+def test_full_disk_while_samples_are_taken(tiny: Tiny, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    monkeypatch.setattr("qpcompile.capture.samples.save_file", full)
+    with pytest.raises(OutputError, match=r"sample 0 cannot be kept on disk[\s\S]*No space left") as error:
+        qpcompile.compile(tiny[0], "quota-30", calibration=iter([tiny[1]["one"]]))
+    told(error)
 
 
 class FullDisk:

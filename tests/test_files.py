@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from qpcompile.errors import OutputError
-from qpcompile.files import sha256, staged_folder
+from qpcompile.files import sha256, staged_folder, write_new_file
 
 
 def test_folder_appears_at_the_end_only(tmp_path: Path) -> None:
@@ -109,3 +109,21 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "x").write_bytes(data)
     assert sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_new_file_appears_whole_and_replaces_nothing(tmp_path: Path) -> None:
+    write_new_file(tmp_path / "a" / "report.html", b"first")
+    with pytest.raises(OutputError, match="exists"):
+        write_new_file(tmp_path / "a" / "report.html", b"second")
+    assert (tmp_path / "a" / "report.html").read_bytes() == b"first"
+    assert os.listdir(tmp_path / "a") == ["report.html"]
+
+
+def test_full_disk_leaves_no_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        write_new_file(tmp_path / "a" / "report.html", b"text")
+    assert os.listdir(tmp_path) == []

@@ -20,7 +20,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"passes"}), frozenset({"capture"}), frozenset({"emit"})),
     (frozenset({"pipeline"}),),
     (frozenset({"inspect"}), frozenset({"evaluate"}), frozenset({"doctor", "dry_run", "probes"})),
-    (frozenset({"__init__", "__main__", "cli"}),),
+    (frozenset({"__init__", "__main__", "cli", "terminal"}),),
 )
 PLACE = {name: (level, cell) for level, row in enumerate(LEVELS) for cell in row for name in cell}
 

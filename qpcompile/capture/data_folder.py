@@ -36,7 +36,7 @@ def read_questions(folder: Path) -> list[Question]:
     if not path.is_file():
         raise CalibrationError(f"there is no {DATA_FILE} in {folder}", where=str(folder), do="see docs: data folders")
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -44,7 +44,7 @@ def read_questions(folder: Path) -> list[Question]:
             entry = json.loads(line)
             choices = tuple(entry.get("choices", ()))
             question = Question(folder / entry["image"], entry["question"], entry["answer"], choices)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CalibrationError(
                 f"the line is no question: {error!r}", where=where, do="give image, question and answer as JSON"
             ) from error
@@ -56,7 +56,7 @@ def read_questions(folder: Path) -> list[Question]:
 
 def question_inputs(processor: Any, questions: Sequence[Question]) -> dict[str, Any]:
     """Model inputs for a batch of questions, padded, as `model.generate` takes them."""
-    pictures = [Image.open(question.image).convert("RGB") for question in questions]
+    pictures = [_picture(question.image) for question in questions]
     texts = [prompt(processor, question.question) for question in questions]
     return dict(processor(images=pictures, text=texts, return_tensors="pt", padding=True))
 
@@ -71,3 +71,19 @@ def prompt(processor: Any, question: str) -> str:
             do="give calibration samples as model inputs instead of a folder",
         )
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"the file cannot be read: {error}", where=str(path), do="save it as UTF-8") from error
+
+
+def _picture(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise CalibrationError(
+            f"the file is no picture that can be read: {error}", where=str(path), do="replace it, or take its line out"
+        ) from error

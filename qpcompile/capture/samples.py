@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qpcompile.capture.data_folder import Question, question_inputs, read_questions
 from qpcompile.capture.sample import check_sample
-from qpcompile.errors import CalibrationError
+from qpcompile.errors import CalibrationError, OutputError
 
 Source = str | Path | Iterable[dict[str, Any]]
 
@@ -79,6 +80,13 @@ class Samples:
         for number, sample in zip(range(limit), source, strict=False):
             path = Path(self._spool.name) / f"{number:06d}.safetensors"
             tensors = {key: value for key, value in dict(sample).items() if isinstance(value, torch.Tensor)}
-            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+            try:
+                save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+            except (OSError, SafetensorError) as error:
+                raise OutputError(
+                    f"calibration sample {number} cannot be kept on disk: {error}",
+                    where=self._spool.name,
+                    do="free some space there, or give the samples as a list or as a data folder",
+                ) from error
             kept.append(path)
         return kept

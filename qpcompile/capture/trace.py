@@ -52,7 +52,8 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
     config = DynamoConfig(dynamic=True, dynamic_shapes=_dynamic_axes(arguments))
     try:
         with _quiet(), _attention_by_segment(), traceable(module), mock.patch(_PRECOMPUTE, lambda *_: None):
-            exported, _ = DynamoExporter().export_program(cast(Any, module), copy.deepcopy({**arguments, **flags}), config)
+            traced = copy.deepcopy({**arguments, **flags})
+            exported, _ = DynamoExporter().export_program(cast(Any, module), traced, config)
     except Exception as error:
         raise CaptureError(
             f"{name} cannot be traced: {type(error).__name__}: {_first_line(error)}",

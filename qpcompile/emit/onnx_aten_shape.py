@@ -196,11 +196,9 @@ def _pad(out: Fact, x: Any, pads: Sequence[Any], value: float = 0) -> Any:
 
 
 def _number(name: str) -> Translation:
-    """Arithmetic on sizes: on Python numbers at once, on values in the graph."""
+    """Arithmetic on sizes that vary."""
 
     def translate(_: Any, left: Any, right: Any) -> Any:
-        if not isinstance(left, ir.Value) and not isinstance(right, ir.Value):
-            return getattr(operator, name)(left, right)
         # Sizes are never negative, so division towards zero is the floor.
         return getattr(op, _NUMBERS[name])(cast(left, torch.int64), cast(right, torch.int64))
 

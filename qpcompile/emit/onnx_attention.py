@@ -54,4 +54,6 @@ def _causal(query: Any, key: Any) -> Any:
     """bool[Sq, S]: query i sees keys 0 to i, as torch defines it."""
     rows = op.Range(0, op.Squeeze(op.Shape(query, start=2, end=3)), 1)
     columns = op.Range(0, op.Squeeze(op.Shape(key, start=2, end=3)), 1)
-    return op.GreaterOrEqual(op.Unsqueeze(rows, [1]), op.Unsqueeze(columns, [0]))
+    mask = op.GreaterOrEqual(op.Unsqueeze(rows, [1]), op.Unsqueeze(columns, [0]))
+    mask.dtype = ir.DataType.BOOL
+    return mask

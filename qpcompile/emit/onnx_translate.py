@@ -83,13 +83,14 @@ def _run(name: str, part: Part, example: Feeds) -> dict[fx.Node, Any]:
 
 def _fact(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return Fact(value.dtype, tuple(value.shape))
+        return Fact(value.dtype, tuple((size, size) for size in value.shape))
     return tuple(_fact(item) for item in value) if isinstance(value, (tuple, list)) else None
 
 
 def _merge(first: Any, second: Any) -> Any:
     if isinstance(first, Fact):
-        return Fact(first.dtype, tuple(a if a == b else None for a, b in zip(first.shape, second.shape, strict=True)))
+        sizes = zip(first.sizes, second.sizes, strict=True)
+        return Fact(first.dtype, tuple((left[0], right[0]) for left, right in sizes))
     return tuple(map(_merge, first, second)) if isinstance(first, tuple) else None
 
 
@@ -102,6 +103,7 @@ class _Translator:
         self.recorder = Recorder(graph)
         self.values: dict[fx.Node, Any] = {}
         self.tensors: dict[str, ir.Value] = {}
+        self.names: dict[tuple[int, int], str] = {}
 
     def translate(self) -> None:
         """Fill the graph."""
@@ -109,16 +111,19 @@ class _Translator:
         placeholders = [node for node in nodes if node.op == "placeholder"]
         for path, node in zip(self.part.inputs, placeholders, strict=True):
             self.values[node] = self._input(path, self.facts[node])
+        (returned,) = nodes[-1].args
+        for path, node in zip(self.part.outputs, returned, strict=True):
+            self._name_sizes(path, self.facts[node])
         live = _live(nodes)
         for node in nodes:
             if node in live and node.op == "call_function":
                 self.values[node] = self._call(node)
-        (returned,) = nodes[-1].args
         for path, node in zip(self.part.outputs, returned, strict=True):
             self._output(path, self._value(node), self.facts[node])
 
     def _input(self, path: str, fact: Fact) -> ir.Value:
-        value = ir.Value(name=path, type=ir.TensorType(onnx_type[fact.dtype]), shape=_named(path, fact))
+        self._name_sizes(path, fact)
+        value = ir.Value(name=path, type=ir.TensorType(onnx_type[fact.dtype]), shape=self._shape(fact))
         self.graph.inputs.append(value)
         return value
 
@@ -126,14 +131,17 @@ class _Translator:
         if value.producer() is None or value in self.graph.outputs:
             with evaluator.default_as(self.recorder):
                 value = self.recorder.copy(value)
-        value.name, value.shape, value.dtype = path, _named(path, fact), onnx_type[fact.dtype]
+        value.name, value.shape, value.dtype = path, self._shape(fact), onnx_type[fact.dtype]
         self.graph.outputs.append(value)
 
     def _call(self, node: fx.Node) -> Any:
         fact = self.facts[node]
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         try:
-            if node.target in self.own_table:
+            if not isinstance(node.target, torch._ops.OpOverload) and not any(map(_holds_value, args)):
+                # Arithmetic on sizes that turned out to be constant.
+                result = node.target(*args, **kwargs)
+            elif node.target in self.own_table:
                 args, kwargs = _plain(args), _plain(kwargs)
                 result = self.own_table[node.target](*args, **kwargs)
             elif node.target is aten.linear.default and (weight := self._transposed(node.args[1])) is not None:
@@ -146,8 +154,30 @@ class _Translator:
             error.where = f"{self.graph.name}, {node.name}" + (f", {error.where}" if error.where else "")
             raise
         if node.target is not operator.getitem:
-            _describe(node.name, result, fact)
+            self._describe(node.name, result, fact)
         return result
+
+    def _describe(self, name: str, result: Any, fact: Any) -> None:
+        """Give a fresh value its type, its sizes and the name it has in the FX graph."""
+        if isinstance(result, tuple):
+            for index, (value, each) in enumerate(zip(result, fact or [None] * len(result), strict=False)):
+                self._describe(f"{name}.{index}", value, each)
+        elif isinstance(result, ir.Value) and result.type is None:
+            result.name = name
+            result.dtype = onnx_type[fact.dtype] if fact else ir.DataType.INT64
+            result.shape = self._shape(fact) if fact else ir.Shape(())
+
+    def _shape(self, fact: Fact) -> ir.Shape:
+        """Sizes as ONNX states them. One that varies has the name of the input or output that has the same size.
+
+        onnxruntime would else spell sizes as sums and products of each other, longer with every layer.
+        """
+        return ir.Shape([a if a == b else self.names.get((a, b)) for a, b in fact.sizes])
+
+    def _name_sizes(self, path: str, fact: Fact) -> None:
+        for (first, second), name in zip(fact.sizes, axis_names(path, len(fact.sizes)), strict=True):
+            if first != second:
+                self.names.setdefault((first, second), name)
 
     def _value(self, node: Any) -> Any:
         if node.op != "get_attr":
@@ -193,15 +223,8 @@ def _live(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return live
 
 
-def _describe(name: str, result: Any, fact: Any) -> None:
-    """Give a fresh value its type, its sizes and the name it has in the FX graph."""
-    if isinstance(result, tuple):
-        for index, (value, each) in enumerate(zip(result, fact or [None] * len(result), strict=False)):
-            _describe(f"{name}.{index}", value, each)
-    elif isinstance(result, ir.Value) and result.type is None:
-        result.name = name
-        result.dtype = onnx_type[fact.dtype] if fact else ir.DataType.INT64
-        result.shape = ir.Shape(fact.shape if fact else ())
+def _holds_value(arg: Any) -> bool:
+    return any(map(_holds_value, arg)) if isinstance(arg, (tuple, list)) else isinstance(arg, ir.Value)
 
 
 def _plain(value: Any) -> Any:
@@ -238,12 +261,11 @@ AXES = {
 }
 
 
-def _named(path: str, fact: Fact) -> ir.Shape:
-    """Sizes of an input or output; those that vary get a name."""
+def axis_names(path: str, rank: int) -> list[str]:
+    """A name for each axis of an input or output, in case its size varies."""
     first, *rest = path.split(".")
     if rest and rest[0] in ("kept", "alive"):
         first, *rest = rest
-    names = [name.format(*rest) for name in AXES.get(first, ())][-len(fact.shape) :]
-    names = [""] * (len(fact.shape) - len(names)) + names
-    sizes = [size if size is not None else names[axis] or f"{path}.{axis}" for axis, size in enumerate(fact.shape)]
-    return ir.Shape(sizes)
+    names = [name.format(*rest) for name in AXES.get(first, ())][-rank:]
+    names = [""] * (rank - len(names)) + names
+    return [name or f"{path}.{axis}" for axis, name in enumerate(names)]

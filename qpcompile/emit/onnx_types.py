@@ -34,10 +34,15 @@ onnx_type = _Types(
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of a tensor before it is computed: its type, and its sizes, None where they vary."""
+    """What is known of a tensor before it is computed: its type, and its sizes in two runs on inputs of two sizes."""
 
     dtype: torch.dtype
-    shape: tuple[int | None, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """The sizes, None where they vary."""
+        return tuple(first if first == second else None for first, second in self.sizes)
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -18,6 +18,7 @@ from torch import fx
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_flatten
 
+from qpcompile.errors import ExportError, QPCompileError
 from qpcompile.ir.arguments import keyword_arguments
 from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import named_tensors, rebuild
@@ -40,6 +41,20 @@ def host_chain(program: Program) -> Chain | None:
     tower, projector = program.graphs[VISION], program.graphs.get(PROJECTOR)
     if shape is None or tower.inputs != (PICTURES,):
         return None
+    host: Any = program.host
+    try:
+        return _chain(program, tower, projector, shape)
+    except QPCompileError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"the way {type(host).__name__} takes pictures into its tower cannot be traced: {error}",
+            where=VISION,
+            do="use the compiled module: this family cannot be written as an ONNX folder yet",
+        ) from error
+
+
+def _chain(program: Program, tower: Graph, projector: Graph | None, shape: tuple[int, int, int]) -> Chain | None:
     host: Any = program.host
     pictures = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(host.dtype)
     with torch.no_grad():

@@ -64,7 +64,6 @@ def report_html(compiled: CompiledVLM, drawn: list[Overlay] | None) -> str:
         profile=profile_svg(plan),
         calibration=plan.calibration,
         sites=sites,
-        known_errors=bool(errors),
         worst=max(errors, default=0.0) or 1.0,
         error_tables=error_tables(sites),
         left_out=left_out_rows(plan.left_out),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from qpcompile.plan import Plan
 # Stand-ins that matplotlib can parse, each replaced by a variable of the page.
 INK, MUTED, GRID, ACCENT, SECOND, SHADE = (f"#{digit}{digit}{digit}7{digit}7" for digit in "123456")
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", SECOND: "second", SHADE: "shade"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -48,7 +49,7 @@ _MOST_TICKS = 40
 def schedule_svg(plan: Plan, visual: int) -> str:
     """Visual tokens that each layer computes on, when `visual` tokens enter the decoder; SVG text."""
     counts = plan.visual_tokens(visual)
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": "schedule"}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "schedule"}):
         figure = Figure(figsize=(_INCHES, 2.7), layout="constrained")
         axes = figure.add_subplot()
         _layer_axis(axes, plan)
@@ -75,7 +76,7 @@ def profile_svg(plan: Plan) -> str:
     ]
     if not panels:
         return ""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": "profile"}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "profile"}):
         figure = Figure(figsize=(_INCHES, 0.5 + 1.85 * len(panels)), layout="constrained")
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, draw in zip(rows, panels, strict=True):

@@ -31,4 +31,6 @@ def read_attention(node: fx.Node) -> Attention:
     scale = given.get("scale")
     if not isinstance(scale, float):
         scale = float(value(query).shape[-1]) ** -0.5
-    return Attention(query, key, held, mask if isinstance(mask, fx.Node) else None, given.get("is_causal") is True, scale)
+    return Attention(
+        query, key, held, mask if isinstance(mask, fx.Node) else None, given.get("is_causal") is True, scale
+    )

@@ -88,7 +88,7 @@ def _add_stage_inputs(graph: Graph, stage: _Stage) -> tuple[fx.Node, fx.Node]:
 
 
 def _shorten(graph: Graph, point: fx.Node, place: fx.Node, past: torch.SymInt, kept: fx.Node, alive: fx.Node) -> None:
-    """From `point`, the first node of a stage, on: replace what has the full length by its part at the kept positions."""
+    """From `point`, the first node of a stage, on: what has the full length becomes its part at the kept positions."""
     batch = call(graph, place, aten.sym_size.int, kept, 0)
     slots = call(graph, place, aten.sym_size.int, kept, 1)
     before = call(graph, place, operator.sub, slots, 1)

@@ -1,4 +1,4 @@
-"""Small edits on FX graphs that several passes need: tensors by dotted name, layers of nodes, chains of shape operators."""
+"""Small edits on FX graphs that several passes need: tensors by name, layers of nodes, chains of shape operators."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def add_tensor(graph: Graph, name: str, value: torch.Tensor, before: fx.Node) ->
 
 
 def call(graph: Graph, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
-    """A `call_function` node before `before`, its shape computed; it inherits the module stack of `like` (or `before`)."""
+    """A `call_function` node before `before`, its shape computed; its module stack is that of `like` (or `before`)."""
     with graph.module.graph.inserting_before(before):
         node = graph.module.graph.call_function(target, args, kwargs)
     source = like or before

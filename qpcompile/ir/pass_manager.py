@@ -43,7 +43,7 @@ def run_passes(
 ) -> list[Step]:
     """Run passes in order and verify the program after each of them, always.
 
-    Raises InvariantError when a pass is run before the stage it needs or leaves a program that breaks its stage's rules.
+    Raises InvariantError when a pass runs before the stage it needs, or leaves what breaks the rules of its stage.
     """
     steps = []
     for item in passes:

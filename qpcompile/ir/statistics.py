@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class InputStatistics:
-    """Of the input of one group of linears: largest magnitude per channel f32[C], second moments sum x x^T f32[C, C]."""
+    """Of the input of some linears: largest magnitude per channel f32[C], second moments sum x x^T f32[C, C]."""
 
     largest: torch.Tensor
     moments: torch.Tensor | None

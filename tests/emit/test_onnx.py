@@ -178,7 +178,7 @@ def test_sizes_that_vary_have_names(plain: Path) -> None:
     assert shapes["input_ids"] == ["batch", "tokens"]
     assert shapes["image_features"][0] == "visual_tokens"
     assert shapes["logits"] == ["batch", 99]
-    assert shapes["present.1.key"] == ["batch", 2, "present_1", 12]
+    assert shapes["present.1.key"] == ["batch", 2, "tokens_so_far", 12]
 
 
 def test_folder_stands_alone(tiny_llava: tuple[Any, Cases], compiled_llava: CompiledVLM, plain: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qpcompile.capture.data_folder import Question, question_inputs, read_questions
 from qpcompile.errors import CalibrationError
@@ -108,9 +108,7 @@ def test_no_question_is_refused(processor: Any) -> None:
 
 def test_transformers_model_itself(processor: Any, questions: list[Question]) -> None:
     """The same as asking one at a time by hand."""
-    from transformers import AutoModelForImageTextToText
-
-    model = AutoModelForImageTextToText.from_pretrained(TESTBED / "llava").eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(TESTBED / "llava").eval()
     score = accuracy(model.generate, processor, questions, 5, max_new_tokens=4)
     expected = []
     for question in questions:

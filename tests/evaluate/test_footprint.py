@@ -49,7 +49,8 @@ def test_weights_scales_and_biases_count_once() -> None:
 
 def test_cache_at_the_end_of_an_answer() -> None:
     model, cases = llava()
-    size = cache_footprint(model.generate, cases["one"], 3)
+    generate: Any = model.generate
+    size = cache_footprint(generate, cases["one"], 3)
     # The last token's keys and values are never computed. Two heads of 12 channels, keys and values.
     numbers = LAYERS * 2 * 2 * 12 * (cases["one"]["input_ids"].shape[1] + 2)
     assert (size.stored, size.fp16) == (4 * numbers, 2 * numbers)

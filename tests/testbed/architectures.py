@@ -4,12 +4,12 @@ Both use the classes of transformers unchanged, so that a real checkpoint takes 
 """
 
 import copy
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import scenes
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
@@ -28,8 +28,6 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
-
-import scenes
 
 VOCAB_SIZE = 80  # words and special tokens, rounded up to a multiple of 16
 HALF = [0.5, 0.5, 0.5]
@@ -215,9 +213,3 @@ def save_folder(model: PreTrainedModel, processor: ProcessorMixin, out: Path) ->
     for file in aside.iterdir():  # file by file, so that a reader of the old folder never finds it missing
         os.replace(file, out / file.name)
     aside.rmdir()
-
-
-def word_ids(family: str, words: tuple[str, ...] | list[str]) -> list[int]:
-    """Token ids of whole words or special tokens."""
-    table = json.loads(build_tokenizer(family).backend_tokenizer.to_str())["model"]["vocab"]
-    return [table[word] for word in words]

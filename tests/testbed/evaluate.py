@@ -2,8 +2,8 @@
 
     python tests/testbed/evaluate.py tests/testbed/llava --count 1000 --seed 7
 
-Runs what a user runs: the folder's own processor and `model.generate`, greedy, on left-padded batches. An answer is right
-when the generated text equals it. Blind: the same questions with the picture replaced by plain grey, or by noise.
+Runs what a user runs: the folder's own processor and `model.generate`, greedy, on left-padded batches. An answer is
+right when the generated text equals it. Blind: the same questions with the picture replaced by plain grey, or by noise.
 """
 
 import argparse
@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import scenes
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
-
-import scenes
 
 Pixels = NDArray[np.uint8]
 
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--views", nargs="+", choices=sorted(VIEWS), default=["picture", "grey", "noise"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = AutoModelForImageTextToText.from_pretrained(options.folder).eval()

@@ -1,19 +1,18 @@
 """Training batches: one picture, several questions about it in one sequence, none of which sees another.
 
-    shared:   before_image  picture  after_image
-    question: words ... after_question  answer       (positions restart after the shared part)
+The shared part is `before_image picture after_image`; each question is `words after_question answer`, and its positions
+start again after the shared part.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import scenes
 import torch
+from architectures import DIALECTS, build_tokenizer
 from numpy.typing import NDArray
 from torch import Tensor
-
-import scenes
-from architectures import DIALECTS, build_tokenizer
 
 CATEGORIES = (tuple(scenes.COLORS), scenes.SHAPES, scenes.DIGITS, scenes.ZONES)
 

@@ -5,10 +5,10 @@
 Small models lack the outlier channels that make 4-bit activations hard in large ones. Here a few channels of each place
 where one linear operation follows another (or a norm's gain) are scaled up, and what reads them is scaled down:
 
-    norm gain -> q, k, v        norm gain -> gate, up (or fc1)        up -> down        v -> o        merger norm -> merger
+    norm gain -> q, k, v     norm gain -> gate, up (or fc1)     up -> down     v -> o     merger's norm -> merger
 
-Factors are powers of two, so that float16 weights stay exact but for subnormal ones. The residual channels are the same in
-every layer, as in large models; those inside the MLP and the heads are drawn per layer.
+Factors are powers of two, so that float16 weights stay exact but for subnormal ones. The residual channels are the same
+in every layer of a tower or decoder, as in large models; those inside the MLP and the heads are drawn per layer.
 """
 
 import argparse
@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from architectures import save_folder
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, PreTrainedModel
-
-from architectures import save_folder
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Plants outlier channels without changing the function.")
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--norm", type=float, nargs=2, default=[3, 16], metavar=("CHANNELS", "FACTOR"))
-    parser.add_argument("--inner", type=float, nargs=2, default=[2, 16], metavar=("CHANNELS", "FACTOR"))
+    parser.add_argument("--norm", type=float, nargs=2, default=[2, 8], metavar=("CHANNELS", "FACTOR"))
+    parser.add_argument("--inner", type=float, nargs=2, default=[2, 8], metavar=("CHANNELS", "FACTOR"))
     parser.add_argument("--seed", type=int, default=5)
     options = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(options.base)

@@ -16,21 +16,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import scenes
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-import scenes
 from architectures import DIALECTS, build_model, build_processor, save_folder
 from encoding import encode_pictures, use_grouped_windows
 from packing import Batch, attention_mask, category_ids, choose_tokens, make_batch, picture_positions, table
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 STAGES = ("tower", "decoder", "joint")
-# Shares of the question kinds in stage 2. Lookups of colour, shape and digit are learned at once; what stays behind is
-# given more: a zone as the answer (it needs attention heads of its own), counting, and absence.
+# Shares of the question kinds in stage 2 and the first part of stage 3. Lookups of colour, shape and digit are learned at
+# once; what stays behind is given more: a zone as the answer, two keys at a time, counting, and absence.
 DECODER_WEIGHTS = np.array([4, 4, 4, 6, 4, 4, 26, 20, 4, 12, 12]) / 100.0
-TRAIN_SEED = 1  # evaluation uses 7, calibration 3, validation during training 2
+TRAIN_SEED = 1  # evaluation uses 7, the calibration folders 3
 
 
 def patch_loss(tokens: Tensor, labels: Tensor, embedding: Tensor, family: str) -> tuple[Tensor, Tensor]:
@@ -106,7 +105,7 @@ def joint_step(model: PreTrainedModel, family: str, step: int, progress: float) 
     """Loss of stage 3."""
     weights = DECODER_WEIGHTS if progress < 0.6 else scenes.WEIGHTS
     batch = make_batch(family, (TRAIN_SEED, 3, step), 4, 16, weights=weights)
-    with torch.set_grad_enabled(progress > 0.8):  # the decoder first gets used to real tokens
+    with torch.set_grad_enabled(progress > 0.8):  # until then the decoder gets used to the tower's tokens
         tokens = encode_pictures(model, batch.pixels)
     loss, report = _answer_loss(answer_logits(model, family, batch, tokens, None), batch)
     entropy, distance = patch_loss(tokens, batch.labels, model.get_input_embeddings().weight, family)
@@ -195,8 +194,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints with optimizer state, for resuming")
     parser.add_argument("--out", type=Path, required=True, help="the model folder")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="in the order given")
-    parser.add_argument("--steps", type=int, nargs=3, default=[3000, 3000, 3000], metavar=STAGES)
-    parser.add_argument("--rates", type=float, nargs=3, default=[2e-3, 2e-3, 1e-3], metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=3, default=[1200, 4000, 1200], metavar=STAGES)
+    parser.add_argument("--rates", type=float, nargs=3, default=[2e-3, 2e-3, 1.2e-3], metavar=STAGES)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,0 +1,191 @@
+"""Writes the pages of docs/ that are derived from the code: recipe.md from the schema, graphs.md from a real compile.
+
+python docs/generate.py            both
+python docs/generate.py recipe     one of them
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from qpcompile.capture.capture import capture
+from qpcompile.capture.samples import Samples
+from qpcompile.inspect.graph_svg import layer_svg
+from qpcompile.inspect.layer_nodes import layer_text
+from qpcompile.inspect.tables import pass_purposes
+from qpcompile.ir.pass_manager import run_passes
+from qpcompile.ir.program import PREFILL
+from qpcompile.ir.text import graph_text
+from qpcompile.pipeline import load_model, passes
+from qpcompile.plan import Layer, Plan
+from qpcompile.recipe import Recipe, preset_names
+
+DOCS = Path(__file__).resolve().parent
+TESTBED = DOCS.parent / "tests" / "testbed"
+NOTE = "<!-- Written by docs/generate.py: change the code it comes from, then run `make docs`. -->"
+
+# The gallery shows the layer behind the one cut of this recipe.
+GALLERY = ("tokens.candidate_layers=[2]", "calibration.samples=4")
+LAYER = "layers.3"
+
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", NoneType: "null"}
+
+RECIPE_HEAD = f"""{NOTE}
+
+# Recipe reference
+
+A recipe is one YAML file. Every key is optional; unknown keys, wrong types and impossible values are refused before
+anything is loaded, in one error that names each key. `--set tokens.keep=0.5` on the command line, or
+`Recipe.load("quota-30").with_overrides(["tokens.keep=0.5"])` in Python, changes single keys of a preset.
+"""
+
+GRAPHS_HEAD = f"""{NOTE}
+
+# Graph inspection
+
+Decoder layer 3 of the LLaVA testbed in the prefill graph, as every pass of `quota-30` leaves it (with one cut, after
+layer 2, so that the cut is seen in this layer). Both forms come from the same printed graph (`qpcompile/ir/text.py`),
+which `CompiledVLM.graph_text("prefill")` and `qpcompile inspect` give for any compiled model.
+
+In the drawings, orange boxes are `qpcompile::` operators, blue ones other products, grey ones views of what they read;
+dashed boxes are values computed outside the layer. Names in italics are the modules whose weights are read. Sizes are
+left out of the drawings; in the text, `B` is the batch and `S0`, `S1`, ... are the other symbolic sizes.
+"""
+
+
+def recipe_page() -> str:
+    """docs/recipe.md: a table per section, and the presets."""
+    parts = [RECIPE_HEAD, *_sections("", Recipe), "## Presets\n"]
+    for name in preset_names():
+        text = (resources.files("qpcompile") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+        parts.append(f"### `{name}`\n\n```yaml\n{text.strip()}\n```\n")
+    return "\n".join(parts)
+
+
+def graph_pages() -> dict[str, str]:
+    """docs/graphs.md and the drawings beside it, by file name."""
+    stages = _stages(Recipe.load("quota-30").with_overrides(GALLERY))
+    purposes = pass_purposes() | {"captured": "As `torch.export` traced it, before the first pass."}
+    files: dict[str, str] = {}
+    parts, before = [GRAPHS_HEAD], ""
+    for number, (name, text) in enumerate(stages):
+        now = layer_text(text, LAYER)
+        parts.append(f"## {number}. {name}\n\n{purposes[name]}\n" if number else f"## {name}\n\n{purposes[name]}\n")
+        if _renumbered(now) == before:
+            parts.append("The layer's graph is as before.\n")
+        else:
+            drawing = f"graphs/{number:02d}-{name}.svg"
+            files[drawing] = layer_svg(text, LAYER)
+            parts.append(f"![{LAYER} after {name}]({drawing})\n")
+            parts.append(f"<details><summary>Printed text</summary>\n\n```text\n{now}```\n\n</details>\n")
+        before = _renumbered(now)
+    return {"graphs.md": "\n".join(parts), **files}
+
+
+def _stages(recipe: Recipe) -> list[tuple[str, str]]:
+    """(pass, printed prefill graph behind it) of a compile of the LLaVA testbed, the captured graph first."""
+    model, processor = load_model(TESTBED / "llava")
+    samples = Samples(TESTBED / "calibration" / "llava", processor, recipe.calibration.samples, recipe.calibration.seed)
+    program = capture(model, next(iter(samples)), recipe)
+    layers = tuple(Layer(index=layer.index, name=layer.name) for layer in program.layers)
+    program.plan = Plan(recipe=recipe, layers=layers)
+    found = [("captured", graph_text(program.graphs[PREFILL]))]
+    run_passes(
+        program,
+        passes(samples, len(samples)),
+        lambda step, program: found.append((step.name, graph_text(program.graphs[PREFILL]))),
+    )
+    return found
+
+
+def _renumbered(text: str) -> str:
+    """The text with its values numbered from 0: equal for a layer that did not change while others did."""
+    names: dict[str, str] = {}
+    return re.sub(r"%\d+", lambda match: names.setdefault(match[0], f"%{len(names)}"), text)
+
+
+def _sections(prefix: str, section: type[BaseModel]) -> Iterator[str]:
+    """The table of one section, then those of the sections below it."""
+    yield f"## {f'`{prefix}`' if prefix else 'Top level'}\n"
+    if prefix:
+        yield f"{(section.__doc__ or '').strip()}\n"
+    yield "| key | value | default | meaning |\n| --- | --- | --- | --- |"
+    below: list[tuple[str, type[BaseModel]]] = []
+    for key, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        path = f"{prefix}.{key}" if prefix else key
+        if inner is not None:
+            below.append((path, inner))
+            null = " or null" if NoneType in get_args(field.annotation) else ""
+            yield f"| `{key}` | [section](#{path.replace('.', '')}){null} | {_default(field)} | {field.description} |"
+        else:
+            yield f"| `{key}` | {_values(field)} | {_default(field)} | {field.description} |"
+    yield ""
+    for path, inner in below:
+        yield from _sections(path, inner)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    options = get_args(annotation) or (annotation,)
+    return next((item for item in options if isinstance(item, type) and issubclass(item, BaseModel)), None)
+
+
+def _values(field: FieldInfo) -> str:
+    """Type and bounds of a key: `number, > 0, ≤ 1`."""
+    bounds = [
+        f"{sign} {getattr(item, name):g}"
+        for item in field.metadata
+        for name, sign in SIGNS.items()
+        if hasattr(item, name)
+    ]
+    return ", ".join([_type(field.annotation), *bounds])
+
+
+def _type(annotation: Any) -> str:
+    kind, inner = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return _type(inner[0])
+    if kind is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if kind in (Union, UnionType):
+        return " or ".join(_type(item) for item in inner)
+    if kind is tuple:
+        return (
+            f"list of {_type(inner[0])}" if inner[-1] is Ellipsis else f"[{', '.join(_type(item) for item in inner)}]"
+        )
+    return NAMES[annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if isinstance(value, BaseModel):
+        return ""
+    if isinstance(value, tuple):
+        return f"`[{', '.join(str(item) for item in value)}]`"
+    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def main(which: list[str]) -> None:
+    """Write the pages named in `which`, or all."""
+    if not which or "recipe" in which:
+        (DOCS / "recipe.md").write_text(recipe_page(), encoding="utf-8")
+    if not which or "graphs" in which:
+        shutil.rmtree(DOCS / "graphs", ignore_errors=True)
+        (DOCS / "graphs").mkdir()
+        for name, text in graph_pages().items():
+            (DOCS / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,111 @@
+"""The page: everything in it, nothing beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.errors import OutputError
+from qpcompile.inspect.report import write_report
+from qpcompile.ir.program import Program
+
+VOID = {"meta", "br", "img", "link", "hr", "image"}
+
+
+class Page(HTMLParser):
+    """Collects identifiers and links, and sees that elements close in the order they open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.links += [value for key in ("href", "src", "xlink:href") if (value := values.get(key))]
+        self.ids += [value for key, value in attrs if key == "id" and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(compiled: CompiledVLM, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of the tiny model with one sample picture."""
+    path = tmp_path_factory.mktemp("report") / "new" / "report.html"
+    write_report(compiled, path, samples=[(Image.new("RGB", (64, 64), "red"), "what is <it>?")])
+    assert os.listdir(path.parent) == ["report.html"]
+    return path.read_text(encoding="utf-8")
+
+
+def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
+    found = Page(page)
+    assert not found.open
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in found.links)
+    assert {link[1:] for link in found.links if link.startswith("#")} <= set(found.ids)
+    assert "http" not in re.sub(r"base64,[\w+/=]+", "", page) and "url(" not in page.replace("url(#", "")
+
+
+def test_every_decision_is_on_the_page(page: str, compiled: CompiledVLM) -> None:
+    plan = compiled.plan
+    for site in plan.sites:
+        assert f"<code>{site.name}</code>" in page and f"<code>{site.kernel}</code>" in page
+    for place in plan.left_out:
+        assert place.reason in page
+    for step in compiled.program.facts["steps"]:
+        assert f"<code>{step.name}</code>" in page
+    for cut in plan.cuts:
+        assert f"{cut.numerator} / {cut.denominator}" in page
+    assert "what is &lt;it&gt;?" in page and page.count("<figure>") == len(plan.cuts) + 1
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_without_samples_the_page_says_how_to_get_them(compiled: CompiledVLM, tmp_path: Path) -> None:
+    compiled.report(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "No sample pictures were given" in text and "<figure>" not in text
+
+
+def test_loaded_model_says_what_is_not_known(
+    compiled: CompiledVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program: Program = compiled.program
+    monkeypatch.setattr(program, "facts", {})
+    write_report(compiled, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "loaded from an artifact" in text and "<code>fuse_kernels</code>" in text
+
+
+def test_existing_file_is_refused_and_left_alone(compiled: CompiledVLM, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        write_report(compiled, path)
+    assert path.read_text() == "mine"
+
+
+def test_interrupted_write_leaves_nothing(
+    compiled: CompiledVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qpcompile.files.os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(compiled, tmp_path / "new" / "report.html")
+    assert os.listdir(tmp_path) == []

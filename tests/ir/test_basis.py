@@ -1,0 +1,99 @@
+"""The change of basis: what it makes of the data, and where its scale goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from programs import changed_recipe, relative, stubbed
+from toy_decoder import decode_graph, prefill_graph, toy_feeds
+
+from qpcompile.ir.basis import find_basis
+from qpcompile.ir.edit import get_tensor
+from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.interpret import run_watched
+from qpcompile.ir.program import PREFILL, Graph, Program
+from qpcompile.ir.statistics import InputStatistics
+from qpcompile.passes.fold_transforms import FoldTransforms
+
+FEEDS = toy_feeds(2, 9)
+
+
+def inputs_of(graph: Graph) -> dict[str, torch.Tensor]:
+    """What flows through each activation stub, f32[T, C]."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(node: Any, args: tuple[Any, ...], found: Any) -> Any:
+        fact = stub_fact(node)
+        if fact is not None and fact.role == "activation":
+            seen[fact.site] = found[:, 1:].reshape(-1, found.shape[-1])
+        return found
+
+    run_watched(graph, FEEDS, look)
+    return seen
+
+
+def measured(*settings: str) -> Program:
+    """The toy decoder with statistics of what really flows."""
+    recipe = changed_recipe("w4a4kv4", "quantize.ignore=[]", *settings)
+    program = stubbed(prefill_graph(gated=True), decode_graph(gated=True), recipe=recipe, layers=2)
+    for site, rows in inputs_of(program.graphs[PREFILL]).items():
+        program.facts["calibration"].inputs[site] = InputStatistics.empty(rows.shape[1], moments=True)
+        program.facts["calibration"].inputs[site].add(rows)
+    return program
+
+
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
+@pytest.mark.parametrize("smooth", ["null", "0.5"])
+def test_statistics_move_with_the_data(transform: str, smooth: str) -> None:
+    program = measured(f"quantize.transform={transform}", f"quantize.smooth={smooth}")
+    FoldTransforms().run(program)
+    calibration = program.facts["calibration"]
+    for site, rows in inputs_of(program.graphs[PREFILL]).items():
+        assert relative(calibration.inputs[site].moments, rows.T @ rows) < 1e-4, site
+
+
+def test_smoothing_balances_inputs_and_weights() -> None:
+    program = measured("quantize.transform=none", "quantize.smooth=0.5", "quantize.kv_cache.bits=16")
+    FoldTransforms().run(program)
+    graph = program.graphs[PREFILL]
+    largest = inputs_of(graph)["model.layers.1.mlp.down_proj"].abs().amax(dim=0)
+    weights = get_tensor(graph.module, "layers.1.mlp.down_proj.weight").abs().amax(dim=0)
+    # s = sqrt(max|x| / max|w|) leaves sqrt(max|x| max|w|) on both sides.
+    assert torch.allclose(largest, weights, rtol=1e-4)
+
+
+def test_smoothing_goes_into_norms_and_products() -> None:
+    program = measured("quantize.transform=none", "quantize.smooth=0.5")
+    scheme = program.recipe.quantize
+    assert scheme is not None
+    basis = find_basis(program.graphs[PREFILL], scheme, program.facts["calibration"])
+    assert {scale is None for scale, _ in basis.nodes.values()} == {True}, "nothing is left to do online"
+    changed = {name.removeprefix("layers.0.") for name in basis.tensors if name.startswith("layers.0")}
+    linears = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
+    assert changed == linears | {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")} | {
+        "norms.0.weight",
+        "norms.1.weight",
+    }
+
+
+def test_nothing_is_changed_before_it_is_applied() -> None:
+    program = measured()
+    graph = program.graphs[PREFILL]
+    names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    before = {name: get_tensor(graph.module, name).detach().clone() for name in names}
+    scheme = program.recipe.quantize
+    assert scheme is not None
+    find_basis(graph, scheme, program.facts["calibration"])
+    assert all(torch.equal(get_tensor(graph.module, name), tensor) for name, tensor in before.items())
+
+
+def test_unused_channels_keep_their_scale() -> None:
+    program = measured("quantize.transform=none", "quantize.smooth=0.5", "quantize.kv_cache.bits=16")
+    program.facts["calibration"].inputs["model.layers.0.mlp.down_proj"].largest[3] = 0
+    before = get_tensor(program.graphs[PREFILL].module, "layers.0.mlp.down_proj.weight").detach().clone()
+    FoldTransforms().run(program)
+    after = get_tensor(program.graphs[PREFILL].module, "layers.0.mlp.down_proj.weight")
+    assert torch.equal(after[:, 3], before[:, 3]) and not torch.equal(after[:, 4], before[:, 4])
+    assert after.isfinite().all()

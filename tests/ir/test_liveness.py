@@ -1,0 +1,126 @@
+"""What crosses a point of a graph, and what stands for it behind a cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from programs import clone, run, traced
+from torch import Tensor, nn
+
+from qpcompile.errors import PlanError
+from qpcompile.ir.edit import aten, call, calls, tidy
+from qpcompile.ir.liveness import Selection, crossings, gather, mask_dead, reduce_tokens
+from qpcompile.ir.program import Graph
+from qpcompile.ir.shapes import add_input, new_size, propagate, value
+
+
+class Mixed(nn.Module):
+    """Everything that can be alive at the sine: hidden states, a table without a batch, a mask, sizes, a constant."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        rows, length = x.shape[0], x.shape[1]
+        table = torch.arange(length)[None, :, None] * 0.5
+        early = torch.relu(x)
+        y = torch.sin(early) + torch.cos(table)
+        scores = (y @ y.transpose(1, 2))[:, None].masked_fill(~mask, -1e9)
+        return scores.softmax(-1).view(rows, 1, length, length) @ y[:, None], early
+
+
+class Doubled(nn.Module):
+    """A size that depends on the length in a way of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x) + torch.arange(x.shape[1] * 2)[: x.shape[1]].sum() + torch.cat([x, x], dim=1).sum()
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Graph:
+    inputs = {"x": torch.ones(2, 5, 4), "mask": torch.ones(2, 1, 5, 5, dtype=torch.bool)}
+    return traced(Mixed(), inputs, ("y", "early"), axes={"x": (0, 1), "mask": (0, 2, 3)})
+
+
+def cut(graph: Graph) -> None:
+    """Drop tokens right before the sine, to the `index` and `alive` that are new inputs."""
+    point = next(calls(graph, aten.sin.default))
+    batch, length = value(graph.placeholder("x")).shape[:2]
+    slots = new_size(graph, "slots", 3)
+    index = add_input(graph, "index", (batch, slots), torch.int64)
+    alive = add_input(graph, "alive", (batch, slots), torch.bool)
+    count, rows = (call(graph, point, aten.sym_size.int, index, axis) for axis in (1, 0))
+    reduce_tokens(graph, point, [(length, Selection(index, alive, count, rows))], skip=[index, alive])
+    propagate(graph, point)
+    tidy(graph)
+
+
+def test_crossings_are_what_is_read_behind_the_point(mixed: Graph) -> None:
+    point = next(calls(mixed, aten.sin.default))
+    found = {crossing.node.name: [reader.name for reader in crossing.readers] for crossing in crossings(mixed, point)}
+    assert found["mask"] == ["bitwise_not"] and found["relu"] == ["sin"]
+    assert "x" not in found, "it is not read behind the point"
+    assert all("output" not in readers for readers in found.values())
+    order = mixed.nodes.index(point)
+    assert {node.name for node in mixed.nodes[:order]} >= set(found)
+
+
+def test_reduced_graph_computes_on_the_kept_tokens(mixed: Graph) -> None:
+    graph = clone(mixed)
+    cut(graph)
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 7, 4, generator=made)
+    mask = torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 1, 7, 7).contiguous()
+    index = torch.tensor([[0, 2, 3, 6], [1, 2, 4, 5], [0, 1, 2, 3]])
+    alive = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 1]]).bool()
+    found = run(graph, x=x, mask=mask, index=index, alive=alive)
+    assert torch.equal(found["early"], torch.relu(x)), "what is returned from before the cut stays whole"
+    for row in range(3):
+        kept = index[row]
+        y = torch.sin(torch.relu(x[row, kept])) + torch.cos(kept[:, None] * 0.5)
+        open_keys = mask[row, 0][kept][:, kept] & alive[row]
+        expected = (y @ y.T).masked_fill(~open_keys, -1e9).softmax(-1) @ y
+        assert torch.allclose(found["y"][row, 0], expected, atol=1e-6)
+
+
+def test_size_that_cannot_be_replaced_is_refused() -> None:
+    graph = traced(Doubled(), {"x": torch.ones(2, 5, 4)})
+    point = next(calls(graph, aten.arange.default))
+    with graph.module.graph.inserting_before(point):
+        pass
+    sizes = [crossing.node.name for crossing in crossings(graph, point)]
+    assert any("mul" in name for name in sizes)
+    batch, length = value(graph.placeholder("x")).shape[:2]
+    index = add_input(graph, "index", (batch, new_size(graph, "slots", 3)), torch.int64)
+    count, rows = (call(graph, point, aten.sym_size.int, index, axis) for axis in (1, 0))
+    with pytest.raises(PlanError, match=r"mul is alive there and its size is 2\*s") as error:
+        reduce_tokens(graph, point, [(length, Selection(index, index, count, rows))], skip=[index])
+    assert error.value.where is not None and error.value.where.startswith("prefill, before arange")
+
+
+def test_tensor_without_a_batch_axis_is_refused(mixed: Graph) -> None:
+    graph = clone(mixed)
+    point = next(calls(graph, aten.sin.default))
+    batch, length = value(graph.placeholder("x")).shape[:2]
+    index = add_input(graph, "index", (batch, new_size(graph, "slots", 3)), torch.int64)
+    flat = add_input(graph, "flat", (length,), torch.float32)
+    count, rows = (call(graph, point, aten.sym_size.int, index, axis) for axis in (1, 0))
+    with pytest.raises(PlanError, match="has no batch axis"):
+        gather(graph, point, flat, [0], Selection(index, index, count, rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+def test_dead_slots_are_closed_in_every_kind_of_mask(mixed: Graph, dtype: torch.dtype) -> None:
+    graph = clone(mixed)
+    point = next(calls(graph, aten.sin.default))
+    batch, length = value(graph.placeholder("x")).shape[:2]
+    given = add_input(graph, "given", (batch, 1, length, length), dtype)
+    alive = add_input(graph, "alive", (batch, length), torch.bool)
+    closed = mask_dead(graph, point, given, alive, dtype)
+    graph.output_node.args = ((closed,),)
+    graph.outputs = ("closed",)
+    tidy(graph)
+    open_mask = torch.ones(2, 1, 3, 3, dtype=dtype) if dtype == torch.bool else torch.zeros(2, 1, 3, 3, dtype=dtype)
+    lives = torch.tensor([[True, False, True], [True, True, True]])
+    x, mask = torch.ones(2, 3, 4), torch.ones(2, 1, 3, 3, dtype=torch.bool)
+    found = run(graph, x=x, mask=mask, given=open_mask, alive=lives)["closed"]
+    assert found.dtype == dtype
+    assert torch.equal(found[1], open_mask[1]) and torch.equal(found[0, :, :, ::2], open_mask[0, :, :, ::2])
+    assert (found[0, 0, :, 1] == (False if dtype == torch.bool else torch.finfo(dtype).min)).all()

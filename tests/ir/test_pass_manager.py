@@ -1,0 +1,85 @@
+"""Passes run in order, are verified, and leave a note of what they did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+from programs import program_of
+
+from qpcompile.errors import InvariantError
+from qpcompile.ir.edit import aten
+from qpcompile.ir.pass_manager import Step, operator_counts, run_passes
+from qpcompile.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Relu:
+    """Puts another relu behind the first one of the prefill graph; `broken` forgets its shape."""
+
+    broken: bool = False
+    name: ClassVar[str] = "relu"
+    needs: ClassVar[str] = "captured"
+    gives: ClassVar[str] = "canonical"
+
+    def run(self, program: Program) -> bool:
+        graph = program.graphs["prefill"]
+        node = graph.nodes[1]
+        with graph.module.graph.inserting_after(node):
+            more = graph.module.graph.call_function(aten.relu.default, (node,))
+        node.replace_all_uses_with(more, delete_user_cb=lambda user: user is not more)
+        if not self.broken:
+            more.meta["val"] = node.meta["val"]
+        return True
+
+
+@dataclass(frozen=True)
+class Late:
+    """Needs a late stage."""
+
+    ran: list[str] = field(default_factory=list)
+    name: ClassVar[str] = "late"
+    needs: ClassVar[str] = "quantized"
+    gives: ClassVar[str] = "fused"
+
+    def run(self, program: Program) -> bool:
+        self.ran.append(program.stage)
+        return False
+
+
+def test_steps_hold_what_changed() -> None:
+    program = program_of()
+    seen: list[tuple[Step, str]] = []
+    steps = run_passes(program, [Relu(), Relu()], lambda step, program: seen.append((step, program.stage)))
+    assert [step.name for step in steps] == ["relu", "relu"] == program.history
+    assert seen == [(step, "canonical") for step in steps]
+    assert steps[0].before["prefill"] == {"aten::relu": 1} and steps[1].after["prefill"] == {"aten::relu": 3}
+    assert steps[0].after["decode"] == {"aten::relu": 1} and steps[0].modified
+
+
+def test_stages_never_go_back() -> None:
+    program = program_of(stage="quantized")
+    late = Late()
+    run_passes(program, [late, Relu()])
+    assert program.stage == "fused" and late.ran == ["quantized"]
+
+
+def test_a_pass_too_early_does_not_run() -> None:
+    late = Late()
+    with pytest.raises(InvariantError, match="late needs the stage quantized, the program is canonical") as error:
+        run_passes(program_of(), [Relu(), late])
+    assert error.value.ran == "relu" and not late.ran
+    assert "qpcompile/pipeline.py" in str(error.value)
+
+
+def test_a_pass_that_breaks_the_program_is_named() -> None:
+    with pytest.raises(InvariantError, match="has no shape") as error:
+        run_passes(program_of(), [Relu(), Relu(broken=True)])
+    assert error.value.ran == "relu" and error.value.before == ("relu",)
+
+
+def test_counts_name_plain_functions_too() -> None:
+    program = program_of()
+    counts = operator_counts(program)
+    assert counts == {name: {"aten::relu": 1} for name in ("vision", "prefill", "decode")}

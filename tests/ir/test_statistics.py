@@ -1,0 +1,60 @@
+"""Running statistics: the same however the data comes in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qpcompile.ir.statistics import InputStatistics
+
+
+def test_by_hand() -> None:
+    statistics = InputStatistics.empty(2, moments=True)
+    statistics.add(torch.tensor([[[1.0, -2.0]], [[3.0, 0.5]]]))
+    assert statistics.largest.tolist() == [3.0, 2.0]
+    assert statistics.moments is not None
+    assert statistics.moments.tolist() == [[10.0, -0.5], [-0.5, 4.25]]
+    assert statistics.tokens == 2
+
+
+def test_no_moments_where_nobody_needs_them() -> None:
+    statistics = InputStatistics.empty(3, moments=False)
+    statistics.add(torch.ones(4, 3, dtype=torch.bfloat16))
+    assert statistics.moments is None and statistics.tokens == 4
+    assert statistics.transformed(torch.eye(3)).moments is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(1, 19), max_size=4), seed=st.integers(0, 100))
+def test_pieces_give_what_the_whole_gives(cuts: list[int], seed: int) -> None:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+    whole, pieces = InputStatistics.empty(3, moments=True), InputStatistics.empty(3, moments=True)
+    whole.add(x)
+    for part in torch.tensor_split(x, sorted(set(cuts))):
+        pieces.add(part)
+    assert torch.equal(whole.largest, pieces.largest) and whole.tokens == pieces.tokens == 20
+    assert whole.moments is not None and pieces.moments is not None
+    assert torch.allclose(whole.moments, pieces.moments, rtol=1e-4, atol=1e-5)
+
+
+def test_change_of_basis_is_that_of_the_data() -> None:
+    made = torch.Generator().manual_seed(0)
+    x, matrix = torch.randn(50, 4, generator=made), torch.randn(4, 4, generator=made)
+    before, after = InputStatistics.empty(4, moments=True), InputStatistics.empty(4, moments=True)
+    before.add(x)
+    after.add(x @ matrix.T)
+    moved = before.transformed(matrix)
+    assert moved.moments is not None and after.moments is not None
+    assert torch.allclose(moved.moments, after.moments, rtol=1e-4, atol=1e-3)
+    assert moved.largest.isnan().all() and moved.tokens == 50
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_size_does_not_grow(count: int) -> None:
+    statistics = InputStatistics.empty(4, moments=True)
+    for _ in range(count):
+        statistics.add(torch.ones(7, 4))
+    assert statistics.moments is not None
+    assert statistics.largest.numel() + statistics.moments.numel() == 4 + 16

@@ -1,0 +1,131 @@
+"""Every rule of the verifier, broken by hand."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+from programs import program_of
+from toy_decoder import decode_graph, prefill_graph
+
+from qpcompile.errors import InvariantError
+from qpcompile.ir.edit import aten, set_tensor
+from qpcompile.ir.operators import QUANT_STUB
+from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.verify import problems, verify
+
+
+def sound(stage: str = "captured") -> Program:
+    return program_of(prefill_graph(), decode_graph(), layers=2, stage=stage)
+
+
+def add_call(graph: Graph, target: Callable[..., object], known: bool = True) -> None:
+    """A call on the first input, read by the output node."""
+    with graph.module.graph.inserting_before(graph.output_node):
+        node = graph.module.graph.call_function(target, (graph.nodes[0],))
+    if known:
+        node.meta["val"] = graph.nodes[0].meta["val"]
+    (values,) = graph.output_node.args
+    graph.output_node.args = ((*values, node),)  # type: ignore[misc]
+    graph.outputs = (*graph.outputs, "extra")
+
+
+def lose_vision(program: Program) -> None:
+    del program.graphs["vision"]
+
+
+def lose_input(program: Program) -> None:
+    graph = program.graphs["prefill"]
+    graph.inputs = graph.inputs[1:]
+
+
+def lose_output(program: Program) -> None:
+    graph = program.graphs["prefill"]
+    graph.outputs = graph.outputs[:-1]
+
+
+def lose_tensor(program: Program) -> None:
+    module = program.graphs["decode"].module
+    set_tensor(module, "layers.0.self_attn.q_proj.weight", torch.ones(1))
+    delattr(module.get_submodule("layers.0.self_attn.q_proj"), "weight")
+
+
+def call_python(program: Program) -> None:
+    add_call(program.graphs["vision"], torch.relu)
+
+
+def call_unknown(program: Program) -> None:
+    add_call(program.graphs["vision"], aten.relu.default, known=False)
+
+
+def call_method(program: Program) -> None:
+    graph = program.graphs["vision"]
+    with graph.module.graph.inserting_before(graph.output_node):
+        graph.module.graph.call_method("relu", (graph.nodes[0],))
+
+
+def rename_cache(program: Program) -> None:
+    graph = program.graphs["decode"]
+    graph.inputs = tuple(path.replace("past_key_values.1.value", "past_key_values.2.value") for path in graph.inputs)
+
+
+def lose_cache(program: Program) -> None:
+    graph = program.graphs["decode"]
+    graph.outputs = tuple(path.replace("past_key_values.1", "other.1") for path in graph.outputs)
+
+
+BROKEN: dict[str, tuple[Callable[[Program], None], str, str]] = {
+    "a graph is missing": (lose_vision, "captured", "the program has no vision graph"),
+    "an input is missing": (lose_input, "captured", "prefill: 2 placeholders for 1 inputs"),
+    "an output is missing": (lose_output, "captured", "prefill: the output node does not return the 4 outputs"),
+    "a tensor is missing": (lose_tensor, "captured", r"decode: .* reads the tensor layers.0.self_attn.q_proj.weight"),
+    "a python function": (call_python, "captured", r"vision: relu.* calls .*, which is no operator"),
+    "a call without a shape": (call_unknown, "captured", r"vision: relu.* has no shape"),
+    "a method": (call_method, "captured", "vision: relu.* is a call_method node"),
+    "another cache tensor": (rename_cache, "captured", r"disagree on the cache: \['past_key_values.1.value'"),
+    "a cache that is not returned": (lose_cache, "captured", r"disagree on the cache: \['past_key_values.1.key'"),
+    "dropout": (
+        lambda program: add_call(program.graphs["vision"], aten.dropout.default),
+        "canonical",
+        "vision: dropout.* still holds dropout at stage canonical",
+    ),
+    "a stub": (
+        lambda program: add_call(program.graphs["vision"], QUANT_STUB),
+        "fused",
+        "vision: quant_stub.* still holds quant stubs at stage fused",
+    ),
+}
+
+
+@pytest.mark.parametrize(("break_it", "stage", "message"), BROKEN.values(), ids=list(BROKEN))
+def test_broken_rule_is_named(break_it: Callable[[Program], None], stage: str, message: str) -> None:
+    program = sound(stage)
+    assert list(problems(program)) == []
+    program.history += ["first", "second"]
+    break_it(program)
+    with pytest.raises(InvariantError, match=message) as error:
+        verify(program)
+    assert (error.value.ran, error.value.before) == ("second", ("first",))
+
+
+@pytest.mark.parametrize("target", [aten.dropout.default, QUANT_STUB])
+def test_what_goes_later_may_still_be_there(target: Callable[..., object]) -> None:
+    program = sound()
+    add_call(program.graphs["vision"], target)
+    verify(program)
+
+
+def test_sizes_may_be_computed_in_python() -> None:
+    program = sound()
+    add_call(program.graphs["vision"], operator.neg)
+    verify(program)
+
+
+def test_before_any_pass_it_is_the_capture() -> None:
+    program = sound()
+    lose_input(program)
+    with pytest.raises(InvariantError) as error:
+        verify(program)
+    assert error.value.ran == "capture"

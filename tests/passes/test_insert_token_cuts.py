@@ -1,0 +1,299 @@
+"""Visual tokens are dropped behind planned layers, in prefill and in decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import expecttest
+import pytest
+import torch
+from programs import changed_recipe, program_of, run
+from torch import Tensor
+from toy_decoder import Prefill, cache_names, decode_graph, prefill_graph, toy_feeds
+
+from qpcompile.errors import InvariantError, PlanError
+from qpcompile.ir.edit import calls
+from qpcompile.ir.operators import SELECT_TOKENS
+from qpcompile.ir.program import DECODE, PREFILL, Program
+from qpcompile.ir.text import graph_text
+from qpcompile.ir.verify import verify
+from qpcompile.passes.insert_token_cuts import InsertTokenCuts
+from qpcompile.plan import Cut
+
+Apply = Callable[[Program, InsertTokenCuts], bool]
+ALL, HALF = (999_999, 1_000_000), (1, 2)
+
+
+def planned(*settings: str, fraction: tuple[int, int] = HALF, layer: int = 0, masked: bool = True) -> Program:
+    """The toy decoder with a plan to keep `fraction` of the visual tokens behind `layer`."""
+    recipe = changed_recipe("prune-30", *settings)
+    program = program_of(prefill_graph(masked=masked), decode_graph(), recipe=recipe, stage="planned", layers=2)
+    numerator, denominator = fraction
+    cut = Cut(layer=layer, ratio=numerator / denominator, numerator=numerator, denominator=denominator)
+    program.plan = program.plan.changed(cuts=(cut,))
+    return program
+
+
+def visual_feeds(rows: int, length: int, visual: tuple[int, ...]) -> dict[str, Tensor]:
+    """Random inputs; row i has visual[i] visual tokens from position 2 on, row 0 begins with a padding token."""
+    feeds = toy_feeds(rows, length)
+    mask = torch.zeros(rows, length, dtype=torch.bool)
+    for row, count in enumerate(visual):
+        mask[row, 2 : 2 + count] = True
+    return feeds | {
+        "visual_mask": mask,
+        "valid_mask": feeds["attention_mask"],
+        "visual_count": torch.arange(min(visual)),
+    }
+
+
+def next_token(program: Program, first: dict[str, Tensor], feeds: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
+    """Decode one token on what prefill left."""
+    rows, seen = feeds["attention_mask"].shape
+    more = {name: value for name, value in first.items() if name.startswith("past")}
+    more["attention_mask"] = torch.cat([feeds["attention_mask"], torch.ones(rows, 1, dtype=torch.bool)], dim=1)
+    more["tokens_seen"] = torch.arange(seen)
+    for name in [name for name in first if name.split(".")[0] in ("kept", "alive")]:
+        last = torch.full((rows, 1), seen) if name.startswith("kept") else torch.ones(rows, 1, dtype=torch.bool)
+        more[name] = torch.cat([first[name], last], dim=1)
+    more["inputs_embeds"] = new
+    return run(program.graphs[DECODE], **{name.replace(".", "_"): value for name, value in more.items()})
+
+
+def test_golden_prefill(apply: Apply) -> None:
+    program = planned()
+    assert apply(program, InsertTokenCuts())
+    lines = graph_text(program.graphs[PREFILL]).splitlines(keepends=True)
+    start = next(number for number, line in enumerate(lines) if "token_scores" in line)
+    first = next(number for number, line in enumerate(lines) if number > start and "linear" in line)
+    kept = [line for line in lines if " = input " in line or line.startswith("return")]
+    expecttest.assert_expected_inline(
+        "".join(lines[start : first + 1] + kept),
+        """\
+%36 = qpcompile::token_scores(%35, %22, %29, %19, 0.5, %2, %3, [0.517, 0.317, 0.167, 0.0], 'percentile', 1.0, 99.0, 'after_image', False, False) : f32[B, S0]
+%37 = aten::sym_size.int(%2, 0) : int B
+%38 = aten::sym_size.int(%2, 1) : int S0
+%39 = aten::sym_size.int(%4, 0) : int S1
+%40 = operator.mul(%39, 1) : int S1
+%41 = operator.add(%40, 1) : int S1+1
+%42 = operator.floordiv(%41, 2) : int ((S1+1)//2)
+%43 = operator.sub(%39, %42) : int S1-(((S1+1)//2))
+%44 = operator.sub(%38, %43) : int S0-S1+(((S1+1)//2))
+%45 = aten::bitwise_not(%2) : bool[B, S0]
+%46 = aten::bitwise_and.Tensor(%3, %45) : bool[B, S0]
+%47 = aten::sum.dim_IntList(%46, [1]) : i64[B]
+%48 = aten::sum.dim_IntList(%2, [1]) : i64[B]
+%49 = aten::mul.Tensor(%48, 1) : i64[B]
+%50 = aten::add.Tensor(%49, 1) : i64[B]
+%51 = aten::div.Tensor_mode(%50, 2, rounding_mode='floor') : i64[B]
+%52 = aten::add.Tensor(%47, %51) : i64[B]
+%53 = qpcompile::select_tokens(%36, %44, %52) : (i64[B, S0-S1+(((S1+1)//2))], bool[B, S0-S1+(((S1+1)//2))])
+%54 = operator.getitem(%53, 0) : i64[B, S0-S1+(((S1+1)//2))]
+%55 = operator.getitem(%53, 1) : bool[B, S0-S1+(((S1+1)//2))]
+%56 = aten::unsqueeze(%54, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
+%57 = aten::unsqueeze(%56, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
+%58 = aten::sym_size.int(%19, 3) : int S0
+%59 = aten::expand(%57, [%37, 1, -1, %58]) : i64[B, 1, S0-S1+(((S1+1)//2)), S0]
+%60 = aten::gather(%19, 2, %59) : bool[B, 1, S0-S1+(((S1+1)//2)), S0]
+%61 = aten::unsqueeze(%54, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
+%62 = aten::unsqueeze(%61, 2) : i64[B, 1, 1, S0-S1+(((S1+1)//2))]
+%63 = aten::sym_size.int(%60, 2) : int S0-S1+(((S1+1)//2))
+%64 = aten::expand(%62, [%37, 1, %63, -1]) : i64[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
+%65 = aten::gather(%60, 3, %64) : bool[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
+%66 = aten::unsqueeze(%55, 1) : bool[B, 1, S0-S1+(((S1+1)//2))]
+%67 = aten::unsqueeze(%66, 1) : bool[B, 1, 1, S0-S1+(((S1+1)//2))]
+%68 = aten::bitwise_and.Tensor(%65, %67) : bool[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
+%69 = aten::unsqueeze(%54, 2) : i64[B, S0-S1+(((S1+1)//2)), 1]
+%70 = aten::expand(%69, [%37, -1, 8]) : i64[B, S0-S1+(((S1+1)//2)), 8]
+%71 = aten::gather(%35, 1, %70) : f32[B, S0-S1+(((S1+1)//2)), 8]
+%72 = aten::unsqueeze(%54, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
+%73 = aten::unsqueeze(%72, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
+%74 = aten::expand(%73, [%37, 1, -1, 4]) : i64[B, 1, S0-S1+(((S1+1)//2)), 4]
+%75 = aten::gather(%25, 2, %74) : f32[B, 1, S0-S1+(((S1+1)//2)), 4]
+%76 = aten::unsqueeze(%54, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
+%77 = aten::unsqueeze(%76, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
+%78 = aten::expand(%77, [%37, 1, -1, 4]) : i64[B, 1, S0-S1+(((S1+1)//2)), 4]
+%79 = aten::gather(%28, 2, %78) : f32[B, 1, S0-S1+(((S1+1)//2)), 4]
+@layers.1.self_attn.q_proj.weight : f32[8, 8]
+%80 = aten::linear(%71, @layers.1.self_attn.q_proj.weight) : f32[B, S0-S1+(((S1+1)//2)), 8]
+%0 = input inputs_embeds : f32[B, S0, 8]
+%1 = input attention_mask : bool[B, S0]
+%2 = input visual_mask : bool[B, S0]
+%3 = input valid_mask : bool[B, S0]
+%4 = input visual_count : i64[S1]
+return hidden = %95
+return past_key_values.0.key = %75
+return past_key_values.0.value = %79
+return past_key_values.1.key = %85
+return past_key_values.1.value = %88
+return kept.0 = %54
+return alive.0 = %55
+""",
+    )
+
+
+def test_golden_decode(apply: Apply) -> None:
+    program = planned()
+    assert apply(program, InsertTokenCuts())
+    lines = graph_text(program.graphs[DECODE]).splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if "linear" in line)
+    expecttest.assert_expected_inline(
+        "".join(lines[: first + 1]),
+        """\
+graph decode of model
+%0 = input inputs_embeds : f32[B, 1, 8]
+%1 = input attention_mask : bool[B, S0+1]
+%2 = input past_key_values.0.key : f32[B, 1, S1-1, 4]
+%3 = input past_key_values.0.value : f32[B, 1, S1-1, 4]
+%4 = input past_key_values.1.key : f32[B, 1, S1-1, 4]
+%5 = input past_key_values.1.value : f32[B, 1, S1-1, 4]
+%6 = input tokens_seen : i64[S0]
+%7 = input kept.0 : i64[B, S1]
+%8 = input alive.0 : bool[B, S1]
+%9 = aten::sym_size.int(%5, 0) : int B
+# top
+%10 = aten::slice.Tensor(%1, 0, 0, end) : bool[B, S0+1]
+%11 = aten::unsqueeze(%10, 1) : bool[B, 1, S0+1]
+%12 = aten::unsqueeze(%11, 2) : bool[B, 1, 1, S0+1]
+%13 = aten::slice.Tensor(%12, 3, 0, end) : bool[B, 1, 1, S0+1]
+# layers.0
+%14 = aten::sym_size.int(%7, 0) : int B
+%15 = aten::expand(%7, [%14, -1]) : i64[B, S1]
+%16 = aten::gather(%1, 1, %15) : bool[B, S1]
+%17 = aten::unsqueeze(%7, 1) : i64[B, 1, S1]
+%18 = aten::unsqueeze(%17, 2) : i64[B, 1, 1, S1]
+%19 = aten::expand(%18, [%14, 1, 1, -1]) : i64[B, 1, 1, S1]
+%20 = aten::gather(%13, 3, %19) : bool[B, 1, 1, S1]
+%21 = aten::unsqueeze(%8, 1) : bool[B, 1, S1]
+%22 = aten::unsqueeze(%21, 1) : bool[B, 1, 1, S1]
+%23 = aten::bitwise_and.Tensor(%20, %22) : bool[B, 1, 1, S1]
+@layers.0.self_attn.q_proj.weight : f32[8, 8]
+%24 = aten::linear(%0, @layers.0.self_attn.q_proj.weight) : f32[B, 1, 8]
+""",
+    )
+
+
+def test_nothing_to_do(apply: Apply) -> None:
+    program = planned()
+    program.plan = program.plan.changed(cuts=())
+    assert not apply(program, InsertTokenCuts())
+
+
+@pytest.mark.parametrize("compact", ["true", "false"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_cut_that_keeps_all_changes_no_number(apply: Apply, compact: str, masked: bool) -> None:
+    program = planned(f"tokens.compact_scored_layer={compact}", fraction=ALL, masked=masked)
+    feeds, new = visual_feeds(2, 8, (3, 3)), toy_feeds(2, 1, 9)["inputs_embeds"]
+    if not masked:
+        feeds["attention_mask"] = feeds["valid_mask"] = torch.ones(2, 8, dtype=torch.bool)
+    expected = run(program.graphs[PREFILL], **feeds)
+    assert apply(program, InsertTokenCuts())
+    found = run(program.graphs[PREFILL], **feeds)
+    assert found["kept.0"].tolist() == [list(range(8))] * 2
+    assert found["alive.0"].sum() == feeds["attention_mask"].sum()
+    for name, value in expected.items():
+        assert (
+            torch.equal(found[name][:, -7:], value[:, -7:]) if name == "hidden" else torch.equal(found[name], value)
+        ), name
+    plain = program_of(prefill_graph(masked=masked), decode_graph(), layers=2)
+    past = {name.replace(".", "_"): expected[name] for name in cache_names(2)}
+    mask = torch.cat([feeds["attention_mask"], torch.ones(2, 1, dtype=torch.bool)], dim=1)
+    wanted = run(plain.graphs[DECODE], inputs_embeds=new, attention_mask=mask, **past)["hidden"]
+    assert torch.equal(next_token(program, found, feeds, new)["hidden"], wanted)
+
+
+def by_masks(
+    feeds: dict[str, Tensor], new: Tensor, kept: Tensor, alive: Tensor, compact: bool
+) -> tuple[Tensor, Tensor]:
+    """What a cut behind layer 0 must give, with nothing gathered: dropped tokens stay, and nobody looks at them."""
+    model = Prefill()
+    rows, length = feeds["attention_mask"].shape
+    stays = torch.zeros(rows, length + 1, dtype=torch.bool)
+    for row in range(rows):
+        stays[row, kept[row][alive[row]]] = True
+    stays[:, length] = True
+    x = torch.cat([feeds["inputs_embeds"], new], dim=1)
+    valid = torch.cat([feeds["attention_mask"], torch.ones(rows, 1, dtype=torch.bool)], dim=1)
+    causal = torch.ones(length + 1, length + 1, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        first = causal & valid[:, None, None]
+        if compact:
+            first = torch.cat([first[:, :, :length], (first & stays[:, None, None])[:, :, length:]], dim=2)
+        x, *_ = model.layers[0](x, first, None)
+        x, *_ = model.layers[1](x, causal & stays[:, None, None], None)
+    return x[:, :length], x[:, length:]
+
+
+@pytest.mark.parametrize("visual", [(4, 4), (3, 5)], ids=["as many each", "more in one row"])
+@pytest.mark.parametrize("method", ["quota", "random"])
+@pytest.mark.parametrize("compact", [True, False])
+def test_dropping_is_never_looking_again(apply: Apply, visual: tuple[int, int], method: str, compact: bool) -> None:
+    program = planned(f"tokens.method={method}", f"tokens.compact_scored_layer={str(compact).lower()}")
+    assert apply(program, InsertTokenCuts())
+    feeds, new = visual_feeds(2, 9, visual), toy_feeds(2, 1, 9)["inputs_embeds"]
+    first = run(program.graphs[PREFILL], **feeds)
+    kept, alive = first["kept.0"], first["alive.0"]
+    for row, count in enumerate(visual):
+        positions = kept[row][alive[row]]
+        assert positions.tolist() == sorted(set(positions.tolist()))
+        assert feeds["visual_mask"][row][positions].sum() == -(-count // 2)
+        text = feeds["valid_mask"][row] & ~feeds["visual_mask"][row]
+        assert set(text.nonzero().flatten().tolist()) <= set(positions.tolist())
+    hidden, token = by_masks(feeds, new, kept, alive, compact)
+    found = next_token(program, first, feeds, new)
+    for row in range(2):
+        wanted = hidden[row][kept[row][alive[row]]]
+        assert torch.allclose(first["hidden"][row][alive[row]], wanted, atol=1e-6), "prefill"
+    assert torch.allclose(found["hidden"], token, atol=1e-6), "decode"
+    lengths = [found[f"past_key_values.{layer}.key"].shape[2] for layer in (0, 1)]
+    assert lengths == [kept.shape[1] + 1 if compact else 10, kept.shape[1] + 1]
+
+
+def test_the_score_is_of_the_layer_before_the_cut(apply: Apply) -> None:
+    weights = "tokens.weights={inter: 0.0, magnitude: 1.0, intra: 0.0, residual: 0.0}"
+    program = planned(weights)
+    apply(program, InsertTokenCuts())
+    feeds = visual_feeds(2, 12, (6, 6))
+    with torch.no_grad():
+        mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None] & feeds["attention_mask"][:, None, None]
+        norms = Prefill().layers[0](feeds["inputs_embeds"], mask, None)[0].norm(dim=-1)
+    kept = run(program.graphs[PREFILL], **feeds)["kept.0"]
+    for row in range(2):
+        largest = set((norms[row, 2:8].topk(3).indices + 2).tolist())
+        assert largest == set(kept[row].tolist()) & set(range(2, 8))
+
+
+def test_random_draw_follows_the_seed() -> None:
+    feeds = visual_feeds(1, 30, (20,))
+    drawn = []
+    for seed in (0, 0, 1):
+        program = planned("tokens.method=random", f"tokens.seed={seed}")
+        InsertTokenCuts().run(program)
+        drawn.append(run(program.graphs[PREFILL], **feeds)["kept.0"].tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_last_layer_cannot_be_cut_behind() -> None:
+    with pytest.raises(PlanError, match="after layer 1: there is no layer behind it") as error:
+        InsertTokenCuts().run(planned(layer=1))
+    assert "candidate_layers" in str(error.value)
+
+
+def test_layer_without_attention_cannot_score() -> None:
+    program = planned()
+    for node in program.graphs[PREFILL].nodes:
+        if "scaled_dot" in str(node.target):
+            node.meta["nn_module_stack"] = {"k": ("", "")}
+    with pytest.raises(PlanError, match="layer 0 has 0 attention nodes"):
+        InsertTokenCuts().run(program)
+
+
+def test_hand_broken_graph_is_named(apply: Apply) -> None:
+    program = planned()
+    apply(program, InsertTokenCuts())
+    graph = program.graphs[PREFILL]
+    assert len(list(calls(graph, SELECT_TOKENS))) == 1
+    graph.inputs = graph.inputs[:-1]
+    with pytest.raises(InvariantError, match="prefill: 5 placeholders for 4 inputs") as error:
+        verify(program)
+    assert error.value.ran == "insert_token_cuts"

@@ -1,0 +1,84 @@
+"""The pruning part of a plan, from measured numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from programs import changed_recipe, program_of
+
+from qpcompile.errors import PlanError
+from qpcompile.ir.program import Program
+from qpcompile.passes.plan_token_budget import PlanTokenBudget
+from qpcompile.plan import LayerFacts, Plan
+
+Apply = Callable[[Program, PlanTokenBudget], bool]
+
+
+def measured(*settings: str, layers: int = 6) -> Program:
+    """A program whose layers were measured: mass rises until layer 2, later layers are ever less sensitive."""
+    program = program_of(recipe=changed_recipe("prune-30", *settings), stage="calibrated", layers=layers)
+    masses = [0.05, 0.3, 0.7, 0.6, 0.55, 0.5, 0.5, 0.5][:layers]
+    cosines = [0.4, 0.4, 0.2, 0.21, 0.22, 0.5, 0.5, 0.5][:layers]
+    facts = zip(range(layers), masses, cosines, strict=True)
+    program.plan = program.plan.changed(
+        facts=tuple(LayerFacts(layer=i, mass_median=mass, mass_iqr=0.01, cosine=cosine) for i, mass, cosine in facts)
+    )
+    program.facts["deviations"] = {layer: [0.9 - 0.1 * layer, 0.5, 0.8 - 0.1 * layer] for layer in range(layers)}
+    return program
+
+
+def test_golden(apply: Apply) -> None:
+    program = measured("tokens.candidate_layers=[1, 3]", "tokens.keep=0.4")
+    assert not apply(program, PlanTokenBudget())
+    assert program.plan.candidate_layers == (1, 3)
+    assert [(entry.layer, round(entry.raw, 9)) for entry in program.plan.sensitivity] == [(1, 0.7), (3, 0.5)]
+    first, last = program.plan.cuts
+    # The more sensitive layer clips to 0.9, the other to 0.1: shares exp(0.1 / 1.25) and exp(0.9 / 1.25), 0.345 of 1.
+    assert (first.layer, first.numerator, first.denominator) == (1, 792_818, 1_000_000)
+    assert (last.layer, last.ratio, last.numerator) == (3, 0.4, 400_000)
+    assert program.plan.visual_tokens(100) == (100, 100, 80, 80, 40, 40)
+    assert program.plan == Plan.from_dict(program.plan.to_dict())
+
+
+def test_auto_takes_the_run_of_concentrated_layers(apply: Apply) -> None:
+    program = measured()
+    apply(program, PlanTokenBudget())
+    assert program.plan.candidate_layers == (2, 3)
+    assert [cut.layer for cut in program.plan.cuts] == [2, 3]
+    assert program.plan.cuts[-1].numerator == 300_000
+
+
+def test_auto_never_takes_the_last_layer(apply: Apply) -> None:
+    program = measured("tokens.tail_fraction=0.0", "tokens.cosine_ceiling=1.0", layers=4)
+    apply(program, PlanTokenBudget())
+    assert program.plan.candidate_layers == (2,)
+
+
+@pytest.mark.parametrize("settings", [["tokens.method=none", "tokens.keep=1.0"], ["tokens.keep=1.0"]])
+def test_nothing_to_do(apply: Apply, settings: list[str]) -> None:
+    program = measured(*settings)
+    assert not apply(program, PlanTokenBudget())
+    assert program.plan.cuts == ()
+
+
+def test_without_samples_all_layers_weigh_the_same(apply: Apply) -> None:
+    program = measured("tokens.candidate_layers=[0, 1, 2]", "tokens.keep=0.4")
+    del program.facts["deviations"]
+    apply(program, PlanTokenBudget())
+    assert [round(cut.ratio, 6) for cut in program.plan.cuts] == [0.8, 0.6, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "where"),
+    [
+        (["tokens.candidate_layers=[2, 5]"], "layer 5 cannot be cut behind", "tokens.candidate_layers"),
+        (["tokens.candidate_layers=[2, 9]"], "layer 9 cannot be cut behind", "tokens.candidate_layers"),
+        (["tokens.position_mode=reindex"], "reindex has no implementation", "tokens.position_mode"),
+        (["tokens.concentration_floor=1.0", "tokens.iqr_ceiling=0.0"], "no decoder layer is left", None),
+    ],
+)
+def test_refusals(settings: list[str], message: str, where: str | None) -> None:
+    with pytest.raises(PlanError, match=message) as error:
+        PlanTokenBudget().run(measured(*settings))
+    assert error.value.do and (where is None or error.value.where == where)

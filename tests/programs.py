@@ -1,0 +1,136 @@
+"""Programs for the tests of passes: a captured tiny model, cloned per test, and graphs traced from a few lines."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from families import Cases, llava
+from torch import fx
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from qpcompile.capture.capture import capture
+from qpcompile.ir.edit import calls, get_tensor
+from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.operators import QUANT_STUB
+from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Layer, Program
+from qpcompile.ir.statistics import Calibration, InputStatistics
+from qpcompile.passes.canonicalize import Canonicalize
+from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
+from qpcompile.plan import Layer as LayerEntry
+from qpcompile.plan import Plan
+from qpcompile.recipe import Recipe
+
+
+@functools.cache
+def captured() -> tuple[PreTrainedModel, Cases, Program]:
+    """A random LLaVA of three layers, its prompts, and the program traced from it; change none of them."""
+    model, cases = llava()
+    return model, cases, capture(model, cases["one"], Recipe.load("none"))
+
+
+def clone(graph: Graph) -> Graph:
+    """The same graph again, with nodes of its own; tensors are shared, since passes replace them."""
+    made = fx.Graph()
+    result = made.graph_copy(graph.module.graph, {})
+    output = made.output(result)
+    output.meta = copy.copy(graph.output_node.meta)
+    module = fx.GraphModule(graph.module, made)
+    fields = (graph.inputs, graph.outputs, graph.owner, graph.returns, dict(graph.constants))
+    return Graph(graph.name, module, *fields)
+
+
+def fresh(recipe: Recipe) -> Program:
+    """The captured LLaVA under another recipe, to be changed at will."""
+    _, _, program = captured()
+    graphs = {name: clone(graph) for name, graph in program.graphs.items()}
+    layers = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in program.layers)
+    return Program(graphs, copy.deepcopy(program.host), program.layers, recipe, Plan(recipe=recipe, layers=layers))
+
+
+def traced(
+    module: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    outputs: Sequence[str] = ("y",),
+    name: str = PREFILL,
+    axes: Mapping[str, Sequence[int]] | None = None,
+    owner: str = "model",
+) -> Graph:
+    """A graph of `module(**inputs)`, whose axes 0 and 1 are symbolic, or for an input in `axes` those named there.
+
+    Dots in the names of inputs become underscores in the arguments of `module.forward`.
+    """
+    arguments = {path.replace(".", "_"): tensor for path, tensor in inputs.items()}
+    shapes = {
+        path.replace(".", "_"): dict.fromkeys((axes or {}).get(path, range(min(tensor.ndim, 2))), Dim.AUTO)
+        for path, tensor in inputs.items()
+    }
+    exported = torch.export.export(module.eval(), (), arguments, dynamic_shapes=shapes)
+    made = exported.module(check_guards=False)
+    made.graph.set_codegen(fx.graph.CodeGen())
+    output = next(node for node in made.graph.nodes if node.op == "output")
+    values = torch.utils._pytree.tree_leaves(output.args[0])
+    output.args = (tuple(values),)
+    for node in made.graph.nodes:
+        if node.op == "get_attr":
+            node.meta["val"] = get_tensor(made, str(node.target))
+    plain = fx.GraphModule(made, made.graph)
+    plain.graph.eliminate_dead_code()
+    plain.recompile()
+    return Graph(name, plain, tuple(inputs), tuple(outputs), owner)
+
+
+class Nothing(torch.nn.Module):
+    """What stands for a component that a test does not look at."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x)
+
+
+def program_of(*graphs: Graph, recipe: Recipe | str = "none", stage: str = "captured", layers: int = 1) -> Program:
+    """A program of these graphs; components that every program has are filled in."""
+    held = {graph.name: graph for graph in graphs}
+    for name in (VISION, PREFILL, DECODE):
+        if name not in held:
+            held[name] = traced(Nothing(), {"x": torch.ones(2, 3)}, name=name, owner=f"model.{name}")
+    recipe = Recipe.load(recipe)
+    entries = tuple(LayerEntry(index=index, name=f"model.layers.{index}") for index in range(layers))
+    own = tuple(Layer(entry.index, entry.name) for entry in entries)
+    return Program(held, torch.nn.Module(), own, recipe, Plan(recipe=recipe, layers=entries), stage)
+
+
+def run(graph: Graph, **feeds: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run a graph without gradients; `feeds` are named by input path, with underscores for dots."""
+    with torch.no_grad():
+        return graph({path: feeds[path.replace(".", "_")] for path in graph.inputs})
+
+
+def changed_recipe(name: str, *settings: str) -> Recipe:
+    """A preset with settings in the form of the command line, `tokens.keep=0.5`."""
+    return Recipe.load(name).with_overrides(settings)
+
+
+def stubbed(*graphs: Graph, recipe: Recipe, layers: int = 1) -> Program:
+    """A program with quant stubs, and made-up statistics of what flows through them, ready for a change of basis."""
+    program = program_of(*graphs, recipe=recipe, layers=layers)
+    for item in (Canonicalize(), InsertQuantStubs()):
+        item.run(program)
+    made, found = torch.Generator().manual_seed(5), Calibration(samples=1)
+    for graph in program.graphs.values():
+        for stub in calls(graph, QUANT_STUB):
+            fact = stub_fact(stub)
+            if fact is not None and fact.role == "activation" and fact.site not in found.inputs:
+                rows = torch.randn(64, int(stub.meta["val"].shape[-1]), generator=made)
+                found.inputs[fact.site] = InputStatistics.empty(rows.shape[1], moments=True)
+                found.inputs[fact.site].add(rows * torch.linspace(0.2, 3, rows.shape[1]))
+    program.facts["calibration"] = found
+    program.stage = "calibrated"
+    return program
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

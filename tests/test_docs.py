@@ -1,0 +1,62 @@
+"""The documentation: generated pages are up to date, links lead somewhere, every error is explained."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from qpcompile import errors
+from qpcompile.inspect.tables import pass_purposes
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    """docs/generate.py as a module; docs is no package."""
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recipe_reference_is_what_the_schema_says(generator: ModuleType) -> None:
+    assert (DOCS / "recipe.md").read_text(encoding="utf-8") == generator.recipe_page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w\- ]", "", line.lstrip("# ")).strip().lower().replace(" ", "-") for line in text.splitlines()
+    }
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        assert not path or (DOCS / path).exists(), target
+        assert path or heading in headings, target
+
+
+def test_index_lists_every_page() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert {page.name for page in PAGES} - {"README.md"} == set(re.findall(r"^\| \[(\S+)\]", index, re.MULTILINE))
+
+
+def test_every_error_is_explained() -> None:
+    text = (DOCS / "errors.md").read_text(encoding="utf-8")
+    names = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE)) == names - {"QPCompileError"}
+
+
+def test_every_pass_and_operator_is_named() -> None:
+    architecture, graphs = ((DOCS / name).read_text(encoding="utf-8") for name in ("architecture.md", "graphs.md"))
+    for name in pass_purposes():
+        assert name in architecture and re.search(rf"^## \d+\. {name}$", graphs, re.MULTILINE)
+    numerics = (DOCS / "numerics.md").read_text(encoding="utf-8")
+    operators = {path.name for path in (DOCS.parent / "kernels").iterdir() if (path / "op.py").is_file()}
+    assert {name for name in operators - {"quant_stub"} if f"`{name}`" not in numerics} == set()
