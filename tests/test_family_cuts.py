@@ -110,7 +110,7 @@ def check_lengths(program: Program, cache: CompiledCache, tensor: str, label: st
         slots = [cache.kept[cut.layer].shape[1] for cut in program.plan.cuts if cut.layer + offset <= layer.index]
         found = cache.tensors[f"past_key_values.{layer.index}.{tensor}"].shape[2]
         assert found == [cache.seen, *slots][-1], f"{label}, layer {layer.index}"
-    assert cache.seen > cache.kept[0].shape[1] > cache.kept[1].shape[1], label
+    assert cache.seen > cache.kept[1].shape[1] <= cache.kept[0].shape[1], label  # a share of 4 rounds up to 4
 
 
 def shown_tokens(ids: torch.Tensor, cache: CompiledCache, cut: int) -> torch.Tensor:

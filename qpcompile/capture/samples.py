@@ -76,17 +76,23 @@ class Samples:
 
     def _keep(self, source: Iterable[dict[str, Any]], limit: int) -> list[Path]:
         self._spool = tempfile.TemporaryDirectory(prefix="qpcompile-samples-")
-        kept = []
-        for number, sample in zip(range(limit), source, strict=False):
-            path = Path(self._spool.name) / f"{number:06d}.safetensors"
-            tensors = {key: value for key, value in dict(sample).items() if isinstance(value, torch.Tensor)}
-            try:
-                save_file({key: value.contiguous() for key, value in tensors.items()}, path)
-            except (OSError, SafetensorError) as error:
-                raise OutputError(
-                    f"calibration sample {number} cannot be kept on disk: {error}",
-                    where=self._spool.name,
-                    do="free some space there, or give the samples as a list or as a data folder",
-                ) from error
-            kept.append(path)
-        return kept
+        try:
+            pairs = zip(range(limit), source, strict=False)
+            return [_written(Path(self._spool.name) / f"{number:06d}.safetensors", sample) for number, sample in pairs]
+        except BaseException:
+            self._spool.cleanup()
+            raise
+
+
+def _written(path: Path, sample: dict[str, Any]) -> Path:
+    """Store the tensors of a sample."""
+    tensors = {key: value.contiguous() for key, value in dict(sample).items() if isinstance(value, torch.Tensor)}
+    try:
+        save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"a calibration sample cannot be kept on disk: {error}",
+            where=str(path),
+            do="free some space there, or give the samples as a list or as a data folder",
+        ) from error
+    return path

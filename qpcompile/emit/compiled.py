@@ -107,10 +107,15 @@ class CompiledVLM:
 
         export_onnx(self, Path(folder))
 
-    def report(self, path: str | PathLike[str]) -> None:
-        """Write the report, one self-contained HTML file."""
+    def report(self, path: str | PathLike[str], samples: Any = None) -> None:
+        """Write the report, one self-contained HTML file.
+
+        Args:
+            path: a file that does not exist yet.
+            samples: (picture, question) pairs whose kept tokens are drawn; a picture is a path or a PIL image.
+        """
         # `inspect` is built on this module, so it is looked up when called: emit must not import it.
-        importlib.import_module("qpcompile.inspect.report").write_report(self, Path(path))
+        importlib.import_module("qpcompile.inspect.report").write_report(self, Path(path), samples)
 
 
 def load(folder: str | PathLike[str]) -> CompiledVLM:

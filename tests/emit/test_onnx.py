@@ -44,7 +44,7 @@ def compiled(program: Program, cases: Cases, preset: str, *overrides: str) -> Pr
     """A copy of a captured program, compiled with a preset."""
     recipe = Recipe.load(preset).with_overrides(overrides)
     program = copy.deepcopy(program)
-    program.recipe, program.plan = recipe, Plan(recipe=recipe)
+    program.recipe, program.plan = recipe, Plan(recipe=recipe, layers=program.plan.layers)
     samples = [cases["one"], cases["longer"]]
     run_passes(program, passes(samples, len(samples)))
     return program

@@ -11,6 +11,7 @@ from qpcompile.errors import PlanError
 from qpcompile.ir.cut_decode import cut_decode
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import expression, value
+from qpcompile.passes.canonicalize import canonicalize
 
 
 def lengths(graph: Graph) -> list[str]:
@@ -24,6 +25,7 @@ def lengths(graph: Graph) -> list[str]:
 )
 def test_each_layer_runs_on_what_its_cut_left(cuts: list[int], offset: int, stages: list[int | None]) -> None:
     graph = decode_graph()
+    canonicalize(graph)  # one mask for both layers, as everywhere in the pipeline
     before = graph.inputs
     cut_decode(graph, cuts, offset)
     extra = [f"{kind}.{cut}" for cut in cuts for kind in ("kept", "alive")]

@@ -17,6 +17,7 @@ from qpcompile.ir.operators import SELECT_TOKENS
 from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.ir.verify import verify
+from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.plan import Cut
 
@@ -27,7 +28,9 @@ ALL, HALF = (999_999, 1_000_000), (1, 2)
 def planned(*settings: str, fraction: tuple[int, int] = HALF, layer: int = 0, masked: bool = True) -> Program:
     """The toy decoder with a plan to keep `fraction` of the visual tokens behind `layer`."""
     recipe = changed_recipe("prune-30", *settings)
-    program = program_of(prefill_graph(masked=masked), decode_graph(), recipe=recipe, stage="planned", layers=2)
+    program = program_of(prefill_graph(masked=masked), decode_graph(), recipe=recipe, layers=2)
+    Canonicalize().run(program)
+    program.stage = "planned"
     numerator, denominator = fraction
     cut = Cut(layer=layer, ratio=numerator / denominator, numerator=numerator, denominator=denominator)
     program.plan = program.plan.changed(cuts=(cut,))
@@ -70,64 +73,64 @@ def test_golden_prefill(apply: Apply) -> None:
     expecttest.assert_expected_inline(
         "".join(lines[start : first + 1] + kept),
         """\
-%36 = qpcompile::token_scores(%35, %22, %29, %19, 0.5, %2, %3, [0.517, 0.317, 0.167, 0.0], 'percentile', 1.0, 99.0, 'after_image', False, False) : f32[B, S0]
-%37 = aten::sym_size.int(%2, 0) : int B
-%38 = aten::sym_size.int(%2, 1) : int S0
-%39 = aten::sym_size.int(%4, 0) : int S1
-%40 = operator.mul(%39, 1) : int S1
-%41 = operator.add(%40, 1) : int S1+1
-%42 = operator.floordiv(%41, 2) : int ((S1+1)//2)
-%43 = operator.sub(%39, %42) : int S1-(((S1+1)//2))
-%44 = operator.sub(%38, %43) : int S0-S1+(((S1+1)//2))
-%45 = aten::bitwise_not(%2) : bool[B, S0]
-%46 = aten::bitwise_and.Tensor(%3, %45) : bool[B, S0]
-%47 = aten::sum.dim_IntList(%46, [1]) : i64[B]
-%48 = aten::sum.dim_IntList(%2, [1]) : i64[B]
-%49 = aten::mul.Tensor(%48, 1) : i64[B]
-%50 = aten::add.Tensor(%49, 1) : i64[B]
-%51 = aten::div.Tensor_mode(%50, 2, rounding_mode='floor') : i64[B]
-%52 = aten::add.Tensor(%47, %51) : i64[B]
-%53 = qpcompile::select_tokens(%36, %44, %52) : (i64[B, S0-S1+(((S1+1)//2))], bool[B, S0-S1+(((S1+1)//2))])
-%54 = operator.getitem(%53, 0) : i64[B, S0-S1+(((S1+1)//2))]
-%55 = operator.getitem(%53, 1) : bool[B, S0-S1+(((S1+1)//2))]
-%56 = aten::unsqueeze(%54, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
-%57 = aten::unsqueeze(%56, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
-%58 = aten::sym_size.int(%19, 3) : int S0
-%59 = aten::expand(%57, [%37, 1, -1, %58]) : i64[B, 1, S0-S1+(((S1+1)//2)), S0]
-%60 = aten::gather(%19, 2, %59) : bool[B, 1, S0-S1+(((S1+1)//2)), S0]
-%61 = aten::unsqueeze(%54, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
-%62 = aten::unsqueeze(%61, 2) : i64[B, 1, 1, S0-S1+(((S1+1)//2))]
-%63 = aten::sym_size.int(%60, 2) : int S0-S1+(((S1+1)//2))
-%64 = aten::expand(%62, [%37, 1, %63, -1]) : i64[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
-%65 = aten::gather(%60, 3, %64) : bool[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
-%66 = aten::unsqueeze(%55, 1) : bool[B, 1, S0-S1+(((S1+1)//2))]
-%67 = aten::unsqueeze(%66, 1) : bool[B, 1, 1, S0-S1+(((S1+1)//2))]
-%68 = aten::bitwise_and.Tensor(%65, %67) : bool[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
-%69 = aten::unsqueeze(%54, 2) : i64[B, S0-S1+(((S1+1)//2)), 1]
-%70 = aten::expand(%69, [%37, -1, 8]) : i64[B, S0-S1+(((S1+1)//2)), 8]
-%71 = aten::gather(%35, 1, %70) : f32[B, S0-S1+(((S1+1)//2)), 8]
-%72 = aten::unsqueeze(%54, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
+%32 = qpcompile::token_scores(%31, %18, %25, %15, 0.5, %2, %3, [0.517, 0.317, 0.167, 0.0], 'percentile', 1.0, 99.0, 'after_image', False, False) : f32[B, S0]
+%33 = aten::sym_size.int(%2, 0) : int B
+%34 = aten::sym_size.int(%2, 1) : int S0
+%35 = aten::sym_size.int(%4, 0) : int S1
+%36 = operator.mul(%35, 1) : int S1
+%37 = operator.add(%36, 1) : int S1+1
+%38 = operator.floordiv(%37, 2) : int ((S1+1)//2)
+%39 = operator.sub(%35, %38) : int S1-(((S1+1)//2))
+%40 = operator.sub(%34, %39) : int S0-S1+(((S1+1)//2))
+%41 = aten::bitwise_not(%2) : bool[B, S0]
+%42 = aten::bitwise_and.Tensor(%3, %41) : bool[B, S0]
+%43 = aten::sum.dim_IntList(%42, [1]) : i64[B]
+%44 = aten::sum.dim_IntList(%2, [1]) : i64[B]
+%45 = aten::mul.Tensor(%44, 1) : i64[B]
+%46 = aten::add.Tensor(%45, 1) : i64[B]
+%47 = aten::div.Tensor_mode(%46, 2, rounding_mode='floor') : i64[B]
+%48 = aten::add.Tensor(%43, %47) : i64[B]
+%49 = qpcompile::select_tokens(%32, %40, %48) : (i64[B, S0-S1+(((S1+1)//2))], bool[B, S0-S1+(((S1+1)//2))])
+%50 = operator.getitem(%49, 0) : i64[B, S0-S1+(((S1+1)//2))]
+%51 = operator.getitem(%49, 1) : bool[B, S0-S1+(((S1+1)//2))]
+%52 = aten::unsqueeze(%50, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
+%53 = aten::unsqueeze(%52, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
+%54 = aten::sym_size.int(%15, 3) : int S0
+%55 = aten::expand(%53, [%33, 1, -1, %54]) : i64[B, 1, S0-S1+(((S1+1)//2)), S0]
+%56 = aten::gather(%15, 2, %55) : bool[B, 1, S0-S1+(((S1+1)//2)), S0]
+%57 = aten::unsqueeze(%50, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
+%58 = aten::unsqueeze(%57, 2) : i64[B, 1, 1, S0-S1+(((S1+1)//2))]
+%59 = aten::sym_size.int(%56, 2) : int S0-S1+(((S1+1)//2))
+%60 = aten::expand(%58, [%33, 1, %59, -1]) : i64[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
+%61 = aten::gather(%56, 3, %60) : bool[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
+%62 = aten::unsqueeze(%51, 1) : bool[B, 1, S0-S1+(((S1+1)//2))]
+%63 = aten::unsqueeze(%62, 1) : bool[B, 1, 1, S0-S1+(((S1+1)//2))]
+%64 = aten::bitwise_and.Tensor(%61, %63) : bool[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
+%65 = aten::unsqueeze(%50, 2) : i64[B, S0-S1+(((S1+1)//2)), 1]
+%66 = aten::expand(%65, [%33, -1, 8]) : i64[B, S0-S1+(((S1+1)//2)), 8]
+%67 = aten::gather(%31, 1, %66) : f32[B, S0-S1+(((S1+1)//2)), 8]
+%68 = aten::unsqueeze(%50, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
+%69 = aten::unsqueeze(%68, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
+%70 = aten::expand(%69, [%33, 1, -1, 4]) : i64[B, 1, S0-S1+(((S1+1)//2)), 4]
+%71 = aten::gather(%21, 2, %70) : f32[B, 1, S0-S1+(((S1+1)//2)), 4]
+%72 = aten::unsqueeze(%50, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
 %73 = aten::unsqueeze(%72, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
-%74 = aten::expand(%73, [%37, 1, -1, 4]) : i64[B, 1, S0-S1+(((S1+1)//2)), 4]
-%75 = aten::gather(%25, 2, %74) : f32[B, 1, S0-S1+(((S1+1)//2)), 4]
-%76 = aten::unsqueeze(%54, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
-%77 = aten::unsqueeze(%76, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
-%78 = aten::expand(%77, [%37, 1, -1, 4]) : i64[B, 1, S0-S1+(((S1+1)//2)), 4]
-%79 = aten::gather(%28, 2, %78) : f32[B, 1, S0-S1+(((S1+1)//2)), 4]
+%74 = aten::expand(%73, [%33, 1, -1, 4]) : i64[B, 1, S0-S1+(((S1+1)//2)), 4]
+%75 = aten::gather(%24, 2, %74) : f32[B, 1, S0-S1+(((S1+1)//2)), 4]
 @layers.1.self_attn.q_proj.weight : f32[8, 8]
-%80 = aten::linear(%71, @layers.1.self_attn.q_proj.weight) : f32[B, S0-S1+(((S1+1)//2)), 8]
+%76 = aten::linear(%67, @layers.1.self_attn.q_proj.weight) : f32[B, S0-S1+(((S1+1)//2)), 8]
 %0 = input inputs_embeds : f32[B, S0, 8]
 %1 = input attention_mask : bool[B, S0]
 %2 = input visual_mask : bool[B, S0]
 %3 = input valid_mask : bool[B, S0]
 %4 = input visual_count : i64[S1]
-return hidden = %95
-return past_key_values.0.key = %75
-return past_key_values.0.value = %79
-return past_key_values.1.key = %85
-return past_key_values.1.value = %88
-return kept.0 = %54
-return alive.0 = %55
+return hidden = %91
+return past_key_values.0.key = %71
+return past_key_values.0.value = %75
+return past_key_values.1.key = %81
+return past_key_values.1.value = %84
+return kept.0 = %50
+return alive.0 = %51
 """,
     )
 

@@ -50,7 +50,8 @@ def _grouped_forward(
     outputs, places = [], []
     for length in lengths.unique().tolist():
         rows = cu_seqlens[:-1][lengths == length, None] + torch.arange(length)
-        attended = F.scaled_dot_product_attention(*(t[rows].transpose(1, 2) for t in (q, k, v)))
+        query, key, value = (t[rows].transpose(1, 2) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(query, key, value)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
         places.append(rows.flatten())
     joined = torch.cat(outputs)[torch.cat(places).argsort()]

@@ -11,13 +11,14 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scenes
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 Pixels = NDArray[np.uint8]
 
@@ -28,7 +29,7 @@ VIEWS: dict[str, Callable[[Pixels], Pixels]] = {
 }
 
 
-def answer(model: PreTrainedModel, processor: ProcessorMixin, pictures: list[Pixels], texts: list[str]) -> list[str]:
+def answer(model: Any, processor: Any, pictures: list[Pixels], texts: list[str]) -> list[str]:
     """Generated answers to one question per picture."""
     prompts = []
     for text in texts:
@@ -43,7 +44,7 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, pictures: list[Pix
 
 
 def accuracy(
-    model: PreTrainedModel, processor: ProcessorMixin, family: str, seed: int, count: int, view: str, batch: int = 50
+    model: Any, processor: Any, family: str, seed: int, count: int, view: str, batch: int = 50
 ) -> dict[str, tuple[int, int]]:
     """(right, asked) per kind of question."""
     right, asked = Counter[str](), Counter[str]()

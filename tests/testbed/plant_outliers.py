@@ -40,7 +40,8 @@ def move_scale(writers: list[Tensor], readers: list[Tensor], written: Tensor, re
 
 def _outputs(*modules: nn.Module) -> list[Tensor]:
     """Weights and biases, whose first dimension is the output channel."""
-    return [t for module in modules for t in (module.weight, getattr(module, "bias", None)) if t is not None]
+    tensors = (getattr(module, name, None) for module in modules for name in ("weight", "bias"))
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _draw(width: int, dose: Dose, generator: torch.Generator) -> Tensor:

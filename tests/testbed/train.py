@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import scenes
@@ -26,10 +27,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 STAGES = ("tower", "decoder", "joint")
-# Shares of the question kinds in stage 2 and the first part of stage 3. Lookups of colour, shape and digit are learned at
-# once; what stays behind is given more: a zone as the answer, two keys at a time, counting, and absence.
+# Shares of the question kinds in stage 2 and the first part of stage 3. Lookups of colour, shape and digit are learned
+# at once; what stays behind is given more: a zone as the answer, two keys at a time, counting, and absence.
 DECODER_WEIGHTS = np.array([4, 4, 4, 6, 4, 4, 26, 20, 4, 12, 12]) / 100.0
 TRAIN_SEED = 1  # evaluation uses 7, the calibration folders 3
+
+
+def word_embeddings(model: PreTrainedModel) -> Tensor:
+    """The table that words are read from and, being tied, answers are read out with: f32[V, C]."""
+    return cast(Tensor, model.get_input_embeddings().weight)
 
 
 def patch_loss(tokens: Tensor, labels: Tensor, embedding: Tensor, family: str) -> tuple[Tensor, Tensor]:
@@ -82,7 +88,7 @@ def tower_step(model: PreTrainedModel, family: str, step: int, progress: float) 
     pictures = 16 if family == "llava" else 8
     batch = make_batch(family, (TRAIN_SEED, 1, step), pictures, 0, crowded, smallest=progress < 0.6)
     tokens = encode_pictures(model, batch.pixels)
-    embedding = model.get_input_embeddings().weight
+    embedding = word_embeddings(model)
     entropy, distance = patch_loss(tokens, batch.labels, embedding, family)
     return entropy + 0.3 * distance, {"patch": entropy.item(), "distance": distance.item()}
 
@@ -91,7 +97,7 @@ def decoder_step(model: PreTrainedModel, family: str, step: int, progress: float
     """Loss of stage 2."""
     batch = make_batch(family, (TRAIN_SEED, 2, step), 4, 10, weights=DECODER_WEIGHTS)
     generator = torch.Generator().manual_seed(step)
-    embedding = model.get_input_embeddings().weight
+    embedding = word_embeddings(model)
     background = table(family)[scenes.BACKGROUND]
     keep = choose_tokens(batch.labels, background, 32 if progress < 0.6 else 64, generator)
     labels = batch.labels.gather(1, keep[:, :, None].expand(-1, -1, 4))
@@ -108,7 +114,7 @@ def joint_step(model: PreTrainedModel, family: str, step: int, progress: float) 
     with torch.set_grad_enabled(progress > 0.8):  # until then the decoder gets used to the tower's tokens
         tokens = encode_pictures(model, batch.pixels)
     loss, report = _answer_loss(answer_logits(model, family, batch, tokens, None), batch)
-    entropy, distance = patch_loss(tokens, batch.labels, model.get_input_embeddings().weight, family)
+    entropy, distance = patch_loss(tokens, batch.labels, word_embeddings(model), family)
     return loss + 0.1 * entropy + 0.02 * distance, {**report, "patch": entropy.item()}
 
 
@@ -182,7 +188,7 @@ def start(family: str) -> PreTrainedModel:
     torch.manual_seed(TRAIN_SEED)
     model = build_model(family)
     with torch.no_grad():
-        nn.init.orthogonal_(model.get_input_embeddings().weight)
+        nn.init.orthogonal_(word_embeddings(model))
     model.tie_weights()
     return model
 
