@@ -9,6 +9,7 @@ Exact: every value a graph returns is bit-equal before and after.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,6 +58,7 @@ def canonicalize(graph: Graph) -> bool:
     """Rewrite one graph; returns whether it changed."""
     changed = _drop_assertions(graph)
     changed |= _drop_empty_caches(graph)
+    changed |= _multiply_powers(graph)
     changed |= _drop_no_ops(graph)
     changed |= _merge_equal_nodes(graph)
     if _fuse_norms(graph):
@@ -70,6 +72,21 @@ def _drop_assertions(graph: Graph) -> bool:
     for node in unread:
         graph.module.graph.erase_node(node)
     return bool(unread)
+
+
+def _multiply_powers(graph: Graph) -> bool:
+    """Powers of sizes as products: side ** 2 patches of a square picture are side * side."""
+    powers = [node for node in calls(graph, operator.pow, pow) if isinstance(node.args[1], int) and node.args[1] > 0]
+    for node in powers:
+        size, exponent = node.args
+        assert isinstance(exponent, int)
+        product = size
+        for _ in range(exponent - 1):
+            product = call(graph, node, operator.mul, product, size)
+        assert isinstance(product, fx.Node)
+        node.replace_all_uses_with(product)
+        graph.module.graph.erase_node(node)
+    return bool(powers)
 
 
 def _drop_no_ops(graph: Graph) -> bool:
@@ -93,7 +110,7 @@ def _is_no_op(node: fx.Node) -> bool:
         return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
     if node.target is aten.slice.Tensor:
         start, end, step = (*node.args[2:], *(None, None, 1)[max(len(node.args) - 2, 0) :])
-        return start in (0, None) and (end is None or (isinstance(end, int) and end >= WHOLE)) and step == 1
+        return start in (0, None) and step in (1,) and (end is None or (isinstance(end, int) and end >= WHOLE))
     return False
 
 
@@ -161,7 +178,7 @@ def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | Non
     if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):  # type: ignore[union-attr]
         return None
     mean, eps = shifted.args  # type: ignore[union-attr]
-    if not is_call(mean, aten.mean.dim) or list(mean.args[1:]) != [[-1], True]:  # type: ignore[union-attr]
+    if not is_call(mean, aten.mean.dim) or list(mean.args[1:]) != [[-1], True]:
         return None
     square = mean.args[0]  # type: ignore[union-attr]
     if not is_call(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:  # type: ignore[union-attr]
@@ -182,6 +199,7 @@ def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | Non
     scale = end.args[0] if end.args[1] is narrow else end.args[1]
     if not isinstance(x, fx.Node) or not isinstance(scale, fx.Node) or not isinstance(eps, float):
         return None
+    assert isinstance(wide, fx.Node)
     # The operator squares in float32 and narrows to the type of x; any other order of types rounds elsewhere.
     if value(wide).dtype != torch.float32 or value(narrow).dtype != value(x).dtype or value(scale).ndim != 1:
         return None
@@ -195,7 +213,7 @@ def _is_one_plus(scale: fx.Node) -> bool:
         is_call(scale, aten.add.Tensor)
         and isinstance(scale.args[0], fx.Node)
         and scale.args[0].op == "get_attr"
-        and scale.args[1] == 1.0
+        and scale.args[1] in (1.0,)
     )
 
 

@@ -34,6 +34,7 @@ from qpcompile.plan import Cut
 from qpcompile.recipe_schema import TokenScheme
 
 EXAMPLE_VISUAL_TOKENS = 7
+RANDOM_PRIME, RANDOM_FACTOR = 1048573, 2654435761
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,19 @@ def _random_scores(graph: Graph, point: fx.Node, seed: int, state: _State, valid
     position = call(graph, point, aten.cumsum.default, valid, 1)
     if state.kept is not None:
         position = call(graph, point, aten.gather.default, position, 1, state.kept)
-    mixed = call(
-        graph, point, aten.mul.Tensor, call(graph, point, aten.add.Tensor, position, seed * 7919 + 1), 2654435761
-    )
-    score = call(graph, point, aten.remainder.Scalar, mixed, 1048573)
+    shifted = call(graph, point, aten.add.Tensor, position, seed * 7919 + 1)
+    mixed = _modulo(graph, point, shifted, RANDOM_FACTOR)
+    # x^5 is one-to-one modulo this prime and, unlike x itself, spreads neighbours unevenly.
+    square = _modulo(graph, point, mixed, mixed)
+    score = _modulo(graph, point, _modulo(graph, point, square, square), mixed)
     score = call(graph, point, aten.to.dtype, score, torch.float32)
     score = call(graph, point, aten.where.ScalarOther, state.visual, score, float("inf"))
     return call(graph, point, aten.where.ScalarOther, state.alive, score, float("-inf"))
+
+
+def _modulo(graph: Graph, point: fx.Node, left: fx.Node, right: fx.Node | int) -> fx.Node:
+    """left * right modulo the largest prime below 2^20, which float32 holds exactly."""
+    return call(graph, point, aten.remainder.Scalar, call(graph, point, aten.mul.Tensor, left, right), RANDOM_PRIME)
 
 
 def _attention(graph: Graph, layer: int) -> fx.Node:

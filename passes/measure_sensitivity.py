@@ -121,8 +121,7 @@ class _Twice(fx.Interpreter):
         if not changed and fact is None:
             self._note(n, value, value)
             return
-        fetch = lambda argument: self.shadow.get(argument, self.env.get(argument))  # noqa: E731
-        args, kwargs = fx.map_arg(n.args, fetch), fx.map_arg(n.kwargs, fetch)
+        args, kwargs = fx.map_arg(n.args, self._quantized), fx.map_arg(n.kwargs, self._quantized)
         result = n.target(*args, **kwargs)  # type: ignore[operator]
         if fact is not None and scheme is not None:
             result = fake_quantize(result, fact, scheme)
@@ -132,14 +131,18 @@ class _Twice(fx.Interpreter):
     def _note(self, n: fx.Node, value: Any, quantized: Any) -> None:
         """Keep the latest residual stream, and look at attention as it passes."""
         if is_call(n, aten.scaled_dot_product_attention.default) and self.machine.visual is not None:
-            fetch = lambda argument: self.shadow.get(argument, self.env.get(argument))  # noqa: E731
             read = read_attention(n)
-            mask = None if read.mask is None else fetch(read.mask)
-            mass = attention_mass(fetch(read.query), fetch(read.key), mask, read.scale, self.machine.visual)
+            query, key = self._quantized(read.query), self._quantized(read.key)
+            mask = None if read.mask is None else self._quantized(read.mask)
+            mass = attention_mass(query, key, mask, read.scale, self.machine.visual)
             if mass is not None and self.layer is not None:
                 self.table[self.layer].masses.append(mass)
         if self._is_residual(value):
             self.latest = value, quantized
+
+    def _quantized(self, node: fx.Node) -> Any:
+        """A node's value in the quantized layer."""
+        return self.shadow[node] if node in self.shadow else self.env[node]
 
     def _is_residual(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[2] == self.hidden_width

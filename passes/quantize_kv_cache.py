@@ -145,6 +145,7 @@ def _replace_cache(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
     assert isinstance(values, tuple)
     results, paths = [], []
     for path, node in zip(graph.outputs, values, strict=True):
+        assert isinstance(node, fx.Node)
         stub = _stub_behind(node) if path.startswith(f"{CACHE}.") else None
         if stub is None or stub not in pairs:
             results.append(node)

@@ -10,6 +10,8 @@ import torch
 from families import Cases, llava
 from torch import fx
 from torch.export import Dim
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from qpcompile.capture.capture import capture
@@ -70,9 +72,9 @@ def traced(
     }
     exported = torch.export.export(module.eval(), (), arguments, dynamic_shapes=shapes)
     made = exported.module(check_guards=False)
-    made.graph.set_codegen(fx.graph.CodeGen())
+    made.graph.set_codegen(CodeGen())
     output = next(node for node in made.graph.nodes if node.op == "output")
-    values = torch.utils._pytree.tree_leaves(output.args[0])
+    values = tree_leaves(output.args[0])
     output.args = (tuple(values),)
     for node in made.graph.nodes:
         if node.op == "get_attr":

@@ -165,6 +165,7 @@ def weights(program: Program) -> dict[tuple[str, str], Tensor]:
     return {(graph.name, name): get_tensor(graph.module, name) for graph, name in reads}
 
 
+@pytest.mark.timeout(900)  # a capture and a compile of its own
 def test_two_compiles_are_equal(quantized: Program) -> None:
     model, cases, _ = captured()
     again = capture(model, cases["one"], quantized.recipe)

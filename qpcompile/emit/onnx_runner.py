@@ -102,10 +102,16 @@ class OnnxVLM:
         """Visual tokens f[N, C] of all pictures, in order."""
         if pixel_values is None:
             return None
-        feeds: dict[str, Array] = {"pixel_values": pixel_values, "hidden_states": pixel_values}
-        if image_grid_thw is not None:
-            feeds |= patch_layout(np.asarray(image_grid_thw, np.int64), self.config["vision_config"])
-        return run(self.vision, feeds)[FEATURES].numpy()
+        if image_grid_thw is None:
+            return run(self.vision, {"pixel_values": pixel_values})[FEATURES].numpy()
+        # Patches of different pictures do not see each other, so time and memory grow with the largest picture alone.
+        grids = np.asarray(image_grid_thw, np.int64)
+        parts: list[Array] = []
+        for grid, patches in zip(grids, np.split(pixel_values, np.cumsum(grids.prod(1))[:-1]), strict=True):
+            feeds = {"pixel_values": patches, "hidden_states": patches}
+            feeds |= patch_layout(grid[None], self.config["vision_config"])
+            parts.append(run(self.vision, feeds)[FEATURES].numpy())
+        return np.concatenate(parts)
 
     def _positions(self, ids: Array, mask: Array, grids: Array | None) -> Array:
         rank = next((len(entry.shape) for entry in self.prefill.get_inputs() if entry.name == POSITIONS), 2)

@@ -140,7 +140,8 @@ class _Translator:
         try:
             if not isinstance(node.target, torch._ops.OpOverload) and not any(map(_holds_value, args)):
                 # Arithmetic on sizes that turned out to be constant.
-                result = node.target(*args, **kwargs)
+                number: Any = node.target
+                result = number(*args, **kwargs)
             elif node.target in self.own_table:
                 args, kwargs = _plain(args), _plain(kwargs)
                 result = self.own_table[node.target](*args, **kwargs)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from qpcompile.ir.edit import aten, calls, get_tensor, is_call, layer_of, through_shape_ops
+from qpcompile.ir.attention import read_attention
+from qpcompile.ir.edit import SHAPE_OPS, aten, calls, get_tensor, is_call, layer_of, through_shape_ops
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB, RMSNORM
 from qpcompile.ir.program import Graph
@@ -197,7 +198,7 @@ def _value_and_output(graph: Graph, stub: fx.Node) -> tuple[fx.Node, fx.Node] | 
     source = stub.args[0]
     assert isinstance(source, fx.Node)
     produce = through_shape_ops(source)
-    if not is_call(produce, aten.linear.default) or not _sole_reader(produce, stub):
+    if not is_call(produce, aten.linear.default) or not _sole_reader(produce, stub) or not _read_as_value(stub):
         return None
     for linear in calls(graph, aten.linear.default):
         origin = linear.args[0]
@@ -206,6 +207,23 @@ def _value_and_output(graph: Graph, stub: fx.Node) -> tuple[fx.Node, fx.Node] | 
         if is_call(attention, aten.scaled_dot_product_attention.default) and layer_of(attention) == layer_of(stub):
             return (produce, linear) if _sole_reader(attention, linear) else None
     return None
+
+
+def _read_as_value(stub: fx.Node) -> bool:
+    """Whether attention and the cache alone read what is stubbed, as values (some models make keys of values)."""
+    pending = [stub]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if is_call(user, *SHAPE_OPS, aten.cat.default):
+                pending.append(user)
+            elif is_call(user, aten.scaled_dot_product_attention.default):
+                read = read_attention(user)
+                if node is not read.value or node in (read.query, read.key):
+                    return False
+            elif user.op != "output" and not is_call(user, aten.sym_size.int):
+                return False
+    return True
 
 
 def _sole_reader(source: fx.Node, reader: fx.Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -121,7 +121,7 @@ def first_node_of_layer(graph: Graph, layer: int) -> fx.Node:
     )
 
 
-def is_call(node: object, *targets: object) -> bool:
+def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
     """Whether `node` calls one of `targets`."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -75,11 +76,11 @@ def _reduced(
     graph: Graph, place: fx.Node, node: fx.Node, lengths: Sequence[tuple[torch.SymInt, Selection]]
 ) -> fx.Node | None:
     """What stands for `node` behind the cut, or None where it has nothing to do with tokens."""
-    current = value(node)
+    current: Any = value(node)
     for length, selection in lengths:
         if isinstance(current, torch.SymInt) and same(current, length):
             return selection.count
-        if axes := token_axes(node, length):
+        if isinstance(current, torch.Tensor) and (axes := token_axes(node, length)):
             reduced = gather(graph, place, node, axes, selection)
             is_mask = current.ndim == 4 and axes[-1] == 3
             return mask_dead(graph, place, reduced, selection.alive, current.dtype) if is_mask else reduced

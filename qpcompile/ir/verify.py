@@ -19,7 +19,7 @@ SIZE_FUNCTIONS = frozenset(
 )
 
 # Operators that must be gone from a stage on, and why.
-GONE = {
+GONE: dict[str, dict[object, str]] = {
     "canonical": {
         aten._assert_tensor_metadata.default: "runtime assertions",
         aten._assert_scalar.default: "runtime assertions",

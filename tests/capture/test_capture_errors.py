@@ -20,7 +20,12 @@ NONE = Recipe.load("none")
 
 
 def test_language_model_is_refused() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(ModelError, match="no vision tower") as error:

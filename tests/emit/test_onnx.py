@@ -1,4 +1,4 @@
-"""The ONNX folder answers as the compiled module does, on onnxruntime and numpy alone, and holds 4-bit weights as such."""
+"""The ONNX folder answers as the compiled module does, on onnxruntime and numpy alone; 4-bit weights take 4 bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.run import Machine
 from qpcompile.pipeline import passes
-from qpcompile.plan import Plan
+from qpcompile.plan import Layer, Plan
 from qpcompile.recipe import Recipe
 from tests.families import qwen2_5_vl
 
@@ -44,7 +44,8 @@ def compiled(program: Program, cases: Cases, preset: str, *overrides: str) -> Pr
     """A copy of a captured program, compiled with a preset."""
     recipe = Recipe.load(preset).with_overrides(overrides)
     program = copy.deepcopy(program)
-    program.recipe, program.plan = recipe, Plan(recipe=recipe, layers=program.plan.layers)
+    layers = tuple(Layer(index=layer.index, name=layer.name) for layer in program.layers)
+    program.recipe, program.plan = recipe, Plan(recipe=recipe, layers=layers)
     samples = [cases["one"], cases["longer"]]
     run_passes(program, passes(samples, len(samples)))
     return program
@@ -146,9 +147,7 @@ def test_cut_graphs_rank_and_gather_and_keep_four_bits(quota: tuple[Program, Pat
     assert found["TopK"] - operators(plain, "prefill")["TopK"] >= 2 * len(program.plan.cuts)
     assert found["GatherElements"] > operators(plain, "prefill")["GatherElements"]
     codes = sum(
-        tensor.numel()
-        for name, tensor in program.graphs[PREFILL].module.named_buffers()
-        if tensor.dtype == torch.uint8
+        tensor.numel() for name, tensor in program.graphs[PREFILL].module.named_buffers() if tensor.dtype == torch.uint8
     )
     stored = {name: initializer_bytes(folder, name)["INT4"] for name in ("prefill", "decode")}
     assert stored["prefill"] == stored["decode"]
@@ -184,7 +183,7 @@ def test_sizes_that_vary_have_names(plain: Path) -> None:
 def test_folder_stands_alone(tiny_llava: tuple[Any, Cases], compiled_llava: CompiledVLM, plain: Path) -> None:
     """The runner in the folder, in a process where only numpy and onnxruntime can be imported."""
     case = tiny_llava[1]["padded"]
-    np.savez(plain.parent / "inputs.npz", **arrays(case))
+    np.savez(plain.parent / "inputs.npz", allow_pickle=False, **arrays(case))
     blocker = """
 import runpy, sys
 class Block:
@@ -220,8 +219,8 @@ def test_same_program_same_bytes(compiled_llava: CompiledVLM, plain: Path, tmp_p
 
 
 def test_wrong_number_of_pictures_is_refused(tiny_llava: tuple[Any, Cases], plain: Path) -> None:
-    given = arrays(tiny_llava[1]["padded"])
-    with pytest.raises(ValueError, match="has 32 image tokens .* the pictures give 16"):
+    given: dict[str, Any] = arrays(tiny_llava[1]["padded"])
+    with pytest.raises(ValueError, match=r"has 32 image tokens .* the pictures give 16"):
         OnnxVLM(plain, threads=1).generate(**given | {"pixel_values": given["pixel_values"][:1]})
 
 
@@ -247,6 +246,33 @@ def test_operator_without_translation_is_named(compiled_llava: CompiledVLM, tmp_
     with pytest.raises(ExportError, match=r"aten.erfinv.default has no translation to ONNX\n  where: prefill, silu"):
         export_onnx(program, tmp_path / "folder")
     assert not list(tmp_path.iterdir())
+
+
+def test_host_that_wants_more_than_pixels_is_refused(
+    compiled_llava: CompiledVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_image_features(self: Any, pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> None: ...
+
+    monkeypatch.setattr(type(compiled_llava.program.host), "get_image_features", get_image_features)
+    with pytest.raises(ExportError, match="takes pictures into its tower cannot be traced") as caught:
+        export_onnx(compiled_llava, tmp_path / "folder")
+    assert caught.value.where == "vision"
+    assert not list(tmp_path.iterdir())
+
+
+def test_host_that_changes_features_is_refused(
+    compiled_llava: CompiledVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something after the projector that is not splitting by picture would be missing in the graph."""
+    kind: Any = type(compiled_llava.program.host)
+    original = kind.get_image_features
+
+    def doubled(self: Any, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        return [2 * part for part in original(self, pixel_values).pooler_output]
+
+    monkeypatch.setattr(kind, "get_image_features", doubled)
+    with pytest.raises(ExportError, match="what LlavaForConditionalGeneration does with pictures"):
+        export_onnx(compiled_llava, tmp_path / "folder")
 
 
 def test_bfloat16_is_refused(compiled_llava: CompiledVLM, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,12 +46,13 @@ def test_picture_positions(rows: list[list[tuple[int, int, int]]], merge: int, d
     visual = np.array([[False] * (width - len(row)) + row for row in flags])
     mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in flags])
     grids = np.array([(f, h * merge, w * merge) for row in rows for f, h, w in row]).reshape(-1, 3)
-    model = SimpleNamespace(
+    model: Any = SimpleNamespace(
         config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=merge, tokens_per_second=2)),
-        get_vision_position_ids=lambda *args, **named: Qwen2_5_VLModel.get_vision_position_ids(model, *args, **named),  # type: ignore[arg-type]
+        get_vision_position_ids=lambda *args, **named: Qwen2_5_VLModel.get_vision_position_ids(model, *args, **named),
     )
-    expected, _ = Qwen2_5_VLModel.get_rope_index(
-        model,  # type: ignore[arg-type]
+    rope_index: Any = Qwen2_5_VLModel.get_rope_index
+    expected, _ = rope_index(
+        model,
         torch.from_numpy(visual.astype(np.int64)),
         torch.from_numpy(visual.astype(np.int32)),
         image_grid_thw=torch.from_numpy(grids),

@@ -53,7 +53,9 @@ ONE: dict[str, Function] = {
     "convolution": lambda x, i, b: aten.conv2d.default(
         aten.unsqueeze.default(x, 1), aten.ones.default([2, 1, 1, 3]), None, [1, 3]
     ),
-    "shapes": lambda x, i, b: aten.flatten.using_ints(aten.unflatten.int(aten.permute.default(x, [0, 2, 1]), 1, [2, 3]), 2),
+    "shapes": lambda x, i, b: aten.flatten.using_ints(
+        aten.unflatten.int(aten.permute.default(x, [0, 2, 1]), 1, [2, 3]), 2
+    ),
     "sizes in a view": lambda x, i, b: aten.view.default(
         x, [operator.mul(aten.sym_size.int(x, 0), aten.sym_size.int(x, 1)), 6]
     ),

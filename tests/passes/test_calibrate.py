@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,10 +39,12 @@ def eager_inputs(samples: list[Inputs]) -> dict[str, torch.Tensor]:
     """Everything that reaches one linear of each site, f32[T, C], by hooks on the model."""
     model, _, _ = captured()
     seen: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
+
+    def note(site: str, _: Any, args: tuple[torch.Tensor, ...]) -> None:
+        seen[site].append(args[0].reshape(-1, args[0].shape[-1]))
+
     hooks = [
-        model.get_submodule(module).register_forward_pre_hook(
-            lambda _, args, site=site: seen[site].append(args[0].reshape(-1, args[0].shape[-1]))
-        )
+        model.get_submodule(module).register_forward_pre_hook(functools.partial(note, site))
         for site, module in SITES.items()
     ]
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import expecttest
 import pytest
@@ -38,7 +39,7 @@ class NormedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        mlp = self.layers[0]
+        mlp: Any = self.layers[0]
         up, gate = mlp.up_proj(normed), nn.functional.silu(mlp.gate_proj(normed))
         if self.kind == "a factor of one channel":
             up = self.narrow(x)

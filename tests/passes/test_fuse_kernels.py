@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import expecttest
 import pytest
@@ -40,7 +41,8 @@ class NormedMlp(nn.Module):
         self.layers = nn.ModuleList([Mlp()])
 
     def forward(self, x: Tensor) -> Tensor:
-        normed, mlp = self.norm(x), self.layers[0]
+        mlp: Any = self.layers[0]
+        normed = self.norm(x)
         gate = nn.functional.silu(mlp.gate_proj(normed))
         product = gate * mlp.up_proj(normed)
         y = mlp.down_proj(product)

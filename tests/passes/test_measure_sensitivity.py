@@ -38,7 +38,7 @@ def ready(recipe: str, *settings: str) -> Program:
 def eager(sample: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Hidden states before and behind each layer, and attention weights of each layer, by transformers."""
     model, _, _ = captured()
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation("eager")
     hidden: list[torch.Tensor] = []
     language: Any = model.model.language_model
@@ -86,8 +86,8 @@ def test_deviation_of_one_quantized_part(of: str) -> None:
     original = torch.nn.functional.scaled_dot_product_attention
 
     def rounded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        pair = [kv4_read(*kv4_write(part), part.shape[-1], part.dtype) for part in (key, value)]
-        return original(query, *pair, **options)
+        key, value = (kv4_read(*kv4_write(part), part.shape[-1], part.dtype) for part in (key, value))
+        return original(query, key, value, **options)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", rounded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import expecttest
 import pytest
@@ -213,7 +214,7 @@ class Rounded(torch.nn.Module):
         """Hidden states of the prompt, and of a new token on top of its cache."""
         original = torch.nn.functional.scaled_dot_product_attention
 
-        def attention(query: Tensor, key: Tensor, value: Tensor, **options: Tensor) -> Tensor:
+        def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
             return original(query, round_trip(key), round_trip(value), **options)
 
         patch = pytest.MonkeyPatch()

@@ -8,9 +8,9 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import scenes
-import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
@@ -146,10 +146,13 @@ def build_processor(family: str) -> ProcessorMixin:
 
 def build_model(family: str) -> PreTrainedModel:
     """The untrained model."""
-    tokenizer = build_tokenizer(family)
-    token = tokenizer.convert_tokens_to_ids
+    vocabulary = build_tokenizer(family).get_vocab()
     dialect = DIALECTS[family]
-    ends = {"bos_token_id": 2, "eos_token_id": token(dialect.end), "pad_token_id": token(dialect.pad)}
+    ends: dict[str, Any] = {
+        "bos_token_id": 2,
+        "eos_token_id": vocabulary[dialect.end],
+        "pad_token_id": vocabulary[dialect.pad],
+    }
     if family == "llava":
         return LlavaForConditionalGeneration(
             LlavaConfig(
@@ -163,7 +166,7 @@ def build_model(family: str) -> PreTrainedModel:
                     rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
                     initializer_range=0.05, tie_word_embeddings=True, **ends,
                 ),
-                image_token_index=token(dialect.image),
+                image_token_index=vocabulary[dialect.image],
                 image_seq_length=144,
                 vision_feature_layer=-2,
                 vision_feature_select_strategy="default",
@@ -183,10 +186,10 @@ def build_model(family: str) -> PreTrainedModel:
                 "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 4, 4]},
                 "initializer_range": 0.05, "tie_word_embeddings": True, **ends,
             },
-            image_token_id=token("<|image_pad|>"),
-            video_token_id=token("<|video_pad|>"),
-            vision_start_token_id=token("<|vision_start|>"),
-            vision_end_token_id=token("<|vision_end|>"),
+            image_token_id=vocabulary["<|image_pad|>"],
+            video_token_id=vocabulary["<|video_pad|>"],
+            vision_start_token_id=vocabulary["<|vision_start|>"],
+            vision_end_token_id=vocabulary["<|vision_end|>"],
             tie_word_embeddings=True,
         )
     )  # fmt: skip
@@ -197,7 +200,7 @@ def save_folder(model: PreTrainedModel, processor: ProcessorMixin, out: Path) ->
     aside = out.with_name(out.name + ".new")
     shutil.rmtree(aside, ignore_errors=True)
     config = model.config
-    half = copy.deepcopy(model).to(torch.float16)
+    half = copy.deepcopy(model).half()
     half.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=4,

@@ -1,6 +1,6 @@
 """Trains one of the two small models from nothing, on the processor, in three stages.
 
-    python tests/testbed/train.py --family llava --work /tmp/testbed-llava --out tests/testbed/llava
+    python tests/testbed/train.py --family llava --work runs/llava --out tests/testbed/llava
 
 1. tower:   pictures full of objects; each visual token learns to be the sum of the embeddings of its object's words.
 2. decoder: no pictures; visual tokens are such sums, first only of objects and a little background, then of all.
