@@ -32,8 +32,7 @@ from qpcompile.passes.measure_sensitivity import MeasureSensitivity
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
-from qpcompile.plan import CalibrationUsed, Plan
-from qpcompile.plan import Layer as LayerEntry
+from qpcompile.plan import CalibrationUsed
 from qpcompile.recipe import Recipe
 
 
@@ -90,8 +89,7 @@ def compile(
         )
     program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
-    layers = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in program.layers)
-    program.plan = Plan(recipe=recipe, layers=layers, calibration=used, versions=package_versions())
+    program.plan = program.plan.changed(calibration=used, versions=package_versions())
     steps = run_passes(program, passes(samples or (), len(samples) if samples else 0), after)
     program.facts["steps"] = steps
     return CompiledVLM(program, processor)

@@ -15,6 +15,7 @@ from qpcompile.ir.edit import layer_of
 from qpcompile.ir.host import empty_host, fill_host, host_tensors
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Layer, Program
 from qpcompile.ir.structure import CACHE
+from qpcompile.plan import Layer as LayerEntry
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
 
@@ -52,7 +53,9 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
     held = _own_weights(graphs)
     host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
     host.generation_config = copy.deepcopy(model.generation_config)
-    return Program(graphs, host, _layers(graphs[PREFILL]), recipe, Plan(recipe=recipe))
+    layers = _layers(graphs[PREFILL])
+    planned = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in layers)
+    return Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=planned))
 
 
 def _own_weights(graphs: dict[str, Graph]) -> set[str]:

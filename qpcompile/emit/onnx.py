@@ -122,9 +122,16 @@ def _check_supported(program: Program) -> None:
             where=type(program.host).__name__,
             do="use the compiled module: this family is not split in the way an ONNX folder is",
         )
-    if program.host.dtype not in (torch.float32, torch.float16):
+    host: Any = program.host
+    if getattr(host.config, "image_token_id", None) is None:
         raise ExportError(
-            f"the model's type is {program.host.dtype}, which onnxruntime's CPU kernels do not have",
+            "the tokens that pictures take the place of have no id of their own",
+            where=f"{type(host).__name__}, config.image_token_id",
+            do="use the compiled module: this family cannot be written as an ONNX folder yet",
+        )
+    if host.dtype not in (torch.float32, torch.float16):
+        raise ExportError(
+            f"the model's type is {host.dtype}, which onnxruntime's CPU kernels do not have",
             where="dtype",
             do='load the model with dtype="float32" and compile again',
         )

@@ -11,6 +11,7 @@ from transformers.exporters.utils import precompute_export_inputs
 from qpcompile.emit.onnx_runner import COUNT, FEATURES, IDS, MASK, POSITIONS, SEEN, VALID, VISUAL
 from qpcompile.emit.onnx_vision import PICTURES, picture_shape
 from qpcompile.emit.onnx_wrap import GRID
+from qpcompile.errors import ExportError
 from qpcompile.ir.program import VISION, Program
 from qpcompile.ir.run import ALIVE, KEPT
 from qpcompile.ir.structure import CACHE
@@ -33,17 +34,29 @@ SIZES = (Sizes(2, 3, 23, 6, ((4, 6), (10, 2))), Sizes(3, 5, 57, 10, ((4, 7), (9,
 def vision_example(program: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
     """Pictures; of several sizes where the tower takes that."""
     host: Any = program.host
+    if GRID not in program.graphs[VISION].inputs:
+        return {PICTURES: torch.zeros(sizes.batch, *(picture_shape(program) or ()), dtype=host.dtype)}
+    try:
+        return _patches(program, sizes)
+    except AttributeError as error:
+        raise ExportError(
+            f"how this family cuts pictures into patches is not known: {error}",
+            where="config.vision_config",
+            do="use the compiled module: this family cannot be written as an ONNX folder yet",
+        ) from error
+
+
+def _patches(program: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Packed patches of pictures of several sizes, and what a tower wants to know about them."""
+    host: Any = program.host
     config, dtype = host.config.vision_config, host.dtype
-    graph = program.graphs[VISION]
-    if GRID not in graph.inputs:
-        return {PICTURES: torch.zeros(sizes.batch, *(picture_shape(program) or ()), dtype=dtype)}
     merge = config.spatial_merge_size
     grids = torch.tensor([[1, rows * merge, columns * merge] for rows, columns in sizes.grids])
     channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
     width = channels * config.temporal_patch_size * config.patch_size**2
     patches = torch.zeros(int(grids.prod(1).sum()), width, dtype=dtype)
     arguments: dict[str, Any] = {"hidden_states": patches, PICTURES: patches, GRID: grids}
-    precompute_export_inputs(host.get_submodule(graph.owner), arguments)
+    precompute_export_inputs(host.get_submodule(program.graphs[VISION].owner), arguments)
     return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
 
 

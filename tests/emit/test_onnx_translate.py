@@ -16,6 +16,7 @@ from qpcompile.emit.onnx import OWN, TORCH
 from qpcompile.emit.onnx_translate import axis_names, to_onnx
 from qpcompile.emit.onnx_wrap import Part
 from qpcompile.errors import ExportError
+from qpcompile.ir import operators
 
 aten = torch.ops.aten
 Function = Callable[..., Any]
@@ -151,6 +152,11 @@ def test_operators_nobody_translated_are_refused() -> None:
 def test_indices_by_mask_are_refused() -> None:
     with pytest.raises(ExportError, match="indexed by a mask"):
         check(lambda x, i, b: aten.index.Tensor(x, [b]))
+
+
+def test_every_operator_of_ours_has_a_translation() -> None:
+    ours = {value for value in vars(operators).values() if isinstance(value, torch._ops.OpOverload)}
+    assert set(OWN) == ours - {operators.QUANT_STUB}
 
 
 def test_axis_names() -> None:
