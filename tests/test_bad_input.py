@@ -66,7 +66,8 @@ def captured(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """`compile` takes that capture. Its first passes find their work done when they come again."""
 
     def instead(model: Any, sample: Any, recipe: Recipe) -> Program:
-        return replace(program, recipe=recipe, plan=Plan(recipe=recipe), stage="captured", facts={}, history=[])
+        plan = Plan(recipe=recipe, layers=program.plan.layers)
+        return replace(program, recipe=recipe, plan=plan, stage="captured", facts={}, history=[])
 
     monkeypatch.setattr(pipeline, "capture", instead)
 
