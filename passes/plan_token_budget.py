@@ -1,6 +1,11 @@
 """Decide behind which layers visual tokens are dropped and how many stay: the materialised pruning recipe.
 
-Source: "QUOTA" (arXiv 2604.17320), section 3.2, equations 2 to 5; the candidate rule's thresholds are ours.
+The method (qpcompile/ir/pruners) says where and in which proportions; `tokens.keep` and `tokens.keep_of` say how many:
+
+    keep_of final    the ratio behind the last cut is `keep`
+    keep_of mean     the mean over decoder layers is `keep`, found by bisection, so that methods can be compared
+
+Source: "QUOTA" (arXiv 2604.17320), section 3.2, equations 2 to 5, for its own schedule; matching means is ours.
 """
 
 from __future__ import annotations
@@ -9,9 +14,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qpcompile.errors import PlanError
-from qpcompile.ir.budget import candidate_layers, plan_budget, sensitivity
+from qpcompile.ir.budget import ratio_fraction
 from qpcompile.ir.program import Program
-from qpcompile.plan import Cut, Sensitivity
+from qpcompile.ir.pruners.pruner import Schedule
+from qpcompile.ir.pruners.table import PRUNERS
+from qpcompile.plan import Cut
+
+BISECTIONS = 60
 
 
 @dataclass(frozen=True)
@@ -27,54 +36,33 @@ class PlanTokenBudget:
         tokens = program.recipe.tokens
         if tokens.method == "none":
             return False
-        if tokens.position_mode != "retain":
-            raise PlanError(
-                f"position_mode {tokens.position_mode} has no implementation: kept tokens keep their positions",
-                where="tokens.position_mode",
-                do="write retain",
-            )
-        chosen = _candidates(program)
-        # Without samples all layers count as equally sensitive.
-        deviations = program.facts.get("deviations", {layer: [0.0] for layer in chosen})
-        table = [list(sample) for sample in zip(*[deviations[layer] for layer in chosen], strict=True)]
-        budgets = plan_budget(
-            chosen,
-            sensitivity(table),
-            tokens.keep,
-            tokens.temperature,
-            tokens.sensitivity_percentiles,
-            tokens.sensitivity_clip,
-        )
-        found = [Sensitivity(layer=b.layer, raw=b.sensitivity, normalized=b.normalized) for b in budgets]
+        schedule = PRUNERS[tokens.method].schedule(program)
+        depth = len(program.layers)
+        keep = tokens.keep if tokens.keep_of == "final" else final_keep(schedule, tokens.keep, depth)
         cuts = [
-            Cut(layer=b.layer, ratio=b.ratio, numerator=b.numerator, denominator=b.denominator)
-            for b in budgets
-            if b.numerator < b.denominator
+            Cut(layer=layer, ratio=ratio, numerator=numerator, denominator=denominator)
+            for layer, ratio in zip(schedule.layers, schedule.ratios(keep), strict=True)
+            for numerator, denominator in [ratio_fraction(ratio)]
+            if numerator < denominator
         ]
-        program.plan = program.plan.changed(candidate_layers=chosen, sensitivity=tuple(found), cuts=tuple(cuts))
+        candidates = tuple(layer for layer in schedule.layers if layer >= 0)
+        program.plan = program.plan.changed(
+            candidate_layers=candidates, sensitivity=schedule.sensitivity, cuts=tuple(cuts)
+        )
         return False
 
 
-def _candidates(program: Program) -> tuple[int, ...]:
-    """The layers to cut behind: as the recipe says, or by the profile of the calibration run."""
-    tokens = program.recipe.tokens
-    last = program.layers[-1].index
-    if tokens.candidate_layers != "auto":
-        if tokens.candidate_layers[-1] >= last:
-            raise PlanError(
-                f"layer {tokens.candidate_layers[-1]} cannot be cut behind: this model's last layer is {last}",
-                where="tokens.candidate_layers",
-                do=f"name layers from 0 to {last - 1}",
-            )
-        return tokens.candidate_layers
-    facts = program.plan.facts[:-1]
-    return candidate_layers(
-        [fact.mass_median for fact in facts],
-        [fact.mass_iqr for fact in facts],
-        [fact.cosine for fact in facts],
-        concentration_floor=tokens.concentration_floor,
-        iqr_ceiling=tokens.iqr_ceiling,
-        cosine_ceiling=tokens.cosine_ceiling,
-        tail_fraction=tokens.tail_fraction,
-        max_candidates=tokens.max_candidates,
-    )
+def final_keep(schedule: Schedule, mean: float, depth: int) -> float:
+    """The final keep ratio whose mean over `depth` layers is `mean`; PlanError where even a tiny one keeps more."""
+    low, high = 1e-6, 1.0
+    if schedule.mean(low, depth) > mean:
+        raise PlanError(
+            f"cutting behind layers {list(schedule.layers)} of {depth} computes at least "
+            f"{schedule.mean(low, depth):.4f} of the visual tokens, {mean} was asked",
+            where="tokens.keep",
+            do="ask for a larger mean, or name earlier tokens.candidate_layers",
+        )
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if schedule.mean(middle, depth) < mean else (low, middle)
+    return high

@@ -22,6 +22,7 @@ from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError, ModelError
 from qpcompile.ir.pass_manager import Pass, Step, run_passes
 from qpcompile.ir.program import Program
+from qpcompile.ir.pruners.table import PRUNERS
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.fold_transforms import FoldTransforms
@@ -103,7 +104,7 @@ def needs_samples(recipe: Recipe) -> list[str]:
             needs.append("quantize.weights.solver gptq (rtn needs none)")
         if recipe.quantize.smooth is not None:
             needs.append("quantize.smooth (null needs none)")
-    if recipe.tokens.method != "none" and recipe.tokens.candidate_layers == "auto":
+    if recipe.tokens.method != "none" and PRUNERS[recipe.tokens.method].profiles(recipe):
         needs.append("tokens.candidate_layers auto (a list of layers needs none)")
     return needs
 

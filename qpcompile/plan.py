@@ -45,7 +45,7 @@ class Sensitivity(Section):
 class Cut(Section):
     """Visual tokens are dropped after this layer."""
 
-    layer: int = Field(ge=0, description="Index of the last layer that sees the dropped tokens.")
+    layer: int = Field(ge=-1, description="Last layer that sees the dropped tokens; -1: none, they end before layer 0.")
     ratio: float = Field(gt=0, le=1, description="Share of the first visual tokens that stay (equation 4).")
     numerator: int = Field(ge=1, description="The ratio as the graph computes it: numerator / denominator.")
     denominator: int = Field(ge=1, description="See numerator.")
@@ -155,7 +155,7 @@ class Plan(Section):
     def visual_tokens(self, visual: int) -> tuple[int, ...]:
         """Visual tokens that each decoder layer computes on, when `visual` tokens enter the decoder."""
         kept = {cut.layer: cut.kept(visual) for cut in self.cuts}
-        counts, current = [], visual
+        counts, current = [], kept.get(-1, visual)
         for layer in self.layers:
             counts.append(current)
             current = kept.get(layer.index, current)
@@ -193,7 +193,9 @@ def _contradictions(plan: Plan) -> dict[str, str]:
     for key, indices in _layer_lists(plan).items():
         if len(set(indices)) < len(indices):
             reasons[key] = "a layer is listed twice"
-        unknown = [index for index in indices if not 0 <= index < len(plan.layers)]
+        # A cut may lie before layer 0.
+        first = -1 if key == "cuts" else 0
+        unknown = [index for index in indices if not first <= index < len(plan.layers)]
         if unknown:
             reasons[key] = f"layer {unknown[0]} does not exist: the decoder has {len(plan.layers)} layers"
     if any(

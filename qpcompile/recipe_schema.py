@@ -195,11 +195,15 @@ class ScoreWeights(Section):
 class TokenScheme(Section):
     """Which visual tokens are dropped, where, and how they are chosen."""
 
-    method: Literal["none", "random", "quota"] = Field(
+    method: Literal["none", "quota", "random", "random_input"] = Field(
         default="none",
-        description="none keeps all; random draws by seed on the same schedule; quota scores every token.",
+        description="none keeps all; quota scores every token at several layers; random draws by seed on the same "
+        "schedule; random_input draws before the decoder.",
     )
-    keep: float = Field(default=1.0, gt=0, le=1, description="Share of visual tokens left after the last cut.")
+    keep: float = Field(default=1.0, gt=0, le=1, description="Share of visual tokens that stays; see keep_of.")
+    keep_of: Literal["final", "mean"] = Field(
+        default="final", description="keep is the share behind the last cut, or the mean over decoder layers."
+    )
     candidate_layers: Literal["auto"] | LayerList = Field(
         default="auto",
         description="Decoder layers after which tokens are cut, from 0, strictly increasing; auto profiles them.",

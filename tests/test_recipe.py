@@ -159,12 +159,12 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
     assert refused(
         "version: 2\n"
         "quantise: {}\n"
-        "tokens: {keeep: 0.5, keep: 0, method: fastv, candidate_layers: [3, 2], percentiles: [1], seed: true}\n"
+        "tokens: {keeep: 0.5, keep: 0, method: fastvv, candidate_layers: [3, 2], percentiles: [1], seed: true}\n"
         "calibration: null\n"
     ) == (
         "the recipe has 9 keys that cannot be used:\n"
         "  version: given 2; allowed: 1\n"
-        '  tokens.method: given "fastv"; allowed: none | random | quota\n'
+        '  tokens.method: given "fastvv"; allowed: none | quota | random | random_input\n'
         "  tokens.keep: given 0; allowed: number > 0 and <= 1\n"
         "  tokens.candidate_layers: given [3, 2]; allowed: auto | list of integer >= 0 "
         "(layers must be strictly increasing)\n"

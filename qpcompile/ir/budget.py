@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,31 +25,6 @@ from qpcompile.errors import PlanError
 # A ratio is stored in millionths: a graph can multiply and divide it in int64 for up to 9e12 visual tokens, and
 # ten-thousandths would already miss one of the paper's counts (230.009 of 576 is 231 tokens).
 DENOMINATOR = 1_000_000
-
-
-@dataclass(frozen=True)
-class LayerBudget:
-    """What one cut does: after `layer`, ceil(visual * numerator / denominator) visual tokens go on."""
-
-    layer: int
-    sensitivity: float
-    normalized: float
-    share: float
-    ratio: float
-    numerator: int
-    denominator: int = DENOMINATOR
-
-    def __post_init__(self) -> None:
-        if not 0 < self.numerator <= self.denominator:
-            raise PlanError(
-                f"the keep ratio {self.numerator}/{self.denominator} is not above 0 and at most 1",
-                where=f"decoder layer {self.layer}",
-                do="compute it with ratio_fraction",
-            )
-
-    def kept(self, visual: int) -> int:
-        """Visual tokens left of `visual`, exactly as the graph computes it."""
-        return tokens_by_fraction(self.numerator, self.denominator, visual)
 
 
 def relative_deviation(quantized: ArrayLike, full: ArrayLike, eta: float = 1e-6) -> float:
@@ -132,26 +105,6 @@ def ratio_fraction(ratio: float) -> tuple[int, int]:
 def tokens_by_fraction(numerator: int, denominator: int, visual: int) -> int:
     """ceil(visual * numerator / denominator) in integers only; the form that a graph evaluates."""
     return (visual * numerator + denominator - 1) // denominator
-
-
-def plan_budget(
-    layers: Sequence[int],
-    sensitivities: Sequence[float],
-    keep: float,
-    temperature: float = 1.25,
-    percentiles: tuple[float, float] = (10.0, 90.0),
-    clip: tuple[float, float] = (0.1, 0.9),
-) -> tuple[LayerBudget, ...]:
-    """Equations 2-5 for the candidate layers, one budget each, in their order."""
-    if len(layers) != len(sensitivities) or any(after <= before for before, after in pairwise(layers)):
-        raise PlanError(
-            f"{len(sensitivities)} sensitivities for the layers {list(layers)}",
-            do="name the layers in strictly increasing order and measure each of them once",
-        )
-    normalized = normalize_sensitivity(sensitivities, *percentiles, clip)
-    shares = drop_shares(normalized, temperature)
-    rows = zip(layers, sensitivities, normalized, shares, keep_ratios(shares, keep), strict=True)
-    return tuple(LayerBudget(*row, *ratio_fraction(row[-1])) for row in rows)
 
 
 def candidate_layers(

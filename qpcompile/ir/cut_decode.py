@@ -44,7 +44,8 @@ def cut_decode(graph: Graph, cuts: Sequence[int], offset: int) -> None:
     compacted, 1 where compaction starts with the layer behind it.
     """
     past = _free_full_length(graph)
-    firsts = [cut + offset for cut in cuts]
+    # A cut before the decoder has no scored layer: layer 0 is the first with a short cache either way.
+    firsts = [max(0, cut + offset) for cut in cuts]
     stages = [_Stage(cut, first, last) for cut, first, last in zip(cuts, firsts, [*firsts[1:], None], strict=True)]
     points = {stage.cut: first_node_of_layer(graph, stage.first) for stage in stages}
     place = points[cuts[0]]

@@ -14,6 +14,7 @@ from qpcompile.kernels.quant_stub import op as _quant_stub
 from qpcompile.kernels.quantize_int4 import op as _quantize_int4
 from qpcompile.kernels.rmsnorm import op as _rmsnorm
 from qpcompile.kernels.rmsnorm_quantize import op as _rmsnorm_quantize
+from qpcompile.kernels.segment_attention import op as _segment_attention
 from qpcompile.kernels.select_tokens import op as _select_tokens
 from qpcompile.kernels.silu_mul_quantize import op as _silu_mul_quantize
 from qpcompile.kernels.token_scores import op as _token_scores
@@ -29,6 +30,7 @@ MODULES = (
     _quantize_int4,
     _rmsnorm,
     _rmsnorm_quantize,
+    _segment_attention,
     _select_tokens,
     _silu_mul_quantize,
     _token_scores,
@@ -45,6 +47,7 @@ QUANT_STUB = ours.quant_stub.default
 QUANTIZE_INT4 = ours.quantize_int4.default
 RMSNORM = ours.rmsnorm.default
 RMSNORM_QUANTIZE = ours.rmsnorm_quantize.default
+SEGMENT_ATTENTION = ours.segment_attention.default
 SELECT_TOKENS = ours.select_tokens.default
 SILU_MUL_QUANTIZE = ours.silu_mul_quantize.default
 TOKEN_SCORES = ours.token_scores.default

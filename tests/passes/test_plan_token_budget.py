@@ -69,12 +69,32 @@ def test_without_samples_all_layers_weigh_the_same(apply: Apply) -> None:
     assert [round(cut.ratio, 6) for cut in program.plan.cuts] == [0.8, 0.6, 0.4]
 
 
+@pytest.mark.parametrize("mean", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("settings", [["tokens.candidate_layers=[0, 1]"], ["tokens.method=random_input"]])
+def test_keep_may_mean_the_mean(apply: Apply, settings: list[str], mean: float) -> None:
+    program = measured(*settings, f"tokens.keep={mean}", "tokens.keep_of=mean")
+    apply(program, PlanTokenBudget())
+    counts = program.plan.visual_tokens(100_000)
+    assert sum(counts) / len(counts) == pytest.approx(100_000 * mean, rel=1e-4)
+
+
+def test_a_cut_before_the_decoder_counts_in_every_layer(apply: Apply) -> None:
+    program = measured("tokens.method=random_input", "tokens.keep=0.25")
+    apply(program, PlanTokenBudget())
+    assert [cut.layer for cut in program.plan.cuts] == [-1]
+    assert program.plan.visual_tokens(100) == (25,) * 6
+
+
 @pytest.mark.parametrize(
     ("settings", "message", "where"),
     [
         (["tokens.candidate_layers=[2, 5]"], "layer 5 cannot be cut behind", "tokens.candidate_layers"),
         (["tokens.candidate_layers=[2, 9]"], "layer 9 cannot be cut behind", "tokens.candidate_layers"),
-        (["tokens.position_mode=reindex"], "reindex has no implementation", "tokens.position_mode"),
+        (
+            ["tokens.candidate_layers=[2]", "tokens.keep=0.3", "tokens.keep_of=mean"],
+            r"computes at least 0.5\d* of the visual tokens, 0.3 was asked",
+            "tokens.keep",
+        ),
         (["tokens.concentration_floor=1.0", "tokens.iqr_ceiling=0.0"], "no decoder layer is left", None),
     ],
 )
