@@ -33,7 +33,9 @@ class Calibrate:
     gives: ClassVar[str] = "calibrated"
 
     def run(self, program: Program) -> bool:
-        """Fills `program.facts["calibration"]`; the graphs stay as they are."""
+        """Fills `program.facts["calibration"]`, where an earlier compile has not; the graphs stay as they are."""
+        if "calibration" in program.facts:
+            return False
         scheme = program.recipe.quantize
         found = Calibration()
         program.facts["calibration"] = found

@@ -43,8 +43,9 @@ class MeasureSensitivity:
     gives: ClassVar[str] = "transformed"
 
     def run(self, program: Program) -> bool:
-        """Fills `program.facts["deviations"]` and `program.plan.facts`; nothing to do where no token is dropped."""
-        if program.recipe.tokens.method == "none" or not self.count:
+        """Fills `program.facts["deviations"]` and `program.plan.facts`; nothing to do where no token is dropped
+        or an earlier compile has measured."""
+        if program.recipe.tokens.method == "none" or not self.count or "deviations" in program.facts:
             return False
         layers = [layer.index for layer in program.layers]
         table = {layer: LayerRows() for layer in layers}
