@@ -170,7 +170,7 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
         "(layers must be strictly increasing)\n"
         "  tokens.percentiles: given [1]; allowed: [number, number]\n"
         "  tokens.seed: given true; allowed: integer >= 0\n"
-        "  tokens.keeep: unknown key; did you mean keep?\n"
+        "  tokens.keeep: unknown key; did you mean keep or keep_of?\n"
         "  calibration: given null; allowed: a section with the keys samples, seed\n"
         "  quantise: unknown key; did you mean quantize?\n"
         "  where: recipe text\n"
@@ -283,7 +283,7 @@ def test_overrides_are_applied_together_and_checked_together() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("tokens.kep=0.5", "tokens.kep: unknown key; did you mean keep?\n  where: overrides tokens.kep=0.5"),
+        ("tokens.kep=0.5", "tokens.kep: unknown key; did you mean keep or keep_of?\n  where: overrides tokens.kep=0.5"),
         ("tokens.keep", "has no key or no value"),
         ("=3", "has no key or no value"),
         ("tokens..keep=3", "has no key or no value"),
