@@ -89,6 +89,13 @@ def compile(
             do="pass calibration=..., or take the settings named above out of the recipe",
         )
     program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
+    return compile_captured(program, processor, samples, after)
+
+
+def compile_captured(
+    program: Program, processor: Any, samples: Samples | None, after: Callable[[Step, Program], None] | None = None
+) -> CompiledVLM:
+    """All passes over a captured program, by the recipe it holds; `program` becomes the compiled model's own."""
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
     program.plan = program.plan.changed(calibration=used, versions=package_versions())
     steps = run_passes(program, passes(samples or (), len(samples) if samples else 0), after)
