@@ -76,6 +76,11 @@ def _rmsnorm_quantize(device: torch.device) -> None:
     ours.rmsnorm_quantize(_noise(3, 48, device=device), _noise(48, device=device), 1e-6, None, True, 0, 1.0)
 
 
+def _segment_attention(device: torch.device) -> None:
+    q = _noise(1, 4, 7, 12, device=device)
+    ours.segment_attention(q, q, q, torch.tensor([0, 3, 7], device=device), 0.3)
+
+
 def _select_tokens(device: torch.device) -> None:
     ours.select_tokens(_noise(2, 7, device=device), 3, torch.tensor([3, 2], device=device))
 
@@ -104,6 +109,7 @@ PROBES: dict[str, Probe] = {
     "quantize_int4": _quantize_int4,
     "rmsnorm": _rmsnorm,
     "rmsnorm_quantize": _rmsnorm_quantize,
+    "segment_attention": _segment_attention,
     "select_tokens": _select_tokens,
     "silu_mul_quantize": _silu_mul_quantize,
     "token_scores": _token_scores,

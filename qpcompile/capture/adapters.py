@@ -15,6 +15,8 @@ from unittest import mock
 import torch
 from transformers.utils.output_capturing import capture_outputs
 
+from qpcompile.ir.operators import SEGMENT_ATTENTION
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -24,15 +26,30 @@ class Adapter:
     table: str
 
 
+@contextmanager
+def attending_in_segments(cu_seqlens: torch.Tensor) -> Iterator[None]:
+    """While tracing: torch's attention is attention inside segments, whatever mask the model's code gives it."""
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        scale = options.get("scale") or query.shape[-1] ** -0.5
+        return SEGMENT_ATTENTION(query, key, value, cu_seqlens, scale)
+
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention):
+        yield
+
+
 def _packed_pictures(self: Any, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any) -> Any:
     """Pixtral's tower; `image_sizes: i64[T, 3]` says picture, row and column of each patch."""
     picture, row, column = image_sizes.unbind(-1)
     patches = self.patch_conv(pixel_values.to(self.patch_conv.weight.dtype))
     packed = self.ln_pre(patches[picture, :, row, column].unsqueeze(0))
     positions = self.patch_positional_embedding(packed, torch.stack([row, column], dim=-1))
+    pictures = torch.arange(pixel_values.shape[0] + 1, device=picture.device)
+    # Only attention spelled out by the model ("eager") reads the mask; otherwise it is no part of the graph.
     other = picture[:, None] != picture[None, :]
     mask = torch.zeros_like(other, dtype=packed.dtype).masked_fill(other, torch.finfo(packed.dtype).min)
-    return self.transformer(packed, attention_mask=mask[None, None], position_embeddings=positions, **kwargs)
+    with attending_in_segments((picture[None, :] < pictures[:, None]).sum(dim=1)):
+        return self.transformer(packed, attention_mask=mask[None, None], position_embeddings=positions, **kwargs)
 
 
 def _merged_patches(self: Any, image_features: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:

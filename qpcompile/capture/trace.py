@@ -21,7 +21,7 @@ from transformers.exporters import exporter_dynamo
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 
-from qpcompile.capture.adapters import table_of, traceable
+from qpcompile.capture.adapters import attending_in_segments, table_of, traceable
 from qpcompile.capture.record import Call
 from qpcompile.errors import CaptureError
 from qpcompile.ir.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
@@ -128,25 +128,15 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _attention_by_segment() -> Iterator[None]:
-    """Trace attention over packed segments (windows, pictures of several sizes) with a mask from `cu_seqlens`.
+    """Trace attention over packed segments (windows, pictures of several sizes) as one operator.
 
     The exporter reshapes segments into a batch, which is right only where all have one length; windows at a
     picture's border have not.
     """
     original = exporter_dynamo._reshaped_vision_attention_forward
-    attention = torch.nn.functional.scaled_dot_product_attention
 
     def forward(self: torch.nn.Module, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Any) -> Any:
-        length = hidden_states.shape[-2]
-        position = torch.arange(length, device=hidden_states.device)
-        segment = (position[:, None] >= cu_seqlens[None, 1:]).sum(dim=-1)
-        same = (segment[:, None] == segment[None, :])[None, None]
-
-        def masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-            kept = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
-            return attention(query, key, value, attn_mask=same, **kept)
-
-        with mock.patch("torch.nn.functional.scaled_dot_product_attention", masked):
+        with attending_in_segments(cu_seqlens):
             return original(self, hidden_states, torch.stack([cu_seqlens[0], cu_seqlens[-1]]), **kwargs)
 
     with mock.patch.object(exporter_dynamo, "_reshaped_vision_attention_forward", forward):

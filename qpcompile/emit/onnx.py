@@ -39,6 +39,7 @@ from qpcompile.kernels.linear_w4a16 import onnx as linear_w4a16
 from qpcompile.kernels.quantize_int4.onnx import quantize_int4
 from qpcompile.kernels.rmsnorm.onnx import rmsnorm
 from qpcompile.kernels.rmsnorm_quantize.onnx import rmsnorm_quantize
+from qpcompile.kernels.segment_attention.onnx import segment_attention
 from qpcompile.kernels.select_tokens.onnx import select_tokens
 from qpcompile.kernels.silu_mul_quantize.onnx import silu_mul_quantize
 from qpcompile.kernels.token_scores.onnx import token_scores
@@ -61,6 +62,7 @@ OWN = {
     operators.QUANTIZE_INT4: quantize_int4,
     operators.RMSNORM: rmsnorm,
     operators.RMSNORM_QUANTIZE: rmsnorm_quantize,
+    operators.SEGMENT_ATTENTION: segment_attention,
     operators.SELECT_TOKENS: select_tokens,
     operators.SILU_MUL_QUANTIZE: silu_mul_quantize,
     operators.TOKEN_SCORES: token_scores,
