@@ -14,12 +14,17 @@ import typer
 from PIL import Image, UnidentifiedImageError
 
 from qpcompile import terminal
-from qpcompile.capture.data_folder import prompt, read_questions
+from qpcompile.capture.data_folder import prompt
 from qpcompile.doctor import examine, recipe_warning
 from qpcompile.dry_run import forecast
 from qpcompile.emit.compiled import CompiledVLM, load
-from qpcompile.errors import ArtifactError, CalibrationError, OutputError
-from qpcompile.evaluate.accuracy import accuracy
+from qpcompile.errors import ArtifactError, OutputError
+from qpcompile.evaluate.data_sets import read_data
+from qpcompile.evaluate.eval_command import recipe_rows
+from qpcompile.evaluate.evaluation import Exam, ask
+from qpcompile.evaluate.examiner import Examiner, artifact_row
+from qpcompile.evaluate.rows import RowFolder
+from qpcompile.evaluate.scoring import Scoring, right_answers
 from qpcompile.ir.pass_manager import Step
 from qpcompile.ir.program import Program
 from qpcompile.pipeline import compile as compile_model
@@ -160,25 +165,60 @@ def inspect_command(
             note(f"wrote {report}")
 
 
-@app.command("eval", epilog="Example:\n\nqpcompile eval out/ --data unseen/ --batch-size 16")
+@app.command(
+    "eval",
+    epilog="Examples:\n\nqpcompile eval out/ --data unseen/ --batch-size 16\n\n"
+    "qpcompile eval MODEL --data unseen/ --recipe w4a4kv4 --recipe quota-30 --calibration photos/ --out rows/\n\n"
+    "qpcompile eval MODEL --data scienceqa/ --split test --recipe quota-30 --seed 0 --seed 1 --calibration photos/ "
+    "--set calibration.samples=64 --out rows/",
+)
 def eval_command(
     source: Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="Compiled folder, or a model.")],
-    data: Annotated[Path, typer.Option("--data", "-d", help="Folder with pictures and data.jsonl.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Folder with data.jsonl, or ScienceQA's layout.")],
+    recipes: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help="Compile by this preset or file; repeatable.")
+    ] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", min=0, help="Calibration draw; repeatable.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Folder that samples are drawn from.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for rows; what is there stays.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many questions only.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    scoring: Annotated[
+        Scoring, typer.Option(help="Questions with choices: the most probable choice, or the one the text names.")
+    ] = "choice",
+    split: Annotated[str, typer.Option(help="ScienceQA: which split.")] = "test",
     debug: Debug = False,
 ) -> None:
-    """Share of questions whose answer is exactly right."""
+    """Share of questions answered right: of a model, an artifact, or of many recipes side by side."""
     with told_as_text(debug):
-        questions = read_questions(data)[:limit]
-        if not questions:
-            raise CalibrationError("there is no question to ask", where=str(data), do="give at least one line of data")
-        model, processor = open_model(source)
-        started = time.monotonic()
-        score = accuracy(model.generate, processor, questions, batch_size, max_new_tokens=max_new_tokens)
-        note(f"{time.monotonic() - started:.1f} s, batches of {batch_size}")
-        typer.echo(f"accuracy {score.accuracy:.4f} ({score.correct} of {score.total})")
+        exam = Exam(str(data), read_data(data, split)[:limit], scoring, batch_size, max_new_tokens)
+        if not recipes and out is None:
+            ask_once(source, exam)
+            return
+        kept = None if out is None else RowFolder(out)
+        if is_artifact(source):
+            if recipes:
+                raise typer.BadParameter("a compiled folder has its own recipe", param_hint="--recipe")
+            rows = [artifact_row(source, *open_model(source), exam, kept)]
+        else:
+            rows = recipe_rows(Examiner(source, exam, calibration, kept), recipes or [], overrides or [], seeds or [])
+        terminal.show_rows(rows)
+        if out is not None:
+            note(f"rows are in {out}: rows.csv, rows.json, rows/")
+
+
+def ask_once(source: str, exam: Exam) -> None:
+    """Ask everything and print the share of right answers."""
+    model, processor = open_model(source)
+    started = time.monotonic()
+    answers = ask(model.generate, processor, exam, "answer")
+    correct = sum(right_answers(exam.questions, answers))
+    note(f"{time.monotonic() - started:.1f} s, batches of {exam.batch_size}")
+    typer.echo(f"accuracy {correct / len(answers):.4f} ({correct} of {len(answers)})")
 
 
 @app.command("doctor", epilog="Example:\n\nqpcompile doctor")

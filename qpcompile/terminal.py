@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
@@ -18,6 +18,8 @@ from qpcompile.doctor import Diagnosis
 from qpcompile.dry_run import Forecast
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import QPCompileError
+from qpcompile.evaluate.eval_command import HEADS, HEADS_MEAN, table_cells
+from qpcompile.evaluate.rows import Row
 from qpcompile.plan import Plan, Site
 
 FAILED, INTERRUPTED = 1, 130
@@ -142,6 +144,13 @@ def show_model(compiled: CompiledVLM) -> None:
         why = Counter((item.graph, item.reason) for item in plan.left_out)
         rows = [(graph, reason, str(count)) for (graph, reason), count in sorted(why.items())]
         out.print(table("left out", ("graph", "reason", "sites"), rows))
+
+
+def show_rows(rows: Sequence[Row]) -> None:
+    """Results side by side."""
+    out = console()
+    out.print(table("results, 95 % intervals by paired bootstrap", HEADS, table_cells(rows)))
+    out.print(HEADS_MEAN)
 
 
 def _cuts(plan: Plan) -> list[tuple[str, ...]]:

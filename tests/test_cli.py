@@ -17,7 +17,6 @@ from qpcompile import cli
 from qpcompile.capture.data_folder import read_questions
 from qpcompile.dry_run import EXPECT, NOTHING
 from qpcompile.errors import CaptureError
-from qpcompile.evaluate.accuracy import Score
 from qpcompile.pipeline import passes
 
 TESTBED = Path(__file__).resolve().parent / "testbed"
@@ -210,12 +209,12 @@ def test_inspect_prints_one_graph_or_writes_the_report(recorder: Recorder, tmp_p
 def test_eval_prints_the_share_of_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def score(generate: Any, processor: Any, questions: Any, batch_size: int, **options: Any) -> Score:
-        asked.extend([generate, processor, len(questions), batch_size, options["max_new_tokens"]])
-        return Score(3, 4, ("a",) * 4)
+    def answers(generate: Any, processor: Any, exam: Any, name: str) -> list[str]:
+        asked.extend([generate, processor, len(exam.questions), exam.batch_size, exam.max_new_tokens])
+        return [question.answer for question in exam.questions[:3]] + ["wrong"]
 
     monkeypatch.setattr(cli, "load_model", lambda source: (SimpleNamespace(generate="G"), "P"))
-    monkeypatch.setattr(cli, "accuracy", score)
+    monkeypatch.setattr(cli, "ask", answers)
     result = invoke("eval", MODEL, "--data", DATA, "--limit", "4", "--batch-size", "2", "--max-new-tokens", "8")
     assert result.exit_code == 0 and "accuracy 0.7500 (3 of 4)" in result.output
     assert asked == ["G", "P", 4, 2, 8]

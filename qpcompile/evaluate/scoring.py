@@ -1,0 +1,86 @@
+"""When an answer is right: exact text, or one of several choices.
+
+A question with choices is answered by the choice to which the model gives the highest probability:
+
+    argmax over choices c of sum over its tokens t of log p(t | prompt, c before t)
+
+c ends with the end token, unless all choices of a batch are one token long. Found inside `generate`: only tokens that
+continue a choice are allowed, and there are as many beams as choices, so no choice is lost on the way. Every model
+with `generate` can be scored so, pruned caches included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from qpcompile.capture.data_folder import Question, question_inputs
+
+# choice: as above where a question has choices; text: the choice that the freely generated text names.
+Scoring = Literal["choice", "text"]
+# "B", "B.", "(B) because", "The answer is B."
+_LETTER = re.compile(r"^\(?([A-Z])(?:[.):]|\s|$)|answer is:?\s*\(?([A-Z])\b")
+
+
+def right_answers(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
+    """Which answers are right, in order."""
+    return [is_right(question, answer) for question, answer in zip(questions, answers, strict=True)]
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """Whether an answer is the ground truth; text that names one of the choices stands for that choice."""
+    given = answer.strip()
+    if question.choices:
+        given = named_choice(given, question.choices) or given
+    return given == question.answer.strip()
+
+
+def named_choice(text: str, choices: Sequence[str]) -> str | None:
+    """The choice that a generated text names: the choice itself, in any case, or its letter; None: no single one."""
+    plain = text.strip().rstrip(".").casefold()
+    same = [choice for choice in choices if choice.strip().casefold() == plain]
+    if len(same) == 1:
+        return same[0]
+    found = _LETTER.search(text.strip())
+    letter = next(filter(None, found.groups()), None) if found else None
+    return letter if letter in choices else None
+
+
+def choose(generate: Callable[..., Any], processor: Any, questions: Sequence[Question]) -> list[str]:
+    """The most probable choice of each question of a batch; every question has choices."""
+    tokenizer = processor.tokenizer
+    inputs = question_inputs(processor, questions)
+    length = inputs["input_ids"].shape[1]
+    rows = [[tuple(tokenizer.encode(choice, add_special_tokens=False)) for choice in q.choices] for q in questions]
+    short = all(len(tokens) == 1 for row in rows for tokens in row)
+    end = () if short else (tokenizer.eos_token_id,)
+    allowed = [[(*tokens, *end) for tokens in row] for row in rows]
+
+    def continuations(row: int, ids: torch.Tensor) -> list[int]:
+        past = tuple(ids.tolist()[length:])
+        following = {
+            tokens[len(past)] for tokens in allowed[row] if tokens[: len(past)] == past and len(tokens) > len(past)
+        }
+        return sorted(following) or [tokenizer.eos_token_id]
+
+    with torch.no_grad():
+        tokens = generate(
+            **inputs,
+            max_new_tokens=max(len(choice) for row in allowed for choice in row),
+            do_sample=False,
+            num_beams=1 if short else max(len(row) for row in rows),
+            length_penalty=0.0,
+            prefix_allowed_tokens_fn=continuations,
+        )
+    return [
+        question.choices[_index(row, new)]
+        for question, row, new in zip(questions, allowed, tokens[:, length:].tolist(), strict=True)
+    ]
+
+
+def _index(choices: list[tuple[int, ...]], tokens: list[int]) -> int:
+    """Which choice was generated; padding may follow."""
+    return next(index for index, choice in enumerate(choices) if tuple(tokens[: len(choice)]) == choice)
