@@ -18,7 +18,7 @@ from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.interpret import run_watched
 from qpcompile.ir.program import DECODE, HEAD, Graph, Program
 from qpcompile.ir.run import Machine, execute_graph
-from qpcompile.ir.statistics import Calibration, InputStatistics
+from qpcompile.ir.statistics import ROWS, Calibration, InputStatistics
 from qpcompile.progress import track
 
 
@@ -38,10 +38,11 @@ class Calibrate:
             return False
         scheme = program.recipe.quantize
         found = Calibration()
-        program.facts["calibration"] = found
         if scheme is None or scheme.weights.bits == 16 or not self.count:
+            program.facts["calibration"] = found
             return False
         moments = scheme.weights.solver == "gptq"
+        keep = -(-ROWS // self.count)
 
         def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if graph.name in (HEAD, DECODE):
@@ -53,7 +54,7 @@ class Calibrate:
             if fact is not None and fact.role == "activation":
                 if fact.site not in found.inputs:
                     found.inputs[fact.site] = InputStatistics.empty(value.shape[-1], moments)
-                found.inputs[fact.site].add(value)
+                found.inputs[fact.site].add(value, keep)
             return value
 
         machine = Machine(program, execute)
@@ -63,6 +64,8 @@ class Calibrate:
                 found.samples += 1
                 step()
         _check_finite(found)
+        # Only now: a run that broke off must not pass for a measurement.
+        program.facts["calibration"] = found
         return False
 
 

@@ -1,8 +1,10 @@
-"""Change the basis of every linear's input so that 4 bits hold it: y = W x = (W D^-1 T^T) (T D x).
+"""Change the basis of every linear's input so that 4 bits hold it: y = W x = (W D^-1 T^-1) (T D x - m) + W' m.
 
 D scales channels (SmoothQuant's balance of inputs and weights, strength `quantize.smooth`), T is an orthogonal
 rotation of any width (Hadamard kron DCT). What can be folded is: D goes into the norm or the product in front; T and D
-of attention values go into v_proj and o_proj, head by head. What cannot becomes a `qpcompile::hadamard` node.
+of attention values go into v_proj and o_proj, head by head. What cannot becomes a `qpcompile::hadamard` node, or a
+`qpcompile::kronecker` node where the factors of T are to be learned (`train_transforms`). m is the mean of the
+transformed input (`quantize.center`): it goes into biases, and is subtracted in a layer norm's bias or online.
 Keys and queries are rotated after rotary positions, which leaves their products as they are.
 
     %s = quant_stub(%n); %y = linear(%s, quant_stub(@w))
@@ -19,10 +21,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from qpcompile.ir.basis import Basis, find_basis
+from qpcompile.ir.basis import Basis, Change, find_basis, weight_name
 from qpcompile.ir.edit import add_tensor, aten, call, calls, layer_of, set_tensor, tidy
 from qpcompile.ir.facts import stub_fact
-from qpcompile.ir.operators import HADAMARD, QUANT_STUB
+from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB
 from qpcompile.ir.program import HEAD, Graph, Program
 
 
@@ -55,31 +57,42 @@ def _apply(graph: Graph, basis: Basis, rotate_keys: bool) -> bool:
     changed = bool(basis.tensors)
     for name, tensor in basis.tensors.items():
         set_tensor(graph.module, name, tensor)
+    for linear in list(calls(graph, aten.linear.default)):
+        if (name := basis.biases.get(weight_name(linear))) is not None:
+            linear.args = (*linear.args[:2], add_tensor(graph, name, basis.tensors[name], linear))
     for stub in list(calls(graph, QUANT_STUB)):
         fact = stub_fact(stub)
         if fact is None:
             continue
         if fact.role == "activation" and fact.site in basis.nodes:
-            _transform(graph, stub, basis, fact.site)
+            _transform(graph, stub, basis.nodes[fact.site], fact.site.replace(".", "_"))
         if fact.role == "key" and rotate_keys:
             changed |= _rotate_key(graph, stub)
     tidy(graph)
     return changed
 
 
-def _transform(graph: Graph, stub: fx.Node, basis: Basis, site: str) -> None:
+def _transform(graph: Graph, stub: fx.Node, change: Change, name: str) -> None:
     """Put the part of the basis change that could not be folded in front of a stub."""
-    scale, rotate = basis.nodes[site]
     x = stub.args[0]
     assert isinstance(x, fx.Node)
-    factor = None if scale is None else add_tensor(graph, f"transforms.{site.replace('.', '_')}", scale, stub)
-    if rotate:
-        changed = call(graph, stub, HADAMARD, x, factor)
+    y = x
+    factor = None if change.scale is None else add_tensor(graph, f"transforms.{name}", change.scale, stub)
+    if change.factors is not None:
+        sides = ("left", "right")
+        pair = [
+            add_tensor(graph, f"transforms.{name}_{side}", side_factor, stub)
+            for side, side_factor in zip(sides, change.factors, strict=True)
+        ]
+        y = call(graph, stub, KRONECKER, y, factor, *pair)
+    elif change.rotate:
+        y = call(graph, stub, HADAMARD, y, factor)
     elif factor is not None:
-        changed = call(graph, stub, aten.mul.Tensor, x, factor)
-    else:
-        return
-    stub.replace_input_with(x, changed)
+        y = call(graph, stub, aten.mul.Tensor, y, factor)
+    if change.shift is not None:
+        y = call(graph, stub, aten.sub.Tensor, y, add_tensor(graph, f"transforms.{name}_shift", change.shift, stub))
+    if y is not x:
+        stub.replace_input_with(x, y)
 
 
 def _rotate_key(graph: Graph, stub: fx.Node) -> bool:

@@ -88,7 +88,8 @@ def _replace(
     x = stub.args[0]
     if scheme.activations.bits == 4:
         if stub not in quantized:
-            options = (scheme.activations.kernel_group, scheme.activations.clip_ratio)
+            clip = scheme.activations.clip_ratio if group.clip is None else group.clip
+            options = (scheme.activations.kernel_group, clip)
             pair = call(graph, stub, QUANTIZE_INT4, x, *options)
             quantized[stub] = (
                 call(graph, stub, operator.getitem, pair, 0),

@@ -33,6 +33,7 @@ from qpcompile.passes.measure_sensitivity import MeasureSensitivity
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
+from qpcompile.passes.search_clips import SearchClips
 from qpcompile.plan import CalibrationUsed
 from qpcompile.recipe import Recipe
 
@@ -46,6 +47,7 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         # Measure, and change the basis of linear inputs so that 4 bits hold them.
         Calibrate(samples, count),
         FoldTransforms(),
+        SearchClips(),
         MeasureSensitivity(samples, count),
         # Decide how many visual tokens each layer keeps, and drop the others.
         PlanTokenBudget(),

@@ -33,6 +33,10 @@ def _attention_kv4(device: torch.device) -> None:
     ours.attention_kv4(q, codes, affine, codes, affine, None, 0.2)
 
 
+def _kronecker(device: torch.device) -> None:
+    ours.kronecker(_noise(3, 48, device=device), None, _noise(8, 8, device=device), _noise(6, 6, device=device))
+
+
 def _hadamard(device: torch.device) -> None:
     ours.hadamard(_noise(3, 48, device=device), None)
 
@@ -101,6 +105,7 @@ def _token_scores(device: torch.device) -> None:
 PROBES: dict[str, Probe] = {
     "attention_kv4": _attention_kv4,
     "hadamard": _hadamard,
+    "kronecker": _kronecker,
     "kv4_read": _kv4_read,
     "kv4_write": _kv4_write,
     "linear_w4a16": _linear_w4a16,

@@ -68,6 +68,10 @@ class ActivationScheme(Section):
     clip_ratio: float = Field(
         default=1.0, gt=0, le=1, description="The largest magnitude kept, as a share of the true one."
     )
+    clip_search: bool = Field(
+        default=False,
+        description="Search a clip ratio for each site, for the least output error on calibration tokens.",
+    )
 
     @property
     def kernel_group(self) -> int:
@@ -96,14 +100,23 @@ class QuantizeScheme(Section):
     weights: WeightScheme = Field(default=WeightScheme(), description="Weights of linears.")
     activations: ActivationScheme = Field(default=ActivationScheme(), description="Inputs of linears.")
     kv_cache: CacheScheme = Field(default=CacheScheme(), description="Keys and values of the decoder.")
-    transform: Literal["none", "hadamard"] = Field(
-        default="hadamard", description="Exact rotation of the inputs of linears that spreads outlier channels."
+    transform: Literal["none", "hadamard", "rotation", "flatquant"] = Field(
+        default="hadamard",
+        description="Change of basis of the inputs of linears that spreads outlier channels: hadamard is a fixed "
+        "rotation; rotation is learned from it, layer by layer; flatquant learns any invertible one.",
     )
     smooth: float | None = Field(
         default=None,
         gt=0,
         lt=1,
         description="Strength of the per-channel scaling moved from inputs to weights before the rotation; null: none.",
+    )
+    center: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Subtract the mean of an input, put back through the bias, where it holds more than this share of "
+        "the input's energy; null: nowhere.",
     )
     scope: tuple[Scope, ...] = Field(
         default=("vision", "projector", "language"),
@@ -170,6 +183,10 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["transform"] = "it serves 4-bit linears and weights.bits is 16; write none"
     if weights.bits == 16 and scheme.smooth is not None:
         reasons["smooth"] = "it serves 4-bit linears and weights.bits is 16; write null"
+    if weights.bits == 16 and scheme.center is not None:
+        reasons["center"] = "it serves 4-bit linears and weights.bits is 16; write null"
+    if activations.bits == 16 and activations.clip_search:
+        reasons["activations.clip_search"] = "nothing is clipped at 16 bits; write false"
     if weights.kernel_group and activations.bits == 4 and activations.kernel_group not in (0, weights.kernel_group):
         reasons["activations.group_size"] = (
             f"must equal weights.group_size ({weights.group_size}) when both are grouped"

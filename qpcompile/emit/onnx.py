@@ -32,6 +32,7 @@ from qpcompile.ir import operators
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
 from qpcompile.kernels.attention_kv4.onnx import attention_kv4
 from qpcompile.kernels.hadamard.onnx import hadamard
+from qpcompile.kernels.kronecker.onnx import kronecker
 from qpcompile.kernels.kv4_read.onnx import kv4_read
 from qpcompile.kernels.kv4_write.onnx import kv4_write
 from qpcompile.kernels.linear_w4a4 import onnx as linear_w4a4
@@ -55,6 +56,7 @@ TORCH = onnx_aten.table() | onnx_aten_shape.table()
 OWN = {
     operators.ATTENTION_KV4: attention_kv4,
     operators.HADAMARD: hadamard,
+    operators.KRONECKER: kronecker,
     operators.KV4_READ: kv4_read,
     operators.KV4_WRITE: kv4_write,
     operators.LINEAR_W4A4: linear_w4a4.linear_w4a4,

@@ -1,6 +1,8 @@
 """Find the change of basis for each linear's input in one graph, and the tensors it changes.
 
-s_j = max|x_j|^a / max|W_:j|^(1-a)      D = diag(1/s)      x' = T D x      W' = W D^-1 T^T
+s_j = max|x_j|^a / max|W_:j|^(1-a)    D = diag(1/s)    x' = T D x - m    W' = W D^-1 T^-1    b' = b + W' m
+
+m is the mean of T D x over the calibration tokens: what all tokens share need not be rounded with each of them.
 """
 
 from __future__ import annotations
@@ -17,18 +19,33 @@ from qpcompile.ir.operators import QUANT_STUB, RMSNORM
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import value
 from qpcompile.ir.statistics import Calibration
-from qpcompile.kernels.hadamard.reference import hadamard_matrix
+from qpcompile.kernels.hadamard.reference import factors, hadamard_matrix
 from qpcompile.recipe_schema import QuantizeScheme
 
 SMALLEST = 1e-5
 
 
+@dataclass(frozen=True)
+class Change:
+    """What is left to do online to the input of a site: T (x * scale) - shift.
+
+    scale, shift: f32[C]; T is the Hadamard rotation where `rotate`, or given by its factors (left f32[A, A],
+    right f32[c, c]) where they are to be learned.
+    """
+
+    scale: torch.Tensor | None
+    rotate: bool
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    shift: torch.Tensor | None = None
+
+
 @dataclass
 class Basis:
-    """New tensors by name, and per site what is left to do online: (scale f32[C] or None, rotate)."""
+    """New tensors by name, what is left to do online per site, and biases of linears that had none, by weight."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    nodes: dict[str, tuple[torch.Tensor | None, bool]] = field(default_factory=dict)
+    nodes: dict[str, Change] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
 
 
 def find_basis(graph: Graph, scheme: QuantizeScheme, calibration: Calibration) -> Basis:
@@ -58,27 +75,73 @@ class _Finder:
         return get_tensor(self.graph.module, name).detach().double()
 
     def update(self, name: str, new: torch.Tensor) -> None:
-        self.basis.tensors[name] = new.to(get_tensor(self.graph.module, name).dtype).contiguous()
+        current = self.basis.tensors[name] if name in self.basis.tensors else get_tensor(self.graph.module, name)
+        self.basis.tensors[name] = new.to(current.dtype).contiguous()
 
     def change_input(self, stub: fx.Node, site: str, scaled: bool) -> None:
-        """Balance and rotate the input of the linears behind one stub."""
+        """Balance, rotate and centre the input of the linears behind one stub."""
         x = stub.args[0]
         assert isinstance(x, fx.Node)
-        names = [weight_name(linear) for linear in stub.users]
+        linears = list(stub.users)
+        names = [weight_name(linear) for linear in linears]
         channels = self.tensor(names[0]).shape[1]
         scale = self._balance(site, names) if scaled else None
-        rotate = self.scheme.transform == "hadamard"
-        if scale is None and not rotate:
-            return
+        rotate = self.scheme.transform != "none"
         forward = hadamard_matrix(channels).double() if rotate else torch.eye(channels, dtype=torch.float64)
         backward = forward.T
         if scale is not None:
             forward, backward = forward * scale[None, :], backward / scale[:, None]
-        for name in names:
-            self.update(name, self.tensor(name) @ backward)
-        self._carry(site, forward)
-        rest = None if scale is None or self._fold_scale(x, stub, scale) else scale.float()
-        self.basis.nodes[site] = (rest, rotate)
+        if scale is not None or rotate:
+            for name in names:
+                self.update(name, self.tensor(name) @ backward)
+            self._carry(site, forward)
+        folded = scale is not None and self._fold_scale(x, stub, scale)
+        rest = None if scale is None or folded else scale.float()
+        shift = self._center(site, linears)
+        if shift is not None:
+            before = backward @ shift
+            if self._fold_shift(x, stub, before * scale if folded and scale is not None else before):
+                shift = None
+        learned = factors(channels) if self.scheme.transform in ("rotation", "flatquant") else None
+        if rest is not None or rotate or shift is not None:
+            self.basis.nodes[site] = Change(rest, rotate, learned, None if shift is None else shift.float())
+
+    def _center(self, site: str, linears: list[fx.Node]) -> torch.Tensor | None:
+        """Put the mean of a site's transformed input into biases; returns what must be subtracted, f64[C]."""
+        least, statistics = self.scheme.center, self.calibration.inputs.get(site)
+        if least is None or statistics is None or not statistics.tokens:
+            return None
+        mean = statistics.mean.double()
+        energy = statistics.rows.double().pow(2).sum(dim=-1).mean()
+        if mean.pow(2).sum() <= least * energy:
+            return None
+        for linear in linears:
+            self._add_bias(linear, self.tensor(weight_name(linear)) @ mean)
+        self.calibration.inputs[site] = statistics.shifted(mean)
+        return mean
+
+    def _fold_shift(self, x: fx.Node, stub: fx.Node, shift: torch.Tensor) -> bool:
+        """Subtract a vector in the bias of the norm that makes x, if only this stub reads it; whether it could."""
+        bias = x.args[3] if is_call(x, aten.layer_norm.default) and len(x.args) > 3 else None
+        if list(x.users) != [stub] or not isinstance(bias, fx.Node) or len(bias.users) > 1:
+            return False
+        self.update(str(bias.target), self.tensor(str(bias.target)) - shift)
+        return True
+
+    def _add_bias(self, linear: fx.Node, more: torch.Tensor) -> None:
+        """Add f64[N] to the bias of a linear, which gets one where it has none."""
+        name = self.bias_name(linear)
+        if name is not None:
+            self.update(name, self.tensor(name) + more)
+            return
+        weight = weight_name(linear)
+        name = f"{weight.removesuffix('.weight')}.bias"
+        self.basis.biases[weight] = name
+        self.basis.tensors[name] = more.to(get_tensor(self.graph.module, weight).dtype)
+
+    def bias_name(self, linear: fx.Node) -> str | None:
+        """The name of a linear's bias, one that it has only just got included."""
+        return self.basis.biases.get(weight_name(linear), _bias_name(linear))
 
     def _balance(self, site: str, names: list[str]) -> torch.Tensor | None:
         """1 / s of SmoothQuant for the linears `names`, f64[C]; None where the recipe or the data has none."""
@@ -115,7 +178,7 @@ class _Finder:
         return True
 
     def _scale_rows(self, linear: fx.Node, scale: torch.Tensor) -> bool:
-        name, bias = weight_name(linear), _bias_name(linear)
+        name, bias = weight_name(linear), self.bias_name(linear)
         self.update(name, self.tensor(name) * scale[:, None])
         if bias is not None:
             self.update(bias, self.tensor(bias) * scale)
@@ -151,7 +214,7 @@ class _Finder:
             weights = columns.abs().amax(dim=0).view(heads, repeats, width).amax(dim=1)
             scale = _inverse_smoothing(largest.flatten(), weights.flatten(), self.scheme.smooth).view(heads, width)
         turn = torch.eye(width, dtype=torch.float64)
-        if self.scheme.transform == "hadamard":
+        if self.scheme.transform != "none":
             turn = hadamard_matrix(width).double()
         blocks = turn[None] * scale[:, None, :]
         inverse = torch.linalg.inv(blocks)

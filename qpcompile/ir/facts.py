@@ -14,11 +14,15 @@ Role = Literal["activation", "weight", "key", "value"]
 
 @dataclass(frozen=True)
 class StubFact:
-    """A quant stub: the site it belongs to (dotted module name), what flows through it, and the layer it is in."""
+    """A quant stub: the site it belongs to (dotted module name), what flows through it, and the layer it is in.
+
+    clip: for an activation, the clip ratio found for this site; None where it is the recipe's.
+    """
 
     site: str
     role: Role
     layer: int | None
+    clip: float | None = None
 
 
 @dataclass(frozen=True)

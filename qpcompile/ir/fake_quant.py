@@ -16,16 +16,18 @@ def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> to
     if fact.role == "activation":
         if scheme.activations.bits == 16:
             return x
-        return _round_trip(x, scheme.activations.kernel_group, scheme.activations.clip_ratio)
+        clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
+        return round_trip(x, scheme.activations.kernel_group, clip)
     if fact.role == "weight":
-        return x if scheme.weights.bits == 16 else _round_trip(x, scheme.weights.kernel_group, 1.0)
+        return x if scheme.weights.bits == 16 else round_trip(x, scheme.weights.kernel_group, 1.0)
     if scheme.kv_cache.bits == 16:
         return x
     codes, affine = kv4_write(x)
     return kv4_read(codes, affine, x.shape[-1], x.dtype)
 
 
-def _round_trip(x: torch.Tensor, group_size: int, clip_ratio: float) -> torch.Tensor:
+def round_trip(x: torch.Tensor, group_size: int, clip_ratio: float) -> torch.Tensor:
+    """x: f[..., C] through 4-bit codes and back."""
     codes, scale = quantize_int4(x, group_size, clip_ratio)
     wide = codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
     return wide.flatten(-2).to(x.dtype)

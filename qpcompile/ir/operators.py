@@ -6,6 +6,7 @@ import torch
 
 from qpcompile.kernels.attention_kv4 import op as _attention_kv4
 from qpcompile.kernels.hadamard import op as _hadamard
+from qpcompile.kernels.kronecker import op as _kronecker
 from qpcompile.kernels.kv4_read import op as _kv4_read
 from qpcompile.kernels.kv4_write import op as _kv4_write
 from qpcompile.kernels.linear_w4a4 import op as _linear_w4a4
@@ -22,6 +23,7 @@ from qpcompile.kernels.token_scores import op as _token_scores
 MODULES = (
     _attention_kv4,
     _hadamard,
+    _kronecker,
     _kv4_read,
     _kv4_write,
     _linear_w4a4,
@@ -39,6 +41,7 @@ MODULES = (
 ours = torch.ops.qpcompile
 ATTENTION_KV4 = ours.attention_kv4.default
 HADAMARD = ours.hadamard.default
+KRONECKER = ours.kronecker.default
 KV4_READ = ours.kv4_read.default
 KV4_WRITE = ours.kv4_write.default
 LINEAR_W4A4 = ours.linear_w4a4.default

@@ -1,0 +1,21 @@
+"""qpcompile::kronecker in plain ONNX operators: two MatMul by the factors, which are initializers."""
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import opset21
+
+op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
+
+
+def kronecker(x: Any, scale: Any, left: Any, right: Any) -> Any:
+    """x: f[..., A*c], scale: f32[A*c], left: f32[A, A], right: f32[c, c] -> x.dtype[..., A*c].
+
+    The rank and type of `x` and the shapes of the factors must be known.
+    """
+    leading = [0] * (len(x.shape) - 1)
+    values = op.Cast(x, to=ir.DataType.FLOAT)
+    values = values if scale is None else op.Mul(values, scale)
+    values = op.Reshape(values, [*leading, left.shape[0], right.shape[0]])
+    values = op.MatMul(left, op.MatMul(values, right))
+    return op.Cast(op.Reshape(values, [*leading, x.shape[-1]]), to=x.dtype)

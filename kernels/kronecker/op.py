@@ -1,0 +1,26 @@
+"""qpcompile::kronecker, a learned change of basis at run time. Plain torch on every device."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.kronecker import reference
+
+
+@torch.library.custom_op("qpcompile::kronecker", mutates_args=(), device_types="cpu")
+def kronecker(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """x: f[..., A*c], scale: f32[A*c], left: f32[A, A], right: f32[c, c] -> x.dtype[..., A*c]."""
+    return reference.kronecker(x, scale, left, right)
+
+
+@kronecker.register_kernel("cuda")
+def _kronecker_cuda(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return reference.kronecker(x, scale, left, right)
+
+
+@kronecker.register_fake
+def _kronecker_fake(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    reference.check_factors(x.shape[-1], left, right)
+    return x.new_empty(x.shape)
+
+
+OVERLOAD = torch.ops.qpcompile.kronecker.default
