@@ -22,6 +22,7 @@ from qpcompile.emit.onnx_vision import host_chain
 from qpcompile.errors import ExportError
 from qpcompile.ir.edit import aten
 from qpcompile.ir.program import HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.shapes import identifier
 from qpcompile.ir.structure import CACHE
 
 EMBEDS, GRID = "inputs_embeds", "grid_thw"
@@ -130,7 +131,7 @@ class _Builder:
         """A new input called `path`; inputs stand before everything else."""
         before = self._last_input.next if self._last_input is not None else next(iter(self.graph.nodes), None)
         with self.graph.inserting_before(before):
-            self._last_input = self.graph.placeholder(path.replace(".", "_"))
+            self._last_input = self.graph.placeholder(identifier(path))
         self.inputs.append(path)
         return self._last_input
 

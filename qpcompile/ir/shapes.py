@@ -51,11 +51,16 @@ def add_input(graph: Graph, path: str, shape: tuple[Any, ...], dtype: torch.dtyp
     """A new last input called `path`; returns its placeholder."""
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.module.graph.inserting_after(last):
-        node = graph.module.graph.placeholder(path.replace(".", "_"))
+        node = graph.module.graph.placeholder(identifier(path))
     with fake_mode(graph):
         node.meta["val"] = torch.empty(shape, dtype=dtype)
     graph.inputs = (*graph.inputs, path)
     return node
+
+
+def identifier(path: str) -> str:
+    """A path as a Python name: `past_key_values.0.key`, or `kept.-1` of a cut before the decoder."""
+    return path.replace(".", "_").replace("-", "minus_")
 
 
 def add_output(graph: Graph, path: str, node: fx.Node) -> None:
