@@ -37,6 +37,11 @@ def _kronecker(device: torch.device) -> None:
     ours.kronecker(_noise(3, 48, device=device), None, _noise(8, 8, device=device), _noise(6, 6, device=device))
 
 
+def _attention_received(device: torch.device) -> None:
+    q = _noise(1, 4, 7, 12, device=device)
+    ours.attention_received(q, q, torch.tensor([0, 3, 7], device=device), 0.3, False)
+
+
 def _hadamard(device: torch.device) -> None:
     ours.hadamard(_noise(3, 48, device=device), None)
 
@@ -60,6 +65,11 @@ def _linear_w4a4(device: torch.device) -> Pair:
 def _linear_w4a16(device: torch.device) -> None:
     codes, weight_scale = ours.quantize_int4(_noise(48, 256, device=device), 0, 1.0)
     ours.linear_w4a16(_noise(3, 256, device=device), pack_int4(codes), weight_scale, None)
+
+
+def _merge_tokens(device: torch.device) -> None:
+    hidden, flags = _noise(1, 6, 8, device=device), torch.arange(6, device=device)[None] < 2
+    ours.merge_tokens(hidden, hidden, hidden[..., 0], flags, ~flags, 0)
 
 
 def _quant_stub(device: torch.device) -> Pair:
@@ -94,6 +104,11 @@ def _silu_mul_quantize(device: torch.device) -> None:
     ours.silu_mul_quantize(x, x, None, False, 0, 1.0)
 
 
+def _spread_tokens(device: torch.device) -> None:
+    scores = _noise(2, 7, device=device)
+    ours.spread_tokens(scores, scores > -1, torch.tensor([3, 2], device=device), 0.5)
+
+
 def _token_scores(device: torch.device) -> None:
     hidden, q = _noise(1, 6, 48, device=device), _noise(1, 4, 6, 12, device=device)
     valid = torch.ones(1, 6, dtype=torch.bool, device=device)
@@ -104,12 +119,14 @@ def _token_scores(device: torch.device) -> None:
 
 PROBES: dict[str, Probe] = {
     "attention_kv4": _attention_kv4,
+    "attention_received": _attention_received,
     "hadamard": _hadamard,
     "kronecker": _kronecker,
     "kv4_read": _kv4_read,
     "kv4_write": _kv4_write,
     "linear_w4a16": _linear_w4a16,
     "linear_w4a4": _linear_w4a4,
+    "merge_tokens": _merge_tokens,
     "quant_stub": _quant_stub,
     "quantize_int4": _quantize_int4,
     "rmsnorm": _rmsnorm,
@@ -117,6 +134,7 @@ PROBES: dict[str, Probe] = {
     "segment_attention": _segment_attention,
     "select_tokens": _select_tokens,
     "silu_mul_quantize": _silu_mul_quantize,
+    "spread_tokens": _spread_tokens,
     "token_scores": _token_scores,
 }
 

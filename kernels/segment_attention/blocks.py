@@ -20,14 +20,14 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale
     """Shapes as in reference.py."""
     packed = [each.squeeze(0).transpose(0, 1) for each in (q, k, v)]
     y = q.new_empty(q.shape[2], q.shape[1], v.shape[3])
-    for index in _equal_lengths(cu_seqlens):
+    for index in equal_lengths(cu_seqlens):
         rows, keys, values = (each[index].transpose(1, 2) for each in packed)
         attended = F.scaled_dot_product_attention(rows, keys, values, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         y[index] = attended.transpose(1, 2)
     return y.transpose(0, 1).unsqueeze(0)
 
 
-def _equal_lengths(cu_seqlens: Tensor) -> list[Tensor]:
+def equal_lengths(cu_seqlens: Tensor) -> list[Tensor]:
     """One i64[segments, length] of token positions for every length that occurs, empty segments left out."""
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     return [

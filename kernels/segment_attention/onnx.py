@@ -17,19 +17,20 @@ def segment_attention(q: Any, k: Any, v: Any, cu_seqlens: Any, scale: float) -> 
     """q: f[1, Hq, T, D], k: f[1, Hkv, T, D], v: f[1, Hkv, T, Dv], cu_seqlens: i[S + 1] -> q.dtype[1, Hq, T, Dv]."""
     heads, groups, width = q.shape[1], k.shape[1], q.shape[3]
     grouped = heads != groups
-    queries = op.Mul(op.Cast(q, to=ir.DataType.FLOAT), scale)
-    keys, values = (op.Cast(each, to=ir.DataType.FLOAT) for each in (k, v))
+    wide = ir.DataType.DOUBLE if q.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    queries = op.Mul(op.Cast(q, to=wide), op.Constant(value=ir.tensor(scale, dtype=wide)))
+    keys, values = (op.Cast(each, to=wide) for each in (k, v))
     rows = group_rows(queries, groups, width) if grouped else queries
     products = op.MatMul(rows, op.Transpose(keys, perm=[0, 1, 3, 2]))
     scores = op.Reshape(products, [1, heads, -1, 0]) if grouped else products
-    weights = op.Softmax(masked_scores(scores, _same_segment(q, cu_seqlens)), axis=-1)
+    weights = op.Softmax(masked_scores(scores, same_segment(q, cu_seqlens)), axis=-1)
     weights = op.Reshape(weights, [1, groups, -1, 0]) if grouped else weights
     y = op.MatMul(weights, values)
     y = op.Reshape(y, [1, heads, -1, v.shape[3]]) if grouped else y
     return op.Cast(y, to=q.dtype)
 
 
-def _same_segment(q: Any, cu_seqlens: Any) -> Any:
+def same_segment(q: Any, cu_seqlens: Any) -> Any:
     """bool[T, T]: whether query i and key j lie in one segment."""
     position = op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1)
     ends = op.Slice(op.Cast(cu_seqlens, to=ir.DataType.INT64), [1], [2**62], [0])

@@ -31,18 +31,21 @@ from qpcompile.files import sha256, staged_folder
 from qpcompile.ir import operators
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
 from qpcompile.kernels.attention_kv4.onnx import attention_kv4
+from qpcompile.kernels.attention_received.onnx import attention_received
 from qpcompile.kernels.hadamard.onnx import hadamard
 from qpcompile.kernels.kronecker.onnx import kronecker
 from qpcompile.kernels.kv4_read.onnx import kv4_read
 from qpcompile.kernels.kv4_write.onnx import kv4_write
 from qpcompile.kernels.linear_w4a4 import onnx as linear_w4a4
 from qpcompile.kernels.linear_w4a16 import onnx as linear_w4a16
+from qpcompile.kernels.merge_tokens.onnx import merge_tokens
 from qpcompile.kernels.quantize_int4.onnx import quantize_int4
 from qpcompile.kernels.rmsnorm.onnx import rmsnorm
 from qpcompile.kernels.rmsnorm_quantize.onnx import rmsnorm_quantize
 from qpcompile.kernels.segment_attention.onnx import segment_attention
 from qpcompile.kernels.select_tokens.onnx import select_tokens
 from qpcompile.kernels.silu_mul_quantize.onnx import silu_mul_quantize
+from qpcompile.kernels.spread_tokens.onnx import spread_tokens
 from qpcompile.kernels.token_scores.onnx import token_scores
 
 if TYPE_CHECKING:
@@ -55,18 +58,21 @@ if TYPE_CHECKING:
 TORCH = onnx_aten.table() | onnx_aten_shape.table()
 OWN = {
     operators.ATTENTION_KV4: attention_kv4,
+    operators.ATTENTION_RECEIVED: attention_received,
     operators.HADAMARD: hadamard,
     operators.KRONECKER: kronecker,
     operators.KV4_READ: kv4_read,
     operators.KV4_WRITE: kv4_write,
     operators.LINEAR_W4A4: linear_w4a4.linear_w4a4,
     operators.LINEAR_W4A16: linear_w4a16.linear_w4a16,
+    operators.MERGE_TOKENS: merge_tokens,
     operators.QUANTIZE_INT4: quantize_int4,
     operators.RMSNORM: rmsnorm,
     operators.RMSNORM_QUANTIZE: rmsnorm_quantize,
     operators.SEGMENT_ATTENTION: segment_attention,
     operators.SELECT_TOKENS: select_tokens,
     operators.SILU_MUL_QUANTIZE: silu_mul_quantize,
+    operators.SPREAD_TOKENS: spread_tokens,
     operators.TOKEN_SCORES: token_scores,
 }
 LOWERINGS = (linear_w4a4.lower, linear_w4a16.lower)

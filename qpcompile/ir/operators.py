@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from qpcompile.kernels.attention_kv4 import op as _attention_kv4
+from qpcompile.kernels.attention_received import op as _attention_received
 from qpcompile.kernels.hadamard import op as _hadamard
 from qpcompile.kernels.kronecker import op as _kronecker
 from qpcompile.kernels.kv4_read import op as _kv4_read
 from qpcompile.kernels.kv4_write import op as _kv4_write
 from qpcompile.kernels.linear_w4a4 import op as _linear_w4a4
 from qpcompile.kernels.linear_w4a16 import op as _linear_w4a16
+from qpcompile.kernels.merge_tokens import op as _merge_tokens
 from qpcompile.kernels.quant_stub import op as _quant_stub
 from qpcompile.kernels.quantize_int4 import op as _quantize_int4
 from qpcompile.kernels.rmsnorm import op as _rmsnorm
@@ -18,16 +20,19 @@ from qpcompile.kernels.rmsnorm_quantize import op as _rmsnorm_quantize
 from qpcompile.kernels.segment_attention import op as _segment_attention
 from qpcompile.kernels.select_tokens import op as _select_tokens
 from qpcompile.kernels.silu_mul_quantize import op as _silu_mul_quantize
+from qpcompile.kernels.spread_tokens import op as _spread_tokens
 from qpcompile.kernels.token_scores import op as _token_scores
 
 MODULES = (
     _attention_kv4,
+    _attention_received,
     _hadamard,
     _kronecker,
     _kv4_read,
     _kv4_write,
     _linear_w4a4,
     _linear_w4a16,
+    _merge_tokens,
     _quant_stub,
     _quantize_int4,
     _rmsnorm,
@@ -35,17 +40,20 @@ MODULES = (
     _segment_attention,
     _select_tokens,
     _silu_mul_quantize,
+    _spread_tokens,
     _token_scores,
 )
 
 ours = torch.ops.qpcompile
 ATTENTION_KV4 = ours.attention_kv4.default
+ATTENTION_RECEIVED = ours.attention_received.default
 HADAMARD = ours.hadamard.default
 KRONECKER = ours.kronecker.default
 KV4_READ = ours.kv4_read.default
 KV4_WRITE = ours.kv4_write.default
 LINEAR_W4A4 = ours.linear_w4a4.default
 LINEAR_W4A16 = ours.linear_w4a16.default
+MERGE_TOKENS = ours.merge_tokens.default
 QUANT_STUB = ours.quant_stub.default
 QUANTIZE_INT4 = ours.quantize_int4.default
 RMSNORM = ours.rmsnorm.default
@@ -53,4 +61,5 @@ RMSNORM_QUANTIZE = ours.rmsnorm_quantize.default
 SEGMENT_ATTENTION = ours.segment_attention.default
 SELECT_TOKENS = ours.select_tokens.default
 SILU_MUL_QUANTIZE = ours.silu_mul_quantize.default
+SPREAD_TOKENS = ours.spread_tokens.default
 TOKEN_SCORES = ours.token_scores.default
