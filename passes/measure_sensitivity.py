@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from qpcompile.ir.attention import read_attention
+from qpcompile.ir.collect import run_sample
 from qpcompile.ir.edit import aten, is_call, layer_of
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.fake_quant import fake_quantize
@@ -27,7 +28,6 @@ from qpcompile.ir.profile import attention_mass, pairwise_cosine
 from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.run import Machine, execute_graph
 from qpcompile.ir.shapes import value as fake_value
-from qpcompile.passes.calibrate import run_sample
 from qpcompile.plan import LayerFacts
 from qpcompile.progress import track
 
@@ -117,7 +117,7 @@ class _Twice(fx.Interpreter):
 
     def _run_shadow(self, n: fx.Node, value: Any) -> None:
         fact = stub_fact(n)
-        scheme = self.program.recipe.quantize
+        scheme = self.program.recipe.quantize if self.program.recipe.order != "prune_then_quantize" else None
         changed = any(argument in self.shadow for argument in n.all_input_nodes)
         if not changed and fact is None:
             self._note(n, value, value)

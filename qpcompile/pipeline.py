@@ -33,7 +33,9 @@ from qpcompile.passes.measure_sensitivity import MeasureSensitivity
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
+from qpcompile.passes.recalibrate import Recalibrate
 from qpcompile.passes.search_clips import SearchClips
+from qpcompile.passes.train_transforms import TrainTransforms
 from qpcompile.plan import CalibrationUsed
 from qpcompile.recipe import Recipe
 
@@ -48,10 +50,12 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         Calibrate(samples, count),
         FoldTransforms(),
         SearchClips(),
+        TrainTransforms(samples, count),
         MeasureSensitivity(samples, count),
         # Decide how many visual tokens each layer keeps, and drop the others.
         PlanTokenBudget(),
         InsertTokenCuts(),
+        Recalibrate(samples, count),
         # Make it small, then make it few operators.
         QuantizeWeights(),
         QuantizeKvCache(),

@@ -77,6 +77,14 @@ class LeftOut(Section):
     reason: str = Field(min_length=1, description="Why it stays as it is.")
 
 
+class TrainedBlock(Section):
+    """One block whose change of basis was trained."""
+
+    name: str = Field(min_length=1, description="Graph and layer; the graph alone for what stands behind its layers.")
+    before: float = Field(ge=0, description="Relative squared error of the quantized block before training.")
+    after: float = Field(ge=0, description="The same after training, before the weights are solved.")
+
+
 class CalibrationUsed(Section):
     """Which data the plan rests on."""
 
@@ -108,6 +116,7 @@ class Plan(Section):
     )
     sites: tuple[Site, ...] = Field(default=(), strict=False, description="Everything that was quantized.")
     left_out: tuple[LeftOut, ...] = Field(default=(), strict=False, description="Everything in scope that was not.")
+    trained: tuple[TrainedBlock, ...] = Field(default=(), strict=False, description="Training of changes of basis.")
     calibration: CalibrationUsed = Field(default=CalibrationUsed(), description="The data.")
     versions: dict[str, str] = Field(default={}, description="Packages the compile ran with.")
 

@@ -25,6 +25,9 @@ class CalibrationScheme(Section):
         default=128, ge=1, description="Samples used at most; fewer are used, and reported, when fewer come."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the choice of samples.")
+    after_cuts: bool = Field(
+        default=False, description="Collect what weights are solved for once more, on the tokens that cuts leave."
+    )
 
 
 class Recipe(Section):
@@ -33,7 +36,17 @@ class Recipe(Section):
     version: Literal[1] = Field(default=1, description="Version of this format.")
     quantize: QuantizeScheme | None = Field(default=None, description="What is quantized; null quantizes nothing.")
     tokens: TokenScheme = Field(default=TokenScheme(), description="Which visual tokens are kept.")
+    order: Literal["joint", "quantize_then_prune", "prune_then_quantize"] = Field(
+        default="joint",
+        description="joint plans cuts with the quantizer in view. The stage-wise orders do not: equal drops, no residual "
+        "in the score; prune_then_quantize profiles full precision and calibrates behind the cuts.",
+    )
     calibration: CalibrationScheme = Field(default=CalibrationScheme(), description="How calibration data is used.")
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether statistics are collected once more behind the cuts."""
+        return self.calibration.after_cuts or self.order == "prune_then_quantize"
 
     @model_validator(mode="wrap")
     @classmethod

@@ -79,6 +79,15 @@ class ActivationScheme(Section):
         return self.group_size if self.granularity == "group" else 0
 
 
+class TrainingScheme(Section):
+    """How a learned change of basis is trained, block by block; read with transform rotation and flatquant only."""
+
+    samples: int = Field(default=32, ge=1, description="Calibration samples that are trained on, the first of them.")
+    epochs: int = Field(default=8, ge=1, description="Times that each block sees each sample.")
+    batch: int = Field(default=4, ge=1, description="Samples per step.")
+    learning_rate: float = Field(default=5e-3, gt=0, description="Adam's first step size; it falls by a cosine.")
+
+
 class CacheScheme(Section):
     """How keys (after rotary positions) and values are stored, before attention reads them."""
 
@@ -105,11 +114,17 @@ class QuantizeScheme(Section):
         description="Change of basis of the inputs of linears that spreads outlier channels: hadamard is a fixed "
         "rotation; rotation is learned from it, layer by layer; flatquant learns any invertible one.",
     )
+    training: TrainingScheme = Field(default=TrainingScheme(), description="Training of a learned transform.")
     smooth: float | None = Field(
         default=None,
         gt=0,
         lt=1,
         description="Strength of the per-channel scaling moved from inputs to weights before the rotation; null: none.",
+    )
+    scaling: Literal["none", "awq", "mbq"] = Field(
+        default="none",
+        description="Search the per-channel scaling for the least output error instead of taking a strength: awq; "
+        "mbq weighs visual and text tokens by their gradients.",
     )
     center: float | None = Field(
         default=None,
@@ -185,6 +200,10 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["smooth"] = "it serves 4-bit linears and weights.bits is 16; write null"
     if weights.bits == 16 and scheme.center is not None:
         reasons["center"] = "it serves 4-bit linears and weights.bits is 16; write null"
+    if scheme.scaling != "none" and scheme.smooth is not None:
+        reasons["smooth"] = f"scaling {scheme.scaling} searches what smooth fixes; write null"
+    if weights.bits == 16 and scheme.scaling != "none":
+        reasons["scaling"] = "it serves 4-bit linears and weights.bits is 16; write none"
     if activations.bits == 16 and activations.clip_search:
         reasons["activations.clip_search"] = "nothing is clipped at 16 bits; write false"
     if weights.kernel_group and activations.bits == 4 and activations.kernel_group not in (0, weights.kernel_group):

@@ -17,6 +17,7 @@ from qpcompile.ir.edit import SHAPE_OPS, aten, calls, get_tensor, is_call, layer
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB, RMSNORM
 from qpcompile.ir.program import Graph
+from qpcompile.ir.scale_search import search_scale
 from qpcompile.ir.shapes import value
 from qpcompile.ir.statistics import Calibration
 from qpcompile.kernels.hadamard.reference import factors, hadamard_matrix
@@ -51,7 +52,7 @@ class Basis:
 def find_basis(graph: Graph, scheme: QuantizeScheme, calibration: Calibration) -> Basis:
     """The change of basis of one graph; statistics in `calibration` are carried over to the new basis."""
     finder = _Finder(graph, scheme, calibration, Basis())
-    changes = scheme.transform != "none" or scheme.smooth is not None
+    changes = scheme.transform != "none" or scheme.smooth is not None or scheme.scaling != "none"
     balanced = finder.fold_values() if changes and scheme.kv_cache.bits == 4 else set()
     if scheme.weights.bits == 4:
         for stub in list(calls(graph, QUANT_STUB)):
@@ -85,9 +86,9 @@ class _Finder:
         linears = list(stub.users)
         names = [weight_name(linear) for linear in linears]
         channels = self.tensor(names[0]).shape[1]
-        scale = self._balance(site, names) if scaled else None
         rotate = self.scheme.transform != "none"
         forward = hadamard_matrix(channels).double() if rotate else torch.eye(channels, dtype=torch.float64)
+        scale = self._balance(site, names, forward) if scaled else None
         backward = forward.T
         if scale is not None:
             forward, backward = forward * scale[None, :], backward / scale[:, None]
@@ -143,10 +144,17 @@ class _Finder:
         """The name of a linear's bias, one that it has only just got included."""
         return self.basis.biases.get(weight_name(linear), _bias_name(linear))
 
-    def _balance(self, site: str, names: list[str]) -> torch.Tensor | None:
-        """1 / s of SmoothQuant for the linears `names`, f64[C]; None where the recipe or the data has none."""
+    def _balance(self, site: str, names: list[str], turn: torch.Tensor) -> torch.Tensor | None:
+        """1 / s for the linears `names`, f64[C], by strength or by search; None without a recipe or data for it."""
         strength, statistics = self.scheme.smooth, self.calibration.inputs.get(site)
-        if strength is None or statistics is None or not statistics.tokens:
+        if statistics is None or not statistics.tokens:
+            return None
+        if self.scheme.scaling != "none":
+            ratio = self.calibration.ratios.get(site, 1.0)
+            importance = torch.where(statistics.visual, ratio, 1.0)
+            wide = torch.cat([self.tensor(name) for name in names])
+            return search_scale(statistics.rows, wide, turn, self.scheme, importance)
+        if strength is None:
             return None
         weights = torch.stack([self.tensor(name).abs().amax(dim=0) for name in names]).amax(dim=0)
         return _inverse_smoothing(statistics.largest.double(), weights, strength)

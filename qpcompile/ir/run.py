@@ -127,16 +127,21 @@ class Machine:
         answer[CACHE] = cache if kwargs.get("use_cache", True) else None
         return answer
 
+    def marks(self, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens of the prompt are visual, and which are no padding: bool[B, S] each."""
+        if self.visual is None or self.valid is None or self.visual.shape != (batch, length):
+            shape = batch, length
+            return torch.zeros(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)
+        return self.visual, self.valid
+
     def _token_feeds(self, cache: CompiledCache, new: int, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batch = feeds["inputs_embeds"].shape[0]
         extra = dict(cache.tensors)
         if feeds.get("attention_mask") is None:
             extra["attention_mask"] = torch.ones(batch, cache.seen + new, dtype=torch.long)
         if not cache.seen:
-            visual, valid = self.visual, self.valid
-            if visual is None or valid is None or visual.shape != (batch, new):
-                visual, valid = torch.zeros(batch, new, dtype=torch.bool), torch.ones(batch, new, dtype=torch.bool)
-            extra[VISUAL], extra[VALID] = visual, valid
+            visual, extra[VALID] = self.marks(batch, new)
+            extra[VISUAL] = visual
             extra[COUNT] = torch.arange(int(visual.sum(dim=1).min()))
         extra[SEEN] = torch.arange(cache.seen)
         for layer in cache.kept:

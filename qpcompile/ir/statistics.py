@@ -15,24 +15,38 @@ class InputStatistics:
     """Of the input of some linears.
 
     largest: f32[C], largest magnitude per channel; moments: f32[C, C], sum x x^T, or None; total: f32[C], sum x;
-    rows: f32[R, C], up to ROWS of the tokens themselves.
+    rows: f32[R, C], up to ROWS of the tokens themselves; visual: bool[R], which of them are visual tokens.
     """
 
     largest: torch.Tensor
     moments: torch.Tensor | None
     total: torch.Tensor
     rows: torch.Tensor
+    visual: torch.Tensor
     tokens: int = 0
 
     @classmethod
     def empty(cls, channels: int, moments: bool) -> InputStatistics:
         """Nothing seen yet."""
         square = torch.zeros(channels, channels) if moments else None
-        return cls(torch.zeros(channels), square, torch.zeros(channels), torch.zeros(0, channels))
+        marks = torch.zeros(0, dtype=torch.bool)
+        return cls(torch.zeros(channels), square, torch.zeros(channels), torch.zeros(0, channels), marks)
 
-    def add(self, x: torch.Tensor, keep: int = ROWS) -> None:
-        """Take in x: f[..., C]; up to `keep` of its tokens, evenly spaced, are kept as they are."""
+    def add(
+        self,
+        x: torch.Tensor,
+        keep: int = ROWS,
+        visual: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+    ) -> None:
+        """Take in x: f[..., C]; up to `keep` of its tokens, evenly spaced, are kept as they are.
+
+        visual, counts: bool[...], which tokens are visual (None: all), and which count at all (None: all).
+        """
         rows = x.detach().reshape(-1, x.shape[-1]).float()
+        marks = torch.ones(len(rows), dtype=torch.bool) if visual is None else visual.reshape(-1)
+        if counts is not None:
+            rows, marks = rows[counts.reshape(-1)], marks[counts.reshape(-1)]
         if not rows.shape[0]:
             return
         self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
@@ -44,6 +58,7 @@ class InputStatistics:
         if count > 0:
             chosen = torch.arange(count) * rows.shape[0] // count
             self.rows = torch.cat([self.rows, rows[chosen]])
+            self.visual = torch.cat([self.visual, marks[chosen]])
 
     @property
     def mean(self) -> torch.Tensor:
@@ -55,7 +70,7 @@ class InputStatistics:
         wide = matrix.double()
         moments = None if self.moments is None else (wide @ self.moments.double() @ wide.T).float()
         total, rows = (wide @ self.total.double()).float(), (self.rows.double() @ wide.T).float()
-        return InputStatistics(torch.full_like(self.largest, torch.nan), moments, total, rows, self.tokens)
+        return self._moved(moments, total, rows)
 
     def shifted(self, shift: torch.Tensor) -> InputStatistics:
         """Statistics of `x - shift`, shift: f[C]; the largest magnitudes are no longer known and become NaN."""
@@ -65,12 +80,18 @@ class InputStatistics:
             moments = (moments.double() - cross - cross.T + self.tokens * torch.outer(away, away)).float()
         rows = (self.rows.double() - away).float()
         total = (total - self.tokens * away).float()
-        return InputStatistics(torch.full_like(self.largest, torch.nan), moments, total, rows, self.tokens)
+        return self._moved(moments, total, rows)
+
+    def _moved(self, moments: torch.Tensor | None, total: torch.Tensor, rows: torch.Tensor) -> InputStatistics:
+        unknown = torch.full_like(self.largest, torch.nan)
+        return InputStatistics(unknown, moments, total, rows, self.visual, self.tokens)
 
 
 @dataclass
 class Calibration:
-    """Everything the calibrate pass found: input statistics per site group, and how many samples it saw."""
+    """Everything the calibrate pass found: input statistics per site group, how much visual tokens matter there
+    against text (`modality_ratios`, where the recipe asks), and how many samples it saw."""
 
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
     samples: int = 0

@@ -36,8 +36,10 @@ class Quota:
         """The weighted sum of the four metrics."""
         tokens = point.recipe.tokens
         weights = tokens.weights
+        # A stage-wise order scores with what is known without the quantizer (table 3 of the paper).
+        residual = weights.residual if point.recipe.order == "joint" else 0.0
         return attention_scores(
-            point, [weights.inter, weights.magnitude, weights.intra, weights.residual], tokens, tokens.queries
+            point, [weights.inter, weights.magnitude, weights.intra, residual], tokens, tokens.queries
         )
 
 
@@ -67,8 +69,10 @@ def sensitivity_schedule(program: Program) -> Schedule:
     """QUOTA's candidate layers and ratios."""
     tokens = program.recipe.tokens
     layers = cut_layers(program, (0,)) if tokens.candidate_layers != "auto" else _profiled(program)
-    # Without samples all layers count as equally sensitive.
-    deviations = program.facts.get("deviations", {layer: [0.0] for layer in layers})
+    # Without samples, and in a stage-wise order, all layers count as equally sensitive.
+    deviations = program.facts.get("deviations", {})
+    if not deviations or program.recipe.order != "joint":
+        deviations = {layer: [0.0] for layer in layers}
     table = [list(sample) for sample in zip(*[deviations[layer] for layer in layers], strict=True)]
     raw = sensitivity(table)
     normalized = normalize_sensitivity(raw, *tokens.sensitivity_percentiles, tokens.sensitivity_clip)

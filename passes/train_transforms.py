@@ -1,0 +1,251 @@
+"""Train the change of basis in front of each quantized linear, block by block, on what the block gives.
+
+    block: a layer of a graph, or what stands behind the layers. Both the block as it is and the quantized one get the
+    same full-precision inputs, each sample with its own masks and positions, and
+
+        loss = sum over tokens that are no padding || y_q - y ||^2 / || y ||^2      y: what later blocks read
+
+    is minimised by Adam over the factors and clip ratios of all its sites. Weights are rounded to nearest here;
+    `quantize_weights` solves them afterwards, in the new basis.
+
+    %t = qpcompile::kronecker(%n, @scale, @left, @right)   ->   the same with other factors, and other weights behind
+
+Source: "FlatQuant" (arXiv 2410.09426), section 3.1; per-sample masks are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from qpcompile.ir.basis import weight_name
+from qpcompile.ir.blocks import Block, Values, split_blocks
+from qpcompile.ir.collect import run_sample
+from qpcompile.ir.edit import aten, calls, get_tensor, is_call, set_tensor
+from qpcompile.ir.facts import set_fact, stub_fact
+from qpcompile.ir.fake_quant import fake_quantize
+from qpcompile.ir.learned_transform import LearnedTransform, kronecker_rows, rounded
+from qpcompile.ir.operators import KRONECKER, QUANT_STUB
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, Graph, Program
+from qpcompile.ir.run import Machine, execute_graph
+from qpcompile.ir.statistics import Calibration
+from qpcompile.plan import TrainedBlock
+from qpcompile.progress import track
+from qpcompile.recipe_schema import QuantizeScheme
+
+
+@dataclass(frozen=True)
+class TrainTransforms:
+    """See the module's docstring."""
+
+    samples: Iterable[dict[str, Any]] = field(repr=False)
+    count: int
+    name: ClassVar[str] = "train_transforms"
+    needs: ClassVar[str] = "calibrated"
+    gives: ClassVar[str] = "transformed"
+
+    def run(self, program: Program) -> bool:
+        """Returns whether anything was trained; fills `plan.trained`."""
+        scheme = program.recipe.quantize
+        if scheme is None or scheme.transform not in ("rotation", "flatquant") or program.plan.trained:
+            return False
+        if not self.count:
+            return False
+        feeds = self._feeds(program, min(self.count, scheme.training.samples))
+        trained: list[TrainedBlock] = []
+        for name, held in feeds.items():
+            trained += _train_graph(program, program.graphs[name], held, scheme)
+        program.plan = program.plan.changed(trained=tuple(trained))
+        return bool(trained)
+
+    def _feeds(self, program: Program, count: int) -> dict[str, list[_Sample]]:
+        """What flows into each graph, sample by sample."""
+        held: dict[str, list[_Sample]] = {}
+
+        def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            if graph.name not in (HEAD, DECODE):
+                valid = machine.valid if graph.name == PREFILL else None
+                held.setdefault(graph.name, []).append(_Sample(dict(feeds), valid))
+            return execute_graph(graph, feeds)
+
+        machine = Machine(program, execute)
+        for number, sample in enumerate(islice(self.samples, count)):
+            run_sample(machine, sample, number)
+        return held
+
+
+@dataclass
+class _Sample:
+    """The inputs of a graph, which of its tokens are no padding (bool[B, S], None: all), and what is alive now."""
+
+    feeds: dict[str, torch.Tensor]
+    valid: torch.Tensor | None
+    values: Values = field(default_factory=dict)
+
+
+def _train_graph(
+    program: Program, graph: Graph, samples: list[_Sample], scheme: QuantizeScheme
+) -> Iterator[TrainedBlock]:
+    entry, blocks = split_blocks(graph)
+    with torch.no_grad():
+        for sample in samples:
+            sample.values = entry.run(sample.feeds)
+    with track(f"train {graph.name}", len(blocks)) as step:
+        for block in blocks:
+            with torch.no_grad():
+                behind = [block.run(sample.values) for sample in samples]
+            training = _Training(graph, block, scheme, program.facts["calibration"])
+            if training.sites and block.results:
+                before = training.loss(samples, behind)
+                training.begin()
+                training.train(samples, behind)
+                after = training.loss(samples, behind)
+                if after < before:
+                    training.fold(program)
+                yield TrainedBlock(name=block.name, before=before, after=min(before, after))
+            for sample, values in zip(samples, behind, strict=True):
+                sample.values = values
+            step()
+
+
+class _Training:
+    """One block with a learned transform at each of its sites."""
+
+    def __init__(self, graph: Graph, block: Block, scheme: QuantizeScheme, calibration: Calibration) -> None:
+        self.graph, self.block, self.scheme, self.calibration = graph, block, scheme, calibration
+        self.sites: dict[str, LearnedTransform] = {}
+        self.owners: dict[fx.Node, LearnedTransform] = {}
+        for stub in block.nodes:
+            fact = stub_fact(stub) if is_call(stub, QUANT_STUB) else None
+            node = _kronecker(stub) if fact is not None and fact.role == "activation" else None
+            if fact is None or node is None:
+                continue
+            left, right = (get_tensor(graph.module, _target(node.args[side])) for side in (2, 3))
+            clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
+            learned = LearnedTransform(scheme.transform == "rotation", len(left), len(right), min(clip, 0.99))
+            self.sites[fact.site] = learned
+            for owned in (stub, *(linear.args[1] for linear in stub.users)):
+                assert isinstance(owned, fx.Node)
+                self.owners[owned] = learned
+
+    def begin(self) -> None:
+        """Start free factors from the statistics of what they transform."""
+        for stub, learned in self.owners.items():
+            fact = stub_fact(stub)
+            if fact is None or fact.role != "activation" or learned.rotation:
+                continue
+            if fact.site not in self.calibration.inputs:
+                continue
+            statistics = self.calibration.inputs[fact.site]
+            rows = statistics.rows.double()
+            second = rows.T @ rows if statistics.moments is None else statistics.moments.double()
+            names = [weight_name(linear) for linear in stub.users]
+            weights = torch.cat([get_tensor(self.graph.module, name).detach().double() for name in names])
+            learned.begin(second, weights.T @ weights)
+
+    def _look(self, node: fx.Node, value: Any) -> Any:
+        fact = stub_fact(node) if is_call(node, QUANT_STUB) else None
+        if fact is None:
+            return value
+        learned = self.owners.get(node)
+        if fact.role == "activation":
+            if self.scheme.activations.bits == 16:
+                return value if learned is None else kronecker_rows(value, *learned.factors())
+            group = self.scheme.activations.kernel_group
+            if learned is not None:
+                return learned.inputs(value, group)
+        if fact.role == "weight":
+            moved = value if learned is None else learned.weights(value)
+            return rounded(moved, self.scheme.weights.kernel_group, 1.0)
+        # Nothing is learned here, so that gradients only have to get through.
+        return value + (fake_quantize(value.detach(), fact, self.scheme) - value.detach())
+
+    def _sample_loss(self, sample: _Sample, behind: Values) -> torch.Tensor:
+        given = self.block.run(sample.values, self._look)
+        losses = []
+        for node in self.block.results:
+            expected, found = behind[node], given[node]
+            difference = found - expected
+            if sample.valid is not None and expected.shape[:2] == sample.valid.shape:
+                difference, expected = difference[sample.valid], expected[sample.valid]
+            losses.append(difference.pow(2).sum() / expected.pow(2).sum().clamp(min=1e-12))
+        return torch.stack(losses).mean()
+
+    def loss(self, samples: list[_Sample], behind: list[Values]) -> float:
+        """Mean over samples."""
+        with torch.no_grad():
+            pairs = zip(samples, behind, strict=True)
+            return float(torch.stack([self._sample_loss(*pair) for pair in pairs]).mean())
+
+    def train(self, samples: list[_Sample], behind: list[Values]) -> None:
+        """Adam over epochs of samples in their order, a step per `batch` samples, with a falling cosine."""
+        options = self.scheme.training
+        parameters = [parameter for learned in self.sites.values() for parameter in learned.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
+        pairs = list(zip(samples, behind, strict=True))
+        batches = [pairs[start : start + options.batch] for start in range(0, len(pairs), options.batch)]
+        total = options.epochs * len(batches)
+        with torch.enable_grad():
+            for number in range(total):
+                for group in optimizer.param_groups:
+                    group["lr"] = options.learning_rate * (1 + math.cos(math.pi * number / total)) / 2
+                batch = batches[number % len(batches)]
+                optimizer.zero_grad()
+                for pair in batch:
+                    (self._sample_loss(*pair) / len(batch)).backward()
+                optimizer.step()
+
+    def fold(self, program: Program) -> None:
+        """Put what was learned into factors, weights, shifts, clips and statistics, wherever they are read."""
+        with torch.no_grad():
+            learned = {site: transform.factors() for site, transform in self.sites.items()}
+            for graph in program.graphs.values():
+                if graph.owner == self.graph.owner:
+                    self._fold_graph(graph, learned)
+            for site, (left, right) in learned.items():
+                if site in self.calibration.inputs:
+                    moved = torch.kron(left.double(), right.double())
+                    self.calibration.inputs[site] = self.calibration.inputs[site].transformed(moved)
+
+    def _fold_graph(self, graph: Graph, learned: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for stub in calls(graph, QUANT_STUB):
+            fact = stub_fact(stub)
+            node = _kronecker(stub) if fact is not None and fact.site in learned else None
+            if fact is None or fact.role != "activation" or node is None:
+                continue
+            (left, right), module = learned[fact.site], graph.module
+            first, last = _target(node.args[2]), _target(node.args[3])
+            changed = {
+                first: left @ get_tensor(module, first).detach(),
+                last: get_tensor(module, last).detach() @ right.T,
+            }
+            if is_call(stub.args[0], aten.sub.Tensor):
+                name = _target(stub.args[0].args[1])
+                changed[name] = kronecker_rows(get_tensor(module, name).detach(), left, right)
+            for linear in stub.users:
+                name = weight_name(linear)
+                weight = get_tensor(module, name).detach()
+                changed[name] = self.sites[fact.site].weights(weight).to(weight.dtype)
+            for name, tensor in changed.items():
+                set_tensor(module, name, tensor.contiguous())
+            if self.scheme.activations.bits == 4:
+                set_fact(stub, replace(fact, clip=float(torch.sigmoid(self.sites[fact.site].clip))))
+
+
+def _target(node: object) -> str:
+    assert isinstance(node, fx.Node)
+    return str(node.target)
+
+
+def _kronecker(stub: fx.Node) -> fx.Node | None:
+    """The transform in front of a stub, past the subtraction of a mean."""
+    source = stub.args[0]
+    if is_call(source, aten.sub.Tensor):
+        source = source.args[0]
+    return source if is_call(source, KRONECKER) else None

@@ -1,0 +1,165 @@
+"""A graph as a row of blocks, one per layer, that run one after the other, with gradients if wanted.
+
+    entry       everything before the first layer (not in the list)
+    block i     the nodes of layer i
+    the last    what stands behind the layers: a final norm, a merger, a projector
+
+What crosses a border is found by liveness, so that masks and rotary tables of each sample travel with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.ir.edit import get_tensor, is_call, layer_of
+from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB, RMSNORM, SEGMENT_ATTENTION
+from qpcompile.ir.program import Graph
+from qpcompile.kernels.hadamard.reference import hadamard
+from qpcompile.kernels.kronecker.reference import kronecker
+from qpcompile.kernels.rmsnorm.reference import rmsnorm
+from qpcompile.kernels.segment_attention.blocks import segment_attention
+
+Values = dict[fx.Node, Any]
+# Gets a node and the value it gave; returns the value to go on with.
+Look = Callable[[fx.Node, Any], Any]
+
+# Our operators in plain torch, which gradients pass through.
+PLAIN: Mapping[object, Callable[..., Any]] = {
+    HADAMARD: hadamard,
+    KRONECKER: kronecker,
+    QUANT_STUB: lambda x: x,
+    RMSNORM: rmsnorm,
+    SEGMENT_ATTENTION: segment_attention,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes that run together: what they need from before, what is needed after, and what is compared.
+
+    `results` are the values that rounding changes and later blocks read, or at the end the graph's outputs but caches.
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    alive: frozenset[fx.Node]
+    results: tuple[fx.Node, ...]
+
+    def run(self, values: Values, look: Look | None = None) -> Values:
+        """Everything that is alive behind the block, from everything alive before it."""
+        return _run(self.nodes, values, self.alive, look)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The part of a graph before its first block."""
+
+    graph: Graph
+    nodes: tuple[fx.Node, ...]
+    alive: frozenset[fx.Node]
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> Values:
+        """feeds: tensors by input path -> everything alive before the first block."""
+        return _run(self.nodes, _placed(self.graph, feeds), self.alive, None)
+
+
+def run_nodes(graph: Graph, feeds: Mapping[str, torch.Tensor], look: Look | None) -> dict[str, torch.Tensor]:
+    """Run a whole graph in plain torch; tensors by input path -> tensors by output path."""
+    (results,) = graph.output_node.args
+    assert isinstance(results, tuple)
+    wanted = [node for node in results if isinstance(node, fx.Node)]
+    values = _run(tuple(graph.nodes), _placed(graph, feeds), frozenset(wanted), look)
+    return {path: values[node] for path, node in zip(graph.outputs, wanted, strict=True)}
+
+
+def _placed(graph: Graph, feeds: Mapping[str, torch.Tensor]) -> Values:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return {node: feeds[name] for node, name in zip(placeholders, graph.inputs, strict=True)}
+
+
+def split_blocks(graph: Graph) -> tuple[Entry, list[Block]]:
+    """Cut a graph at its layers. A graph without layers is one block."""
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    starts = _layer_starts(nodes)
+    entry = nodes[: starts[0]] if starts else [node for node in nodes if node.op == "placeholder"]
+    bounds = [*starts, len(nodes)] if starts else [len(entry), len(nodes)]
+    blocks = []
+    for start, end in pairwise(bounds):
+        span, rest = nodes[start:end], set(nodes[end:]) | {graph.output_node}
+        alive = _alive(nodes[:end], rest)
+        later = [node for node in span if set(node.users) & set(nodes[end:])]
+        ends = _final(graph, span) if end == len(nodes) else later
+        moved = _behind_stubs(span)
+        results = tuple(node for node in ends if node in moved and _is_float(node))
+        layer = layer_of(span[0])
+        name = graph.name if layer is None else f"{graph.name} layer {layer}"
+        blocks.append(Block(name, tuple(span), alive, results))
+    return Entry(graph, tuple(entry), _alive(entry, {*nodes[len(entry) :], graph.output_node})), blocks
+
+
+def _layer_starts(nodes: list[fx.Node]) -> list[int]:
+    """Where a layer begins, and where the last one ends."""
+    starts, seen, last = list[int](), set[int](), -1
+    for position, node in enumerate(nodes):
+        layer = layer_of(node) if node.op == "call_function" else None
+        if layer is None:
+            continue
+        if layer not in seen:
+            seen.add(layer)
+            starts.append(position)
+        last = position
+    if starts and any(node.op == "call_function" for node in nodes[last + 1 :]):
+        starts.append(last + 1)
+    return starts
+
+
+def _alive(before: list[fx.Node], after: set[fx.Node]) -> frozenset[fx.Node]:
+    return frozenset(node for node in before if node.op != "get_attr" and set(node.users) & after)
+
+
+def _behind_stubs(span: list[fx.Node]) -> set[fx.Node]:
+    """The nodes of a span whose value rounding changes."""
+    moved = set[fx.Node]()
+    for node in span:
+        if is_call(node, QUANT_STUB) or moved & set(node.all_input_nodes):
+            moved.add(node)
+    return moved
+
+
+def _final(graph: Graph, span: list[fx.Node]) -> list[fx.Node]:
+    (values,) = graph.output_node.args
+    assert isinstance(values, tuple)
+    returned = [
+        node for path, node in zip(graph.outputs, values, strict=True) if not path.startswith("past_key_values.")
+    ]
+    return [node for node in span if node in returned]
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _run(nodes: tuple[fx.Node, ...], values: Values, alive: frozenset[fx.Node], look: Look | None) -> Values:
+    known = dict(values)
+
+    def fetch(node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            module = node.graph.owning_module
+            assert module is not None
+            return get_tensor(module, str(node.target))
+        return known[node]
+
+    for node in nodes:
+        if node.op != "call_function":
+            continue
+        target: Any = PLAIN.get(node.target, node.target)
+        value = target(*fx.map_arg(node.args, fetch), **fx.map_arg(node.kwargs, fetch))
+        known[node] = value if look is None else look(node, value)
+    return {node: known[node] for node in alive}
