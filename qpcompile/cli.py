@@ -1,4 +1,4 @@
-"""The command `qpcompile`: compile, run, export, inspect, eval, doctor.
+"""The command `qpcompile`: compile, run, export, inspect, eval, sweep, doctor.
 
 Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 130 Ctrl-C.
 """
@@ -25,6 +25,9 @@ from qpcompile.evaluate.evaluation import Exam, ask
 from qpcompile.evaluate.examiner import Examiner, artifact_row
 from qpcompile.evaluate.rows import RowFolder
 from qpcompile.evaluate.scoring import Scoring, right_answers
+from qpcompile.evaluate.sweep import sweep
+from qpcompile.evaluate.sweep_plan import SweepPlan
+from qpcompile.evaluate.sweep_report import write_sweep
 from qpcompile.ir.pass_manager import Step
 from qpcompile.ir.program import Program
 from qpcompile.pipeline import compile as compile_model
@@ -219,6 +222,20 @@ def ask_once(source: str, exam: Exam) -> None:
     correct = sum(right_answers(exam.questions, answers))
     note(f"{time.monotonic() - started:.1f} s, batches of {exam.batch_size}")
     typer.echo(f"accuracy {correct / len(answers):.4f} ({correct} of {len(answers)})")
+
+
+@app.command("sweep", epilog="Example:\n\nqpcompile sweep docs/results/sweep.yaml --out build/sweep/")
+def sweep_command(
+    plan: Annotated[Path, typer.Argument(help="YAML file: testbeds, quantizers, pruners, shares, ablations.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, tables, figures; what is there stays.")],
+    debug: Debug = False,
+) -> None:
+    """Every pruner with every quantizer at matched visual tokens: rows, tables, figures. Killed, it goes on."""
+    with told_as_text(debug):
+        asked = SweepPlan.load(plan)
+        results = sweep(asked, out, note)
+        write_sweep(asked, results, out, f"qpcompile sweep {plan} --out {out}")
+        note(f"wrote {out}: tables.md, tables.csv, figures/, rows.csv, rows.json, rows/")
 
 
 @app.command("doctor", epilog="Example:\n\nqpcompile doctor")

@@ -97,12 +97,22 @@ class Subject:
         return cls(compiled.generate, processor, compiled.config, compiled.plan, weights, cache_bytes, kept)
 
 
+def model_digest(source: str) -> str:
+    """Hash of a model's folder; of a hub name, the name."""
+    folder = Path(source)
+    return folder_digest(folder) if folder.is_dir() else source
+
+
 def identity(model: str, recipe: Recipe | None, exam: Exam, calibration: str | None) -> str:
-    """The id of a row; its seed is the recipe's. calibration: hash of the questions that samples are drawn from."""
-    folder = Path(model)
+    """The id of a row; its seed is the recipe's.
+
+    Args:
+        model: what `model_digest` says.
+        calibration: hash of the questions that samples are drawn from.
+    """
     return row_id(
         {
-            "model": folder_digest(folder) if folder.is_dir() else model,
+            "model": model,
             "recipe": None if recipe is None else recipe.to_yaml(),
             "calibration": None if recipe is None else calibration,
             "data": exam.digest,

@@ -9,7 +9,7 @@ from pathlib import Path
 from qpcompile.capture.data_folder import read_questions
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.evaluate.data_sets import questions_digest
-from qpcompile.evaluate.evaluation import Exam, Prompt, Subject, evaluate, identity, prompt_sizes
+from qpcompile.evaluate.evaluation import Exam, Prompt, Subject, evaluate, identity, model_digest, prompt_sizes
 from qpcompile.evaluate.flops import picture_flops
 from qpcompile.evaluate.rows import Row, RowFolder
 from qpcompile.evaluate.workbench import Workbench
@@ -32,7 +32,7 @@ class Examiner:
 
     def id(self, recipe: Recipe | None) -> str:
         """The id of a recipe's row; None is full precision."""
-        return identity(self.source, recipe, self.exam, self._digest)
+        return identity(self._model, recipe, self.exam, self._digest)
 
     def known(self, recipe: Recipe | None) -> Row | None:
         """The row if it was computed before."""
@@ -64,6 +64,10 @@ class Examiner:
         return row
 
     @cached_property
+    def _model(self) -> str:
+        return model_digest(self.source)
+
+    @cached_property
     def bench(self) -> Workbench:
         """The model, loaded and ready to be compiled."""
         return Workbench(self.source, self.calibration)
@@ -78,7 +82,7 @@ class Examiner:
 
 def artifact_row(source: str, compiled: CompiledVLM, processor: object, exam: Exam, kept: RowFolder | None) -> Row:
     """The row of a compiled folder."""
-    id = identity(source, compiled.recipe, exam, None)
+    id = identity(model_digest(source), compiled.recipe, exam, None)
     if kept is not None and (found := kept.get(id)):
         return found
     token = compiled.config.image_token_id

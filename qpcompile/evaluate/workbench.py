@@ -51,6 +51,7 @@ class Workbench:
         if self.calibration is not None:
             samples = Samples(self.calibration, self.processor, asked.samples, asked.seed)
         if self._captured is None or self._captured[:2] != (asked.samples, asked.seed):
+            self._measured.clear()
             first = next(iter(samples)) if samples else blank_sample(self.model, self.processor)
             self._captured = asked.samples, asked.seed, capture(self.model, first, recipe)
         program = _copy(self._captured[2])
