@@ -27,6 +27,12 @@ def _noise(*shape: int, device: torch.device) -> Tensor:
     return torch.sin(torch.arange(count, dtype=torch.float32) * 1.7).reshape(shape).to(device)
 
 
+def _choice(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Features f32[2, 7, 12], which of them count, and how many are chosen per row."""
+    counted = torch.arange(7, device=device).expand(2, 7) < 5
+    return _noise(2, 7, 12, device=device), counted, torch.tensor([3, 2], device=device)
+
+
 def _attention_kv4(device: torch.device) -> None:
     q, cache = _noise(1, 4, 3, 32, device=device), _noise(1, 2, 5, 32, device=device)
     codes, affine = ours.kv4_write(cache)
@@ -113,13 +119,45 @@ def _token_scores(device: torch.device) -> None:
     hidden, q = _noise(1, 6, 48, device=device), _noise(1, 4, 6, 12, device=device)
     valid = torch.ones(1, 6, dtype=torch.bool, device=device)
     visual = valid & (torch.arange(6, device=device) < 4)
-    settings = ([0.45, 0.25, 0.1, 0.2], "percentile", 1.0, 99.0, "after_image", False, False)
-    ours.token_scores(hidden, q, q, None, 0.3, visual, valid, *settings)
+    settings = ([0.45, 0.25, 0.1, 0.2], "percentile", 1.0, 99.0, False, False, 0, 1.0, False, 0.0)
+    ours.token_scores(hidden, hidden, q, q, None, 0.3, visual, valid, ~visual, *settings)
+
+
+def _dpp_select(device: torch.device) -> None:
+    features, counted, budget = _choice(device)
+    ours.dpp_select(features, features[..., 0].abs(), counted, budget)
+
+
+def _farthest_tokens(device: torch.device) -> None:
+    ours.farthest_tokens(*_choice(device))
+
+
+def _fuse_risk(device: torch.device) -> None:
+    scores = _noise(2, 7, device=device)
+    ours.fuse_risk(scores, scores.abs(), scores > -1, 0.55, True, True)
+
+
+def _pivot_tokens(device: torch.device) -> None:
+    features, counted, budget = _choice(device)
+    ours.pivot_tokens(features, features[:, None], counted, counted, budget, 2, 1)
+
+
+def _quantization_risk(device: torch.device) -> None:
+    features, counted, _ = _choice(device)
+    ours.quantization_risk(features, counted, "complex", 4)
+
+
+def _text_relevance(device: torch.device) -> None:
+    features, counted, _ = _choice(device)
+    ours.text_relevance(features, counted, torch.ones_like(counted), 1)
 
 
 PROBES: dict[str, Probe] = {
     "attention_kv4": _attention_kv4,
     "attention_received": _attention_received,
+    "dpp_select": _dpp_select,
+    "farthest_tokens": _farthest_tokens,
+    "fuse_risk": _fuse_risk,
     "hadamard": _hadamard,
     "kronecker": _kronecker,
     "kv4_read": _kv4_read,
@@ -127,7 +165,9 @@ PROBES: dict[str, Probe] = {
     "linear_w4a16": _linear_w4a16,
     "linear_w4a4": _linear_w4a4,
     "merge_tokens": _merge_tokens,
+    "pivot_tokens": _pivot_tokens,
     "quant_stub": _quant_stub,
+    "quantization_risk": _quantization_risk,
     "quantize_int4": _quantize_int4,
     "rmsnorm": _rmsnorm,
     "rmsnorm_quantize": _rmsnorm_quantize,
@@ -135,6 +175,7 @@ PROBES: dict[str, Probe] = {
     "select_tokens": _select_tokens,
     "silu_mul_quantize": _silu_mul_quantize,
     "spread_tokens": _spread_tokens,
+    "text_relevance": _text_relevance,
     "token_scores": _token_scores,
 }
 

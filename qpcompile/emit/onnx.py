@@ -32,6 +32,9 @@ from qpcompile.ir import operators
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
 from qpcompile.kernels.attention_kv4.onnx import attention_kv4
 from qpcompile.kernels.attention_received.onnx import attention_received
+from qpcompile.kernels.dpp_select.onnx import dpp_select
+from qpcompile.kernels.farthest_tokens.onnx import farthest_tokens
+from qpcompile.kernels.fuse_risk.onnx import fuse_risk
 from qpcompile.kernels.hadamard.onnx import hadamard
 from qpcompile.kernels.kronecker.onnx import kronecker
 from qpcompile.kernels.kv4_read.onnx import kv4_read
@@ -39,6 +42,8 @@ from qpcompile.kernels.kv4_write.onnx import kv4_write
 from qpcompile.kernels.linear_w4a4 import onnx as linear_w4a4
 from qpcompile.kernels.linear_w4a16 import onnx as linear_w4a16
 from qpcompile.kernels.merge_tokens.onnx import merge_tokens
+from qpcompile.kernels.pivot_tokens.onnx import pivot_tokens
+from qpcompile.kernels.quantization_risk.onnx import quantization_risk
 from qpcompile.kernels.quantize_int4.onnx import quantize_int4
 from qpcompile.kernels.rmsnorm.onnx import rmsnorm
 from qpcompile.kernels.rmsnorm_quantize.onnx import rmsnorm_quantize
@@ -46,6 +51,7 @@ from qpcompile.kernels.segment_attention.onnx import segment_attention
 from qpcompile.kernels.select_tokens.onnx import select_tokens
 from qpcompile.kernels.silu_mul_quantize.onnx import silu_mul_quantize
 from qpcompile.kernels.spread_tokens.onnx import spread_tokens
+from qpcompile.kernels.text_relevance.onnx import text_relevance
 from qpcompile.kernels.token_scores.onnx import token_scores
 
 if TYPE_CHECKING:
@@ -59,13 +65,18 @@ TORCH = onnx_aten.table() | onnx_aten_shape.table()
 OWN = {
     operators.ATTENTION_KV4: attention_kv4,
     operators.ATTENTION_RECEIVED: attention_received,
+    operators.DPP_SELECT: dpp_select,
+    operators.FARTHEST_TOKENS: farthest_tokens,
+    operators.FUSE_RISK: fuse_risk,
     operators.HADAMARD: hadamard,
     operators.KRONECKER: kronecker,
     operators.KV4_READ: kv4_read,
     operators.KV4_WRITE: kv4_write,
-    operators.LINEAR_W4A4: linear_w4a4.linear_w4a4,
     operators.LINEAR_W4A16: linear_w4a16.linear_w4a16,
+    operators.LINEAR_W4A4: linear_w4a4.linear_w4a4,
     operators.MERGE_TOKENS: merge_tokens,
+    operators.PIVOT_TOKENS: pivot_tokens,
+    operators.QUANTIZATION_RISK: quantization_risk,
     operators.QUANTIZE_INT4: quantize_int4,
     operators.RMSNORM: rmsnorm,
     operators.RMSNORM_QUANTIZE: rmsnorm_quantize,
@@ -73,6 +84,7 @@ OWN = {
     operators.SELECT_TOKENS: select_tokens,
     operators.SILU_MUL_QUANTIZE: silu_mul_quantize,
     operators.SPREAD_TOKENS: spread_tokens,
+    operators.TEXT_RELEVANCE: text_relevance,
     operators.TOKEN_SCORES: token_scores,
 }
 LOWERINGS = (linear_w4a4.lower, linear_w4a16.lower)

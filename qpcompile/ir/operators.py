@@ -6,6 +6,9 @@ import torch
 
 from qpcompile.kernels.attention_kv4 import op as _attention_kv4
 from qpcompile.kernels.attention_received import op as _attention_received
+from qpcompile.kernels.dpp_select import op as _dpp_select
+from qpcompile.kernels.farthest_tokens import op as _farthest_tokens
+from qpcompile.kernels.fuse_risk import op as _fuse_risk
 from qpcompile.kernels.hadamard import op as _hadamard
 from qpcompile.kernels.kronecker import op as _kronecker
 from qpcompile.kernels.kv4_read import op as _kv4_read
@@ -13,7 +16,9 @@ from qpcompile.kernels.kv4_write import op as _kv4_write
 from qpcompile.kernels.linear_w4a4 import op as _linear_w4a4
 from qpcompile.kernels.linear_w4a16 import op as _linear_w4a16
 from qpcompile.kernels.merge_tokens import op as _merge_tokens
+from qpcompile.kernels.pivot_tokens import op as _pivot_tokens
 from qpcompile.kernels.quant_stub import op as _quant_stub
+from qpcompile.kernels.quantization_risk import op as _quantization_risk
 from qpcompile.kernels.quantize_int4 import op as _quantize_int4
 from qpcompile.kernels.rmsnorm import op as _rmsnorm
 from qpcompile.kernels.rmsnorm_quantize import op as _rmsnorm_quantize
@@ -21,19 +26,25 @@ from qpcompile.kernels.segment_attention import op as _segment_attention
 from qpcompile.kernels.select_tokens import op as _select_tokens
 from qpcompile.kernels.silu_mul_quantize import op as _silu_mul_quantize
 from qpcompile.kernels.spread_tokens import op as _spread_tokens
+from qpcompile.kernels.text_relevance import op as _text_relevance
 from qpcompile.kernels.token_scores import op as _token_scores
 
 MODULES = (
     _attention_kv4,
     _attention_received,
+    _dpp_select,
+    _farthest_tokens,
+    _fuse_risk,
     _hadamard,
     _kronecker,
     _kv4_read,
     _kv4_write,
-    _linear_w4a4,
     _linear_w4a16,
+    _linear_w4a4,
     _merge_tokens,
+    _pivot_tokens,
     _quant_stub,
+    _quantization_risk,
     _quantize_int4,
     _rmsnorm,
     _rmsnorm_quantize,
@@ -41,25 +52,32 @@ MODULES = (
     _select_tokens,
     _silu_mul_quantize,
     _spread_tokens,
+    _text_relevance,
     _token_scores,
 )
 
 ours = torch.ops.qpcompile
 ATTENTION_KV4 = ours.attention_kv4.default
 ATTENTION_RECEIVED = ours.attention_received.default
+DPP_SELECT = ours.dpp_select.default
+FARTHEST_TOKENS = ours.farthest_tokens.default
+FUSE_RISK = ours.fuse_risk.default
 HADAMARD = ours.hadamard.default
 KRONECKER = ours.kronecker.default
 KV4_READ = ours.kv4_read.default
 KV4_WRITE = ours.kv4_write.default
-LINEAR_W4A4 = ours.linear_w4a4.default
 LINEAR_W4A16 = ours.linear_w4a16.default
+LINEAR_W4A4 = ours.linear_w4a4.default
 MERGE_TOKENS = ours.merge_tokens.default
-QUANT_STUB = ours.quant_stub.default
+PIVOT_TOKENS = ours.pivot_tokens.default
+QUANTIZATION_RISK = ours.quantization_risk.default
 QUANTIZE_INT4 = ours.quantize_int4.default
+QUANT_STUB = ours.quant_stub.default
 RMSNORM = ours.rmsnorm.default
 RMSNORM_QUANTIZE = ours.rmsnorm_quantize.default
 SEGMENT_ATTENTION = ours.segment_attention.default
 SELECT_TOKENS = ours.select_tokens.default
 SILU_MUL_QUANTIZE = ours.silu_mul_quantize.default
 SPREAD_TOKENS = ours.spread_tokens.default
+TEXT_RELEVANCE = ours.text_relevance.default
 TOKEN_SCORES = ours.token_scores.default

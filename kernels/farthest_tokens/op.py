@@ -1,0 +1,28 @@
+"""`qpcompile::farthest_tokens`: tokens in the order in which greedy max-min diversity picks them."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.dpp_select.op import check_choice
+from qpcompile.kernels.farthest_tokens import reference
+
+WHERE = "qpcompile::farthest_tokens"
+
+
+@torch.library.custom_op(WHERE, mutates_args=())
+def farthest_tokens(features: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
+    """features: f[B, S, C], counted: bool[B, S], budget: i64[B] -> f32[B, S], first is highest, not picked is 0.
+
+    Plain torch on every device.
+    """
+    check_choice(WHERE, features, counted, budget)
+    return reference.farthest_tokens(features, counted, budget)
+
+
+@farthest_tokens.register_fake
+def _(features: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
+    check_choice(WHERE, features, counted, budget)
+    return features.new_empty(counted.shape, dtype=torch.float32)
+
+
+OVERLOAD = torch.ops.qpcompile.farthest_tokens.default
