@@ -49,7 +49,7 @@ class FoldTransforms:
             # Prefill and decode have one owner and one set of weights: what prefill finds holds for both.
             if graph.owner not in found:
                 found[graph.owner] = find_basis(graph, scheme, program.facts["calibration"])
-            changed |= _apply(graph, found[graph.owner], scheme.kv_cache.bits == 4 and scheme.kv_cache.rotate)
+            changed |= _apply(graph, found[graph.owner], scheme.kv_cache.bits != 16 and scheme.kv_cache.rotate)
         return changed
 
 

@@ -45,7 +45,7 @@ class InsertQuantStubs:
         changed = False
         for graph in program.graphs.values():
             changed |= _stub_linears(graph, scheme, left_out)
-            if graph.name in (PREFILL, DECODE) and scheme.kv_cache.bits == 4:
+            if graph.name in (PREFILL, DECODE) and scheme.kv_cache.bits != 16:
                 changed |= _stub_caches(graph)
             tidy(graph)
         _check_patterns(program, scheme)

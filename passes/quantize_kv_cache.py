@@ -1,9 +1,10 @@
-"""Keep keys and values in 4 bits, in prefill and in decode alike: quantized after rotary positions, before attention.
+"""Keep keys and values in 4 or 8 bits, in prefill and decode alike: quantized after rotary positions, before attention.
 
     prefill  %k = quant_stub(%rope)                      -> %c, %a = qpcompile::kv4_write(%rope)
              sdpa(%q, repeat(%k), repeat(%v), %mask)     -> qpcompile::attention_kv4(%q, %c, %a, ...)
     decode   cat(%past, quant_stub(%rope))               -> cat(%past.codes, %c), cat(%past.affine, %a)
 
+With 8 bits `kv8_write` and `kv8_read` stand around the attention, which stays as it is: no kernel joins them.
 Scales are per token and head, so dropping tokens never touches the codes of those that stay.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -20,7 +21,7 @@ from qpcompile.errors import InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, through_shape_ops, tidy
 from qpcompile.ir.facts import stub_fact
-from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV4_WRITE, QUANT_STUB, TOKEN_SCORES
+from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV4_WRITE, KV8_READ, KV8_WRITE, QUANT_STUB, TOKEN_SCORES
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import fake_mode, value
 from qpcompile.ir.structure import CACHE
@@ -44,8 +45,12 @@ class QuantizeKvCache:
             return False
         sites = []
         for graph in program.language:
-            pairs = {stub: _write(graph, stub) for stub in _stubs(graph)}
-            _replace_attention(graph, pairs)
+            bits = scheme.kv_cache.bits
+            pairs = {stub: _write(graph, stub, KV8_WRITE if bits == 8 else KV4_WRITE) for stub in _stubs(graph)}
+            if bits == 8:
+                _read_back(graph, pairs)
+            else:
+                _replace_attention(graph, pairs)
             _replace_cache(graph, pairs)
             for stub in pairs:
                 if stub.users:
@@ -56,8 +61,8 @@ class QuantizeKvCache:
                 Site(
                     graph=graph.name,
                     name=f"{graph.owner}.layers.{layer}.kv_cache",
-                    cache_bits=4,
-                    kernel="qpcompile::attention_kv4",
+                    cache_bits=bits,
+                    kernel="qpcompile::kv8_read" if bits == 8 else "qpcompile::attention_kv4",
                 )
                 for layer in layers
             ]
@@ -74,9 +79,23 @@ def _stubs(graph: Graph) -> list[fx.Node]:
     return found
 
 
-def _write(graph: Graph, stub: fx.Node) -> Pair:
-    pair = call(graph, stub, KV4_WRITE, stub.args[0])
+def _write(graph: Graph, stub: fx.Node, write: Any) -> Pair:
+    pair = call(graph, stub, write, stub.args[0])
     return call(graph, stub, operator.getitem, pair, 0), call(graph, stub, operator.getitem, pair, 1)
+
+
+def _read_back(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
+    """Whatever reads keys or values, but for the cache, reads them from their codes."""
+    for stub in pairs:
+        append = next((user for user in stub.users if is_call(user, aten.cat.default)), None)
+        held = stub if append is None else append
+        codes = _cached(graph, held, pairs, held)
+        read = call(graph, held, KV8_READ, *codes, value(held).dtype)
+        held.replace_all_uses_with(read, delete_user_cb=_not_cache)
+
+
+def _not_cache(user: fx.Node) -> bool:
+    return user.op != "output" and not is_call(user, aten.gather.default, aten.sym_size.int)
 
 
 def _source(node: fx.Node) -> fx.Node:

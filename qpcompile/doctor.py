@@ -182,8 +182,10 @@ def needed_operators(recipe: Recipe) -> list[str]:
         return needed
     if scheme.kv_cache.bits == 4:
         needed += ["kv4_write", "kv4_read", "attention_kv4"]
-    if scheme.transform == "hadamard":
-        needed.append("hadamard")
+    if scheme.kv_cache.bits == 8:
+        needed += ["kv8_write", "kv8_read"]
+    if scheme.transform != "none":
+        needed.append("hadamard" if scheme.transform == "hadamard" else "kronecker")
     if scheme.weights.bits == 4:
         four = ["quantize_int4", "linear_w4a4", "rmsnorm_quantize", "silu_mul_quantize"]
         needed += four if scheme.activations.bits == 4 else ["linear_w4a16"]

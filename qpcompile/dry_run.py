@@ -88,9 +88,31 @@ def _transforms(recipe: Recipe, samples: int) -> str:
     if scheme is None:
         return NOTHING
     parts = [f"smooth by {scheme.smooth}"] if scheme.smooth is not None else []
-    parts += ["rotate by Hadamard matrices"] if scheme.transform == "hadamard" else []
-    parts += ["rotate queries and keys"] if scheme.kv_cache.bits == 4 and scheme.kv_cache.rotate else []
+    parts += ["rotate by Hadamard matrices"] if scheme.transform != "none" else []
+    parts += ["centre inputs"] if scheme.center is not None else []
+    parts += ["rotate queries and keys"] if scheme.kv_cache.bits != 16 and scheme.kv_cache.rotate else []
     return ", ".join(parts) or NOTHING
+
+
+def _clips(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16 or not scheme.activations.clip_search:
+        return NOTHING
+    return "a clip ratio for every quantized input, by search"
+
+
+def _training(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.transform not in ("rotation", "flatquant") or not samples:
+        return NOTHING
+    used = min(samples, scheme.training.samples)
+    return f"{scheme.transform}, block by block, on {used} samples, {scheme.training.epochs} epochs"
+
+
+def _behind_cuts(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.tokens.method == "none" or not recipe.recalibrates or not samples:
+        return NOTHING
+    return f"{samples} samples once more, on the tokens that each layer still has"
 
 
 def _sensitivity(recipe: Recipe, samples: int) -> str:
@@ -125,7 +147,8 @@ def _weights(recipe: Recipe, samples: int) -> str:
 def _cache(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.quantize.kv_cache.bits == 16:
         return NOTHING
-    return "keys and values in 4 bits, one scale per token and head, after rotary positions"
+    bits = recipe.quantize.kv_cache.bits
+    return f"keys and values in {bits} bits, one scale per token and head, after rotary positions"
 
 
 def _fuse(recipe: Recipe, samples: int) -> str:
@@ -140,9 +163,12 @@ EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "insert_quant_stubs": _stubs,
     "calibrate": _calibrate,
     "fold_transforms": _transforms,
+    "search_clips": _clips,
+    "train_transforms": _training,
     "measure_sensitivity": _sensitivity,
     "plan_token_budget": _budget,
     "insert_token_cuts": _cuts,
+    "recalibrate": _behind_cuts,
     "quantize_weights": _weights,
     "quantize_kv_cache": _cache,
     "fuse_kernels": _fuse,

@@ -52,6 +52,15 @@ def _hadamard(device: torch.device) -> None:
     ours.hadamard(_noise(3, 48, device=device), None)
 
 
+def _kv8_read(device: torch.device) -> None:
+    codes, affine = ours.kv8_write(_noise(1, 2, 5, 32, device=device))
+    ours.kv8_read(codes, affine, torch.float32)
+
+
+def _kv8_write(device: torch.device) -> None:
+    ours.kv8_write(_noise(1, 2, 5, 32, device=device))
+
+
 def _kv4_read(device: torch.device) -> None:
     codes, affine = ours.kv4_write(_noise(1, 2, 5, 32, device=device))
     ours.kv4_read(codes, affine, 32, torch.float32)
@@ -162,6 +171,8 @@ PROBES: dict[str, Probe] = {
     "kronecker": _kronecker,
     "kv4_read": _kv4_read,
     "kv4_write": _kv4_write,
+    "kv8_read": _kv8_read,
+    "kv8_write": _kv8_write,
     "linear_w4a16": _linear_w4a16,
     "linear_w4a4": _linear_w4a4,
     "merge_tokens": _merge_tokens,

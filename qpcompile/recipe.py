@@ -38,7 +38,7 @@ class Recipe(Section):
     tokens: TokenScheme = Field(default=TokenScheme(), description="Which visual tokens are kept.")
     order: Literal["joint", "quantize_then_prune", "prune_then_quantize"] = Field(
         default="joint",
-        description="joint plans cuts with the quantizer in view. The stage-wise orders do not: equal drops, no residual "
+        description="joint plans cuts with the quantizer in view. Stage-wise orders do not: equal drops, no residual "
         "in the score; prune_then_quantize profiles full precision and calibrates behind the cuts.",
     )
     calibration: CalibrationScheme = Field(default=CalibrationScheme(), description="How calibration data is used.")

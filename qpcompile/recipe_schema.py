@@ -91,13 +91,15 @@ class TrainingScheme(Section):
 class CacheScheme(Section):
     """How keys (after rotary positions) and values are stored, before attention reads them."""
 
-    bits: Literal[4, 16] = Field(
-        default=4, description="4 packs two cache entries in a byte; 16 leaves the cache as it is."
+    bits: Literal[4, 8, 16] = Field(
+        default=4, description="4 packs two cache entries in a byte; 8 takes a byte each; 16 leaves the cache as it is."
     )
     granularity: Literal["token-head"] = Field(
         default="token-head", description="One scale and zero per token and head."
     )
-    symmetric: bool = Field(default=False, description="The cache kernels store codes 0..15 with a zero point, only.")
+    symmetric: bool = Field(
+        default=False, description="The cache kernels store unsigned codes with a zero point, only."
+    )
     rotate: bool = Field(
         default=True, description="Rotate queries and keys by an orthogonal matrix first: same products."
     )
@@ -228,13 +230,65 @@ class ScoreWeights(Section):
         return self
 
 
+RISK_FUSED = ("quota", "visionzip")
+"""Methods that put the risk into their score on demand; qapruner always does."""
+
+
+class RiskScheme(Section):
+    """What 4 bits would lose of each visual token, as a score: QAPruner."""
+
+    fuse: bool = Field(
+        default=False, description="Put the risk into the scores of quota and visionzip too; qapruner always does."
+    )
+    metric: Literal[
+        "complex",
+        "complex_l1",
+        "complex_mul",
+        "l2_norm",
+        "l1_norm",
+        "l_inf",
+        "variance",
+        "dynamic_range",
+        "quant_error",
+        "quant_error_clip",
+        "quant_error_group",
+    ] = Field(
+        default="complex",
+        description="complex: half the rounding error by groups, half the range of a token's channels.",
+    )
+    group_size: int = Field(
+        default=128, ge=1, description="Channels that share a scale in the rounding error; at most the width counts."
+    )
+    alpha: float = Field(
+        default=0.55, ge=0, le=1, description="Share of the method's own score; the rest is the risk's."
+    )
+    dynamic_alpha: bool = Field(
+        default=True, description="Take up to 0.1 off alpha where the risks of a prompt's tokens vary much."
+    )
+
+
 class TokenScheme(Section):
     """Which visual tokens are dropped, where, and how they are chosen."""
 
-    method: Literal["none", "quota", "random", "random_input"] = Field(
+    method: Literal[
+        "none",
+        "joint",
+        "quota",
+        "random",
+        "random_input",
+        "visionzip",
+        "prumerge_plus",
+        "dart",
+        "cdpruner",
+        "qapruner",
+        "divprune",
+        "trim",
+    ] = Field(
         default="none",
-        description="none keeps all; quota scores every token at several layers; random draws by seed on the same "
-        "schedule; random_input draws before the decoder.",
+        description="none keeps all; joint solves the schedule with the least measured cost; quota scores every token "
+        "at several layers; random draws by seed on the same schedule; random_input draws before the decoder; visionzip and prumerge_plus score by the vision tower's "
+        "attention before the decoder and merge; dart keeps a few pivots and the tokens least like them, behind the "
+        "second layer; cdpruner, qapruner (with risk), divprune and trim choose before the decoder.",
     )
     keep: float = Field(default=1.0, gt=0, le=1, description="Share of visual tokens that stays; see keep_of.")
     keep_of: Literal["final", "mean"] = Field(
@@ -265,6 +319,12 @@ class TokenScheme(Section):
     tail_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="auto: never cut in this last share of the layers."
     )
+    cost_levels: tuple[float, ...] = Field(
+        default=(0.02, 0.05, 0.12, 0.3, 0.6),
+        strict=False,
+        description="joint: shares of the visual tokens whose cost is measured at every layer.",
+    )
+    cost_samples: int = Field(default=32, ge=1, description="joint: samples that costs are measured on, at most.")
     temperature: float = Field(
         default=1.25, gt=0, description="Higher spreads the drops evenly, lower favours robust layers."
     )
@@ -278,16 +338,31 @@ class TokenScheme(Section):
     sensitivity_clip: tuple[float, float] = Field(
         default=(0.1, 0.9), strict=False, description="Bounds of the normalised sensitivity."
     )
+    schedule: Literal["sensitivity", "uniform"] = Field(
+        default="sensitivity", description="quota, random: drop more behind robust layers, or the same behind each."
+    )
     weights: ScoreWeights = Field(default=ScoreWeights(), description="Weights of the score's terms.")
+    scores_of: Literal["deployed", "full_precision"] = Field(
+        default="deployed",
+        description="quota: score what the quantized decoder computes, or what it would without quantization. The "
+        "second is for comparison: the layers up to the cut run twice and keep their weights in full precision.",
+    )
+    sink_ratio: float | None = Field(
+        default=None,
+        gt=1,
+        description="quota: leave channels whose largest magnitude over the visual tokens is more than this x that of "
+        "the median channel out of magnitude and residual; null: none.",
+    )
     normalize: Literal["percentile", "mad", "rank"] = Field(
         default="percentile", description="How each term becomes 0..1 over the current visual tokens of a sample."
     )
     percentiles: tuple[float, float] = Field(
         default=(1.0, 99.0), strict=False, description="normalize percentile: the percentiles that become 0 and 1."
     )
-    queries: Literal["after_image", "last"] = Field(
+    queries: Literal["after_image", "last", "raters"] = Field(
         default="after_image",
-        description="Text queries that count for inter: all after the first picture token, or the last.",
+        description="quota: text queries that count for inter: all after the first picture token, the last, or those "
+        "that the picture's embeddings point at more than at the average one.",
     )
     intra_mean: bool = Field(
         default=False, description="Divide intra by the number of visual queries that can see the token."
@@ -296,6 +371,24 @@ class TokenScheme(Section):
         default="transformed",
         description="Measure residual after the recipe's rotation, as linears see it, or without it.",
     )
+    residual_of: Literal["stream", "input"] = Field(
+        default="stream",
+        description="Measure residual on the layer's output, or on what the next layer's first linear really rounds.",
+    )
+    residual_relative: bool = Field(default=False, description="Divide residual by the norm of what is rounded.")
+    spread_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="visionzip, prumerge_plus: share of the kept tokens that lie evenly among the others; null: "
+        "10/64 and 3/4.",
+    )
+    relevance_sign: Literal["plus", "minus"] = Field(
+        default="plus",
+        description="cdpruner, qapruner, trim: tokens whose embedding is like the question's text are relevant, or "
+        "those unlike it.",
+    )
+    risk: RiskScheme = Field(default=RiskScheme(), description="Risk of quantization as a score.")
     position_mode: Literal["retain", "reindex"] = Field(
         default="retain", description="Kept tokens keep their positions, or are counted anew."
     )
@@ -320,6 +413,12 @@ class TokenScheme(Section):
     @classmethod
     def _clip_ordered(cls, pair: tuple[float, float]) -> tuple[float, float]:
         return _ordered(pair, 1)
+
+    @model_validator(mode="after")
+    def _risk_has_a_score(self) -> Self:
+        if self.risk.fuse and self.method not in RISK_FUSED:
+            raise impossible({"risk.fuse": f"method is {self.method}; {', '.join(RISK_FUSED)} can fuse the risk"})
+        return self
 
     @model_validator(mode="after")
     def _something_cuts(self) -> Self:

@@ -164,14 +164,14 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
     ) == (
         "the recipe has 9 keys that cannot be used:\n"
         "  version: given 2; allowed: 1\n"
-        '  tokens.method: given "fastvv"; allowed: none | quota | random | random_input\n'
+        '  tokens.method: given "fastvv"; allowed: none | quota | random | random_input | visionzip | prumerge_plus\n'
         "  tokens.keep: given 0; allowed: number > 0 and <= 1\n"
         "  tokens.candidate_layers: given [3, 2]; allowed: auto | list of integer >= 0 "
         "(layers must be strictly increasing)\n"
         "  tokens.percentiles: given [1]; allowed: [number, number]\n"
         "  tokens.seed: given true; allowed: integer >= 0\n"
         "  tokens.keeep: unknown key; did you mean keep or keep_of?\n"
-        "  calibration: given null; allowed: a section with the keys samples, seed\n"
+        "  calibration: given null; allowed: a section with the keys samples, seed, after_cuts\n"
         "  quantise: unknown key; did you mean quantize?\n"
         "  where: recipe text\n"
         "  what to do: correct the keys above; the recipe reference in the documentation lists every key"

@@ -53,7 +53,7 @@ def find_basis(graph: Graph, scheme: QuantizeScheme, calibration: Calibration) -
     """The change of basis of one graph; statistics in `calibration` are carried over to the new basis."""
     finder = _Finder(graph, scheme, calibration, Basis())
     changes = scheme.transform != "none" or scheme.smooth is not None or scheme.scaling != "none"
-    balanced = finder.fold_values() if changes and scheme.kv_cache.bits == 4 else set()
+    balanced = finder.fold_values() if changes and scheme.kv_cache.bits != 16 else set()
     if scheme.weights.bits == 4:
         for stub in list(calls(graph, QUANT_STUB)):
             fact = stub_fact(stub)

@@ -7,6 +7,8 @@ import torch
 from qpcompile.ir.facts import StubFact
 from qpcompile.kernels.kv4_read.reference import kv4_read
 from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.kv8_read.reference import kv8_read
+from qpcompile.kernels.kv8_write.reference import kv8_write
 from qpcompile.kernels.quantize_int4.reference import quantize_int4
 from qpcompile.recipe_schema import QuantizeScheme
 
@@ -22,6 +24,8 @@ def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> to
         return x if scheme.weights.bits == 16 else round_trip(x, scheme.weights.kernel_group, 1.0)
     if scheme.kv_cache.bits == 16:
         return x
+    if scheme.kv_cache.bits == 8:
+        return kv8_read(*kv8_write(x), x.dtype)
     codes, affine = kv4_write(x)
     return kv4_read(codes, affine, x.shape[-1], x.dtype)
 

@@ -13,6 +13,8 @@ from qpcompile.kernels.hadamard import op as _hadamard
 from qpcompile.kernels.kronecker import op as _kronecker
 from qpcompile.kernels.kv4_read import op as _kv4_read
 from qpcompile.kernels.kv4_write import op as _kv4_write
+from qpcompile.kernels.kv8_read import op as _kv8_read
+from qpcompile.kernels.kv8_write import op as _kv8_write
 from qpcompile.kernels.linear_w4a4 import op as _linear_w4a4
 from qpcompile.kernels.linear_w4a16 import op as _linear_w4a16
 from qpcompile.kernels.merge_tokens import op as _merge_tokens
@@ -39,6 +41,8 @@ MODULES = (
     _kronecker,
     _kv4_read,
     _kv4_write,
+    _kv8_read,
+    _kv8_write,
     _linear_w4a16,
     _linear_w4a4,
     _merge_tokens,
@@ -66,6 +70,8 @@ HADAMARD = ours.hadamard.default
 KRONECKER = ours.kronecker.default
 KV4_READ = ours.kv4_read.default
 KV4_WRITE = ours.kv4_write.default
+KV8_READ = ours.kv8_read.default
+KV8_WRITE = ours.kv8_write.default
 LINEAR_W4A16 = ours.linear_w4a16.default
 LINEAR_W4A4 = ours.linear_w4a4.default
 MERGE_TOKENS = ours.merge_tokens.default
