@@ -12,7 +12,7 @@ from qpcompile.errors import RecipeError
 from qpcompile.recipe import Recipe, preset_names
 from qpcompile.recipe_schema import matches_name
 
-PRESETS = ["none", "prune-30", "quota-30", "quota-50", "w4a16", "w4a4kv4"]
+PRESETS = ["none", "prune-30", "qapruner-12.5", "quota-30", "quota-50", "w4a16", "w4a4kv4"]
 
 WEIGHTS = st.fixed_dictionaries(
     {},
@@ -128,6 +128,8 @@ def test_presets_say_what_their_names_say() -> None:
     assert full and (full.weights.bits, full.activations.bits, full.kv_cache.bits) == (4, 4, 4)
     assert (full.transform, full.smooth, full.weights.solver) == ("hadamard", 0.5, "gptq")
     assert Recipe.load("quota-30").quantize == Recipe.load("quota-50").quantize == full
+    qapruner = Recipe.load("qapruner-12.5")
+    assert (qapruner.tokens.method, qapruner.tokens.keep, qapruner.quantize) == ("qapruner", 0.125, full)
     weights_only = Recipe.load("w4a16").quantize
     assert weights_only and (weights_only.activations.bits, weights_only.kv_cache.bits) == (16, 16)
     assert weights_only.weights.kernel_group == 0
@@ -164,7 +166,8 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
     ) == (
         "the recipe has 9 keys that cannot be used:\n"
         "  version: given 2; allowed: 1\n"
-        '  tokens.method: given "fastvv"; allowed: none | quota | random | random_input | visionzip | prumerge_plus\n'
+        '  tokens.method: given "fastvv"; allowed: none | joint | quota | random | fastv | pyramiddrop | sparsevlm | vtw '
+        "| random_input | visionzip | prumerge_plus | dart | cdpruner | qapruner | divprune | trim\n"
         "  tokens.keep: given 0; allowed: number > 0 and <= 1\n"
         "  tokens.candidate_layers: given [3, 2]; allowed: auto | list of integer >= 0 "
         "(layers must be strictly increasing)\n"
