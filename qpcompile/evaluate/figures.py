@@ -17,9 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qpcompile.evaluate.bootstrap import Interval, retention
+from qpcompile.evaluate.bootstrap import Interval, difference, retention
 from qpcompile.evaluate.groups import Group, ablation, factorial, full_precision
 from qpcompile.evaluate.rows import Row
+from qpcompile.evaluate.sweep_plan import BASE
 
 # Eight colours that colour-blind readers tell apart (Okabe and Ito), then again with other markers.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d1f")
@@ -73,20 +74,21 @@ def retention_figure(found: Sequence[Group], bed: str, quantizer: str) -> Figure
 
 
 def ablation_figure(found: Sequence[Group], bed: str, name: str) -> Figure | None:
-    """Retention of every variant as a dot with its interval; None where there is none."""
-    full = full_precision(found, bed)
+    """Points of accuracy that each variant gains over the unchanged recipe; None where that was not computed."""
     chosen = [group for group in ablation(found, bed, name) if group.rows]
-    if not chosen:
+    base = next((group for group in chosen if group.key.variant == BASE), None)
+    if base is None:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 0.9 + 0.34 * len(chosen)), layout="constrained")
+        figure = Figure(figsize=(7.2, 1.1 + 0.36 * len(chosen)), layout="constrained")
         axes = figure.add_subplot()
+        axes.axvline(0, color=GREY, linewidth=1)
         for place, group in enumerate(chosen):
-            kept = retention(group.marks, full.marks)
-            _bar(axes, place, kept, COLORS[1] if place else COLORS[0])
-        axes.set_yticks(range(len(chosen)), [str(group.key.variant) for group in chosen])
-        axes.invert_yaxis()
-        axes.set_xlabel("accuracy, % of full precision (bars: 95 % intervals over questions)")
+            _dot(axes, place, difference(group.marks, base.marks), COLORS[1] if place else COLORS[0])
+        labels = [f"{group.key.variant} ({100 * group.accuracy:.1f} %)" for group in chosen]
+        axes.set_yticks(range(len(chosen)), labels)
+        axes.set_ylim(len(chosen) - 0.5, -0.6)
+        axes.set_xlabel(f"points of accuracy over {BASE} (bars: 95 % intervals over questions)")
         axes.set_title(f"{bed}: {name}")
     return figure
 
@@ -104,13 +106,13 @@ class Profile:
 
 
 def profiles(found: Sequence[Group], bed: str) -> list[Profile]:
-    """One profile per quantizer, of the first row that has one."""
+    """One profile per quantizer: of the first profiled row, one with candidate layers where there is one."""
+    rows = [(group.key.quantizer, row) for group in found if group.key.bed == bed for row in group.rows]
     first: dict[str, Row] = {}
-    for group in found:
-        for row in group.rows:
-            if group.key.bed == bed and row.plan.get("facts") and group.key.ablation is None:
-                first.setdefault(group.key.quantizer, row)
-    return [_profile(name, row) for name, row in first.items()]
+    for name, row in sorted(rows, key=lambda pair: not pair[1].plan.get("candidate_layers")):
+        if row.plan.get("facts"):
+            first.setdefault(name, row)
+    return [_profile(name, first[name]) for name in dict.fromkeys(name for name, _ in rows) if name in first]
 
 
 def _profile(name: str, row: Row) -> Profile:
@@ -162,14 +164,8 @@ def _line(axes: Axes, points: Sequence[tuple[float, Interval]], label: str, look
     axes.errorbar(x, middle, yerr=[low, high], label=label, linewidth=1.4, markersize=4.5, elinewidth=0.8, **look)
 
 
-def _bar(axes: Axes, place: int, kept: Interval, color: str) -> None:
-    middle = 100 * kept.estimate
-    axes.errorbar(
-        [middle],
-        [place],
-        xerr=[[middle - 100 * kept.low], [100 * kept.high - middle]],
-        color=color,
-        marker="o",
-        capsize=3,
-    )
-    axes.annotate(f"{middle:.1f}", (middle, place), (0, 5), textcoords="offset points", ha="center", fontsize=8)
+def _dot(axes: Axes, place: int, found: Interval, color: str) -> None:
+    middle = 100 * found.estimate
+    bars = [[middle - 100 * found.low], [100 * found.high - middle]]
+    axes.errorbar([middle], [place], xerr=bars, color=color, marker="o", capsize=3)
+    axes.annotate(f"{middle:+.1f}", (middle, place), (0, 5), textcoords="offset points", ha="center", fontsize=8)

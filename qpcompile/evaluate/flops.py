@@ -65,7 +65,7 @@ def picture_flops(program: Program, inputs: dict[str, Any]) -> int:
         nonlocal total
         if graph.name not in (VISION, PROJECTOR):
             return execute_graph(graph, feeds)
-        with FlopCounterMode(display=False, custom_mapping=dict(_OURS)) as counter:
+        with FlopCounterMode(display=False, custom_mapping=dict(OURS)) as counter:
             results = execute_graph(graph, feeds)
         total += counter.get_total_flops()
         return results
@@ -89,7 +89,7 @@ def _linear_w4a16(x: Sequence[int], packed: Sequence[int], *_: Any, out_shape: A
 
 
 # What PyTorch's counter does not know: attention on the CPU, and our linears.
-_OURS = (
+OURS = (
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention),
     (LINEAR_W4A4.overloadpacket, _linear),
     (LINEAR_W4A16.overloadpacket, _linear_w4a16),

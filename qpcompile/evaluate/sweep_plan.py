@@ -148,7 +148,7 @@ class Cell:
         return what if self.ablation is None else f"{what}; {self.ablation}: {self.variant}"
 
 
-BASE = "as above"
+BASE = "unchanged"
 
 
 def cells(plan: SweepPlan) -> Iterator[Cell]:
