@@ -26,7 +26,7 @@ from qpcompile.ir.edit import aten, first_node_of_layer, tidy
 from qpcompile.ir.liveness import Selection, gather, reduce_tokens
 from qpcompile.ir.operators import SELECT_TOKENS
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
-from qpcompile.ir.pruners.pruner import Point, Pruner
+from qpcompile.ir.pruners.pruner import Merger, Point, Pruner, TowerReader
 from qpcompile.ir.pruners.table import PRUNERS
 from qpcompile.ir.run import ALIVE, COUNT, KEPT, VALID, VISUAL
 from qpcompile.ir.shapes import add_input, add_output, new_size, propagate, token_axes, value
@@ -49,7 +49,10 @@ class InsertTokenCuts:
         cuts, recipe = program.plan.cuts, program.recipe
         if not cuts or VISUAL in program.graphs[PREFILL].inputs:
             return False
-        cut_prefill(program.graphs[PREFILL], cuts, recipe, PRUNERS[recipe.tokens.method])
+        pruner = PRUNERS[recipe.tokens.method]
+        if isinstance(pruner, TowerReader):
+            pruner.read_tower(program)
+        cut_prefill(program.graphs[PREFILL], cuts, recipe, pruner)
         layers = [cut.layer for cut in cuts]
         cut_decode(program.graphs[DECODE], layers, 0 if recipe.tokens.compact_scored_layer else 1)
         return True
@@ -68,7 +71,10 @@ def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pru
     for cut in cuts:
         before = first_node_of_layer(graph, cut.layer + 1)
         point = Point(graph, before, cut, recipe, now.visual, now.alive, now.kept, prompt.valid, now.length)
-        now = _cut_once(point, pruner.scores(point), prompt)
+        scores = pruner.scores(point)
+        if isinstance(pruner, Merger):
+            point.replace_hidden(pruner.merge(point, scores))
+        now = _cut_once(point, scores, prompt)
     tidy(graph)
 
 
@@ -126,11 +132,7 @@ def _quota(point: Point, prompt: _Prompt) -> fx.Node:
     """Tokens each row may keep: its text and its share of its own visual tokens, i64[B]."""
     text = point.call(aten.bitwise_and.Tensor, prompt.valid, point.call(aten.bitwise_not.default, prompt.visual))
     texts = point.call(aten.sum.dim_IntList, text, [1])
-    own = point.call(aten.sum.dim_IntList, prompt.visual, [1])
-    scaled = point.call(aten.mul.Tensor, own, point.cut.numerator)
-    raised = point.call(aten.add.Tensor, scaled, point.cut.denominator - 1)
-    share = point.call(aten.div.Tensor_mode, raised, point.cut.denominator, rounding_mode="floor")
-    return point.call(aten.add.Tensor, texts, share)
+    return point.call(aten.add.Tensor, texts, point.share(prompt.visual))
 
 
 def _compact_cache(point: Point, selection: Selection) -> None:

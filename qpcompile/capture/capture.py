@@ -10,10 +10,12 @@ from transformers import DynamicCache, PreTrainedModel
 from qpcompile.capture.record import find_components, record
 from qpcompile.capture.sample import two_rows
 from qpcompile.capture.trace import trace
+from qpcompile.capture.visual_path import visual_path
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import layer_of
 from qpcompile.ir.host import empty_host, fill_host, host_tensors
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Layer, Program
+from qpcompile.ir.run import visual_tokens
 from qpcompile.ir.structure import CACHE
 from qpcompile.plan import Layer as LayerEntry
 from qpcompile.plan import Plan
@@ -37,7 +39,8 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
     """
     find_components(model)  # refuses what is no VLM, before anything is run
     pad = model.generation_config.pad_token_id
-    recording = record(model, two_rows(sample, pad if isinstance(pad, int) else 0))
+    prompt = two_rows(sample, pad if isinstance(pad, int) else 0)
+    recording = record(model, prompt)
     graphs: dict[str, Graph] = {}
     for name, component, occurrence in SOURCES:
         call = recording.first(component, occurrence)
@@ -50,6 +53,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
             call.inputs = {key: value.expand(-1, 2, -1).contiguous() for key, value in call.inputs.items()}
             call.output = model.get_submodule(owner)(**call.inputs)
         graphs[name] = trace(name, owner, model.get_submodule(owner), call)
+    graphs[VISION].constants |= visual_path(recording, prompt["input_ids"], visual_tokens(model.config))
     held = _own_weights(graphs)
     host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
     host.generation_config = copy.deepcopy(model.generation_config)

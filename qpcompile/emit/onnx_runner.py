@@ -25,10 +25,13 @@ Array = np.ndarray[Any, Any]
 
 IDS, MASK, POSITIONS, FEATURES, LOGITS = "input_ids", "attention_mask", "position_ids", "image_features", "logits"
 VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
+# What the vision graph says of each visual token besides its features, where a pruning method reads it.
+VISUAL_SCORES, VISUAL_KEYS = "visual_scores", "visual_keys"
+OF_PICTURES = (FEATURES, VISUAL_SCORES, VISUAL_KEYS)
 # Inputs this runner can compute; caches and the state of token cuts come on top.
 PATCH_INPUTS = ("grid_thw", "cu_seqlens", "position_ids", "window_index", "cu_window_seqlens")
 VISION_INPUTS = ("pixel_values", "hidden_states", *PATCH_INPUTS)
-LANGUAGE_INPUTS = (IDS, FEATURES, MASK, POSITIONS, VISUAL, VALID, COUNT, SEEN)
+LANGUAGE_INPUTS = (IDS, *OF_PICTURES, MASK, POSITIONS, VISUAL, VALID, COUNT, SEEN)
 STATE = ("past_key_values", "kept", "alive")
 
 _TYPES = {
@@ -81,12 +84,12 @@ class OnnxVLM:
         """
         ids = np.asarray(input_ids, np.int64)
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int64)
-        features = self.encode(pixel_values, image_grid_thw)
-        rows = 0 if features is None else features.shape[0]
+        pictures = self.encode(pixel_values, image_grid_thw)
+        rows = 0 if pictures is None else len(pictures[FEATURES])
         if rows != (found := int((ids == self.image_token).sum())):
             raise ValueError(f"the prompt has {found} image tokens (id {self.image_token}), the pictures give {rows}")
         steps = Steps(self, mask, self._positions(ids, mask, image_grid_thw))
-        logits = steps.prefill(ids, features)
+        logits = steps.prefill(ids, pictures)
         ends, pad = self._special_tokens()
         open_rows = np.ones(len(ids), bool)
         for step in range(max_new_tokens):
@@ -98,20 +101,21 @@ class OnnxVLM:
             logits = steps.decode(token[:, None])
         return ids
 
-    def encode(self, pixel_values: Array | None, image_grid_thw: Array | None = None) -> Array | None:
-        """Visual tokens f[N, C] of all pictures, in order."""
+    def encode(self, pixel_values: Array | None, image_grid_thw: Array | None = None) -> dict[str, Array] | None:
+        """The visual tokens of all pictures in order, `image_features: f[N, C]`, and what else is said of each."""
         if pixel_values is None:
             return None
         if image_grid_thw is None:
-            return run(self.vision, {"pixel_values": pixel_values})[FEATURES].numpy()
+            results = run(self.vision, {"pixel_values": pixel_values})
+            return {name: value.numpy() for name, value in results.items()}
         # Patches of different pictures do not see each other, so time and memory grow with the largest picture alone.
         grids = np.asarray(image_grid_thw, np.int64)
-        parts: list[Array] = []
+        parts: list[dict[str, ort.OrtValue]] = []
         for grid, patches in zip(grids, np.split(pixel_values, np.cumsum(grids.prod(1))[:-1]), strict=True):
             feeds = {"pixel_values": patches, "hidden_states": patches}
             feeds |= patch_layout(grid[None], self.config["vision_config"])
-            parts.append(run(self.vision, feeds)[FEATURES].numpy())
-        return np.concatenate(parts)
+            parts.append(run(self.vision, feeds))
+        return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
 
     def _positions(self, ids: Array, mask: Array, grids: Array | None) -> Array:
         rank = next((len(entry.shape) for entry in self.prefill.get_inputs() if entry.name == POSITIONS), 2)
@@ -142,15 +146,16 @@ class Steps:
         self.state: dict[str, ort.OrtValue] = {}
         self.seen = mask.shape[1]
 
-    def prefill(self, ids: Array, features: Array | None) -> Array:
-        """Logits f[B, V] after the prompt; ids: i64[B, S]."""
+    def prefill(self, ids: Array, pictures: Mapping[str, Array] | None) -> Array:
+        """Logits f[B, V] after the prompt; ids: i64[B, S], pictures: what `encode` returned."""
         visual = ids == self.model.image_token
-        if features is None:
-            width = next(entry.shape[-1] for entry in self.model.prefill.get_inputs() if entry.name == FEATURES)
-            features = np.zeros((1, width), np.float32)
+        if pictures is None:
+            # One row that nobody reads: sizes that vary have a name instead of a number.
+            entries = [entry for entry in self.model.prefill.get_inputs() if entry.name in OF_PICTURES]
+            pictures = {entry.name: np.zeros((1, *entry.shape[1:]), np.float32) for entry in entries}
         feeds: dict[str, Array] = {
             IDS: ids,
-            FEATURES: features,
+            **pictures,
             MASK: self.mask,
             POSITIONS: self.positions,
             VISUAL: visual,

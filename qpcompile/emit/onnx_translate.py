@@ -247,6 +247,8 @@ def _data(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 AXES = {
     "input_ids": ("batch", "tokens"),
     "image_features": ("visual_tokens", ""),
+    "visual_scores": ("visual_tokens",),
+    "visual_keys": ("visual_tokens", ""),
     "attention_mask": ("batch", "tokens_so_far"),
     "position_ids": ("batch", "tokens"),
     "visual_mask": ("batch", "tokens"),

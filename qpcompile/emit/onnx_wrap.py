@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpcompile.emit.onnx_runner import FEATURES, IDS, LOGITS, STATE
+from qpcompile.emit.onnx_runner import FEATURES, IDS, LOGITS, STATE, VISUAL_KEYS, VISUAL_SCORES
 from qpcompile.emit.onnx_vision import host_chain
 from qpcompile.errors import ExportError
 from qpcompile.ir.edit import aten
@@ -26,6 +26,7 @@ from qpcompile.ir.shapes import identifier
 from qpcompile.ir.structure import CACHE
 
 EMBEDS, GRID = "inputs_embeds", "grid_thw"
+SAID_BY_TOWER = (VISUAL_SCORES, VISUAL_KEYS)
 END = 2**63 - 1
 
 
@@ -50,9 +51,13 @@ def language(program: Program, name: str) -> Part:
     ids = builder.input(IDS)
     values = {EMBEDS: builder.call(aten.embedding.default, builder.tensor("embed_tokens.weight"), ids)}
     if name == PREFILL:
-        values[EMBEDS] = _merge(builder, ids, values[EMBEDS], builder.input(FEATURES), host.config.image_token_id)
+        image_token = host.config.image_token_id
+        values[EMBEDS] = _merge(builder, ids, values[EMBEDS], builder.input(FEATURES), image_token)
+        for path in SAID_BY_TOWER:
+            if path in graph.inputs:
+                _, values[path] = _at_pictures(builder, ids, builder.input(path), image_token)
     for path in graph.inputs:
-        if path != EMBEDS and graph.placeholder(path).users:
+        if path not in values and graph.placeholder(path).users:
             values[path] = builder.input(path)
     results = builder.inline("decoder", graph, values)
     last = builder.call(aten.slice.Tensor, results["last_hidden_state"], 1, -1, END)
@@ -76,7 +81,7 @@ def vision(program: Program) -> Part:
     builder = _Builder(torch.nn.ModuleDict({"tower": graph.module}))
     values = {path: builder.input(path) for path in graph.inputs if graph.placeholder(path).users}
     results = builder.inline("tower", graph, values)
-    return builder.finish({FEATURES: results["pooler_output"]})
+    return builder.finish({FEATURES: results["pooler_output"], **_said_by_tower(results)})
 
 
 def _fixed_vision(program: Program) -> Part:
@@ -87,11 +92,16 @@ def _fixed_vision(program: Program) -> Part:
     root = {"tower": tower.module} | ({"between": chain.between.module} if chain.between else {})
     builder = _Builder(torch.nn.ModuleDict(root | ({"projector": projector.module} if projector else {})))
     values = builder.inline("tower", tower, {path: builder.input(path) for path in tower.inputs})
+    said = _said_by_tower(values)
     if projector is not None and chain.between is not None:
         values = builder.inline("between", chain.between, values)
         values = builder.inline("projector", projector, {path: values[path] for path in projector.inputs})
     features = builder.call(aten.flatten.using_ints, values[chain.features], 0, -2)
-    return builder.finish({FEATURES: features})
+    return builder.finish({FEATURES: features, **said})
+
+
+def _said_by_tower(results: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+    return {path: results[path] for path in SAID_BY_TOWER if path in results}
 
 
 def present(path: str) -> str:
@@ -109,13 +119,18 @@ def _unknown(what: str, where: str) -> ExportError:
 
 def _merge(builder: _Builder, ids: fx.Node, embeds: fx.Node, features: fx.Node, image_token: int) -> fx.Node:
     """Image tokens, in reading order over the batch, take the rows of `features`: f[N, C] one after the other."""
+    visual, rows = _at_pictures(builder, ids, features, image_token)
+    return builder.call(aten.where.self, builder.call(aten.unsqueeze.default, visual, -1), rows, embeds)
+
+
+def _at_pictures(builder: _Builder, ids: fx.Node, rows: fx.Node, image_token: int) -> tuple[fx.Node, fx.Node]:
+    """Which tokens are image tokens, bool[B, S], and `rows: f[N, ...]` there, f[B, S, ...]: anything elsewhere."""
     visual = builder.call(aten.eq.Scalar, ids, image_token)
     counted = builder.call(aten.to.dtype, builder.call(aten.reshape.default, visual, [-1]), torch.int64)
     order = builder.call(aten.sub.Tensor, builder.call(aten.cumsum.default, counted, 0), 1)
     sizes = [builder.call(aten.sym_size.int, ids, axis) for axis in (0, 1)]
     index = builder.call(aten.reshape.default, builder.call(aten.clamp.default, order, 0), sizes)
-    rows = builder.call(aten.index.Tensor, features, [index])
-    return builder.call(aten.where.self, builder.call(aten.unsqueeze.default, visual, -1), rows, embeds)
+    return visual, builder.call(aten.index.Tensor, rows, [index])
 
 
 class _Builder:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qpcompile.errors import CalibrationError, CaptureError
+from qpcompile.errors import CalibrationError, CaptureError, PlanError
 from qpcompile.ir.arguments import keyword_arguments
 from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.prepare import TABLE, absent_inputs, prepare
@@ -27,12 +27,20 @@ FLAGS = (
 )
 VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
 KEPT, ALIVE = "kept", "alive"
+# What a vision graph says of each visual token besides its features, for methods that prune by it.
+VISUAL_SCORES, VISUAL_KEYS = "visual_scores", "visual_keys"
 
 
 def execute_graph(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Run a graph as it is."""
     with torch.no_grad():
         return graph(feeds)
+
+
+def visual_tokens(config: Any) -> torch.Tensor:
+    """The ids that pictures take the place of: i64[n]."""
+    tokens = [getattr(config, key, None) for key in ("image_token_id", "video_token_id")]
+    return torch.tensor([token for token in tokens if token is not None], dtype=torch.int64)
 
 
 class Machine:
@@ -48,10 +56,12 @@ class Machine:
         self.last: CompiledCache | None = None
         self.visual: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
+        self.seen_by_tower: dict[str, list[torch.Tensor]] = {}
         self._bind()
 
     def generate(self, **inputs: Any) -> Any:
         """`host.generate` with a cache of ours."""
+        self.seen_by_tower = {}
         if inputs.get("use_cache", True) and CACHE not in inputs:
             inputs[CACHE] = CompiledCache(len(self.program.layers))
         return self.host.generate(**inputs)
@@ -59,6 +69,7 @@ class Machine:
     def prefill(self, inputs: dict[str, Any]) -> CompiledCache:
         """Run the prompt once; returns the cache it left."""
         cache = CompiledCache(len(self.program.layers))
+        self.seen_by_tower = {}
         self.host.generate(**{**inputs, CACHE: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
         return cache
 
@@ -86,9 +97,7 @@ class Machine:
         """Remember which tokens of the prompt are visual, and which are padding."""
         if input_ids is None or input_ids.shape[-1] == 1:
             return
-        config = self.host.config
-        tokens = [getattr(config, key, None) for key in ("image_token_id", "video_token_id")]
-        self.visual = torch.isin(input_ids, torch.tensor([token for token in tokens if token is not None]))
+        self.visual = torch.isin(input_ids, visual_tokens(self.host.config))
         is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
         self.valid = attention_mask.bool() if is_flat else torch.ones_like(self.visual)
 
@@ -96,7 +105,11 @@ class Machine:
         module = self.host.get_submodule(graph.owner)
         arguments = {k: v for k, v in keyword_arguments(module, args, kwargs).items() if k not in FLAGS}
         feeds = dict(named_tensors(prepare(module, arguments, graph.constants.get(TABLE))))
-        return rebuild(graph.returns, self.execute(graph, _pick(graph, feeds)))
+        results = self.execute(graph, _pick(graph, feeds))
+        for name in (VISUAL_SCORES, VISUAL_KEYS):
+            if name in results:
+                self.seen_by_tower.setdefault(name, []).append(results.pop(name))
+        return rebuild(graph.returns, results)
 
     def _language(self, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE)
@@ -143,11 +156,30 @@ class Machine:
             visual, extra[VALID] = self.marks(batch, new)
             extra[VISUAL] = visual
             extra[COUNT] = torch.arange(int(visual.sum(dim=1).min()))
+            if VISUAL_SCORES in self.program.graphs[PREFILL].inputs:
+                extra |= self._tower_feeds(visual)
         extra[SEEN] = torch.arange(cache.seen)
         for layer in cache.kept:
             cache.append(layer, new)
             extra[f"{KEPT}.{layer}"], extra[f"{ALIVE}.{layer}"] = cache.kept[layer], cache.alive[layer]
         return extra
+
+    def _tower_feeds(self, visual: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the tower said since the last prompt, at the places of the visual tokens; zeros elsewhere."""
+        dense: dict[str, torch.Tensor] = {}
+        # A prompt without pictures has keys of width 1, which nobody reads.
+        for name, nothing in ((VISUAL_SCORES, torch.zeros(0)), (VISUAL_KEYS, torch.zeros(0, 1))):
+            rows = torch.cat(self.seen_by_tower.get(name, [nothing]))
+            if len(rows) != int(visual.sum()):
+                raise PlanError(
+                    f"the vision tower scored {len(rows)} tokens, the prompt has {int(visual.sum())} visual ones",
+                    where=name,
+                    do="choose a tokens.method that does not read the vision tower, or report this family",
+                )
+            dense[name] = rows.new_zeros(*visual.shape, *rows.shape[1:])
+            dense[name][visual] = rows
+        self.seen_by_tower = {}
+        return dense
 
     def _store(self, cache: CompiledCache, results: dict[str, torch.Tensor], new: int) -> None:
         """Put what a graph returned into the cache."""

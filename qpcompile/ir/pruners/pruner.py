@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -96,6 +96,21 @@ class Point:
             do="report this family",
         )
 
+    def replace_hidden(self, hidden: fx.Node) -> None:
+        """What is read behind this place as the residual stream is `hidden: f[B, N, C]` from now on."""
+        old, nodes = self.hidden(), self.graph.nodes
+        behind = set(nodes[nodes.index(self.before) :])
+        for user in list(old.users):
+            if user in behind:
+                user.replace_input_with(old, hidden)
+
+    def share(self, visual: fx.Node) -> fx.Node:
+        """ceil(V * ratio), i64[B]: how many of the V tokens that `visual: bool[B, S]` marks in a row may stay."""
+        own = self.call(aten.sum.dim_IntList, visual, [1])
+        scaled = self.call(aten.mul.Tensor, own, self.cut.numerator)
+        raised = self.call(aten.add.Tensor, scaled, self.cut.denominator - 1)
+        return self.call(aten.div.Tensor_mode, raised, self.cut.denominator, rounding_mode="floor")
+
     def attention(self) -> Attention:
         """What the attention of the scored layer reads."""
         found = [
@@ -130,6 +145,24 @@ class Pruner(Protocol):
 
     def scores(self, point: Point) -> fx.Node:
         """f32[B, N]: what stays has the highest scores; text +inf, padding -inf."""
+        ...
+
+
+@runtime_checkable
+class TowerReader(Protocol):
+    """A method that also reads the vision tower."""
+
+    def read_tower(self, program: Program) -> None:
+        """Make the vision graph say what the method reads (qpcompile/ir/pruners/tower.py), before the first cut."""
+        ...
+
+
+@runtime_checkable
+class Merger(Protocol):
+    """A method that does not only drop tokens: those that stay take something up."""
+
+    def merge(self, point: Point, scores: fx.Node) -> fx.Node:
+        """The residual stream f[B, N, C] to go on with before the drop; `scores` as the method gave them."""
         ...
 
 

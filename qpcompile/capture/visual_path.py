@@ -1,0 +1,74 @@
+"""Which rows of a vision tower become the visual tokens of the sequence, read off the run a model is captured from.
+
+    tower output [pictures, 1 + P, C] -> without its first row -> projector -> rows of the embeddings, in their order
+
+Models that do more on the host (separators between rows of patches, cropped tiles, patches folded together) have no
+such path; pruning methods that score by the tower's attention refuse them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qpcompile.capture.record import Recording
+from qpcompile.ir.structure import named_tensors
+from qpcompile.ir.visual_rows import OUTPUT, SKIPPED
+
+
+def visual_path(recording: Recording, ids: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
+    """Constants of the vision graph (qpcompile/ir/visual_rows.py); empty where there is no plain path.
+
+    Args:
+        ids: i64[B, S], the prompt of the recorded run.
+        tokens: i64[n], the ids that pictures take the place of.
+    """
+    language = recording.first("language")
+    embeds = language.inputs.get("inputs_embeds") if language else None
+    if not isinstance(embeds, torch.Tensor) or embeds.shape[:2] != ids.shape:
+        return {}
+    visual = embeds[torch.isin(ids, tokens)]
+    towers = _results(recording, "vision")
+    projectors = [call for call in recording.calls if call.component == "projector"]
+    if not projectors:
+        names = [name for name in towers[0] if _same_rows([tower[name] for tower in towers], visual)]
+        return {OUTPUT: names[0], SKIPPED: 0} if names else {}
+    if len(projectors) != len(towers):
+        return {}
+    projected = [next(iter(result.values())) for result in _results(recording, "projector")]
+    if not _same_rows(projected, visual):
+        return {}
+    taken = [tensor for call in projectors for _, tensor in list(named_tensors(call.inputs))[:1]]
+    for name in towers[0]:
+        skipped = {_skipped(tower[name], rows) for tower, rows in zip(towers, taken, strict=True)}
+        if len(skipped) == 1 and None not in skipped:
+            return {OUTPUT: name, SKIPPED: skipped.pop()}
+    return {}
+
+
+def _results(recording: Recording, component: str) -> list[dict[str, torch.Tensor]]:
+    """What every call of a component returned, by name."""
+    return [
+        {path or "output": tensor for path, tensor in named_tensors(call.output)}
+        for call in recording.calls
+        if call.component == component
+    ]
+
+
+def _skipped(whole: torch.Tensor, taken: torch.Tensor) -> int | None:
+    """How many rows of each picture are missing at the front of `taken`; None where it is no part of `whole`."""
+    if whole.ndim != taken.ndim or whole.ndim < 2 or whole.shape[-2] < taken.shape[-2]:
+        return None
+    skipped = whole.shape[-2] - taken.shape[-2]
+    rest = whole.narrow(-2, skipped, taken.shape[-2])
+    return skipped if rest.shape == taken.shape and torch.equal(rest, taken) else None
+
+
+def _same_rows(parts: Sequence[torch.Tensor], rows: torch.Tensor) -> bool:
+    """Whether the rows of `parts` are `rows: f[N, C]` in their order, but for a factor that models may apply."""
+    if any(part.ndim < 2 or part.shape[-1] != rows.shape[1] for part in parts):
+        return False
+    found = torch.cat([part.flatten(0, -2) for part in parts]).to(rows)
+    return found.shape == rows.shape and bool((torch.cosine_similarity(found, rows) > 0.999).all())
