@@ -21,8 +21,17 @@ from qpcompile.errors import InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, through_shape_ops, tidy
 from qpcompile.ir.facts import stub_fact
-from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV4_WRITE, KV8_READ, KV8_WRITE, QUANT_STUB, TOKEN_SCORES
-from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.operators import (
+    ATTENTION_KV4,
+    KV4_READ,
+    KV4_WRITE,
+    KV8_READ,
+    KV8_WRITE,
+    QUANT_STUB,
+    SIMULATE_KIVI,
+    TOKEN_SCORES,
+)
+from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import fake_mode, value
 from qpcompile.ir.structure import CACHE
 from qpcompile.plan import Site
@@ -43,6 +52,8 @@ class QuantizeKvCache:
         scheme = program.recipe.quantize
         if scheme is None or scheme.kv_cache.bits == 16:
             return False
+        if scheme.kv_cache.granularity == "kivi":
+            return _simulate_kivi(program, scheme.kv_cache.bits)
         sites = []
         for graph in program.language:
             bits = scheme.kv_cache.bits
@@ -68,6 +79,33 @@ class QuantizeKvCache:
             ]
         program.plan = program.plan.changed(sites=(*program.plan.sites, *sites))
         return bool(sites)
+
+
+def _simulate_kivi(program: Program, bits: int) -> bool:
+    """Round what prefill leaves in the cache, in floating point; attention in prefill and new tokens stay exact."""
+    sites = []
+    for graph in program.language:
+        stubs = _stubs(graph)
+        if graph.name == PREFILL:
+            sites = [_simulated(graph, path, bits) for path in graph.outputs if path.startswith(f"{CACHE}.")]
+        for stub in stubs:
+            stub.replace_all_uses_with(stub.args[0])  # type: ignore[arg-type]
+            graph.module.graph.erase_node(stub)
+        tidy(graph)
+    program.plan = program.plan.changed(sites=(*program.plan.sites, *sites))
+    return bool(sites)
+
+
+def _simulated(graph: Graph, path: str, bits: int) -> Site:
+    (values,) = graph.output_node.args
+    assert isinstance(values, tuple)
+    results, position = list(values), graph.outputs.index(path)
+    key = path.endswith(".key")
+    results[position] = call(graph, graph.output_node, SIMULATE_KIVI, results[position], 2**bits - 1, key)
+    graph.output_node.args = (tuple(results),)
+    _, layer, part = path.split(".")
+    kernel = "simulation: KIVI in floating point, qpcompile::simulate_kivi"
+    return Site(graph=graph.name, name=f"{graph.owner}.layers.{layer}.{part}", cache_bits=bits, kernel=kernel)
 
 
 def _stubs(graph: Graph) -> list[fx.Node]:

@@ -2,6 +2,7 @@
 
 %y = linear(quant_stub(%x), quant_stub(@w), @b)
   -> %q = qpcompile::quantize_int4(%x)                                  once per input
+     or %q = qpcompile::quantize_int4_static(%x, where(%visual, @visual, @text))    scales from calibration
      %y = qpcompile::linear_w4a4(%q, @w_packed, @w_scale, @b)           activations in 4 bits
   or %y = qpcompile::linear_w4a16(%x, @w_packed, @w_scale, @b)          activations left alone
 """
@@ -15,15 +16,16 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qpcompile.errors import RecipeError
+from qpcompile.errors import CalibrationError, RecipeError
 from qpcompile.ir.basis import weight_name
 from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, tidy
 from qpcompile.ir.facts import QuantizedFact, set_fact, stub_fact
-from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANT_STUB, QUANTIZE_INT4
+from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANT_STUB, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.ir.solvers import output_error, solve
-from qpcompile.ir.statistics import Calibration
+from qpcompile.ir.static_scales import select_scale, static_scales
+from qpcompile.ir.statistics import Calibration, InputStatistics
 from qpcompile.kernels.linear_w4a4.packing import pack_int4
 from qpcompile.plan import Site
 from qpcompile.progress import track
@@ -85,12 +87,9 @@ def _replace(
     weight = add_tensor(graph, f"{name}_packed", packed, linear)
     factor = add_tensor(graph, f"{name}_scale", scale, linear)
     bias = linear.args[2] if len(linear.args) > 2 else None
-    x = stub.args[0]
     if scheme.activations.bits == 4:
         if stub not in quantized:
-            clip = scheme.activations.clip_ratio if group.clip is None else group.clip
-            options = (scheme.activations.kernel_group, clip)
-            pair = call(graph, stub, QUANTIZE_INT4, x, *options)
+            pair = _quantize_input(graph, stub, scheme, calibration.inputs.get(group.site))
             quantized[stub] = (
                 call(graph, stub, operator.getitem, pair, 0),
                 call(graph, stub, operator.getitem, pair, 1),
@@ -98,7 +97,7 @@ def _replace(
         codes, step = quantized[stub]
         new = call(graph, linear, LINEAR_W4A4, codes, step, weight, factor, bias, value(linear).dtype, like=linear)
     else:
-        new = call(graph, linear, LINEAR_W4A16, x, weight, factor, bias, like=linear)
+        new = call(graph, linear, LINEAR_W4A16, stub.args[0], weight, factor, bias, like=linear)
     kernel = str(new.target.name())  # type: ignore[union-attr]
     set_fact(new, QuantizedFact((fact.site,), kernel))
     linear.replace_all_uses_with(new)
@@ -111,6 +110,25 @@ def _replace(
         error=error,
         kernel=kernel,
     )
+
+
+def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, statistics: InputStatistics | None) -> fx.Node:
+    """The operator that rounds what is stubbed, with scales found when it runs or fixed now."""
+    fact = stub_fact(stub)
+    assert fact is not None
+    if scheme.activations.granularity != "modality":
+        clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
+        return call(graph, stub, QUANTIZE_INT4, stub.args[0], scheme.activations.kernel_group, clip)
+    if statistics is None or not len(statistics.rows):
+        raise CalibrationError(
+            "a static scale cannot be found: no calibration sample reached this input",
+            where=fact.site,
+            do="give samples that use it, add it to quantize.ignore, or set quantize.activations.granularity to token",
+        )
+    weights = [get_tensor(graph.module, weight_name(linear)).detach() for linear in stub.users]
+    scales = static_scales(statistics, torch.cat(weights), scheme.activations.clip_search)
+    scale = select_scale(graph, stub, scales, fact.site.replace(".", "_"))
+    return call(graph, stub, QUANTIZE_INT4_STATIC, stub.args[0], scale)
 
 
 def _solve(

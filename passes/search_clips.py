@@ -1,6 +1,8 @@
 """Find for each quantized input how far to clip it: the ratio with the least error of what its linears give.
 
-    min over r of  sum over calibration tokens of || W (Q_r(x) - x) ||^2,   scale of Q_r = r max|x| / 7
+    min over r of  mean over tokens of || W (Q_r(x) - x) ||^2,   scale of Q_r = r max|x| / 7
+
+The mean is taken over visual and over text tokens of the calibration, and the two are added.
 
 A smaller step for the many channels is worth a wrong value in the few that are clipped. The ratio goes into the stub's
 fact, and from there into `qpcompile::quantize_int4`; it costs nothing at run time.
@@ -22,6 +24,7 @@ from qpcompile.ir.facts import set_fact, stub_fact
 from qpcompile.ir.fake_quant import round_trip
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Program
+from qpcompile.ir.statistics import InputStatistics
 
 RATIOS = tuple(1 - 0.03 * step for step in range(15))
 
@@ -47,15 +50,17 @@ class SearchClips:
                     continue
                 if fact.site not in found:
                     weights = [get_tensor(graph.module, weight_name(linear)).detach() for linear in stub.users]
-                    rows = inputs[fact.site].rows
-                    found[fact.site] = best_clip(rows, torch.cat(weights), scheme.activations.kernel_group)
+                    group = scheme.activations.kernel_group
+                    found[fact.site] = best_clip(inputs[fact.site], torch.cat(weights), group)
                 set_fact(stub, replace(fact, clip=found[fact.site]))
         return False
 
 
-def best_clip(rows: torch.Tensor, weights: torch.Tensor, group_size: int) -> float:
-    """rows: f32[R, C], weights: f[N, C] -> the ratio of RATIOS with the least output error, the largest of equals."""
-    gram = weights.float().T @ weights.float()
+def best_clip(statistics: InputStatistics, weights: torch.Tensor, group_size: int) -> float:
+    """weights: f[N, C] -> the ratio of RATIOS with the least output error, the largest of equals."""
+    rows, gram = statistics.rows, weights.float().T @ weights.float()
+    # Text tokens are few, and answers are read off them.
+    shares = torch.where(statistics.visual, 1 / statistics.visual.sum(), 1 / (~statistics.visual).sum())
     errors = [round_trip(rows, group_size, ratio) - rows for ratio in RATIOS]
-    costs = [float(((error @ gram) * error).sum()) for error in errors]
+    costs = [float(((error @ gram) * error).sum(dim=-1) @ shares) for error in errors]
     return RATIOS[min(range(len(RATIOS)), key=costs.__getitem__)]

@@ -135,9 +135,15 @@ def _cuts(recipe: Recipe, samples: int) -> str:
     return "score, select and gather behind the chosen layers, in prefill; caches of their own length in decode"
 
 
+def _simulation(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.quantize.simulation != "qvlm":
+        return NOTHING
+    return "Q-VLM's quantizer in floating point, in place of integer operators"
+
+
 def _weights(recipe: Recipe, samples: int) -> str:
     scheme = recipe.quantize
-    if scheme is None or scheme.weights.bits == 16:
+    if scheme is None or scheme.weights.bits == 16 or scheme.simulation != "none":
         return NOTHING
     per = "channel" if scheme.weights.granularity == "channel" else f"group of {scheme.weights.group_size}"
     inputs = f"{scheme.activations.bits}-bit inputs" if scheme.activations.bits == 4 else "float inputs"
@@ -169,6 +175,7 @@ EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "plan_token_budget": _budget,
     "insert_token_cuts": _cuts,
     "recalibrate": _behind_cuts,
+    "simulate_qvlm": _simulation,
     "quantize_weights": _weights,
     "quantize_kv_cache": _cache,
     "fuse_kernels": _fuse,

@@ -61,6 +61,18 @@ def _kv8_write(device: torch.device) -> None:
     ours.kv8_write(_noise(1, 2, 5, 32, device=device))
 
 
+def _quantize_int4_static(device: torch.device) -> None:
+    ours.quantize_int4_static(_noise(3, 48, device=device), torch.ones(1, device=device))
+
+
+def _simulate_kivi(device: torch.device) -> None:
+    ours.simulate_kivi(_noise(1, 2, 5, 32, device=device), 15, True)
+
+
+def _simulate_qvlm(device: torch.device) -> None:
+    ours.simulate_qvlm(_noise(3, 48, device=device), -torch.ones(48, device=device), torch.ones(48, device=device))
+
+
 def _kv4_read(device: torch.device) -> None:
     codes, affine = ours.kv4_write(_noise(1, 2, 5, 32, device=device))
     ours.kv4_read(codes, affine, 32, torch.float32)
@@ -180,6 +192,7 @@ PROBES: dict[str, Probe] = {
     "quant_stub": _quant_stub,
     "quantization_risk": _quantization_risk,
     "quantize_int4": _quantize_int4,
+    "quantize_int4_static": _quantize_int4_static,
     "rmsnorm": _rmsnorm,
     "rmsnorm_quantize": _rmsnorm_quantize,
     "segment_attention": _segment_attention,
@@ -187,6 +200,8 @@ PROBES: dict[str, Probe] = {
     "silu_mul_quantize": _silu_mul_quantize,
     "spread_tokens": _spread_tokens,
     "text_relevance": _text_relevance,
+    "simulate_kivi": _simulate_kivi,
+    "simulate_qvlm": _simulate_qvlm,
     "token_scores": _token_scores,
 }
 

@@ -56,8 +56,10 @@ class ActivationScheme(Section):
     bits: Literal[4, 16] = Field(
         default=4, description="4 multiplies integers; 16 leaves the inputs of linears as they are."
     )
-    granularity: Literal["token", "group"] = Field(
-        default="token", description="One scale per token, or one per group of channels of a token."
+    granularity: Literal["token", "group", "modality"] = Field(
+        default="token",
+        description="One scale per token, or per group of channels of a token, or two fixed by calibration: for visual "
+        "and for text tokens.",
     )
     group_size: int = Field(
         default=128, ge=1, description="Channels that share a scale; read with granularity group only."
@@ -83,7 +85,9 @@ class TrainingScheme(Section):
     """How a learned change of basis is trained, block by block; read with transform rotation and flatquant only."""
 
     samples: int = Field(default=32, ge=1, description="Calibration samples that are trained on, the first of them.")
-    epochs: int = Field(default=8, ge=1, description="Times that each block sees each sample.")
+    epochs: int = Field(
+        default=8, ge=0, description="Times that each block sees each sample; 0 keeps what a transform begins with."
+    )
     batch: int = Field(default=4, ge=1, description="Samples per step.")
     learning_rate: float = Field(default=5e-3, gt=0, description="Adam's first step size; it falls by a cosine.")
 
@@ -94,8 +98,10 @@ class CacheScheme(Section):
     bits: Literal[4, 8, 16] = Field(
         default=4, description="4 packs two cache entries in a byte; 8 takes a byte each; 16 leaves the cache as it is."
     )
-    granularity: Literal["token-head"] = Field(
-        default="token-head", description="One scale and zero per token and head."
+    granularity: Literal["token-head", "kivi"] = Field(
+        default="token-head",
+        description="One scale and zero per token and head; kivi simulates, in floating point, keys per channel over "
+        "32 tokens and values per token, in the cache alone.",
     )
     symmetric: bool = Field(
         default=False, description="The cache kernels store unsigned codes with a zero point, only."
@@ -111,6 +117,11 @@ class QuantizeScheme(Section):
     weights: WeightScheme = Field(default=WeightScheme(), description="Weights of linears.")
     activations: ActivationScheme = Field(default=ActivationScheme(), description="Inputs of linears.")
     kv_cache: CacheScheme = Field(default=CacheScheme(), description="Keys and values of the decoder.")
+    simulation: Literal["none", "qvlm"] = Field(
+        default="none",
+        description="qvlm rounds weights to NF4 and inputs per channel over tokens, in floating point: a comparison "
+        "that no integer operator runs.",
+    )
     transform: Literal["none", "hadamard", "rotation", "flatquant"] = Field(
         default="hadamard",
         description="Change of basis of the inputs of linears that spreads outlier channels: hadamard is a fixed "
@@ -202,6 +213,12 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["smooth"] = "it serves 4-bit linears and weights.bits is 16; write null"
     if weights.bits == 16 and scheme.center is not None:
         reasons["center"] = "it serves 4-bit linears and weights.bits is 16; write null"
+    if scheme.simulation != "none" and (weights.bits, activations.bits) != (4, 4):
+        reasons["simulation"] = "it stands for 4-bit weights and activations; set both to 4, or write none"
+    if cache.granularity == "kivi" and cache.bits == 16:
+        reasons["kv_cache.granularity"] = "nothing is rounded at 16 bits; write token-head"
+    if activations.granularity == "modality" and activations.bits == 16:
+        reasons["activations.granularity"] = "nothing is scaled at 16 bits; write token"
     if scheme.scaling != "none" and scheme.smooth is not None:
         reasons["smooth"] = f"scaling {scheme.scaling} searches what smooth fixes; write null"
     if weights.bits == 16 and scheme.scaling != "none":
@@ -275,6 +292,10 @@ class TokenScheme(Section):
         "joint",
         "quota",
         "random",
+        "fastv",
+        "pyramiddrop",
+        "sparsevlm",
+        "vtw",
         "random_input",
         "visionzip",
         "prumerge_plus",
@@ -286,9 +307,12 @@ class TokenScheme(Section):
     ] = Field(
         default="none",
         description="none keeps all; joint solves the schedule with the least measured cost; quota scores every token "
-        "at several layers; random draws by seed on the same schedule; random_input draws before the decoder; visionzip and prumerge_plus score by the vision tower's "
-        "attention before the decoder and merge; dart keeps a few pivots and the tokens least like them, behind the "
-        "second layer; cdpruner, qapruner (with risk), divprune and trim choose before the decoder.",
+        "at several layers; random draws by seed on the same schedule; fastv cuts once, by the last token's attention; "
+        "pyramiddrop three times, by that of the layer behind; sparsevlm three times, by the attention of chosen text; "
+        "vtw drops every visual token; random_input draws before the decoder; visionzip and prumerge_plus score by the "
+        "vision tower's attention before the decoder and merge; dart keeps a few pivots and the tokens least "
+        "like them, behind the second layer; cdpruner, qapruner (with risk), divprune and trim choose before the "
+        "decoder.",
     )
     keep: float = Field(default=1.0, gt=0, le=1, description="Share of visual tokens that stays; see keep_of.")
     keep_of: Literal["final", "mean"] = Field(

@@ -47,6 +47,7 @@ from qpcompile.kernels.merge_tokens.onnx import merge_tokens
 from qpcompile.kernels.pivot_tokens.onnx import pivot_tokens
 from qpcompile.kernels.quantization_risk.onnx import quantization_risk
 from qpcompile.kernels.quantize_int4.onnx import quantize_int4
+from qpcompile.kernels.quantize_int4_static.onnx import quantize_int4_static
 from qpcompile.kernels.rmsnorm.onnx import rmsnorm
 from qpcompile.kernels.rmsnorm_quantize.onnx import rmsnorm_quantize
 from qpcompile.kernels.segment_attention.onnx import segment_attention
@@ -82,6 +83,7 @@ OWN = {
     operators.PIVOT_TOKENS: pivot_tokens,
     operators.QUANTIZATION_RISK: quantization_risk,
     operators.QUANTIZE_INT4: quantize_int4,
+    operators.QUANTIZE_INT4_STATIC: quantize_int4_static,
     operators.RMSNORM: rmsnorm,
     operators.RMSNORM_QUANTIZE: rmsnorm_quantize,
     operators.SEGMENT_ATTENTION: segment_attention,

@@ -22,11 +22,14 @@ from qpcompile.kernels.pivot_tokens import op as _pivot_tokens
 from qpcompile.kernels.quant_stub import op as _quant_stub
 from qpcompile.kernels.quantization_risk import op as _quantization_risk
 from qpcompile.kernels.quantize_int4 import op as _quantize_int4
+from qpcompile.kernels.quantize_int4_static import op as _quantize_int4_static
 from qpcompile.kernels.rmsnorm import op as _rmsnorm
 from qpcompile.kernels.rmsnorm_quantize import op as _rmsnorm_quantize
 from qpcompile.kernels.segment_attention import op as _segment_attention
 from qpcompile.kernels.select_tokens import op as _select_tokens
 from qpcompile.kernels.silu_mul_quantize import op as _silu_mul_quantize
+from qpcompile.kernels.simulate_kivi import op as _simulate_kivi
+from qpcompile.kernels.simulate_qvlm import op as _simulate_qvlm
 from qpcompile.kernels.spread_tokens import op as _spread_tokens
 from qpcompile.kernels.text_relevance import op as _text_relevance
 from qpcompile.kernels.token_scores import op as _token_scores
@@ -50,6 +53,7 @@ MODULES = (
     _quant_stub,
     _quantization_risk,
     _quantize_int4,
+    _quantize_int4_static,
     _rmsnorm,
     _rmsnorm_quantize,
     _segment_attention,
@@ -57,6 +61,8 @@ MODULES = (
     _silu_mul_quantize,
     _spread_tokens,
     _text_relevance,
+    _simulate_kivi,
+    _simulate_qvlm,
     _token_scores,
 )
 
@@ -78,6 +84,7 @@ MERGE_TOKENS = ours.merge_tokens.default
 PIVOT_TOKENS = ours.pivot_tokens.default
 QUANTIZATION_RISK = ours.quantization_risk.default
 QUANTIZE_INT4 = ours.quantize_int4.default
+QUANTIZE_INT4_STATIC = ours.quantize_int4_static.default
 QUANT_STUB = ours.quant_stub.default
 RMSNORM = ours.rmsnorm.default
 RMSNORM_QUANTIZE = ours.rmsnorm_quantize.default
@@ -86,4 +93,6 @@ SELECT_TOKENS = ours.select_tokens.default
 SILU_MUL_QUANTIZE = ours.silu_mul_quantize.default
 SPREAD_TOKENS = ours.spread_tokens.default
 TEXT_RELEVANCE = ours.text_relevance.default
+SIMULATE_KIVI = ours.simulate_kivi.default
+SIMULATE_QVLM = ours.simulate_qvlm.default
 TOKEN_SCORES = ours.token_scores.default

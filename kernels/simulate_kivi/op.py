@@ -1,0 +1,20 @@
+"""qpcompile::simulate_kivi, a simulation in floating point on every device. It has no ONNX form."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.simulate_kivi import reference
+
+
+@torch.library.custom_op("qpcompile::simulate_kivi", mutates_args=())
+def simulate_kivi(x: Tensor, levels: int, key: bool) -> Tensor:
+    """x: f[B, H, S, D], codes 0..levels -> x.dtype[B, H, S, D]."""
+    return reference.simulate_kivi(x, levels, key)
+
+
+@simulate_kivi.register_fake
+def _(x: Tensor, levels: int, key: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+OVERLOAD = torch.ops.qpcompile.simulate_kivi.default
