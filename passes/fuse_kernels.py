@@ -3,8 +3,8 @@
     rmsnorm [-> hadamard | * scale] -> quantize_int4        becomes  qpcompile::rmsnorm_quantize
     silu(gate) * up [-> hadamard | * scale] -> quantize_int4  becomes  qpcompile::silu_mul_quantize
 
-Exact for norms. The gated product is gate * sigmoid(gate) * up, as every back end spells it: torch's own silu may
-differ from that in the last bit. A value with another reader is not fused away.
+Both are computed in float64 and rounded once (kernels/sums.py), so the float32 norm and product that they replace may
+differ from them in the last bit. A value with another reader is not fused away.
 """
 
 from __future__ import annotations

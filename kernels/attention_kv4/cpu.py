@@ -17,6 +17,7 @@ from torch import Tensor
 from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
 from qpcompile.kernels.attention_kv4.reference import tokens_outside
 from qpcompile.kernels.kv4_read.cpu import kv4_read
+from qpcompile.kernels.sums import wide_type
 
 FEW_ROWS = 8
 
@@ -46,13 +47,14 @@ def _attend_to_values(
     scale: float,
 ) -> Tensor:
     head_dim = q.shape[-1]
-    k = kv4_read(k_codes, k_affine, head_dim, torch.float32)
-    v = kv4_read(v_codes, v_affine, head_dim, torch.float32)
+    wide = wide_type(q)
+    k = kv4_read(k_codes, k_affine, head_dim, wide)
+    v = kv4_read(v_codes, v_affine, head_dim, wide)
     if mask is None:
-        return F.scaled_dot_product_attention(q.float(), k, v, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(q.to(wide), k, v, scale=scale, enable_gqa=True)
     allowed, bias = split_mask(mask)
-    term = allowed if bias is None else bias.masked_fill_(~allowed, -torch.inf)
-    y = F.scaled_dot_product_attention(q.float(), k, v, attn_mask=term, scale=scale, enable_gqa=True)
+    term = allowed if bias is None else bias.to(wide).masked_fill_(~allowed, -torch.inf)
+    y = F.scaled_dot_product_attention(q.to(wide), k, v, attn_mask=term, scale=scale, enable_gqa=True)
     # What torch returns for a row that sees nothing has changed between its versions.
     return y.masked_fill_(~allowed.any(-1, keepdim=True), 0.0)
 
@@ -68,12 +70,15 @@ def _attend_to_codes(
 ) -> Tensor:
     batch, heads, rows, head_dim = q.shape
     groups, length, plane = k_codes.shape[1:]
-    grouped = (q.float() * scale).reshape(batch * groups, -1, head_dim)
+    wide = wide_type(q)
+    grouped = (q.to(wide) * scale).reshape(batch * groups, -1, head_dim)
     k_scale, k_zero, v_scale, v_zero = (
-        part.reshape(batch * groups, 1, length) for affine in (k_affine, v_affine) for part in affine.unbind(-1)
+        part.to(wide).reshape(batch * groups, 1, length)
+        for affine in (k_affine, v_affine)
+        for part in affine.unbind(-1)
     )
     k_low, k_high, v_low, v_high = (
-        half.float() for codes in (k_codes, v_codes) for half in _halves(codes.reshape(-1, length, plane), head_dim)
+        half.to(wide) for codes in (k_codes, v_codes) for half in _halves(codes.reshape(-1, length, plane), head_dim)
     )
     products = torch.bmm(grouped[..., :plane], k_low.mT).baddbmm_(grouped[..., plane:], k_high.mT)
     scores = products.sub_(grouped.sum(-1, keepdim=True) * k_zero).mul_(k_scale)

@@ -20,7 +20,7 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """scores: f32[..., S] with the mask applied: forbidden keys are -inf."""
+    """scores: f[..., S] with the mask applied: forbidden keys are -inf."""
     if mask is None:
         return scores
     allowed, bias = split_mask(mask)
@@ -28,6 +28,6 @@ def masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """scores: f32[..., Sq, S], mask as above -> probabilities f32[..., Sq, S]; a row that sees nothing is 0."""
+    """scores: f[..., Sq, S], mask as above -> probabilities f[..., Sq, S]; a row that sees nothing is 0."""
     scores = masked_scores(scores, mask)
     return torch.where(scores.amax(-1, keepdim=True) == -torch.inf, 0.0, torch.softmax(scores, dim=-1))

@@ -14,9 +14,9 @@ op: Any = opset21  # its annotations describe onnxscript's language, not the val
 def attention_kv4(q: Any, k_codes: Any, k_affine: Any, v_codes: Any, v_affine: Any, mask: Any, scale: float) -> Any:
     """q: f[B, Hq, Sq, D], codes: u8[B, Hkv, S, ceil(D / 2)], affine: f32[B, Hkv, S, 2] -> q.dtype[B, Hq, Sq, D]."""
     groups, head_dim = k_codes.shape[1], q.shape[3]
-    k = op.Transpose(dequantize(k_codes, k_affine, head_dim), perm=[0, 1, 3, 2])
-    v = dequantize(v_codes, v_affine, head_dim)
-    queries = op.Mul(op.Cast(q, to=ir.DataType.FLOAT), scale)
+    k = op.Transpose(dequantize(k_codes, k_affine, head_dim, ir.DataType.DOUBLE), perm=[0, 1, 3, 2])
+    v = dequantize(v_codes, v_affine, head_dim, ir.DataType.DOUBLE)
+    queries = scaled_queries(q, scale, ir.DataType.DOUBLE)
     products = op.MatMul(group_rows(queries, groups, head_dim), k)
     scores = op.Reshape(products, op.Concat(op.Shape(q, start=0, end=3), op.Constant(value_ints=[-1]), axis=0))
     probabilities = masked_softmax(scores, mask)
@@ -25,23 +25,31 @@ def attention_kv4(q: Any, k_codes: Any, k_affine: Any, v_codes: Any, v_affine: A
     return op.Cast(y, to=q.dtype)
 
 
+def scaled_queries(q: Any, scale: float, wide: ir.DataType) -> Any:
+    """q: f[B, H, R, D] -> wide[B, H, R, D], times the scale."""
+    # A vector: onnxruntime would make a single number a float32 attribute of the product behind it.
+    factor = op.Constant(value=ir.tensor([scale] * q.shape[3], dtype=wide))
+    return op.Mul(op.Cast(q, to=wide), factor)
+
+
 def group_rows(queries: Any, groups: int, head_dim: int) -> Any:
-    """queries: f32[B, Hq, R, D] -> f32[B, Hkv, Hq / Hkv * R, D]: the query heads of one key head become its rows."""
+    """queries: f[B, Hq, R, D] -> f[B, Hkv, Hq / Hkv * R, D]: the query heads of one key head become its rows."""
     return op.Reshape(queries, [0, groups, -1, head_dim])
 
 
 def masked_scores(scores: Any, mask: Any) -> Any:
-    """scores: f32[..., Sq, S], mask as in masking.py -> f32[..., Sq, S], forbidden keys are -inf."""
+    """scores: f[..., Sq, S], mask as in masking.py -> f[..., Sq, S], forbidden keys are -inf."""
+    nothing = op.CastLike(float("-inf"), scores)
     if mask.dtype == ir.DataType.BOOL:
-        return op.Where(mask, scores, float("-inf"))
-    bias = op.Cast(mask, to=ir.DataType.FLOAT)
-    return op.Where(op.Greater(bias, FORBIDDEN), op.Add(scores, bias), float("-inf"))
+        return op.Where(mask, scores, nothing)
+    bias = op.CastLike(mask, scores)
+    return op.Where(op.Greater(bias, op.CastLike(FORBIDDEN, scores)), op.Add(scores, bias), nothing)
 
 
 def masked_softmax(scores: Any, mask: Any) -> Any:
-    """scores: f32[..., Sq, S] -> probabilities f32[..., Sq, S]; a row that sees no key is 0."""
+    """scores: f[..., Sq, S] -> probabilities f[..., Sq, S]; a row that sees no key is 0."""
     if mask is None:
         return op.Softmax(scores, axis=-1)
     scores = masked_scores(scores, mask)
-    blind = op.Equal(op.ReduceMax(scores, [-1], keepdims=1), float("-inf"))
-    return op.Where(blind, 0.0, op.Softmax(scores, axis=-1))
+    blind = op.Equal(op.ReduceMax(scores, [-1], keepdims=1), op.CastLike(float("-inf"), scores))
+    return op.Where(blind, op.CastLike(0.0, scores), op.Softmax(scores, axis=-1))

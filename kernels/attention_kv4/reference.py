@@ -1,14 +1,15 @@
 """Attention on a 4-bit cache, grouped-query: y_h = softmax(scale * q_h K_g^T + mask) V_g with g = h // (Hq / Hkv).
 
-K and V are what kv4_write stored. Probabilities are not quantized, everything is float32 inside.
+K and V are what kv4_write stored. Probabilities are not quantized; sums are in `wide_type`.
 
 Source: FlatQuant, attention on dequantized keys and values (arXiv 2410.09426).
 """
 
-from torch import Tensor, float32
+from torch import Tensor
 
 from qpcompile.kernels.attention_kv4.masking import masked_softmax
 from qpcompile.kernels.kv4_read.reference import kv4_read
+from qpcompile.kernels.sums import wide_type
 
 
 def attention_kv4(
@@ -26,9 +27,10 @@ def attention_kv4(
     """
     heads, head_dim = q.shape[1], q.shape[3]
     repeats = heads // k_codes.shape[1]
-    k = kv4_read(k_codes, k_affine, head_dim, float32).repeat_interleave(repeats, dim=1)
-    v = kv4_read(v_codes, v_affine, head_dim, float32).repeat_interleave(repeats, dim=1)
-    probabilities = masked_softmax(q.float() @ k.mT * scale, mask)
+    wide = wide_type(q)
+    k = kv4_read(k_codes, k_affine, head_dim, wide).repeat_interleave(repeats, dim=1)
+    v = kv4_read(v_codes, v_affine, head_dim, wide).repeat_interleave(repeats, dim=1)
+    probabilities = masked_softmax(q.to(wide) @ k.mT * scale, mask)
     return tokens_outside(probabilities @ v).to(q.dtype)
 
 

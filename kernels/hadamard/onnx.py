@@ -1,7 +1,8 @@
-"""qpcompile::hadamard in plain ONNX operators: two MatMul by the constant factors of the rotation."""
+"""qpcompile::hadamard in plain ONNX operators: two MatMul by the rotation's constant factors, summed in float64."""
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import opset21
 
@@ -28,9 +29,10 @@ def transform(x: Any, scale: Any, rotated: bool, shape: Any) -> Any:
 
 def _rotate(x: Any, scale: Any, channels: int, rank: int) -> Any:
     """x: f32[..., C] -> f32[..., C]."""
-    left, right = factor_arrays(channels)
+    arrays = [each.astype(np.float64) for each in factor_arrays(channels)]
+    left, right = (op.Constant(value=ir.tensor(each)) for each in arrays)
     leading = [0] * (rank - 1)
     values = x if scale is None else op.Mul(x, scale)
-    values = op.Reshape(values, [*leading, left.shape[0], right.shape[0]])
-    values = op.MatMul(op.Constant(value=ir.tensor(left)), op.MatMul(values, op.Constant(value=ir.tensor(right))))
-    return op.Reshape(values, [*leading, channels])
+    values = op.Reshape(op.Cast(values, to=ir.DataType.DOUBLE), [*leading, len(arrays[0]), len(arrays[1])])
+    values = op.MatMul(left, op.MatMul(values, right))
+    return op.Cast(op.Reshape(values, [*leading, channels]), to=ir.DataType.FLOAT)

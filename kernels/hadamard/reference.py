@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
+from qpcompile.kernels.sums import wide_type
 
 
 def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x: f[..., C], scale: f32[C] -> x.dtype[..., C], computed in float32."""
+    """x: f[..., C], scale: f32[C] -> x.dtype[..., C], summed in `wide_type` and rounded once."""
     left, right = factors(x.shape[-1])
     return rotate(x, scale, left.to(x.device), right.to(x.device))
 
@@ -33,9 +34,10 @@ def transform(x: Tensor, scale: Tensor | None, rotated: bool) -> Tensor:
 
 def rotate(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """x: f[..., A*c], left: f32[A, A], right: f32[c, c] -> x.dtype[..., A*c], left @ x[A, c] @ right per token."""
+    wide = wide_type(x)
     values = x.float() if scale is None else x.float() * scale
-    blocks = values.reshape(-1, left.shape[0], right.shape[0])
-    return (left @ (blocks @ right)).reshape(x.shape).to(x.dtype)
+    blocks = values.to(wide).reshape(-1, left.shape[0], right.shape[0])
+    return (left.to(wide) @ (blocks @ right.to(wide))).reshape(x.shape).to(x.dtype)
 
 
 def factors(channels: int) -> tuple[Tensor, Tensor]:

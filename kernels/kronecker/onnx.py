@@ -1,4 +1,4 @@
-"""qpcompile::kronecker in plain ONNX operators: two MatMul by the factors, which are initializers."""
+"""qpcompile::kronecker in plain ONNX operators: two MatMul by factors that are initializers, summed in float64."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ def kronecker(x: Any, scale: Any, left: Any, right: Any) -> Any:
     leading = [0] * (len(x.shape) - 1)
     values = op.Cast(x, to=ir.DataType.FLOAT)
     values = values if scale is None else op.Mul(values, scale)
-    values = op.Reshape(values, [*leading, left.shape[0], right.shape[0]])
-    values = op.MatMul(left, op.MatMul(values, right))
+    sides = [left.shape[0], right.shape[0]]
+    values, left, right = (op.Cast(each, to=ir.DataType.DOUBLE) for each in (values, left, right))
+    values = op.MatMul(left, op.MatMul(op.Reshape(values, [*leading, *sides]), right))
     return op.Cast(op.Reshape(values, [*leading, x.shape[-1]]), to=x.dtype)

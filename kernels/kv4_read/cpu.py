@@ -11,5 +11,6 @@ from qpcompile.kernels.kv4_read.reference import unpack_planes
 
 def kv4_read(codes: Tensor, affine: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     """codes: u8[B, H, S, ceil(D / 2)], affine: f32[B, H, S, 2] -> dtype[B, H, S, D]."""
-    values = unpack_planes(codes, head_dim).to(torch.float32, memory_format=torch.contiguous_format)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    values = unpack_planes(codes, head_dim).to(wide, memory_format=torch.contiguous_format)
     return values.sub_(affine[..., 1:]).mul_(affine[..., :1]).to(dtype)

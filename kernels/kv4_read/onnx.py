@@ -10,12 +10,15 @@ op: Any = opset21  # its annotations describe onnxscript's language, not the val
 
 def kv4_read(codes: Any, affine: Any, head_dim: int, dtype: int) -> Any:
     """codes: u8[B, H, S, ceil(D / 2)], affine: f32[B, H, S, 2] -> dtype[B, H, S, D], D = head_dim."""
-    return op.Cast(dequantize(codes, affine, head_dim), to=dtype)
+    double = ir.DataType.DOUBLE
+    wide = double if dtype == double else ir.DataType.FLOAT
+    return op.Cast(dequantize(codes, affine, head_dim, wide), to=dtype)
 
 
-def dequantize(codes: Any, affine: Any, head_dim: int) -> Any:
-    """The same in f32, for translations that go on computing."""
-    values = op.Cast(unpack_planes(codes, head_dim), to=ir.DataType.FLOAT)
+def dequantize(codes: Any, affine: Any, head_dim: int, wide: ir.DataType) -> Any:
+    """The same in f32 or, where it is exact, in f64, for translations that go on computing."""
+    values = op.Cast(unpack_planes(codes, head_dim), to=wide)
+    affine = op.Cast(affine, to=wide)
     scale = op.Slice(affine, [0], [1], [-1])
     zero = op.Slice(affine, [1], [2], [-1])
     return op.Mul(op.Sub(values, zero), scale)

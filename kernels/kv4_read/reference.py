@@ -12,7 +12,8 @@ from torch import Tensor
 def kv4_read(codes: Tensor, affine: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     """codes: u8[B, H, S, ceil(D / 2)], affine: f32[B, H, S, 2] -> dtype[B, H, S, D], D = head_dim."""
     scale, zero = affine.split(1, dim=-1)
-    return ((unpack_planes(codes, head_dim).float() - zero) * scale).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # exact in float64
+    return ((unpack_planes(codes, head_dim).to(wide) - zero) * scale).to(dtype)
 
 
 def unpack_planes(codes: Tensor, head_dim: int) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import transform
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
+from qpcompile.kernels.sums import wide_type
 
 
 def rmsnorm_quantize(
@@ -23,7 +24,7 @@ def rmsnorm_quantize(
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: f[..., C], weight: f[C] -> f32[..., C]."""
     # The layout decides the order in which torch adds a mean up; one layout, one result.
-    values = x.float().contiguous()
+    values = x.to(wide_type(x)).contiguous()
     buffer = values * values
-    inverse = buffer.mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return torch.mul(values, inverse, out=buffer).mul_(weight.float())
+    norm = buffer.mean(-1, keepdim=True).add_(eps).sqrt_()
+    return torch.div(values, norm, out=buffer).mul_(weight).float()

@@ -22,8 +22,9 @@ def rmsnorm_quantize(
 ) -> tuple[Any, Any]:
     """x: f[..., C], weight: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
     assert x.shape is not None
-    values = op.Cast(x, to=ir.DataType.FLOAT)
+    values = op.Cast(x, to=ir.DataType.DOUBLE)
     mean = op.ReduceMean(op.Mul(values, values), [-1], keepdims=1)
-    values = op.Mul(values, op.Reciprocal(op.Sqrt(op.Add(mean, eps))))
-    values = op.Mul(values, op.Cast(weight, to=ir.DataType.FLOAT))
+    floor = op.Constant(value=ir.tensor(eps, dtype=ir.DataType.DOUBLE))
+    values = op.Div(values, op.Sqrt(op.Add(mean, floor)))
+    values = op.Cast(op.Mul(values, op.Cast(weight, to=ir.DataType.DOUBLE)), to=ir.DataType.FLOAT)
     return quantize_values(transform(values, transform_scale, rotate, x.shape), x.shape, group_size, clip_ratio)

@@ -5,11 +5,11 @@
 Source: Root Mean Square Layer Normalization, section 3, arXiv 1910.07467.
 """
 
-import torch
 from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import transform
 from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.sums import wide_type
 
 
 def rmsnorm_quantize(
@@ -28,5 +28,5 @@ def rmsnorm_quantize(
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: f[..., C], weight: f[C] -> f32[..., C]."""
     # The layout decides the order in which torch adds a mean up; one layout, one result.
-    values = x.float().contiguous()
-    return values * torch.rsqrt((values * values).mean(-1, keepdim=True) + eps) * weight.float()
+    values = x.to(wide_type(x)).contiguous()
+    return (values / ((values * values).mean(-1, keepdim=True) + eps).sqrt() * weight).float()

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset21
 
-from qpcompile.kernels.attention_kv4.onnx import group_rows, masked_scores
+from qpcompile.kernels.attention_kv4.onnx import group_rows, masked_scores, scaled_queries
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -18,7 +18,7 @@ def segment_attention(q: Any, k: Any, v: Any, cu_seqlens: Any, scale: float) -> 
     heads, groups, width = q.shape[1], k.shape[1], q.shape[3]
     grouped = heads != groups
     wide = ir.DataType.DOUBLE if q.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
-    queries = op.Mul(op.Cast(q, to=wide), op.Constant(value=ir.tensor(scale, dtype=wide)))
+    queries = scaled_queries(q, scale, wide)
     keys, values = (op.Cast(each, to=wide) for each in (k, v))
     rows = group_rows(queries, groups, width) if grouped else queries
     products = op.MatMul(rows, op.Transpose(keys, perm=[0, 1, 3, 2]))

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import transform
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
+from qpcompile.kernels.sums import wide_type
 
 
 def silu_mul_quantize(
@@ -15,5 +16,5 @@ def silu_mul_quantize(
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up: f[..., C] -> f32[..., C]."""
-    values = gate.float()
-    return values.sigmoid().mul_(values).mul_(up.float())
+    values = gate.to(wide_type(gate))
+    return values.sigmoid().mul_(values).mul_(up).float()

@@ -16,6 +16,7 @@ def silu_mul_quantize(
 ) -> tuple[Any, Any]:
     """gate, up: f[..., C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
     assert gate.shape is not None
-    values = op.Cast(gate, to=ir.DataType.FLOAT)
-    values = op.Mul(op.Mul(values, op.Sigmoid(values)), op.Cast(up, to=ir.DataType.FLOAT))
+    values = op.Cast(gate, to=ir.DataType.DOUBLE)
+    values = op.Mul(op.Mul(values, op.Sigmoid(values)), op.Cast(up, to=ir.DataType.DOUBLE))
+    values = op.Cast(values, to=ir.DataType.FLOAT)
     return quantize_values(transform(values, transform_scale, rotate, gate.shape), gate.shape, group_size, clip_ratio)

@@ -14,6 +14,7 @@ import torch
 from onnxscript import opset21
 
 from qpcompile.emit.onnx_attention import attention
+from qpcompile.emit.onnx_double import gelu, layer_norm, patch_convolution
 from qpcompile.emit.onnx_types import Fact, cast, onnx_type
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
@@ -104,8 +105,8 @@ def _silu(_: Fact, x: Any) -> Any:
     return op.Mul(x, op.Sigmoid(x))
 
 
-def _gelu(_: Fact, x: Any, *, approximate: str = "none") -> Any:
-    return op.Gelu(x, approximate=approximate)
+def _gelu(out: Fact, x: Any, *, approximate: str = "none") -> Any:
+    return gelu(x, approximate) if out.dtype == torch.float64 else op.Gelu(x, approximate=approximate)
 
 
 def _softmax(out: Fact, x: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
@@ -170,7 +171,7 @@ def _addmm(out: Fact, bias: Any, left: Any, right: Any) -> Any:
 
 def _convolution(rank: int) -> Translation:
     def translate(
-        _: Fact,
+        out: Fact,
         x: Any,
         weight: Any,
         bias: Any = None,
@@ -180,6 +181,8 @@ def _convolution(rank: int) -> Translation:
         groups: int = 1,
     ) -> Any:
         strides, pads, dilations = (_each(value, rank) for value in (stride, padding, dilation))
+        if out.dtype == torch.float64:
+            return patch_convolution(out, x, weight, bias, strides)
         return op.Conv(x, weight, bias, strides=strides, pads=[*pads, *pads], dilations=dilations, group=groups)
 
     return translate
@@ -191,8 +194,10 @@ def _each(value: Any, rank: int) -> list[int]:
 
 
 def _layer_norm(
-    _: Fact, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+    out: Fact, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
 ) -> Any:
+    if out.dtype == torch.float64:
+        return layer_norm(x, weight, bias, eps)
     if weight is None:
         weight = op.Expand(cast(1.0, onnx_type.inverse[x.dtype]), list(shape))
     return op.LayerNormalization(x, weight, bias, axis=-len(shape), epsilon=eps)

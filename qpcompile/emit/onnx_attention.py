@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxscript import opset21
 
 from qpcompile.errors import ExportError
-from qpcompile.kernels.attention_kv4.onnx import group_rows, masked_softmax
+from qpcompile.kernels.attention_kv4.onnx import group_rows, masked_softmax, scaled_queries
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -27,19 +27,21 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """query: f[B, Hq, Sq, D], key: f[B, Hkv, S, D], value: f[B, Hkv, S, Dv] -> f[B, Hq, Sq, Dv]; float32 inside."""
+    """query: f[B, Hq, Sq, D], key: f[B, Hkv, S, D], value: f[B, Hkv, S, Dv] -> f[B, Hq, Sq, Dv], f32 or f64 inside."""
     heads, groups, width = query.shape[1], key.shape[1], query.shape[3]
     grouped = heads != groups
-    needed = (heads, groups, width) if grouped else (width,) if scale is None else ()
+    needed = (heads, groups, width) if grouped else (width,)
     if dropout_p or not all(isinstance(size, int) for size in needed):
         raise ExportError(
             f"attention with {heads} and {groups} heads, width {width} and dropout {dropout_p} has no translation",
             where="aten::scaled_dot_product_attention",
             do="report this family",
         )
-    wide = op.Mul(op.Cast(query, to=ir.DataType.FLOAT), width**-0.5 if scale is None else scale)
-    key, value = (op.Cast(each, to=ir.DataType.FLOAT) for each in (key, value))
-    products = op.MatMul(group_rows(wide, groups, width) if grouped else wide, op.Transpose(key, perm=[0, 1, 3, 2]))
+    double = ir.DataType.DOUBLE
+    wide = double if query.dtype == double else ir.DataType.FLOAT
+    scaled = scaled_queries(query, width**-0.5 if scale is None else scale, wide)
+    key, value = (op.Cast(each, to=wide) for each in (key, value))
+    products = op.MatMul(group_rows(scaled, groups, width) if grouped else scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
     scores = op.Reshape(products, op.Concat(op.Shape(query, start=0, end=3), [-1], axis=0)) if grouped else products
     weights = masked_softmax(scores, _causal(query, key) if is_causal else attn_mask)
     if grouped:

@@ -32,9 +32,15 @@ class Recorder:
             return self._constant_operator(kwargs)
         given = {name: value for name, value in kwargs.items() if value is not None}
         attributes = {name: value for name, value in given.items() if name in schema.attributes}
-        inputs = self._inputs(schema, args, {name: given[name] for name in given.keys() - attributes.keys()})
+        inputs, types = self._inputs(schema, args, {name: given[name] for name in given.keys() - attributes.keys()})
         outputs = [each for each in schema.outputs if each.option is not _FORMAL.Optional]
-        return self._node(schema.domain, schema.name, inputs, attributes, len(outputs))
+        result = self._node(schema.domain, schema.name, inputs, attributes, len(outputs))
+        # Types are carried along, so that numbers become constants of the type that they are combined with.
+        for parameter, value in zip(outputs, result if isinstance(result, tuple) else (result,), strict=True):
+            dtype = ir.DataType(attributes["to"]) if schema.name == "Cast" else types.get(parameter.type_str)
+            if dtype is not None:
+                value.dtype = dtype
+        return result
 
     def eval_function(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A call of a scripted function: a node that refers to it, to be inlined at the end."""
@@ -89,7 +95,10 @@ class Recorder:
         types = {"value_float": ir.DataType.FLOAT, "value_floats": ir.DataType.FLOAT, "value_int": ir.DataType.INT64}
         return self.constant(value, None if name == "value" else types.get(name, ir.DataType.INT64))
 
-    def _inputs(self, schema: onnx.defs.OpSchema, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    def _inputs(
+        self, schema: onnx.defs.OpSchema, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Any], dict[str, ir.DataType]]:
+        """The inputs as values, and the type that each type variable of the schema stands for, where it is known."""
         formal = list(schema.inputs)
         given: list[tuple[Any, Any]] = []
         for index, arg in enumerate(args):
@@ -101,7 +110,9 @@ class Recorder:
             for parameter, value in given
             if isinstance(value, ir.Value) and value.dtype is not None
         }
-        return [self._value(value, bound.get(parameter.type_str, _only(parameter))) for parameter, value in given]
+        return [
+            self._value(value, bound.get(parameter.type_str, _only(parameter))) for parameter, value in given
+        ], bound
 
     def _value(self, value: Any, dtype: ir.DataType | None) -> ir.Value | None:
         if value is None or isinstance(value, ir.Value):

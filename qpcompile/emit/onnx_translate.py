@@ -163,7 +163,7 @@ class _Translator:
         if isinstance(result, tuple):
             for index, (value, each) in enumerate(zip(result, fact or [None] * len(result), strict=False)):
                 self._describe(f"{name}.{index}", value, each)
-        elif isinstance(result, ir.Value) and result.type is None:
+        elif isinstance(result, ir.Value) and result.shape is None:
             result.name = name
             result.dtype = onnx_type[fact.dtype] if fact else ir.DataType.INT64
             result.shape = self._shape(fact) if fact else ir.Shape(())

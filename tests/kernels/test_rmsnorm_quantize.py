@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import hadamard
-from qpcompile.kernels.quantize_int4.reference import dequantize_int4, quantize_int4
+from qpcompile.kernels.quantize_int4.reference import quantize_int4
 from qpcompile.kernels.rmsnorm_quantize import cpu, op, reference
 from qpcompile.kernels.rmsnorm_quantize import onnx as translation
 
@@ -90,11 +90,5 @@ def test_onnx_is_the_op(export_onnx: Any) -> None:
     for shape in ((1, 1, 144), (3, 17, 144)):
         x = torch.randn(shape) * 5
         found, expected = exported(x), module(x)
-        for codes in (0, 2):
-            torch.testing.assert_close(found[codes + 1], expected[codes + 1], rtol=1e-5, atol=0)
-            # Sums in another order move a value over the border between two codes now and then, by one code.
-            moved = (found[codes].int() - expected[codes].int()).abs()
-            assert moved.amax() <= 1 and moved.float().mean() < 1e-3
-            left = dequantize_int4(found[codes], found[codes + 1])
-            right = dequantize_int4(expected[codes], expected[codes + 1])
-            assert (left - right).norm() < 1e-2 * right.norm()
+        # Sums in float64, rounded once: the same codes in any order of adding up.
+        assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))

@@ -82,8 +82,5 @@ def test_onnx_is_the_op(export_onnx: Any) -> None:
     for shape in ((1, 1, 144), (3, 17, 144)):
         gate, up = torch.randn(2, *shape) * 5
         found, expected = exported(gate, up), module(gate, up)
-        for codes in (0, 2):
-            torch.testing.assert_close(found[codes + 1], expected[codes + 1], rtol=1e-5, atol=0)
-            # Sums in another order move a value over the border between two codes now and then, by one code.
-            moved = (found[codes].int() - expected[codes].int()).abs()
-            assert moved.amax() <= 1 and moved.float().mean() < 1e-3
+        # Computed in float64, rounded once: the same codes on every back end.
+        assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))

@@ -1,0 +1,97 @@
+"""Compute in float64, and round once, what back ends add up in different orders before 4-bit codes are made of it.
+
+    %y = aten::layer_norm(%x, ...)      becomes      %a = aten::to.dtype(%x, f64)
+                                                     %b = aten::layer_norm(%a, ...)
+                                                     %y = aten::to.dtype(%b, f32)
+
+A code flips where two back ends differ in the last bit next to a tie, and with it an answer now and then; see
+kernels/sums.py for the numbers. Our own operators do the same inside. Models whose activations are not quantized,
+models in half precision and models on a GPU are left as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qpcompile.ir.edit import aten, call, calls, tidy
+from qpcompile.ir.operators import (
+    QUANTIZE_INT4,
+    RMSNORM,
+    RMSNORM_QUANTIZE,
+    SEGMENT_ATTENTION,
+    SILU_MUL_QUANTIZE,
+)
+from qpcompile.ir.program import HEAD, Graph, Program
+from qpcompile.ir.shapes import value
+
+QUANTIZERS = (QUANTIZE_INT4, RMSNORM_QUANTIZE, SILU_MUL_QUANTIZE)
+
+CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
+
+# What adds up many numbers, and functions that libraries approximate each in its own way. Plain arithmetic is the same
+# everywhere.
+SUMS = (
+    *(aten.linear.default, aten.addmm.default, aten.matmul.default, aten.bmm.default, aten.mm.default),
+    *(*CONVOLUTIONS, aten.mean.dim, aten.layer_norm.default, RMSNORM),
+    *(aten.scaled_dot_product_attention.default, SEGMENT_ATTENTION, aten.softmax.int),
+)
+FUNCTIONS = (
+    *(aten.cos.default, aten.sin.default, aten.exp.default, aten.rsqrt.default),
+    *(aten.gelu.default, aten.sigmoid.default, aten.silu.default, aten.tanh.default),
+)
+
+
+@dataclass(frozen=True)
+class WidenSums:
+    """See the module's docstring. The head is left out: nothing is quantized behind it."""
+
+    name: ClassVar[str] = "widen_sums"
+    needs: ClassVar[str] = "fused"
+    gives: ClassVar[str] = "fused"
+
+    def run(self, program: Program) -> bool:
+        """Returns whether anything was widened."""
+        quantized = any(any(calls(graph, *QUANTIZERS)) for graph in program.graphs.values())
+        if not quantized or any(tensor.device.type != "cpu" for tensor in program.host.parameters()):
+            return False
+        changed = [_widen(graph) for name, graph in program.graphs.items() if name != HEAD]
+        return any(changed)
+
+
+def _widen(graph: Graph) -> bool:
+    found = [node for node in calls(graph, *SUMS, *FUNCTIONS) if value(node).dtype == torch.float32]
+    found = [node for node in found if node.target not in CONVOLUTIONS or _cuts_patches(node)]
+    wide: dict[fx.Node, fx.Node] = {}
+    for node in found:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source, node=node: _wide(graph, node, source, wide))
+        result = call(graph, node, node.target, *args, like=node, **kwargs)
+        narrow = call(graph, node, aten.to.dtype, result, torch.float32, like=node)
+        node.replace_all_uses_with(narrow)
+        graph.module.graph.erase_node(node)
+    tidy(graph)
+    return bool(found)
+
+
+def _cuts_patches(node: fx.Node) -> bool:
+    """Whether a convolution is a product over patches that do not overlap; other ones have no float64 in runtimes."""
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    sides = list(value(weight).shape[2:])
+    stride, *rest = [*node.args[3:], *(1, 0, 1, 1)[len(node.args[3:]) :]]
+    strides = [stride] * len(sides) if isinstance(stride, int) else list(stride)  # type: ignore[call-overload]
+    plain = all(each in (own, [own] * len(sides)) for each, own in zip(rest, (0, 1, 1), strict=True))
+    return not node.kwargs and plain and strides == sides
+
+
+def _wide(graph: Graph, reader: fx.Node, source: fx.Node, wide: dict[fx.Node, fx.Node]) -> fx.Node:
+    """An argument of `reader` in float64 if it is in float32, made once where it is first read."""
+    tensor = value(source)
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
+        return source
+    if source not in wide:
+        wide[source] = call(graph, reader, aten.to.dtype, source, torch.float64, like=reader)
+    return wide[source]
