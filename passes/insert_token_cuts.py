@@ -7,7 +7,8 @@
 
 N = S - (V - ceil(V * ratio)): text is always kept, so the count follows from sizes alone and no shape depends on
 data. Rows of a batch that may keep fewer tokens than the others carry the surplus as dead slots, which later masks
-close; one prompt gives the same answer alone and in a batch. Kept tokens keep their original positions.
+close; one prompt gives the same answer alone and in a batch. Kept tokens keep their original positions, or with
+`position_mode: reindex` are counted anew (qpcompile/ir/positions.py).
 
 Source: "QUOTA" (arXiv 2604.17320), sections 3.3 and 3.4, equations 5 to 9.
 """
@@ -25,8 +26,9 @@ from qpcompile.ir.cut_decode import cut_decode
 from qpcompile.ir.edit import aten, first_node_of_layer, tidy
 from qpcompile.ir.liveness import Selection, gather, reduce_tokens
 from qpcompile.ir.operators import SELECT_TOKENS
+from qpcompile.ir.positions import find_positions, numbered, renumber
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
-from qpcompile.ir.pruners.pruner import Merger, Point, Pruner, TowerReader
+from qpcompile.ir.pruners.pruner import Merger, Placed, Point, Pruner, TowerReader
 from qpcompile.ir.pruners.table import PRUNERS
 from qpcompile.ir.run import ALIVE, COUNT, KEPT, VALID, VISUAL
 from qpcompile.ir.shapes import add_input, add_output, new_size, propagate, token_axes, value
@@ -53,8 +55,9 @@ class InsertTokenCuts:
         if isinstance(pruner, TowerReader):
             pruner.read_tower(program)
         cut_prefill(program.graphs[PREFILL], cuts, recipe, pruner)
-        layers = [cut.layer for cut in cuts]
-        cut_decode(program.graphs[DECODE], layers, 0 if recipe.tokens.compact_scored_layer else 1)
+        layers, tokens = [cut.layer for cut in cuts], recipe.tokens
+        offset = 0 if tokens.compact_scored_layer else 1
+        cut_decode(program.graphs[DECODE], layers, offset, reindex=tokens.position_mode == "reindex")
         return True
 
 
@@ -67,14 +70,18 @@ def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pru
         add_input(graph, VALID, (batch, length), torch.bool),
         add_input(graph, COUNT, (new_size(graph, COUNT, EXAMPLE_VISUAL_TOKENS),), torch.int64),
     )
-    now = _Tokens(prompt.visual, prompt.valid, None, length)
+    positions = find_positions(graph) if recipe.tokens.position_mode == "reindex" else None
+    now = _Tokens(prompt.visual, prompt.valid, None, length, positions)
+    unquantized: dict[fx.Node, fx.Node] = {}
     for cut in cuts:
-        before = first_node_of_layer(graph, cut.layer + 1)
-        point = Point(graph, before, cut, recipe, now.visual, now.alive, now.kept, prompt.valid, now.length)
+        behind = cut.layer + 1
+        before = pruner.place(graph, cut.layer) if isinstance(pruner, Placed) else first_node_of_layer(graph, behind)
+        tokens = (now.visual, now.alive, now.kept, prompt.valid, now.length, prompt.visual)
+        point = Point(graph, before, cut, recipe, *tokens, unquantized)
         scores = pruner.scores(point)
         if isinstance(pruner, Merger):
             point.replace_hidden(pruner.merge(point, scores))
-        now = _cut_once(point, scores, prompt)
+        now = _cut_once(point, scores, prompt, now.positions)
     tidy(graph)
 
 
@@ -91,15 +98,18 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What is current between two cuts: visual and valid masks, original positions (None: all), token count."""
+    """What is current between two cuts: visual and valid masks, original positions (None: all), token count, and the
+    numbers that positions are computed from (None: the original ones, whatever they are).
+    """
 
     visual: fx.Node
     alive: fx.Node
     kept: fx.Node | None
     length: torch.SymInt
+    positions: fx.Node | None
 
 
-def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt) -> _Tokens:
+def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node | None) -> _Tokens:
     graph, before = point.graph, point.before
     batch = point.call(aten.sym_size.int, prompt.visual, 0)
     total = point.call(aten.sym_size.int, prompt.visual, 1)
@@ -111,6 +121,9 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt) -> _Tokens:
     selection = Selection(index, alive, stays, batch)
     kept = index if point.kept is None else point.call(aten.gather.default, point.kept, 1, index)
     visual = point.call(aten.gather.default, point.visual, 1, index)
+    if positions is not None:
+        old, positions = positions, numbered(graph, before, alive)
+        renumber(graph, before, old, positions, point.length, stays)
     ours = (point.visual, point.alive, point.kept, prompt.visual, prompt.valid)
     reduce_tokens(graph, before, [(point.length, selection)], skip=[node for node in ours if node is not None])
     if point.recipe.tokens.compact_scored_layer:
@@ -118,7 +131,7 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt) -> _Tokens:
     add_output(graph, f"{KEPT}.{point.layer}", kept)
     add_output(graph, f"{ALIVE}.{point.layer}", alive)
     propagate(graph, before)
-    return _Tokens(visual, alive, kept, value(stays))
+    return _Tokens(visual, alive, kept, value(stays), positions)
 
 
 def _share(point: Point, size: fx.Node) -> fx.Node:

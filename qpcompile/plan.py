@@ -46,8 +46,8 @@ class Cut(Section):
     """Visual tokens are dropped after this layer."""
 
     layer: int = Field(ge=-1, description="Last layer that sees the dropped tokens; -1: none, they end before layer 0.")
-    ratio: float = Field(gt=0, le=1, description="Share of the first visual tokens that stay (equation 4).")
-    numerator: int = Field(ge=1, description="The ratio as the graph computes it: numerator / denominator.")
+    ratio: float = Field(ge=0, le=1, description="Share of the first visual tokens that stay (equation 4).")
+    numerator: int = Field(ge=0, description="The ratio as the graph computes it: numerator / denominator.")
     denominator: int = Field(ge=1, description="See numerator.")
 
     def kept(self, visual: int) -> int:

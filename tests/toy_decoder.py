@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
-from programs import clone, traced
+from programs import traced
 from torch import Tensor, nn
 
+from qpcompile.ir.edit import clone
 from qpcompile.ir.program import DECODE, PREFILL, Graph
 
 HEADS, KV_HEADS, WIDTH, HIDDEN = 2, 1, 4, 8

@@ -52,23 +52,29 @@ def _weighted_parts(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def token_scores(
     hidden: Tensor,
+    rounded: Tensor,
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
     scale: float,
     visual: Tensor,
     valid: Tensor,
+    queries: Tensor,
     weights: Sequence[float],
     normalize: str,
     low: float,
     high: float,
-    queries: str,
     intra_mean: bool,
     rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+    relative: bool,
+    sink: float,
 ) -> Tensor:
     """Shapes as in reference.py."""
-    settings = (weights, normalize, low, high, queries, intra_mean, rotate)
-    return reference.token_scores(hidden, q, k, mask, scale, visual, valid, *settings, mass_of=attention_mass)
+    settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
+    tensors = (hidden, rounded, q, k, mask, scale, visual, valid, queries)
+    return reference.token_scores(*tensors, *settings, mass_of=attention_mass)
 
 
 def _products(queries: Tensor, keys: Tensor) -> Tensor:

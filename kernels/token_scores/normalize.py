@@ -3,6 +3,7 @@
     percentile   clip((m - P_low) / (P_high - P_low + 1e-6), 0, 1)
     mad          (clip((m - median) / (1.4826 * MAD + 1e-6), -3, 3) + 3) / 6
     rank         (rank from 0, equal values share their mean rank) / (n - 1)
+    none         m itself, for a score of one metric
 
 Percentiles interpolate linearly between neighbours, over the row's n counted tokens only.
 
@@ -12,7 +13,7 @@ Source: QUOTA, equation 7 (arXiv 2604.17320), which names percentile clipping an
 import torch
 from torch import Tensor
 
-METHODS = ("percentile", "mad", "rank")
+METHODS = ("percentile", "mad", "rank", "none")
 EPSILON = 1e-6
 # The standard deviation of a normal distribution in units of its median absolute deviation.
 MAD_TO_SIGMA = 1.4826
@@ -21,6 +22,8 @@ LIMIT = 3.0
 
 def normalize_metric(metric: Tensor, counted: Tensor, method: str, low: float, high: float) -> Tensor:
     """metric: f32[B, S], counted: bool[B, S] -> f32[B, S]; entries that are not counted mean nothing."""
+    if method == "none":
+        return metric
     if method == "percentile":
         bottom = masked_percentile(metric, counted, low)
         top = masked_percentile(metric, counted, high)

@@ -16,32 +16,38 @@ op: Any = opset21  # its annotations describe onnxscript's language, not the val
 
 def token_scores(
     hidden: Any,
+    rounded: Any,
     q: Any,
     k: Any,
     mask: Any,
     scale: float,
     visual: Any,
     valid: Any,
+    queries: Any,
     weights: Sequence[float],
     normalize: str,
     low: float,
     high: float,
-    queries: str,
     intra_mean: bool,
     rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+    relative: bool,
+    sink: float,
 ) -> Any:
-    """hidden: f[B, S, C], q: f[B, H, S, D], k: f[B, Hkv, S, D], visual, valid: bool[B, S] -> f32[B, S]."""
+    """hidden: f[B, S, C], rounded: f[B, S, D], q: f[B, H, S, E], k: f[B, Hkv, S, E] -> f32[B, S]; see reference.py."""
     counted = op.And(visual, valid)
-    values = op.Cast(hidden, to=ir.DataType.FLOAT)
     asked = {name for name, weight in (("inter", weights[0]), ("intra", weights[2])) if weight}
     attention = attention_terms(q, k, mask, scale, visual, valid, queries, asked, intra_mean)
-    metrics = (
-        attention.get("inter"),
-        op.ReduceL2(values, [-1], keepdims=0) if weights[1] else None,
-        attention.get("intra"),
-        _residual(values, hidden.shape, rotate) if weights[3] else None,
-    )
+    magnitude = lost = None
+    if weights[1]:
+        magnitude = op.ReduceL2(_without_sinks(hidden, counted, sink), [-1], keepdims=0)
+    if weights[3]:
+        lost = _residual(
+            _without_sinks(rounded, counted, sink), rounded.shape, rotate, group_size, clip_ratio, relative
+        )
     score: Any = 0.0
+    metrics = (attention.get("inter"), magnitude, attention.get("intra"), lost)
     for weight, metric in zip(weights, metrics, strict=True):
         if metric is not None:
             score = op.Add(op.Mul(_normalize(metric, counted, normalize, low, high), weight), score)
@@ -49,16 +55,36 @@ def token_scores(
     return op.Where(counted, score, others)
 
 
-def _residual(values: Any, shape: ir.Shape, rotate: bool) -> Any:
+def _without_sinks(tensor: Any, counted: Any, sink: float) -> Any:
+    """tensor: f[B, S, C] of known C, counted: bool[B, S] -> f32[B, S, C]."""
+    values = op.Cast(tensor, to=ir.DataType.FLOAT)
+    if not sink:
+        return values
+    channels = tensor.shape[-1]
+    peak = op.ReduceMax(op.Where(op.Unsqueeze(counted, [2]), op.Abs(values), 0.0), [1], keepdims=0)
+    ordered, _ = op.TopK(peak, op.Constant(value_ints=[channels]), axis=1, largest=0, sorted=1)
+    middle = op.Slice(ordered, [channels // 2], [channels // 2 + 1], [1])
+    return op.Where(op.Unsqueeze(op.Greater(peak, op.Mul(middle, sink)), [1]), 0.0, values)
+
+
+def _residual(values: Any, shape: ir.Shape, rotate: bool, group_size: int, clip_ratio: float, relative: bool) -> Any:
     """values: f32[B, S, C] of the given shape -> f32[B, S]."""
     values = transform(values, None, rotate, shape)
-    codes, scale = quantize_values(values, shape, 0, 1.0)
-    restored = op.Mul(op.Cast(codes, to=ir.DataType.FLOAT), scale)
-    return op.ReduceL2(op.Sub(restored, values), [-1], keepdims=0)
+    codes, scale = quantize_values(values, shape, group_size, clip_ratio)
+    codes = op.Cast(codes, to=ir.DataType.FLOAT)
+    if groups := group_size and shape[-1] // group_size:
+        parts = op.Mul(op.Reshape(codes, [0, 0, groups, group_size]), op.Reshape(scale, [0, 0, groups, 1]))
+        restored = op.Reshape(parts, [0, 0, shape[-1]])
+    else:
+        restored = op.Mul(codes, scale)
+    lost = op.ReduceL2(op.Sub(restored, values), [-1], keepdims=0)
+    return op.Div(lost, op.Add(op.ReduceL2(values, [-1], keepdims=0), EPSILON)) if relative else lost
 
 
 def _normalize(metric: Any, counted: Any, method: str, low: float, high: float) -> Any:
     """metric: f32[B, S], counted: bool[B, S] -> f32[B, S], as in normalize.py."""
+    if method == "none":
+        return metric
     if method == "rank":
         return _mean_rank(metric, counted)
     last = op.Max(op.Sub(_count(counted), 1), 0)

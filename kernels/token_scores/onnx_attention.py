@@ -50,7 +50,7 @@ def attention_terms(
     scale: float,
     visual: Any,
     valid: Any,
-    queries: str,
+    queries: Any,
     asked: Set[str],
     intra_mean: bool,
 ) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def attention_terms(
         return {}
     counted = op.And(visual, valid)
     rows = {
-        "inter": text_queries(visual, valid, counted, queries) if "inter" in asked else None,
+        "inter": op.And(queries, valid) if "inter" in asked else None,
         "intra": counted if "intra" in asked else None,
     }
     groups = {name: op.Cast(op.Unsqueeze(rows[name], [1]), to=ir.DataType.FLOAT) for name in sorted(asked)}
@@ -76,15 +76,6 @@ def attention_terms(
         seen_by = op.MatMul(groups["intra"], op.ReduceMean(sees, [1], keepdims=0))
         terms["intra"] = op.Div(terms["intra"], op.Max(op.Squeeze(seen_by, [1]), 1.0))
     return terms
-
-
-def text_queries(visual: Any, valid: Any, counted: Any, queries: str) -> Any:
-    """visual, valid, counted: bool[B, S] -> bool[B, S], as in reference.py."""
-    if queries == "last":
-        left = op.CumSum(op.Cast(valid, to=ir.DataType.INT64), 1, reverse=1)
-        return op.And(valid, op.Equal(left, 1))
-    begun = op.Greater(op.CumSum(op.Cast(counted, to=ir.DataType.INT64), 1), 0)
-    return op.And(op.And(valid, op.Not(visual)), begun)
 
 
 def _bias(mask: Any, valid: Any) -> Any:

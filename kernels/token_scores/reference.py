@@ -3,14 +3,15 @@
     inter_i     = 1/H sum_h sum_{j in T} A^h[j, i]        attention from text queries T
     magnitude_i = ||v_i||
     intra_i     = 1/H sum_h sum_{k in V} A^h[k, i]        attention from visual queries V
-    residual_i  = ||Q(v_i) - v_i||                        Q: symmetric int4 per token, after the rotation if asked
+    residual_i  = ||Q(x_i) - x_i||                        Q: symmetric int4, after the rotation if asked; or / ||x_i||
     score_i     = sum over the four of weight * normalised metric
 
 A = softmax(scale * Q K^T + mask), grouped-query. Text tokens score +inf, padding -inf, so that top-k keeps the first
 and drops the last whatever the picture holds.
 
-Source: QUOTA, equations 6-9 (arXiv 2604.17320). The set T, the normalisation and the space of the residual are not
-given there: they are arguments.
+Source: QUOTA, equations 6-9 (arXiv 2604.17320). The set T, the normalisation, the tensor x and the form of the
+residual are not given there: they are arguments. Channels that are huge in some tokens mark attention sinks, not
+content (arXiv 2503.03321): `sink` leaves them out of magnitude and residual.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +22,8 @@ from torch import Tensor
 from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
 from qpcompile.kernels.hadamard.reference import hadamard
 from qpcompile.kernels.quantize_int4.reference import dequantize_int4, quantize_int4
-from qpcompile.kernels.token_scores.normalize import normalize_metric
+from qpcompile.kernels.token_scores.normalize import EPSILON, normalize_metric
 
-QUERIES = ("after_image", "last")
 AttentionMass = Callable[[Tensor, Tensor, Tensor | None, float, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -46,56 +46,70 @@ def attention_mass(
 
 def token_scores(
     hidden: Tensor,
+    rounded: Tensor,
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
     scale: float,
     visual: Tensor,
     valid: Tensor,
+    queries: Tensor,
     weights: Sequence[float],
     normalize: str,
     low: float,
     high: float,
-    queries: str,
     intra_mean: bool,
     rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+    relative: bool,
+    sink: float,
     mass_of: AttentionMass = attention_mass,
 ) -> Tensor:
-    """hidden: f[B, S, C], q: f[B, H, S, D], k: f[B, Hkv, S, D], visual, valid: bool[B, S] -> f32[B, S].
+    """hidden: f[B, S, C], rounded: f[B, S, D], q: f[B, H, S, E], k: f[B, Hkv, S, E], the rest bool[B, S] -> f32[B, S].
 
-    mask as in attention_mass; weights: of (inter, magnitude, intra, residual); low, high: percentiles.
+    queries: rows T. mask as in attention_mass; weights: of (inter, magnitude, intra, residual); low, high: percentiles;
+    group_size, clip_ratio as in quantize_int4; sink: see without_sinks, 0 leaves all channels in.
     mass_of: what computes the attention, for a path that does so in pieces.
     """
     counted = visual & valid
     # A metric of weight 0 costs nothing: no query row is asked for it.
-    text = text_queries(visual, valid, queries) & (weights[0] != 0)
+    text = queries & valid & (weights[0] != 0)
     pictures = counted & (weights[2] != 0)
     mass, seen_by = mass_of(q, k, mask, scale, valid, torch.stack([text, pictures], dim=1))
     inter, intra = mass.unbind(1)
     if intra_mean:
         intra = intra / seen_by[:, 1].clamp(min=1)
-    values = hidden.float()
-    metrics = (inter, values.norm(dim=-1), intra, residual(values, rotate) if weights[3] else torch.zeros_like(inter))
-    scores = torch.zeros_like(inter)
-    for weight, metric in zip(weights, metrics, strict=True):
+    nothing = torch.zeros_like(inter)
+    magnitude = without_sinks(hidden.float(), counted, sink).norm(dim=-1) if weights[1] else nothing
+    lost = nothing
+    if weights[3]:
+        lost = residual(without_sinks(rounded.float(), counted, sink), rotate, group_size, clip_ratio, relative)
+    scores = nothing
+    for weight, metric in zip(weights, (inter, magnitude, intra, lost), strict=True):
         if weight:
             scores = scores + weight * normalize_metric(metric, counted, normalize, low, high)
     others = torch.where(valid, torch.inf, -torch.inf)
     return torch.where(counted, scores, others)
 
 
-def text_queries(visual: Tensor, valid: Tensor, queries: str) -> Tensor:
-    """visual, valid: bool[B, S] -> bool[B, S], the rows whose attention counts for inter.
+def without_sinks(values: Tensor, counted: Tensor, sink: float) -> Tensor:
+    """values: f32[B, S, C], counted: bool[B, S] -> f32[B, S, C] with 0 in the channels of attention sinks.
 
-    after_image: valid tokens that are not visual, after the row's first visual one. last: the last valid token.
+    Those are the channels whose largest magnitude over the row's counted tokens is more than `sink` times that of the
+    median channel (the upper one of an even number).
     """
-    if queries == "last":
-        return valid & (valid.flip(1).cumsum(1).flip(1) == 1)
-    return valid & ~visual & ((visual & valid).cumsum(1) > 0)
+    if not sink:
+        return values
+    peak = values.abs().masked_fill(~counted[..., None], 0.0).amax(1)
+    middle = peak.sort(dim=1).values[:, peak.shape[1] // 2, None]
+    return values.masked_fill((peak > sink * middle)[:, None], 0.0)
 
 
-def residual(values: Tensor, rotate: bool) -> Tensor:
-    """values: f32[B, S, C] -> f32[B, S], the L2 norm of what symmetric int4 with one scale per token loses."""
+def residual(values: Tensor, rotate: bool, group_size: int, clip_ratio: float, relative: bool) -> Tensor:
+    """values: f32[B, S, C] -> f32[B, S], the L2 norm of what symmetric int4 loses, or its share of the token's norm."""
     if rotate:
         values = hadamard(values)
-    return (dequantize_int4(*quantize_int4(values)) - values).norm(dim=-1)
+    codes, scale = quantize_int4(values, group_size, clip_ratio)
+    lost = (dequantize_int4(codes, scale) - values).norm(dim=-1)
+    return lost / (values.norm(dim=-1) + EPSILON) if relative else lost

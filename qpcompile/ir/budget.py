@@ -92,14 +92,14 @@ def tokens_kept(ratio: float, visual: int) -> int:
 
 
 def ratio_fraction(ratio: float) -> tuple[int, int]:
-    """The ratio as (numerator, denominator), rounded down to a millionth but never to 0.
+    """The ratio as (numerator, denominator), rounded down to a millionth but to 0 only where it is 0.
 
     Rounding down keeps whole products whole (2/3 of 576 is 384, not 385); a thousandth of a millionth is forgiven,
     since 0.29 * 1_000_000 may come out just below the integer.
     """
-    if not 0 < ratio <= 1:
-        raise PlanError(f"the keep ratio {ratio} is not above 0 and at most 1", do="compute it with keep_ratios")
-    return max(1, math.floor(ratio * DENOMINATOR + 1e-3)), DENOMINATOR
+    if not 0 <= ratio <= 1:
+        raise PlanError(f"the keep ratio {ratio} is not from 0 to 1", do="compute it with keep_ratios")
+    return (0, DENOMINATOR) if ratio == 0 else (max(1, math.floor(ratio * DENOMINATOR + 1e-3)), DENOMINATOR)
 
 
 def tokens_by_fraction(numerator: int, denominator: int, visual: int) -> int:

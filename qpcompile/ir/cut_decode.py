@@ -16,6 +16,7 @@ from torch import fx
 
 from qpcompile.ir.edit import aten, call, calls, first_node_of_layer, tidy
 from qpcompile.ir.liveness import Selection, reduce_tokens
+from qpcompile.ir.positions import find_positions, renumber
 from qpcompile.ir.program import Graph
 from qpcompile.ir.run import ALIVE, KEPT, SEEN
 from qpcompile.ir.shapes import add_input, fake_mode, new_size, propagate, value
@@ -37,11 +38,12 @@ class _Stage:
         return self.first <= layer and (self.last is None or layer < self.last)
 
 
-def cut_decode(graph: Graph, cuts: Sequence[int], offset: int) -> None:
+def cut_decode(graph: Graph, cuts: Sequence[int], offset: int, reindex: bool = False) -> None:
     """Give every layer of the decode graph the cache length that prefill leaves it.
 
     cuts: layers behind which tokens are dropped, ascending. offset: 0 where the scored layer's own cache is
-    compacted, 1 where compaction starts with the layer behind it.
+    compacted, 1 where compaction starts with the layer behind it. reindex: behind each cut tokens are counted anew;
+    the scored layer's keys have the positions from before the cut either way.
     """
     past = _free_full_length(graph)
     # A cut before the decoder has no scored layer: layer 0 is the first with a short cache either way.
@@ -54,6 +56,8 @@ def cut_decode(graph: Graph, cuts: Sequence[int], offset: int) -> None:
     for stage in reversed(stages):
         kept, alive = inputs[stage.cut]
         _shorten(graph, points[stage.cut], place, past, kept, alive)
+        if reindex:
+            _count_anew(graph, stage.cut, place, past, alive)
     propagate(graph, place)
     tidy(graph)
 
@@ -86,6 +90,13 @@ def _add_stage_inputs(graph: Graph, stage: _Stage) -> tuple[fx.Node, fx.Node]:
             with fake_mode(graph):
                 node.meta["val"] = torch.empty(shape, dtype=value(node).dtype)
     return kept, alive
+
+
+def _count_anew(graph: Graph, cut: int, place: fx.Node, past: torch.SymInt, alive: fx.Node) -> None:
+    """In the layers behind the cut, the new token's position is the number of tokens before it there."""
+    counts = call(graph, place, aten.sum.dim_IntList, alive, [1], True)
+    new = call(graph, place, aten.sub.Tensor, counts, 1)
+    renumber(graph, first_node_of_layer(graph, cut + 1), find_positions(graph), new, past + 1, place=place)
 
 
 def _shorten(graph: Graph, point: fx.Node, place: fx.Node, past: torch.SymInt, kept: fx.Node, alive: fx.Node) -> None:

@@ -18,9 +18,12 @@ DEFAULTS: dict[str, Any] = {
     "normalize": "percentile",
     "low": 1.0,
     "high": 99.0,
-    "queries": "after_image",
     "intra_mean": False,
     "rotate": False,
+    "group_size": 0,
+    "clip_ratio": 1.0,
+    "relative": False,
+    "sink": 0.0,
 }
 # (batch, query heads, key heads, tokens, head size, channels)
 CASES = [(1, 1, 1, 1, 1, 4), (1, 4, 4, 17, 7, 33), (2, 6, 2, 63, 9, 48), (2, 4, 1, 257, 16, 40)]
@@ -43,15 +46,23 @@ def make(case: tuple[int, ...], mask: str = "bool") -> dict[str, Any]:
         "float": torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min),
         "per_head": torch.randn(batch, heads, length, length).masked_fill(~allowed, -torch.inf),
     }
+    hidden = torch.randn(batch, length, channels) * torch.rand(batch, length, 1).exp()
     return {
-        "hidden": torch.randn(batch, length, channels) * torch.rand(batch, length, 1).exp(),
+        "hidden": hidden,
+        "rounded": hidden,
         "q": torch.randn(batch, heads, length, head_dim),
         "k": torch.randn(batch, groups, length, head_dim),
         "mask": masks[mask],
         "scale": head_dim**-0.5,
         "visual": visual,
         "valid": valid,
+        "queries": text_rows(visual, valid),
     }
+
+
+def text_rows(visual: Tensor, valid: Tensor) -> Tensor:
+    """bool[B, S]: text behind a row's first visual token."""
+    return valid & ~visual & ((visual & valid).cumsum(1) > 0)
 
 
 def attention(given: dict[str, Any]) -> np.ndarray:
@@ -111,21 +122,24 @@ def test_equals_the_formula(case: tuple[int, ...], mask: str) -> None:
     assert (scores[~given["valid"]] == -torch.inf).all()
 
 
-def test_last_token_as_the_only_query_and_mean_of_intra() -> None:
+def test_one_query_per_row_and_mean_of_intra() -> None:
     given = make(CASES[2])
     given["valid"][1, -5:] = False
-    scores = token_scores(**given, **DEFAULTS | {"queries": "last", "intra_mean": True})
+    given["queries"] = torch.zeros_like(given["valid"])
+    given["queries"][0, 62] = given["queries"][1, 57] = given["queries"][1, 60] = True
+    scores = token_scores(**given, **DEFAULTS | {"intra_mean": True})
+    # Row 60 is no token, so it asks nothing.
     for row, last in ((0, 62), (1, 57)):
         counted = (given["visual"] & given["valid"])[row]
         np.testing.assert_allclose(scores[row][counted], naive(given, row, [last], intra_mean=True), atol=1e-4)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("normalize", ["percentile", "mad", "rank"])
+@pytest.mark.parametrize("normalize", ["percentile", "mad", "rank", "none"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pieces_equal_the_reference(case: tuple[int, ...], normalize: str, mask: str) -> None:
     given = make(case, mask)
-    for options in ({}, {"queries": "last"}, {"intra_mean": True, "rotate": True}):
+    for options in ({}, {"sink": 1.5}, {"intra_mean": True, "rotate": True, "relative": True}):
         settings: dict[str, Any] = {**DEFAULTS, "normalize": normalize, **options}
         expected = reference.token_scores(**given, **settings)
         torch.testing.assert_close(token_scores(**given, **settings), expected, **CLOSE)
@@ -163,7 +177,7 @@ def test_mass_over_text_visual_and_rest_is_one_per_query(mass_of: reference.Atte
     given = make(CASES[2], mask)
     visual, valid = given["visual"], given["valid"]
     before = valid & ~visual & (visual.cumsum(1) == 0)
-    text = reference.text_queries(visual, valid, "after_image")
+    text = text_rows(visual, valid)
     groups = torch.stack([text, visual & valid, before], dim=1)
     mass, _ = mass_of(given["q"], given["k"], given["mask"], given["scale"], valid, groups)
     parts = [(mass * keys[:, None]).sum(-1) for keys in (text, visual & valid, ~text & ~(visual & valid))]
@@ -184,12 +198,43 @@ def test_residual_by_hand() -> None:
     # Scale 1: 0.5 rounds to 0 and loses 0.5, -1.2 loses 0.2. A zero row loses nothing.
     values = torch.tensor([[[7.0, 0.5, -1.2, 3.0], [0.0, 0.0, 0.0, 0.0]]])
     expected = torch.tensor([[(0.25 + 0.04) ** 0.5, 0.0]])
-    torch.testing.assert_close(reference.residual(values, rotate=False), expected)
+    torch.testing.assert_close(reference.residual(values, False, 0, 1.0, False), expected)
+    share = expected / torch.tensor([[(49 + 0.25 + 1.44 + 9) ** 0.5, 1.0]])
+    torch.testing.assert_close(reference.residual(values, False, 0, 1.0, True), share)
+    # Groups of two: (7, 0.5) has scale 1, (-1.2, 3) has 3 / 7 and codes -3 and 7.
+    grouped = torch.tensor([[(0.25 + (9 / 7 - 1.2) ** 2) ** 0.5, 0.0]])
+    torch.testing.assert_close(reference.residual(values, False, 2, 1.0, False), grouped)
     # Hadamard of order 4 over 2: rows (4.65, 1.15, 2.85, 5.35); scale 5.35 / 7, codes 6 2 4 7.
     step = 5.35 / 7
     lost = [6 * step - 4.65, 2 * step - 1.15, 4 * step - 2.85, 0.0]
-    rotated = reference.residual(torch.tensor([[[7.0, 0.5, -1.2, 3.0]]]), rotate=True)
+    rotated = reference.residual(torch.tensor([[[7.0, 0.5, -1.2, 3.0]]]), True, 0, 1.0, False)
     assert rotated.item() == pytest.approx(sum(x * x for x in lost) ** 0.5, rel=1e-5)
+
+
+def test_sink_channels_count_neither_in_magnitude_nor_in_residual() -> None:
+    given = make(CASES[2])
+    counted = given["visual"] & given["valid"]
+    options = DEFAULTS | {"weights": [0.0, 0.5, 0.0, 0.5], "sink": 50.0}
+    expected = token_scores(
+        **given | dict.fromkeys(("hidden", "rounded"), given["hidden"] * (torch.arange(48) != 5)), **options
+    )
+    # A token in the picture is huge in channel 5; one in the text is huge in channel 7, which is nobody's business.
+    loud = given["hidden"].clone()
+    loud[0, 20, 5] = loud[1, 20, 5] = 4000.0
+    loud[:, 0, 7] = 9000.0
+    found = token_scores(**given | {"hidden": loud, "rounded": loud}, **options)
+    assert torch.equal(found, expected)
+    plain = token_scores(**given | {"hidden": loud, "rounded": loud}, **options | {"sink": 0.0})
+    assert plain[0][counted[0]].argmax() == (counted[0].nonzero().flatten() == 20).nonzero()
+
+
+def test_residual_may_be_of_another_tensor() -> None:
+    given = make(CASES[1])
+    other = torch.randn(1, 17, 20)
+    options = DEFAULTS | {"weights": [0.0, 0.0, 0.0, 1.0], "normalize": "none"}
+    counted = given["visual"] & given["valid"]
+    found = token_scores(**given | {"rounded": other}, **options)[counted]
+    torch.testing.assert_close(found, reference.residual(other, False, 0, 1.0, False)[counted])
 
 
 def test_zero_rows_and_missing_kinds_stay_finite() -> None:
@@ -231,7 +276,8 @@ def test_refusals() -> None:
     given = make(CASES[1])
     for wrong, message in (
         ({"normalize": "softmax"}, "softmax"),
-        ({"queries": "first"}, "first"),
+        ({"sink": -1.0}, "sink -1.0"),
+        ({"queries": given["visual"].long()}, "queries torch.int64"),
         ({"weights": [1.0]}, r"weights \[1.0\]"),
         ({"low": 99.0, "high": 1.0}, "99.0, 1.0"),
         ({"visual": given["visual"].long()}, "visual is torch.int64"),
@@ -248,11 +294,14 @@ class Score(torch.nn.Module):
         super().__init__()
         self.settings = settings
 
-    def forward(self, hidden: Tensor, q: Tensor, k: Tensor, visual: Tensor, valid: Tensor) -> list[Tensor]:
+    def forward(
+        self, hidden: Tensor, q: Tensor, k: Tensor, visual: Tensor, valid: Tensor, queries: Tensor
+    ) -> list[Tensor]:
         length = q.shape[1]
         allowed = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, None]
         masks = {"none": None, "bool": allowed, "float": torch.where(allowed, 0.0, torch.finfo(torch.float32).min)}
-        rest = {"hidden": hidden, "q": q.transpose(1, 2), "k": k.transpose(1, 2), "visual": visual, "valid": valid}
+        rest = {"hidden": hidden, "rounded": hidden, "q": q.transpose(1, 2), "k": k.transpose(1, 2)}
+        rest |= {"visual": visual, "valid": valid, "queries": queries}
         return [token_scores(**rest, mask=masks[mask], scale=0.4, **options) for mask, options in self.settings]
 
 
@@ -261,7 +310,9 @@ def test_onnx_scores_and_selects_the_same(export_onnx: Callable[..., Any]) -> No
 
     settings = [
         ("bool", DEFAULTS | {"rotate": True}),
-        ("float", DEFAULTS | {"queries": "last", "intra_mean": True}),
+        ("float", DEFAULTS | {"intra_mean": True, "relative": True, "group_size": 16, "clip_ratio": 0.9}),
+        ("bool", DEFAULTS | {"weights": [1.0, 0.0, 0.0, 0.0], "normalize": "none"}),
+        ("bool", DEFAULTS | {"sink": 1.2, "weights": [0.0, 1.0, 0.0, 1.0]}),
         ("none", DEFAULTS | {"normalize": "mad", "weights": [0.5, 0.0, 0.5, 0.0]}),
         ("none", DEFAULTS | {"normalize": "rank", "weights": [0.0, 0.5, 0.0, 0.5]}),
     ]
@@ -269,7 +320,7 @@ def test_onnx_scores_and_selects_the_same(export_onnx: Callable[..., Any]) -> No
     def inputs(batch: int, length: int) -> list[Tensor]:
         given = make((batch, 6, 2, length, 9, 48))
         moved = [given[name].transpose(1, 2).contiguous() for name in ("q", "k")]
-        return [given["hidden"], *moved, given["visual"], given["valid"]]
+        return [given["hidden"], *moved, given["visual"], given["valid"], given["queries"]]
 
     module = Score(settings)
     exported = export_onnx(module, inputs(2, 40), {OVERLOAD: translation})

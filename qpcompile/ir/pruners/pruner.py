@@ -9,16 +9,19 @@ The cut itself (top-k, gather of everything alive, caches) is the same for every
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import floor
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx
 
 from qpcompile.errors import PlanError
+from qpcompile.ir.again import compute_again, readers_of
 from qpcompile.ir.attention import Attention, read_attention
 from qpcompile.ir.edit import aten, call, calls, layer_of
+from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import same, value
 from qpcompile.plan import Cut, Sensitivity
@@ -53,7 +56,8 @@ class Point:
 
     New nodes go before `before`. `layer` is the last layer that sees all N current tokens. `visual` and `alive` are
     bool[B, N] nodes, `kept` the original positions i64[B, N] (None: none was dropped yet), `valid` the bool[B, S] of
-    the whole prompt.
+    the whole prompt, `prompt_visual` its visual tokens. `full_precision` holds what was computed without quantization
+    so far, for later cuts.
     """
 
     graph: Graph
@@ -65,6 +69,8 @@ class Point:
     kept: fx.Node | None
     valid: fx.Node
     length: torch.SymInt
+    prompt_visual: fx.Node
+    full_precision: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     @property
     def layer(self) -> int:
@@ -111,20 +117,26 @@ class Point:
         raised = self.call(aten.add.Tensor, scaled, self.cut.denominator - 1)
         return self.call(aten.div.Tensor_mode, raised, self.cut.denominator, rounding_mode="floor")
 
-    def attention(self) -> Attention:
-        """What the attention of the scored layer reads."""
-        found = [
-            node
-            for node in calls(self.graph, aten.scaled_dot_product_attention.default)
-            if layer_of(node) == self.layer
-        ]
-        if len(found) != 1:
-            raise PlanError(
-                f"layer {self.layer} has {len(found)} attention nodes over tokens, scoring needs exactly one",
-                where=self.graph.name,
-                do="choose other tokens.candidate_layers, or tokens.method random",
-            )
-        return read_attention(found[0])
+    def attention(self, layer: int | None = None) -> Attention:
+        """What the attention of a layer reads (default: of the last layer before this place).
+
+        Queries and keys of the layer behind this place are computed here too, for all current tokens.
+        """
+        read = read_attention(attention_node(self.graph, self.layer if layer is None else layer))
+        return replace(read, query=self.early(read.query), key=self.early(read.key))
+
+    def early(self, node: fx.Node) -> fx.Node:
+        """A value as it is at this place, where the graph computes it only behind: all current tokens, copied nodes."""
+        nodes = self.graph.nodes
+        behind = set(nodes[nodes.index(self.before) :])
+        return compute_again(self.graph, node, self.before, {}, lambda each: each in behind)
+
+    def unquantized(self, node: fx.Node) -> fx.Node:
+        """A value as it is when nothing in the decoder is rounded: everything it rests on is computed twice."""
+        stubs = list(calls(self.graph, QUANT_STUB))
+        touched = readers_of(self.graph, stubs)
+        known = self.full_precision
+        return compute_again(self.graph, node, self.before, known, touched.__contains__, bypass=(QUANT_STUB,))
 
     def only_visual(self, scores: fx.Node) -> fx.Node:
         """`scores` of visual tokens, +inf for text, which is never dropped, -inf for padding."""
@@ -149,6 +161,15 @@ class Pruner(Protocol):
 
 
 @runtime_checkable
+class Placed(Protocol):
+    """A method that does not cut in front of the first operator of the layer behind."""
+
+    def place(self, graph: Graph, layer: int) -> fx.Node:
+        """The node of the prefill graph in front of which the cut behind `layer` is made."""
+        ...
+
+
+@runtime_checkable
 class TowerReader(Protocol):
     """A method that also reads the vision tower."""
 
@@ -164,6 +185,39 @@ class Merger(Protocol):
     def merge(self, point: Point, scores: fx.Node) -> fx.Node:
         """The residual stream f[B, N, C] to go on with before the drop; `scores` as the method gave them."""
         ...
+
+
+def attention_node(graph: Graph, layer: int) -> fx.Node:
+    """The one attention over tokens of a layer; PlanError where there is none, or several."""
+    found = [node for node in calls(graph, aten.scaled_dot_product_attention.default) if layer_of(node) == layer]
+    if len(found) != 1:
+        raise PlanError(
+            f"layer {layer} has {len(found)} attention nodes over tokens, scoring needs exactly one",
+            where=graph.name,
+            do="choose other tokens.candidate_layers, or tokens.method random",
+        )
+    return found[0]
+
+
+def layers_after(parts: Sequence[float], depth: int) -> tuple[int, ...]:
+    """Layers to cut behind, ascending, so that about these parts of the depth have run; fewer where they coincide.
+
+    Half a layer is rounded up, and at least one layer runs before the first cut and behind the last.
+    """
+    runs = (max(1, floor(part * depth + 0.5)) for part in parts)
+    return tuple(sorted({min(run, depth - 1) - 1 for run in runs}))
+
+
+def one_layer(program: Program, otherwise: int) -> int:
+    """The recipe's only candidate layer, or `otherwise` where it says auto; PlanError for several."""
+    layer, *more = cut_layers(program, (min(otherwise, len(program.layers) - 2),))
+    if more:
+        raise PlanError(
+            f"{program.recipe.tokens.method} cuts once, {len(more) + 1} layers are named",
+            where="tokens.candidate_layers",
+            do="name one layer, or write auto",
+        )
+    return layer
 
 
 def cut_layers(program: Program, otherwise: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,18 +6,19 @@ candidate rule are ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from qpcompile.ir.budget import candidate_layers, drop_shares, keep_ratios, normalize_sensitivity, sensitivity
+from qpcompile.ir.edit import aten, calls, layer_of
+from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
 from qpcompile.ir.pruners.pruner import Point, Schedule, cut_layers
+from qpcompile.ir.pruners.queries import QUERIES
 from qpcompile.plan import Sensitivity
 from qpcompile.recipe import Recipe
-from qpcompile.recipe_schema import TokenScheme
 
 
 @dataclass(frozen=True)
@@ -38,40 +39,69 @@ class Quota:
         weights = tokens.weights
         # A stage-wise order scores with what is known without the quantizer (table 3 of the paper).
         residual = weights.residual if point.recipe.order == "joint" else 0.0
-        return attention_scores(
-            point, [weights.inter, weights.magnitude, weights.intra, residual], tokens, tokens.queries
+        attention = point.attention()
+        rounding = rounding_of(point)
+        tensors = [point.hidden(), rounding.value, attention.query, attention.key]
+        if tokens.scores_of == "full_precision":
+            tensors = [point.unquantized(tensor) for tensor in tensors]
+        return point.call(
+            TOKEN_SCORES,
+            *tensors,
+            attention.mask,
+            attention.scale,
+            point.visual,
+            point.alive,
+            QUERIES[tokens.queries](point),
+            [weights.inter, weights.magnitude, weights.intra, residual],
+            tokens.normalize,
+            *tokens.percentiles,
+            tokens.intra_mean,
+            rounding.rotate,
+            rounding.group_size,
+            rounding.clip_ratio,
+            tokens.residual_relative,
+            tokens.sink_ratio or 0.0,
         )
 
 
-def attention_scores(point: Point, weights: Sequence[float], tokens: TokenScheme, queries: str) -> fx.Node:
-    """The scored layer's `token_scores`; weights: of inter, magnitude, intra and residual."""
-    attention = point.attention()
-    return point.call(
-        TOKEN_SCORES,
-        point.hidden(),
-        attention.query,
-        attention.key,
-        attention.mask,
-        attention.scale,
-        point.visual,
-        point.alive,
-        list(weights),
-        tokens.normalize,
-        tokens.percentiles[0],
-        tokens.percentiles[1],
-        queries,
-        tokens.intra_mean,
-        point.rotate and tokens.residual_space == "transformed",
-    )
+@dataclass(frozen=True)
+class _Rounding:
+    """What residual is measured on, f[B, N, C], and how it is rounded there."""
+
+    value: fx.Node
+    rotate: bool
+    group_size: int
+    clip_ratio: float
+
+
+def rounding_of(point: Point) -> _Rounding:
+    """The residual stream, or the tensor that the next layer's first linear rounds; with the recipe's quantizer."""
+    scheme, tokens = point.recipe.quantize, point.recipe.tokens
+    group_size, clip_ratio = (0, 1.0)
+    if scheme is not None and scheme.activations.bits == 4:
+        group_size, clip_ratio = scheme.activations.kernel_group, scheme.activations.clip_ratio
+    if tokens.residual_of == "stream":
+        return _Rounding(
+            point.hidden(), point.rotate and tokens.residual_space == "transformed", group_size, clip_ratio
+        )
+    linears = calls(point.graph, aten.linear.default)
+    source = next(node.args[0] for node in linears if layer_of(node) == point.layer + 1)
+    assert isinstance(source, fx.Node)
+    if fact := stub_fact(source):
+        clip_ratio = clip_ratio if fact.clip is None else fact.clip
+        source = source.args[0]
+        assert isinstance(source, fx.Node)
+    # Folded and online changes of basis are in this tensor already.
+    return _Rounding(point.early(source), False, group_size, clip_ratio)
 
 
 def sensitivity_schedule(program: Program) -> Schedule:
     """QUOTA's candidate layers and ratios."""
     tokens = program.recipe.tokens
     layers = cut_layers(program, (0,)) if tokens.candidate_layers != "auto" else _profiled(program)
-    # Without samples, and in a stage-wise order, all layers count as equally sensitive.
+    # Without samples, in a stage-wise order and in a uniform schedule, all layers count as equally sensitive.
     deviations = program.facts.get("deviations", {})
-    if not deviations or program.recipe.order != "joint":
+    if not deviations or program.recipe.order != "joint" or tokens.schedule == "uniform":
         deviations = {layer: [0.0] for layer in layers}
     table = [list(sample) for sample in zip(*[deviations[layer] for layer in layers], strict=True)]
     raw = sensitivity(table)

@@ -1,0 +1,65 @@
+"""Compute a value of a graph once more at an earlier place, or with some of what it depends on exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from torch import fx
+
+from qpcompile.ir.edit import call
+from qpcompile.ir.facts import set_fact, stub_fact
+from qpcompile.ir.program import Graph
+from qpcompile.ir.shapes import value
+
+
+def compute_again(
+    graph: Graph,
+    target: fx.Node,
+    before: fx.Node,
+    known: dict[fx.Node, fx.Node],
+    anew: Callable[[fx.Node], bool],
+    bypass: Collection[object] = (),
+) -> fx.Node:
+    """What stands for `target` before the node `before`.
+
+    Of everything `target` is made from, nodes in `known` are replaced as it says, nodes for which `anew` holds are
+    copied, and all others serve as they are. Copies are added to `known`, so that a second call shares them. Calls of
+    an operator in `bypass` are replaced by their first argument.
+    """
+    for node in needed_for(graph, target, lambda each: each not in known and anew(each)):
+        if node.target in bypass:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            known[node] = known.get(source, source)
+            continue
+        args, kwargs = (fx.map_arg(part, lambda each: known.get(each, each)) for part in (node.args, node.kwargs))
+        copy = call(graph, before, node.target, *args, like=node, **kwargs)  # type: ignore[misc]
+        if fact := stub_fact(node):
+            copy.meta["val"] = value(node)
+            set_fact(copy, fact)
+        known[node] = copy
+    return known.get(target, target)
+
+
+def readers_of(graph: Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
+    """The `sources`, and every node whose value depends on one of them."""
+    found = set(sources)
+    for node in graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def needed_for(graph: Graph, target: fx.Node, follow: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The operators that `target` is made by, itself included, in the order of the graph.
+
+    The search goes up through operators for which `follow` holds and ends at the others.
+    """
+    found: set[fx.Node] = set()
+    waiting = [target]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node.op == "call_function" and follow(node):
+            found.add(node)
+            waiting += node.all_input_nodes
+    return [node for node in graph.nodes if node in found]
