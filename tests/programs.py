@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from qpcompile.capture.capture import capture
-from qpcompile.ir.edit import calls, get_tensor
+from qpcompile.ir.edit import calls, clone, get_tensor
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Layer, Program
@@ -32,17 +32,6 @@ def captured() -> tuple[PreTrainedModel, Cases, Program]:
     """A random LLaVA of three layers, its prompts, and the program traced from it; change none of them."""
     model, cases = llava()
     return model, cases, capture(model, cases["one"], Recipe.load("none"))
-
-
-def clone(graph: Graph) -> Graph:
-    """The same graph again, with nodes of its own; tensors are shared, since passes replace them."""
-    made = fx.Graph()
-    result = made.graph_copy(graph.module.graph, {})
-    output = made.output(result)
-    output.meta = copy.copy(graph.output_node.meta)
-    module = fx.GraphModule(graph.module, made)
-    fields = (graph.inputs, graph.outputs, graph.owner, graph.returns, dict(graph.constants))
-    return Graph(graph.name, module, *fields)
 
 
 def fresh(recipe: Recipe) -> Program:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, IMAGE, VIDEO, VISION_END, VISION_START, Cases, Inputs
-from programs import clone
 from transformers import PreTrainedModel
 
+from qpcompile.ir.edit import clone
 from qpcompile.capture.capture import capture
 from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.pass_manager import run_passes

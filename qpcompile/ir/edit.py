@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
@@ -33,6 +34,16 @@ SHAPE_OPS = frozenset(
         aten.repeat_interleave.self_int,
     }
 )
+
+
+def clone(graph: Graph) -> Graph:
+    """The same graph again, with nodes of its own; tensors are shared, since passes replace them."""
+    made = fx.Graph()
+    result = made.graph_copy(graph.module.graph, {})
+    output = made.output(result)
+    output.meta = copy.copy(graph.output_node.meta)
+    module = fx.GraphModule(graph.module, made)
+    return Graph(graph.name, module, graph.inputs, graph.outputs, graph.owner, graph.returns, dict(graph.constants))
 
 
 def get_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:

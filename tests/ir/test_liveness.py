@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from programs import clone, run, traced
+from programs import run, traced
 from torch import Tensor, nn
 
 from qpcompile.errors import PlanError
-from qpcompile.ir.edit import aten, call, calls, tidy
+from qpcompile.ir.edit import aten, call, calls, clone, tidy
 from qpcompile.ir.liveness import Selection, crossings, gather, mask_dead, reduce_tokens
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import add_input, new_size, propagate, value
