@@ -7,7 +7,7 @@ from onnxscript import opset21
 
 from qpcompile.kernels.dpp_select.onnx import double
 from qpcompile.kernels.fuse_risk.reference import CALM, DEPTH, MARGIN, SPAN
-from qpcompile.kernels.text_relevance.onnx import rescale
+from qpcompile.kernels.text_relevance.onnx import plus, rescale
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -29,6 +29,6 @@ def _dynamic_alpha(risk: Any, counted: Any, alpha: float) -> Any:
     away = op.Sub(risk, mean)
     squares = op.ReduceSum(op.Where(counted, op.Mul(away, away), zero), [1], keepdims=1)
     deviation = op.Sqrt(op.Div(squares, op.Max(op.Sub(count, one), one)))
-    spread = op.Div(deviation, op.Add(mean, double(MARGIN)))
+    spread = op.Div(deviation, plus(mean, MARGIN))
     excess = op.Min(op.Max(op.Div(op.Sub(spread, double(CALM)), double(SPAN)), zero), one)
     return op.Sub(double(alpha), op.Mul(excess, double(DEPTH)))

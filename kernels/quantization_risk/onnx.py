@@ -8,7 +8,7 @@ from onnxscript import opset21
 
 from qpcompile.kernels.dpp_select.onnx import double
 from qpcompile.kernels.quantization_risk.reference import LARGEST_CODE, MARGIN, clip_position
-from qpcompile.kernels.text_relevance.onnx import rescale
+from qpcompile.kernels.text_relevance.onnx import plus, rescale
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -59,7 +59,7 @@ def _clipped_error(v: Any, width: int) -> Any:
 
 def _rounded(v: Any, top: Any) -> Any:
     scale = op.Div(top, double(LARGEST_CODE))
-    return op.Mul(op.Round(op.Div(v, op.Add(scale, double(MARGIN)))), scale)
+    return op.Mul(op.Round(op.Div(v, plus(scale, MARGIN))), scale)
 
 
 def _norm(v: Any) -> Any:
@@ -81,4 +81,4 @@ def _minmax(values: Any, counted: Any) -> Any:
 
 def _share(values: Any, counted: Any) -> Any:
     own = op.Where(counted, values, double(0.0))
-    return op.Div(own, op.Add(op.ReduceSum(own, [1], keepdims=1), double(MARGIN)))
+    return op.Div(own, plus(op.ReduceSum(own, [1], keepdims=1), MARGIN))
