@@ -17,6 +17,7 @@ from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
 from qpcompile.ir.pruners.pruner import Point, Schedule, cut_layers
 from qpcompile.ir.pruners.queries import QUERIES
+from qpcompile.ir.pruners.risk import with_risk
 from qpcompile.plan import Sensitivity
 from qpcompile.recipe import Recipe
 
@@ -34,7 +35,7 @@ class Quota:
         return sensitivity_schedule(program)
 
     def scores(self, point: Point) -> fx.Node:
-        """The weighted sum of the four metrics."""
+        """The weighted sum of the four metrics, and the risk of quantization where the recipe asks for it."""
         tokens = point.recipe.tokens
         weights = tokens.weights
         # A stage-wise order scores with what is known without the quantizer (table 3 of the paper).
@@ -44,7 +45,7 @@ class Quota:
         tensors = [point.hidden(), rounding.value, attention.query, attention.key]
         if tokens.scores_of == "full_precision":
             tensors = [point.unquantized(tensor) for tensor in tensors]
-        return point.call(
+        scores = point.call(
             TOKEN_SCORES,
             *tensors,
             attention.mask,
@@ -62,6 +63,7 @@ class Quota:
             tokens.residual_relative,
             tokens.sink_ratio or 0.0,
         )
+        return with_risk(point, scores)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from torch import fx
 from qpcompile.ir.edit import aten
 from qpcompile.ir.operators import MERGE_TOKENS, SPREAD_TOKENS
 from qpcompile.ir.program import Program
+from qpcompile.ir.pruners.before_decoder import counted_tokens
 from qpcompile.ir.pruners.pruner import INPUT, Point, Schedule
+from qpcompile.ir.pruners.risk import with_risk
 from qpcompile.ir.pruners.tower import add_tower_outputs
 from qpcompile.ir.run import VISUAL_KEYS, VISUAL_SCORES
 from qpcompile.recipe import Recipe
@@ -56,10 +58,10 @@ class VisionZip:
 def spread_scores(point: Point, share: float) -> fx.Node:
     """The most attended tokens and evenly spaced others, `share` of the budget or what the recipe says instead."""
     asked = point.recipe.tokens.spread_share
-    counted = point.call(aten.bitwise_and.Tensor, point.visual, point.alive)
+    counted = counted_tokens(point)
     marks = point.call(
         SPREAD_TOKENS,
-        point.graph.placeholder(VISUAL_SCORES),
+        with_risk(point, point.graph.placeholder(VISUAL_SCORES)),
         counted,
         point.share(point.visual),
         share if asked is None else asked,
