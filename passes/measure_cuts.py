@@ -26,7 +26,7 @@ from qpcompile.ir.collect import run_sample
 from qpcompile.ir.cut_costs import CutCosts
 from qpcompile.ir.edit import clone
 from qpcompile.ir.facts import stub_fact
-from qpcompile.ir.fake_quant import fake_quantize
+from qpcompile.ir.fake_quant import StubRounding
 from qpcompile.ir.interpret import run_watched
 from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
 from qpcompile.ir.pruners.joint import Joint
@@ -83,7 +83,8 @@ class _Trial:
         self.machine: Machine | None = None
         self.graph = program.graphs[PREFILL]
         self.cuts = dict(_cut_graphs(program))
-        self.weights: dict[str, torch.Tensor] = {}
+        scheme = program.recipe.quantize
+        self.rounding = None if scheme is None else StubRounding(scheme)
 
     def execute(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run a graph; on prefill, measure."""
@@ -117,15 +118,9 @@ class _Trial:
         return last[:, 0].float().log_softmax(dim=-1)
 
     def quantize(self, node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
-        """A stub's value as the operators will see it; weights are rounded once."""
-        fact, scheme = stub_fact(node), self.program.recipe.quantize
-        if fact is None or scheme is None:
-            return value
-        if fact.role != "weight":
-            return fake_quantize(value, fact, scheme)
-        if fact.site not in self.weights:
-            self.weights[fact.site] = fake_quantize(value, fact, scheme)
-        return self.weights[fact.site]
+        """A stub's value as the operators will see it."""
+        fact = stub_fact(node)
+        return value if fact is None or self.rounding is None else self.rounding(value, fact)
 
 
 def _cut_graphs(program: Program) -> Iterator[tuple[tuple[int, int], Graph]]:

@@ -23,7 +23,7 @@ from qpcompile.ir.attention import read_attention
 from qpcompile.ir.collect import run_sample
 from qpcompile.ir.edit import aten, is_call, layer_of
 from qpcompile.ir.facts import stub_fact
-from qpcompile.ir.fake_quant import fake_quantize
+from qpcompile.ir.fake_quant import StubRounding
 from qpcompile.ir.profile import attention_mass, pairwise_cosine
 from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.run import Machine, execute_graph
@@ -53,8 +53,10 @@ class MeasureSensitivity:
         def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if graph.name != PREFILL:
                 return execute_graph(graph, feeds)
-            return _Twice(program, graph, machine, table).run_graph(feeds)
+            return _Twice(program, graph, machine, table, rounding).run_graph(feeds)
 
+        scheme = program.recipe.quantize if program.recipe.order != "prune_then_quantize" else None
+        rounding = None if scheme is None else StubRounding(scheme)
         machine = Machine(program, execute)
         with track("measure_sensitivity", self.count) as step:
             for number, sample in enumerate(self.samples):
@@ -84,9 +86,17 @@ class LayerRows:
 class _Twice(fx.Interpreter):
     """Runs the prefill graph, and beside it each layer quantized, from that layer's full-precision input."""
 
-    def __init__(self, program: Program, graph: Graph, machine: Machine, table: dict[int, LayerRows]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        graph: Graph,
+        machine: Machine,
+        table: dict[int, LayerRows],
+        rounding: StubRounding | None,
+    ) -> None:
         super().__init__(graph.module, garbage_collect_values=True)
         self.program, self.graph_, self.machine, self.table = program, graph, machine, table
+        self.rounding = rounding
         self.shadow: dict[fx.Node, Any] = {}
         self.layer: int | None = None
         self.entry: torch.Tensor | None = None
@@ -117,15 +127,14 @@ class _Twice(fx.Interpreter):
 
     def _run_shadow(self, n: fx.Node, value: Any) -> None:
         fact = stub_fact(n)
-        scheme = self.program.recipe.quantize if self.program.recipe.order != "prune_then_quantize" else None
         changed = any(argument in self.shadow for argument in n.all_input_nodes)
         if not changed and fact is None:
             self._note(n, value, value)
             return
         args, kwargs = fx.map_arg(n.args, self._quantized), fx.map_arg(n.kwargs, self._quantized)
         result = n.target(*args, **kwargs)  # type: ignore[operator]
-        if fact is not None and scheme is not None:
-            result = fake_quantize(result, fact, scheme)
+        if fact is not None and self.rounding is not None:
+            result = self.rounding(result, fact)
         self.shadow[n] = result
         self._note(n, value, result)
 

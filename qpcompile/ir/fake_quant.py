@@ -13,6 +13,22 @@ from qpcompile.kernels.quantize_int4.reference import quantize_int4
 from qpcompile.recipe_schema import QuantizeScheme
 
 
+class StubRounding:
+    """`fake_quantize` for one recipe over many samples: a weight, which is always the same, is rounded once."""
+
+    def __init__(self, scheme: QuantizeScheme) -> None:
+        self.scheme = scheme
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor, fact: StubFact) -> torch.Tensor:
+        """x: f[...], the value of the stub with this fact."""
+        if fact.role != "weight":
+            return fake_quantize(x, fact, self.scheme)
+        if fact.site not in self._weights:
+            self._weights[fact.site] = fake_quantize(x, fact, self.scheme)
+        return self._weights[fact.site]
+
+
 def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> torch.Tensor:
     """x: f[...] as the 4-bit operators will see it; unchanged where the recipe keeps 16 bits."""
     if fact.role == "activation":
