@@ -63,71 +63,115 @@ def stacked(rows: Sequence[Inputs]) -> Inputs:
     return batch
 
 
-def seen_by_layer(cache: Any, prompt_mask: Tensor, new: int) -> list[Tensor]:
-    """Per layer, what its queries may look at: bool[B, S + new, S + new], of tokens that were kept, not of the past.
-
-    Row i of a prompt looks at what was there when the layer ran; a new token looks at what the cut behind that very
-    layer left, since the cache of a scoring layer is reduced too.
-    """
+def there_by_layer(cache: Any, prompt_mask: Tensor, new: int) -> list[tuple[Tensor, Tensor]]:
+    """Per layer, which tokens are there when it runs and which are left of them behind it: bool[B, S + new] twice."""
     rows, length = prompt_mask.shape
-    total = length + new
     current = torch.cat([prompt_mask.bool(), torch.ones(rows, new, dtype=torch.bool)], dim=1)
-    masks = []
-    for layer in range(3):
+    found = []
+    for layer in range(-1, 3):
         after = current
-        if layer in CUTS:
-            after = torch.zeros(rows, total, dtype=torch.bool)
+        if layer in cache.kept:
+            after = torch.zeros_like(current)
             for row in range(rows):
                 after[row, cache.kept[layer][row][cache.alive[layer][row]]] = True
             after[:, length:] = True
-        causal = torch.ones(total, total, dtype=torch.bool).tril()
-        is_new = (torch.arange(total) >= length)[None, :, None]
-        masks.append(causal & torch.where(is_new, after[:, None, :], current[:, None, :]))
+        found.append((current, after))
         current = after
-    return masks
+    return found[1:]
 
 
-def recomputed(inputs: Inputs, tokens: Tensor, masks: list[Tensor]) -> Tensor:
+def recomputed(inputs: Inputs, tokens: Tensor, there: list[tuple[Tensor, Tensor]], reindex: bool = False) -> Tensor:
     """Logits f32[B, NEW, V] of eager layers on the whole sequence at once: no cache, no gather, no graph.
 
-    A token that was dropped stays in the sequence, at its position, and is hidden from whoever must not see it.
+    A token that was dropped stays in the sequence, at its position, and is hidden from whoever must not see it: row i
+    of a prompt looks at what was there when the layer ran; a new token looks at what the cut behind that very layer
+    left, since the cache of that layer is reduced too. reindex: a layer counts the tokens that are there.
     """
     model, _, _ = captured()
     ids = torch.cat([inputs["input_ids"], tokens[:, :-1]], dim=1)
     valid = torch.cat([inputs["attention_mask"], torch.ones_like(tokens[:, :-1])], dim=1)
-    positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
+    total, length = ids.shape[1], inputs["input_ids"].shape[1]
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    is_new = (torch.arange(total) >= length)[None, :, None]
     language: Any = model.model.language_model
     with torch.no_grad():
         hidden = model.get_input_embeddings()(ids)
         features: Any = model.get_image_features(pixel_values=inputs["pixel_values"])  # type: ignore[operator]
         hidden[ids == IMAGE] = torch.cat([part.reshape(-1, part.shape[-1]) for part in features.pooler_output])
-        rotary = language.rotary_emb(hidden, positions)
-        for layer, mask in zip(language.layers, masks, strict=True):
+        for layer, (now, after) in zip(language.layers, there, strict=True):
+            positions = ((now if reindex else valid).cumsum(dim=1) - 1).clamp(min=0)
+            mask = causal & torch.where(is_new, after[:, None, :], now[:, None, :])
+            rotary = language.rotary_emb(hidden, positions)
             hidden = layer(hidden, attention_mask=mask[:, None], position_ids=positions, position_embeddings=rotary)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return model.lm_head(language.norm(hidden))[:, -NEW:]  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("case", ["one", "longer", "padded", "pictures", "one and two pictures"])
-def test_pruned_decode_is_recomputing_on_the_kept_tokens(pruned: Program, case: str) -> None:
-    _, cases, _ = captured()
-    inputs = cases[case] if case in cases else stacked([cases["one"], cases["pictures"]])
-    machine = Machine(pruned)
+def check_honest(program: Program, inputs: Inputs) -> None:
+    """Decoding on reduced caches gives the logits of a recomputation in which nobody sees what was dropped."""
+    machine = Machine(program)
     tokens, logits = answer(machine, inputs)
     assert machine.last is not None
     cache = machine.last
     length = inputs["input_ids"].shape[1]
     visual = (inputs["input_ids"] == IMAGE).sum(dim=1)
-    for cut in pruned.plan.cuts:
+    for cut in program.plan.cuts:
         for row, count in enumerate(visual.tolist()):
             positions = cache.kept[cut.layer][row][cache.alive[cut.layer][row]]
             prompt = positions[positions < length]
             is_visual = inputs["input_ids"][row][prompt] == IMAGE
             assert int(is_visual.sum()) == cut.kept(count) < count
             assert int((~is_visual).sum()) == int(inputs["attention_mask"][row].sum()) - count, "text was dropped"
-    masks = seen_by_layer(cache, inputs["attention_mask"], NEW - 1)
-    expected = recomputed(inputs, tokens, masks)
+    there = there_by_layer(cache, inputs["attention_mask"], NEW - 1)
+    expected = recomputed(inputs, tokens, there, program.recipe.tokens.position_mode == "reindex")
     assert torch.equal(expected.argmax(dim=-1), tokens)
+    assert (logits - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["one", "longer", "padded", "pictures", "one and two pictures"])
+def test_pruned_decode_is_recomputing_on_the_kept_tokens(pruned: Program, case: str) -> None:
+    _, cases, _ = captured()
+    check_honest(pruned, cases[case] if case in cases else stacked([cases["one"], cases["pictures"]]))
+
+
+# Keys of each method that decide inside the decoder, and one that decides before it.
+METHODS = {
+    "quota": ["tokens.candidate_layers=[0, 1]"],
+    "fastv": ["tokens.candidate_layers=[0]"],
+    "pyramiddrop": ["tokens.candidate_layers=[0, 1]"],
+    "sparsevlm": ["tokens.candidate_layers=[0, 1]"],
+    "vtw": ["tokens.candidate_layers=[0]"],
+    "random_input": [],
+}
+
+
+@pytest.mark.parametrize("mode", ["retain", "reindex"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_decodes_honestly(method: str, mode: str) -> None:
+    _, cases, _ = captured()
+    keys = [f"tokens.method={method}", "tokens.keep=0.4", f"tokens.position_mode={mode}", *METHODS[method]]
+    program = compiled(changed_recipe("prune-30", *keys))
+    for inputs in (cases["padded"], stacked([cases["one"], cases["pictures"]])):
+        check_honest(program, inputs)
+
+
+def test_counting_anew_before_the_decoder_is_the_shorter_prompt() -> None:
+    model, cases, _ = captured()
+    keys = ("tokens.method=random_input", "tokens.keep=0.4", "tokens.position_mode=reindex")
+    machine = Machine(compiled(changed_recipe("prune-30", *keys)))
+    tokens, logits = answer(machine, cases["longer"])
+    assert machine.last is not None
+    prompt = machine.last.kept[-1][0][: -(NEW - 1)]
+    ids = cases["longer"]["input_ids"]
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(ids)
+        features: Any = model.get_image_features(pixel_values=cases["longer"]["pixel_values"])  # type: ignore[operator]
+        embeddings[ids == IMAGE] = torch.cat([part.reshape(-1, part.shape[-1]) for part in features.pooler_output])
+        text = model.get_input_embeddings()(tokens[:, :-1])
+        language: Any = model.model.language_model
+        hidden = language(inputs_embeds=torch.cat([embeddings[:, prompt], text], dim=1)).last_hidden_state
+        expected = model.lm_head(hidden)[:, -NEW:]  # type: ignore[operator]
+    assert prompt.numel() < ids.shape[1]
     assert (logits - expected).abs().max() < TOLERANCE
 
 

@@ -41,11 +41,11 @@ def compute_again(
     return known.get(target, target)
 
 
-def readers_of(graph: Graph, sources: Collection[fx.Node]) -> set[fx.Node]:
-    """The `sources`, and every node whose value depends on one of them."""
+def readers_of(graph: Graph, sources: Collection[fx.Node], border: fx.Node | None = None) -> set[fx.Node]:
+    """The `sources`, and every node whose value depends on one of them other than through the node `border`."""
     found = set(sources)
     for node in graph.nodes:
-        if any(source in found for source in node.all_input_nodes):
+        if node is not border and any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 

@@ -54,7 +54,8 @@ def renumber(
     layers read depends on `old`.
     """
     from_old = readers_of(graph, [old])
-    mixed = readers_of(graph, [graph.placeholder(EMBEDDINGS)])
+    # Which tokens are alive follows from what they hold; what is computed from their numbers alone does not.
+    mixed = readers_of(graph, [graph.placeholder(EMBEDDINGS)], border=old)
     known = {old: new}
     if count is not None:
         known |= {node: count for node in graph.nodes if _is_size(node, length) and node is not count}
