@@ -119,11 +119,19 @@ def compile_captured(
 def needs_samples(recipe: Recipe) -> list[str]:
     """What in a recipe cannot be done without calibration samples, in words."""
     needs = []
-    if recipe.quantize is not None and recipe.quantize.weights.bits == 4:
-        if recipe.quantize.weights.solver == "gptq":
-            needs.append("quantize.weights.solver gptq (rtn needs none)")
-        if recipe.quantize.smooth is not None:
-            needs.append("quantize.smooth (null needs none)")
+    scheme = recipe.quantize
+    if scheme is not None and scheme.weights.bits == 4:
+        asked = {
+            "weights.solver gptq (rtn needs none)": scheme.weights.solver == "gptq",
+            "smooth (null needs none)": scheme.smooth is not None,
+            "center (null needs none)": scheme.center is not None,
+            f"scaling {scheme.scaling} (none needs none)": scheme.scaling != "none",
+            "activations.clip_search (false needs none)": scheme.activations.clip_search,
+            "activations.granularity modality (token needs none)": scheme.activations.granularity == "modality",
+            f"transform {scheme.transform} (hadamard needs none)": scheme.transform in ("rotation", "flatquant"),
+            f"simulation {scheme.simulation}": scheme.simulation != "none",
+        }
+        needs += [f"quantize.{key}" for key, measures in asked.items() if measures]
     if recipe.tokens.method != "none" and PRUNERS[recipe.tokens.method].profiles(recipe):
         needs.append("tokens.candidate_layers auto (a list of layers needs none)")
     return needs
