@@ -1,0 +1,102 @@
+"""ScienceQA's official layout: pictures only, lettered choices, hint first; a model answers with a letter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from qpcompile.errors import CalibrationError
+from qpcompile.evaluate.data_sets import questions_digest, read_data
+from qpcompile.evaluate.evaluation import Exam, ask
+from qpcompile.evaluate.scienceqa import INSTRUCTION, read_scienceqa
+from qpcompile.pipeline import load_model
+
+TESTBED = Path(__file__).resolve().parents[1] / "testbed"
+
+
+def problem(**changes: Any) -> dict[str, Any]:
+    entry = {
+        "question": "Which is red?",
+        "choices": ["the star", "the heart", "the cross"],
+        "answer": 1,
+        "hint": "Look at the picture.",
+        "image": "image.png",
+        "task": "closed choice",
+        "grade": "grade2",
+        "subject": "natural science",
+        "lecture": "",
+        "solution": "",
+    }
+    return {**entry, **changes}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four problems; "5" has no picture, "9" is of another split."""
+    problems = {
+        "2": problem(split="test"),
+        "5": problem(image=None, split="test"),
+        "7": problem(hint="", choices=["yes", "no"], answer=0, split="test"),
+        "9": problem(split="train"),
+    }
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["9"], "val": [], "test": ["7", "2", "5"]}))
+    for split, number in (("test", "2"), ("test", "7"), ("train", "9")):
+        place = tmp_path / "images" / split / number
+        place.mkdir(parents=True)
+        Image.new("RGB", (20, 12), "red").save(place / "image.png")
+    return tmp_path
+
+
+def test_prompt_choices_and_answer(folder: Path) -> None:
+    first, second = read_scienceqa(folder)
+    assert (first.answer, first.choices, second.answer, second.choices) == ("A", ("A", "B"), "B", ("A", "B", "C"))
+    assert first.question == f"Which is red?\nA. yes\nB. no\n{INSTRUCTION}"
+    assert second.question.startswith("Context: Look at the picture.\nWhich is red?\nA. the star\nB. the heart\n")
+    assert second.image == folder / "images" / "test" / "2" / "image.png"
+
+
+def test_the_layout_is_recognised_and_the_split_chosen(folder: Path) -> None:
+    assert read_data(folder) == read_scienceqa(folder, "test")
+    assert [question.answer for question in read_data(folder, "train")] == ["B"]
+    assert questions_digest(read_data(folder)) != questions_digest(read_data(folder, "train"))
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "words"),
+    [
+        ("fall", {}, "no split 'fall'"),
+        ("val", {}, "no question to ask"),
+        ("test", {"answer": 3}, "not in ScienceQA's format"),
+        ("test", {"choices": None}, "not in ScienceQA's format"),
+        ("test", {"image": "other.png"}, "picture of problem 2 is missing"),
+    ],
+)
+def test_what_is_wrong_is_named(folder: Path, split: str, changes: dict[str, Any], words: str) -> None:
+    problems = json.loads((folder / "problems.json").read_text())
+    problems["2"] |= changes
+    (folder / "problems.json").write_text(json.dumps(problems))
+    with pytest.raises(CalibrationError, match=words):
+        read_data(folder, split)
+
+
+def test_a_folder_of_neither_layout(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"neither data.jsonl nor problems.json"):
+        read_data(tmp_path)
+
+
+def test_every_answer_is_a_letter_of_its_question(folder: Path) -> None:
+    model: Any
+    model, processor = load_model(TESTBED / "llava")
+    # The testbed's vocabulary has digits but no capital letters: its words stand for them here.
+    words = {"A": "red", "B": "blue", "C": "star"}
+    questions = [
+        type(q)(q.image, q.question.lower(), words[q.answer], tuple(words[c] for c in q.choices))
+        for q in read_scienceqa(folder)
+    ]
+    answers = ask(model.generate, processor, Exam(str(folder), questions, "choice", 2), "ask")
+    assert all(given in question.choices for given, question in zip(answers, questions, strict=True))
