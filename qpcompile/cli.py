@@ -1,4 +1,4 @@
-"""The command `qpcompile`: compile, run, export, inspect, eval, sweep, doctor.
+"""The command `qpcompile`: compile, run, export, inspect, eval, sweep, search, doctor.
 
 Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 130 Ctrl-C.
 """
@@ -25,6 +25,7 @@ from qpcompile.evaluate.evaluation import Exam, ask
 from qpcompile.evaluate.examiner import Examiner, artifact_row
 from qpcompile.evaluate.rows import RowFolder
 from qpcompile.evaluate.scoring import Scoring, right_answers
+from qpcompile.evaluate.search import search, write_search
 from qpcompile.evaluate.sweep import sweep
 from qpcompile.evaluate.sweep_plan import SweepPlan
 from qpcompile.evaluate.sweep_report import write_sweep
@@ -236,6 +237,34 @@ def sweep_command(
         results = sweep(asked, out, note)
         write_sweep(asked, results, out, f"qpcompile sweep {plan} --out {out}")
         note(f"wrote {out}: tables.md, tables.csv, figures/, rows.csv, rows.json, rows/")
+
+
+@app.command(
+    "search",
+    epilog="Example:\n\n"
+    "qpcompile search MODEL --accuracy 0.97 --recipe quota-30 --data heldout/ --calibration photos/ --out found/",
+)
+def search_command(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    accuracy: Annotated[float, typer.Option(min=0, max=1, help="Share of full precision's accuracy to keep.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Questions to choose on; report on others.")],
+    calibration: Annotated[Path, typer.Option("--calibration", help="Folder that samples are drawn from.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, recipe and plot; what is there stays.")],
+    recipe: RecipeName = "quota-30",
+    overrides: Overrides = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many questions only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    debug: Debug = False,
+) -> None:
+    """The recipe with the fewest tokens and bits that keeps the accuracy you name."""
+    with told_as_text(debug):
+        asked = Recipe.load(recipe).with_overrides(overrides or [])
+        exam = Exam(str(data), read_data(data)[:limit], "choice", batch_size, max_new_tokens)
+        found = search(Examiner(model, exam, calibration, RowFolder(out)), asked, accuracy, note)
+        write_search(found, out)
+        typer.echo(f"{out / 'recipe.yaml'}: {found.best.bits}, {found.best.row.mean_visual_tokens:.1f} mean tokens, "
+                   f"{100 * found.best.kept.estimate:.1f} % of full precision")  # fmt: skip
 
 
 @app.command("doctor", epilog="Example:\n\nqpcompile doctor")
