@@ -344,7 +344,7 @@ class TokenScheme(Section):
         default=0.1, ge=0, lt=1, description="auto: never cut in this last share of the layers."
     )
     cost_levels: tuple[float, ...] = Field(
-        default=(0.02, 0.05, 0.12, 0.3, 0.6),
+        default=(0.02, 0.05, 0.12, 0.3, 0.5, 0.7, 0.85),
         strict=False,
         description="joint: shares of the visual tokens whose cost is measured at every layer.",
     )
@@ -400,6 +400,11 @@ class TokenScheme(Section):
         description="Measure residual on the layer's output, or on what the next layer's first linear really rounds.",
     )
     residual_relative: bool = Field(default=False, description="Divide residual by the norm of what is rounded.")
+    tower_queries: Literal["class_token", "all"] = Field(
+        default="class_token",
+        description="visionzip, prumerge_plus: whose attention in the vision tower counts, the class token's where the "
+        "tower has one, or all patches'.",
+    )
     spread_share: float | None = Field(
         default=None,
         ge=0,

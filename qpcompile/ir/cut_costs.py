@@ -40,9 +40,10 @@ class CutCosts:
         """D of the module's docstring at other shares, f64[L, len(levels)], interpolated over log share."""
         depth = self.costs.shape[0]
         whole = np.concatenate([self.costs, np.full((1, len(self.levels)), self.base)])
-        # Noise aside, a later cut and a weaker cut never cost more.
-        whole = np.maximum.accumulate(whole[::-1], axis=0)[::-1]
-        whole = np.maximum.accumulate(whole[:, ::-1], axis=1)[:, ::-1]
+        # Noise aside, a weaker cut never costs more: halfway between the two nearest tables of which that is true. A
+        # later cut may cost more, where its layer scores tokens worse.
+        above = np.maximum.accumulate(whole[:, ::-1], axis=1)[:, ::-1]
+        whole = (above + np.minimum.accumulate(whole, axis=1)) / 2
         known = np.log([*self.levels, 1.0])
         rows = [np.interp(np.log(levels), known, [*row, self.base]) for row in whole]
         return np.diff(np.array(rows), axis=0)[:depth] * -1
@@ -62,7 +63,17 @@ def solve_schedule(costs: CutCosts, mean: float, cuts: int) -> tuple[float, ...]
     part = costs.by_layer(levels)
     prices = np.rint(np.array(levels) / unit).astype(int)
     chosen = _search(part, prices, cuts)
-    return tuple(float(levels[index]) for index in chosen)
+    return _spend([levels[index] for index in chosen], mean * depth)
+
+
+def _spend(shares: Sequence[float], total: float) -> tuple[float, ...]:
+    """The shares below 1 enlarged by one factor until they sum to `total`: what the grid of levels has left over."""
+    values = np.array(shares)
+    whole = values >= 1.0
+    if whole.all():
+        return tuple(shares)
+    factor = max(1.0, (total - whole.sum()) / values[~whole].sum())
+    return tuple(float(share) for share in np.where(whole, 1.0, np.minimum(values * factor, 1.0)))
 
 
 def _fine_levels(lowest: float, unit: float) -> list[float]:
