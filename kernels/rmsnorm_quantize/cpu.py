@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import transform
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
-from qpcompile.kernels.sums import wide_type
+from qpcompile.kernels.sums import by_rows, wide_type
 
 
 def rmsnorm_quantize(
@@ -18,7 +18,12 @@ def rmsnorm_quantize(
     clip_ratio: float,
 ) -> tuple[Tensor, Tensor]:
     """x: f[..., C], weight: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
-    return quantize_int4(transform(rmsnorm(x, weight, eps), transform_scale, rotate), group_size, clip_ratio)
+
+    def piece(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_int4(transform(rmsnorm(rows, weight, eps), transform_scale, rotate), group_size, clip_ratio)
+
+    q, scale = by_rows(piece, x)
+    return q, scale
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from qpcompile.emit import artifact
 from qpcompile.emit.weights import stored_tensors, total_bytes
 from qpcompile.errors import ExportError
+from qpcompile.ir.bind import BoundGraphs
 from qpcompile.ir.program import Program
 from qpcompile.ir.run import Machine
 from qpcompile.ir.text import graph_text
@@ -31,7 +32,7 @@ class CompiledVLM:
     def __init__(self, program: Program, processor: Any = None) -> None:
         self.program = program
         self.processor = processor
-        self.machine = Machine(program)
+        self.machine = Machine(program, BoundGraphs(program))
 
     @property
     def plan(self) -> Plan:

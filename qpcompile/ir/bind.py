@@ -1,0 +1,101 @@
+"""The graphs of a program as the CPU runs them: 4-bit weights unpacked once, kernels called directly.
+
+    %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)], unpacked on every call
+      -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
+
+The program itself is not touched: what is saved, exported and reported keeps its 4 bits. In memory a weight takes one
+byte more per parameter, shared between prefill and decode. The same numbers bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.ir.edit import calls, get_tensor, set_tensor
+from qpcompile.ir.operators import (
+    ATTENTION_KV4,
+    HADAMARD,
+    KV4_WRITE,
+    LINEAR_W4A4,
+    QUANTIZE_INT4,
+    RMSNORM,
+    RMSNORM_QUANTIZE,
+    SILU_MUL_QUANTIZE,
+)
+from qpcompile.ir.program import Graph, Program
+from qpcompile.kernels.attention_kv4.cpu import attention_kv4
+from qpcompile.kernels.hadamard.cpu import hadamard
+from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.linear_w4a4.cpu import linear_unpacked
+from qpcompile.kernels.linear_w4a4.packing import unpack_int4
+from qpcompile.kernels.quantize_int4.cpu import quantize_int4
+from qpcompile.kernels.rmsnorm.reference import rmsnorm
+from qpcompile.kernels.rmsnorm_quantize.cpu import rmsnorm_quantize
+from qpcompile.kernels.silu_mul_quantize.cpu import silu_mul_quantize
+
+# What these operators do on the CPU; the way through torch's dispatcher costs as much as a kernel on one token.
+KERNELS: dict[Any, Callable[..., Any]] = {
+    ATTENTION_KV4: attention_kv4,
+    HADAMARD: hadamard,
+    KV4_WRITE: kv4_write,
+    QUANTIZE_INT4: quantize_int4,
+    RMSNORM: rmsnorm,
+    RMSNORM_QUANTIZE: rmsnorm_quantize,
+    SILU_MUL_QUANTIZE: silu_mul_quantize,
+}
+Codes = dict[int, torch.Tensor]
+
+
+class BoundGraphs:
+    """Runs the graphs of one program: `bound(graph, feeds)` is what `graph(feeds)` is, sooner."""
+
+    def __init__(self, program: Program) -> None:
+        codes: Codes = {}
+        self.modules = {name: _bound(graph, codes) for name, graph in program.graphs.items()}
+
+    def __call__(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            results = self.modules[graph.name](*[feeds[name] for name in graph.inputs])
+        return dict(zip(graph.outputs, results, strict=True))
+
+
+def _bound(graph: Graph, codes: Codes) -> fx.GraphModule:
+    """A module of its own on the same tensors; `codes` holds what was unpacked so far, by place in memory."""
+    own = fx.Graph()
+    own.output(own.graph_copy(graph.module.graph, {}))
+    module = fx.GraphModule(graph.module, own)
+    bound = Graph(graph.name, module, graph.inputs, graph.outputs, graph.owner)
+    if any(get_tensor(module, str(node.target)).device.type != "cpu" for node in own.nodes if node.op == "get_attr"):
+        return module
+    for node in list(calls(bound, LINEAR_W4A4)):
+        if node.args[2].op == "get_attr":  # type: ignore[union-attr]
+            _unpack(module, node, codes)
+    for node in calls(bound, *KERNELS):
+        node.target = KERNELS[node.target]
+    own.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def _unpack(module: fx.GraphModule, linear: fx.Node, codes: Codes) -> None:
+    """Bind one linear to its unpacked weight."""
+    source = linear.args[2]
+    assert isinstance(source, fx.Node)
+    packed = get_tensor(module, str(source.target))
+    if packed.data_ptr() not in codes:
+        codes[packed.data_ptr()] = unpack_int4(packed, 2 * packed.shape[1])
+    name = f"{source.target}_codes"
+    set_tensor(module, name, codes[packed.data_ptr()])
+    with module.graph.inserting_before(linear):
+        linear.update_arg(2, module.graph.get_attr(name))
+    linear.target = _linear
+
+
+def _linear(q: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """linear_unpacked on codes: i8[N, 2 ceil(K / 2)], whose last column is padding where K is odd."""
+    return linear_unpacked(q, scale, codes[:, : q.shape[-1]], *rest)
