@@ -40,7 +40,7 @@ class SearchClips:
     def run(self, program: Program) -> bool:
         """Fills `clip` in the facts of activation stubs; the graphs stay as they are."""
         scheme = program.recipe.quantize
-        if scheme is None or not scheme.activations.clip_search or scheme.weights.bits == 16:
+        if scheme is None or not scheme.activations.clip_search or 16 in (scheme.weights.bits, scheme.activations.bits):
             return False
         inputs, found = program.facts["calibration"].inputs, dict[str, float]()
         for graph in program.graphs.values():

@@ -72,7 +72,8 @@ class ActivationScheme(Section):
     )
     clip_search: bool = Field(
         default=False,
-        description="Search a clip ratio for each site, for the least output error on calibration tokens.",
+        description="Search a clip ratio for each site, for the least output error on calibration tokens; read with "
+        "4-bit inputs only.",
     )
 
     @property
@@ -144,7 +145,7 @@ class QuantizeScheme(Section):
         ge=0,
         lt=1,
         description="Subtract the mean of an input, put back through the bias, where it holds more than this share of "
-        "the input's energy; null: nowhere.",
+        "the input's energy; null: nowhere. Read with 4-bit weights only.",
     )
     scope: tuple[Scope, ...] = Field(
         default=("vision", "projector", "language"),
@@ -211,8 +212,6 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["transform"] = "it serves 4-bit linears and weights.bits is 16; write none"
     if weights.bits == 16 and scheme.smooth is not None:
         reasons["smooth"] = "it serves 4-bit linears and weights.bits is 16; write null"
-    if weights.bits == 16 and scheme.center is not None:
-        reasons["center"] = "it serves 4-bit linears and weights.bits is 16; write null"
     if scheme.simulation != "none" and (weights.bits, activations.bits) != (4, 4):
         reasons["simulation"] = "it stands for 4-bit weights and activations; set both to 4, or write none"
     if cache.granularity == "kivi" and cache.bits == 16:
@@ -223,8 +222,6 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["smooth"] = f"scaling {scheme.scaling} searches what smooth fixes; write null"
     if weights.bits == 16 and scheme.scaling != "none":
         reasons["scaling"] = "it serves 4-bit linears and weights.bits is 16; write none"
-    if activations.bits == 16 and activations.clip_search:
-        reasons["activations.clip_search"] = "nothing is clipped at 16 bits; write false"
     if weights.kernel_group and activations.bits == 4 and activations.kernel_group not in (0, weights.kernel_group):
         reasons["activations.group_size"] = (
             f"must equal weights.group_size ({weights.group_size}) when both are grouped"

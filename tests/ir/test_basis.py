@@ -36,7 +36,7 @@ def inputs_of(graph: Graph) -> dict[str, torch.Tensor]:
 
 def measured(*settings: str) -> Program:
     """The toy decoder with statistics of what really flows."""
-    recipe = changed_recipe("w4a4kv4", "quantize.ignore=[]", *settings)
+    recipe = changed_recipe("w4a4kv4", "quantize.ignore=[]", "quantize.center=null", *settings)
     program = stubbed(prefill_graph(gated=True), decode_graph(gated=True), recipe=recipe, layers=2)
     for site, rows in inputs_of(program.graphs[PREFILL]).items():
         program.facts["calibration"].inputs[site] = InputStatistics.empty(rows.shape[1], moments=True)
@@ -76,6 +76,35 @@ def test_smoothing_goes_into_norms_and_products() -> None:
         "norms.0.weight",
         "norms.1.weight",
     }
+
+
+@pytest.mark.parametrize("transform", ["none", "hadamard", "flatquant"])
+def test_centre_takes_the_mean_away_and_gives_it_back(transform: str) -> None:
+    program = measured(f"quantize.transform={transform}", "quantize.center=0")
+    graph = program.graphs[PREFILL]
+    before = graph(FEEDS)["hidden"]
+    FoldTransforms().run(program)
+    assert relative(graph(FEEDS)["hidden"][:, 1:], before[:, 1:]) < 1e-4
+    for site, rows in inputs_of(graph).items():
+        assert rows.mean(dim=0).abs().max() < 1e-4 * rows.abs().max(), site
+        moments = program.facts["calibration"].inputs[site].moments
+        assert relative(moments, rows.T @ rows) < 1e-3, site
+
+
+def test_no_centre_where_the_mean_is_small() -> None:
+    program = measured("quantize.center=0.99")
+    scheme = program.recipe.quantize
+    assert scheme is not None
+    basis = find_basis(program.graphs[PREFILL], scheme, program.facts["calibration"])
+    assert not basis.biases and all(change.shift is None for change in basis.nodes.values())
+
+
+@pytest.mark.parametrize("scaling", ["awq", "mbq"])
+def test_searched_scales_are_exact_too(scaling: str) -> None:
+    program = measured("quantize.smooth=null", f"quantize.scaling={scaling}")
+    before = program.graphs[PREFILL](FEEDS)["hidden"]
+    FoldTransforms().run(program)
+    assert relative(program.graphs[PREFILL](FEEDS)["hidden"][:, 1:], before[:, 1:]) < 1e-4
 
 
 def test_nothing_is_changed_before_it_is_applied() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpcompile.ir.statistics import InputStatistics
+from qpcompile.ir.statistics import ROWS, InputStatistics
 
 
 def test_by_hand() -> None:
@@ -49,6 +49,40 @@ def test_change_of_basis_is_that_of_the_data() -> None:
     assert moved.moments is not None and after.moments is not None
     assert torch.allclose(moved.moments, after.moments, rtol=1e-4, atol=1e-3)
     assert moved.largest.isnan().all() and moved.tokens == 50
+
+
+def test_shift_is_that_of_the_data() -> None:
+    made = torch.Generator().manual_seed(0)
+    x, shift = torch.randn(50, 4, generator=made) + 3, torch.randn(4, generator=made)
+    before, after = InputStatistics.empty(4, moments=True), InputStatistics.empty(4, moments=True)
+    before.add(x)
+    after.add(x - shift)
+    moved = before.shifted(shift)
+    assert moved.moments is not None and after.moments is not None
+    assert torch.allclose(moved.moments, after.moments, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(moved.mean, after.mean, atol=1e-5) and torch.allclose(moved.rows, after.rows, atol=1e-5)
+    centred = before.shifted(before.mean)
+    assert centred.mean.abs().max() < 1e-5
+
+
+def test_what_does_not_count_is_left_out() -> None:
+    x = torch.arange(12.0).view(1, 4, 3)
+    visual, counts = torch.tensor([[True, True, False, False]]), torch.tensor([[True, False, True, False]])
+    statistics = InputStatistics.empty(3, moments=True)
+    statistics.add(x, visual=visual, counts=counts)
+    assert statistics.tokens == 2 and statistics.total.tolist() == [6.0, 8.0, 10.0]
+    assert statistics.rows.tolist() == [[0, 1, 2], [6, 7, 8]] and statistics.visual.tolist() == [True, False]
+    statistics.add(x, counts=torch.zeros(1, 4, dtype=torch.bool))
+    assert statistics.tokens == 2
+
+
+def test_kept_tokens_are_spread_and_bounded() -> None:
+    statistics = InputStatistics.empty(1, moments=False)
+    statistics.add(torch.arange(100.0)[:, None], keep=4)
+    assert statistics.rows.flatten().tolist() == [0, 25, 50, 75] and statistics.tokens == 100
+    for _ in range(5):
+        statistics.add(torch.ones(ROWS, 1))
+    assert statistics.rows.shape == (ROWS, 1) and statistics.visual.shape == (ROWS,)
 
 
 @pytest.mark.parametrize("count", [1, 50])
