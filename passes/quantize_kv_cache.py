@@ -11,6 +11,7 @@ Scales are per token and head, so dropping tokens never touches the codes of tho
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -62,10 +63,10 @@ class QuantizeKvCache:
                 _read_back(graph, pairs)
             else:
                 _replace_attention(graph, pairs)
+                # Keys that only scores read: nothing else would keep their codes from being removed as dead.
+                _dequantize([stub for stub in pairs if _leads_to_scores(stub)], graph, pairs)
             _replace_cache(graph, pairs)
-            for stub in pairs:
-                if stub.users:
-                    _dequantize_rest(graph, stub, pairs[stub])
+            _dequantize([stub for stub in pairs if stub.users], graph, pairs)
             tidy(graph)
             layers = sorted({layer for stub in pairs if (layer := layer_of(stub)) is not None})
             sites += [
@@ -249,8 +250,13 @@ def _gathered(graph: Graph, gather: fx.Node, pair: Pair) -> Pair:
     return parts[0], parts[1]
 
 
-def _dequantize_rest(graph: Graph, stub: fx.Node, pair: Pair) -> None:
+def _dequantize(stubs: Sequence[fx.Node], graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
     """Other readers (token scores) see the keys as attention does: written to 4 bits and read back."""
+    for stub in stubs:
+        _dequantize_rest(graph, stub, pairs[stub])
+
+
+def _dequantize_rest(graph: Graph, stub: fx.Node, pair: Pair) -> None:
     if not all(_leads_to_scores(user) for user in stub.users):
         raise InvariantError(
             f"{stub.name} is read by {[user.name for user in stub.users]}, which have no 4-bit form",

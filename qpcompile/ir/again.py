@@ -32,12 +32,7 @@ def compute_again(
             assert isinstance(source, fx.Node)
             known[node] = known.get(source, source)
             continue
-        args, kwargs = (fx.map_arg(part, lambda each: known.get(each, each)) for part in (node.args, node.kwargs))
-        copy = call(graph, before, node.target, *args, like=node, **kwargs)  # type: ignore[misc]
-        if fact := stub_fact(node):
-            copy.meta["val"] = value(node)
-            set_fact(copy, fact)
-        known[node] = copy
+        known[node] = _copy(graph, node, before, known)
     return known.get(target, target)
 
 
@@ -51,15 +46,29 @@ def readers_of(graph: Graph, sources: Collection[fx.Node], border: fx.Node | Non
 
 
 def needed_for(graph: Graph, target: fx.Node, follow: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The operators that `target` is made by, itself included, in the order of the graph.
+    """The operators and tensors that `target` is made of, itself included, in the order of the graph.
 
-    The search goes up through operators for which `follow` holds and ends at the others.
+    The search goes up through nodes for which `follow` holds and ends at the others.
     """
     found: set[fx.Node] = set()
     waiting = [target]
     while waiting:
         node = waiting.pop()
-        if node not in found and node.op == "call_function" and follow(node):
+        if node not in found and node.op in ("call_function", "get_attr") and follow(node):
             found.add(node)
             waiting += node.all_input_nodes
     return [node for node in graph.nodes if node in found]
+
+
+def _copy(graph: Graph, node: fx.Node, before: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    if node.op == "get_attr":
+        with graph.module.graph.inserting_before(before):
+            copy = graph.module.graph.get_attr(str(node.target))
+        copy.meta["val"] = value(node)
+        return copy
+    args, kwargs = (fx.map_arg(part, lambda each: known.get(each, each)) for part in (node.args, node.kwargs))
+    copy = call(graph, before, node.target, *args, like=node, **kwargs)  # type: ignore[misc]
+    if fact := stub_fact(node):
+        copy.meta["val"] = value(node)
+        set_fact(copy, fact)
+    return copy
