@@ -172,11 +172,30 @@ def recipe_state(
     return PresetState(name, "fast", f"integer products on {instructions[0]}")
 
 
+RISK = ("quantization_risk", "fuse_risk")
+CHOOSES_BY: dict[str, tuple[str, ...]] = {
+    "cdpruner": ("text_relevance", "dpp_select"),
+    "dart": ("pivot_tokens",),
+    "divprune": ("farthest_tokens",),
+    "joint": ("text_relevance", "dpp_select", "token_scores"),
+    "prumerge_plus": ("attention_received", "spread_tokens", "merge_tokens"),
+    "qapruner": ("text_relevance", *RISK, "dpp_select"),
+    "random": (),
+    "random_input": (),
+    "trim": ("text_relevance",),
+    "visionzip": ("attention_received", "spread_tokens", "merge_tokens"),
+    "vtw": (),
+}
+"""Operators that a method of pruning chooses tokens by, where it is not `token_scores`."""
+
+
 def needed_operators(recipe: Recipe) -> list[str]:
     """Operators that graphs of this recipe may hold."""
     needed = ["rmsnorm"]
     if recipe.tokens.method != "none":
-        needed += ["token_scores", "select_tokens"]
+        needed += [*CHOOSES_BY.get(recipe.tokens.method, ("token_scores",)), "select_tokens"]
+    if recipe.tokens.risk.fuse:
+        needed += RISK
     scheme = recipe.quantize
     if scheme is None:
         return needed
