@@ -48,7 +48,7 @@ class MeasureCuts:
     samples: Iterable[dict[str, Any]] = field(repr=False)
     count: int
     name: ClassVar[str] = "measure_cuts"
-    needs: ClassVar[str] = "transformed"
+    needs: ClassVar[str] = "calibrated"
     gives: ClassVar[str] = "transformed"
 
     def run(self, program: Program) -> bool:
