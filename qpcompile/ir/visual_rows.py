@@ -62,7 +62,8 @@ def follow_rows(graph: Graph, start: fx.Node, end: fx.Node) -> fx.Node | None:
     tables: dict[fx.Node, fx.Node | None] = {start: None}
     for node in nodes[nodes.index(start) + 1 : nodes.index(end) + 1]:
         sources = [source for source in node.all_input_nodes if source in tables]
-        if not sources or node not in wanted:
+        is_size = not isinstance(node.meta.get("val"), torch.Tensor)
+        if not sources or node not in wanted or is_size:
             continue
         found = {tables[source] for source in sources}
         if len(found) > 1:

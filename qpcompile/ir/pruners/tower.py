@@ -46,12 +46,13 @@ def add_tower_outputs(program: Program, *, joined_heads: bool) -> None:
     used, skipped = vision.result(vision.constants[OUTPUT]), int(vision.constants[SKIPPED])
     if projector := program.graphs.get(PROJECTOR):
         _check_projector(projector)
+    class_token = skipped > 0 and program.recipe.tokens.tower_queries == "class_token"
     node, linear = _last_attention(vision, used)
     heads = _read(vision, node, joined_heads)
     _check_rows(vision, node, linear)
     table = follow_rows(vision, linear, used)
     before = vision.output_node
-    scores = call(vision, before, ATTENTION_RECEIVED, heads.query, heads.key, heads.segments, heads.scale, skipped > 0)
+    scores = call(vision, before, ATTENTION_RECEIVED, heads.query, heads.key, heads.segments, heads.scale, class_token)
     keys = call(vision, before, aten.mean.dim, heads.key, [1])
     for path, rows in ((VISUAL_SCORES, scores), (VISUAL_KEYS, keys)):
         add_output(vision, path, _at_tokens(vision, rows, table, skipped))
