@@ -123,7 +123,7 @@ def _moved(graph: Graph, node: fx.Node, source: fx.Node, table: fx.Node) -> fx.N
 def _keeps_last_axis(node: fx.Node, rank: int) -> bool:
     """Whether a move leaves channels on the last axis, each row's together."""
     target, rest = node.target, list(node.args[1:])
-    if target in _RESHAPES:
+    if target in (*_RESHAPES, aten.flatten.using_ints):
         return True
     if target is aten.index.Tensor:
         return len(rest[0]) < rank  # type: ignore[arg-type]
