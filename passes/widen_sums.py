@@ -20,6 +20,7 @@ from torch import fx
 from qpcompile.ir.edit import aten, call, calls, tidy
 from qpcompile.ir.operators import (
     QUANTIZE_INT4,
+    QUANTIZE_INT4_STATIC,
     RMSNORM,
     RMSNORM_QUANTIZE,
     SEGMENT_ATTENTION,
@@ -28,7 +29,7 @@ from qpcompile.ir.operators import (
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.shapes import value
 
-QUANTIZERS = (QUANTIZE_INT4, RMSNORM_QUANTIZE, SILU_MUL_QUANTIZE)
+QUANTIZERS = (QUANTIZE_INT4, QUANTIZE_INT4_STATIC, RMSNORM_QUANTIZE, SILU_MUL_QUANTIZE)
 
 CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
 

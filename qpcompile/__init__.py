@@ -1,9 +1,35 @@
 """A compiler for vision-language models: 4 bits and the visual tokens to keep, chosen together."""
 
-from qpcompile.emit.compiled import CompiledVLM, load
-from qpcompile.errors import QPCompileError
-from qpcompile.pipeline import compile
-from qpcompile.plan import Plan
-from qpcompile.recipe import Recipe
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qpcompile.emit.compiled import CompiledVLM, load
+    from qpcompile.errors import QPCompileError
+    from qpcompile.pipeline import compile
+    from qpcompile.plan import Plan
+    from qpcompile.recipe import Recipe
 
 __all__ = ["CompiledVLM", "Plan", "QPCompileError", "Recipe", "compile", "load"]
+
+# Looked up when they are asked for: torch and transformers take seconds to import, and many commands need neither.
+_HOMES = {
+    "CompiledVLM": "qpcompile.emit.compiled",
+    "Plan": "qpcompile.plan",
+    "QPCompileError": "qpcompile.errors",
+    "Recipe": "qpcompile.recipe",
+    "compile": "qpcompile.pipeline",
+    "load": "qpcompile.emit.compiled",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,23 @@ class CompiledVLM:
         """Write the artifact folder; `qpcompile.load` reads it back. A folder that exists is refused."""
         artifact.save(self.program, self.processor, Path(folder))
 
-    def export_onnx(self, folder: str | PathLike[str]) -> None:
-        """Write graphs for onnxruntime with a runner beside them. Needs the extra `onnx`."""
-        # Imported here because onnx is an optional dependency.
-        from qpcompile.emit.onnx import export_onnx
+    def export_onnx(self, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = ()) -> None:
+        """Write graphs for onnxruntime with a runner beside them. Needs the extra `onnx`.
 
-        export_onnx(self, Path(folder))
+        Args:
+            folder: a folder that does not exist yet.
+            check: inputs of `generate` that both sides answer; `check.json` then says where the answers differ.
+        """
+        try:
+            # Imported here because onnx is an optional dependency.
+            from qpcompile.emit.onnx import export_onnx
+        except ModuleNotFoundError as error:
+            raise ExportError(
+                f"the package {error.name} is not installed",
+                where="export_onnx",
+                do='install the extra: pip install "qpcompile[onnx]"',
+            ) from error
+        export_onnx(self, Path(folder), check)
 
     def report(self, path: str | PathLike[str], samples: Any = None) -> None:
         """Write the report, one self-contained HTML file.

@@ -21,6 +21,7 @@ import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, RemoveUnusedNodesPass
 
 from qpcompile.emit import onnx_aten, onnx_aten_shape, onnx_runner
+from qpcompile.emit.onnx_check import compare
 from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx_runner import FEATURES
 from qpcompile.emit.onnx_translate import OPSET, Feeds, results, to_onnx
@@ -58,7 +59,7 @@ from qpcompile.kernels.text_relevance.onnx import text_relevance
 from qpcompile.kernels.token_scores.onnx import token_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from os import PathLike
 
     from qpcompile.emit.compiled import CompiledVLM
@@ -98,8 +99,12 @@ CLEAN_UP = (InlinePass(), CommonSubexpressionEliminationPass(), RemoveUnusedNode
 PACKAGES = ("qpcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
-def export_onnx(compiled: CompiledVLM | Program, folder: str | PathLike[str]) -> None:
+def export_onnx(
+    compiled: CompiledVLM | Program, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = ()
+) -> None:
     """Write the ONNX folder; it appears whole or not at all.
+
+    `check` is what a compiled model and the folder are both asked; `check.json` says where they differ.
 
     Raises OutputError if `folder` exists and ExportError if the model cannot be written as ONNX, or the runner has
     no code for its inputs.
@@ -112,6 +117,10 @@ def export_onnx(compiled: CompiledVLM | Program, folder: str | PathLike[str]) ->
         for name in models:
             onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
         _write_texts(program, aside)
+        if (batches := list(check)) and not isinstance(compiled, Program):
+            found = compare(compiled.generate, aside, batches)
+            (aside / "check.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        _write_manifest(aside)
 
 
 def build_models(program: Program) -> dict[str, ir.Model]:
@@ -177,7 +186,7 @@ def _check_inputs(name: str, part: Part) -> None:
 
 
 def _write_texts(program: Program, folder: Path) -> None:
-    """Everything in the folder that is text; the manifest comes last and names all files."""
+    """Everything in the folder that is text, but for the manifest."""
     shutil.copyfile(onnx_runner.__file__, folder / "runner.py")
     # Some families store the id of image tokens under another name; the runner looks for one.
     host: Any = program.host
@@ -190,6 +199,10 @@ def _write_texts(program: Program, folder: Path) -> None:
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _write_manifest(folder: Path) -> None:
+    """The manifest comes last and names all files."""
     manifest = {
         "format": "qpcompile-onnx",
         "version": 1,

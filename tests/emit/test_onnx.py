@@ -280,3 +280,19 @@ def test_bfloat16_is_refused(compiled_llava: CompiledVLM, tmp_path: Path) -> Non
     program.host.to(torch.bfloat16)
     with pytest.raises(ExportError, match="bfloat16"):
         export_onnx(program, tmp_path / "folder")
+
+
+def test_missing_extra_is_named(compiled_llava: CompiledVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qpcompile.emit.onnx", None)
+    with pytest.raises(ExportError, match=r"qpcompile\[onnx\]"):
+        compiled_llava.export_onnx(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_says_that_answers_are_the_same(
+    compiled_llava: CompiledVLM, tiny_llava: tuple[Any, Cases], tmp_path: Path
+) -> None:
+    compiled_llava.export_onnx(tmp_path / "folder", check=[tiny_llava[1]["one"], tiny_llava[1]["padded"]])
+    found = json.loads((tmp_path / "folder" / "check.json").read_text())
+    assert found == {"answers": 3, "different": [], "why": ""}
+    assert "check.json" in json.loads((tmp_path / "folder" / "manifest.json").read_text())["files"]

@@ -1,0 +1,64 @@
+"""Greedy answers of an ONNX folder are the compiled module's: 100 unseen questions per testbed, at most one apart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import qpcompile
+from qpcompile.capture.data_folder import Question, question_inputs, read_questions
+from qpcompile.emit import onnx_check
+from qpcompile.emit.onnx_check import compare
+from qpcompile.recipe import Recipe
+
+TESTBED = Path(__file__).resolve().parents[1] / "testbed"
+QUESTIONS, BATCH, UNSEEN_SEED = 100, 10, 77
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
+def bed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Question]]:
+    """A testbed's name and questions on scenes that neither training nor calibration has drawn."""
+    folder = tmp_path_factory.mktemp("questions") / request.param
+    options = ["--family", request.param, "--count", str(QUESTIONS), "--seed", str(UNSEEN_SEED), "--out", str(folder)]
+    subprocess.run([sys.executable, str(TESTBED / "scenes.py"), *options], check=True)
+    return request.param, read_questions(folder)[:QUESTIONS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["w4a4kv4", "quota-30", "prune-30"])
+def test_answers_are_the_same(bed: tuple[str, list[Question]], preset: str, tmp_path: Path) -> None:
+    name, questions = bed
+    recipe = Recipe.load(preset).with_overrides(["calibration.samples=16"])
+    compiled = qpcompile.compile(str(TESTBED / name), recipe, calibration=str(TESTBED / "calibration" / name))
+    starts = range(0, len(questions), BATCH)
+    batches = (question_inputs(compiled.processor, questions[start : start + BATCH]) for start in starts)
+    compiled.export_onnx(tmp_path / "onnx", check=batches)
+    found = json.loads((tmp_path / "onnx" / "check.json").read_text())
+    assert found["answers"] == QUESTIONS
+    assert len(found["different"]) <= 1, found
+
+
+def test_a_difference_is_found_with_its_margin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ids = torch.tensor([[5, 6], [5, 7]])
+
+    def generate(**_: Any) -> Any:
+        logits = (torch.tensor([[0.0, 3.0, 1.0], [0.0, 3.0, 1.0]]), torch.tensor([[2.0, 0.0, 0.5], [2.0, 0.0, 0.5]]))
+        return SimpleNamespace(sequences=torch.cat([ids, torch.tensor([[1, 0], [1, 0]])], dim=1), logits=logits)
+
+    class Runner:
+        def __init__(self, *_: Any) -> None: ...
+
+        def generate(self, **_: Any) -> Any:
+            return torch.cat([ids, torch.tensor([[1, 0], [1, 2]])], dim=1).numpy()
+
+    monkeypatch.setattr(onnx_check, "OnnxVLM", Runner)
+    found = compare(generate, tmp_path, [{"input_ids": ids}])
+    assert found.answers == 2
+    assert found.to_dict()["different"] == [{"row": 1, "step": 1, "module": 0, "onnx": 2, "margin": 1.5}]
