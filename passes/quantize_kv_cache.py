@@ -87,7 +87,7 @@ def _simulate_kivi(program: Program, bits: int) -> bool:
     sites = []
     for graph in program.language:
         stubs = _stubs(graph)
-        if graph.name == PREFILL:
+        if stubs and graph.name == PREFILL:
             sites = [_simulated(graph, path, bits) for path in graph.outputs if path.startswith(f"{CACHE}.")]
         for stub in stubs:
             stub.replace_all_uses_with(stub.args[0])  # type: ignore[arg-type]

@@ -305,3 +305,36 @@ def test_stubs_left_behind_are_named() -> None:
 def test_program_without_decoder_caches(apply: Apply) -> None:
     program = program_of(recipe=CACHE_ONLY(), stage="cut")
     assert not apply(program, QuantizeKvCache())
+
+
+def test_eight_bits_read_back_what_four_bits_join(apply: Apply) -> None:
+    program = cached()
+    program.recipe = CACHE_ONLY("quantize.kv_cache.bits=8")
+    assert apply(program, QuantizeKvCache())
+    feeds, new = toy_feeds(2, 6), toy_feeds(2, 1, 9)["inputs_embeds"]
+    first = run(program.graphs["prefill"], **feeds)
+    exact = run(prefill_graph(), **feeds)
+    assert 1e-6 < relative(first["hidden"][:, 1:], exact["hidden"][:, 1:]) < 0.01
+    past = {name.replace(".", "_"): value for name, value in first.items() if name.startswith("past")}
+    mask = torch.cat([feeds["attention_mask"], torch.ones(2, 1, dtype=torch.bool)], dim=1)
+    second = run(program.graphs["decode"], inputs_embeds=new, attention_mask=mask, **past)
+    plain = {name.replace(".", "_"): value for name, value in exact.items() if name.startswith("past")}
+    expected = run(decode_graph(), inputs_embeds=new, attention_mask=mask, **plain)
+    assert 1e-6 < relative(second["hidden"], expected["hidden"]) < 0.01
+    for name in cache_names(2):
+        assert torch.equal(second[f"{name}.codes"][:, :, :6], first[f"{name}.codes"]), "the past is written anew"
+        assert second[f"{name}.codes"].dtype == torch.uint8 and second[f"{name}.codes"].shape == (2, 1, 7, 4)
+    assert {site.cache_bits for site in program.plan.sites} == {8}
+
+
+def test_kivi_rounds_the_cache_alone(apply: Apply) -> None:
+    program = cached()
+    program.recipe = CACHE_ONLY("quantize.kv_cache.granularity=kivi")
+    assert apply(program, QuantizeKvCache())
+    feeds = toy_feeds(2, 200)
+    first, exact = run(program.graphs["prefill"], **feeds), run(prefill_graph(), **feeds)
+    assert torch.allclose(first["hidden"][:, 1:], exact["hidden"][:, 1:], atol=1e-6), "prefill attends to exact values"
+    for name in cache_names(2):
+        assert first[name].dtype == torch.float32 and not torch.allclose(first[name], exact[name], atol=1e-3)
+        assert torch.equal(first[name][:, :, 72:], exact[name][:, :, 72:]), "the last 128 tokens stay exact"
+    assert all(site.kernel.startswith("simulation") for site in program.plan.sites)
