@@ -186,7 +186,7 @@ def test_the_risk_changes_what_quota_and_visionzip_keep() -> None:
 def test_dart_cuts_behind_the_second_layer_once() -> None:
     assert [cut.layer for cut in compiled("dart").plan.cuts] == [1]
     assert [cut.layer for cut in compiled("dart", "tokens.candidate_layers=[0]").plan.cuts] == [0]
-    with pytest.raises(PlanError, match="dart cuts once, and 2 layers are named"):
+    with pytest.raises(PlanError, match="dart cuts once, 2 layers are named"):
         compiled("dart", "tokens.candidate_layers=[0, 1]")
 
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qpcompile.errors import PlanError
 from qpcompile.ir.operators import PIVOT_TOKENS
 from qpcompile.ir.program import Program
-from qpcompile.ir.pruners.pruner import Point, Schedule, cut_layers
+from qpcompile.ir.pruners.pruner import Point, Schedule, one_layer
 from qpcompile.recipe import Recipe
 
 SECOND_LAYER = 1
@@ -33,12 +32,7 @@ class Dart:
 
     def schedule(self, program: Program) -> Schedule:
         """One cut, behind the second layer or the one that the recipe names."""
-        layers = cut_layers(program, (SECOND_LAYER,))
-        if len(layers) > 1:
-            raise PlanError(
-                f"dart cuts once, and {len(layers)} layers are named", where="tokens.candidate_layers", do="name one"
-            )
-        return Schedule(layers, lambda keep: (keep,))
+        return Schedule((one_layer(program, SECOND_LAYER),), lambda keep: (keep,))
 
     def scores(self, point: Point) -> fx.Node:
         """2 for pivots, 1 for the tokens least like one, 0 for those that go."""
