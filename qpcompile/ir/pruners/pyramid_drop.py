@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from qpcompile.errors import PlanError
-from qpcompile.ir.again import needed_for
+from qpcompile.ir.again import needed_for, readers_of
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, is_call, layer_of
 from qpcompile.ir.program import Graph, Program
@@ -41,21 +41,28 @@ class PyramidDrop:
         return Schedule(layers, lambda keep: tuple(keep ** (i / len(layers)) for i in range(1, len(layers) + 1)))
 
     def place(self, graph: Graph, layer: int) -> fx.Node:
-        """Behind the last projection that the next layer's attention reads."""
+        """Behind the last projection that the next layer's attention reads; what uses one moves behind this place."""
         read = read_attention(attention_node(graph, layer + 1))
-        inside = [
+        made_of = {
             node
             for target in (read.query, read.key, read.value)
             for node in needed_for(graph, target, lambda each: layer_of(each) == layer + 1)
-            if is_call(node, aten.linear.default)
-        ]
-        if not inside:
+        }
+        projections = [node for node in graph.nodes if node in made_of and is_call(node, aten.linear.default)]
+        if not projections:
             raise PlanError(
                 f"no projection of queries, keys and values is found in layer {layer + 1}",
                 where=graph.name,
                 do="choose another tokens.method, or report this family",
             )
-        return max(inside, key=graph.nodes.index).next
+        border = projections[-1].next
+        needed = {each for node in projections for each in needed_for(graph, node, made_of.__contains__)}
+        early = graph.nodes[: graph.nodes.index(border)]
+        used = readers_of(graph, projections)
+        moved = [node for node in early if node in used and node not in needed]
+        for node in moved:
+            border.prepend(node)
+        return moved[0] if moved else border
 
     def scores(self, point: Point) -> fx.Node:
         """Attention from the last token, in the layer behind the cut."""
