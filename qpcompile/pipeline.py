@@ -108,11 +108,13 @@ def compile(
 def compile_captured(
     program: Program, processor: Any, samples: Samples | None, after: Callable[[Step, Program], None] | None = None
 ) -> CompiledVLM:
-    """All passes over a captured program, by the recipe it holds; `program` becomes the compiled model's own."""
+    """All passes that have not run yet, by the recipe that `program` holds; it becomes the compiled model's own."""
+    listed = passes(samples or (), len(samples) if samples else 0)
+    steps = run_passes(program, [item for item in listed if item.name not in program.history], after)
+    program.facts["steps"] = [*program.facts.get("steps", ()), *steps]
+    # The passes have walked over the samples: their digest is known by now.
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
     program.plan = program.plan.changed(calibration=used, versions=package_versions())
-    steps = run_passes(program, passes(samples or (), len(samples) if samples else 0), after)
-    program.facts["steps"] = steps
     return CompiledVLM(program, processor)
 
 

@@ -1,16 +1,18 @@
-"""One model with its calibration data, compiled by many recipes: captured once, measured once per quantizer.
+"""One model with its calibration data, compiled by many recipes: what they share is done once.
 
-A compile here gives the plan and the bytes that `qpcompile.compile` gives. What is shared is what no later decision
-changes: the captured graphs of a seed, and the measurements of two passes, kept under the recipe keys they read.
+A compile here gives the plan and the bytes that `qpcompile.compile` gives. Shared are the captured graphs of a draw of
+samples; the program as it is after the passes that do not look at `tokens`, for recipes that differ in nothing else;
+and the sensitivity of layers, for recipes that differ only in what is decided from it.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +27,8 @@ from qpcompile.pipeline import blank_sample, compile_captured, load_model, needs
 from qpcompile.plan import LayerFacts
 from qpcompile.recipe import Recipe
 
+# The last pass that reads nothing under `tokens`.
+SHARED_UP_TO = "train_transforms"
 # Keys under `tokens` that decide after measuring; a key that is not listed here is taken to change what is measured.
 DECIDED_LATER = ("keep", "keep_of", "temperature", "weights", "normalize", "percentiles", "seed")
 
@@ -42,7 +46,8 @@ class Workbench:
         self.model: PreTrainedModel
         self.model, self.processor = load_model(source)
         self._captured: tuple[int, int, Program] | None = None
-        self._measured: dict[str, dict[str, Any]] = {}
+        self._shared: tuple[str, Program] | None = None
+        self._measured: dict[str, Measured] = {}
 
     def captured(self, recipe: Recipe) -> tuple[Program, Samples | None]:
         """A program of its own with this recipe, whose weights are the model's; and the samples the recipe draws."""
@@ -51,13 +56,11 @@ class Workbench:
         if self.calibration is not None:
             samples = Samples(self.calibration, self.processor, asked.samples, asked.seed)
         if self._captured is None or self._captured[:2] != (asked.samples, asked.seed):
+            self._shared = None
             self._measured.clear()
             first = next(iter(samples)) if samples else blank_sample(self.model, self.processor)
             self._captured = asked.samples, asked.seed, capture(self.model, first, recipe)
-        program = _copy(self._captured[2])
-        program.recipe = recipe
-        program.plan = program.plan.changed(recipe=recipe)
-        return program, samples
+        return _copy(self._captured[2], recipe), samples
 
     def compile(self, recipe: Recipe) -> CompiledVLM:
         """What `qpcompile.compile` makes of the model and this recipe."""
@@ -69,44 +72,60 @@ class Workbench:
                 do="name a calibration folder, or take the settings named above out of the recipe",
             )
         if samples is not None:
-            self._recall(program)
+            program = self._recall(program)
         return compile_captured(program, self.processor, samples, self._remember)
 
-    def _recall(self, program: Program) -> None:
-        """Put into the program what an earlier compile has measured."""
-        for name in ("calibrate", "measure_sensitivity"):
-            found = copy.deepcopy(self._measured.get(_key(name, program.recipe), {}))
-            facts: tuple[LayerFacts, ...] | None = found.pop("plan.facts", None)
-            program.facts |= found
-            if facts is not None:
-                program.plan = program.plan.changed(facts=facts)
+    def _recall(self, program: Program) -> Program:
+        """The program as far as earlier compiles have brought it."""
+        recipe = program.recipe
+        if self._shared is not None and self._shared[0] == _without_tokens(recipe):
+            program = _copy(self._shared[1], recipe)
+        if (found := self._measured.get(_measured_with(recipe))) is not None:
+            program.facts["deviations"] = copy.deepcopy(found.deviations)
+            program.plan = program.plan.changed(facts=found.facts)
+        return program
 
     def _remember(self, step: Step, program: Program) -> None:
-        """After a pass: keep what it measured, before later passes change it."""
-        key = _key(step.name, program.recipe)
-        if key in self._measured:
-            return
-        if step.name == "calibrate":
-            self._measured[key] = {"calibration": copy.deepcopy(program.facts["calibration"])}
+        """After a pass: keep what later compiles can start from, before later passes change it."""
+        assert self._captured is not None
+        if step.name == SHARED_UP_TO:
+            # A host that has run is bound to this program: the copy gets one that has not.
+            apart = dataclasses.replace(program, host=self._captured[2].host)
+            self._shared = _without_tokens(program.recipe), _copy(apart, program.recipe)
         if step.name == "measure_sensitivity" and "deviations" in program.facts:
-            self._measured[key] = {"deviations": program.facts["deviations"], "plan.facts": program.plan.facts}
+            found = Measured(copy.deepcopy(program.facts["deviations"]), program.plan.facts)
+            self._measured[_measured_with(program.recipe)] = found
 
 
-def _key(name: str, recipe: Recipe) -> str:
-    """The recipe keys that a measuring pass reads, as text."""
-    asked = recipe.to_dict()
-    tokens = {key: value for key, value in asked["tokens"].items() if key not in DECIDED_LATER}
-    reads = [asked["quantize"], asked["calibration"], tokens if name == "measure_sensitivity" else None]
-    return f"{name} {json.dumps(reads, sort_keys=True)}"
+@dataclass(frozen=True)
+class Measured:
+    """What the pass measure_sensitivity found: layer -> deviations, and the facts of the plan."""
+
+    deviations: dict[int, list[float]]
+    facts: tuple[LayerFacts, ...]
 
 
-def _copy(program: Program) -> Program:
-    """A program whose graphs and host can be changed without changing the original; tensors are shared.
+def _without_tokens(recipe: Recipe) -> str:
+    """All of a recipe but its `tokens`, as text."""
+    return json.dumps({key: value for key, value in recipe.to_dict().items() if key != "tokens"}, sort_keys=True)
 
-    Passes replace tensors, they never write into one.
+
+def _measured_with(recipe: Recipe) -> str:
+    """All of a recipe but what decides about tokens after measuring, as text."""
+    tokens = {key: value for key, value in recipe.to_dict()["tokens"].items() if key not in DECIDED_LATER}
+    return _without_tokens(recipe) + json.dumps(tokens, sort_keys=True)
+
+
+def _copy(program: Program, recipe: Recipe) -> Program:
+    """A program with this recipe that can be changed without changing the original; tensors are shared.
+
+    Passes replace tensors of graphs, they never write into one.
     """
     modules = [program.host, *(graph.module for graph in program.graphs.values())]
-    return copy.deepcopy(program, {id(tensor): tensor for tensor in _tensors(modules)})
+    made = copy.deepcopy(program, {id(tensor): tensor for tensor in _tensors(modules)})
+    made.recipe = recipe
+    made.plan = made.plan.changed(recipe=recipe)
+    return made
 
 
 def _tensors(modules: list[torch.nn.Module]) -> Iterator[torch.Tensor]:
