@@ -12,8 +12,9 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from qpcompile import yaml_text
 from qpcompile.errors import RecipeError
-from qpcompile.recipe_schema import QuantizeScheme, Section, TokenScheme
+from qpcompile.recipe_schema import QuantizeScheme, Section
 from qpcompile.schema_text import problems
+from qpcompile.token_scheme import TokenScheme
 
 _DO = "correct the keys above; the recipe reference in the documentation lists every key"
 

@@ -13,7 +13,7 @@ from qpcompile.emit.weights import stored_tensors
 from qpcompile.errors import CalibrationError
 from qpcompile.evaluate.workbench import DECIDED_LATER, Workbench
 from qpcompile.recipe import Recipe, preset_names
-from qpcompile.recipe_schema import TokenScheme
+from qpcompile.token_scheme import TokenScheme
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 FEW = ["calibration.samples=2"]
