@@ -43,11 +43,13 @@ class Samples:
             raise CalibrationError("there is no calibration sample", where="calibration", do="give at least one sample")
         chosen = sorted(random.Random(seed).sample(range(len(items)), min(limit, len(items))))
         self._items = [items[index] for index in chosen]
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        total = hashlib.sha256()
         for number, item in enumerate(self._items):
             sample = self._inputs(item)
             try:
@@ -55,17 +57,17 @@ class Samples:
             except CalibrationError as error:
                 where = f"calibration sample {number}: {error.where}"
                 raise CalibrationError(error.what, where=where, do=error.do) from None
+            if self._digest is None:
+                _add(total, sample)
             yield sample
+        self._digest = self._digest or total.hexdigest()
 
     def digest(self) -> str:
-        """SHA-256 over all tensors of all samples, in order."""
-        total = hashlib.sha256()
-        for sample in self:
-            for key in sorted(sample):
-                if isinstance(sample[key], torch.Tensor):
-                    total.update(key.encode())
-                    total.update(sample[key].contiguous().numpy().tobytes())
-        return total.hexdigest()
+        """SHA-256 over all tensors of all samples, in order; taken on the first walk over all of them."""
+        for _ in self if self._digest is None else ():
+            pass
+        assert self._digest is not None
+        return self._digest
 
     def _inputs(self, item: Any) -> dict[str, Any]:
         if isinstance(item, Question):
@@ -82,6 +84,15 @@ class Samples:
         except BaseException:
             self._spool.cleanup()
             raise
+
+
+def _add(total: hashlib._Hash, sample: dict[str, Any]) -> None:
+    """Take the tensors of a sample into a digest."""
+    for key in sorted(sample):
+        if isinstance(sample[key], torch.Tensor):
+            total.update(key.encode())
+            # By way of bytes: numpy has no bfloat16.
+            total.update(sample[key].contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def _written(path: Path, sample: dict[str, Any]) -> Path:
