@@ -22,7 +22,7 @@ from qpcompile.pipeline import passes
 TESTBED = Path(__file__).resolve().parent / "testbed"
 MODEL, DATA = str(TESTBED / "llava"), TESTBED / "calibration" / "llava"
 PICTURE = str(DATA / "00000.png")
-COMMANDS = ("compile", "run", "export", "inspect", "eval", "doctor")
+COMMANDS = ("compile", "run", "export", "inspect", "eval", "sweep", "search", "doctor")
 
 
 def invoke(*arguments: object) -> Result:
