@@ -193,7 +193,7 @@ def test_refusal_names_what_each_threshold_excluded() -> None:
         (lambda: normalize_sensitivity([1.0, math.nan]), "NaN"),
         (lambda: normalize_sensitivity([1.0], 90, 10), "lower number first"),
         (lambda: sensitivity(np.zeros((0, 3))), "at least one calibration sample"),
-        (lambda: ratio_fraction(0.0), "not above 0"),
+        (lambda: ratio_fraction(-0.1), "not from 0 to 1"),
         (lambda: candidate_layers([1.0], [0.0, 0.0], [0.0]), "1 masses, 2 ranges"),
         (lambda: candidate_layers([1.0], [0.0], [0.0], max_candidates=0), "at most 0"),
     ],

@@ -51,8 +51,9 @@ def raters(point: Point) -> fx.Node:
     mean = point.call(aten.div.Tensor, pictures, texts)
     chosen = point.call(aten.bitwise_and.Tensor, text, point.call(aten.gt.Tensor, received, mean))
     # A single text token, or several that are equal: none is above the mean, so all of them rate.
-    some = point.call(aten.any.dim, chosen, 1, True)
-    rows = point.call(aten.where.self, some, chosen, text)
+    none = point.call(aten.bitwise_not.default, point.call(aten.any.dim, chosen, 1, True))
+    all_text = point.call(aten.bitwise_and.Tensor, text, none)
+    rows = point.call(aten.bitwise_or.Tensor, chosen, all_text)
     return rows if point.kept is None else point.call(aten.gather.default, rows, 1, point.kept)
 
 
