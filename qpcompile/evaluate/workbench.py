@@ -2,7 +2,7 @@
 
 A compile here gives the plan and the bytes that `qpcompile.compile` gives. Shared are the captured graphs of a draw of
 samples; the program as it is after the passes that do not look at `tokens`, for recipes that differ in nothing else;
-and the sensitivity of layers, for recipes that differ only in what is decided from it.
+and the sensitivity of layers and the costs of cuts, for recipes that differ only in what is decided from them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qpcompile.capture.capture import capture
 from qpcompile.capture.samples import Samples
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
+from qpcompile.ir.cut_costs import CutCosts
 from qpcompile.ir.pass_manager import Step
 from qpcompile.ir.program import Program
 from qpcompile.pipeline import blank_sample, compile_captured, load_model, needs_samples
@@ -29,8 +30,9 @@ from qpcompile.recipe import Recipe
 
 # The last pass that reads nothing under `tokens`.
 SHARED_UP_TO = "train_transforms"
-# Keys under `tokens` that decide after measuring; a key that is not listed here is taken to change what is measured.
-DECIDED_LATER = ("keep", "keep_of", "temperature", "weights", "normalize", "percentiles", "seed")
+# Keys under `tokens` that measure_sensitivity reads, and those that measure_cuts does not.
+SENSITIVITY_KEYS = ("eta", "sensitivity_of")
+DECIDED_BY_COSTS = ("keep", "max_candidates")
 
 
 class Workbench:
@@ -47,7 +49,8 @@ class Workbench:
         self.model, self.processor = load_model(source)
         self._captured: tuple[int, int, Program] | None = None
         self._shared: tuple[str, Program] | None = None
-        self._measured: dict[str, Measured] = {}
+        self._sensitivity: dict[str, Sensitivity] = {}
+        self._costs: dict[str, CutCosts] = {}
 
     def captured(self, recipe: Recipe) -> tuple[Program, Samples | None]:
         """A program of its own with this recipe, whose weights are the model's; and the samples the recipe draws."""
@@ -57,7 +60,8 @@ class Workbench:
             samples = Samples(self.calibration, self.processor, asked.samples, asked.seed)
         if self._captured is None or self._captured[:2] != (asked.samples, asked.seed):
             self._shared = None
-            self._measured.clear()
+            self._sensitivity.clear()
+            self._costs.clear()
             first = next(iter(samples)) if samples else blank_sample(self.model, self.processor)
             self._captured = asked.samples, asked.seed, capture(self.model, first, recipe)
         return _copy(self._captured[2], recipe), samples
@@ -80,9 +84,11 @@ class Workbench:
         recipe = program.recipe
         if self._shared is not None and self._shared[0] == _without_tokens(recipe):
             program = _copy(self._shared[1], recipe)
-        if (found := self._measured.get(_measured_with(recipe))) is not None:
+        if (found := self._sensitivity.get(_sensitivity_key(recipe))) is not None and recipe.tokens.method != "none":
             program.facts["deviations"] = copy.deepcopy(found.deviations)
             program.plan = program.plan.changed(facts=found.facts)
+        if (costs := self._costs.get(_costs_key(recipe))) is not None:
+            program.facts["cut_costs"] = costs
         return program
 
     def _remember(self, step: Step, program: Program) -> None:
@@ -93,12 +99,14 @@ class Workbench:
             apart = dataclasses.replace(program, host=self._captured[2].host)
             self._shared = _without_tokens(program.recipe), _copy(apart, program.recipe)
         if step.name == "measure_sensitivity" and "deviations" in program.facts:
-            found = Measured(copy.deepcopy(program.facts["deviations"]), program.plan.facts)
-            self._measured[_measured_with(program.recipe)] = found
+            found = Sensitivity(copy.deepcopy(program.facts["deviations"]), program.plan.facts)
+            self._sensitivity[_sensitivity_key(program.recipe)] = found
+        if step.name == "measure_cuts" and "cut_costs" in program.facts:
+            self._costs[_costs_key(program.recipe)] = program.facts["cut_costs"]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Sensitivity:
     """What the pass measure_sensitivity found: layer -> deviations, and the facts of the plan."""
 
     deviations: dict[int, list[float]]
@@ -110,9 +118,15 @@ def _without_tokens(recipe: Recipe) -> str:
     return json.dumps({key: value for key, value in recipe.to_dict().items() if key != "tokens"}, sort_keys=True)
 
 
-def _measured_with(recipe: Recipe) -> str:
-    """All of a recipe but what decides about tokens after measuring, as text."""
-    tokens = {key: value for key, value in recipe.to_dict()["tokens"].items() if key not in DECIDED_LATER}
+def _sensitivity_key(recipe: Recipe) -> str:
+    """All of a recipe that measure_sensitivity reads, as text."""
+    tokens = recipe.to_dict()["tokens"]
+    return _without_tokens(recipe) + json.dumps({key: tokens[key] for key in SENSITIVITY_KEYS}, sort_keys=True)
+
+
+def _costs_key(recipe: Recipe) -> str:
+    """All of a recipe that measure_cuts reads, as text."""
+    tokens = {key: value for key, value in recipe.to_dict()["tokens"].items() if key not in DECIDED_BY_COSTS}
     return _without_tokens(recipe) + json.dumps(tokens, sort_keys=True)
 
 
