@@ -1,6 +1,7 @@
 """How far quantization moves each decoder layer, and how layers look at the picture.
 
-Each layer runs twice on the same full-precision input, as it is and with every stub quantized:
+Each layer runs twice on the same full-precision input, as it is and with every stub quantized (or, with
+`sensitivity_input: quantized`, on what the quantized layers before it gave):
 
     S_l = median over samples of ||x_l^q - x_l|| / (||x_l|| + eta)
 
@@ -158,7 +159,7 @@ class _Twice(fx.Interpreter):
         return isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[2] == self.hidden_width
 
     def _finish(self) -> None:
-        """At a layer's end: compare its two outputs, and forget the quantized one."""
+        """At a layer's end: compare its two outputs, and forget the quantized one unless it goes on."""
         if self.layer is not None and self.latest is not None:
             value, quantized = self.latest
             rows, tokens = self.table[self.layer], self.program.recipe.tokens
@@ -167,4 +168,6 @@ class _Twice(fx.Interpreter):
             if self.machine.visual is not None and self.machine.visual.any():
                 rows.cosines.append(pairwise_cosine(quantized, self.machine.visual))
             self.entry, self.latest = value, None
-        self.shadow.clear()
+        # What is rounded goes on into the next layer only where that is asked for, as long as anything reads it.
+        carried = self.program.recipe.tokens.sensitivity_input == "quantized"
+        self.shadow = {node: value for node, value in self.shadow.items() if node in self.env} if carried else {}

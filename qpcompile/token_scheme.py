@@ -139,6 +139,10 @@ class TokenScheme(Section):
     sensitivity_of: Literal["output", "delta"] = Field(
         default="output", description="Sensitivity of a layer's output, or of what the layer adds to its input."
     )
+    sensitivity_input: Literal["full_precision", "quantized"] = Field(
+        default="full_precision",
+        description="The quantized layer reads the layer before it in full precision, or as quantized as itself.",
+    )
     sensitivity_percentiles: tuple[float, float] = Field(
         default=(10.0, 90.0), strict=False, description="Percentiles over candidate layers that become 0 and 1."
     )

@@ -74,11 +74,13 @@ def test_profile_is_that_of_the_model(apply: Apply) -> None:
     assert program.facts["deviations"] == {layer: [0.0] for layer in range(3)}
 
 
-@pytest.mark.parametrize("of", ["output", "delta"])
-def test_deviation_of_one_quantized_part(of: str) -> None:
-    """Only the cache is rounded: each layer of transformers, fed its own full-precision input, with a rounded cache."""
+@pytest.mark.parametrize(
+    ("of", "source"), [("output", "full_precision"), ("delta", "full_precision"), ("output", "quantized")]
+)
+def test_deviation_of_one_quantized_part(of: str, source: str) -> None:
+    """Only the cache is rounded: each layer of transformers with a rounded cache, on its own input or a rounded one."""
     model, cases, _ = captured()
-    program = ready("quota-30", *CACHE_ONLY, f"tokens.sensitivity_of={of}")
+    program = ready("quota-30", *CACHE_ONLY, f"tokens.sensitivity_of={of}", f"tokens.sensitivity_input={source}")
     MeasureSensitivity([cases["one"]], 1).run(program)
     hidden, _ = eager(cases["one"])
     language: Any = model.model.language_model
@@ -92,8 +94,10 @@ def test_deviation_of_one_quantized_part(of: str) -> None:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", rounded)
         rotary = language.rotary_emb(hidden[0], positions)
+        moved = hidden[0]
         for number, layer in enumerate(language.layers):
-            moved = layer(hidden[number], position_ids=positions, position_embeddings=rotary)
+            given = moved if source == "quantized" else hidden[number]
+            moved = layer(given, position_ids=positions, position_embeddings=rotary)
             moved = moved[0] if isinstance(moved, tuple) else moved
             full = hidden[number + 1] - (hidden[number] if of == "delta" else 0)
             expected = float((moved - hidden[number + 1]).norm() / full.norm())
