@@ -20,8 +20,8 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_inputs_and_weights_cancel(left: int, right: int, rotation: bool, seed: int) -> None:
     learned = LearnedTransform(rotation, left, right, 0.9)
     with torch.no_grad():
-        learned.left += 0.2 * noise(left, left, seed=seed)
-        learned.right += 0.2 * noise(right, right, seed=seed + 1)
+        learned.left.add_(0.2 * noise(left, left, seed=seed))
+        learned.right.add_(0.2 * noise(right, right, seed=seed + 1))
     x, weight = noise(7, left * right), noise(5, left * right, seed=2)
     y = kronecker_rows(x, *learned.factors()) @ learned.weights(weight).T
     assert torch.allclose(y, x @ weight.T, rtol=1e-2, atol=1e-2)

@@ -25,8 +25,11 @@ def planned(order: str) -> Program:
 
 def score_weights(program: Program) -> list[list[float]]:
     """The weights of the score's terms at each cut."""
-    nodes = calls(program.graphs[PREFILL], TOKEN_SCORES)
-    return [next(list(arg) for arg in node.args if isinstance(arg, (list, tuple)) and len(arg) == 4) for node in nodes]
+    found = []
+    for node in calls(program.graphs[PREFILL], TOKEN_SCORES):
+        lists = [argument for argument in node.args if isinstance(argument, (list, tuple)) and len(argument) == 4]
+        found.append([float(number) for number in lists[0]])  # type: ignore[arg-type]
+    return found
 
 
 @pytest.mark.parametrize("order", ["quantize_then_prune", "prune_then_quantize"])
