@@ -23,7 +23,6 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass
 from qpcompile.emit import onnx_aten, onnx_aten_shape, onnx_runner
 from qpcompile.emit.onnx_check import compare
 from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
-from qpcompile.emit.onnx_runner import FEATURES
 from qpcompile.emit.onnx_translate import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx_weights import save_models
 from qpcompile.emit.onnx_wrap import Part, language, vision
@@ -130,8 +129,8 @@ def build_models(program: Program) -> dict[str, ir.Model]:
         _check_inputs(name, part)
     pictures = [vision_example(program, sizes) for sizes in SIZES]
     models = {VISION: _model(VISION, parts[VISION], pictures)}
-    width = results(parts[VISION], pictures[0])[FEATURES].shape[-1]
-    prompts = [prefill_example(program, sizes, width) for sizes in SIZES]
+    said = results(parts[VISION], pictures[0])
+    prompts = [prefill_example(program, sizes, said) for sizes in SIZES]
     models[PREFILL] = _model(PREFILL, parts[PREFILL], prompts)
     tokens = [decode_example(program, prompt, results(parts[PREFILL], prompt)) for prompt in prompts]
     models[DECODE] = _model(DECODE, parts[DECODE], tokens)

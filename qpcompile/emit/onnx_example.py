@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.exporters.utils import precompute_export_inputs
 
-from qpcompile.emit.onnx_runner import (
-    COUNT,
-    FEATURES,
-    IDS,
-    MASK,
-    POSITIONS,
-    SEEN,
-    VALID,
-    VISUAL,
-    VISUAL_KEYS,
-    VISUAL_SCORES,
-)
+from qpcompile.emit.onnx_runner import COUNT, IDS, MASK, POSITIONS, SEEN, VALID, VISUAL
 from qpcompile.emit.onnx_vision import PICTURES, picture_shape
 from qpcompile.emit.onnx_wrap import GRID
 from qpcompile.errors import ExportError
-from qpcompile.ir import shapes
-from qpcompile.ir.program import PREFILL, VISION, Program
+from qpcompile.ir.program import VISION, Program
 from qpcompile.ir.run import ALIVE, KEPT
 from qpcompile.ir.structure import CACHE
 
@@ -72,37 +61,27 @@ def _patches(program: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
     return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
 
 
-def prefill_example(program: Program, sizes: Sizes, width: int) -> dict[str, torch.Tensor]:
-    """Prompts with a picture each; width: channels of an image feature."""
+def prefill_example(program: Program, sizes: Sizes, said: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Prompts with a picture each; said: what the vision graph returns, f[N, ...] for any visual tokens."""
     host: Any = program.host
     token = host.config.image_token_id
     ids = torch.full((sizes.batch, sizes.before + sizes.visual + sizes.after), 0 if token else 1)
     ids[:, sizes.before : sizes.before + sizes.visual] = token
     mask = torch.ones_like(ids)
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(sizes.batch * sizes.visual, width, generator=generator).to(host.dtype)
+    count = sizes.batch * sizes.visual
+    of_pictures = {
+        name: torch.randn(count, *rows.shape[1:], generator=generator).to(rows.dtype) for name, rows in said.items()
+    }
     return {
         IDS: ids,
-        FEATURES: features,
-        **_said_by_tower(program, len(features)),
+        **of_pictures,
         MASK: mask,
         POSITIONS: host._prepare_position_ids_for_generation(ids, {IDS: ids, MASK: mask}),
         VISUAL: ids == token,
         VALID: mask.bool(),
         COUNT: torch.arange(sizes.visual),
     }
-
-
-def _said_by_tower(program: Program, count: int) -> dict[str, torch.Tensor]:
-    """What a pruning method reads of `count` visual tokens, if it reads the tower."""
-    prefill = program.graphs[PREFILL]
-    generator = torch.Generator().manual_seed(1)
-    sizes = {
-        path: (count, *shapes.value(prefill.placeholder(path)).shape[2:])
-        for path in (VISUAL_SCORES, VISUAL_KEYS)
-        if path in prefill.inputs
-    }
-    return {path: torch.rand(*map(int, shape), generator=generator) for path, shape in sizes.items()}
 
 
 def decode_example(
