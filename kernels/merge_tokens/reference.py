@@ -5,6 +5,8 @@
     nearest = n:  y_i = x_i + sum of w_j x_j over the n sources j != i most similar to i
     for targets i; every other token stays as it is. Ties to the lower index.
 
+Sums are float64 on the CPU, rounded once, and cosines are compared in float32, so that their order does not show.
+
 Source: VisionZip (arXiv 2412.04467), section 3.2, for nearest = 0; LLaVA-PruMerge (arXiv 2403.15388), section 3.2, for
 nearest = n.
 """
@@ -12,33 +14,36 @@ nearest = n.
 import torch
 from torch import Tensor
 
+from qpcompile.kernels.sums import wide_type
+
 
 def merge_tokens(
     hidden: Tensor, keys: Tensor, weights: Tensor, targets: Tensor, sources: Tensor, nearest: int
 ) -> Tensor:
     """hidden: f[B, S, C], keys: f[B, S, K], weights: f32[B, S], targets, sources: bool[B, S] -> as hidden.
 
-    weights are read with nearest > 0 only. Computed in float32.
+    weights are read with nearest > 0 only.
     """
-    values, units = hidden.float(), torch.nn.functional.normalize(keys.float(), dim=-1)
-    similarity = units @ units.mT
+    kind = wide_type(hidden)
+    values, units = hidden.to(kind), torch.nn.functional.normalize(keys.to(kind), dim=-1)
+    similarity = (units @ units.mT).float()
     if nearest:
-        shares = _shares_of_nearest(similarity, sources, nearest) * weights[:, None]
+        shares = _of_nearest(similarity, sources, nearest).to(kind) * weights[:, None]
     else:
-        shares = _shares_of_means(similarity, targets, sources)
+        joined = _of_closest(similarity, targets, sources).to(kind)
+        shares = joined / joined.sum(dim=2, keepdim=True).clamp(min=1)
     return torch.where(targets[..., None], values + shares @ values, values).to(hidden.dtype)
 
 
-def _shares_of_means(similarity: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
-    """What each target (rows) takes of each source (columns), f32[B, S, S]: 1 / count of its sources."""
+def _of_closest(similarity: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
+    """bool[B, S, S]: whether the token of the column is a source that is closest to the target of the row."""
     closest = similarity.masked_fill(~targets[:, :, None], -torch.inf).argmax(dim=1, keepdim=True)
-    joined = torch.zeros_like(similarity).scatter_(1, closest, 1.0) * sources[:, None]
-    return joined / joined.sum(dim=2, keepdim=True).clamp(min=1)
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, closest, True) & sources[:, None]
 
 
-def _shares_of_nearest(similarity: Tensor, sources: Tensor, nearest: int) -> Tensor:
-    """1 for the `nearest` sources (columns) most similar to each token (rows), f32[B, S, S]."""
+def _of_nearest(similarity: Tensor, sources: Tensor, nearest: int) -> Tensor:
+    """bool[B, S, S]: whether the token of the column is among the `nearest` sources of that of the row."""
     itself = torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device)
-    similarity = similarity.masked_fill(~sources[:, None] | itself, -torch.inf)
-    order = similarity.argsort(dim=2, descending=True, stable=True)[..., :nearest]
-    return torch.zeros_like(similarity).scatter_(2, order, 1.0) * (similarity > -torch.inf)
+    allowed = sources[:, None] & ~itself
+    order = similarity.masked_fill(~allowed, -torch.inf).argsort(dim=2, descending=True, stable=True)[..., :nearest]
+    return torch.zeros_like(allowed).scatter_(2, order, True) & allowed
