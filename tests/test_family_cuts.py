@@ -14,6 +14,7 @@ from families import FAMILIES, IMAGE, VIDEO, VISION_END, VISION_START, Cases, In
 from transformers import PreTrainedModel
 
 from qpcompile.capture.capture import capture
+from qpcompile.errors import PlanError
 from qpcompile.ir.edit import clone
 from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.pass_manager import run_passes
@@ -211,6 +212,29 @@ def test_cuts_before_the_decoder_are_honest(name: str) -> None:
             check_honest(model, machine, with_types(cases, case), f"{name}, {method}, {case}")
         check_rows_alone(machine, cases["padded"], f"{name}, {method}")
         check_no_picture(model, machine, cases["longer"], f"{name}, {method}")
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cut_inside_a_layer_is_honest(name: str) -> None:
+    model, cases, program = captured(name)
+    settings = ("tokens.method=pyramiddrop", "tokens.keep=0.3", "tokens.candidate_layers=[0, 1]")
+    machine = Machine(compiled(program, Recipe.load("none").with_overrides(settings)))
+    for case in ("longer", "padded"):
+        check_honest(model, machine, with_types(cases, case), f"{name}, {case}")
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_are_counted_anew_where_they_have_numbers(name: str) -> None:
+    _, cases, program = captured(name)
+    settings = ("tokens.method=sparsevlm", "tokens.keep=0.3", "tokens.candidate_layers=[0, 1]")
+    recipe = Recipe.load("none").with_overrides([*settings, "tokens.position_mode=reindex"])
+    if name.startswith("qwen"):
+        with pytest.raises(PlanError, match="positions have 3 dimensions"):
+            compiled(program, recipe)
+    else:
+        check_rows_alone(Machine(compiled(program, recipe)), cases["padded"], name)
 
 
 @pytest.mark.slow
