@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from families import IMAGE, Cases, Inputs, qwen2_5_vl
-from programs import captured, changed_recipe, fresh, traced
+from programs import captured, changed_recipe
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.clip import modeling_clip
@@ -30,12 +30,10 @@ from qpcompile.ir.edit import aten, clone
 from qpcompile.ir.interpret import run_watched
 from qpcompile.ir.operators import LINEAR_W4A4
 from qpcompile.ir.pass_manager import run_passes
-from qpcompile.ir.program import PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.program import PREFILL, VISION, Graph, Program
 from qpcompile.ir.pruners.pruner import INPUT
-from qpcompile.ir.pruners.tower import add_tower_outputs
 from qpcompile.ir.run import VISUAL_KEYS, VISUAL_SCORES, Machine
 from qpcompile.ir.text import graph_text
-from qpcompile.ir.visual_rows import OUTPUT, SKIPPED
 from qpcompile.kernels.attention_received.reference import attention_received
 from qpcompile.pipeline import passes
 from qpcompile.plan import Layer, Plan
@@ -336,81 +334,6 @@ return visual_keys = %149
 %68 = aten::div.Tensor(%65, %67) : f32[B, S0]
 """,
     )
-
-
-class Gelu(nn.Module):
-    """No attention at all."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.gelu(x)
-
-
-class Attending(nn.Module):
-    """A tower of one layer over f[B, T, 6]; `hides` puts a mask into its attention."""
-
-    def __init__(self, hides: bool, behind: nn.Module) -> None:
-        super().__init__()
-        self.hides, self.out, self.behind = hides, nn.Linear(6, 6), behind
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = x.unflatten(-1, (2, 3)).transpose(1, 2)
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril() if self.hides else None
-        found = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
-        return self.behind(self.out(found.transpose(1, 2).flatten(2)))
-
-
-class Halves(nn.Module):
-    """Every two rows become one whose channels alternate."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(1, (-1, 2)).transpose(-1, -2).flatten(2)
-
-
-def with_tower(module: nn.Module) -> Program:
-    """The tiny LLaVA with another tower, and no projector."""
-    program = fresh(changed_recipe("none", "tokens.method=visionzip", "tokens.keep=0.5"))
-    program.graphs[VISION] = traced(module, {"x": torch.randn(2, 8, 6)}, name=VISION)
-    program.graphs[VISION].constants |= {OUTPUT: "y", SKIPPED: 0}
-    del program.graphs[PROJECTOR]
-    return program
-
-
-def test_another_tower_is_read() -> None:
-    program = with_tower(Attending(hides=False, behind=nn.GELU()))
-    add_tower_outputs(program, joined_heads=False)
-    assert program.graphs[VISION].outputs == ("y", VISUAL_SCORES, VISUAL_KEYS)
-    assert program.graphs[PREFILL].inputs[-2:] == (VISUAL_SCORES, VISUAL_KEYS)
-
-
-@pytest.mark.parametrize(
-    ("module", "text"),
-    [
-        (Gelu(), "no attention layer"),
-        (Attending(hides=True, behind=nn.GELU()), "hides some patches"),
-        (Attending(hides=False, behind=Halves()), "cannot be followed"),
-    ],
-)
-def test_refuses_a_tower_that_cannot_be_read(module: nn.Module, text: str) -> None:
-    with pytest.raises(PlanError, match=text):
-        add_tower_outputs(with_tower(module), joined_heads=False)
-
-
-def test_refuses_what_the_host_or_the_projector_does_besides() -> None:
-    program = fresh(changed_recipe("none", "tokens.method=visionzip", "tokens.keep=0.5"))
-    pair = {"image_features": torch.randn(2, 8, 32)}
-    program.graphs[PROJECTOR] = traced(Pairs(), pair, name=PROJECTOR)
-    with pytest.raises(PlanError, match="the projector moves patches"):
-        add_tower_outputs(program, joined_heads=False)
-    program.graphs[VISION].constants.pop(OUTPUT)
-    with pytest.raises(PlanError, match="LlavaForConditionalGeneration does more with patches"):
-        add_tower_outputs(program, joined_heads=False)
-
-
-class Pairs(nn.Module):
-    """Two neighbours become one row."""
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return image_features.reshape(image_features.shape[0], -1, 64)
 
 
 def test_refuses_a_tower_that_scores_another_number_of_tokens() -> None:
