@@ -29,13 +29,13 @@ from qpcompile.passes.fold_transforms import FoldTransforms
 from qpcompile.passes.fuse_kernels import FuseKernels
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
-from qpcompile.passes.measure_cuts import MeasureCuts
 from qpcompile.passes.measure_sensitivity import MeasureSensitivity
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.passes.recalibrate import Recalibrate
 from qpcompile.passes.search_clips import SearchClips
+from qpcompile.passes.search_schedule import SearchSchedule
 from qpcompile.passes.simulate_qvlm import SimulateQvlm
 from qpcompile.passes.train_transforms import TrainTransforms
 from qpcompile.passes.widen_sums import WidenSums
@@ -55,7 +55,7 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         SearchClips(),
         TrainTransforms(samples, count),
         MeasureSensitivity(samples, count),
-        MeasureCuts(samples, count),
+        SearchSchedule(samples, count),
         # Decide how many visual tokens each layer keeps, and drop the others.
         PlanTokenBudget(),
         InsertTokenCuts(),

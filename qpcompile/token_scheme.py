@@ -89,7 +89,7 @@ class TokenScheme(Section):
         "trim",
     ] = Field(
         default="none",
-        description="none keeps all; joint solves the schedule with the least measured cost; quota scores every token "
+        description="none keeps all; joint tries schedules on samples; quota scores every token "
         "at several layers; random draws by seed on the same schedule; fastv cuts once, by the last token's attention; "
         "pyramiddrop three times, by that of the layer behind; sparsevlm three times, by the attention of chosen text; "
         "vtw drops every visual token; random_input draws before the decoder; visionzip and prumerge_plus score by the "
@@ -126,12 +126,7 @@ class TokenScheme(Section):
     tail_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="auto: never cut in this last share of the layers."
     )
-    cost_levels: tuple[float, ...] = Field(
-        default=(0.02, 0.05, 0.12, 0.3, 0.5, 0.7, 0.85),
-        strict=False,
-        description="joint: shares of the visual tokens whose cost is measured at every layer.",
-    )
-    cost_samples: int = Field(default=32, ge=1, description="joint: samples that costs are measured on, at most.")
+    trial_samples: int = Field(default=128, ge=1, description="joint: samples that schedules are tried on, at most.")
     temperature: float = Field(
         default=1.25, gt=0, description="Higher spreads the drops evenly, lower favours robust layers."
     )

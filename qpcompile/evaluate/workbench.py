@@ -2,7 +2,7 @@
 
 A compile here gives the plan and the bytes that `qpcompile.compile` gives. Shared are the captured graphs of a draw of
 samples; the program as it is after the passes that do not look at `tokens`, for recipes that differ in nothing else;
-and the sensitivity of layers and the costs of cuts, for recipes that differ only in what is decided from them.
+and the sensitivity of layers, for recipes that differ only in what is decided from it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from qpcompile.capture.capture import capture
 from qpcompile.capture.samples import Samples
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
-from qpcompile.ir.cut_costs import CutCosts
 from qpcompile.ir.pass_manager import Step
 from qpcompile.ir.program import Program
 from qpcompile.pipeline import blank_sample, compile_captured, load_model, needs_samples
@@ -30,9 +29,8 @@ from qpcompile.recipe import Recipe
 
 # The last pass that reads nothing under `tokens`.
 SHARED_UP_TO = "train_transforms"
-# Keys under `tokens` that measure_sensitivity reads, and those that measure_cuts does not.
-SENSITIVITY_KEYS = ("eta", "sensitivity_of")
-DECIDED_BY_COSTS = ("keep", "max_candidates")
+# Keys under `tokens` that measure_sensitivity reads.
+SENSITIVITY_KEYS = ("eta", "sensitivity_of", "sensitivity_input")
 
 
 class Workbench:
@@ -50,7 +48,6 @@ class Workbench:
         self._captured: tuple[int, int, Program] | None = None
         self._shared: tuple[str, Program] | None = None
         self._sensitivity: dict[str, Sensitivity] = {}
-        self._costs: dict[str, CutCosts] = {}
 
     def captured(self, recipe: Recipe) -> tuple[Program, Samples | None]:
         """A program of its own with this recipe, whose weights are the model's; and the samples the recipe draws."""
@@ -61,7 +58,6 @@ class Workbench:
         if self._captured is None or self._captured[:2] != (asked.samples, asked.seed):
             self._shared = None
             self._sensitivity.clear()
-            self._costs.clear()
             first = next(iter(samples)) if samples else blank_sample(self.model, self.processor)
             self._captured = asked.samples, asked.seed, capture(self.model, first, recipe)
         return _copy(self._captured[2], recipe), samples
@@ -87,8 +83,6 @@ class Workbench:
         if (found := self._sensitivity.get(_sensitivity_key(recipe))) is not None and recipe.tokens.method != "none":
             program.facts["deviations"] = copy.deepcopy(found.deviations)
             program.plan = program.plan.changed(facts=found.facts)
-        if (costs := self._costs.get(_costs_key(recipe))) is not None:
-            program.facts["cut_costs"] = costs
         return program
 
     def _remember(self, step: Step, program: Program) -> None:
@@ -101,8 +95,6 @@ class Workbench:
         if step.name == "measure_sensitivity" and "deviations" in program.facts:
             found = Sensitivity(copy.deepcopy(program.facts["deviations"]), program.plan.facts)
             self._sensitivity[_sensitivity_key(program.recipe)] = found
-        if step.name == "measure_cuts" and "cut_costs" in program.facts:
-            self._costs[_costs_key(program.recipe)] = program.facts["cut_costs"]
 
 
 @dataclass(frozen=True)
@@ -122,12 +114,6 @@ def _sensitivity_key(recipe: Recipe) -> str:
     """All of a recipe that measure_sensitivity reads, as text."""
     tokens = recipe.to_dict()["tokens"]
     return _without_tokens(recipe) + json.dumps({key: tokens[key] for key in SENSITIVITY_KEYS}, sort_keys=True)
-
-
-def _costs_key(recipe: Recipe) -> str:
-    """All of a recipe that measure_cuts reads, as text."""
-    tokens = {key: value for key, value in recipe.to_dict()["tokens"].items() if key not in DECIDED_BY_COSTS}
-    return _without_tokens(recipe) + json.dumps(tokens, sort_keys=True)
 
 
 def _copy(program: Program, recipe: Recipe) -> Program:

@@ -1,8 +1,7 @@
-"""joint: the schedule with the least measured cost, attention of the text inside the decoder, diversity in front of it.
+"""joint: the best of several schedules tried on samples, attention of the text inside the decoder, diversity before it.
 
-    schedule   shares per layer that minimise the measured divergence of the next token for a mean number of tokens
-               (passes/measure_cuts.py, qpcompile/ir/cut_costs.py); a layer that reads the picture keeps it, layers
-               that have read it let it go
+    schedule   the one whose next token is closest to the full model's (passes/search_schedule.py): a layer that reads
+               the picture keeps it, layers that have read it let it go
     score      behind layer l: attention from the text's queries, mean over heads, of the quantized layer
                in front of the decoder, where nothing has looked yet: CDPruner's relevance and diversity
 
@@ -16,11 +15,11 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from qpcompile.ir.cut_costs import CutCosts, solve_schedule
 from qpcompile.ir.program import Program
 from qpcompile.ir.pruners.cdpruner import CdPruner
 from qpcompile.ir.pruners.pruner import INPUT, Point, Pruner, Schedule
 from qpcompile.ir.pruners.queries import QUERIES, attention_from
+from qpcompile.ir.schedules import cut_layers_of
 from qpcompile.recipe import Recipe
 
 
@@ -31,21 +30,16 @@ class Joint:
     in_front: Pruner = field(default_factory=CdPruner)
 
     def profiles(self, recipe: Recipe) -> bool:
-        """The schedule rests on what cuts cost on samples."""
+        """Schedules are tried on samples."""
         return True
 
     def schedule(self, program: Program) -> Schedule:
-        """Least cost for the mean that the recipe asks for."""
-        tokens = program.recipe.tokens
-        costs: CutCosts = program.facts["cut_costs"]
-        shares = solve_schedule(costs, tokens.keep, tokens.max_candidates)
-        layers = [layer for layer, share in enumerate(shares) if share < (1.0 if layer == 0 else shares[layer - 1])]
-        ratios = tuple(shares[layer] for layer in layers)
-        return Schedule(tuple(layer + INPUT for layer in layers), lambda keep: ratios)
+        """What the search found; its mean is the recipe's already."""
+        layers, ratios = zip(*cut_layers_of(program.facts["schedule"]), strict=True)
+        return Schedule(layers, lambda keep: ratios)
 
     def scores(self, point: Point) -> fx.Node:
         """What the text looks at, or, in front of the decoder, what is relevant and unlike the rest."""
-        tokens = point.recipe.tokens
         if point.layer == INPUT:
             return self.in_front.scores(point)
-        return attention_from(point, QUERIES[tokens.queries](point), point.attention())
+        return attention_from(point, QUERIES[point.recipe.tokens.queries](point), point.attention())
