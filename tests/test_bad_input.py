@@ -35,9 +35,9 @@ from qpcompile.errors import (
     RecipeError,
 )
 from qpcompile.files import staged_folder
+from qpcompile.ir.collect import run_sample
 from qpcompile.ir.program import Program
 from qpcompile.ir.run import Machine
-from qpcompile.passes.calibrate import run_sample
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
 

@@ -49,7 +49,8 @@ def test_all_routes_equal_brute_force(batch: int, length: int, seed: int, neares
     arguments = make(batch, length, seed)
     rows = [[each[row].numpy() for each in arguments] for row in range(batch)]
     expected = torch.from_numpy(np.stack([brute_force(*row, nearest) for row in rows]))
-    for merge in (reference.merge_tokens, cpu.merge_tokens, merge_tokens):
+    routes: tuple[Callable[..., Tensor], ...] = (reference.merge_tokens, cpu.merge_tokens, merge_tokens)
+    for merge in routes:
         torch.testing.assert_close(merge(*arguments, nearest), expected, **CLOSE)
 
 
