@@ -47,7 +47,7 @@ def make(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
 @given(batch=st.integers(1, 3), length=st.integers(1, 23), seed=st.integers(0, 99), nearest=st.sampled_from([0, 1, 4]))
 def test_all_routes_equal_brute_force(batch: int, length: int, seed: int, nearest: int) -> None:
     arguments = make(batch, length, seed)
-    rows = [[each[row].numpy() for each in arguments] for row in range(batch)]
+    rows: list[Any] = [[each[row].numpy() for each in arguments] for row in range(batch)]
     expected = torch.from_numpy(np.stack([brute_force(*row, nearest) for row in rows]))
     routes: tuple[Callable[..., Tensor], ...] = (reference.merge_tokens, cpu.merge_tokens, merge_tokens)
     for merge in routes:
