@@ -48,7 +48,7 @@ def make(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
 def test_all_routes_equal_brute_force(batch: int, length: int, seed: int, nearest: int) -> None:
     arguments = make(batch, length, seed)
     rows: list[Any] = [[each[row].numpy() for each in arguments] for row in range(batch)]
-    expected = torch.from_numpy(np.stack([brute_force(*row, nearest) for row in rows]))
+    expected = torch.from_numpy(np.stack([brute_force(*row, nearest=nearest) for row in rows]))
     routes: tuple[Callable[..., Tensor], ...] = (reference.merge_tokens, cpu.merge_tokens, merge_tokens)
     for merge in routes:
         torch.testing.assert_close(merge(*arguments, nearest), expected, **CLOSE)
