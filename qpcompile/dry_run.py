@@ -121,6 +121,13 @@ def _sensitivity(recipe: Recipe, samples: int) -> str:
     return f"{samples} samples, each layer twice: as it is and quantized; attention mass and redundancy per layer"
 
 
+def _schedule(recipe: Recipe, samples: int) -> str:
+    if recipe.tokens.method != "joint" or not samples:
+        return NOTHING
+    tried = min(samples, recipe.tokens.trial_samples)
+    return f"{tried} samples, schedules with a mean of {recipe.tokens.keep:g}, quantized; the worse half goes, twice"
+
+
 def _budget(recipe: Recipe, samples: int) -> str:
     tokens = recipe.tokens
     if tokens.method == "none":
@@ -164,6 +171,12 @@ def _fuse(recipe: Recipe, samples: int) -> str:
     return "norm + quantize and silu * up + quantize become one operator each"
 
 
+def _widen(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.quantize.activations.bits == 16:
+        return NOTHING
+    return "on the CPU, sums in front of quantizers in float64: the same codes on every back end"
+
+
 EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "canonicalize": lambda recipe, samples: "one spelling per idea: linear, norm, attention",
     "insert_quant_stubs": _stubs,
@@ -172,6 +185,7 @@ EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "search_clips": _clips,
     "train_transforms": _training,
     "measure_sensitivity": _sensitivity,
+    "search_schedule": _schedule,
     "plan_token_budget": _budget,
     "insert_token_cuts": _cuts,
     "recalibrate": _behind_cuts,
@@ -179,4 +193,5 @@ EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "quantize_weights": _weights,
     "quantize_kv_cache": _cache,
     "fuse_kernels": _fuse,
+    "widen_sums": _widen,
 }

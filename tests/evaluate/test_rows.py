@@ -53,7 +53,7 @@ def test_what_a_row_holds(folder: Path) -> None:
         assert row.final_visual_tokens == 44 < row.mean_visual_tokens < 144 and 0 < row.flops_share < 1
         assert row.weight_bytes < 0.4 * full.weight_bytes and row.kv_bytes < 0.5 * full.kv_bytes
         assert len(row.right) == len(row.answers) == ASKED and row.correct == row.right.count("1")
-        (cut,) = {layer for kept in row.kept for layer in kept}
+        cut = max({layer for kept in row.kept for layer in kept}, key=int)
         assert all(len(kept[cut]) == 44 and max(kept[cut]) < 144 for kept in row.kept)
         assert row.versions.keys() == {"qpcompile", "torch", "transformers"} and row.plan["cuts"]
 

@@ -55,7 +55,7 @@ class NormedMlp(nn.Module):
 
 def quantized(graph: Graph, *settings: str) -> Program:
     """A program whose linears are quantized, ready to be fused."""
-    program = stubbed(graph, recipe=changed_recipe("w4a4kv4", "quantize.ignore=[]", *settings))
+    program = stubbed(graph, recipe=changed_recipe("w4a4kv4", "quantize.ignore=[]", "quantize.center=null", *settings))
     run_passes(program, [FoldTransforms(), QuantizeWeights()])
     program.stage = "quantized"
     return program
@@ -117,7 +117,7 @@ def test_numbers(apply: Apply, transform: str, smooth: str) -> None:
 
 
 def test_numbers_of_a_whole_decoder(apply: Apply) -> None:
-    recipe = changed_recipe("w4a4kv4", "quantize.ignore=[]")
+    recipe = changed_recipe("w4a4kv4", "quantize.ignore=[]", "quantize.center=null")
     program = stubbed(prefill_graph(gated=True), decode_graph(gated=True), recipe=recipe, layers=2)
     run_passes(program, [FoldTransforms(), QuantizeWeights()])
     program.stage = "cut"
