@@ -74,11 +74,11 @@ class LmmsModel(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not offered: a compiled model takes the whole prompt at once."""
-        raise NotImplementedError("qpcompile answers single-round tasks only")
+        raise ModelError("a compiled model takes the whole prompt at once", do="choose a task of one round")
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Not offered: answers are generated."""
-        raise NotImplementedError("qpcompile answers tasks with output_type generate_until only")
+        raise ModelError("answers are generated, not scored", do="choose a task with output_type generate_until")
 
     def _batches(self, requests: Sequence[Instance]) -> list[list[Instance]]:
         batches: list[list[Instance]] = []
