@@ -71,7 +71,7 @@ def test_counts_of_a_product(arch: int, opcode: str, in_loop: int) -> None:
     assert code.spills == code.local == 0
     # At least two stages of two tiles of 64 x 64 bytes.
     assert code.shared >= 2 * 2 * 64 * 64
-    assert 24 < code.registers < 128 and "s32.s8.s8" in code.ptx
+    assert 24 < code.registers < 200 and "s32.s8.s8" in code.ptx
 
 
 def test_spills_are_seen() -> None:
