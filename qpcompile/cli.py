@@ -1,40 +1,35 @@
 """The command `qpcompile`: compile, run, export, inspect, eval, sweep, search, doctor.
 
 Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 130 Ctrl-C.
+
+torch and transformers take seconds to import: commands do it when their arguments are known to be good.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image, UnidentifiedImageError
 
 from qpcompile import terminal
 from qpcompile.capture.data_folder import prompt
-from qpcompile.doctor import examine, recipe_warning
-from qpcompile.dry_run import forecast
-from qpcompile.emit.compiled import CompiledVLM, load
 from qpcompile.errors import ArtifactError, OutputError
 from qpcompile.evaluate.data_sets import read_data
-from qpcompile.evaluate.eval_command import recipe_rows
-from qpcompile.evaluate.evaluation import Exam, ask
-from qpcompile.evaluate.examiner import Examiner, artifact_row
-from qpcompile.evaluate.rows import RowFolder
-from qpcompile.evaluate.scoring import Scoring, right_answers
-from qpcompile.evaluate.search import search, write_search
-from qpcompile.evaluate.sweep import sweep
+from qpcompile.evaluate.rows import RowFolder, Scoring
 from qpcompile.evaluate.sweep_plan import SweepPlan
-from qpcompile.evaluate.sweep_report import write_sweep
-from qpcompile.ir.pass_manager import Step
-from qpcompile.ir.program import Program
-from qpcompile.pipeline import compile as compile_model
-from qpcompile.pipeline import load_model
 from qpcompile.recipe import Recipe
-from qpcompile.terminal import note, told_as_text
+from qpcompile.terminal import note, quiet_libraries, told_as_text
+
+if TYPE_CHECKING:
+    from qpcompile.emit.compiled import CompiledVLM
+    from qpcompile.evaluate.evaluation import Exam
+    from qpcompile.ir.pass_manager import Step
+    from qpcompile.ir.program import Program
 
 app = typer.Typer(
     help="Compile vision-language models: 4-bit weights, activations and KV cache, and the visual tokens to keep.",
@@ -55,6 +50,22 @@ Data = Annotated[
 ]
 MODEL_HELP = "Folder or hub name of a transformers model."
 ARTIFACT_HELP = "Folder written by `qpcompile compile`."
+
+
+def print_version(asked: bool) -> None:
+    """`--version`: the installed version and nothing else."""
+    if asked:
+        typer.echo(metadata.version("qpcompile"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """What stands in front of a command."""
 
 
 @app.command(
@@ -82,6 +93,10 @@ def compile_command(
                 "name a folder for the compiled model, or ask for --dry-run", param_hint="--output"
             )
         refuse_existing(output, report)
+        quiet_libraries()
+        from qpcompile.doctor import recipe_warning
+        from qpcompile.dry_run import forecast
+
         expected = forecast(model, asked, data)
         if warning := recipe_warning(asked):
             note(f"note: {warning}")
@@ -108,7 +123,7 @@ def run_command(
     """Answer one question about one picture."""
     with told_as_text(debug):
         picture = open_picture(image)
-        compiled = load(artifact)
+        compiled = load_artifact(artifact)
         processor = need_processor(compiled.processor, artifact)
         inputs = processor(images=[picture], text=[prompt(processor, question)], return_tensors="pt")
         tokens = compiled.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -138,7 +153,7 @@ def export_command(
     with told_as_text(debug):
         refuse_existing(output)
         if is_artifact(source):
-            compiled = load(source)
+            compiled = load_artifact(source)
         else:
             compiled = compile_told(source, Recipe.load(recipe).with_overrides(overrides or []), data)
         compiled.export_onnx(output)
@@ -159,7 +174,7 @@ def inspect_command(
     """Show what was decided, what was quantized and which graphs run."""
     with told_as_text(debug):
         refuse_existing(report)
-        compiled = load(artifact)
+        compiled = load_artifact(artifact)
         if graph is not None:
             typer.echo(compiled.graph_text(graph), nl=False)
         elif report is None:
@@ -199,7 +214,13 @@ def eval_command(
 ) -> None:
     """Share of questions answered right: of a model, an artifact, or of many recipes side by side."""
     with told_as_text(debug):
-        exam = Exam(str(data), read_data(data, split)[:limit], scoring, batch_size, max_new_tokens)
+        questions = read_data(data, split)[:limit]
+        quiet_libraries()
+        from qpcompile.evaluate.eval_command import recipe_rows
+        from qpcompile.evaluate.evaluation import Exam
+        from qpcompile.evaluate.examiner import Examiner, artifact_row
+
+        exam = Exam(str(data), questions, scoring, batch_size, max_new_tokens)
         if not recipes and out is None:
             ask_once(source, exam)
             return
@@ -217,6 +238,9 @@ def eval_command(
 
 def ask_once(source: str, exam: Exam) -> None:
     """Ask everything and print the share of right answers."""
+    from qpcompile.evaluate.evaluation import ask
+    from qpcompile.evaluate.scoring import right_answers
+
     model, processor = open_model(source)
     started = time.monotonic()
     answers = ask(model.generate, processor, exam, "answer")
@@ -234,6 +258,10 @@ def sweep_command(
     """Every pruner with every quantizer at matched visual tokens: rows, tables, figures. Killed, it goes on."""
     with told_as_text(debug):
         asked = SweepPlan.load(plan)
+        quiet_libraries()
+        from qpcompile.evaluate.sweep import sweep
+        from qpcompile.evaluate.sweep_report import write_sweep
+
         results = sweep(asked, out, note)
         write_sweep(asked, results, out, f"qpcompile sweep {plan} --out {out}")
         note(f"wrote {out}: tables.md, tables.csv, figures/, rows.csv, rows.json, rows/")
@@ -260,7 +288,13 @@ def search_command(
     """The recipe with the fewest tokens and bits that keeps the accuracy you name."""
     with told_as_text(debug):
         asked = Recipe.load(recipe).with_overrides(overrides or [])
-        exam = Exam(str(data), read_data(data)[:limit], "choice", batch_size, max_new_tokens)
+        questions = read_data(data)[:limit]
+        quiet_libraries()
+        from qpcompile.evaluate.evaluation import Exam
+        from qpcompile.evaluate.examiner import Examiner
+        from qpcompile.evaluate.search import search, write_search
+
+        exam = Exam(str(data), questions, "choice", batch_size, max_new_tokens)
         found = search(Examiner(model, exam, calibration, RowFolder(out)), asked, accuracy, note)
         write_search(found, out)
         typer.echo(f"{out / 'recipe.yaml'}: {found.best.bits}, {found.best.row.mean_visual_tokens:.1f} mean tokens, "
@@ -271,17 +305,31 @@ def search_command(
 def doctor_command(debug: Debug = False) -> None:
     """Tell what can run on this machine, and why the rest cannot."""
     with told_as_text(debug):
+        quiet_libraries()
+        from qpcompile.doctor import examine
+
         terminal.show_diagnosis(examine())
 
 
 def compile_told(model: str, recipe: Recipe, data: Path | None) -> CompiledVLM:
     """A compile that says on stderr what each pass did."""
+    quiet_libraries()
+    from qpcompile.pipeline import compile
+
     started = time.monotonic()
 
     def after(step: Step, program: Program) -> None:
         note(f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}")
 
-    return compile_model(model, recipe, calibration=data, after=after)
+    return compile(model, recipe, calibration=data, after=after)
+
+
+def load_artifact(folder: str | Path) -> CompiledVLM:
+    """The compiled model in a folder."""
+    quiet_libraries()
+    from qpcompile.emit.compiled import load
+
+    return load(folder)
 
 
 def is_artifact(source: str | Path) -> bool:
@@ -299,8 +347,11 @@ def is_artifact(source: str | Path) -> bool:
 def open_model(source: str) -> tuple[Any, Any]:
     """(something with `generate`, processor) of a compiled folder or of a transformers model."""
     if not is_artifact(source):
+        quiet_libraries()
+        from qpcompile.pipeline import load_model
+
         return load_model(source)
-    compiled = load(source)
+    compiled = load_artifact(source)
     return compiled, need_processor(compiled.processor, source)
 
 

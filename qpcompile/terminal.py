@@ -7,20 +7,21 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
-from qpcompile.doctor import Diagnosis
-from qpcompile.dry_run import Forecast
-from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import QPCompileError
-from qpcompile.evaluate.eval_command import HEADS, HEADS_MEAN, table_cells
-from qpcompile.evaluate.rows import Row
-from qpcompile.plan import Plan, Site
+
+if TYPE_CHECKING:
+    from qpcompile.doctor import Diagnosis
+    from qpcompile.dry_run import Forecast
+    from qpcompile.emit.compiled import CompiledVLM
+    from qpcompile.evaluate.rows import Row
+    from qpcompile.plan import Plan, Site
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -28,7 +29,6 @@ FAILED, INTERRUPTED = 1, 130
 @contextmanager
 def told_as_text(debug: bool) -> Iterator[None]:
     """Errors of ours become text and exit code 1, Ctrl-C becomes 130; with `debug` the traceback comes first."""
-    quiet_libraries()
     try:
         yield
     except KeyboardInterrupt:
@@ -43,13 +43,18 @@ def told_as_text(debug: bool) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Progress of ours as log lines where there is no terminal; no bars and no warnings of transformers."""
+    """Progress of ours as log lines where there is no terminal; no bars and no warnings of transformers.
+
+    Imports transformers, which takes a second.
+    """
     log = logging.getLogger("qpcompile")
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -148,6 +153,8 @@ def show_model(compiled: CompiledVLM) -> None:
 
 def show_rows(rows: Sequence[Row]) -> None:
     """Results side by side."""
+    from qpcompile.evaluate.eval_command import HEADS, HEADS_MEAN, table_cells
+
     out = console()
     out.print(table("results, 95 % intervals by paired bootstrap", HEADS, table_cells(rows)))
     out.print(HEADS_MEAN)

@@ -253,7 +253,7 @@ def refused(*args: Any, **options: Any) -> Any:
 def test_existing_output_is_refused_before_compiling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr(cli, "compile_model", refused)
+    monkeypatch.setattr("qpcompile.pipeline.compile", refused)
     kept = tmp_path / "kept"
     kept.write_text("mine")
     arguments = {"--output": str(tmp_path / "out"), "--report": str(tmp_path / "report.html")} | {option: str(kept)}
@@ -287,7 +287,7 @@ class FullDisk:
 
 @pytest.mark.parametrize("command", ["compile", "export"])
 def test_full_disk(place: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    monkeypatch.setattr(cli, "compile_model", lambda *args, **options: FullDisk())
+    monkeypatch.setattr("qpcompile.pipeline.compile", lambda *args, **options: FullDisk())
     result = CliRunner().invoke(cli.app, [command, str(MODEL), "--recipe", "none", "--output", str(place / "out")])
     assert result.exit_code == 1 and "the disk is full" in result.output and "what to do:" in result.output
 
@@ -352,12 +352,13 @@ class Interrupted(Mapping[str, torch.Tensor]):
 def test_interrupt_during_calibration(tiny: Tiny, captured: None, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last = Interrupted(tiny[1]["one"])
     ran: list[str] = []
+    real = qpcompile.compile
 
     def compile_tiny(model: str, recipe: Recipe, **options: Any) -> CompiledVLM:
         samples: Any = [tiny[1]["one"], last]
-        return qpcompile.compile(tiny[0], recipe, calibration=samples, after=lambda step, _: ran.append(step.name))
+        return real(tiny[0], recipe, calibration=samples, after=lambda step, _: ran.append(step.name))
 
-    monkeypatch.setattr(cli, "compile_model", compile_tiny)
+    monkeypatch.setattr("qpcompile.pipeline.compile", compile_tiny)
     words = ["compile", str(MODEL), "--data", str(DATA), "--output", str(place / "out"), "--recipe", "w4a4kv4"]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 130 and "interrupted" in result.output

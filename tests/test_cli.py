@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +25,7 @@ from qpcompile.pipeline import passes
 TESTBED = Path(__file__).resolve().parent / "testbed"
 MODEL, DATA = str(TESTBED / "llava"), TESTBED / "calibration" / "llava"
 PICTURE = str(DATA / "00000.png")
+COMPILE = "qpcompile.pipeline.compile"
 COMMANDS = ("compile", "run", "export", "inspect", "eval", "sweep", "search", "doctor")
 
 
@@ -66,8 +70,8 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(cli, "compile_model", made.compile)
-    monkeypatch.setattr(cli, "load", lambda folder: made)
+    monkeypatch.setattr(COMPILE, made.compile)
+    monkeypatch.setattr("qpcompile.emit.compiled.load", lambda folder: made)
     return made
 
 
@@ -103,6 +107,28 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[object, ...]) -> None:
     assert result.exit_code == 2 and "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--help",), 0, "Compile vision-language models"),
+        (("--version",), 0, metadata.version("qpcompile")),
+        (("compile", "--help"), 0, "Compile a model by a recipe"),
+        (("eval", "--help"), 0, "choice"),
+        (("fly",), 2, "fly"),
+        (("compile", MODEL, "--recipe", "quota-3", "--output", "out"), 1, "did you mean quota-30"),
+        (("compile", MODEL, "--set", "tokens.keeep=1", "--output", "out"), 1, "did you mean keep"),
+        (("inspect", "no-such-folder", "--report", str(TESTBED)), 1, "exists already"),
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments: tuple[str, ...], code: int, said: str) -> None:
+    """In a process of its own: here torch is imported long since."""
+    asks = "import atexit, sys\natexit.register(lambda: print('slow:', *{'torch', 'transformers'} & {*sys.modules}))\n"
+    program = asks + "from qpcompile.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and said in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "slow:"
+
+
 def test_compile_hands_everything_on(recorder: Recorder, tmp_path: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report.html"
     words = ("--recipe", "quota-30", "--set", "tokens.keep=0.4", "--set", "calibration.samples=3")
@@ -124,7 +150,7 @@ def test_dry_run_prints_every_pass_and_compiles_nothing(monkeypatch: pytest.Monk
     def loads(*args: Any, **options: Any) -> Any:
         pytest.fail("a dry run loaded a model")
 
-    monkeypatch.setattr(cli, "compile_model", loads)
+    monkeypatch.setattr(COMPILE, loads)
     monkeypatch.setattr("qpcompile.pipeline.AutoModelForImageTextToText.from_pretrained", loads)
     result = invoke("compile", MODEL, "--recipe", "quota-30", "--data", DATA, "--dry-run")
     assert result.exit_code == 0, result.output
@@ -153,7 +179,7 @@ def test_errors_are_text_and_tracebacks_are_asked_for(monkeypatch: pytest.Monkey
     def fails(*args: Any, **options: Any) -> Any:
         raise CaptureError("prefill cannot be traced", where="model.py, line 7", do="report this family")
 
-    monkeypatch.setattr(cli, "compile_model", fails)
+    monkeypatch.setattr(COMPILE, fails)
     words = ("compile", MODEL, "--recipe", "none", "--output", tmp_path / "out")
     result = invoke(*words)
     assert result.exit_code == 1 and "Traceback" not in result.output
@@ -167,7 +193,7 @@ def test_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     def stops(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compile_model", stops)
+    monkeypatch.setattr(COMPILE, stops)
     result = invoke("compile", MODEL, "--recipe", "none", "--output", tmp_path / "out")
     assert result.exit_code == 130 and "Traceback" not in result.output and list(tmp_path.iterdir()) == []
 
@@ -213,8 +239,8 @@ def test_eval_prints_the_share_of_right_answers(monkeypatch: pytest.MonkeyPatch)
         asked.extend([generate, processor, len(exam.questions), exam.batch_size, exam.max_new_tokens])
         return [question.answer for question in exam.questions[:3]] + ["wrong"]
 
-    monkeypatch.setattr(cli, "load_model", lambda source: (SimpleNamespace(generate="G"), "P"))
-    monkeypatch.setattr(cli, "ask", answers)
+    monkeypatch.setattr("qpcompile.pipeline.load_model", lambda source: (SimpleNamespace(generate="G"), "P"))
+    monkeypatch.setattr("qpcompile.evaluate.evaluation.ask", answers)
     result = invoke("eval", MODEL, "--data", DATA, "--limit", "4", "--batch-size", "2", "--max-new-tokens", "8")
     assert result.exit_code == 0 and "accuracy 0.7500 (3 of 4)" in result.output
     assert asked == ["G", "P", 4, 2, 8]

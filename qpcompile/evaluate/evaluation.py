@@ -20,8 +20,8 @@ from qpcompile.evaluate.accuracy import Generate, answer
 from qpcompile.evaluate.data_sets import folder_digest, questions_digest
 from qpcompile.evaluate.flops import Decoder
 from qpcompile.evaluate.footprint import cache_footprint
-from qpcompile.evaluate.rows import Row, row_id
-from qpcompile.evaluate.scoring import Scoring, choose, right_answers
+from qpcompile.evaluate.rows import Row, Scoring, row_id
+from qpcompile.evaluate.scoring import choose, right_answers
 from qpcompile.pipeline import package_versions
 from qpcompile.plan import Plan
 from qpcompile.progress import track

@@ -17,7 +17,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -26,6 +26,8 @@ from qpcompile.files import write_new_file
 from qpcompile.recipe_schema import Section
 
 FULL_PRECISION = "full precision"
+# choice: the most probable choice where a question has choices; text: the choice that the freely generated text names.
+Scoring = Literal["choice", "text"]
 
 
 class Row(Section):
@@ -40,7 +42,7 @@ class Row(Section):
     seed: int | None = Field(description="Seed of the calibration draw; null: nothing was drawn.")
     calibration_samples: int = Field(description="Samples used.")
     calibration_sha256: str | None = Field(description="Hash of the samples.")
-    scoring: str = Field(description="choice or text.")
+    scoring: Scoring = Field(description="How answers were found right.")
     versions: dict[str, str] = Field(description="Packages.")
     source: str = Field(description="Hash of the package's own code, which `id` leaves out.")
     questions: int = Field(ge=1, description="Questions asked.")

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from qpcompile.capture.data_folder import Question, question_inputs
 
-# choice: as above where a question has choices; text: the choice that the freely generated text names.
-Scoring = Literal["choice", "text"]
 # "B", "B.", "(B) because", "The answer is B."
 _LETTER = re.compile(r"^\(?([A-Z])(?:[.):]|\s|$)|answer is:?\s*\(?([A-Z])\b")
 
