@@ -171,6 +171,12 @@ def _fuse(recipe: Recipe, samples: int) -> str:
     return "norm + quantize and silu * up + quantize become one operator each"
 
 
+def _merge(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None and recipe.tokens.method == "none":
+        return NOTHING
+    return "what cuts and caches compute twice is computed once"
+
+
 def _widen(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.quantize.activations.bits == 16:
         return NOTHING
@@ -193,5 +199,6 @@ EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "quantize_weights": _weights,
     "quantize_kv_cache": _cache,
     "fuse_kernels": _fuse,
+    "merge_duplicates": _merge,
     "widen_sums": _widen,
 }

@@ -30,6 +30,7 @@ from qpcompile.passes.fuse_kernels import FuseKernels
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.passes.measure_sensitivity import MeasureSensitivity
+from qpcompile.passes.merge_duplicates import MergeDuplicates
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
@@ -65,6 +66,7 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         QuantizeWeights(),
         QuantizeKvCache(),
         FuseKernels(),
+        MergeDuplicates(),
         # Make every back end come to the same codes.
         WidenSums(),
     ]

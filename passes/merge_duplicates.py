@@ -1,0 +1,61 @@
+"""Say everything once: what two operators compute from the same values becomes the result of the first.
+
+    %a = aten::unsqueeze(%i, 1)
+    %b = aten::unsqueeze(%i, 1)      becomes      %a = aten::unsqueeze(%i, 1)
+    %y = aten::add(%a, %b)                        %y = aten::add(%a, %a)
+
+Cuts gather several values with the same indices, and a 4-bit cache appends the new token once for attention and once
+for what is returned. Random operators stay, and nothing is merged across an operator that writes into a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qpcompile.ir.edit import tidy
+from qpcompile.ir.program import Graph, Program
+
+
+@dataclass(frozen=True)
+class MergeDuplicates:
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "merge_duplicates"
+    needs: ClassVar[str] = "fused"
+    gives: ClassVar[str] = "fused"
+
+    def run(self, program: Program) -> bool:
+        """Returns whether anything was merged."""
+        changed = [_merge(graph) for graph in program.graphs.values()]
+        return any(changed)
+
+
+def _merge(graph: Graph) -> bool:
+    merged = False
+    first: dict[tuple[object, str], fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or _is_random(node):
+            continue
+        if _writes(node):
+            first.clear()
+            continue
+        # As text, since 1, 1.0 and True are equal in Python and not in torch; a node is its name there.
+        key = (node.target, f"{node.args} {sorted(node.kwargs.items())}")
+        same = first.setdefault(key, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.module.graph.erase_node(node)
+            merged = True
+    return tidy(graph) or merged
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
