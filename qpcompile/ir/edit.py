@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qpcompile.errors import PlanError
@@ -108,7 +109,8 @@ def infer(graph: Graph, node: fx.Node) -> None:
             return mode.from_tensor(value.detach(), static_shapes=True)
         return value
 
-    with mode:
+    # torch 2.11 multiplies matrices of symbolic sizes in Python only.
+    with mode, enable_python_dispatcher():
         node.meta["val"] = node.target(*fx.map_arg(node.args, fake), **fx.map_arg(node.kwargs, fake))  # type: ignore[operator]
 
 
