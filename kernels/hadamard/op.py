@@ -25,19 +25,18 @@ def _hadamard_fake(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def hadamard_cuda(x: Tensor, scale: Tensor | None) -> Tensor:
-    """The same two products on the GPU, with the factors kept there: a copy from the host breaks graph capture."""
+    """x: f[..., C] on the GPU, scale: f32[C] -> x.dtype[..., C]; as two products of torch where no tile holds C."""
+    from qpcompile.kernels.hadamard import triton
+
+    if (tiling := triton.rotated_tiling(x.shape[-1])) is not None:
+        return triton.hadamard(x, scale, tiling)
     left, right = _device_factors(x.shape[-1], x.device)
     return reference.rotate(x, scale, left, right)
 
 
-def transform_cuda(x: Tensor, scale: Tensor | None, rotated: bool) -> Tensor:
-    """x: f32[..., C] on the GPU, scale: f32[C] -> f32[..., C], as reference.transform."""
-    return hadamard_cuda(x, scale) if rotated else reference.transform(x, scale, rotated=False)
-
-
 @functools.cache
 def _device_factors(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The factors of `channels` on `device`, copied once."""
+    """The factors of `channels` on `device`, copied once: a copy from the host breaks graph capture."""
     with torch.inference_mode(False):
         left, right = reference.factors(channels)
         return left.to(device), right.to(device)

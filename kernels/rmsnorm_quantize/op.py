@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.hadamard.op import transform_cuda
 from qpcompile.kernels.quantize_int4.op import fake_quantized
-from qpcompile.kernels.rmsnorm_quantize import cpu, reference
+from qpcompile.kernels.rmsnorm_quantize import cpu
 
 
 @torch.library.custom_op("qpcompile::rmsnorm_quantize", mutates_args=(), device_types="cpu")
@@ -32,10 +31,9 @@ def _rmsnorm_quantize_cuda(
     group_size: int,
     clip_ratio: float,
 ) -> tuple[Tensor, Tensor]:
-    from qpcompile.kernels.quantize_int4 import triton
+    from qpcompile.kernels.rmsnorm_quantize import triton
 
-    values = transform_cuda(reference.rmsnorm(x, weight, eps), transform_scale, rotate)
-    return triton.quantize_int4(values, group_size, clip_ratio)
+    return triton.norm_quantize(x, weight, None, eps, transform_scale, rotate, group_size, clip_ratio)
 
 
 @rmsnorm_quantize.register_fake

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.hadamard.op import transform_cuda
 from qpcompile.kernels.quantize_int4.op import fake_quantized
-from qpcompile.kernels.silu_mul_quantize import cpu, reference
+from qpcompile.kernels.silu_mul_quantize import cpu
 
 
 @torch.library.custom_op("qpcompile::silu_mul_quantize", mutates_args=(), device_types="cpu")
@@ -20,10 +19,9 @@ def silu_mul_quantize(
 def _silu_mul_quantize_cuda(
     gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
 ) -> tuple[Tensor, Tensor]:
-    from qpcompile.kernels.quantize_int4 import triton
+    from qpcompile.kernels.silu_mul_quantize import triton
 
-    values = transform_cuda(reference.silu_mul(gate, up), transform_scale, rotate)
-    return triton.quantize_int4(values, group_size, clip_ratio)
+    return triton.silu_mul_quantize(gate, up, transform_scale, rotate, group_size, clip_ratio)
 
 
 @silu_mul_quantize.register_fake
