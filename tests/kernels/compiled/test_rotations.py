@@ -1,4 +1,4 @@
-"""The rotating kernels' machine code at model widths: products on tensor cores in TF32, tiles that stay in registers."""
+"""The rotating kernels' machine code at model widths: products on tensor cores in TF32, tiles in registers."""
 
 import os
 from typing import Any
