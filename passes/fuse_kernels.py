@@ -1,22 +1,31 @@
 """Join what runs in a row into one operator.
 
     rmsnorm [-> hadamard | * scale] -> quantize_int4        becomes  qpcompile::rmsnorm_quantize
+    layer_norm [-> hadamard | * scale] -> quantize_int4     becomes  qpcompile::layernorm_quantize
     silu(gate) * up [-> hadamard | * scale] -> quantize_int4  becomes  qpcompile::silu_mul_quantize
 
-Both are computed in float64 and rounded once (kernels/sums.py), so the float32 norm and product that they replace may
+All are computed in float64 and rounded once (kernels/sums.py), so the float32 norms and product that they replace may
 differ from them in the last bit. A value with another reader is not fused away.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from qpcompile.ir.edit import aten, call, calls, is_call, tidy
-from qpcompile.ir.operators import HADAMARD, QUANTIZE_INT4, RMSNORM, RMSNORM_QUANTIZE, SILU_MUL_QUANTIZE
+from qpcompile.ir.operators import (
+    HADAMARD,
+    LAYERNORM_QUANTIZE,
+    QUANTIZE_INT4,
+    RMSNORM,
+    RMSNORM_QUANTIZE,
+    SILU_MUL_QUANTIZE,
+)
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
 
@@ -48,6 +57,8 @@ def _fuse(graph: Graph, quantize: fx.Node) -> bool:
     tail = (scale, rotate, group_size, clip_ratio)
     if is_call(source, RMSNORM) and value(source).dtype == torch.float32:
         new = call(graph, quantize, RMSNORM_QUANTIZE, *source.args, *tail, like=quantize)
+    elif (norm := _layer_norm(source)) is not None:
+        new = call(graph, quantize, LAYERNORM_QUANTIZE, *norm, *tail, like=quantize)
     elif (factors := _silu_mul(source)) is not None:
         new = call(graph, quantize, SILU_MUL_QUANTIZE, *factors, *tail, like=quantize)
     else:
@@ -68,6 +79,15 @@ def _split_transform(x: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
         assert isinstance(source, fx.Node)
         return source, x.args[1], False
     return x, None, False
+
+
+def _layer_norm(node: fx.Node) -> tuple[Any, ...] | None:
+    """(x, weight, bias, eps) where the node is a layer norm over the last axis, in float32, with weight and bias."""
+    if not is_call(node, aten.layer_norm.default) or value(node).dtype != torch.float32:
+        return None
+    x, shape, weight, bias, eps, *_ = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]]
+    plain = isinstance(shape, Sequence) and len(shape) == 1 and not node.kwargs
+    return (x, weight, bias, eps) if plain and weight is not None and bias is not None else None
 
 
 def _silu_mul(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

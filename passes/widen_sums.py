@@ -19,6 +19,7 @@ from torch import fx
 
 from qpcompile.ir.edit import aten, call, calls, tidy
 from qpcompile.ir.operators import (
+    LAYERNORM_QUANTIZE,
     QUANTIZE_INT4,
     QUANTIZE_INT4_STATIC,
     RMSNORM,
@@ -29,7 +30,7 @@ from qpcompile.ir.operators import (
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.shapes import value
 
-QUANTIZERS = (QUANTIZE_INT4, QUANTIZE_INT4_STATIC, RMSNORM_QUANTIZE, SILU_MUL_QUANTIZE)
+QUANTIZERS = (QUANTIZE_INT4, QUANTIZE_INT4_STATIC, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, SILU_MUL_QUANTIZE)
 
 CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
 

@@ -206,7 +206,7 @@ def needed_operators(recipe: Recipe) -> list[str]:
     if scheme.transform != "none":
         needed.append("hadamard" if scheme.transform == "hadamard" else "kronecker")
     if scheme.weights.bits == 4:
-        four = ["quantize_int4", "linear_w4a4", "rmsnorm_quantize", "silu_mul_quantize"]
+        four = ["quantize_int4", "linear_w4a4", "rmsnorm_quantize", "layernorm_quantize", "silu_mul_quantize"]
         needed += four if scheme.activations.bits == 4 else ["linear_w4a16"]
     return needed
 

@@ -82,6 +82,11 @@ def _kv4_write(device: torch.device) -> None:
     ours.kv4_write(_noise(1, 2, 5, 32, device=device))
 
 
+def _layernorm_quantize(device: torch.device) -> None:
+    x, weight = _noise(3, 48, device=device), _noise(48, device=device)
+    ours.layernorm_quantize(x, weight, weight, 1e-6, None, True, 0, 1.0)
+
+
 def _linear_w4a4(device: torch.device) -> Pair:
     q, scale = ours.quantize_int4(_noise(17, 256, device=device), 0, 1.0)
     codes, weight_scale = ours.quantize_int4(_noise(48, 256, device=device), 0, 1.0)
@@ -185,6 +190,7 @@ PROBES: dict[str, Probe] = {
     "kv4_write": _kv4_write,
     "kv8_read": _kv8_read,
     "kv8_write": _kv8_write,
+    "layernorm_quantize": _layernorm_quantize,
     "linear_w4a16": _linear_w4a16,
     "linear_w4a4": _linear_w4a4,
     "merge_tokens": _merge_tokens,

@@ -41,6 +41,7 @@ from qpcompile.kernels.kv4_read.onnx import kv4_read
 from qpcompile.kernels.kv4_write.onnx import kv4_write
 from qpcompile.kernels.kv8_read.onnx import kv8_read
 from qpcompile.kernels.kv8_write.onnx import kv8_write
+from qpcompile.kernels.layernorm_quantize.onnx import layernorm_quantize
 from qpcompile.kernels.linear_w4a4 import onnx as linear_w4a4
 from qpcompile.kernels.linear_w4a16 import onnx as linear_w4a16
 from qpcompile.kernels.merge_tokens.onnx import merge_tokens
@@ -77,6 +78,7 @@ OWN = {
     operators.KV4_WRITE: kv4_write,
     operators.KV8_READ: kv8_read,
     operators.KV8_WRITE: kv8_write,
+    operators.LAYERNORM_QUANTIZE: layernorm_quantize,
     operators.LINEAR_W4A16: linear_w4a16.linear_w4a16,
     operators.LINEAR_W4A4: linear_w4a4.linear_w4a4,
     operators.MERGE_TOKENS: merge_tokens,

@@ -20,6 +20,7 @@ from qpcompile.ir.operators import (
     ATTENTION_KV4,
     HADAMARD,
     KV4_WRITE,
+    LAYERNORM_QUANTIZE,
     LINEAR_W4A4,
     QUANTIZE_INT4,
     RMSNORM,
@@ -30,6 +31,7 @@ from qpcompile.ir.program import Graph, Program
 from qpcompile.kernels.attention_kv4.cpu import attention_kv4
 from qpcompile.kernels.hadamard.cpu import hadamard
 from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.layernorm_quantize.cpu import layernorm_quantize
 from qpcompile.kernels.linear_w4a4.cpu import linear_unpacked
 from qpcompile.kernels.linear_w4a4.packing import unpack_int4
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
@@ -42,6 +44,7 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     ATTENTION_KV4: attention_kv4,
     HADAMARD: hadamard,
     KV4_WRITE: kv4_write,
+    LAYERNORM_QUANTIZE: layernorm_quantize,
     QUANTIZE_INT4: quantize_int4,
     RMSNORM: rmsnorm,
     RMSNORM_QUANTIZE: rmsnorm_quantize,

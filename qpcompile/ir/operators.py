@@ -15,6 +15,7 @@ from qpcompile.kernels.kv4_read import op as _kv4_read
 from qpcompile.kernels.kv4_write import op as _kv4_write
 from qpcompile.kernels.kv8_read import op as _kv8_read
 from qpcompile.kernels.kv8_write import op as _kv8_write
+from qpcompile.kernels.layernorm_quantize import op as _layernorm_quantize
 from qpcompile.kernels.linear_w4a4 import op as _linear_w4a4
 from qpcompile.kernels.linear_w4a16 import op as _linear_w4a16
 from qpcompile.kernels.merge_tokens import op as _merge_tokens
@@ -46,6 +47,7 @@ MODULES = (
     _kv4_write,
     _kv8_read,
     _kv8_write,
+    _layernorm_quantize,
     _linear_w4a16,
     _linear_w4a4,
     _merge_tokens,
@@ -78,6 +80,7 @@ KV4_READ = ours.kv4_read.default
 KV4_WRITE = ours.kv4_write.default
 KV8_READ = ours.kv8_read.default
 KV8_WRITE = ours.kv8_write.default
+LAYERNORM_QUANTIZE = ours.layernorm_quantize.default
 LINEAR_W4A16 = ours.linear_w4a16.default
 LINEAR_W4A4 = ours.linear_w4a4.default
 MERGE_TOKENS = ours.merge_tokens.default

@@ -14,7 +14,7 @@ from toy_decoder import HIDDEN, Mlp, Norm, decode_graph, prefill_graph, toy_feed
 
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import calls
-from qpcompile.ir.operators import QUANTIZE_INT4, RMSNORM_QUANTIZE, SILU_MUL_QUANTIZE
+from qpcompile.ir.operators import LAYERNORM_QUANTIZE, QUANTIZE_INT4, RMSNORM_QUANTIZE, SILU_MUL_QUANTIZE
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.text import graph_text
@@ -143,6 +143,44 @@ def test_another_reader_keeps_them_apart(apply: Apply, kind: str, left: tuple[in
     apply(program, FuseKernels())
     assert fused(graph) == left and len(list(calls(graph, QUANTIZE_INT4))) == 1
     assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
+
+
+class LayerNormed(nn.Module):
+    """A layer norm and what reads it; `kind` names what keeps them from being fused."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.norm = nn.LayerNorm(HIDDEN, eps=1e-3, elementwise_affine=kind != "no weight", bias=kind != "no bias")
+        self.layers = nn.ModuleList([Mlp()])
+        for parameter in self.norm.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mlp: Any = self.layers[0]
+        normed = self.norm(x + 2)
+        y = mlp.gate_proj(normed)
+        return y + normed.sum() if self.kind == "norm read twice" else y
+
+
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
+def test_a_layer_norm_is_fused(apply: Apply, transform: str) -> None:
+    graph = traced(LayerNormed(), TOKENS)
+    program = quantized(graph, f"quantize.transform={transform}")
+    expected = run(graph, **TOKENS)["y"]
+    assert apply(program, FuseKernels())
+    (node,) = calls(graph, LAYERNORM_QUANTIZE)
+    assert node.args[3:] == (1e-3, None, transform == "hadamard", 0, 1.0)
+    assert not list(calls(graph, QUANTIZE_INT4))
+    assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
+
+
+@pytest.mark.parametrize("kind", ["norm read twice", "no weight", "no bias"])
+def test_other_layer_norms_stay_apart(apply: Apply, kind: str) -> None:
+    graph = traced(LayerNormed(kind), TOKENS)
+    assert not apply(quantized(graph), FuseKernels())
+    assert len(list(calls(graph, QUANTIZE_INT4))) == 1
 
 
 def test_other_types_stay_apart(apply: Apply) -> None:

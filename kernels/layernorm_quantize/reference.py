@@ -1,0 +1,34 @@
+"""Layer normalisation, the activation transform and 4-bit quantization as one operator: three truths composed.
+
+    y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias;   (q, scale) = quantize_int4(transform(y))
+
+Source: Layer Normalization, section 3, arXiv 1607.06450.
+"""
+
+from torch import Tensor
+
+from qpcompile.kernels.hadamard.reference import transform
+from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.sums import wide_type
+
+
+def layernorm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    transform_scale: Tensor | None,
+    rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+) -> tuple[Tensor, Tensor]:
+    """x: f[..., C], weight, bias: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    return quantize_int4(transform(layernorm(x, weight, bias, eps), transform_scale, rotate), group_size, clip_ratio)
+
+
+def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x: f[..., C], weight, bias: f[C] -> f32[..., C]."""
+    # The layout decides the order in which torch adds a mean up; one layout, one result.
+    values = x.to(wide_type(x)).contiguous()
+    values = values - values.mean(-1, keepdim=True)
+    return (values / ((values * values).mean(-1, keepdim=True) + eps).sqrt() * weight + bias).float()

@@ -1,0 +1,96 @@
+"""qpcompile::layernorm_quantize: by hand, equal to the composition of its parts bit for bit, and in ONNX."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.hadamard.reference import hadamard
+from qpcompile.kernels.layernorm_quantize import cpu, op, reference
+from qpcompile.kernels.layernorm_quantize import onnx as translation
+from qpcompile.kernels.quantize_int4.reference import quantize_int4
+
+
+def test_by_hand() -> None:
+    # Mean 5 and standard deviation 2: (x - 5) / 2 is +-1, then the weight, then the bias.
+    x = torch.tensor([[7.0, 3.0, 7.0, 3.0]])
+    weight, bias = torch.tensor([7.0, 1.0, 3.0, 2.0]), torch.tensor([0.0, -3.0, 0.0, 1.0])
+    q, scale = reference.layernorm_quantize(x, weight, bias, 0.0, None, False, 0, 1.0)
+    assert q.tolist() == [[7, -4, 3, -1]]
+    assert scale.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("tokens", "channels", "group_size"), [(1, 63, 0), (17, 144, 36), (63, 96, 0), (1000, 33, 3)])
+def test_op_is_the_composition(
+    tokens: int, channels: int, group_size: int, scaled: bool, rotate: bool, dtype: torch.dtype
+) -> None:
+    x = (torch.randn(tokens, channels) * 5).to(dtype)
+    x[:1] = 0
+    weight, bias, transform_scale = *torch.randn(2, channels).to(dtype), torch.rand(channels) + 0.5
+    norm = reference.layernorm(x, weight, bias, 1e-5)
+    scale_or_none = transform_scale if scaled else None
+    values = hadamard(norm, scale_or_none) if rotate else norm * transform_scale if scaled else norm
+    found = torch.ops.qpcompile.layernorm_quantize(x, weight, bias, 1e-5, scale_or_none, rotate, group_size, 0.9)
+    for left, right in zip(found, quantize_int4(values, group_size, 0.9), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_norm_is_torchs() -> None:
+    x, weight, bias = torch.randn(5, 63) + 3, torch.randn(63), torch.randn(63)
+    expected = torch.nn.functional.layer_norm(x, (63,), weight, bias, 1e-5)
+    torch.testing.assert_close(cpu.layernorm(x, weight, bias, 1e-5), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(cpu.layernorm(x, weight, bias, 1e-5), reference.layernorm(x, weight, bias, 1e-5))
+
+
+def test_a_token_is_the_same_in_every_batch() -> None:
+    x, weight = torch.randn(33, 768), torch.randn(768)
+    arguments = (weight, -weight, 1e-5, None, True, 0, 1.0)
+    together = torch.ops.qpcompile.layernorm_quantize(x, *arguments)
+    alone = [torch.ops.qpcompile.layernorm_quantize(each, *arguments) for each in x.split(1)]
+    assert torch.equal(together[0], torch.cat([q for q, _ in alone]))
+    assert torch.equal(together[1], torch.cat([scale for _, scale in alone]))
+
+
+def test_non_contiguous_and_untouched() -> None:
+    x, weight = torch.randn(48, 5, 2).transpose(0, 2), torch.randn(96)[::2]
+    before, packed = x.clone(), weight.contiguous()
+    found = torch.ops.qpcompile.layernorm_quantize(x, weight, weight, 1e-5, None, False, 0, 1.0)
+    expected = reference.layernorm_quantize(x.contiguous(), packed, packed, 1e-5, None, False, 0, 1.0)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("scale", [None, torch.ones(12)], ids=["plain", "scaled"])
+def test_opcheck(scale: Tensor | None) -> None:
+    arguments = (torch.randn(2, 3, 12), torch.randn(12), torch.randn(12), 1e-5, scale, scale is not None, 4, 0.95)
+    torch.library.opcheck(op.layernorm_quantize, arguments)
+
+
+class Norms(torch.nn.Module):
+    """The plain form, and the one with everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(144))
+        self.bias = torch.nn.Parameter(torch.randn(144))
+        self.register_buffer("scale", torch.rand(144) + 0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        norm = torch.ops.qpcompile.layernorm_quantize
+        plain = norm(x, self.weight, self.bias, 1e-5, None, False, 0, 1.0)
+        return (*plain, *norm(x, self.weight, self.bias, 1e-5, self.scale, True, 36, 0.9))
+
+
+def test_onnx_is_the_op(export_onnx: Any) -> None:
+    module = Norms()
+    exported = export_onnx(module, [torch.randn(2, 5, 144)], {op.OVERLOAD: translation.layernorm_quantize})
+    assert not any("::" in each for each in exported.operators)
+    for shape in ((1, 1, 144), (3, 17, 144)):
+        x = torch.randn(shape) * 5
+        found, expected = exported(x), module(x)
+        # Sums in float64, rounded once: the same codes in any order of adding up.
+        assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
