@@ -14,6 +14,7 @@ successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,9 +23,9 @@ import torch
 from torch import fx
 
 from qpcompile.errors import PlanError
-from qpcompile.ir.budget import ratio_fraction
+from qpcompile.ir.budget import DENOMINATOR, ratio_fraction
 from qpcompile.ir.collect import run_sample
-from qpcompile.ir.edit import clone
+from qpcompile.ir.edit import aten, clone
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.fake_quant import StubRounding
 from qpcompile.ir.interpret import run_watched
@@ -36,6 +37,11 @@ from qpcompile.ir.schedules import Shares, cut_layers_of, schedules
 from qpcompile.passes.insert_token_cuts import cut_prefill
 from qpcompile.plan import Cut
 from qpcompile.progress import track
+
+# Samples whose visual tokens are counted, to build schedules of whole tokens.
+COUNTED = 8
+# Numerators of ratios before a schedule's own are put in: falling, as ratios do, and found nowhere else in a graph.
+STAND_INS = (999_983, 999_979, 999_961)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class SearchSchedule:
                 do="write mean",
             )
         count = min(self.count, tokens.trial_samples)
-        trials = _Trials(program, schedules(tokens.keep, len(program.layers)))
+        visual = _visual_tokens(program, itertools.islice(self.samples, COUNTED))
+        trials = _Trials(program, schedules(tokens.keep, len(program.layers), visual))
         with track("search_schedule", count) as step:
             for number, sample in enumerate(itertools.islice(self.samples, count)):
                 run_sample(trials.machine, sample, number)
@@ -76,7 +83,7 @@ class _Trials:
 
     def __init__(self, program: Program, candidates: list[Shares]) -> None:
         self.program = program
-        self.graphs = {shares: _with_cuts(program, shares) for shares in candidates}
+        self.graphs = _graphs(program, candidates)
         self.costs = dict.fromkeys(candidates, 0.0)
         self.machine = Machine(program, self.execute)
         scheme = program.recipe.quantize
@@ -119,13 +126,52 @@ class _Trials:
         return value if fact is None or self.rounding is None else self.rounding(value, fact)
 
 
-def _with_cuts(program: Program, shares: Shares) -> Graph:
-    """The prefill graph with the cuts of a schedule."""
+def _visual_tokens(program: Program, samples: Iterable[dict[str, Any]]) -> int:
+    """The median number of visual tokens in a prompt."""
+    counts: list[int] = []
+
+    def count(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if graph.name == PREFILL and machine.visual is not None:
+            counts.extend(machine.visual.sum(dim=1).tolist())
+        return execute_graph(graph, feeds)
+
+    machine = Machine(program, count)
+    for number, sample in enumerate(samples):
+        run_sample(machine, sample, number)
+    return sorted(counts)[len(counts) // 2]
+
+
+def _graphs(program: Program, candidates: list[Shares]) -> dict[Shares, Graph]:
+    """The prefill graph with the cuts of each schedule; cutting is slow, so once for all behind the same layers."""
+    cut: dict[tuple[int, ...], Graph] = {}
+    graphs = {}
+    for shares in candidates:
+        layers, ratios = zip(*cut_layers_of(shares), strict=True)
+        if layers not in cut:
+            cut[layers] = _with_cuts(program, layers)
+        graphs[shares] = _with_ratios(cut[layers], ratios)
+    return graphs
+
+
+def _with_cuts(program: Program, layers: tuple[int, ...]) -> Graph:
+    """The prefill graph with cuts behind these layers, whose numerators are stand-ins."""
     graph, recipe = clone(program.graphs[PREFILL]), program.recipe
     cuts = tuple(
-        Cut(layer=layer, ratio=share, numerator=numerator, denominator=denominator)
-        for layer, share in cut_layers_of(shares)
-        for numerator, denominator in [ratio_fraction(share)]
+        Cut(layer=layer, ratio=stand_in / DENOMINATOR, numerator=stand_in, denominator=DENOMINATOR)
+        for layer, stand_in in zip(layers, STAND_INS, strict=False)
     )
     cut_prefill(graph, cuts, recipe, PRUNERS[recipe.tokens.method])
+    return graph
+
+
+def _with_ratios(template: Graph, ratios: tuple[float, ...]) -> Graph:
+    """The same cuts with these keep ratios; a numerator is a literal of a product, and nothing else."""
+    graph = clone(template)
+    actual = {stand_in: ratio_fraction(ratio)[0] for stand_in, ratio in zip(STAND_INS, ratios, strict=False)}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (operator.mul, aten.mul.Tensor):
+            factor = node.args[1]
+            if isinstance(factor, int) and factor in actual:
+                node.update_arg(1, actual[factor])
+    graph.module.recompile()
     return graph

@@ -12,7 +12,7 @@ from qpcompile.errors import RecipeError
 from qpcompile.recipe import Recipe, preset_names
 from qpcompile.recipe_schema import matches_name
 
-PRESETS = ["joint-30", "none", "prune-30", "qapruner-12.5", "quota-30", "quota-50", "w4a16", "w4a4kv4"]
+PRESETS = ["joint-12.5", "joint-30", "none", "prune-30", "qapruner-12.5", "quota-30", "quota-50", "w4a16", "w4a4kv4"]
 
 WEIGHTS = st.fixed_dictionaries(
     {},

@@ -6,12 +6,14 @@ A schedule is the share of visual tokens that each decoder layer sees, k_0 >= k_
     step     a, .., a, k, .., k              share a for the first b layers, a = 1 or a cut in front of the decoder
     fade     a, .., a, k, .., k, k/4, ..     a step whose second half of the rest fades
 
-k follows from the mean. For deep decoders b runs over some layers, denser at the front.
+Shares are whole tokens of a prompt with `tokens` of them, k is rounded down and what is left goes to a: no schedule
+keeps more than the mean on such a prompt. For deep decoders b runs over some layers, denser at the front.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import floor
 
 import numpy as np
 
@@ -19,25 +21,25 @@ from qpcompile.errors import PlanError
 
 Shares = tuple[float, ...]
 
-HEADS = (1.0, 0.85, 0.7, 0.5)
+HEADS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 PLACES = 8
 FADE = 4
-SMALLEST = 0.01
 
 
-def schedules(mean: float, depth: int) -> list[Shares]:
+def schedules(mean: float, depth: int, tokens: int) -> list[Shares]:
     """The schedules to try, each with this mean over `depth` layers; PlanError where there is none but all tokens."""
-    if not SMALLEST <= mean < 1 or depth < 2:
+    budget = floor(mean * depth * tokens + 1e-9)
+    if budget < depth or mean >= 1 or depth < 2:
         raise PlanError(
-            f"a mean of {mean:g} over {depth} layers leaves nothing to choose",
+            f"a mean of {mean:g} of {tokens} visual tokens over {depth} layers leaves nothing to choose",
             where="tokens.keep",
-            do=f"ask for a mean from {SMALLEST:g} to below 1",
+            do="ask for a mean below 1 that leaves a token for every layer",
         )
-    found = [(mean,) * depth]
+    counts = [(budget // depth,) * depth]
     for head in HEADS:
         for border in _places(depth):
-            found += _behind(head, border, mean, depth)
-    return list(dict.fromkeys(found))
+            counts += _behind(floor(head * tokens), border, budget, depth, tokens)
+    return [tuple(count / tokens for count in found) for found in dict.fromkeys(counts)]
 
 
 def cut_layers_of(shares: Shares) -> tuple[tuple[int, float], ...]:
@@ -53,13 +55,15 @@ def _places(depth: int) -> list[int]:
     return sorted({int(place) for place in np.rint(np.geomspace(1, depth - 1, min(PLACES, depth - 1)))})
 
 
-def _behind(head: float, border: int, mean: float, depth: int) -> Iterator[Shares]:
-    """Step and fade with `head` for the first `border` layers."""
-    left, layers = mean * depth - head * border, depth - border
+def _behind(head: int, border: int, budget: int, depth: int, tokens: int) -> Iterator[tuple[int, ...]]:
+    """Step and fade in tokens: `head` or a little more for the first `border` layers."""
+    left, layers = budget - head * border, depth - border
     late = layers // 2
     for fade in (1, FADE):
-        if fade > 1 and not late:
+        share = floor(left / (layers - late + late / fade))
+        faded = share // fade
+        if share >= head or faded < 1 or (fade > 1 and not late):
             continue
-        share = left / (layers - late + late / fade)
-        if share / fade >= SMALLEST and share < head:
-            yield (head,) * border + (share,) * (layers - late) + (share / fade,) * late
+        spare = left - share * (layers - late) - faded * late
+        first = min(tokens, head + spare // border)
+        yield (first,) * border + (share,) * (layers - late) + (faded,) * late

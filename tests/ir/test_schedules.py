@@ -5,25 +5,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpcompile.errors import PlanError
-from qpcompile.ir.schedules import SMALLEST, cut_layers_of, schedules
+from qpcompile.ir.schedules import cut_layers_of, schedules
 
 
-@given(st.floats(0.02, 0.99), st.integers(2, 80))
-def test_every_schedule_has_the_mean_and_never_rises(mean: float, depth: int) -> None:
-    found = schedules(mean, depth)
-    assert len(found) == len(set(found)) and len(found) <= 4 * 8 * 2 + 1
+@given(st.floats(0.02, 0.99), st.integers(2, 80), st.integers(60, 3000))
+def test_every_schedule_has_the_mean_and_never_rises(mean: float, depth: int, tokens: int) -> None:
+    found = schedules(mean, depth, tokens)
+    assert len(found) == len(set(found)) and len(found) <= 6 * 8 * 2 + 1
     for shares in found:
-        assert len(shares) == depth and sum(shares) / depth == pytest.approx(mean)
-        assert list(shares) == sorted(shares, reverse=True)
-        assert max(shares) <= 1 and min(shares) >= SMALLEST
+        assert len(shares) == depth and list(shares) == sorted(shares, reverse=True)
+        counts = [share * tokens for share in shares]
+        assert counts == pytest.approx([round(count) for count in counts]) and 1 <= round(counts[-1])
+        assert sum(counts) <= mean * depth * tokens + 1e-6 and max(shares) <= 1
+    # All but the flat one miss the budget only where the first layers cannot take one token more each.
+    assert all(sum(shares) * tokens > mean * depth * tokens - depth or shares[0] == 1 for shares in found)
 
 
 def test_by_hand() -> None:
-    found = schedules(0.3, 4)
+    # 100 tokens in 4 layers, 120 in all.
+    found = schedules(0.3, 4, 100)
     assert (0.3,) * 4 in found
-    assert any(shares == pytest.approx((1.0, 0.2 / 3, 0.2 / 3, 0.2 / 3)) for shares in found)
-    # 0.7 for one layer leaves 0.5 for three: two at 0.5 / 2.25, one at a quarter of that.
-    assert any(shares == pytest.approx((0.7, 0.2222, 0.2222, 0.0556), abs=1e-4) for shares in found)
+    # 100 in the first layer leave 20 for three: 6 each, and two that no layer has room for.
+    assert (1.0, 0.06, 0.06, 0.06) in found
+    # 70 leave 50: two layers with 22, one with a quarter of that, and the last token for the first layer.
+    assert (0.71, 0.22, 0.22, 0.05) in found
     # Two layers with everything are more than the budget.
     assert not any(shares[:2] == (1.0, 1.0) for shares in found)
 
@@ -36,4 +41,4 @@ def test_drops_of_a_schedule() -> None:
 @pytest.mark.parametrize(("mean", "depth"), [(1.0, 8), (0.001, 8), (0.5, 1)])
 def test_nothing_to_choose(mean: float, depth: int) -> None:
     with pytest.raises(PlanError, match="leaves nothing to choose"):
-        schedules(mean, depth)
+        schedules(mean, depth, 144)
