@@ -17,7 +17,7 @@ import typer
 from PIL import Image, UnidentifiedImageError
 
 from qpcompile import terminal
-from qpcompile.capture.data_folder import prompt
+from qpcompile.capture.data_folder import first_pictures, prompt
 from qpcompile.errors import ArtifactError, OutputError
 from qpcompile.evaluate.data_sets import read_data
 from qpcompile.evaluate.rows import RowFolder, Scoring
@@ -50,6 +50,8 @@ Data = Annotated[
 ]
 MODEL_HELP = "Folder or hub name of a transformers model."
 ARTIFACT_HELP = "Folder written by `qpcompile compile`."
+# Pictures of a data folder that a report draws kept tokens on.
+DRAWN = 4
 
 
 def print_version(asked: bool) -> None:
@@ -108,7 +110,7 @@ def compile_command(
         compiled.save_pretrained(output)
         note(f"wrote {output}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
         if report is not None:
-            compiled.report(report)
+            compiled.report(report, first_pictures(data, DRAWN) if data else None)
             note(f"wrote {report}")
 
 
@@ -163,12 +165,15 @@ def export_command(
 @app.command(
     "inspect",
     epilog="Examples:\n\nqpcompile inspect out/\n\nqpcompile inspect out/ --graph prefill | less\n\n"
-    "qpcompile inspect out/ --report report.html",
+    "qpcompile inspect out/ --data photos/ --report report.html",
 )
 def inspect_command(
     artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
     graph: Annotated[str | None, typer.Option("--graph", "-g", help="Print this graph: prefill, decode, ...")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write the report to this new HTML file.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Folder of pictures that the report draws kept tokens on.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Show what was decided, what was quantized and which graphs run."""
@@ -180,7 +185,7 @@ def inspect_command(
         elif report is None:
             terminal.show_model(compiled)
         if report is not None:
-            compiled.report(report)
+            compiled.report(report, first_pictures(data, DRAWN) if data else None)
             note(f"wrote {report}")
 
 

@@ -38,6 +38,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
+        self.drawn: Any = ()
         self.asked: dict[str, Any] = {}
         self.processor: Any = None
 
@@ -48,7 +49,8 @@ class Recorder:
     def save_pretrained(self, folder: Path) -> None:
         self.calls.append(("save", folder.name))
 
-    def report(self, path: Path) -> None:
+    def report(self, path: Path, samples: Any) -> None:
+        self.drawn = samples
         self.calls.append(("report", path.name))
 
     def export_onnx(self, folder: Path) -> None:
@@ -138,6 +140,7 @@ def test_compile_hands_everything_on(recorder: Recorder, tmp_path: Path) -> None
     recipe = recorder.asked["recipe"]
     assert (recipe.tokens.keep, recipe.calibration.samples, recipe.quantize.weights.bits) == (0.4, 3, 4)
     assert recorder.calls == [("save", "out"), ("report", "report.html")]
+    assert len({picture for picture, _ in recorder.drawn}) == len(recorder.drawn) == cli.DRAWN
     assert "1.50 MB of weights" in result.output
 
 
@@ -229,7 +232,10 @@ def test_export_of_a_model_compiles_it_first(recorder: Recorder, tmp_path: Path)
 def test_inspect_prints_one_graph_or_writes_the_report(recorder: Recorder, tmp_path: Path) -> None:
     assert invoke("inspect", "out", "--graph", "decode").output == "graph decode\n"
     result = invoke("inspect", "out", "--report", tmp_path / "report.html")
-    assert result.exit_code == 0 and recorder.calls == [("report", "report.html")]
+    assert result.exit_code == 0 and recorder.calls == [("report", "report.html")] and not recorder.drawn
+    question = read_questions(DATA)[0]
+    assert invoke("inspect", "out", "--data", DATA, "--report", tmp_path / "drawn.html").exit_code == 0
+    assert recorder.drawn[0] == (question.image, question.question)
 
 
 def test_eval_prints_the_share_of_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:

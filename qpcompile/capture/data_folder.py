@@ -54,6 +54,14 @@ def read_questions(folder: Path) -> list[Question]:
     return questions
 
 
+def first_pictures(folder: Path, count: int) -> list[tuple[Path, str]]:
+    """The first `count` pictures of a data folder, each with the first question about it."""
+    first: dict[Path, str] = {}
+    for question in read_questions(folder):
+        first.setdefault(question.image, question.question)
+    return list(first.items())[:count]
+
+
 def question_inputs(processor: Any, questions: Sequence[Question]) -> dict[str, Any]:
     """Model inputs for a batch of questions, padded, as `model.generate` takes them."""
     pictures = [_picture(question.image) for question in questions]

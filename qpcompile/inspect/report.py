@@ -62,6 +62,8 @@ def report_html(compiled: CompiledVLM, drawn: list[Overlay] | None) -> str:
         schedule={"svg": schedule_svg(plan, visual), "note": _schedule_note(plan, visual, known), "visual": visual},
         cuts=plan.cuts,
         profile=profile_svg(plan),
+        sensitivity=plan.sensitivity,
+        layers=len(plan.layers),
         calibration=plan.calibration,
         sites=sites,
         worst=max(errors, default=0.0) or 1.0,
