@@ -61,6 +61,8 @@ def lower_placeholders(model: ir.Model, name: str, weight_at: int, build: Build)
         weight = _int4_initializer(graph, packed, node.attributes["in_features"].as_int())
         tape = ir.tape.Tape()
         y = build(tape, node, weight, _array(scale).astype(np.float32))
+        for index, made in enumerate(tape.nodes):
+            made.name = f"{node.name}/{made.op_type}_{index}"
         ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [y])
         for value in (packed, scale):
             if not value.uses() and not value.is_graph_output():

@@ -17,10 +17,14 @@ _FORMAL = onnx.defs.OpSchema.FormalParameterOption
 
 
 class Recorder:
-    """An onnxscript evaluator that appends nodes to `graph`; equal constants are stored once."""
+    """An onnxscript evaluator that appends nodes to `graph`; equal constants are stored once.
+
+    Nodes are named after `scope`, the module that is being translated.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
+        self.scope = ""
         self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._count = 0
@@ -84,7 +88,7 @@ class Recorder:
             inputs = inputs[:-1]
         node = ir.node(name, inputs, dict(attributes), domain=domain, num_outputs=outputs)
         self._count += 1
-        node.name = f"{name}_{self._count}"
+        node.name = f"{self.scope}/{name}_{self._count}".lstrip("/")
         for index, value in enumerate(node.outputs):
             value.name = f"{node.name}_{index}" if outputs > 1 else node.name
         self.graph.append(node)

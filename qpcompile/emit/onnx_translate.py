@@ -20,6 +20,7 @@ from qpcompile.emit.onnx_types import Fact, onnx_type
 from qpcompile.emit.onnx_wrap import Part
 from qpcompile.errors import ExportError, QPCompileError
 from qpcompile.ir.edit import aten, get_tensor
+from qpcompile.ir.text import module_path
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 OPSET, IR_VERSION = 21, 10
@@ -117,6 +118,7 @@ class _Translator:
         live = _live(nodes)
         for node in nodes:
             if node in live and node.op == "call_function":
+                self.recorder.scope = module_path(node) or ""
                 self.values[node] = self._call(node)
         for path, node in zip(self.part.outputs, returned, strict=True):
             self._output(path, self._value(node), self.facts[node])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -153,6 +154,14 @@ def test_cut_graphs_rank_and_gather_and_keep_four_bits(quota: tuple[Program, Pat
     assert stored["prefill"] == stored["decode"]
     # Small tensors lie in the graph's own file.
     assert 0.5 * codes < stored["prefill"] <= codes
+
+
+def test_nodes_are_named_after_the_modules_they_come_from(quota: tuple[Program, Path]) -> None:
+    _, folder = quota
+    nodes = onnx.load(folder / "prefill.onnx", load_external_data=False).graph.node
+    products = [node.name for node in nodes if node.op_type == "MatMulInteger"]
+    assert products and all(re.fullmatch(r"layers\.\d\.\w+\.\w+_proj/\w+/MatMulInteger_\d", name) for name in products)
+    assert len({node.name for node in nodes}) == len(nodes)
 
 
 @pytest.mark.parametrize("preset", ["none", "w4a16", "quota-30"])
