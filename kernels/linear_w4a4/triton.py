@@ -3,19 +3,24 @@
 The product is computed transposed, out^T[N, T] = w[N, K] x[T, K]^T: only the left operand of Hopper's wgmma may come
 from registers, and the unpacked weight is there. With b a packed byte (see packing.py), u = q_low + 8:
 
-    b & 15 = u        b & -16 = 16 q_high        16 x_low, from -128 to 112, is an int8
+    b & 15 = u        b & -16 = 16 q_high
+
+Many tokens: `prepare_activations_kernel` writes 16 x_low (-128 to 112, an int8) beside x_high, and the sum of x_low.
+Both planes are then one product of twice the columns with one accumulator, and one number per token removes the offset:
+
     sum (b & 15) (16 x_low) + (b & -16) x_high - 128 sum x_low = 16 sum (q_low x_low + q_high x_high)
 
-so one int32 accumulator serves both planes, and one number per token removes the offset. Products and sums of the
-epilogue are not fused, which keeps its bits those of the reference. `prepare_activations_kernel`
-writes 16 x_low beside x_high and that number. All sums are exact.
-Layers with scales per group take `linear_w4a4_grouped_kernel`: right for any group, not tuned.
+Few tokens (RAW): codes of any 8 bits as they are, two accumulators, and the offset by a third product; tensor cores
+wait for memory there, and a launch less is worth more:
+
+    low = sum (b & 15) x_low + sum (-8) x_low        high = sum (b & -16) x_high        low + high / 16
+
+All sums are exact in int32, in any order: programs that split the columns of a tile add atomically, and the last one to
+arrive scales. Products and sums of the epilogue are not fused, which keeps its bits those of the reference.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,31 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from qpcompile.kernels.linear_w4a4.packing import plane_width
+from qpcompile.kernels.linear_w4a4.triton_grouped import run_grouped
+from qpcompile.kernels.linear_w4a4.tuning import RAW_TOKENS, Tile, start_tile, tile_for
 
-
-@dataclass(frozen=True)
-class Tile:
-    """One program's share: `out` weight rows by `tokens` tokens, `step` packed bytes per row at a time."""
-
-    out: int
-    tokens: int
-    step: int
-    warps: int
-    stages: int
-
-
-TILES = {
-    16: Tile(out=64, tokens=16, step=128, warps=4, stages=4),
-    64: Tile(out=64, tokens=64, step=128, warps=4, stages=4),
-    256: Tile(out=128, tokens=64, step=128, warps=8, stages=4),
-    2048: Tile(out=128, tokens=128, step=64, warps=8, stages=4),
-}
-"""The tile for up to so many tokens; more tokens take the last one."""
-
-
-def tile_for(tokens: int) -> Tile:
-    """The tile of the smallest entry of TILES that holds `tokens`."""
-    return TILES[min((limit for limit in TILES if tokens <= limit), default=max(TILES))]
+NEIGHBOURS = 8
+"""Tiles of tokens that follow each other on one tile of weights, so that both stay in the cache."""
 
 
 @triton.jit
@@ -72,6 +57,36 @@ def prepare_activations_kernel(
 
 
 @triton.jit
+def finish_tile(
+    exact: tl.tensor,
+    scale_ptr: tl.tensor,
+    w_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    row: tl.tensor,
+    token: tl.tensor,
+    T: tl.tensor,
+    N: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+) -> None:
+    """exact: i32[OUT, TOKENS] -> y: f[T, N] at `row` and `token`, scaled, with bias; the residual is added after y."""
+    inside = (row < N)[:, None] & (token < T)[None, :]
+    y = exact.to(tl.float32) * tl.load(scale_ptr + token, mask=token < T, other=0.0)[None, :]
+    y = y * tl.load(w_scale_ptr + row, mask=row < N, other=0.0)[:, None]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
+    y = y.to(y_ptr.dtype.element_ty)
+    at = token.to(tl.int64)[None, :] * N + row[:, None]
+    if HAS_RESIDUAL:
+        # Rounded first and added then, as two operators would.
+        residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = (y.to(tl.float32) + residual).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=inside)
+
+
+@triton.jit
 def linear_w4a4_kernel(
     w_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -79,106 +94,99 @@ def linear_w4a4_kernel(
     scale_ptr: tl.tensor,
     w_scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
     y_ptr: tl.tensor,
+    workspace_ptr: tl.tensor,
     T: tl.tensor,
     N: tl.tensor,
     K: tl.constexpr,
     PLANE: tl.constexpr,
+    RAW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     OUT: tl.constexpr,
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
 ) -> None:
-    """w: i8[N, ceil(K/2)], x: i8[T, K] and sum: i32[T] prepared, scale: f32[T], w_scale: f32[N] -> y: f[T, N]."""
+    """w: i8[N, ceil(K/2)], x: i8[T, K], scale: f32[T], w_scale: f32[N] -> y: f[T, N].
+
+    x and sum: i32[T] are prepared, or x are codes and sum is not read (RAW). workspace: i32[T * N + tiles], zeros, is
+    read and written where SPLIT > 1. Grid: (tiles, SPLIT).
+    """
     WIDTH: tl.constexpr = (K + 1) // 2
-    BLOCKS: tl.constexpr = WIDTH // PLANE
     STEPS: tl.constexpr = (PLANE + STEP - 1) // STEP
+    ALL_STEPS: tl.constexpr = (WIDTH // PLANE) * STEPS
+    SHARE: tl.constexpr = (ALL_STEPS + SPLIT - 1) // SPLIT
     # Exact planes need no masks along K, which keeps the loads wide.
     ALIGNED: tl.constexpr = (PLANE % STEP == 0) and (K % 2 == 0)
-    row = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    w_row = w_ptr + row.to(tl.int64)[:, None] * WIDTH
-    x_row = x_ptr + token.to(tl.int64)[None, :] * K
-    row_in = row < N
+
+    tile = tl.program_id(0)
+    stripe = NEIGHBOURS * tl.cdiv(N, OUT)
+    first = tile // stripe * NEIGHBOURS
+    width = tl.minimum(tl.cdiv(T, TOKENS) - first, NEIGHBOURS)
+    row = tile % stripe // width * OUT + tl.arange(0, OUT)
+    token = (first + tile % stripe % width) * TOKENS + tl.arange(0, TOKENS)
     token_in = token < T
+    # Rows beyond the last read the last: no masks in the loop. Few tokens have masks, to read nothing twice.
+    w_row = w_ptr + tl.minimum(row, N - 1).to(tl.int64)[:, None] * WIDTH
+    x_row = x_ptr + (token if RAW else tl.minimum(token, T - 1)).to(tl.int64)[None, :] * K
+
     total = tl.zeros((OUT, TOKENS), tl.int32)
+    total_high = tl.zeros((OUT, TOKENS), tl.int32)
+    begin = tl.program_id(1) * SHARE
     # One flat loop: only the innermost one is pipelined.
-    for step in range(BLOCKS * STEPS):
+    for step in range(begin, tl.minimum(begin + SHARE, ALL_STEPS)):
         block = step // STEPS
-        byte = (step % STEPS) * STEP + tl.arange(0, STEP)
-        low = block * 2 * PLANE + byte
-        high = low + PLANE
+        offset = step % STEPS * STEP
+        byte = offset + tl.arange(0, STEP)
         at = w_row + (block * PLANE + byte)[None, :]
-        if ALIGNED:
-            packed = tl.load(at, mask=row_in[:, None], other=0)
-            x_low = tl.load(x_row + low[:, None], mask=token_in[None, :], other=0)
-            x_high = tl.load(x_row + high[:, None], mask=token_in[None, :], other=0)
+        packed = tl.load(at) if ALIGNED else tl.load(at, mask=(byte < PLANE)[None, :], other=0)
+        if RAW:
+            low = block * 2 * PLANE + byte
+            high = low + PLANE
+            low_in = token_in[None, :] & (ALIGNED | (byte < PLANE))[:, None]
+            high_in = token_in[None, :] & (ALIGNED | ((byte < PLANE) & (high < K)))[:, None]
+            x_low = tl.load(x_row + low[:, None], mask=low_in, other=0)
+            x_high = tl.load(x_row + high[:, None], mask=high_in, other=0)
+            total = tl.dot(packed & 15, x_low, total, out_dtype=tl.int32)
+            total = tl.dot(tl.full((OUT, STEP), -8, tl.int8), x_low, total, out_dtype=tl.int32)
+            total_high = tl.dot(packed & -16, x_high, total_high, out_dtype=tl.int32)
         else:
-            low_in = byte < PLANE
-            high_in = low_in & (high < K)
-            packed = tl.load(at, mask=row_in[:, None] & low_in[None, :], other=0)
-            x_low = tl.load(x_row + low[:, None], mask=token_in[None, :] & low_in[:, None], other=0)
-            x_high = tl.load(x_row + high[:, None], mask=token_in[None, :] & high_in[:, None], other=0)
-        total = tl.dot(packed & 15, x_low, total, out_dtype=tl.int32)
-        total = tl.dot(packed & -16, x_high, total, out_dtype=tl.int32)
-    low_sum = tl.load(sum_ptr + token, mask=token_in, other=0)
-    exact = (total - 128 * low_sum[None, :]) >> 4
-    y = exact.to(tl.float32) * tl.load(scale_ptr + token, mask=token_in, other=0.0)[None, :]
-    y = y * tl.load(w_scale_ptr + row, mask=row_in, other=0.0)[:, None]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + row, mask=row_in, other=0.0).to(tl.float32)[:, None]
-    at = y_ptr + token.to(tl.int64)[None, :] * N + row[:, None]
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=row_in[:, None] & token_in[None, :])
+            # The low plane, then the high one: one product has one wait where two have two.
+            both = tl.arange(0, 2 * STEP)
+            place = offset + both % STEP
+            column = block * 2 * PLANE + both // STEP * PLANE + place
+            if ALIGNED:
+                x = tl.load(x_row + column[:, None])
+            else:
+                x = tl.load(x_row + column[:, None], mask=((place < PLANE) & (column < K))[:, None], other=0)
+            w = tl.join(packed & 15, packed & -16).permute((0, 2, 1)).reshape((OUT, 2 * STEP))
+            total = tl.dot(w, x, total, out_dtype=tl.int32)
+    if RAW:
+        total += total_high >> 4
 
-
-@triton.jit
-def linear_w4a4_grouped_kernel(
-    w_ptr: tl.tensor,
-    q_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    w_scale_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    T: tl.tensor,
-    N: tl.tensor,
-    K: tl.constexpr,
-    PLANE: tl.constexpr,
-    G: tl.constexpr,
-    GW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    OUT: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STEP: tl.constexpr,
-) -> None:
-    """w: i8[N, ceil(K/2)] packed, q: i8[T, K] codes, scale: f32[T, G], w_scale: f32[N, GW] -> y: f[T, N]."""
-    WIDTH: tl.constexpr = (K + 1) // 2
-    GROUPS: tl.constexpr = G if G > GW else GW
-    SIZE: tl.constexpr = K // GROUPS
-    row = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    row_in = row < N
-    token_in = token < T
-    row_at = row.to(tl.int64)
-    token_at = token.to(tl.int64)
-    y = tl.zeros((OUT, TOKENS), tl.float32)
-    for group in range(GROUPS):
-        exact = tl.zeros((OUT, TOKENS), tl.int32)
-        for start in range(0, SIZE, STEP):
-            inner = start + tl.arange(0, STEP)
-            inside = inner < SIZE
-            k = group * SIZE + inner
-            at = w_ptr + row_at[:, None] * WIDTH + (k // (2 * PLANE) * PLANE + k % PLANE)[None, :]
-            packed = tl.load(at, mask=row_in[:, None] & inside[None, :], other=0)
-            w = tl.where(((k // PLANE) % 2 == 1)[None, :], packed >> 4, (packed & 15) - 8)
-            x = tl.load(q_ptr + token_at[None, :] * K + k[:, None], mask=token_in[None, :] & inside[:, None], other=0)
-            exact = tl.dot(w, x, exact, out_dtype=tl.int32)
-        scale = tl.load(scale_ptr + token_at * G + (group if G > 1 else 0), mask=token_in, other=0.0)
-        w_scale = tl.load(w_scale_ptr + row_at * GW + (group if GW > 1 else 0), mask=row_in, other=0.0)
-        y += exact.to(tl.float32) * scale[None, :] * w_scale[:, None]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + row, mask=row_in, other=0.0).to(tl.float32)[:, None]
-    at = y_ptr + token_at[None, :] * N + row[:, None]
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=row_in[:, None] & token_in[None, :])
+    if SPLIT > 1:
+        at = workspace_ptr + token.to(tl.int64)[None, :] * N + row[:, None]
+        inside = (row < N)[:, None] & token_in[None, :]
+        tl.atomic_add(at, total, mask=inside, sem="relaxed")
+        # The count is raised when all threads have added.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(workspace_ptr + T.to(tl.int64) * N + tile, 1, sem="acq_rel")
+        if arrived == SPLIT - 1:
+            total = tl.load(at, mask=inside, other=0, cache_modifier=".cg")
+            if not RAW:
+                total = (total - 128 * tl.load(sum_ptr + token, mask=token_in, other=0)[None, :]) >> 4
+            finish_tile(
+                total, scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, y_ptr, row, token, T, N, HAS_BIAS, HAS_RESIDUAL
+            )
+    else:
+        if not RAW:
+            total = (total - 128 * tl.load(sum_ptr + token, mask=token_in, other=0)[None, :]) >> 4
+        finish_tile(
+            total, scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, y_ptr, row, token, T, N, HAS_BIAS, HAS_RESIDUAL
+        )
 
 
 def linear_w4a4(
@@ -188,55 +196,69 @@ def linear_w4a4(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    *,
+    residual: Tensor | None = None,
+    bits: int = 4,
     tile: Tile | None = None,
 ) -> Tensor:
-    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N]."""
+    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N].
+
+    `residual`: dtype[..., N] is added to y as an operator of its own would add it; with scales per group it is one.
+    `bits` are those of the codes q, 4 or 8.
+    """
     in_features, out_features = q.shape[-1], weight.shape[0]
     rows = q.reshape(-1, in_features).contiguous()
     y = torch.empty(rows.shape[0], out_features, dtype=dtype, device=q.device)
     if y.numel():
-        tile = tile_for(rows.shape[0]) if tile is None else tile
+        tile = device_tile(q.device, out_features, *rows.shape) if tile is None else tile
         scales = scale.contiguous(), weight_scale.contiguous()
         packed = weight.contiguous().view(torch.int8)
         bias = None if bias is None else bias.contiguous()
-        run = _run_channel if scale.shape[-1] == weight_scale.shape[-1] == 1 else _run_grouped
-        run(rows, packed, scales, bias, y, tile)
+        residual = None if residual is None else residual.reshape(y.shape).contiguous()
+        if scale.shape[-1] == weight_scale.shape[-1] == 1:
+            _run(rows, packed, scales, bias, residual, y, tile, raw=bits == 8 or rows.shape[0] <= RAW_TOKENS)
+        else:
+            run_grouped(rows, packed, scales, bias, y, tile)
+            y = y if residual is None else y + residual
     return y.reshape(*q.shape[:-1], out_features)
+
+
+def device_tile(device: torch.device, out_features: int, tokens: int, in_features: int) -> Tile:
+    """The tile for a layer [N, K] on that many tokens; the interpreter takes the rule for one processor."""
+    if device.type != "cuda":
+        return start_tile(1, out_features, in_features, tokens)
+    gpu = torch.cuda.get_device_properties(device)
+    return tile_for(gpu.name, gpu.multi_processor_count, out_features, in_features, tokens)
 
 
 def prepare_activations(q: Tensor) -> tuple[Tensor, Tensor]:
     """q: i8[T, K] contiguous -> x: i8[T, K] with the low planes times 16, i32[T] the sums of the low planes of q."""
     x = torch.empty_like(q)
     sums = torch.empty(q.shape[0], dtype=torch.int32, device=q.device)
-    prepare_activations_kernel[(q.shape[0],)](q, x, sums, q.shape[1], plane_width(q.shape[1]), 1024)
+    prepare_activations_kernel[(q.shape[0],)](q, x, sums, q.shape[1], plane_width(q.shape[1]), 2048)
     return x, sums
 
 
-def _grid(tile: Tile, tokens: int, out_features: int) -> tuple[int, int]:
-    return triton.cdiv(out_features, tile.out), triton.cdiv(tokens, tile.tokens)
-
-
-def _run_channel(
-    rows: Tensor, packed: Tensor, scales: tuple[Tensor, Tensor], bias: Tensor | None, y: Tensor, tile: Tile
+def _run(
+    rows: Tensor,
+    packed: Tensor,
+    scales: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    tile: Tile,
+    raw: bool,
 ) -> None:
     """One scale per token and per output channel: the fast kernel writes `y`: f[T, N]."""
-    tokens, in_features = rows.shape
-    x, sums = prepare_activations(rows)
-    linear_w4a4_kernel[_grid(tile, *y.shape)](
-        packed, x, sums, *scales, packed if bias is None else bias, y, tokens, y.shape[1],
-        in_features, plane_width(in_features), bias is not None, tile.out, tile.tokens, tile.step,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def _run_grouped(
-    rows: Tensor, packed: Tensor, scales: tuple[Tensor, Tensor], bias: Tensor | None, y: Tensor, tile: Tile
-) -> None:
-    """Scales per group on one side or both: the general kernel writes `y`: f[T, N]."""
-    tokens, in_features = rows.shape
-    linear_w4a4_grouped_kernel[_grid(tile, *y.shape)](
-        packed, rows, *scales, packed if bias is None else bias, y, tokens, y.shape[1],
-        in_features, plane_width(in_features), scales[0].shape[-1], scales[1].shape[-1], bias is not None,
-        tile.out, tile.tokens, tile.step,
+    (tokens, in_features), out_features = rows.shape, y.shape[1]
+    x, sums = (rows, rows) if raw else prepare_activations(rows)
+    tiles = triton.cdiv(out_features, tile.out) * triton.cdiv(tokens, tile.tokens)
+    workspace = packed
+    if tile.split > 1:
+        workspace = torch.zeros(y.numel() + tiles, dtype=torch.int32, device=y.device)
+    linear_w4a4_kernel[(tiles, tile.split)](
+        packed, x, sums, *scales, packed if bias is None else bias, y if residual is None else residual, y, workspace,
+        tokens, out_features, in_features, plane_width(in_features), raw, bias is not None, residual is not None,
+        tile.out, tile.tokens, tile.step, tile.split, NEIGHBOURS,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip

@@ -33,20 +33,3 @@ def test_quantize_int4_divides_exactly() -> None:
     ptx = compile_for_hopper(quantize_int4_kernel, pointers, {"GROUP": 1000, "BLOCK": 1024}, 2).asm["ptx"]
     assert "div.rn.f32" in ptx
     assert not re.search(r"div\.(full|approx)|fma\.rn\.f32|\.ftz", ptx)
-
-
-def test_linear_w4a4_multiplies_int8_from_registers() -> None:
-    from qpcompile.kernels.linear_w4a4.triton import TILES, linear_w4a4_kernel
-
-    pointers = {"w_ptr": "*i8", "x_ptr": "*i8", "sum_ptr": "*i32", "scale_ptr": "*fp32", "w_scale_ptr": "*fp32"}
-    pointers |= {"bias_ptr": "*bf16", "y_ptr": "*bf16", "T": "i32", "N": "i32"}
-    tile = TILES[16]
-    constants = {"K": 4096, "PLANE": 128, "HAS_BIAS": True, "OUT": tile.out, "TOKENS": tile.tokens, "STEP": tile.step}
-    compiled = compile_for_hopper(linear_w4a4_kernel, pointers, constants, tile.warps)
-    ptx = compiled.asm["ptx"]
-    products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n16k32\.s32\.s8\.s8 \{[^}]*\}, (.)", ptx)
-    # The left operand is a list of registers, not a descriptor of shared memory.
-    assert products and set(products) == {"{"}
-    assert "cp.async" in ptx
-    # Hopper's shared memory is 227 KiB.
-    assert compiled.metadata.shared <= 227 * 1024

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,10 @@ class Compiled:
     `shared` is in bytes, `registers` and `local` (bytes of stack and spills) are per thread.
     """
 
-    ptx: str
-    instructions: tuple[str, ...]
-    loop: tuple[str, ...]
+    # Out of repr: pytest would print thousands of lines, slowly.
+    ptx: str = field(repr=False)
+    instructions: tuple[str, ...] = field(repr=False)
+    loop: tuple[str, ...] = field(repr=False)
     shared: int
     registers: int
     local: int
