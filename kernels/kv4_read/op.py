@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels.kv4_read import cpu, reference
+from qpcompile.kernels.kv4_read import cpu
 
 
 @torch.library.custom_op("qpcompile::kv4_read", mutates_args=(), device_types="cpu")
@@ -16,8 +16,10 @@ def kv4_read(codes: Tensor, affine: Tensor, head_dim: int, dtype: torch.dtype) -
 
 @kv4_read.register_kernel("cuda")
 def _(codes: Tensor, affine: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    from qpcompile.kernels.kv4_read import triton
+
     check_cache(codes, affine, head_dim, "qpcompile::kv4_read")
-    return reference.kv4_read(codes, affine, head_dim, dtype)
+    return triton.kv4_read(codes, affine, head_dim, dtype)
 
 
 @kv4_read.register_fake

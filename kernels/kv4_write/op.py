@@ -1,4 +1,4 @@
-"""`qpcompile::kv4_write`: keys or values to packed 4-bit codes. Plain torch on every device."""
+"""`qpcompile::kv4_write`: keys or values to packed 4-bit codes."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ def kv4_write(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @kv4_write.register_kernel("cuda")
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    from qpcompile.kernels.kv4_write import triton
+
     _check(x)
-    return reference.kv4_write(x)
+    return triton.kv4_write(x)
 
 
 @kv4_write.register_fake

@@ -1,4 +1,4 @@
-"""`qpcompile::kv8_read`: 8-bit codes back to keys or values. Plain torch on every device."""
+"""`qpcompile::kv8_read`: 8-bit codes back to keys or values."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,19 @@ from qpcompile.errors import KernelError
 from qpcompile.kernels.kv8_read import reference
 
 
-@torch.library.custom_op("qpcompile::kv8_read", mutates_args=())
+@torch.library.custom_op("qpcompile::kv8_read", mutates_args=(), device_types="cpu")
 def kv8_read(codes: Tensor, affine: Tensor, dtype: torch.dtype) -> Tensor:
     """codes: u8[B, H, S, D], affine: f32[B, H, S, 2] -> dtype[B, H, S, D]."""
     _check(codes, affine)
     return reference.kv8_read(codes, affine, dtype)
+
+
+@kv8_read.register_kernel("cuda")
+def _(codes: Tensor, affine: Tensor, dtype: torch.dtype) -> Tensor:
+    from qpcompile.kernels.kv8_read import triton
+
+    _check(codes, affine)
+    return triton.kv8_read(codes, affine, dtype)
 
 
 @kv8_read.register_fake

@@ -1,4 +1,4 @@
-"""`qpcompile::kv8_write`: keys or values to 8-bit codes. Plain torch on every device."""
+"""`qpcompile::kv8_write`: keys or values to 8-bit codes."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,19 @@ from qpcompile.errors import KernelError
 from qpcompile.kernels.kv8_write import reference
 
 
-@torch.library.custom_op("qpcompile::kv8_write", mutates_args=())
+@torch.library.custom_op("qpcompile::kv8_write", mutates_args=(), device_types="cpu")
 def kv8_write(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: f[B, H, S, D] -> codes: u8[B, H, S, D], affine: f32[B, H, S, 2]."""
     _check(x)
     return reference.kv8_write(x)
+
+
+@kv8_write.register_kernel("cuda")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    from qpcompile.kernels.kv8_write import triton
+
+    _check(x)
+    return triton.kv8_write(x)
 
 
 @kv8_write.register_fake
