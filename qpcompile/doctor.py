@@ -26,7 +26,7 @@ INTEGER = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
 # Package -> the first version tested and the last, major and minor; and whether nothing works without it.
 TESTED: dict[str, tuple[tuple[int, int], tuple[int, int], bool]] = {
     "torch": ((2, 11), (2, 13), True),
-    "transformers": ((5, 17), (5, 23), True),
+    "transformers": ((5, 23), (5, 23), True),
     "triton": ((3, 6), (3, 9), False),
     "onnx": ((1, 23), (1, 23), False),
     "onnxscript": ((0, 7), (0, 7), False),
