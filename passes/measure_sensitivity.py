@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from qpcompile.ir.attention import read_attention
+from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.collect import run_sample
 from qpcompile.ir.edit import aten, is_call, layer_of
 from qpcompile.ir.facts import stub_fact
@@ -59,9 +60,14 @@ class MeasureSensitivity:
         scheme = program.recipe.quantize if program.recipe.order != "prune_then_quantize" else None
         rounding = None if scheme is None else StubRounding(scheme)
         machine = Machine(program, execute)
-        with track("measure_sensitivity", self.count) as step:
+        done = _restore(program.checkpoint, table)
+        with track(self.name, self.count) as step:
             for number, sample in enumerate(self.samples):
-                run_sample(machine, sample, number)
+                if number >= done:
+                    run_sample(machine, sample, number)
+                    if number + 1 == self.count or program.checkpoint.due():
+                        facts = {layer: vars(rows) for layer, rows in table.items()}
+                        program.checkpoint.save(self.name, {}, {"samples": number + 1, "layers": facts})
                 step()
         program.facts["deviations"] = {layer: rows.deviations for layer, rows in table.items()}
         program.plan = program.plan.changed(facts=tuple(rows.facts(layer) for layer, rows in table.items()))
@@ -82,6 +88,15 @@ class LayerRows:
         low, middle, high = torch.quantile(masses, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
         cosine = float(torch.tensor(self.cosines or [0.0], dtype=torch.float64).median())
         return LayerFacts(layer=layer, mass_median=middle, mass_iqr=high - low, cosine=cosine)
+
+
+def _restore(checkpoint: Checkpoint, table: dict[int, LayerRows]) -> int:
+    """Put into `table` what a stopped compile has measured; the number of samples that it saw."""
+    kept = checkpoint.load(MeasureSensitivity.name)
+    if kept is None:
+        return 0
+    table.update({int(layer): LayerRows(**rows) for layer, rows in kept[1]["layers"].items()})
+    return kept[1]["samples"]
 
 
 class _Twice(fx.Interpreter):

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from torch import fx
 
 from qpcompile.errors import CalibrationError, RecipeError
 from qpcompile.ir.basis import weight_name
+from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, tidy
 from qpcompile.ir.facts import QuantizedFact, set_fact, stub_fact
 from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANT_STUB, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
@@ -54,7 +56,8 @@ class QuantizeWeights:
             for graph in program.graphs.values():
                 quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
                 for linear in list(_stubbed(graph)):
-                    site = _replace(graph, linear, scheme, program.facts["calibration"], solved, quantized)
+                    calibration = program.facts["calibration"]
+                    site = _replace(graph, linear, scheme, calibration, solved, quantized, program.checkpoint)
                     sites[site.graph, site.name] = site
                     step()
                 _drop_stubs(graph, ("activation", "weight"))
@@ -74,6 +77,7 @@ def _replace(
     calibration: Calibration,
     solved: dict[str, Packed],
     quantized: dict[fx.Node, tuple[fx.Node, fx.Node]],
+    checkpoint: Checkpoint,
 ) -> Site:
     """Bind one linear; returns what it became."""
     stub, weight_stub = linear.args[0], linear.args[1]
@@ -81,7 +85,9 @@ def _replace(
     fact, group = stub_fact(weight_stub), stub_fact(stub)
     assert fact is not None and group is not None
     if fact.site not in solved:
-        solved[fact.site] = _solve(graph, linear, fact.site, scheme, calibration, group.site)
+        solved[fact.site] = _kept(
+            checkpoint, fact.site, lambda: _solve(graph, linear, fact.site, scheme, calibration, group.site)
+        )
     packed, scale, error = solved[fact.site]
     name = weight_name(linear)
     weight = add_tensor(graph, f"{name}_packed", packed, linear)
@@ -129,6 +135,17 @@ def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, statist
     scales = static_scales(statistics, torch.cat(weights), scheme.activations.clip_search)
     scale = select_scale(graph, stub, scales, fact.site.replace(".", "_"))
     return call(graph, stub, QUANTIZE_INT4_STATIC, stub.args[0], scale)
+
+
+def _kept(checkpoint: Checkpoint, site: str, solved: Callable[[], Packed]) -> Packed:
+    """What a stopped compile has solved for this site, or what is solved now."""
+    title = f"{QuantizeWeights.name} {site}"
+    kept = checkpoint.load(title)
+    if kept is not None:
+        return kept[0]["packed"], kept[0]["scale"], kept[1]["error"]
+    packed, scale, error = solved()
+    checkpoint.save(title, {"packed": packed, "scale": scale}, {"error": error})
+    return packed, scale, error
 
 
 def _solve(

@@ -24,6 +24,7 @@ from torch import fx
 
 from qpcompile.errors import PlanError
 from qpcompile.ir.budget import DENOMINATOR, ratio_fraction
+from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.collect import run_sample
 from qpcompile.ir.edit import aten, clone
 from qpcompile.ir.facts import stub_fact
@@ -68,11 +69,16 @@ class SearchSchedule:
         count = min(self.count, tokens.trial_samples)
         visual = _visual_tokens(program, itertools.islice(self.samples, COUNTED))
         trials = _Trials(program, schedules(tokens.keep, len(program.layers), visual))
-        with track("search_schedule", count) as step:
+        done = trials.restore(program.checkpoint)
+        with track(self.name, count) as step:
             for number, sample in enumerate(itertools.islice(self.samples, count)):
-                run_sample(trials.machine, sample, number)
-                if number + 1 in (count // 8, count * 3 // 8):
-                    trials.halve()
+                if number >= done:
+                    run_sample(trials.machine, sample, number)
+                    if number + 1 in (count // 8, count * 3 // 8):
+                        trials.halve()
+                    if number + 1 == count or program.checkpoint.due():
+                        facts = {"samples": number + 1, "costs": list(trials.costs.items())}
+                        program.checkpoint.save(self.name, {}, facts)
                 step()
         program.facts["schedule"] = trials.best()
         return False
@@ -88,6 +94,14 @@ class _Trials:
         self.machine = Machine(program, self.execute)
         scheme = program.recipe.quantize
         self.rounding = None if scheme is None else StubRounding(scheme)
+
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Take up the costs of a stopped compile; the number of samples that it saw."""
+        kept = checkpoint.load(SearchSchedule.name)
+        if kept is None:
+            return 0
+        self.costs = {tuple(shares): cost for shares, cost in kept[1]["costs"]}
+        return kept[1]["samples"]
 
     def halve(self) -> None:
         """Keep the cheaper half; equal costs: the earlier candidate."""

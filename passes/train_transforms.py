@@ -26,6 +26,7 @@ from torch import fx
 
 from qpcompile.ir.basis import weight_name
 from qpcompile.ir.blocks import Block, Values, split_blocks
+from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.collect import run_sample
 from qpcompile.ir.edit import aten, calls, get_tensor, is_call, set_tensor
 from qpcompile.ir.facts import set_fact, stub_fact
@@ -102,10 +103,9 @@ def _train_graph(
                 behind = [block.run(sample.values) for sample in samples]
             training = _Training(graph, block, scheme, program.facts["calibration"])
             if training.sites and block.results:
-                before = training.loss(samples, behind)
-                training.begin()
-                training.train(samples, behind)
-                after = training.loss(samples, behind)
+                before, after = training.restore(program.checkpoint) or training.run(
+                    program.checkpoint, samples, behind
+                )
                 if after < before:
                     training.fold(program)
                 yield TrainedBlock(name=block.name, before=before, after=min(before, after))
@@ -133,6 +133,35 @@ class _Training:
             for owned in (stub, *(linear.args[1] for linear in stub.users)):
                 assert isinstance(owned, fx.Node)
                 self.owners[owned] = learned
+
+    def run(self, checkpoint: Checkpoint, samples: list[_Sample], behind: list[Values]) -> tuple[float, float]:
+        """Train, and keep what was learned; the loss before and after."""
+        before = self.loss(samples, behind)
+        self.begin()
+        self.train(samples, behind)
+        losses = before, self.loss(samples, behind)
+        tensors = {
+            f"{site}/{name}": tensor.detach().clone()
+            for site, learned in self.sites.items()
+            for name, tensor in learned.state_dict().items()
+        }
+        checkpoint.save(self.title, tensors, losses)
+        return losses
+
+    def restore(self, checkpoint: Checkpoint) -> tuple[float, float] | None:
+        """Take up what a stopped compile has learned for this block; its losses, None where there is nothing."""
+        kept = checkpoint.load(self.title)
+        if kept is None:
+            return None
+        for site, learned in self.sites.items():
+            learned.load_state_dict({name: kept[0][f"{site}/{name}"] for name in learned.state_dict()})
+        before, after = kept[1]
+        return before, after
+
+    @property
+    def title(self) -> str:
+        """What a checkpoint calls this block."""
+        return f"{TrainTransforms.name} {self.graph.name} {self.block.name}"
 
     def begin(self) -> None:
         """Start free factors from the statistics of what they transform."""

@@ -85,6 +85,9 @@ def compile_command(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder for the compiled model.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of passes; loads no weights.")] = False,
     report: Annotated[Path | None, typer.Option("--report", help="New HTML file with everything to see.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Folder for progress: a compile that was stopped goes on from it.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Compile a model by a recipe and write it to a new folder."""
@@ -106,7 +109,7 @@ def compile_command(
             terminal.show_forecast(expected)
             return
         assert output is not None
-        compiled = compile_told(model, asked, data)
+        compiled = compile_told(model, asked, data, resume)
         compiled.save_pretrained(output)
         note(f"wrote {output}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
         if report is not None:
@@ -316,7 +319,7 @@ def doctor_command(debug: Debug = False) -> None:
         terminal.show_diagnosis(examine())
 
 
-def compile_told(model: str, recipe: Recipe, data: Path | None) -> CompiledVLM:
+def compile_told(model: str, recipe: Recipe, data: Path | None, resume: Path | None = None) -> CompiledVLM:
     """A compile that says on stderr what each pass did."""
     quiet_libraries()
     from qpcompile.pipeline import compile
@@ -326,7 +329,7 @@ def compile_told(model: str, recipe: Recipe, data: Path | None) -> CompiledVLM:
     def after(step: Step, program: Program) -> None:
         note(f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}")
 
-    return compile(model, recipe, calibration=data, after=after)
+    return compile(model, recipe, calibration=data, after=after, resume=resume)
 
 
 def load_artifact(folder: str | Path) -> CompiledVLM:

@@ -6,12 +6,15 @@ transformers VLM --capture--> Program --passes--> Program --emit--> CompiledVLM 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -20,6 +23,7 @@ from qpcompile.capture.data_folder import prompt
 from qpcompile.capture.samples import Samples, Source
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError, ModelError
+from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.pass_manager import Pass, Step, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.ir.pruners.table import PRUNERS
@@ -79,6 +83,7 @@ def compile(
     processor: Any = None,
     calibration: Source | None = None,
     after: Callable[[Step, Program], None] | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> CompiledVLM:
     """Compile a vision-language model: weights, activations, cache and visual tokens by one recipe.
 
@@ -88,6 +93,7 @@ def compile(
         processor: what makes inputs from pictures and text; loaded with the model where a folder or name is given.
         calibration: model inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
         after: called after each pass with what it did, for reports and dumps.
+        resume: a folder for what the long passes find; a compile that was stopped goes on from what lies there.
 
     Raises CalibrationError where the recipe measures something and there are no samples to measure it on.
     """
@@ -104,6 +110,8 @@ def compile(
             do="pass calibration=..., or take the settings named above out of the recipe",
         )
     program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
+    if resume is not None:
+        program.checkpoint = Checkpoint.open(Path(resume), checkpoint_key(program, samples))
     return compile_captured(program, processor, samples, after)
 
 
@@ -118,6 +126,22 @@ def compile_captured(
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
     program.plan = program.plan.changed(calibration=used, versions=package_versions())
     return CompiledVLM(program, processor)
+
+
+def checkpoint_key(program: Program, samples: Samples | None) -> str:
+    """What a checkpoint rests on, as text: recipe, samples, versions and weights."""
+    total = hashlib.sha256()
+    for module in (program.host, *(graph.module for graph in program.graphs.values())):
+        for name, tensor in module.state_dict().items():
+            total.update(name.encode())
+            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    parts = {
+        "weights": total.hexdigest(),
+        "samples": samples.digest() if samples else None,
+        "recipe": program.recipe.to_dict(),
+        "versions": package_versions(),
+    }
+    return json.dumps(parts, indent=1)
 
 
 def needs_samples(recipe: Recipe) -> list[str]:

@@ -29,10 +29,14 @@ def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, tit
     scheme = program.recipe.quantize
     assert scheme is not None
     collector = _Collector(program, scheme.weights.solver == "gptq", -(-ROWS // count), scheme.scaling == "mbq")
+    collector.restore(title)
     with track(title, count) as step:
         for number, sample in enumerate(samples):
-            run_sample(collector.machine, sample, number)
-            collector.found.samples += 1
+            if number >= collector.found.samples:
+                run_sample(collector.machine, sample, number)
+                collector.found.samples += 1
+                if number + 1 == count or program.checkpoint.due():
+                    collector.save(title)
             step()
     collector.found.ratios = collector.gradients.ratios()
     _check_finite(collector.found)
@@ -65,6 +69,33 @@ class _Collector:
 
     def __post_init__(self) -> None:
         self.machine = Machine(self.program, self._execute)
+
+    def save(self, title: str) -> None:
+        """Into the checkpoint: what was found on the samples so far."""
+        tensors = {
+            f"{site}/{name}": tensor
+            for site, statistics in self.found.inputs.items()
+            for name, tensor in statistics.tensors().items()
+        }
+        for name, sums in (("visual", self.gradients.visual), ("text", self.gradients.text)):
+            tensors.update({f"{site}/gradients/{name}": tensor for site, tensor in sums.items()})
+        self.program.checkpoint.save(title, tensors, {"samples": self.found.samples, "sites": list(self.found.inputs)})
+
+    def restore(self, title: str) -> None:
+        """From the checkpoint, what `save` left there."""
+        kept = self.program.checkpoint.load(title)
+        if kept is None:
+            return
+        tensors, facts = kept
+        self.found.samples = facts["samples"]
+        for site in facts["sites"]:
+            held = {
+                name.removeprefix(f"{site}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{site}/")
+            }
+            self.found.inputs[site] = InputStatistics.of_tensors(held)
+            for name, sums in (("visual", self.gradients.visual), ("text", self.gradients.text)):
+                if f"gradients/{name}" in held:
+                    sums[site] = held[f"gradients/{name}"]
 
     def _execute(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if graph.name in (HEAD, DECODE):

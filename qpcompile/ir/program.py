@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
 
@@ -87,6 +88,7 @@ class Program:
     stage: str = "captured"
     facts: dict[str, Any] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     @property
     def language(self) -> list[Graph]:

@@ -60,6 +60,18 @@ class InputStatistics:
             self.rows = torch.cat([self.rows, rows[chosen]])
             self.visual = torch.cat([self.visual, marks[chosen]])
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it, by field; `moments` only where there are any."""
+        held = {name: getattr(self, name) for name in ("largest", "total", "rows", "visual")}
+        moments = {} if self.moments is None else {"moments": self.moments}
+        return {**held, **moments, "tokens": torch.tensor(self.tokens)}
+
+    @classmethod
+    def of_tensors(cls, held: dict[str, torch.Tensor]) -> InputStatistics:
+        """What `tensors` gave."""
+        tokens = int(held["tokens"])
+        return cls(held["largest"], held.get("moments"), held["total"], held["rows"], held["visual"], tokens)
+
     @property
     def mean(self) -> torch.Tensor:
         """The mean token, f32[C]."""

@@ -1,0 +1,139 @@
+"""A compile that was stopped goes on from its checkpoint, and gives what it would have given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import captured, changed_recipe, fresh
+
+import qpcompile
+from qpcompile.errors import OutputError
+from qpcompile.ir import checkpoint as checkpoints
+from qpcompile.ir.checkpoint import Checkpoint
+from qpcompile.ir.pass_manager import run_passes
+from qpcompile.ir.program import Program
+from qpcompile.passes import quantize_weights
+from qpcompile.pipeline import passes
+
+COUNT = 3
+MEASURED = (
+    "quantize.scaling=mbq",
+    "quantize.smooth=null",
+    "tokens.method=joint",
+    "tokens.keep=0.25",
+    "tokens.keep_of=mean",
+)
+TRAINED = ("quantize.transform=flatquant", "quantize.smooth=null", "quantize.training.epochs=1")
+
+
+class Stopping:
+    """Three samples, which can be walked over again; the power fails at the read with this number."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.reads = at, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        _, cases, _ = captured()
+        for sample in (cases["one"], cases["longer"], cases["one"]):
+            if self.reads == self.at:
+                raise KeyboardInterrupt
+            self.reads += 1
+            yield sample
+
+
+def compiled(samples: Stopping, settings: tuple[str, ...], checkpoint: Checkpoint) -> Program:
+    """The captured LLaVA through every pass."""
+    program = fresh(changed_recipe("w4a4kv4", *settings))
+    program.checkpoint = checkpoint
+    run_passes(program, passes(samples, COUNT))
+    return program
+
+
+@functools.cache
+def uninterrupted(settings: tuple[str, ...]) -> Program:
+    """The same without a checkpoint; not to be changed."""
+    return compiled(Stopping(), settings, Checkpoint())
+
+
+def tensors(program: Program) -> dict[str, torch.Tensor]:
+    """All tensors of all graphs."""
+    return {
+        f"{name}.{key}": tensor
+        for name, graph in program.graphs.items()
+        for key, tensor in graph.module.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("settings", [MEASURED, TRAINED], ids=["measured", "trained"])
+@pytest.mark.parametrize("at", [2, 5, 7])
+def test_stopped_anywhere_it_ends_the_same(
+    settings: tuple[str, ...], at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "SECONDS", -1.0)
+    whole = uninterrupted(settings)
+    samples = Stopping(at)
+    try:
+        found = compiled(samples, settings, Checkpoint.open(tmp_path / "progress", "key"))
+        assert samples.reads <= at
+    except KeyboardInterrupt:
+        found = compiled(Stopping(), settings, Checkpoint.open(tmp_path / "progress", "key"))
+    assert found.plan == whole.plan
+    expected, given = tensors(whole), tensors(found)
+    assert list(given) == list(expected)
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+
+
+def test_what_was_solved_is_not_solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cases, _ = captured()
+    recipe = changed_recipe("w4a4kv4", "quantize.activations.clip_search=false")
+    samples = [cases["one"]]
+    first = qpcompile.compile(model, recipe, calibration=samples, resume=tmp_path / "progress")
+
+    def again(*_: Any) -> Any:
+        raise AssertionError("solved again")
+
+    monkeypatch.setattr(quantize_weights, "_solve", again)
+    second = qpcompile.compile(model, recipe, calibration=samples, resume=tmp_path / "progress")
+    assert second.plan == first.plan
+    with pytest.raises(OutputError, match="belongs to another model, recipe, calibration or version"):
+        qpcompile.compile(model, changed_recipe("w4a4kv4"), calibration=samples, resume=tmp_path / "progress")
+    with pytest.raises(OutputError, match="belongs to another"):
+        qpcompile.compile(model, recipe, calibration=[cases["longer"]], resume=tmp_path / "progress")
+
+
+def test_nothing_half_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Checkpoint.open(tmp_path, "key")
+    kept.save("a", {"x": torch.ones(2)}, {"n": 1})
+
+    def full(_: Any, path: Path, __: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OutputError, match="cannot be written"):
+        kept.save("a", {"x": torch.zeros(2)}, {"n": 2})
+    found = Checkpoint.open(tmp_path, "key").load("a")
+    assert found is not None and found[1] == {"n": 1} and torch.equal(found[0]["x"], torch.ones(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "key"]
+
+
+def test_a_damaged_file_and_a_foreign_folder_are_refused(tmp_path: Path) -> None:
+    kept = Checkpoint.open(tmp_path / "mine", "key")
+    (tmp_path / "mine" / "a.safetensors").write_bytes(b"\x08broken")
+    with pytest.raises(OutputError, match="cannot be read"):
+        kept.load("a")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "x.png").write_bytes(b"")
+    with pytest.raises(OutputError, match="is no checkpoint"):
+        Checkpoint.open(tmp_path / "photos", "key")
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    kept = Checkpoint()
+    kept.save("a", {}, {})
+    assert kept.load("a") is None and not kept.due()
