@@ -16,7 +16,11 @@ def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 
 @linear_w4a16.register_kernel("cuda")
 def _linear_w4a16_cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    from qpcompile.kernels.linear_w4a16 import triton
+
     check_linear(x.shape[-1], 1, weight, weight_scale, bias)
+    if triton.takes(x, weight_scale):
+        return triton.linear_w4a16(x, weight, weight_scale, bias)
     # The product runs in the type of x, on its tensor cores; they sum in float32.
     dense = reference.dequantize_weight(weight, x.shape[-1], weight_scale).to(x.dtype)
     return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
