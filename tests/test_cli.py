@@ -286,3 +286,8 @@ def test_the_whole_road_on_the_testbed(tmp_path: Path) -> None:
 def test_picture_is_opened_as_colour(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "grey.png")
     assert cli.open_picture(tmp_path / "grey.png").mode == "RGB"
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "qpcompile", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == metadata.version("qpcompile")
