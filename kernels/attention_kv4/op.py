@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels.attention_kv4 import cpu, reference
+from qpcompile.kernels.attention_kv4 import cpu
 from qpcompile.kernels.kv4_read.op import check_cache
 
 WHERE = "qpcompile::attention_kv4"
@@ -38,8 +38,10 @@ def _(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
+    from qpcompile.kernels.attention_kv4 import triton
+
     _check(q, k_codes, k_affine, v_codes, v_affine, mask)
-    return reference.attention_kv4(q, k_codes, k_affine, v_codes, v_affine, mask, scale)
+    return triton.attention_kv4(q, k_codes, k_affine, v_codes, v_affine, mask, scale)
 
 
 @attention_kv4.register_fake

@@ -1,4 +1,4 @@
-"""Cases for the kernels of the 4- and 8-bit cache in Triton's interpreter; test_triton_interpreter.py runs this file."""
+"""Cases for the kernels of the 4- and 8-bit cache in Triton's interpreter; see test_triton_interpreter.py."""
 
 import pytest
 import torch

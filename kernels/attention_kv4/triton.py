@@ -1,0 +1,241 @@
+"""The GPU path of attention_kv4, in two ways by the number of query rows that share a key.
+
+Few rows (decode): the keys of a head are split over programs, so that one token fills the machine; each reads its codes
+once for all rows of its group and leaves a maximum, a sum and a sum of values, which a second kernel joins. The codes
+enter the products as whole numbers, scale and zero point move to the small side (see cpu.py).
+Many rows (prefill): keys and values are read back in the type of the queries, then torch's own attention.
+
+Products are of TF32, which holds codes and half types exactly; float32 queries and weights are two pieces of it.
+Weights of half types are cut to 10 bits, before they meet codes and zero points alike.
+"""
+
+# Kernel bodies and launches are Triton's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qpcompile.kernels.attention_kv4.masking import FORBIDDEN, split_mask
+from qpcompile.kernels.attention_kv4.reference import tokens_outside
+from qpcompile.kernels.hadamard.triton import tf32_parts
+from qpcompile.kernels.kv4_read.triton import kv4_read
+
+FEW_ROWS = 64
+KEYS = 64
+# Two for each multiprocessor of an H100 or H200.
+PROGRAMS = 264
+LEAST = tl.constexpr(FORBIDDEN)
+
+
+@triton.jit
+def exact_product(x: tl.tensor, codes: tl.tensor, y: tl.tensor, EXACT: tl.constexpr) -> tl.tensor:
+    """y + x: f32[R, K] times codes: f32[K, N], whole numbers; EXACT: x has more than TF32 holds."""
+    if EXACT:
+        x, low = tf32_parts(x)
+        y = tl.dot(low, codes, y, input_precision="tf32")
+    return tl.dot(x, codes, y, input_precision="tf32")
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr: tl.tensor,
+    k_codes_ptr: tl.tensor,
+    k_affine_ptr: tl.tensor,
+    v_codes_ptr: tl.tensor,
+    v_affine_ptr: tl.tensor,
+    mask_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    scale: tl.tensor,
+    Q: tl.tensor,
+    S: tl.tensor,
+    G: tl.tensor,
+    split_size: tl.tensor,
+    mask_batch: tl.tensor,
+    mask_head: tl.tensor,
+    mask_query: tl.tensor,
+    mask_key: tl.tensor,
+    D: tl.constexpr,
+    PLANE: tl.constexpr,
+    PAD: tl.constexpr,
+    SHARE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASK: tl.constexpr,
+    EXACT: tl.constexpr,
+) -> None:
+    """q: f[B, G, SHARE, Q, D], codes: u8[B, G, S, PLANE], affine: f32[B, G, S, 2], of keys and values.
+
+    Program (group, split) takes the keys from split * split_size on, and writes sums: f32[B G, splits, ROWS, 2, PAD]
+    of weighted values, and ends: f32[B G, splits, ROWS, 2], the largest score and the sum of exponentials.
+    MASK: "none", "bool" or "float".
+    """
+    group, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.arange(0, ROWS)
+    byte = tl.arange(0, PAD)
+    row_in = row < SHARE * Q
+    q_row = q_ptr + (group * SHARE * Q + row)[:, None] * D + byte[None, :]
+    q_low = tl.load(q_row, mask=row_in[:, None] & (byte < PLANE)[None, :], other=0.0).to(tl.float32)
+    q_high = tl.load(q_row + PLANE, mask=row_in[:, None] & (byte + PLANE < D)[None, :], other=0.0).to(tl.float32)
+    q_sum = tl.sum(q_low + q_high, 1)
+    mask_row = (group // G) * mask_batch + ((group % G) * SHARE + row // Q) * mask_head + row % Q * mask_query
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    y_low = tl.zeros((ROWS, PAD), tl.float32)
+    y_high = tl.zeros((ROWS, PAD), tl.float32)
+    for start in range(split * split_size, tl.minimum((split + 1) * split_size, S), KEYS):
+        key = start + tl.arange(0, KEYS)
+        key_in = key < S
+        at = group * S + key
+        here = key_in[None, :] & (byte < PLANE)[:, None]
+        codes = tl.load(k_codes_ptr + at[None, :] * PLANE + byte[:, None], mask=here, other=0).to(tl.int32)
+        k_scale = tl.load(k_affine_ptr + at * 2, mask=key_in, other=0.0)
+        k_zero = tl.load(k_affine_ptr + at * 2 + 1, mask=key_in, other=0.0)
+        scores = tl.zeros((ROWS, KEYS), tl.float32)
+        scores = exact_product(q_low, (codes & 15).to(tl.float32), scores, EXACT)
+        scores = exact_product(q_high, (codes >> 4).to(tl.float32), scores, EXACT)
+        scores = (scores - q_sum[:, None] * k_zero[None, :]) * (k_scale * scale)[None, :]
+        allowed = row_in[:, None] & key_in[None, :]
+        if MASK != "none":
+            mask_at = mask_ptr + mask_row[:, None] + key.to(tl.int64)[None, :] * mask_key
+            if MASK == "bool":
+                allowed = allowed & (tl.load(mask_at, mask=allowed, other=0) != 0)
+            else:
+                bias = tl.load(mask_at, mask=allowed, other=float("-inf")).to(tl.float32)
+                allowed = allowed & (bias > LEAST)
+                scores += tl.where(allowed, bias, 0.0)
+        scores = tl.where(allowed, scores, float("-inf"))
+        above = tl.maximum(peak, tl.max(scores, 1))
+        # A row that has seen nothing yet is shifted by 0: exp(-inf) is 0.
+        shift = tl.where(above == float("-inf"), 0.0, above)
+        parts = tl.exp(scores - shift[:, None])
+        fade = tl.exp(peak - shift)
+        total = total * fade + tl.sum(parts, 1)
+        v_scale = tl.load(v_affine_ptr + at * 2, mask=key_in, other=0.0)
+        v_zero = tl.load(v_affine_ptr + at * 2 + 1, mask=key_in, other=0.0)
+        weights = parts * v_scale[None, :]
+        if not EXACT:
+            weights, _ = tf32_parts(weights)
+        behind = tl.sum(weights * v_zero[None, :], 1)[:, None]
+        here = key_in[:, None] & (byte < PLANE)[None, :]
+        codes = tl.load(v_codes_ptr + at[:, None] * PLANE + byte[None, :], mask=here, other=0).to(tl.int32)
+        y_low = exact_product(weights, (codes & 15).to(tl.float32), y_low * fade[:, None] - behind, EXACT)
+        y_high = exact_product(weights, (codes >> 4).to(tl.float32), y_high * fade[:, None] - behind, EXACT)
+        peak = above
+    place = (group * tl.num_programs(1) + split) * ROWS + row
+    tl.store(ends_ptr + place * 2, peak, mask=row_in)
+    tl.store(ends_ptr + place * 2 + 1, total, mask=row_in)
+    sums_row = sums_ptr + place[:, None] * 2 * PAD + byte[None, :]
+    tl.store(sums_row, y_low, mask=row_in[:, None])
+    tl.store(sums_row + PAD, y_high, mask=row_in[:, None])
+
+
+@triton.jit
+def join_kernel(
+    sums_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    Q: tl.tensor,
+    G: tl.tensor,
+    splits: tl.tensor,
+    D: tl.constexpr,
+    PLANE: tl.constexpr,
+    PAD: tl.constexpr,
+    SHARE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """What decode_kernel left -> y: f[B, Q, G SHARE, D]; program (group, row). A row that sees nothing is 0."""
+    group, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split = tl.arange(0, SPLITS)
+    place = (group * splits + split) * ROWS + row
+    peak = tl.load(ends_ptr + place * 2, mask=split < splits, other=float("-inf"))
+    total = tl.load(ends_ptr + place * 2 + 1, mask=split < splits, other=0.0)
+    top = tl.max(peak, 0)
+    share = tl.exp(peak - tl.where(top == float("-inf"), 0.0, top))
+    whole = tl.sum(total * share, 0)
+    byte = tl.arange(0, PAD)
+    y_at = y_ptr + ((group // G * Q + row % Q) * G * SHARE + group % G * SHARE + row // Q) * D + byte
+    sums = sums_ptr + place[:, None] * 2 * PAD + byte[None, :]
+    low = tl.sum(tl.load(sums, mask=(split < splits)[:, None], other=0.0) * share[:, None], 0)
+    high = tl.sum(tl.load(sums + PAD, mask=(split < splits)[:, None], other=0.0) * share[:, None], 0)
+    # A poisoned sum is not a sum of nothing.
+    whole = tl.where(top == float("-inf"), 1.0, whole)
+    tl.store(y_at, (low / whole).to(y_ptr.dtype.element_ty), mask=byte < PLANE)
+    tl.store(y_at + PLANE, (high / whole).to(y_ptr.dtype.element_ty), mask=byte + PLANE < D)
+
+
+def attention_kv4(
+    q: Tensor,
+    k_codes: Tensor,
+    k_affine: Tensor,
+    v_codes: Tensor,
+    v_affine: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Shapes as in reference.py."""
+    rows = q.shape[2] * (q.shape[1] // k_codes.shape[1])
+    few = rows <= FEW_ROWS and q.dtype != torch.float64
+    return (_decode if few else _prefill)(q, k_codes, k_affine, v_codes, v_affine, mask, scale)
+
+
+def _prefill(
+    q: Tensor,
+    k_codes: Tensor,
+    k_affine: Tensor,
+    v_codes: Tensor,
+    v_affine: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    k = kv4_read(k_codes, k_affine, q.shape[3], q.dtype)
+    v = kv4_read(v_codes, v_affine, q.shape[3], q.dtype)
+    if mask is None:
+        return tokens_outside(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True))
+    allowed, bias = split_mask(mask)
+    term = allowed if bias is None else bias.to(q.dtype).masked_fill_(~allowed, -torch.inf)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=term, scale=scale, enable_gqa=True)
+    # What torch returns for a row that sees nothing has changed between its versions.
+    return tokens_outside(y.masked_fill_(~allowed.any(-1, keepdim=True), 0.0))
+
+
+def _decode(
+    q: Tensor,
+    k_codes: Tensor,
+    k_affine: Tensor,
+    v_codes: Tensor,
+    v_affine: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    batch, heads, queries, head_dim = q.shape
+    groups, length, plane = k_codes.shape[1:]
+    share, pad = heads // groups, max(triton.next_power_of_2(plane), 16)
+    rows = max(triton.next_power_of_2(share * queries), 16)
+    splits = min(triton.cdiv(length, KEYS), triton.cdiv(PROGRAMS, max(batch * groups, 1)), 64)
+    size = triton.cdiv(triton.cdiv(length, KEYS), max(splits, 1)) * KEYS
+    y = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
+    if not y.numel():
+        return y.transpose(1, 2)
+    if not splits:
+        return y.zero_().transpose(1, 2)
+    sums = torch.empty((batch * groups, splits, rows, 2, pad), dtype=torch.float32, device=q.device)
+    ends = torch.empty((batch * groups, splits, rows, 2), dtype=torch.float32, device=q.device)
+    kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
+    whole = q if mask is None else mask.expand(batch, heads, queries, length)
+    seen = whole.view(torch.uint8) if kind == "bool" else whole
+    stored = [each.contiguous() for each in (k_codes, k_affine, v_codes, v_affine)]
+    decode_kernel[(batch * groups, splits)](
+        q.contiguous(), *stored, seen, sums, ends, scale, queries, length, groups, size, *whole.stride(),
+        head_dim, plane, pad, share, rows, KEYS, kind, q.dtype == torch.float32,
+        num_warps=4, num_stages=3, enable_fp_fusion=False,
+    )  # fmt: skip
+    join_kernel[(batch * groups, share * queries)](
+        sums, ends, y, queries, groups, splits, head_dim, plane, pad, share, rows, triton.next_power_of_2(splits),
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return y.transpose(1, 2)

@@ -1,0 +1,73 @@
+"""Cases for attention_kv4's Triton kernels under Triton's interpreter; test_triton_interpreter.py runs this file."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.attention_kv4 import reference
+from qpcompile.kernels.attention_kv4 import triton as kernels
+from qpcompile.kernels.kv4_write.reference import kv4_write
+
+# Float32 against float64; weights cut to 10 bits where the queries are of a half type.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+def cache(batch: int, groups: int, length: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k, v = torch.randn(2, batch, groups, length, head_dim)
+    return (*kv4_write(k), *kv4_write(v))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    assert found.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "queries", "length", "head_dim"),
+    [
+        *((1, 1, 1, 1, 1, 8), (2, 6, 2, 1, 130, 63), (1, 7, 1, 1, 700, 128), (2, 4, 4, 3, 65, 64), (1, 2, 1, 0, 5, 8)),
+        *((3, 2, 2, 1, 0, 16), (1, 2, 1, 33, 70, 32), (1, 4, 2, 9, 64, 80)),
+    ],
+)
+def test_kernel_is_the_reference(
+    batch: int, heads: int, groups: int, queries: int, length: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    q, stored = torch.randn(batch, heads, queries, head_dim).to(dtype), cache(batch, groups, length, head_dim)
+    if not length:
+        assert torch.equal(kernels.attention_kv4(q, *stored, None, 0.3), torch.zeros_like(q))
+        return
+    close(kernels.attention_kv4(q, *stored, None, 0.3), reference.attention_kv4(q, *stored, None, 0.3))
+
+
+@pytest.mark.parametrize("queries", [1, 3, 33])
+@pytest.mark.parametrize("kind", ["bool", "float", "half", "per head", "one row"])
+def test_masks(kind: str, queries: int) -> None:
+    q, stored = torch.randn(2, 4, queries, 24), cache(2, 2, 150, 24)
+    mask = torch.rand(2, 1, queries, 150) < 0.6
+    mask[0, :, 0] = False
+    given: Tensor = mask
+    if kind in ("float", "half"):
+        given = torch.randn(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        given = given.to(torch.bfloat16 if kind == "half" else torch.float32)
+    elif kind == "per head":
+        given = torch.rand(1, 4, queries, 150) < 0.6
+    elif kind == "one row":
+        given = mask[1:, :, :1].expand(-1, -1, queries, -1)
+    found = kernels.attention_kv4(q, *stored, given, 0.2)
+    close(found, reference.attention_kv4(q, *stored, given, 0.2))
+    if kind in ("bool", "float", "half"):
+        assert not found[0, :, 0].any()
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, stored = torch.full((1, 2, 1, 16), 300.0), cache(1, 1, 90, 16)
+    close(kernels.attention_kv4(q, *stored, None, 1.0), reference.attention_kv4(q, *stored, None, 1.0))
+
+
+def test_poison_shows() -> None:
+    q, stored = torch.ones(2, 2, 1, 16), cache(2, 2, 90, 16)
+    q[1, 1, 0, 3] = torch.nan
+    found = kernels.attention_kv4(q, *stored, None, 1.0)
+    assert found.isnan().any(-1).flatten().tolist() == [False, False, False, True]
