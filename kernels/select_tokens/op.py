@@ -1,4 +1,4 @@
-"""`qpcompile::select_tokens`: static top-k with a symbolic k. Plain torch on every device."""
+"""`qpcompile::select_tokens`: static top-k with a symbolic k."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,18 @@ def select_tokens(scores: Tensor, keep: int, quota: Tensor) -> tuple[Tensor, Ten
 
     valid is False for a token whose rank in its row, from 0, is not below the row's quota.
     """
-    return _select(scores, keep, quota)
+    _check(scores, quota)
+    _check_count(scores, keep)
+    return reference.select_tokens(scores, keep, quota)
 
 
 @select_tokens.register_kernel("cuda")
 def _(scores: Tensor, keep: int, quota: Tensor) -> tuple[Tensor, Tensor]:
-    return _select(scores, keep, quota)
+    from qpcompile.kernels.select_tokens import triton
+
+    _check(scores, quota)
+    _check_count(scores, keep)
+    return triton.select_tokens(scores, keep, quota)
 
 
 @select_tokens.register_fake
@@ -30,8 +36,7 @@ def _(scores: Tensor, keep: int, quota: Tensor) -> tuple[Tensor, Tensor]:
     return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape, dtype=torch.bool)
 
 
-def _select(scores: Tensor, keep: int, quota: Tensor) -> tuple[Tensor, Tensor]:
-    _check(scores, quota)
+def _check_count(scores: Tensor, keep: int) -> None:
     # Not in the fake kernel: comparing two symbols there would put a guard on every traced length.
     if not 0 <= keep <= scores.shape[1]:
         raise KernelError(
@@ -39,7 +44,6 @@ def _select(scores: Tensor, keep: int, quota: Tensor) -> tuple[Tensor, Tensor]:
             where=WHERE,
             do="keep at most as many tokens as the row has; the plan's counts must come from the same input",
         )
-    return reference.select_tokens(scores, keep, quota)
 
 
 def _check(scores: Tensor, quota: Tensor) -> None:
