@@ -88,16 +88,16 @@ def _tile_for_bucket(gpu: str, processors: int, out_features: int, in_features: 
     if not near:
         return start_tile(processors, out_features, in_features, limit)
     nearest = min(near, key=lambda key: abs(math.log(key[0] / out_features)) + abs(math.log(key[1] / in_features)))
-    return _split(table.tiles[nearest], processors, out_features, in_features, limit)
+    return with_split(table.tiles[nearest], processors, out_features, in_features, limit)
 
 
 def start_tile(processors: int, out_features: int, in_features: int, tokens: int) -> Tile:
     """The rule: a tile by the number of tokens, and so many splits that every multiprocessor has work."""
     shape = SHAPES[next((limit for limit in SHAPES if tokens <= limit), BUCKETS[-1])]
-    return _split(shape, processors, out_features, in_features, tokens)
+    return with_split(shape, processors, out_features, in_features, tokens)
 
 
-def _split(tile: Tile, processors: int, out_features: int, in_features: int, tokens: int) -> Tile:
+def with_split(tile: Tile, processors: int, out_features: int, in_features: int, tokens: int) -> Tile:
     """`tile` with as many splits as give each multiprocessor one program, and two where reading weights is the time."""
     programs = math.ceil(out_features / tile.out) * math.ceil(tokens / tile.tokens)
     wanted = processors * (2 if tokens <= RAW_TOKENS else 1)
