@@ -1,7 +1,7 @@
 """Token scores in pieces: only the query rows that a metric asks for, a few at a time, so that no [S, S] is ever held.
 
 Within a piece the softmax is never divided out: the sum over rows r of group_r / (H * denominator_r) * exp(..)_r is one
-matrix product over heads and rows. Plain torch, so that it serves the GPU too.
+matrix product over heads and rows.
 """
 
 from collections.abc import Sequence

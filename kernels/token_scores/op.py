@@ -1,4 +1,4 @@
-"""`qpcompile::token_scores`: how much each visual token of a prefill matters. Plain torch on every device."""
+"""`qpcompile::token_scores`: how much each visual token of a prefill matters."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels.token_scores import cpu
+from qpcompile.kernels.token_scores import cpu, reference
 from qpcompile.kernels.token_scores.normalize import METHODS
 
 WHERE = "qpcompile::token_scores"
 
 
-@torch.library.custom_op(WHERE, mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op(WHERE, mutates_args=(), device_types="cpu")
 def token_scores(
     hidden: Tensor,
     rounded: Tensor,
@@ -44,6 +44,37 @@ def token_scores(
     _check_options(weights, normalize, low, high, sink)
     settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
     return cpu.token_scores(hidden, rounded, q, k, mask, scale, visual, valid, queries, *settings)
+
+
+@token_scores.register_kernel("cuda")
+def _(
+    hidden: Tensor,
+    rounded: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    visual: Tensor,
+    valid: Tensor,
+    queries: Tensor,
+    weights: Sequence[float],
+    normalize: str,
+    low: float,
+    high: float,
+    intra_mean: bool,
+    rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+    relative: bool,
+    sink: float,
+) -> Tensor:
+    from qpcompile.kernels.token_scores import triton
+
+    _check(hidden, rounded, q, k, mask, (visual, valid, queries))
+    _check_options(weights, normalize, low, high, sink)
+    settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
+    tensors = (hidden, rounded, q, k, mask, scale, visual, valid, queries)
+    return reference.token_scores(*tensors, *settings, mass_of=triton.attention_mass)
 
 
 @token_scores.register_fake
