@@ -9,15 +9,24 @@ from qpcompile.kernels.dpp_select import reference
 WHERE = "qpcompile::dpp_select"
 
 
-@torch.library.custom_op(WHERE, mutates_args=())
+@torch.library.custom_op(WHERE, mutates_args=(), device_types="cpu")
 def dpp_select(features: Tensor, relevance: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
     """features: f[B, S, C], relevance: f32[B, S], counted: bool[B, S], budget: i64[B] -> f32[B, S], first is highest.
 
-    Plain torch on every device; O(S C T + S T^2) time and O(S T) memory for T = max budget.
+    O(S C T + S T^2) time and O(S T) memory for T = max budget on a CPU; O(S^2) memory on a GPU.
     """
     check_choice(WHERE, features, counted, budget)
     _check_relevance(relevance, counted)
     return reference.dpp_select(features, relevance, counted, budget)
+
+
+@dpp_select.register_kernel("cuda")
+def _(features: Tensor, relevance: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
+    from qpcompile.kernels.dpp_select import triton
+
+    check_choice(WHERE, features, counted, budget)
+    _check_relevance(relevance, counted)
+    return triton.dpp_select(features, relevance, counted, budget)
 
 
 @dpp_select.register_fake

@@ -10,6 +10,7 @@ holds half types exactly; float32 takes three of them.
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -160,9 +161,9 @@ def column_sums_kernel(
                 lse = tl.load(lse_ptr + head * S + row, mask=(row < S) & (named > 0), other=0.0)
                 mass += tl.sum(tl.exp(scores - lse[:, None]), 0)
                 seen += tl.sum((scores != float("-inf")).to(tl.float32), 0)
-        at = mass_ptr + (head * GROUPS + group) * S + key
-        tl.store(at, mass, mask=key < S)
-        tl.store(at + tl.num_programs(0).to(tl.int64) * GROUPS * S, seen, mask=key < S)
+        mass_at = mass_ptr + (head * GROUPS + group) * S + key
+        tl.store(mass_at, mass, mask=key < S)
+        tl.store(mass_at + tl.num_programs(0).to(tl.int64) * GROUPS * S, seen, mask=key < S)
 
 
 def attention_mass(
@@ -182,11 +183,13 @@ def attention_mass(
         lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
         sizes = (scale, heads, length, *strides, head_dim, max(triton.next_power_of_2(head_dim), 16))
         options = (heads // k.shape[1], count, ROWS, KEYS, kind, "tf32x3" if q.dtype == torch.float32 else "tf32")
+        # Three products of TF32 hold twice the registers.
+        warps = 8 if q.dtype == torch.float32 else 4
         row_sums_kernel[(batch * heads, triton.cdiv(length, ROWS))](
-            q, k, seen, groups, lse, *sizes, *options, num_warps=4, num_stages=2
+            q, k, seen, groups, lse, *sizes, *options, num_warps=warps, num_stages=2
         )
         column_sums_kernel[(batch * heads, triton.cdiv(length, KEYS))](
-            q, k, seen, groups, lse, mass, *sizes, *options, num_warps=4, num_stages=2
+            q, k, seen, groups, lse, mass, *sizes, *options, num_warps=warps, num_stages=2
         )
     probabilities, seen_by = mass.mean(2)
     return probabilities, seen_by

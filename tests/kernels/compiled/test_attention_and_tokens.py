@@ -1,0 +1,76 @@
+"""The machine code of cache, attention and token kernels on Hopper at the sizes of 7B models: nothing is spilled."""
+
+import os
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the extra `triton` is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from kernels.compiled.sass import Compiled, compiled
+
+from qpcompile.kernels.attention_kv4.triton import decode_kernel, join_kernel
+from qpcompile.kernels.dpp_select.triton import greedy_kernel
+from qpcompile.kernels.kv4_write.triton import kv_write_kernel
+from qpcompile.kernels.select_tokens.triton import compact_kernel, rank_kernel
+from qpcompile.kernels.token_scores.triton import column_sums_kernel, row_sums_kernel
+
+TYPES = {"q_ptr": "*bf16", "k_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16", "codes_ptr": "*u8", "mask_ptr": "*u8"}
+TYPES |= {"k_codes_ptr": "*u8", "v_codes_ptr": "*u8", "groups_ptr": "*u8", "counted_ptr": "*u8", "valid_ptr": "*u8"}
+TYPES |= {"rank_ptr": "*i32", "quota_ptr": "*i64", "index_ptr": "*i64", "turns_ptr": "*i64"}
+TYPES |= {"matrix_ptr": "*fp64", "basis_ptr": "*fp64", "scale": "fp32"}
+
+
+def code_of(kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int = 3, **types: str) -> Compiled:
+    """Compiled for sm_90; other pointers are of float32, other numbers of int32."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
+    signature |= {name: kind for name, kind in (TYPES | types).items() if name in names}
+    return compiled(kernel, signature, constants, 90, warps, stages)
+
+
+HEAD = {"D": 128, "PLANE": 64, "PAD": 64, "SHARE": 7, "ROWS": 16}
+
+
+# 7 query heads share a key, as in Qwen2.5-VL-7B; 64 products of TF32 are 4 of 16 by 64 by 64, float32 takes twice.
+@pytest.mark.parametrize(("dtype", "registers", "products"), [("*bf16", 168, 64), ("*fp32", 200, 128)])
+def test_decode_attention(dtype: str, registers: int, products: int) -> None:
+    constants = {**HEAD, "KEYS": 64, "MASK": "bool", "EXACT": dtype == "*fp32"}
+    code = code_of(decode_kernel, constants, q_ptr=dtype)
+    assert code.spills == 0 and code.registers <= registers
+    assert code.loop_count("HMMA") == products
+    # Three stages of codes in flight, and four blocks on a multiprocessor.
+    assert "cp.async" in code.ptx and code.shared <= 227 * 1024 // 4
+
+
+def test_join() -> None:
+    assert code_of(join_kernel, {**HEAD, "SPLITS": 64}).spills == 0
+
+
+SCORES = {"D": 128, "PAD": 128, "SHARE": 7, "GROUPS": 2, "ROWS": 32, "KEYS": 64}
+
+
+@pytest.mark.parametrize("kernel", [row_sums_kernel, column_sums_kernel], ids=["rows", "columns"])
+@pytest.mark.parametrize("mask", ["bool", "causal"])
+def test_scores(kernel: Any, mask: str) -> None:
+    code = code_of(kernel, {**SCORES, "MASK": mask, "PRECISION": "tf32"}, stages=2)
+    assert code.spills == 0 and code.loop_count("HMMA") == 64
+
+
+def test_cache_write() -> None:
+    code = code_of(kv_write_kernel, {"D": 128, "WIDTH": 64, "PAD": 64, "LEVELS": 15, "ROWS": 16}, warps=2)
+    assert code.spills == 0 and code.registers <= 96
+    assert "div.rn.f32" in code.ptx and "div.full" not in code.ptx
+
+
+@pytest.mark.parametrize(("size", "piece"), [(1024, 8), (4096, 2)])
+def test_greedy_turns(size: int, piece: int) -> None:
+    code = code_of(greedy_kernel, {"SIZE": size, "PIECE": piece}, warps=16)
+    assert code.spills == 0 and code.registers <= 128
+
+
+def test_selection() -> None:
+    assert code_of(rank_kernel, {"TOKENS": 64, "OTHERS": 128}).spills == 0
+    assert code_of(compact_kernel, {"WALK": 1024}).spills == 0
