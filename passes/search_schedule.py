@@ -4,8 +4,8 @@
 
 p is the full-precision model's distribution of the answer's first token with all visual tokens, p' that of the model
 with the schedule's cuts and the method's own scores, quantized as the recipe says (in floating point, at the quant
-stubs). All schedules have the mean that the recipe asks for. The worse half goes after a sixteenth of the samples, half
-of the rest after an eighth, a quarter and a half: what is left is compared on all of them.
+stubs). All schedules have the mean that the recipe asks for. The worse half goes after an eighth of the samples, half
+of the rest after a quarter and a half: what is left is compared on all of them.
 
 Ours: QUOTA (arXiv 2604.17320, section 3.2) shares a fixed drop by each layer's own deviation instead. The search is
 successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
@@ -74,7 +74,7 @@ class SearchSchedule:
             for number, sample in enumerate(itertools.islice(self.samples, count)):
                 if number >= done:
                     run_sample(trials.machine, sample, number)
-                    if number + 1 in (count // 16, count // 8, count // 4, count // 2):
+                    if number + 1 in (count // 8, count // 4, count // 2):
                         trials.halve()
                     if number + 1 == count or program.checkpoint.due():
                         facts = {"samples": number + 1, "costs": list(trials.costs.items())}

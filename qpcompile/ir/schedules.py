@@ -2,9 +2,8 @@
 
 A schedule is the share of visual tokens that each decoder layer sees, k_0 >= k_1 >= ... >= k_{L-1}, mean given.
 
-    flat     k, k, k, k, ...                 one cut in front of the decoder
-    step     a, .., a, k, .., k              share a for the first b layers, a = 1 or a cut in front of the decoder
-    fade     a, .., a, k, .., k, k/4, ..     a step whose second half of the rest fades
+    flat     k, k, k, k, ...       one cut in front of the decoder
+    step     a, .., a, k, .., k    share a for the first b layers, a = 1 or a cut in front of the decoder
 
 Shares are whole tokens of a prompt with `tokens` of them, k is rounded down and what is left goes to a: no schedule
 keeps more than the mean on such a prompt. For deep decoders b runs over some layers, denser at the front.
@@ -12,7 +11,6 @@ keeps more than the mean on such a prompt. For deep decoders b runs over some la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import floor
 
 import numpy as np
@@ -23,7 +21,6 @@ Shares = tuple[float, ...]
 
 HEADS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 PLACES = 8
-FADE = 4
 
 
 def schedules(mean: float, depth: int, tokens: int) -> list[Shares]:
@@ -38,7 +35,7 @@ def schedules(mean: float, depth: int, tokens: int) -> list[Shares]:
     counts = [(budget // depth,) * depth]
     for head in HEADS:
         for border in _places(depth):
-            counts += _behind(floor(head * tokens), border, budget, depth, tokens)
+            counts += _steps(floor(head * tokens), border, budget, depth, tokens)
     return [tuple(count / tokens for count in found) for found in dict.fromkeys(counts)]
 
 
@@ -55,15 +52,10 @@ def _places(depth: int) -> list[int]:
     return sorted({int(place) for place in np.rint(np.geomspace(1, depth - 1, min(PLACES, depth - 1)))})
 
 
-def _behind(head: int, border: int, budget: int, depth: int, tokens: int) -> Iterator[tuple[int, ...]]:
-    """Step and fade in tokens: `head` or a little more for the first `border` layers."""
-    left, layers = budget - head * border, depth - border
-    late = layers // 2
-    for fade in (1, FADE):
-        share = floor(left / (layers - late + late / fade))
-        faded = share // fade
-        if share >= head or faded < 1 or (fade > 1 and not late):
-            continue
-        spare = left - share * (layers - late) - faded * late
-        first = min(tokens, head + spare // border)
-        yield (first,) * border + (share,) * (layers - late) + (faded,) * late
+def _steps(head: int, border: int, budget: int, depth: int, tokens: int) -> list[tuple[int, ...]]:
+    """The step in tokens, `head` or a little more for the first `border` layers; none where nothing is left behind."""
+    share, spare = divmod(budget - head * border, depth - border)
+    if not 1 <= share < head:
+        return []
+    first = min(tokens, head + spare // border)
+    return [(first,) * border + (share,) * (depth - border)]
