@@ -325,13 +325,13 @@ return visual_keys = %149
 %59 = qpcompile::spread_tokens(%3, %54, %58, 0.75) : f32[B, S0]
 %60 = aten::where.ScalarOther(%5, %59, inf) : f32[B, S0]
 %61 = aten::where.ScalarOther(%6, %60, -inf) : f32[B, S0]
-%62 = aten::bitwise_and.Tensor(%5, %6) : bool[B, S0]
-%63 = aten::gt.Scalar(%61, 0.0) : bool[B, S0]
-%64 = aten::bitwise_and.Tensor(%62, %63) : bool[B, S0]
-%65 = aten::where.ScalarOther(%62, %3, 0.0) : f32[B, S0]
-%66 = aten::sum.dim_IntList(%65, [1], True) : f32[B, 1]
-%67 = aten::clamp_min(%66, 1e-12) : f32[B, 1]
-%68 = aten::div.Tensor(%65, %67) : f32[B, S0]
+%62 = aten::gt.Scalar(%61, 0.0) : bool[B, S0]
+%63 = aten::bitwise_and.Tensor(%54, %62) : bool[B, S0]
+%64 = aten::where.ScalarOther(%54, %3, 0.0) : f32[B, S0]
+%65 = aten::sum.dim_IntList(%64, [1], True) : f32[B, 1]
+%66 = aten::clamp_min(%65, 1e-12) : f32[B, 1]
+%67 = aten::div.Tensor(%64, %66) : f32[B, S0]
+%68 = qpcompile::merge_tokens(%2, %4, %67, %63, %54, 32) : f32[B, S0, 48]
 """,
     )
 
