@@ -257,7 +257,7 @@ def ask_once(source: str, exam: Exam) -> None:
     typer.echo(f"accuracy {correct / len(answers):.4f} ({correct} of {len(answers)})")
 
 
-@app.command("sweep", epilog="Example:\n\nqpcompile sweep docs/results/sweep.yaml --out build/sweep/")
+@app.command("sweep", epilog="Example:\n\nqpcompile sweep docs/results/llava.yaml --out build/sweep/")
 def sweep_command(
     plan: Annotated[Path, typer.Argument(help="YAML file: testbeds, quantizers, pruners, shares, ablations.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, tables, figures; what is there stays.")],

@@ -70,11 +70,11 @@ def test_mistakes_are_named(path: Path, old: str, new: str, words: str) -> None:
         SweepPlan.load(path)
 
 
-def test_the_shipped_plan_is_one() -> None:
-    plan = SweepPlan.load(ROOT / "docs" / "results" / "sweep.yaml")
-    found = list(cells(plan))
-    assert {cell.bed.name for cell in found} == {bed.name for bed in plan.beds} and len(plan.beds) == 4
-    assert {"none", "random"} <= set(plan.pruners)
+@pytest.mark.parametrize("plan", sorted((ROOT / "docs" / "results").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_of_the_results(plan: Path) -> None:
+    found = SweepPlan.load(plan)
+    assert {cell.bed.name for cell in cells(found)} == {bed.name for bed in found.beds}
+    assert {"none", "random", "joint"} <= set(found.pruners)
 
 
 @pytest.mark.parametrize("bits", LADDER)
