@@ -28,6 +28,7 @@ from qpcompile.ir.operators import (
     KV4_WRITE,
     KV8_READ,
     KV8_WRITE,
+    PIVOT_TOKENS,
     QUANT_STUB,
     SIMULATE_KIVI,
     TOKEN_SCORES,
@@ -270,4 +271,6 @@ def _dequantize_rest(graph: Graph, stub: fx.Node, pair: Pair) -> None:
 
 
 def _leads_to_scores(node: fx.Node) -> bool:
-    return is_call(node, TOKEN_SCORES) or (bool(node.users) and all(_leads_to_scores(user) for user in node.users))
+    if is_call(node, TOKEN_SCORES, PIVOT_TOKENS):
+        return True
+    return bool(node.users) and all(_leads_to_scores(user) for user in node.users)

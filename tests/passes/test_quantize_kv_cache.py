@@ -9,7 +9,7 @@ from typing import Any
 import expecttest
 import pytest
 import torch
-from programs import changed_recipe, program_of, relative, run, stubbed
+from programs import captured, changed_recipe, fresh, program_of, relative, run, stubbed
 from torch import Tensor
 from toy_decoder import HIDDEN, Decode, Prefill, cache_names, decode_graph, prefill_graph, toy_feeds
 
@@ -24,6 +24,7 @@ from qpcompile.kernels.kv4_read.reference import kv4_read
 from qpcompile.kernels.kv4_write.reference import kv4_write
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
+from qpcompile.pipeline import passes
 from qpcompile.plan import Plan
 
 Apply = Callable[[Program, QuantizeKvCache], bool]
@@ -338,3 +339,13 @@ def test_kivi_rounds_the_cache_alone(apply: Apply) -> None:
         assert first[name].dtype == torch.float32 and not torch.allclose(first[name], exact[name], atol=1e-3)
         assert torch.equal(first[name][:, :, 72:], exact[name][:, :, 72:]), "the last 128 tokens stay exact"
     assert all(site.kernel.startswith("simulation") for site in program.plan.sites)
+
+
+def test_keys_that_choose_pivots_are_read_back() -> None:
+    """DART's pivots read the keys as attention does."""
+    settings = ("tokens.method=dart", "tokens.keep=0.5", "quantize.weights.solver=rtn", "quantize.smooth=null")
+    plain = ("quantize.center=null", "quantize.activations.clip_search=false", "tokens.candidate_layers=[0]")
+    program = fresh(changed_recipe("w4a4kv4", *settings, *plain))
+    run_passes(program, passes([captured()[1]["one"]], 1))
+    text = graph_text(program.graphs[PREFILL])
+    assert "qpcompile::pivot_tokens" in text and "qpcompile::kv4_read" in text and "quant_stub" not in text
