@@ -128,7 +128,7 @@ def test_presets_say_what_their_names_say() -> None:
         assert (tokens.method, tokens.keep) == ("quota", keep)
     full = Recipe.load("w4a4kv4").quantize
     assert full and (full.weights.bits, full.activations.bits, full.kv_cache.bits) == (4, 4, 4)
-    assert (full.transform, full.smooth, full.weights.solver) == ("hadamard", 0.5, "gptq")
+    assert (full.transform, full.smooth, full.weights.solver) == ("flatquant", 0.5, "gptq")
     assert Recipe.load("quota-30").quantize == Recipe.load("quota-50").quantize == full
     qapruner = Recipe.load("qapruner-12.5")
     assert (qapruner.tokens.method, qapruner.tokens.keep, qapruner.quantize) == ("qapruner", 0.125, full)

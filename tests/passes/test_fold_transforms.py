@@ -50,7 +50,9 @@ class NormedMlp(nn.Module):
 
 
 def recipe(*settings: str) -> Recipe:
-    return changed_recipe("w4a4kv4", "quantize.ignore=[]", "quantize.center=null", *settings)
+    return changed_recipe(
+        "w4a4kv4", "quantize.transform=hadamard", "quantize.ignore=[]", "quantize.center=null", *settings
+    )
 
 
 def test_golden(apply: Apply) -> None:
