@@ -1,4 +1,4 @@
-"""qpcompile::kronecker, a learned change of basis at run time. Plain torch on every device."""
+"""qpcompile::kronecker, a learned change of basis at run time."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ def kronecker(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> T
 
 @kronecker.register_kernel("cuda")
 def _kronecker_cuda(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return reference.kronecker(x, scale, left, right)
+    from qpcompile.kernels.kronecker import triton
+
+    return triton.kronecker(x, scale, left, right)
 
 
 @kronecker.register_fake

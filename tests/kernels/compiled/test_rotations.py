@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from kernels.compiled.sass import Compiled, compiled
 
 from qpcompile.kernels.hadamard.triton import hadamard_kernel, norm_of, odd_factor, rotated_tiling
+from qpcompile.kernels.kronecker.triton import kronecker_kernel, warps
 from qpcompile.kernels.rmsnorm_quantize.triton import norm_quantize_kernel
 from qpcompile.kernels.silu_mul_quantize.triton import silu_mul_quantize_kernel
 
@@ -20,6 +21,9 @@ NORM = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "transform
 NORM |= {"y_ptr": "*i8", "scale_ptr": "*fp32", "T": "i32", "eps": "fp32", "clip_ratio": "fp32"}
 SILU = {"gate_ptr": "*bf16", "up_ptr": "*bf16", "transform_ptr": "*fp32", "inner_ptr": "*fp32", "y_ptr": "*i8"}
 SILU |= {"scale_ptr": "*fp32", "T": "i32", "clip_ratio": "fp32"}
+
+KRONECKER = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "left_ptr": "*fp32", "right_ptr": "*fp32", "y_ptr": "*i8"}
+KRONECKER |= {"token_scale_ptr": "*fp32", "clip_ratio": "fp32"}
 
 
 def code_of(kernel: Any, signature: dict[str, str], channels: int, arch: int, **constants: Any) -> Compiled:
@@ -74,3 +78,16 @@ def test_gate_elsewhere(arch: int) -> None:
     assert code.shared <= SHARED[arch]
     # Without Hopper's products 16 warps do not hold all in 128 registers: 91 and 123 accesses to what was spilled.
     assert code.spills <= 130
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "arch", "registers"),
+    [(64, 64, 90, 128), (128, 86, 90, 224), (64, 64, 100, 128), (32, 32, 80, 96)],
+)
+def test_learned_factors(left: int, right: int, arch: int, registers: int) -> None:
+    rows, columns = (1 << (side - 1).bit_length() for side in (left, right))
+    shape = {"LEFT": left, "RIGHT": right, "ROWS": rows, "COLUMNS": columns, "SCALED": False, "CODES": True}
+    code = compiled(kronecker_kernel, KRONECKER, shape, arch, warps(rows, columns), stages=1)
+    assert code.spills == 0 and code.registers <= registers and code.shared <= SHARED[arch]
+    # Three products of TF32 for each of the two; the float units add up what tensor cores give.
+    assert arch == 100 or code.count("HGMMA") + code.count("HMMA") >= 48
