@@ -1,12 +1,23 @@
-"""The CPU path of hadamard: the reference on pieces that stay in the cache, bit for bit."""
+"""The CPU path of hadamard: one call of C, or the reference on pieces that stay in the cache, bit for bit."""
 
 from torch import Tensor
 
+from qpcompile.kernels import native
 from qpcompile.kernels.hadamard import reference
+from qpcompile.kernels.kronecker_quantize.native import changed
+from qpcompile.kernels.native_rows import rotation
 from qpcompile.kernels.sums import by_rows
 
 
 def hadamard(x: Tensor, scale: Tensor | None) -> Tensor:
     """x: f[..., C], scale: f32[C] -> x.dtype[..., C]."""
+    return (_native if native.takes(x, scale) else _torch)(x, scale)
+
+
+def _native(x: Tensor, scale: Tensor | None, level: int | None = None) -> Tensor:
+    return changed(x, scale, rotation(x.shape[-1], True), level)
+
+
+def _torch(x: Tensor, scale: Tensor | None) -> Tensor:
     (y,) = by_rows(lambda rows: (reference.hadamard(rows, scale),), x)
     return y

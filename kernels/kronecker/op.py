@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.kronecker import reference
+from qpcompile.kernels.kronecker import cpu, reference
 
 
 @torch.library.custom_op("qpcompile::kronecker", mutates_args=(), device_types="cpu")
 def kronecker(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """x: f[..., A*c], scale: f32[A*c], left: f32[A, A], right: f32[c, c] -> x.dtype[..., A*c]."""
-    return reference.kronecker(x, scale, left, right)
+    return cpu.kronecker(x, scale, left, right)
 
 
 @kronecker.register_kernel("cuda")

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels.kv4_write import reference
+from qpcompile.kernels.kv4_write import cpu
 
 
 @torch.library.custom_op("qpcompile::kv4_write", mutates_args=(), device_types="cpu")
 def kv4_write(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: f[B, H, S, D] -> codes: u8[B, H, S, ceil(D / 2)], affine: f32[B, H, S, 2]."""
     _check(x)
-    return reference.kv4_write(x)
+    return cpu.kv4_write(x)
 
 
 @kv4_write.register_kernel("cuda")

@@ -1,17 +1,28 @@
-"""The CPU path of quantize_int4: the reference's arithmetic in one reused buffer, bit for bit.
+"""The CPU path of quantize_int4: one call of C, or the reference's arithmetic in one reused buffer, bit for bit.
 
 Fresh buffers dominate the reference's time (page faults): at 208 tokens of 1024 channels, one thread, the reference
-takes 1.29 ms and this 0.32 ms.
+takes 1.29 ms and the buffered one 0.32 ms.
 """
 
 import torch
 from torch import Tensor
 
+from qpcompile.kernels import native
+from qpcompile.kernels.kronecker_quantize.native import changed_codes
+from qpcompile.kernels.native_rows import NO_FACTORS
 from qpcompile.kernels.quantize_int4.reference import HIGHEST, LOWEST, int4_scale, split_groups
 
 
 def quantize_int4(x: Tensor, group_size: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
     """x: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
+    return (_native if native.takes(x) else _torch)(x, group_size, clip_ratio)
+
+
+def _native(x: Tensor, group_size: int, clip_ratio: float, level: int | None = None) -> tuple[Tensor, Tensor]:
+    return changed_codes(x, None, NO_FACTORS, None, group_size, clip_ratio, level)
+
+
+def _torch(x: Tensor, group_size: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
     groups = split_groups(x.float(), group_size)
     buffer = groups.abs()
     scale = int4_scale(buffer.amax(-1), clip_ratio)

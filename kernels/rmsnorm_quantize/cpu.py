@@ -1,9 +1,11 @@
-"""The CPU path of rmsnorm_quantize: the reference's arithmetic in reused buffers, bit for bit."""
+"""The CPU path of rmsnorm_quantize: one call of C, or the reference's arithmetic in reused buffers."""
 
 import torch
 from torch import Tensor
 
+from qpcompile.kernels import native
 from qpcompile.kernels.hadamard.reference import transform
+from qpcompile.kernels.native_rows import dense, empty_codes, rotation, row_count
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.sums import by_rows, wide_type
 
@@ -18,9 +20,44 @@ def rmsnorm_quantize(
     clip_ratio: float,
 ) -> tuple[Tensor, Tensor]:
     """x: f[..., C], weight: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    run = _native if native.takes(x, weight, transform_scale) else _torch
+    return run(x, weight, eps, transform_scale, rotate, group_size, clip_ratio)
 
+
+def _native(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    transform_scale: Tensor | None,
+    rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+    level: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    x, weight, transform_scale = x.contiguous(), weight.contiguous(), dense(transform_scale)
+    q, scale = empty_codes(x, group_size)
+    native.call(
+        "rmsnorm_quantize_" + native.real(x),
+        *(x.data_ptr(), native.ELEMENTS[x.dtype], weight.data_ptr(), native.ELEMENTS[weight.dtype], eps),
+        *(native.pointer(transform_scale), *rotation(x.shape[-1], rotate), row_count(x), x.shape[-1]),
+        *(group_size, clip_ratio, q.data_ptr(), scale.data_ptr()),
+        level=level,
+    )
+    return q, scale
+
+
+def _torch(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    transform_scale: Tensor | None,
+    rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+) -> tuple[Tensor, Tensor]:
     def piece(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return quantize_int4(transform(rmsnorm(rows, weight, eps), transform_scale, rotate), group_size, clip_ratio)
+        values = transform(rmsnorm(rows, weight, eps), transform_scale, rotate, wide_type(x))
+        return quantize_int4(values, group_size, clip_ratio)
 
     q, scale = by_rows(piece, x)
     return q, scale

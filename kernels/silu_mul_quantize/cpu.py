@@ -1,8 +1,10 @@
-"""The CPU path of silu_mul_quantize: the reference's arithmetic in one reused buffer, bit for bit."""
+"""The CPU path of silu_mul_quantize: one call of C, or the reference's arithmetic in one reused buffer."""
 
 from torch import Tensor
 
+from qpcompile.kernels import native
 from qpcompile.kernels.hadamard.reference import transform
+from qpcompile.kernels.native_rows import dense, empty_codes, rotation, row_count
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.sums import by_rows, wide_type
 
@@ -11,9 +13,38 @@ def silu_mul_quantize(
     gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
 ) -> tuple[Tensor, Tensor]:
     """gate, up: f[..., C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    alike = gate.dtype == up.dtype and gate.shape == up.shape
+    run = _native if native.takes(gate, up, transform_scale) and alike else _torch
+    return run(gate, up, transform_scale, rotate, group_size, clip_ratio)
 
+
+def _native(
+    gate: Tensor,
+    up: Tensor,
+    transform_scale: Tensor | None,
+    rotate: bool,
+    group_size: int,
+    clip_ratio: float,
+    level: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    gate, up, transform_scale = gate.contiguous(), up.contiguous(), dense(transform_scale)
+    q, scale = empty_codes(gate, group_size)
+    native.call(
+        "silu_mul_quantize_" + native.real(gate),
+        *(gate.data_ptr(), up.data_ptr(), native.ELEMENTS[gate.dtype], native.pointer(transform_scale)),
+        *(*rotation(gate.shape[-1], rotate), row_count(gate), gate.shape[-1], group_size, clip_ratio),
+        *(q.data_ptr(), scale.data_ptr()),
+        level=level,
+    )
+    return q, scale
+
+
+def _torch(
+    gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
+) -> tuple[Tensor, Tensor]:
     def piece(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        return quantize_int4(transform(silu_mul(gate, up), transform_scale, rotate), group_size, clip_ratio)
+        values = transform(silu_mul(gate, up), transform_scale, rotate, wide_type(gate))
+        return quantize_int4(values, group_size, clip_ratio)
 
     q, scale = by_rows(piece, gate, up)
     return q, scale

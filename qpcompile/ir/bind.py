@@ -1,10 +1,13 @@
-"""The graphs of a program as the CPU runs them: 4-bit weights unpacked once, kernels called directly.
+"""The graphs of a program as the CPU runs them: kernels called directly, without torch's dispatcher in between.
 
-    %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)], unpacked on every call
+Where the kernels in C are compiled (kernels/native.py), linears read their weight in 4 bits. Where they are not, it is
+unpacked once, since torch would do it on every call:
+
+    %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
 
-The program itself is not touched: what is saved, exported and reported keeps its 4 bits. In memory a weight takes one
-byte more per parameter, shared between prefill and decode. The same numbers bit for bit.
+The program itself is not touched: what is saved, exported and reported keeps its 4 bits. An unpacked weight takes one
+byte more per parameter in memory, shared between prefill and decode. The same numbers bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from qpcompile.ir.edit import calls, get_tensor, set_tensor
 from qpcompile.ir.operators import (
     ATTENTION_KV4,
     HADAMARD,
+    KRONECKER,
     KV4_WRITE,
     LAYERNORM_QUANTIZE,
     LINEAR_W4A4,
@@ -28,11 +32,13 @@ from qpcompile.ir.operators import (
     SILU_MUL_QUANTIZE,
 )
 from qpcompile.ir.program import Graph, Program
+from qpcompile.kernels import native
 from qpcompile.kernels.attention_kv4.cpu import attention_kv4
 from qpcompile.kernels.hadamard.cpu import hadamard
-from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.kronecker.cpu import kronecker
+from qpcompile.kernels.kv4_write.cpu import kv4_write
 from qpcompile.kernels.layernorm_quantize.cpu import layernorm_quantize
-from qpcompile.kernels.linear_w4a4.cpu import linear_unpacked
+from qpcompile.kernels.linear_w4a4.cpu import linear_unpacked, linear_w4a4
 from qpcompile.kernels.linear_w4a4.packing import unpack_int4
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.rmsnorm.reference import rmsnorm
@@ -43,6 +49,7 @@ from qpcompile.kernels.silu_mul_quantize.cpu import silu_mul_quantize
 KERNELS: dict[Any, Callable[..., Any]] = {
     ATTENTION_KV4: attention_kv4,
     HADAMARD: hadamard,
+    KRONECKER: kronecker,
     KV4_WRITE: kv4_write,
     LAYERNORM_QUANTIZE: layernorm_quantize,
     QUANTIZE_INT4: quantize_int4,
@@ -75,7 +82,9 @@ def _bound(graph: Graph, codes: Codes) -> fx.GraphModule:
     if any(get_tensor(module, str(node.target)).device.type != "cpu" for node in own.nodes if node.op == "get_attr"):
         return module
     for node in list(calls(bound, LINEAR_W4A4)):
-        if node.args[2].op == "get_attr":  # type: ignore[union-attr]
+        if native.available():
+            node.target = linear_w4a4
+        elif node.args[2].op == "get_attr":  # type: ignore[union-attr]
             _unpack(module, node, codes)
     for node in calls(bound, *KERNELS):
         node.target = KERNELS[node.target]

@@ -1,7 +1,8 @@
-"""Bound graphs give the same bits, unpack every weight once, and leave the program alone."""
+"""Bound graphs give the same bits, unpack a weight once or not at all, and leave the program alone."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from programs import program_of, run, traced
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from qpcompile.ir.edit import calls, get_tensor
 from qpcompile.ir.operators import LINEAR_W4A4
 from qpcompile.ir.program import DECODE, PREFILL
 from qpcompile.ir.text import graph_text
+from qpcompile.kernels import native
 from qpcompile.kernels.linear_w4a4.packing import pack_int4
 
 TOKENS = {"x": torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(1))}
@@ -38,7 +40,13 @@ class Quantized(nn.Module):
         return x + ours.linear_w4a4(q, step, self.second, self.scale[:9], self.bias, torch.float32)
 
 
-def test_same_bits_and_shared_weights() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["torch", "native"])
+def test_same_bits_and_shared_weights(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled and not native.available():
+        pytest.skip(native.library().problem)
+    if not compiled:
+        nothing = native.Library(None, "left out by this test", 0, False, {})
+        monkeypatch.setattr(native, "library", lambda: nothing)
     module = Quantized()
     program = program_of(traced(module, TOKENS, name=PREFILL), traced(module, TOKENS, name=DECODE))
     prefill, before = program.graphs[PREFILL], graph_text(program.graphs[PREFILL])
@@ -48,5 +56,8 @@ def test_same_bits_and_shared_weights() -> None:
     assert graph_text(prefill) == before and len(list(calls(prefill, LINEAR_W4A4))) == 2
     made, other = bound.modules[PREFILL], bound.modules[DECODE]
     assert not [node for node in made.graph.nodes if str(node.target).startswith("qpcompile.")]
+    if compiled:
+        assert get_tensor(made, "first") is module.first
+        return
     codes = get_tensor(made, "first_codes")
     assert codes.dtype == torch.int8 and codes is get_tensor(other, "first_codes")

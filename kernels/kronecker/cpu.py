@@ -1,0 +1,24 @@
+"""The CPU path of kronecker: one call of C, or the reference on pieces that stay in the cache, bit for bit."""
+
+from torch import Tensor
+
+from qpcompile.kernels import native
+from qpcompile.kernels.kronecker import reference
+from qpcompile.kernels.kronecker_quantize.native import changed
+from qpcompile.kernels.sums import by_rows
+
+
+def kronecker(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """x: f[..., A*c], scale: f32[A*c], left: f32[A, A], right: f32[c, c] -> x.dtype[..., A*c]."""
+    reference.check_factors(x.shape[-1], left, right)
+    return (_native if native.takes(x, scale, left, right) else _torch)(x, scale, left, right)
+
+
+def _native(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor, level: int | None = None) -> Tensor:
+    left, right = left.float().contiguous(), right.float().contiguous()
+    return changed(x, scale, (left.data_ptr(), right.data_ptr(), len(left), len(right)), level)
+
+
+def _torch(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    (y,) = by_rows(lambda rows: (reference.kronecker(rows, scale, left, right),), x)
+    return y

@@ -1,0 +1,23 @@
+"""The CPU path of kv4_write: one call of C, or the reference."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels import native
+from qpcompile.kernels.kv4_write import reference
+
+
+def kv4_write(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x: f[B, H, S, D] -> codes: u8[B, H, S, ceil(D / 2)], affine: f32[B, H, S, 2]."""
+    return (_native if native.takes(x) else reference.kv4_write)(x)
+
+
+def _native(x: Tensor, level: int | None = None) -> tuple[Tensor, Tensor]:
+    # A token's own numbers lie side by side; heads and tokens may lie as projections leave them.
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, heads, length, head_dim = x.shape
+    codes = torch.empty((batch, heads, length, (head_dim + 1) // 2), dtype=torch.uint8)
+    affine = torch.empty((batch, heads, length, 2), dtype=torch.float32)
+    places = x.data_ptr(), native.ELEMENTS[x.dtype], *x.shape, *x.stride()[:3], codes.data_ptr(), affine.data_ptr()
+    native.call("kv4_write", *places, level=level)
+    return codes, affine

@@ -1,0 +1,108 @@
+/* The operators' C for the CPU, compiled for several instruction sets into one library that Python calls through ctypes.
+
+   Every operator's `cpu.inc` is included once per instruction set (LEVEL), and where it computes in floating point once
+   per type of its arithmetic (REAL): double for float32 models, float for half-precision ones (kernels/sums.py). The
+   exported functions are qp_<name>[_f64 | _f32]_<level>; kernels/native.py chooses the level once per process.
+
+   Compiled with -ffp-contract=off: where the order of float32 operations is part of an operator's definition it is kept,
+   and where fused products are welcome they are written as FMA. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define X86 1
+#endif
+
+/* How a tensor's elements are stored; the numbers are those of kernels/native.py. */
+enum element { FLOAT32 = 0, BFLOAT16 = 1, BOOL = 2 };
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define INLINE static inline __attribute__((always_inline, unused))
+#define ROUND_UP(n, step) (((n) + (step) - 1) / (step) * (step))
+
+typedef float float_alias __attribute__((may_alias));
+typedef uint32_t uint32_alias __attribute__((may_alias));
+
+/* Buffers of one call; every caller checks for NULL and returns 0, which Python turns into an error. */
+static void *scratch(size_t bytes) {
+    void *memory = NULL;
+    return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
+}
+
+/* The sources this library was made of, so that a stale one is noticed. */
+#ifndef QP_SOURCES
+#define QP_SOURCES ""
+#endif
+const char *qp_sources(void) { return QP_SOURCES; }
+
+/* The best level of this processor: 0 portable, 1 avx2, 2 avx512. */
+int qp_level(void) {
+#if X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+/* 1 where the library was built with OpenMP, so that `threads` means something. */
+int qp_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#define LEVEL portable
+#define VECTOR_BYTES 16
+#include "native_level.inc"
+#undef LEVEL
+#undef VECTOR_BYTES
+
+#if X86
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LEVEL avx2
+#define AVX2 1
+#define VECTOR_BYTES 32
+#include "native_level.inc"
+#undef LEVEL
+#undef AVX2
+#undef VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#endif
+#define LEVEL avx512
+#define AVX512 1
+#define VECTOR_BYTES 64
+#include "native_level.inc"
+#undef LEVEL
+#undef AVX512
+#undef VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,143 @@
+"""The operators' C for the CPU: where the compiled library is, which instructions it may use, how it is called.
+
+kernels/native.c is compiled when the package is installed, if there is a C compiler, and loaded here with ctypes. Where
+it is missing or does not belong to the sources beside it, the operators run on torch, and `qpcompile doctor` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from ctypes import c_double, c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qpcompile.errors import KernelError
+
+MODULE = "qpcompile._native"
+LEVELS = ("portable", "avx2", "avx512")
+"""Instruction sets that the library is compiled for, the best last; the number is the place."""
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}
+"""The numbers of `enum element` in native.c."""
+
+Function = Callable[..., int]
+P, N, L, F, D = c_void_p, c_int, c_long, c_float, c_double
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "linear_w4a4": (P, P, P, P, P, N, L, L, L, L, L, P, N, N),
+    "unpack_int4": (P, L, L, P, N),
+    "scale_int32": (P, P, P, P, N, L, L, P, N, N),
+    "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
+    "kronecker_quantize": (P, N, P, P, P, P, L, L, L, L, L, F, P, P, P, N),
+    "rmsnorm_quantize": (P, N, P, N, D, P, P, P, L, L, L, L, L, F, P, P, N),
+    "layernorm_quantize": (P, N, P, P, N, D, P, P, P, L, L, L, L, L, F, P, P, N),
+    "silu_mul_quantize": (P, P, N, P, P, P, L, L, L, L, L, F, P, P, N),
+    "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, L, L, L, L, L, L, P, N),
+}
+EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write")
+"""Functions of integers and of float32 operations in a given order: there is one per level. The others are there in
+float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library, or the reason why there is none."""
+
+    path: Path | None
+    problem: str
+    level: int
+    threads: bool
+    functions: dict[tuple[str, int], Function]
+
+
+@functools.cache
+def library() -> Library:
+    """Load the library once per process."""
+    spec = importlib.util.find_spec(MODULE)
+    if spec is None or spec.origin is None:
+        return _none("it was not compiled: no C compiler was found when the package was installed")
+    path = Path(spec.origin)
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.qp_sources.restype = ctypes.c_char_p
+        made_of = loaded.qp_sources().decode()
+    except (OSError, AttributeError) as error:
+        return _none(f"{path.name} does not load: {error}")
+    if (here := sources_digest()) and here != made_of:
+        return _none(f"{path.name} was compiled from other sources than those that lie here: install the package again")
+    best = int(loaded.qp_level())
+    functions = {
+        (symbol, level): _function(loaded, symbol, level)
+        for name in SIGNATURES
+        for symbol in ([name] if name in EXACT else [f"{name}_f64", f"{name}_f32"])
+        for level in range(best + 1)
+    }
+    return Library(path, "", best, bool(loaded.qp_openmp()), functions)
+
+
+def sources_digest() -> str:
+    """SHA-256 of the sources where they are installed too, as setup.py computes it; empty where they are not."""
+    folder = Path(__file__).parent
+    parts = [folder / "native.c", *sorted(folder.rglob("*.inc"))]
+    if not parts[0].is_file():
+        return ""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.read_bytes())
+    return total.hexdigest()
+
+
+def available() -> bool:
+    """Whether the operators may use the library."""
+    return library().path is not None
+
+
+def function(name: str, level: int | None = None) -> Function:
+    """The function qp_<name>_<level>, a number of `LEVELS`; the best one of this processor where it is None."""
+    loaded = library()
+    return loaded.functions[name, loaded.level if level is None else level]
+
+
+def call(name: str, *arguments: object, level: int | None = None) -> None:
+    """Call a function of the library with the threads that torch uses.
+
+    Raises KernelError where it had no memory to work in.
+    """
+    loaded = library()
+    if not loaded.functions[name, loaded.level if level is None else level](*arguments, torch.get_num_threads()):
+        raise KernelError("there is not enough memory for its buffers", where=f"qp_{name} in kernels/native.c")
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where the data of a contiguous tensor lies; None stays None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def real(x: Tensor) -> str:
+    """The ending of functions that compute for a tensor of this type (kernels/sums.py)."""
+    return "f64" if x.dtype == torch.float32 else "f32"
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the library can read these: dense tensors of a type it knows on the CPU, with real data."""
+    return available() and all(tensor is None or _readable(tensor) for tensor in tensors)
+
+
+def _readable(tensor: Tensor) -> bool:
+    return tensor.dtype in ELEMENTS and tensor.device.type == "cpu"
+
+
+def _none(problem: str) -> Library:
+    return Library(None, problem, 0, False, {})
+
+
+def _function(loaded: ctypes.CDLL, symbol: str, level: int) -> Function:
+    made = getattr(loaded, f"qp_{symbol}_{LEVELS[level]}")
+    made.argtypes = SIGNATURES[symbol.removesuffix("_f64").removesuffix("_f32")]
+    made.restype = c_int
+    return made
