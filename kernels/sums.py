@@ -5,7 +5,7 @@ the code differs: a few values of every picture, which in the end is a different
 the Qwen2.5-VL testbed, between the compiled module and onnxruntime). In float64 the orders differ by 1e-16, and
 rounded once to float32 they give the same number but for about one value in 10^8.
 
-On a GPU, where float64 is slow and no second back end has to agree, the type is float32.
+On a GPU, where float64 is slow, and for models in half precision, the type is float32: no second back end has to agree.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ ROWS = 256
 
 
 def wide_type(x: Tensor) -> torch.dtype:
-    """float64 on the CPU (as in ONNX), float32 elsewhere."""
-    return torch.float64 if x.device.type == "cpu" else torch.float32
+    """float64 for float32 and wider on the CPU (as in ONNX), float32 for half precision and elsewhere."""
+    return torch.float64 if x.device.type == "cpu" and x.element_size() > 2 else torch.float32
 
 
 def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,8 +4,9 @@
     layer_norm [-> hadamard | * scale] -> quantize_int4     becomes  qpcompile::layernorm_quantize
     silu(gate) * up [-> hadamard | * scale] -> quantize_int4  becomes  qpcompile::silu_mul_quantize
 
-All are computed in float64 and rounded once (kernels/sums.py), so the float32 norms and product that they replace may
-differ from them in the last bit. A value with another reader is not fused away.
+All are computed in one wider type and rounded once, as codes (kernels/sums.py): float64 for float32 models, whose norms
+and products may differ from that in the last bit; float32 for half precision, where what was rounded to bfloat16 or
+float16 between norm, transform and quantizer no longer is. A value with another reader is not fused away.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from qpcompile.ir.operators import (
 )
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
+
+FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def _fuse(graph: Graph, quantize: fx.Node) -> bool:
     if (source is not x and len(x.users) > 1) or len(source.users) > 1:
         return False
     tail = (scale, rotate, group_size, clip_ratio)
-    if is_call(source, RMSNORM) and value(source).dtype == torch.float32:
+    if is_call(source, RMSNORM) and value(source).dtype in FUSED_TYPES:
         new = call(graph, quantize, RMSNORM_QUANTIZE, *source.args, *tail, like=quantize)
     elif (norm := _layer_norm(source)) is not None:
         new = call(graph, quantize, LAYERNORM_QUANTIZE, *norm, *tail, like=quantize)
@@ -82,8 +85,8 @@ def _split_transform(x: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
 
 
 def _layer_norm(node: fx.Node) -> tuple[Any, ...] | None:
-    """(x, weight, bias, eps) where the node is a layer norm over the last axis, in float32, with weight and bias."""
-    if not is_call(node, aten.layer_norm.default) or value(node).dtype != torch.float32:
+    """(x, weight, bias, eps) where the node is a layer norm over the last axis, with weight and bias."""
+    if not is_call(node, aten.layer_norm.default) or value(node).dtype not in FUSED_TYPES:
         return None
     x, shape, weight, bias, eps, *_ = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]]
     plain = isinstance(shape, Sequence) and len(shape) == 1 and not node.kwargs
@@ -91,10 +94,12 @@ def _layer_norm(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _silu_mul(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(gate, up) where the node is silu(gate) * up in float32 and nothing else reads the silu."""
-    if not is_call(node, aten.mul.Tensor) or value(node).dtype != torch.float32:
+    """(gate, up) where the node is silu(gate) * up, both of one type, and nothing else reads the silu."""
+    if not is_call(node, aten.mul.Tensor) or value(node).dtype not in FUSED_TYPES:
         return None
     for gate, up in (node.args, node.args[::-1]):
-        if is_call(gate, aten.silu.default) and len(gate.users) == 1 and isinstance(up, fx.Node):  # type: ignore[union-attr]
+        if not is_call(gate, aten.silu.default) or len(gate.users) != 1 or not isinstance(up, fx.Node):  # type: ignore[union-attr]
+            continue
+        if value(up).dtype == value(gate).dtype:
             return gate.args[0], up  # type: ignore[union-attr,return-value]
     return None

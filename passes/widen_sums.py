@@ -58,10 +58,15 @@ class WidenSums:
     def run(self, program: Program) -> bool:
         """Returns whether anything was widened."""
         quantized = any(any(calls(graph, *QUANTIZERS)) for graph in program.graphs.values())
-        if not quantized or any(tensor.device.type != "cpu" for tensor in program.host.parameters()):
+        if not quantized or any(_elsewhere(tensor) for tensor in program.host.parameters()):
             return False
         changed = [_widen(graph) for name, graph in program.graphs.items() if name != HEAD]
         return any(changed)
+
+
+def _elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether a model with this tensor is in half precision or on a GPU."""
+    return tensor.device.type != "cpu" or tensor.element_size() < 4
 
 
 def _widen(graph: Graph) -> bool:

@@ -23,7 +23,9 @@ def layernorm_quantize(
     clip_ratio: float,
 ) -> tuple[Tensor, Tensor]:
     """x: f[..., C], weight, bias: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
-    return quantize_int4(transform(layernorm(x, weight, bias, eps), transform_scale, rotate), group_size, clip_ratio)
+    return quantize_int4(
+        transform(layernorm(x, weight, bias, eps), transform_scale, rotate, wide_type(x)), group_size, clip_ratio
+    )
 
 
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -22,7 +22,9 @@ def rmsnorm_quantize(
     clip_ratio: float,
 ) -> tuple[Tensor, Tensor]:
     """x: f[..., C], weight: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
-    return quantize_int4(transform(rmsnorm(x, weight, eps), transform_scale, rotate), group_size, clip_ratio)
+    return quantize_int4(
+        transform(rmsnorm(x, weight, eps), transform_scale, rotate, wide_type(x)), group_size, clip_ratio
+    )
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

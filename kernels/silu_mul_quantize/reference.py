@@ -16,7 +16,9 @@ def silu_mul_quantize(
     gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
 ) -> tuple[Tensor, Tensor]:
     """gate, up: f[..., C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
-    return quantize_int4(transform(silu_mul(gate, up), transform_scale, rotate), group_size, clip_ratio)
+    return quantize_int4(
+        transform(silu_mul(gate, up), transform_scale, rotate, wide_type(gate)), group_size, clip_ratio
+    )
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:

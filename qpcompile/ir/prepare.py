@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.exporters.utils import precompute_export_inputs
+from transformers.exporters.utils import module_device, module_dtype, precompute_export_inputs
 
 from qpcompile.ir.program import Graph
 
@@ -22,7 +22,10 @@ TABLE, MASK_AXES, CAUSAL = "table", "mask_axes", "causal"
 
 
 def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | None = None) -> dict[str, Any]:
-    """The arguments of one call of `module` with everything data-dependent turned into tensors."""
+    """The arguments of one call of `module` with everything data-dependent turned into tensors, on its device.
+
+    What is floating point gets the module's type, as the exporter does before it traces: pictures come in float32.
+    """
     arguments = dict(arguments)
     if table is not None and arguments.get(SIZES) is not None:
         arguments[SIZES] = TABLES[table](module, [tuple(map(int, size)) for size in arguments[SIZES]])
@@ -31,7 +34,21 @@ def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | Non
     if arguments.get(DEEPSTACK) is not None:
         mask = arguments.pop(VISUAL_POSITIONS)
         arguments[DEEPSTACK] = [_scattered(arguments["inputs_embeds"], mask, visual) for visual in arguments[DEEPSTACK]]
-    return arguments
+    dtype, device = module_dtype(module), module_device(module)
+    if dtype is None or device is None:
+        return arguments
+    return {key: _moved(value, dtype, device) for key, value in arguments.items()}
+
+
+def _moved(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A nest of tensors on a device, with what is floating point in the given type."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, dtype, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, dtype, device) for item in value)
+    return value
 
 
 def absent_inputs(graph: Graph, feeds: dict[str, torch.Tensor], seen: int) -> dict[str, torch.Tensor]:

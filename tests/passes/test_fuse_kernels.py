@@ -24,6 +24,7 @@ from qpcompile.passes.fuse_kernels import FuseKernels
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
 
+PLAIN = ("quantize.ignore=[]", "quantize.center=null", "quantize.transform=hadamard")
 Apply = Callable[[Program, FuseKernels], bool]
 TOKENS = {"x": torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))}
 # Sums in float64 against float32; none of these numbers lies so close to a tie that its code changes.
@@ -55,7 +56,7 @@ class NormedMlp(nn.Module):
 
 def quantized(graph: Graph, *settings: str) -> Program:
     """A program whose linears are quantized, ready to be fused."""
-    program = stubbed(graph, recipe=changed_recipe("w4a4kv4", "quantize.ignore=[]", "quantize.center=null", *settings))
+    program = stubbed(graph, recipe=changed_recipe("w4a4kv4", *PLAIN, *settings))
     run_passes(program, [FoldTransforms(), QuantizeWeights()])
     program.stage = "quantized"
     return program
@@ -117,7 +118,7 @@ def test_numbers(apply: Apply, transform: str, smooth: str) -> None:
 
 
 def test_numbers_of_a_whole_decoder(apply: Apply) -> None:
-    recipe = changed_recipe("w4a4kv4", "quantize.ignore=[]", "quantize.center=null")
+    recipe = changed_recipe("w4a4kv4", *PLAIN)
     program = stubbed(prefill_graph(gated=True), decode_graph(gated=True), recipe=recipe, layers=2)
     run_passes(program, [FoldTransforms(), QuantizeWeights()])
     program.stage = "cut"
@@ -183,9 +184,24 @@ def test_other_layer_norms_stay_apart(apply: Apply, kind: str) -> None:
     assert len(list(calls(graph, QUANTIZE_INT4))) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
+def test_half_precision_is_fused_and_stays_half(apply: Apply, dtype: torch.dtype, transform: str) -> None:
+    feeds = {"x": TOKENS["x"].to(dtype)}
+    graph = traced(NormedMlp().to(dtype), feeds)
+    program = quantized(graph, f"quantize.transform={transform}")
+    expected = run(graph, **feeds)["y"]
+    assert apply(program, FuseKernels())
+    assert fused(graph) == (1, 1) and not list(calls(graph, QUANTIZE_INT4))
+    found = run(graph, **feeds)["y"]
+    assert found.dtype == dtype
+    # What was rounded between norm, transform and quantizer no longer is: a code or two of 4 bits may change.
+    assert relative(found.float(), expected.float()) < 0.1
+
+
 def test_other_types_stay_apart(apply: Apply) -> None:
-    feeds = {"x": TOKENS["x"].bfloat16()}
-    graph = traced(NormedMlp().bfloat16(), feeds)
+    feeds = {"x": TOKENS["x"].double()}
+    graph = traced(NormedMlp().double(), feeds)
     program = quantized(graph)
     assert not apply(program, FuseKernels())
     assert fused(graph) == (0, 0)
