@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, RemoveUnusedNodesPass
 
 from qpcompile.emit import onnx_aten, onnx_aten_shape, onnx_runner
@@ -166,12 +165,6 @@ def _check_supported(program: Program) -> None:
             "the tokens that pictures take the place of have no id of their own",
             where=f"{type(host).__name__}, config.image_token_id",
             do="use the compiled module: this family cannot be written as an ONNX folder yet",
-        )
-    if host.dtype not in (torch.float32, torch.float16):
-        raise ExportError(
-            f"the model's type is {host.dtype}, which onnxruntime's CPU kernels do not have",
-            where="dtype",
-            do='load the model with dtype="float32" and compile again',
         )
 
 

@@ -60,7 +60,7 @@ def compare(
         made = generate(
             **batch, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
-        given = {name: value.numpy() for name, value in batch.items() if name in TAKES}
+        given = {name: _array(value) for name, value in batch.items() if name in TAKES}
         found = torch.from_numpy(runner.generate(**given, max_new_tokens=new_tokens))[:, start:]
         logits = torch.stack(made.logits, dim=1)
         for row, (own, other) in enumerate(zip(made.sequences[:, start:], found, strict=True)):
@@ -68,6 +68,11 @@ def compare(
                 different.append(difference)
         answers += len(found)
     return Comparison(answers, tuple(different))
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """The tensor for the runner, which knows no half precision."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
 def _first(row: int, own: torch.Tensor, other: torch.Tensor, logits: torch.Tensor) -> Difference | None:

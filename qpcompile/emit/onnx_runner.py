@@ -36,7 +36,6 @@ STATE = ("past_key_values", "kept", "alive")
 
 _TYPES = {
     "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,

@@ -16,7 +16,7 @@ from onnxscript import evaluator, opset21
 from torch import fx
 
 from qpcompile.emit.onnx_record import Recorder
-from qpcompile.emit.onnx_types import Fact, onnx_type
+from qpcompile.emit.onnx_types import HALF, Fact, onnx_type
 from qpcompile.emit.onnx_wrap import Part
 from qpcompile.errors import ExportError, QPCompileError
 from qpcompile.ir.edit import aten, get_tensor
@@ -208,10 +208,11 @@ def _product(args: Sequence[Any], kwargs: Mapping[str, Any], weight: ir.Value) -
 
 
 def _tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
-    """A tensor whose bytes are laid out only when they are written."""
+    """A tensor whose bytes are laid out only when they are written; half precision is written as float32."""
     detached = tensor.detach()
+    wide = torch.float32 if tensor.dtype in HALF else tensor.dtype
     return ir.LazyTensor(
-        lambda: ir.Tensor(detached.contiguous().cpu().numpy()),
+        lambda: ir.Tensor(detached.to(wide).contiguous().cpu().numpy()),
         dtype=onnx_type[tensor.dtype],
         shape=ir.Shape(tensor.shape),
         name=name,

@@ -12,16 +12,21 @@ from onnxscript import opset21
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 class _Types(dict[torch.dtype, ir.DataType]):
     @property
     def inverse(self) -> dict[Any, torch.dtype]:
-        return {value: key for key, value in self.items()}
+        return {value: key for key, value in self.items() if key not in HALF}
 
 
+# Half precision becomes float32: onnxruntime's CPU has few kernels for float16 and none for bfloat16.
 onnx_type = _Types(
     {
         torch.float32: ir.DataType.FLOAT,
-        torch.float16: ir.DataType.FLOAT16,
+        torch.float16: ir.DataType.FLOAT,
+        torch.bfloat16: ir.DataType.FLOAT,
         torch.float64: ir.DataType.DOUBLE,
         torch.int64: ir.DataType.INT64,
         torch.int32: ir.DataType.INT32,

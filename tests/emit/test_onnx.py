@@ -19,7 +19,7 @@ import torch
 from qpcompile.capture.capture import capture
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.emit.onnx import export_onnx
-from qpcompile.emit.onnx_runner import OnnxVLM, Steps
+from qpcompile.emit.onnx_runner import OnnxVLM, Steps, text_positions
 from qpcompile.errors import ExportError, OutputError
 from qpcompile.files import sha256
 from qpcompile.ir.pass_manager import run_passes
@@ -28,7 +28,7 @@ from qpcompile.ir.run import Machine
 from qpcompile.pipeline import passes
 from qpcompile.plan import Layer, Plan
 from qpcompile.recipe import Recipe
-from tests.families import qwen2_5_vl
+from tests.families import llava, qwen2_5_vl
 
 Cases = dict[str, dict[str, torch.Tensor]]
 TAKES = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
@@ -284,11 +284,39 @@ def test_host_that_changes_features_is_refused(
         export_onnx(compiled_llava, tmp_path / "folder")
 
 
-def test_bfloat16_is_refused(compiled_llava: CompiledVLM, tmp_path: Path) -> None:
-    program = copy.deepcopy(compiled_llava.program)
-    program.host.to(torch.bfloat16)
-    with pytest.raises(ExportError, match="bfloat16"):
-        export_onnx(program, tmp_path / "folder")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_written_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, cases = llava()
+    captured = capture(model.to(dtype), cases["one"], Recipe.load("none"))
+    program = compiled(captured, cases, "w4a4kv4", "quantize.transform=hadamard", CUTS)
+    export_onnx(program, tmp_path / "folder")
+    for name in ("vision", "prefill", "decode"):
+        graph = onnx.load(tmp_path / "folder" / f"{name}.onnx", load_external_data=False).graph
+        types = {tensor.data_type for tensor in graph.initializer} | {
+            value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)
+        }
+        assert not types & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}, name
+    runner = OnnxVLM(tmp_path / "folder", threads=1)
+    for case in cases.values():
+        inputs = arrays({key: each.float() if each.is_floating_point() else each for key, each in case.items()})
+        assert runner.generate(**inputs, max_new_tokens=4).shape[1] == case["input_ids"].shape[1] + 4
+
+
+def test_unquantized_bfloat16_answers_as_the_module(tmp_path: Path) -> None:
+    model, cases = llava()
+    program = capture(model.bfloat16(), cases["one"], Recipe.load("none"))
+    export_onnx(program, tmp_path / "folder")
+    machine, runner = Machine(program), OnnxVLM(tmp_path / "folder", threads=1)
+    for name, case in cases.items():
+        made = machine.generate(
+            **case, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        given = arrays(case)
+        steps = Steps(runner, given["attention_mask"], text_positions(given["attention_mask"]))
+        found = steps.prefill(given["input_ids"], runner.encode(given.get("pixel_values")))
+        logits = made.logits[0].float().numpy()
+        # What the module rounds to 8 bits at every step is kept in float32 here.
+        assert np.abs(found - logits).max() < 0.05 * np.abs(logits).max(), name
 
 
 def test_missing_extra_is_named(compiled_llava: CompiledVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
