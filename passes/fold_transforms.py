@@ -26,6 +26,7 @@ from qpcompile.ir.edit import add_tensor, aten, call, calls, layer_of, set_tenso
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB
 from qpcompile.ir.program import HEAD, Graph, Program
+from qpcompile.ir.shapes import value
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ def _transform(graph: Graph, stub: fx.Node, change: Change, name: str) -> None:
         y = call(graph, stub, aten.mul.Tensor, y, factor)
     if change.shift is not None:
         y = call(graph, stub, aten.sub.Tensor, y, add_tensor(graph, f"transforms.{name}_shift", change.shift, stub))
+    if value(y).dtype != value(x).dtype:
+        # The tensors of a transform are float32; until the quantizer reads it, the linear must get its weight's type.
+        y = call(graph, stub, aten.to.dtype, y, value(x).dtype)
     if y is not x:
         stub.replace_input_with(x, y)
 

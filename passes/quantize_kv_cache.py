@@ -20,7 +20,7 @@ from torch import fx
 
 from qpcompile.errors import InvariantError
 from qpcompile.ir.attention import read_attention
-from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, through_shape_ops, tidy
+from qpcompile.ir.edit import aten, call, calls, count_up, is_call, layer_of, through_shape_ops, tidy
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.operators import (
     ATTENTION_KV4,
@@ -171,7 +171,7 @@ def _past(graph: Graph, past: fx.Node, kind: str, new: fx.Node) -> fx.Node:
         node = graph.module.graph.placeholder(path.replace(".", "_"))
     shape = [*value(past).shape[:3], value(new).shape[3]]
     with fake_mode(graph):
-        node.meta["val"] = torch.empty(shape, dtype=value(new).dtype)
+        node.meta["val"] = torch.empty(shape, dtype=value(new).dtype, device=value(new).device)
     graph.inputs = (*graph.inputs[:position], path, *graph.inputs[position:])
     return node
 
@@ -192,7 +192,7 @@ def _replace_attention(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
 def _causal_mask(graph: Graph, attention: fx.Node) -> fx.Node:
     """bool[S, S], true on and below the diagonal, for attention that was traced with `is_causal`."""
     size = call(graph, attention, aten.sym_size.int, attention.args[0], 2)
-    position = call(graph, attention, aten.arange.default, size)
+    position = count_up(graph, attention, size, value(attention).device)
     rows = call(graph, attention, aten.unsqueeze.default, position, 1)
     flat = call(graph, attention, aten.le.Tensor, position, rows)
     return call(graph, attention, aten.unsqueeze.default, call(graph, attention, aten.unsqueeze.default, flat, 0), 0)

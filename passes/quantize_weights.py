@@ -20,7 +20,7 @@ from torch import fx
 from qpcompile.errors import CalibrationError, RecipeError
 from qpcompile.ir.basis import weight_name
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, tidy
+from qpcompile.ir.edit import add_tensor, aten, before_cast, call, calls, get_tensor, is_call, tidy
 from qpcompile.ir.facts import QuantizedFact, set_fact, stub_fact
 from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANT_STUB, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
 from qpcompile.ir.program import Graph, Program
@@ -120,11 +120,13 @@ def _replace(
 
 def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, statistics: InputStatistics | None) -> fx.Node:
     """The operator that rounds what is stubbed, with scales found when it runs or fixed now."""
-    fact = stub_fact(stub)
-    assert fact is not None
+    fact, x = stub_fact(stub), stub.args[0]
+    assert fact is not None and isinstance(x, fx.Node)
+    # What a transform gives in float32 is rounded once, to codes, and not to the model's type before.
+    x = before_cast(x) if value(before_cast(x)).dtype == torch.float32 else x
     if scheme.activations.granularity != "modality":
         clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
-        return call(graph, stub, QUANTIZE_INT4, stub.args[0], scheme.activations.kernel_group, clip)
+        return call(graph, stub, QUANTIZE_INT4, x, scheme.activations.kernel_group, clip)
     if statistics is None or not len(statistics.rows):
         raise CalibrationError(
             "a static scale cannot be found: no calibration sample reached this input",
@@ -134,7 +136,7 @@ def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, statist
     weights = [get_tensor(graph.module, weight_name(linear)).detach() for linear in stub.users]
     scales = static_scales(statistics, torch.cat(weights), scheme.activations.clip_search)
     scale = select_scale(graph, stub, scales, fact.site.replace(".", "_"))
-    return call(graph, stub, QUANTIZE_INT4_STATIC, stub.args[0], scale)
+    return call(graph, stub, QUANTIZE_INT4_STATIC, x, scale)
 
 
 def _kept(checkpoint: Checkpoint, site: str, solved: Callable[[], Packed]) -> Packed:

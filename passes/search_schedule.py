@@ -118,7 +118,7 @@ class _Trials:
         if graph.name == PREFILL:
             visual, valid = self.machine.visual, self.machine.valid
             assert visual is not None and valid is not None
-            count = torch.arange(int(visual.sum(dim=1).min()))
+            count = torch.arange(int(visual.sum(dim=1).min()), device=visual.device)
             feeds = {**feeds, VISUAL: visual, VALID: valid, COUNT: count}
             expected = self.next_token(results)
             for shares in self.costs:

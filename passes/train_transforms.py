@@ -28,7 +28,7 @@ from qpcompile.ir.basis import weight_name
 from qpcompile.ir.blocks import Block, Values, split_blocks
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.collect import run_sample
-from qpcompile.ir.edit import aten, calls, get_tensor, is_call, set_tensor
+from qpcompile.ir.edit import aten, before_cast, calls, get_tensor, is_call, set_tensor
 from qpcompile.ir.facts import set_fact, stub_fact
 from qpcompile.ir.fake_quant import fake_quantize
 from qpcompile.ir.learned_transform import LearnedTransform, kronecker_rows, rounded
@@ -129,6 +129,7 @@ class _Training:
             left, right = (get_tensor(graph.module, _target(node.args[side])) for side in (2, 3))
             clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
             learned = LearnedTransform(scheme.transform == "rotation", len(left), len(right), min(clip, 0.99))
+            learned.to(left.device)
             self.sites[fact.site] = learned
             for owned in (stub, *(linear.args[1] for linear in stub.users)):
                 assert isinstance(owned, fx.Node)
@@ -185,13 +186,13 @@ class _Training:
         learned = self.owners.get(node)
         if fact.role == "activation":
             if self.scheme.activations.bits == 16:
-                return value if learned is None else kronecker_rows(value, *learned.factors())
+                return value if learned is None else kronecker_rows(value, *learned.factors()).to(value.dtype)
             group = self.scheme.activations.kernel_group
             if learned is not None:
-                return learned.inputs(value, group)
+                return learned.inputs(value, group).to(value.dtype)
         if fact.role == "weight":
             moved = value if learned is None else learned.weights(value)
-            return rounded(moved, self.scheme.weights.kernel_group, 1.0)
+            return rounded(moved, self.scheme.weights.kernel_group, 1.0).to(value.dtype)
         # Nothing is learned here, so that gradients only have to get through.
         return value + (fake_quantize(value.detach(), fact, self.scheme) - value.detach())
 
@@ -199,7 +200,7 @@ class _Training:
         given = self.block.run(sample.values, self._look)
         losses = []
         for node in self.block.results:
-            expected, found = behind[node], given[node]
+            expected, found = behind[node].float(), given[node].float()
             difference = found - expected
             if sample.valid is not None and expected.shape[:2] == sample.valid.shape:
                 difference, expected = difference[sample.valid], expected[sample.valid]
@@ -254,8 +255,8 @@ class _Training:
                 first: left @ get_tensor(module, first).detach(),
                 last: get_tensor(module, last).detach() @ right.T,
             }
-            if is_call(stub.args[0], aten.sub.Tensor):
-                name = _target(stub.args[0].args[1])
+            if is_call(shifted := _shifted(stub), aten.sub.Tensor):
+                name = _target(shifted.args[1])
                 changed[name] = kronecker_rows(get_tensor(module, name).detach(), left, right)
             for linear in stub.users:
                 name = weight_name(linear)
@@ -274,7 +275,14 @@ def _target(node: object) -> str:
 
 def _kronecker(stub: fx.Node) -> fx.Node | None:
     """The transform in front of a stub, past the subtraction of a mean."""
-    source = stub.args[0]
+    source = _shifted(stub)
     if is_call(source, aten.sub.Tensor):
         source = source.args[0]
     return source if is_call(source, KRONECKER) else None
+
+
+def _shifted(stub: fx.Node) -> fx.Node:
+    """What a stub reads, past a cast to the model's type."""
+    source = stub.args[0]
+    assert isinstance(source, fx.Node)
+    return before_cast(source)

@@ -88,6 +88,7 @@ class _Finder:
         channels = self.tensor(names[0]).shape[1]
         rotate = self.scheme.transform != "none"
         forward = hadamard_matrix(channels).double() if rotate else torch.eye(channels, dtype=torch.float64)
+        forward = forward.to(self.tensor(names[0]).device)
         scale = self._balance(site, names, forward) if scaled else None
         backward = forward.T
         if scale is not None:
@@ -215,7 +216,7 @@ class _Finder:
         repeats = columns.shape[1] // (heads * width)
         if self.tensor(into).shape[0] != heads * width or columns.shape[1] != repeats * heads * width:
             return False
-        scale = torch.ones(heads, width, dtype=torch.float64)
+        scale = torch.ones(heads, width, dtype=torch.float64, device=columns.device)
         statistics = self.calibration.inputs.get(site)
         if self.scheme.smooth is not None and statistics is not None and statistics.tokens:
             largest = statistics.largest.double().view(heads, repeats, width).amax(dim=1)
@@ -224,7 +225,7 @@ class _Finder:
         turn = torch.eye(width, dtype=torch.float64)
         if self.scheme.transform != "none":
             turn = hadamard_matrix(width).double()
-        blocks = turn[None] * scale[:, None, :]
+        blocks = turn.to(columns.device)[None] * scale[:, None, :]
         inverse = torch.linalg.inv(blocks)
         rows = self.tensor(into).view(heads, width, -1)
         self.update(into, (blocks @ rows).reshape(heads * width, -1))

@@ -116,7 +116,7 @@ class _Collector:
         fact = stub_fact(node)
         if fact is not None and fact.role == "activation":
             if fact.site not in self.found.inputs:
-                self.found.inputs[fact.site] = InputStatistics.empty(value.shape[-1], self.moments)
+                self.found.inputs[fact.site] = InputStatistics.empty(value.shape[-1], self.moments, value.device)
             of_tokens = self.counts is not None and value.shape[:-1] == self.counts.shape
             marks = (self.visual, self.counts) if of_tokens else (None, None)
             self.found.inputs[fact.site].add(value, self.keep, *marks)

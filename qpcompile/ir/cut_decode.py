@@ -88,7 +88,7 @@ def _add_stage_inputs(graph: Graph, stage: _Stage) -> tuple[fx.Node, fx.Node]:
             shape = list(value(node).shape)
             shape[2] = slots - 1
             with fake_mode(graph):
-                node.meta["val"] = torch.empty(shape, dtype=value(node).dtype)
+                node.meta["val"] = torch.empty(shape, dtype=value(node).dtype, device=value(node).device)
     return kept, alive
 
 

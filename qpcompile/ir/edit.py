@@ -90,6 +90,12 @@ def call(graph: Graph, before: fx.Node, target: Any, *args: Any, like: fx.Node |
     return node
 
 
+def count_up(graph: Graph, before: fx.Node, size: fx.Node, device: torch.device) -> fx.Node:
+    """i64[size]: 0, 1, 2, ... on a device. The CPU is where a graph makes tensors unless it says otherwise."""
+    place = {} if device.type == "cpu" else {"device": device}
+    return call(graph, before, aten.arange.default, size, **place)
+
+
 def fake_mode(graph: Graph) -> FakeTensorMode:
     """The fake tensor mode the graph was traced in; its shape environment knows the graph's symbols."""
     for node in graph.module.graph.nodes:
@@ -152,6 +158,14 @@ def through_shape_ops(node: fx.Node, extra: Sequence[object] = ()) -> fx.Node:
             source = source[-1]
         assert isinstance(source, fx.Node)
         node = source
+    return node
+
+
+def before_cast(node: fx.Node) -> fx.Node:
+    """What a node casts, where it is a cast; else the node."""
+    if is_call(node, aten.to.dtype):
+        assert isinstance(node.args[0], fx.Node)
+        return node.args[0]
     return node
 
 

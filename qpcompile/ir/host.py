@@ -30,14 +30,16 @@ def host_tensors(model: torch.nn.Module, held: set[str]) -> dict[str, torch.Tens
 
 
 def fill_host(host: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    """Give the host its own tensors; all others become empty ones of the model's type, so that `.dtype` is right."""
+    """Give the host its own tensors; all others become empty ones, so that `.dtype` and `.device` are the model's."""
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     for module_name, module in host.named_modules():
         prefix = f"{module_name}." if module_name else ""
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                value = tensors.get(prefix + name, torch.empty(0, dtype=dtype))
+                value = tensors.get(prefix + name, torch.empty(0, dtype=dtype, device=device))
                 module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
-                module._buffers[name] = tensors.get(prefix + name, torch.empty(0, dtype=buffer.dtype))
+                empty = torch.empty(0, dtype=buffer.dtype, device=device)
+                module._buffers[name] = tensors.get(prefix + name, empty)
     return host

@@ -78,7 +78,7 @@ class CompiledCache(Cache):
     def append(self, layer: int, new: int) -> None:
         """The next `new` tokens join those kept behind the cut after `layer`."""
         kept, alive = self.kept[layer], self.alive[layer]
-        positions = torch.arange(self.seen, self.seen + new).expand(kept.shape[0], new)
+        positions = torch.arange(self.seen, self.seen + new, device=kept.device).expand(kept.shape[0], new)
         self.kept[layer] = torch.cat([kept, positions], dim=1)
         self.alive[layer] = torch.cat([alive, alive.new_ones(kept.shape[0], new)], dim=1)
 

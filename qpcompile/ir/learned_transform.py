@@ -86,7 +86,7 @@ def balanced_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The symmetric L: f32[A, A] and R: f32[c, c] of the module's docstring, by turns."""
     wide, tall = _lifted(second).view(left, right, left, right), _lifted(gram).view(left, right, left, right)
-    first, last = _eye(left, left).double(), _eye(right, right).double()
+    first, last = _eye(left, left).to(wide), _eye(right, right).to(wide)
     for _ in range(SWEEPS):
         first = _geometric(
             torch.einsum("aibj,ij->ab", wide, last), torch.einsum("aibj,ij->ab", tall, torch.linalg.inv(last))
@@ -99,7 +99,7 @@ def balanced_factors(
 
 def _lifted(matrix: torch.Tensor) -> torch.Tensor:
     size = len(matrix)
-    return matrix.double() + _eye(size, size).double() * FLOOR * matrix.double().trace() / size
+    return matrix.double() + _eye(size, size).to(matrix).double() * FLOOR * matrix.double().trace() / size
 
 
 def _geometric(second: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ class ModalityGradients:
             size = output.grad.abs().mean(dim=-1)
             for sums, chosen in ((self.visual, visual & valid), (self.text, valid & ~visual)):
                 found = torch.stack([size[chosen].sum(), chosen.sum().to(size.dtype)])
-                sums[site] = sums.get(site, torch.zeros(2)) + found
+                sums[site] = sums.get(site, torch.zeros_like(found)) + found
 
     def ratios(self) -> dict[str, float]:
         """rho per site."""

@@ -22,7 +22,7 @@ def attention_mass(
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query[:, :, rows].float() @ key.float().transpose(2, 3) * (scale or query.shape[-1] ** -0.5)
     if mask is None:
-        mask = torch.ones(visual.shape[1], visual.shape[1], dtype=torch.bool).tril()[None, None]
+        mask = visual.new_ones(visual.shape[1], visual.shape[1]).tril()[None, None]
     part = mask[:, :, rows]
     scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
     weights = scores.softmax(dim=-1).nan_to_num().mean(dim=1)

@@ -97,7 +97,7 @@ class Machine:
         """Remember which tokens of the prompt are visual, and which are padding."""
         if input_ids is None or input_ids.shape[-1] == 1:
             return
-        self.visual = torch.isin(input_ids, visual_tokens(self.host.config))
+        self.visual = torch.isin(input_ids, visual_tokens(self.host.config).to(input_ids.device))
         is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
         self.valid = attention_mask.bool() if is_flat else torch.ones_like(self.visual)
 
@@ -143,22 +143,22 @@ class Machine:
     def marks(self, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens of the prompt are visual, and which are no padding: bool[B, S] each."""
         if self.visual is None or self.valid is None or self.visual.shape != (batch, length):
-            shape = batch, length
-            return torch.zeros(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)
+            nothing = torch.zeros(batch, length, dtype=torch.bool, device=self.host.device)
+            return nothing, ~nothing
         return self.visual, self.valid
 
     def _token_feeds(self, cache: CompiledCache, new: int, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        batch = feeds["inputs_embeds"].shape[0]
+        batch, device = feeds["inputs_embeds"].shape[0], feeds["inputs_embeds"].device
         extra = dict(cache.tensors)
         if feeds.get("attention_mask") is None:
-            extra["attention_mask"] = torch.ones(batch, cache.seen + new, dtype=torch.long)
+            extra["attention_mask"] = torch.ones(batch, cache.seen + new, dtype=torch.long, device=device)
         if not cache.seen:
             visual, extra[VALID] = self.marks(batch, new)
             extra[VISUAL] = visual
-            extra[COUNT] = torch.arange(int(visual.sum(dim=1).min()))
+            extra[COUNT] = torch.arange(int(visual.sum(dim=1).min()), device=device)
             if VISUAL_SCORES in self.program.graphs[PREFILL].inputs:
                 extra |= self._tower_feeds(visual)
-        extra[SEEN] = torch.arange(cache.seen)
+        extra[SEEN] = torch.arange(cache.seen, device=device)
         for layer in cache.kept:
             cache.append(layer, new)
             extra[f"{KEPT}.{layer}"], extra[f"{ALIVE}.{layer}"] = cache.kept[layer], cache.alive[layer]
@@ -167,8 +167,9 @@ class Machine:
     def _tower_feeds(self, visual: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the tower said since the last prompt, at the places of the visual tokens; zeros elsewhere."""
         dense: dict[str, torch.Tensor] = {}
+        empty = torch.zeros(0, device=visual.device)
         # A prompt without pictures has keys of width 1, which nobody reads.
-        for name, nothing in ((VISUAL_SCORES, torch.zeros(0)), (VISUAL_KEYS, torch.zeros(0, 1))):
+        for name, nothing in ((VISUAL_SCORES, empty), (VISUAL_KEYS, empty[:, None])):
             rows = torch.cat(self.seen_by_tower.get(name, [nothing]))
             if len(rows) != int(visual.sum()):
                 raise PlanError(

@@ -53,7 +53,7 @@ def add_input(graph: Graph, path: str, shape: tuple[Any, ...], dtype: torch.dtyp
     with graph.module.graph.inserting_after(last):
         node = graph.module.graph.placeholder(identifier(path))
     with fake_mode(graph):
-        node.meta["val"] = torch.empty(shape, dtype=dtype)
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device=value(last).device)
     graph.inputs = (*graph.inputs, path)
     return node
 

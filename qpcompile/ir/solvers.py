@@ -53,7 +53,7 @@ def _scales(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightSc
     full = torch.where(largest > 0, largest / HIGHEST, torch.ones_like(largest))
     if not scheme.clip_search:
         return full
-    importance = torch.ones(columns) if moments is None else moments.diagonal().clamp(min=0)
+    importance = torch.ones(columns, device=weight.device) if moments is None else moments.diagonal().clamp(min=0)
     importance = (importance / importance.mean().clamp(min=1e-30)).view(1, columns // size, size)
     best, least = full, torch.full_like(full, torch.inf)
     for clip in CLIPS:
@@ -70,13 +70,13 @@ def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, damp
     dead = hessian.diagonal() <= 0
     hessian[dead, dead] = 1.0
     work[:, dead] = 0
-    hessian += torch.eye(columns, dtype=torch.float64) * damping * hessian.diagonal().mean()
+    hessian += torch.eye(columns, dtype=torch.float64, device=weight.device) * damping * hessian.diagonal().mean()
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
     steps = _expand(scale, columns)
-    codes = torch.zeros(weight.shape, dtype=torch.int8)
+    codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        errors = torch.zeros(weight.shape[0], end - start)
+        errors = torch.zeros(weight.shape[0], end - start, device=weight.device)
         for column in range(start, end):
             value = work[:, column]
             code = (value / steps[:, column]).round().clamp(LOWEST, HIGHEST)

@@ -31,7 +31,7 @@ def static_scales(statistics: InputStatistics, weights: torch.Tensor, search: bo
     gram = weights.float().T @ weights.float()
     visual, text = statistics.rows[statistics.visual], statistics.rows[~statistics.visual]
     found = [_scale(rows if len(rows) else statistics.rows, gram, search) for rows in (visual, text)]
-    return torch.tensor(found, dtype=torch.float32)
+    return torch.tensor(found, dtype=torch.float32, device=weights.device)
 
 
 def _scale(rows: torch.Tensor, gram: torch.Tensor, search: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -26,11 +27,12 @@ class InputStatistics:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, channels: int, moments: bool) -> InputStatistics:
+    def empty(cls, channels: int, moments: bool, device: torch.device | None = None) -> InputStatistics:
         """Nothing seen yet."""
-        square = torch.zeros(channels, channels) if moments else None
-        marks = torch.zeros(0, dtype=torch.bool)
-        return cls(torch.zeros(channels), square, torch.zeros(channels), torch.zeros(0, channels), marks)
+        zeros = functools.partial(torch.zeros, device=device)
+        square = zeros(channels, channels) if moments else None
+        marks = zeros(0, dtype=torch.bool)
+        return cls(zeros(channels), square, zeros(channels), zeros(0, channels), marks)
 
     def add(
         self,
@@ -44,7 +46,7 @@ class InputStatistics:
         visual, counts: bool[...], which tokens are visual (None: all), and which count at all (None: all).
         """
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        marks = torch.ones(len(rows), dtype=torch.bool) if visual is None else visual.reshape(-1)
+        marks = rows.new_ones(len(rows), dtype=torch.bool) if visual is None else visual.reshape(-1)
         if counts is not None:
             rows, marks = rows[counts.reshape(-1)], marks[counts.reshape(-1)]
         if not rows.shape[0]:
@@ -56,7 +58,7 @@ class InputStatistics:
         self.tokens += rows.shape[0]
         count = min(keep, rows.shape[0], ROWS - self.rows.shape[0])
         if count > 0:
-            chosen = torch.arange(count) * rows.shape[0] // count
+            chosen = torch.arange(count, device=rows.device) * rows.shape[0] // count
             self.rows = torch.cat([self.rows, rows[chosen]])
             self.visual = torch.cat([self.visual, marks[chosen]])
 

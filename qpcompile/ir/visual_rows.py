@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from qpcompile.errors import PlanError
-from qpcompile.ir.edit import aten, call
+from qpcompile.ir.edit import aten, call, count_up
 from qpcompile.ir.operators import ATTENTION_KV4, SEGMENT_ATTENTION
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import same, value
@@ -105,7 +105,7 @@ def _numbers(graph: Graph, start: fx.Node) -> fx.Node:
     sizes = [call(graph, before, aten.sym_size.int, start, axis) for axis in range(value(start).ndim - 1)]
     flat = call(graph, before, aten.reshape.default, start, [-1, int(value(start).shape[-1])])
     count = call(graph, before, aten.sym_size.int, flat, 0)
-    numbers = call(graph, before, aten.arange.default, count)
+    numbers = count_up(graph, before, count, value(start).device)
     return call(graph, before, aten.reshape.default, numbers, [*sizes, 1])
 
 
