@@ -12,6 +12,7 @@ from qpcompile.evaluate.data_sets import questions_digest
 from qpcompile.evaluate.evaluation import Exam, Prompt, Subject, evaluate, identity, model_digest, prompt_sizes
 from qpcompile.evaluate.flops import picture_flops
 from qpcompile.evaluate.rows import Row, RowFolder
+from qpcompile.evaluate.shared_features import SharedFeatures
 from qpcompile.evaluate.workbench import Workbench
 from qpcompile.recipe import Recipe
 
@@ -28,6 +29,7 @@ class Examiner:
 
     def __init__(self, source: str, exam: Exam, calibration: Path | None, kept: RowFolder | None = None) -> None:
         self.source, self.exam, self.calibration, self.kept = source, exam, calibration, kept
+        self.features = SharedFeatures()
         self._digest = None if calibration is None else questions_digest(read_questions(calibration))
 
     def id(self, recipe: Recipe | None) -> str:
@@ -47,7 +49,9 @@ class Examiner:
         if recipe is None:
             subject = Subject.full_precision(bench.model, bench.processor)
         else:
-            subject = Subject.compiled(bench.compile(recipe), bench.processor)
+            compiled = bench.compile(recipe)
+            self.features.serve(compiled)
+            subject = Subject.compiled(compiled, bench.processor)
         seconds = time.monotonic() - started
         prompts = self.prompts
         row = evaluate(
