@@ -1,0 +1,38 @@
+"""A compiled model's ONNX folder as a worker of the CPU benchmark: cpu_ours_onnx.py FOLDER SHAPE NEW_TOKENS
+
+Without torch: what the runner beside the graphs does, with a look at the clock after each token.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from cpu_shapes import SHAPES, inputs
+from cpu_worker import Ask, Clock, folder_mb, serve
+
+from qpcompile.emit.onnx_runner import OnnxVLM, Steps
+
+
+def load(folder: Path, name: str, new_tokens: int) -> tuple[Ask, dict[str, Any]]:
+    """The runner with one thread."""
+    model = OnnxVLM(folder, threads=1)
+
+    def ask(prompt: int) -> dict[str, Any]:
+        given = inputs(SHAPES[name], prompt)
+        ids, mask, grids = given["input_ids"], given["attention_mask"], given.get("image_grid_thw")
+        clock = Clock(prompt_first=False)
+        pictures = model.encode(given["pixel_values"], grids)
+        steps = Steps(model, mask, model._positions(ids, mask, grids))
+        token = steps.prefill(ids, pictures).argmax(-1)
+        clock.put(token)
+        for _ in range(new_tokens - 1):
+            token = steps.decode(token[:, None]).argmax(-1)
+            clock.put(token)
+        cache = [value for key, value in steps.state.items() if key.startswith("past_key_values.")]
+        return {**clock.result(), "kv_mb": sum(value.numpy().nbytes for value in cache) / 1e6}
+
+    return ask, {"weights_mb": folder_mb(folder, "*.onnx", "*.data")}
+
+
+if __name__ == "__main__":
+    serve(lambda: load(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))

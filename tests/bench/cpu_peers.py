@@ -1,0 +1,114 @@
+"""Who takes part in the CPU benchmark, what each one loads, and how that is made."""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "bench"
+
+# The environments workers run in; the second is made by `cpu.py --install-openvino`.
+OWN = "own"
+OPENVINO = "openvino"
+OPENVINO_PACKAGES = (
+    "openvino==2026.4.1",
+    "openvino-genai==2026.4.1.0",
+    "openvino-tokenizers==2026.4.1.0",
+    "nncf==3.4.0",
+    "optimum-intel==2.2.0",
+    "transformers==4.57.6",
+    "torch==2.13.0",
+)
+
+_MODELS = ("tests/bench/cpu_models.py", "tests/bench/cpu_shapes.py", "tests/bench/cpu_prepare.py")
+# What a compiled folder depends on; the code that only runs it is not among it.
+_COMPILER = (
+    *_MODELS,
+    "qpcompile/*.py",
+    "qpcompile/presets/*",
+    "qpcompile/capture/*.py",
+    "qpcompile/emit/*.py",
+    "qpcompile/ir/**/*.py",
+    "passes/*.py",
+    "kernels/*/op.py",
+    "kernels/*/onnx.py",
+    "kernels/*/packing.py",
+)
+
+
+@dataclass(frozen=True)
+class Make:
+    """A folder that peers load: `script` is run with `arguments`, the shape, the folder, and the folder in `source`."""
+
+    folder: str
+    script: str
+    arguments: tuple[str, ...] = ()
+    source: str = ""
+    python: str = OWN
+    depends: tuple[str, ...] = _MODELS
+
+    def key(self) -> str:
+        """Changes with every file that the folder is made from."""
+        total = hashlib.sha256(repr((self.script, self.arguments, self.source)).encode())
+        for pattern in (*self.depends, f"tests/bench/{self.script}"):
+            for path in sorted(ROOT.glob(pattern)):
+                total.update(path.read_bytes())
+        return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A row of the table: `worker` loads `folder` (or `part` of it) and answers.
+
+    Peers with `asked` run only where they are named.
+    """
+
+    name: str
+    worker: str
+    folder: str
+    part: str = ""
+    arguments: tuple[str, ...] = ()
+    python: str = OWN
+    asked: bool = False
+
+
+MAKES = {
+    make.folder: make
+    for make in (
+        Make("torch-float32", "cpu_prepare.py", ("torch:float32",)),
+        Make("torch-bfloat16", "cpu_prepare.py", ("torch:bfloat16",)),
+        Make("ort-float32", "cpu_ort_export.py", ("float32",)),
+        Make("ort-int4", "cpu_ort_export.py", ("int4",), "ort-float32"),
+        Make("openvino", "cpu_openvino_export.py", python=OPENVINO),
+        Make("ours-float32", "cpu_prepare.py", ("ours:float32",), depends=_COMPILER),
+        Make("ours-bfloat16", "cpu_prepare.py", ("ours:bfloat16",), depends=_COMPILER),
+        Make("onnx-w4a4kv4", "cpu_prepare.py", ("onnx:w4a4kv4",), "ours-float32", depends=_COMPILER),
+        Make("onnx-quota-30", "cpu_prepare.py", ("onnx:quota-30",), "ours-float32", depends=_COMPILER),
+    )
+}
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("torch bf16", "cpu_torch.py", "torch-bfloat16", arguments=("eager",)),
+        Peer("torch fp32", "cpu_torch.py", "torch-float32", arguments=("eager",)),
+        Peer("torch.compile bf16", "cpu_torch.py", "torch-bfloat16", arguments=("compile",), asked=True),
+        Peer("ORT fp32", "cpu_ort.py", "ort-float32"),
+        Peer("ORT int4", "cpu_ort.py", "ort-int4"),
+        Peer("OpenVINO GenAI int4", "cpu_openvino.py", "openvino", "", ("1",), OPENVINO),
+        Peer("OpenVINO GenAI int4, CDPruner 30 %", "cpu_openvino.py", "openvino", "", ("0.3",), OPENVINO),
+        Peer("ours w4a4kv4", "cpu_ours.py", "ours-float32", "w4a4kv4"),
+        Peer("ours quota-30", "cpu_ours.py", "ours-float32", "quota-30"),
+        Peer("ours w4a4kv4, bf16", "cpu_ours.py", "ours-bfloat16", "w4a4kv4"),
+        Peer("ours quota-30, bf16", "cpu_ours.py", "ours-bfloat16", "quota-30"),
+        Peer("ours w4a4kv4, ONNX", "cpu_ours_onnx.py", "onnx-w4a4kv4"),
+        Peer("ours quota-30, ONNX", "cpu_ours_onnx.py", "onnx-quota-30"),
+    )
+}
+
+
+def interpreter(python: str) -> Path:
+    """The interpreter of an environment; it may not be there."""
+    return Path(sys.executable) if python == OWN else BUILD / python / "bin" / "python"

@@ -1,0 +1,84 @@
+"""Make what one peer of the CPU benchmark loads: cpu_prepare.py WHAT SHAPE FOLDER [SOURCE]
+
+WHAT is torch:DTYPE, ours:DTYPE (a folder for each preset), or onnx:PRESET from the compiled models in SOURCE.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from cpu_models import build, model_inputs
+from cpu_shapes import SHAPES, Shape
+from transformers import PreTrainedModel
+
+import qpcompile
+from qpcompile.capture.samples import Source
+from qpcompile.evaluate.workbench import Workbench
+from qpcompile.recipe import Recipe
+
+PRESETS = ("w4a4kv4", "quota-30")
+# Random weights have nothing to learn from, so a compile does here what takes seconds: the operators that run, and with
+# them the time of an answer, are those of the preset.
+QUICK = (
+    "calibration.samples=2",
+    "quantize.weights.solver=rtn",
+    "quantize.weights.clip_search=false",
+    "quantize.activations.clip_search=false",
+    "quantize.training.epochs=0",
+)
+# Random attention looks at everything alike, and the search for layers refuses it.
+LAYERS = "tokens.candidate_layers=[2, 3, 4, 5, 6]"
+
+
+def recipe(shape: Shape, preset: str) -> Recipe:
+    """The preset as it is compiled here."""
+    found = Recipe.load(preset)
+    overrides = [*QUICK]
+    if found.tokens.method != "none":
+        overrides.append("tokens.candidate_layers=[0]" if shape.layers < 8 else LAYERS)
+    return found.with_overrides(overrides)
+
+
+def prepare_torch(shape: Shape, folder: Path, dtype: str) -> None:
+    """The model's own folder."""
+    build(shape).to(getattr(torch, dtype)).save_pretrained(folder)
+
+
+class Bench(Workbench):
+    """Presets of one model that is not in a folder, on samples that are not questions."""
+
+    def __init__(self, model: PreTrainedModel, samples: Source) -> None:
+        self.model, self.processor, self.calibration = model, None, samples
+        self._captured, self._shared, self._sensitivity = None, None, {}
+
+
+def prepare_ours(shape: Shape, folder: Path, dtype: str) -> None:
+    """A folder with the compiled model of each preset."""
+    model = build(shape).to(getattr(torch, dtype))
+    samples: list[dict[str, Any]] = [model_inputs(shape, seed, dtype=model.dtype) for seed in (101, 102)]
+    bench = Bench(model, samples)
+    for preset in PRESETS:
+        bench.compile(recipe(shape, preset)).save_pretrained(folder / preset)
+
+
+def prepare_onnx(shape: Shape, folder: Path, preset: str, source: str) -> None:
+    """The ONNX folder of a compiled model."""
+    qpcompile.load(Path(source) / preset).export_onnx(folder)
+
+
+MAKERS: dict[str, Callable[..., None]] = {"torch": prepare_torch, "ours": prepare_ours, "onnx": prepare_onnx}
+
+
+def main(what: str, shape: str, folder: str, *source: str) -> None:
+    """Into a folder of another name first: one that is there is whole."""
+    torch.set_num_threads(1)
+    kind, *arguments = what.split(":")
+    unfinished = Path(f"{folder}.unfinished")
+    MAKERS[kind](SHAPES[shape], unfinished, *arguments, *source)
+    unfinished.rename(folder)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,161 @@
+"""Rows of the CPU benchmark: medians of interleaved runs, ratios to a baseline of the same run, CSV and Markdown."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+BASELINE = "torch bf16"
+# The clock that ratios are made of: time on the core, which other processes do not stretch.
+CLOCK = "core"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one peer did on one shape. `runs` are its workers' answers; `note` says why there are none.
+
+    `run` names the benchmark run: ratios are made within one only.
+    """
+
+    shape: str
+    peer: str
+    run: str
+    loaded: Mapping[str, Any] = field(default_factory=dict)
+    runs: Sequence[Mapping[str, float]] = ()
+    note: str = ""
+
+    def values(self, name: str) -> list[float]:
+        """One measure in all runs, sorted."""
+        return sorted(each[name] for each in self.runs if name in each)
+
+    def middle(self, name: str) -> float | None:
+        """The median of a measure over the runs."""
+        found = self.values(name)
+        return median(found) if found else None
+
+    @property
+    def peak_mb(self) -> float | None:
+        """The most resident memory since the process began, loading included."""
+        return max(self.values("peak_mb"), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`measure` of `peer` over that of `other` on `shape` is to be at most `most`."""
+
+    shape: str
+    measure: str
+    peer: str
+    other: str
+    most: float
+
+
+COLUMNS = (
+    "shape", "peer", "run", "runs", "first_core_ms", "first_core_low", "first_core_high", "first_wall_ms",
+    "decode_core_ms", "decode_core_low", "decode_core_high", "decode_wall_ms", "first_ratio", "decode_ratio",
+    "peak_mb", "weights_mb", "kv_mb", "load_s", "note",
+)  # fmt: skip
+
+
+def measure(row: Row, name: str) -> float | None:
+    """A row's number: first_ms and decode_ms by the clock of ratios, peak_mb, weights_mb, or a field of its runs."""
+    if name in ("first_ms", "decode_ms"):
+        return row.middle(name.replace("_ms", f"_{CLOCK}_ms"))
+    if name == "peak_mb":
+        return row.peak_mb
+    return row.loaded.get(name, row.middle(name))
+
+
+def ratio(rows: Iterable[Row], row: Row, name: str, other: str = BASELINE) -> float | None:
+    """The row's number over that of the peer `other` on the same shape in the same run."""
+    own = measure(row, name)
+    for each in rows:
+        if (each.shape, each.run, each.peer) == (row.shape, row.run, other):
+            theirs = measure(each, name)
+            return own / theirs if own is not None and theirs else None
+    return None
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """All rows; ratios are this row's time over the baseline's."""
+    text = io.StringIO()
+    writer: csv.DictWriter[str] = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells: dict[str, Any] = {"shape": row.shape, "peer": row.peer, "run": row.run, "runs": len(row.runs)}
+        for kind in ("first", "decode"):
+            seconds = row.values(f"{kind}_core_ms")
+            if seconds:
+                cells[f"{kind}_core_ms"] = _text(median(seconds))
+                cells[f"{kind}_core_low"], cells[f"{kind}_core_high"] = _text(seconds[0]), _text(seconds[-1])
+            cells[f"{kind}_wall_ms"] = _text(row.middle(f"{kind}_wall_ms"))
+            cells[f"{kind}_ratio"] = _text(ratio(rows, row, f"{kind}_ms"), 3)
+        for name in ("peak_mb", "weights_mb", "kv_mb", "load_s"):
+            cells[name] = _text(measure(row, name))
+        writer.writerow({**cells, "note": row.note})
+    return text.getvalue()
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """One table for each shape: a line per peer."""
+    parts = []
+    for shape in dict.fromkeys(row.shape for row in rows):
+        lines = [
+            "| peer | first token ms | of the baseline | decode ms/token | of the baseline | peak MB | weights MB "
+            "| KV MB |",
+            "| --- " * 8 + "|",
+        ]
+        notes = []
+        for row in [each for each in rows if each.shape == shape]:
+            if not row.runs:
+                notes.append(f"- {row.peer}: {row.note or 'not run'}")
+                continue
+            cells = [row.peer]
+            for kind in ("first", "decode"):
+                cells += [_spread(row, f"{kind}_{CLOCK}_ms"), _text(ratio(rows, row, f"{kind}_ms"), 2)]
+            cells += [_text(measure(row, name), digits) for name, digits in MEMORY]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join([f"## {shape}", "", *lines, *([""] if notes else []), *notes]) + "\n")
+    return "\n".join(parts)
+
+
+MEMORY = (("peak_mb", 0), ("weights_mb", 0), ("kv_mb", 1))
+
+
+def targets_as_markdown(rows: Sequence[Row], targets: Sequence[Target]) -> str:
+    """Each target with what was found; a target whose rows did not run together is left out."""
+    lines = ["| shape | measure | ours | against | ratio | target | met |", "| --- " * 7 + "|"]
+    for target in targets:
+        for row in rows:
+            if (row.shape, row.peer) != (target.shape, target.peer):
+                continue
+            found = ratio(rows, row, target.measure, target.other)
+            if found is not None:
+                met = "yes" if found <= target.most else "no"
+                cells = (target.shape, target.measure, target.peer, target.other, f"{found:.2f}", f"{target.most}", met)
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def busyness(rows: Iterable[Row]) -> float | None:
+    """How many times the wall clock's time exceeds that on the core: 1 on a machine that does nothing else."""
+    found = [each["first_wall_ms"] / each["first_core_ms"] for row in rows for each in row.runs]
+    return median(found) if found else None
+
+
+def _spread(row: Row, name: str) -> str:
+    values = row.values(name)
+    if not values:
+        return ""
+    digits = 0 if median(values) >= 100 else 1
+    return f"{median(values):,.{digits}f} ({values[0]:,.{digits}f}..{values[-1]:,.{digits}f})"
+
+
+def _text(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,39 @@
+"""The model as transformers runs it, as a worker of the CPU benchmark: cpu_torch.py FOLDER SHAPE NEW_TOKENS MODE
+
+MODE is eager or compile.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from cpu_models import model_inputs
+from cpu_shapes import SHAPES
+from cpu_worker import Ask, Clock, folder_mb, serve
+from transformers import AutoModelForImageTextToText
+
+
+def load(folder: Path, name: str, new_tokens: int, mode: str) -> tuple[Ask, dict[str, Any]]:
+    """The model in the type it is stored in; `compile` gives the vision tower and the decoder to torch.compile."""
+    torch.set_num_threads(1)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    if mode == "compile":
+        # A cache of one size, as transformers' own documentation asks of torch.compile: no step compiles anew.
+        model.generation_config.cache_implementation = "static"
+        model.forward = torch.compile(model.forward, dynamic=False)
+
+    def ask(prompt: int) -> dict[str, Any]:
+        inputs = model_inputs(SHAPES[name], prompt, dtype=model.dtype)
+        clock = Clock()
+        result = model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock, return_dict_in_generate=True
+        )
+        layers = result.past_key_values.layers
+        return {**clock.result(), "kv_mb": sum(each.keys.nbytes + each.values.nbytes for each in layers) / 1e6}
+
+    return ask, {"weights_mb": folder_mb(folder, "*.safetensors")}
+
+
+if __name__ == "__main__":
+    serve(lambda: load(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]))
