@@ -160,7 +160,7 @@ def start(
     while queue:
         peer = queue[0]
         try:
-            worker = load(peer, shape, folder, options)
+            worker = load(peer, shape, folder, options.core, options.new_tokens)
         except PeerError as error:
             failed[peer.name] = str(error)
             say(f"{shape}: {peer.name}: {error}")
@@ -175,14 +175,14 @@ def start(
     return workers, queue
 
 
-def load(peer: Peer, shape: str, folder: Path, options: argparse.Namespace) -> Worker:
+def load(peer: Peer, shape: str, folder: Path, core: int, new_tokens: int) -> Worker:
     """Start a peer's process and wait until its model is there."""
     command = [
         str(interpreter(peer.python)),
         str(HERE / peer.worker),
         str(folder / peer.folder / peer.part),
         shape,
-        str(options.new_tokens),
+        str(new_tokens),
         *peer.arguments,
     ]
     path = log(folder, peer.name)
@@ -196,7 +196,7 @@ def load(peer: Peer, shape: str, folder: Path, options: argparse.Namespace) -> W
             text=True,
         )
     # Threads that it starts are bound as it is.
-    os.sched_setaffinity(process.pid, {options.core})
+    os.sched_setaffinity(process.pid, {core})
     worker = Worker(peer, process, {}, [])
     worker.loaded = hear(worker, LOAD_LIMIT, path)
     return worker

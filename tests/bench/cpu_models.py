@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from cpu_shapes import BEGIN, END, PAD, VIDEO, VISION_END, VISION_START, Shape, inputs
+from cpu_shapes import BEGIN, END, PAD, VIDEO, VISION_END, VISION_START, Shape, asked_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -24,9 +24,9 @@ def build(shape: Shape, seed: int = 0) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def model_inputs(shape: Shape, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """What `generate` takes."""
-    found: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs(shape, seed, batch).items()}
+def model_inputs(shape: Shape, question: dict[str, int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What `generate` takes for a question (cpu_worker.py)."""
+    found: dict[str, Any] = {name: torch.from_numpy(array) for name, array in asked_inputs(shape, question).items()}
     found["pixel_values"] = found["pixel_values"].to(dtype)
     if shape.family == "qwen2_vl" and IS_5:
         found["mm_token_type_ids"] = (found["input_ids"] == shape.image_token).long()

@@ -47,8 +47,8 @@ def load(folder: Path, name: str, new_tokens: int, keep: float) -> Any:
     around = 2 if shape.family == "qwen2_vl" else 0
     text = "abcdefgh"[: 8 - around] + "<ov_genai_image_0>" + "x" * (shape.text_tokens - 8)
 
-    def ask(prompt: int) -> dict[str, Any]:
-        draw = np.random.default_rng(prompt)
+    def ask(question: dict[str, int]) -> dict[str, Any]:
+        draw = np.random.default_rng(question["prompt"])
         picture = openvino.Tensor(draw.integers(0, 256, (1, shape.side, shape.side, 3), dtype=np.uint8))
         clock = Clock(prompt_first=False)
         results = pipeline.generate(text, images=[picture], generation_config=config, streamer=Streamer(clock))

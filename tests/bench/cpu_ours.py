@@ -18,8 +18,8 @@ def load(folder: Path, name: str, new_tokens: int) -> tuple[Ask, dict[str, Any]]
     model = qpcompile.load(folder)
     model.generation_config.eos_token_id = None
 
-    def ask(prompt: int) -> dict[str, Any]:
-        inputs = model_inputs(SHAPES[name], prompt, dtype=model.dtype)
+    def ask(question: dict[str, int]) -> dict[str, Any]:
+        inputs = model_inputs(SHAPES[name], question, model.dtype)
         clock = Clock()
         model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock)
         cache = model.machine.last

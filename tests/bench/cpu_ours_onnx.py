@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cpu_shapes import SHAPES, inputs
+from cpu_shapes import SHAPES, asked_inputs
 from cpu_worker import Ask, Clock, folder_mb, serve
 
 from qpcompile.emit.onnx_runner import OnnxVLM, Steps
@@ -17,8 +17,8 @@ def load(folder: Path, name: str, new_tokens: int) -> tuple[Ask, dict[str, Any]]
     """The runner with one thread."""
     model = OnnxVLM(folder, threads=1)
 
-    def ask(prompt: int) -> dict[str, Any]:
-        given = inputs(SHAPES[name], prompt)
+    def ask(question: dict[str, int]) -> dict[str, Any]:
+        given = asked_inputs(SHAPES[name], question)
         ids, mask, grids = given["input_ids"], given["attention_mask"], given.get("image_grid_thw")
         clock = Clock(prompt_first=False)
         pictures = model.encode(given["pixel_values"], grids)

@@ -57,7 +57,7 @@ class Bench(Workbench):
 def prepare_ours(shape: Shape, folder: Path, dtype: str) -> None:
     """A folder with the compiled model of each preset."""
     model = build(shape).to(getattr(torch, dtype))
-    samples: list[dict[str, Any]] = [model_inputs(shape, seed, dtype=model.dtype) for seed in (101, 102)]
+    samples: list[dict[str, Any]] = [model_inputs(shape, {"prompt": n}, model.dtype) for n in (101, 102)]
     bench = Bench(model, samples)
     for preset in PRESETS:
         bench.compile(recipe(shape, preset)).save_pretrained(folder / preset)

@@ -55,6 +55,8 @@ class Shape:
 
 _SMALL: dict[str, Any] = {"tower": 32, "tower_layers": 2, "tower_heads": 4, "width": 64, "heads": 4, "mlp": 96}
 _TINY: dict[str, Any] = {**_SMALL, "layers": 6, "vocabulary": 320, "text_tokens": 16}
+_GROWTH: dict[str, Any] = {"tower": 256, "tower_layers": 4, "tower_heads": 4, "width": 512, "heads": 8, "kv_heads": 2}
+_GROWTH |= {"mlp": 1408, "vocabulary": 8000}
 _TESTBED: dict[str, Any] = {"patch": 8, "vocabulary": 80, "image_token": 4, "text_tokens": 32}
 SHAPES = {
     shape.name: shape
@@ -62,10 +64,16 @@ SHAPES = {
         Shape("A", "llava", 336),
         Shape("B", "qwen2_vl", 672, kv_heads=4),
         Shape("testbed", "llava", 96, folder="tests/testbed/llava", layers=8, width=128, kv_heads=4, **_TESTBED),
+        *(Shape(f"growth-{layers}", "qwen2_vl", 672, layers=layers, **_GROWTH) for layers in (4, 8, 16, 24)),
         Shape("tiny-A", "llava", 56, kv_heads=4, **_TINY),
         Shape("tiny-B", "qwen2_vl", 112, kv_heads=2, **_TINY),
     )
 }
+
+
+def asked_inputs(shape: Shape, question: dict[str, int]) -> dict[str, Array]:
+    """The inputs of one question: its prompt's number and, where they differ, the picture's height and the batch."""
+    return inputs(shape.changed(side=question.get("side", shape.side)), question["prompt"], question.get("batch", 1))
 
 
 def inputs(shape: Shape, seed: int = 0, batch: int = 1) -> dict[str, Array]:

@@ -23,8 +23,8 @@ def load(folder: Path, name: str, new_tokens: int, mode: str) -> tuple[Ask, dict
         model.generation_config.cache_implementation = "static"
         model.forward = torch.compile(model.forward, dynamic=False)
 
-    def ask(prompt: int) -> dict[str, Any]:
-        inputs = model_inputs(SHAPES[name], prompt, dtype=model.dtype)
+    def ask(question: dict[str, int]) -> dict[str, Any]:
+        inputs = model_inputs(SHAPES[name], question, model.dtype)
         clock = Clock()
         result = model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock, return_dict_in_generate=True

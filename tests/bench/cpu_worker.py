@@ -14,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Called with the number of a prompt; returns what `timed` returned, and more fields if there are any.
-Ask = Callable[[int], dict[str, Any]]
+# Called with a question: "prompt" (its number) and, where they differ, "side" and "batch". Returns the clock's result
+# and more fields if there are any.
+Ask = Callable[[dict[str, int]], dict[str, Any]]
 MIB = 2**20
 
 
@@ -91,7 +92,7 @@ def serve(load: Callable[[], tuple[Ask, dict[str, Any]]]) -> None:
         ask, loaded = load()
         say(load_s=time.perf_counter() - started, versions=versions(), **loaded, **memory_mb())
         for line in sys.stdin:
-            say(**ask(json.loads(line)["prompt"]), **memory_mb())
+            say(**ask(json.loads(line)), **memory_mb())
     except Exception as error:
         text = str(error).strip().splitlines() or [""]
         say(failed=f"{type(error).__name__}: {text[0][:300]}")

@@ -1,0 +1,161 @@
+"""The CPU benchmark's road with peers of a few lines, its table, and its prompts."""
+
+import json
+from pathlib import Path
+
+import cpu
+import cpu_peers
+import numpy as np
+import pytest
+from cpu_peers import MAKES, PEERS, Make, Peer
+from cpu_shapes import BEFORE, SHAPES, asked_inputs, inputs
+from cpu_table import COLUMNS, Row, Target, as_csv, as_markdown, busyness, targets_as_markdown
+
+# A peer that takes its milliseconds from its arguments, and how it is made.
+WORKER = """
+import sys
+from cpu_worker import serve
+
+def load():
+    if sys.argv[4] == "broken":
+        raise RuntimeError("no such engine")
+    def ask(question):
+        if sys.argv[4] == "tired" and question["prompt"]:
+            raise MemoryError("too much")
+        first = float(sys.argv[4]) if sys.argv[4] != "tired" else 1.0
+        times = {f"first_{kind}_ms": first + question["prompt"] for kind in ("core", "wall")}
+        return {**times, "decode_core_ms": 2 * first, "decode_wall_ms": 4 * first, "tokens": int(sys.argv[3])}
+    return ask, {"weights_mb": 1.5}
+
+serve(load)
+"""
+MAKER = "import pathlib, sys; pathlib.Path(sys.argv[2]).mkdir(); print('made', sys.argv[1])"
+
+
+def runs(*seconds: float) -> list[dict[str, float]]:
+    """Answers whose tokens take a tenth of the first one, on a machine that is busy half of the time."""
+    times = [{"first_core_ms": s, "first_wall_ms": 2 * s, "decode_core_ms": s / 10} for s in seconds]
+    return [{**each, "decode_wall_ms": s / 5, "peak_mb": 100 + s} for each, s in zip(times, seconds, strict=True)]
+
+
+ROWS = [
+    Row("A", "torch bf16", "one", {"weights_mb": 900.0}, runs(100, 120, 110)),
+    Row("A", "ours quota-30", "one", {"weights_mb": 300.0}, runs(55)),
+    Row("A", "ORT int4", "one", note="not installed"),
+    Row("B", "ours quota-30", "two", {"weights_mb": 300.0}, runs(55)),
+]
+
+
+def test_csv_has_medians_spread_and_ratios_of_the_same_run() -> None:
+    head, *lines = as_csv(ROWS).splitlines()
+    assert head == ",".join(COLUMNS)
+    times = "110.00,100.00,120.00,220.00,11.00,10.00,12.00,22.00"
+    assert lines[0].startswith(f"A,torch bf16,one,3,{times},1.000,1.000,220.00,900.00,")
+    assert ",0.500,0.500,155.00,300.00," in lines[1]
+    assert lines[2] == "A,ORT int4,one,0" + "," * 15 + "not installed"
+    # The baseline of shape A is no baseline for B.
+    assert ",5.50,5.50,5.50,11.00,,," in lines[3]
+
+
+def test_markdown_and_targets() -> None:
+    text = as_markdown(ROWS)
+    assert "| torch bf16 | 110 (100..120) | 1.00 | 11.0 (10.0..12.0) | 1.00 | 220 | 900 |" in text
+    assert "- ORT int4: not installed" in text
+    targets = [
+        Target("A", "first_ms", "ours quota-30", "torch bf16", 0.6),
+        Target("A", "peak_mb", "ours quota-30", "torch bf16", 0.5),
+        Target("A", "first_ms", "ours quota-30", "ORT int4", 1.0),
+    ]
+    lines = targets_as_markdown(ROWS, targets).splitlines()[2:]
+    assert lines == [
+        "| A | first_ms | ours quota-30 | torch bf16 | 0.50 | 0.6 | yes |",
+        "| A | peak_mb | ours quota-30 | torch bf16 | 0.70 | 0.5 | no |",
+    ]
+    assert busyness(ROWS) == 2 and busyness([]) is None
+
+
+@pytest.mark.parametrize("name", ["tiny-A", "tiny-B", "A", "B", "growth-8", "testbed"])
+def test_prompts_hold_the_picture_and_the_text(name: str) -> None:
+    shape = SHAPES[name]
+    found = inputs(shape, seed=3)
+    ids = found["input_ids"]
+    assert ids.shape == (1, shape.visual_tokens + shape.text_tokens) and ids.max() < shape.vocabulary
+    assert (ids[0, BEFORE : BEFORE + shape.visual_tokens] == shape.image_token).all()
+    assert (ids == shape.image_token).sum() == shape.visual_tokens
+    again, other = inputs(shape, seed=3), inputs(shape, seed=4)
+    assert all(np.array_equal(found[key], again[key]) for key in found)
+    assert not np.array_equal(found["pixel_values"], other["pixel_values"])
+    twice = asked_inputs(shape.changed(text_tokens=BEFORE + 2), {"prompt": 0, "batch": 2})
+    assert twice["input_ids"].shape == (2, shape.visual_tokens + BEFORE + 2)
+
+
+def test_the_two_shapes_are_those_of_the_issue() -> None:
+    assert SHAPES["A"].visual_tokens == SHAPES["B"].visual_tokens == 576
+    assert (SHAPES["B"].side // SHAPES["B"].patch) ** 2 == 2304
+
+
+@pytest.fixture
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four toy peers in place of the real ones; the scripts lie in a folder of their own."""
+    for name, text in (("worker.py", WORKER), ("maker.py", MAKER)):
+        (tmp_path / name).write_text(text, "utf-8")
+    monkeypatch.setattr(cpu, "HERE", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(cpu_peers.HERE))
+    monkeypatch.setattr(cpu, "environment", lambda: {"PYTHONPATH": str(cpu_peers.HERE)})
+    monkeypatch.setattr(cpu_peers, "MAKES", MAKES)
+    monkeypatch.setitem(MAKES, "toy", Make("toy", "maker.py", depends=()))
+    monkeypatch.setitem(MAKES, "elsewhere", Make("elsewhere", "maker.py", python="nowhere", depends=()))
+    toy = {
+        "torch bf16": Peer("torch bf16", "worker.py", "toy", "", ("10",)),
+        "fast": Peer("fast", "worker.py", "toy", "", ("5",)),
+        "broken": Peer("broken", "worker.py", "toy", "", ("broken",)),
+        "tired": Peer("tired", "worker.py", "toy", "", ("tired",)),
+        "absent": Peer("absent", "worker.py", "elsewhere", "", ("1",)),
+    }
+    for name in [*PEERS]:
+        monkeypatch.delitem(PEERS, name)
+    for name, peer in toy.items():
+        monkeypatch.setitem(PEERS, name, peer)
+    return tmp_path
+
+
+def test_the_road_with_toy_peers(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All answer in turns; what fails to load, fails to answer or is not installed is a line that says why."""
+    out = toys / "results" / "cpu"
+    arguments = ["--shapes", "tiny-A", "--rounds", "3", "--new-tokens", "7", "--build", str(toys / "build")]
+    assert cpu.main([*arguments, "--out", str(out)]) == 0
+    rows = {row["peer"]: row for row in json.loads((toys / "build" / "rows.json").read_text("utf-8"))}
+    # Round 0 does not count.
+    assert [run["first_core_ms"] for run in rows["fast"]["runs"]] == [6.0, 7.0, 8.0]
+    assert rows["fast"]["runs"][0]["tokens"] == 7 and rows["fast"]["runs"][0]["peak_mb"] > 1
+    assert "no such engine" in rows["broken"]["note"] and not rows["broken"]["runs"]
+    assert "MemoryError: too much" in rows["tired"]["note"] and not rows["tired"]["runs"]
+    assert rows["absent"]["note"].startswith("not installed: python tests/bench/cpu.py --install-nowhere")
+    page = out.with_suffix(".md").read_text("utf-8")
+    assert "| fast | 7.0 (6.0..8.0) | 0.58 |" in page and "- absent: not installed" in page
+    order = [line for line in capsys.readouterr().err.splitlines() if "round 2" in line]
+    assert [line.split(": ")[2] for line in order] == ["torch bf16", "fast"]
+
+
+def test_rows_of_other_peers_stay(toys: Path) -> None:
+    """A second run of some peers replaces their rows alone, and folders that are there are not made again."""
+    arguments = ["--shapes", "tiny-A", "--rounds", "1", "--new-tokens", "2", "--build", str(toys / "build")]
+    assert cpu.main([*arguments, "--out", str(toys / "cpu")]) == 0
+    (toys / "maker.py").write_text("raise SystemExit(1)", "utf-8")
+    assert cpu.main([*arguments, "--out", str(toys / "cpu"), "--peers", "torch"]) == 0
+    rows = {row["peer"]: row for row in json.loads((toys / "build" / "rows.json").read_text("utf-8"))}
+    assert set(rows) == {"torch bf16", "fast", "broken", "tired", "absent"}
+    assert rows["torch bf16"]["runs"] and rows["fast"]["runs"]
+
+
+def test_a_folder_is_made_again_when_its_sources_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests" / "bench").mkdir(parents=True)
+    monkeypatch.setattr(cpu_peers, "ROOT", tmp_path)
+    make = Make("x", "maker.py", depends=("one.py",))
+    (tmp_path / "one.py").write_text("1", "utf-8")
+    before = make.key()
+    assert make.key() == before
+    (tmp_path / "one.py").write_text("2", "utf-8")
+    changed = make.key()
+    (tmp_path / "tests" / "bench" / "maker.py").write_text("3", "utf-8")
+    assert len({before, changed, make.key()}) == 3
