@@ -29,10 +29,33 @@ enum element { FLOAT32 = 0, BFLOAT16 = 1, BOOL = 2 };
 typedef float float_alias __attribute__((may_alias));
 typedef uint32_t uint32_alias __attribute__((may_alias));
 
+/* What a row operator does, but for its tensors; fields that it has no use for are 0. The same as Plan in
+   kernels/native_rows.py. */
+typedef struct {
+    long channels, group, left_size, right_size;
+    const void *weight, *bias;
+    const float *scale, *left, *right, *shift;
+    double constant;
+    float clip;
+    int kind;           /* a place in rows_of */
+    int element;        /* of the rows */
+    int weight_element; /* of weight and bias */
+    int rounded;        /* BFLOAT16: what the graph rounds between its operators is rounded here too */
+} rows_plan;
+
 /* Buffers of one call; every caller checks for NULL and returns 0, which Python turns into an error. */
 static void *scratch(size_t bytes) {
     void *memory = NULL;
     return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
+}
+
+/* To the values that bfloat16 holds, to nearest even. */
+INLINE void round_row(float *values, int element, long n) {
+    uint32_alias *bits = (uint32_alias *)values;
+    if (element == BFLOAT16)
+        for (long i = 0; i < n; i++)
+            bits[i] = (bits[i] & 0x7fffffff) > 0x7f800000 ? bits[i]
+                                                          : (bits[i] + 0x7fff + ((bits[i] >> 16) & 1)) & 0xffff0000;
 }
 
 /* The sources this library was made of, so that a stale one is noticed. */
@@ -106,3 +129,5 @@ int qp_openmp(void) {
 #endif
 
 #endif
+
+#include "linear_w4a4/amx.inc"

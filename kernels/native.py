@@ -30,15 +30,15 @@ Function = Callable[..., int]
 P, N, L, F, D = c_void_p, c_int, c_long, c_float, c_double
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_w4a4": (P, P, P, P, P, N, L, L, L, L, L, P, N, N),
+    "linear_w4a4_amx": (P, P, P, P, P, N, L, L, L, P, N, N),
     "unpack_int4": (P, L, L, P, N),
     "scale_int32": (P, P, P, P, N, L, L, P, N, N),
     "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
-    "kronecker_quantize": (P, N, P, P, P, P, L, L, L, L, L, F, P, P, P, N),
-    "rmsnorm_quantize": (P, N, P, N, D, P, P, P, L, L, L, L, L, F, P, P, N),
-    "layernorm_quantize": (P, N, P, P, N, D, P, P, P, L, L, L, L, L, F, P, P, N),
-    "silu_mul_quantize": (P, P, N, P, P, P, L, L, L, L, L, F, P, P, N),
+    "rows": (P, P, P, L, P, P, P, N),
     "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, L, L, L, L, L, L, P, N),
 }
+AMX = "linear_w4a4_amx"
+"""The one function that needs AMX tiles, there where `Library.amx` says so."""
 EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write")
 """Functions of integers and of float32 operations in a given order: there is one per level. The others are there in
 float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
@@ -52,6 +52,7 @@ class Library:
     problem: str
     level: int
     threads: bool
+    amx: bool
     functions: dict[tuple[str, int], Function]
 
 
@@ -71,13 +72,17 @@ def library() -> Library:
     if (here := sources_digest()) and here != made_of:
         return _none(f"{path.name} was compiled from other sources than those that lie here: install the package again")
     best = int(loaded.qp_level())
+    amx = bool(loaded.qp_amx())
     functions = {
-        (symbol, level): _function(loaded, symbol, level)
+        (symbol, level): _function(loaded, symbol, LEVELS[level])
         for name in SIGNATURES
+        if name != AMX
         for symbol in ([name] if name in EXACT else [f"{name}_f64", f"{name}_f32"])
         for level in range(best + 1)
     }
-    return Library(path, "", best, bool(loaded.qp_openmp()), functions)
+    if amx:
+        functions[AMX, best] = _function(loaded, "linear_w4a4", "amx")
+    return Library(path, "", best, bool(loaded.qp_openmp()), amx, functions)
 
 
 def sources_digest() -> str:
@@ -133,11 +138,12 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def _none(problem: str) -> Library:
-    return Library(None, problem, 0, False, {})
+    return Library(None, problem, 0, False, False, {})
 
 
-def _function(loaded: ctypes.CDLL, symbol: str, level: int) -> Function:
-    made = getattr(loaded, f"qp_{symbol}_{LEVELS[level]}")
-    made.argtypes = SIGNATURES[symbol.removesuffix("_f64").removesuffix("_f32")]
+def _function(loaded: ctypes.CDLL, symbol: str, ending: str) -> Function:
+    made = getattr(loaded, f"qp_{symbol}_{ending}")
+    name = AMX if ending == "amx" else symbol.removesuffix("_f64").removesuffix("_f32")
+    made.argtypes = SIGNATURES[name]
     made.restype = c_int
     return made

@@ -1,42 +1,111 @@
-"""Arguments that the row operators in C have in common."""
+"""The row operators in C: rows are made, their basis is changed, then they are quantized or stored, all in one call.
+
+A `RowPlan` holds everything but the rows; it is made once where weights are bound to a graph, and per call elsewhere.
+"""
 
 from __future__ import annotations
 
 import functools
+from ctypes import Structure, byref, c_double, c_float, c_int, c_long, c_void_p
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import factor_arrays
+from qpcompile.kernels.native import ELEMENTS, call
 from qpcompile.kernels.quantize_int4.reference import group_count
 
-Factors = tuple[int | None, int | None, int, int]
-"""left, right: where two float32 matrices lie, and their sizes A and c; None and 0 where nothing is rotated."""
-NO_FACTORS: Factors = (None, None, 0, 0)
+Kind = Literal["plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul"]
+KINDS: tuple[Kind, ...] = ("plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul")
+"""In the order of rows_of in native_rows.inc."""
 
 
-def rotation(channels: int, rotate: bool) -> Factors:
-    """The factors of the Hadamard rotation of C channels."""
-    return _rotation(channels) if rotate else NO_FACTORS
+class Plan(Structure):
+    """rows_plan of native.c."""
+
+    _fields_ = (
+        *((name, c_long) for name in ("channels", "group", "left_size", "right_size")),
+        *((name, c_void_p) for name in ("weight", "bias", "scale", "left", "right", "shift")),
+        ("constant", c_double),
+        ("clip", c_float),
+        *((name, c_int) for name in ("kind", "element", "weight_element", "rounded")),
+    )
+
+
+class RowPlan:
+    """A row operator on tensors of one type and width, with its weights.
+
+    Args:
+        kind: what makes a row; the files `cpu.inc` of the operators say what each is.
+        dtype: of the rows, float32 or bfloat16.
+        weight, bias: f[C] of a norm.
+        constant: the epsilon of a norm, the factor of sigmoid_mul.
+        scale: f32[C], multiplied before the change of basis.
+        factors: f32[A, A] and f32[c, c] with A c = C, or True for the Hadamard rotation.
+        shift: f32[C], subtracted after it.
+        as_graph: round as the graph does between operators that are one here (half precision).
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        dtype: torch.dtype,
+        channels: int,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        constant: float = 0.0,
+        scale: Tensor | None = None,
+        factors: tuple[Tensor, Tensor] | bool = False,
+        shift: Tensor | None = None,
+        group_size: int = 0,
+        clip_ratio: float = 1.0,
+        as_graph: bool = False,
+        level: int | None = None,
+    ) -> None:
+        element = ELEMENTS[dtype]
+        weight, bias = (None if each is None else each.detach().contiguous() for each in (weight, bias))
+        scale, shift = (None if each is None else each.detach().float().contiguous() for each in (scale, shift))
+        self.kept = [weight, bias, scale, shift]
+        if isinstance(factors, tuple):
+            left, right = (each.detach().float().contiguous() for each in factors)
+            self.kept += [left, right]
+            rotation = left.data_ptr(), right.data_ptr(), len(left), len(right)
+        else:
+            rotation = _hadamard(channels) if factors else (None, None, 0, 0)
+        pointers = [None if each is None else each.data_ptr() for each in (weight, bias, scale, shift)]
+        self.plan = Plan(
+            *(channels, group_size, *rotation[2:], *pointers[:3], *rotation[:2], pointers[3], constant, clip_ratio),
+            *(KINDS.index(kind), element, 0 if weight is None else ELEMENTS[weight.dtype], element if as_graph else 0),
+        )
+        self.channels, self.level = channels, level
+        self.groups = group_count(channels, group_size) if group_size else 1
+        self.name = "rows_f64" if dtype == torch.float32 else "rows_f32"
+
+    def quantized(self, x: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, second: dtype[..., C] -> q: i8[..., C], scale: f32[..., G]."""
+        q = torch.empty(x.shape, dtype=torch.int8)
+        scale = torch.empty((*x.shape[:-1], self.groups), dtype=torch.float32)
+        self._run(x, second, q.data_ptr(), scale.data_ptr(), None)
+        return q, scale
+
+    def stored(self, x: Tensor, second: Tensor | None = None) -> Tensor:
+        """x, second: dtype[..., C] -> dtype[..., C]."""
+        y = torch.empty(x.shape, dtype=x.dtype)
+        self._run(x, second, None, None, y.data_ptr())
+        return y
+
+    def _run(self, x: Tensor, second: Tensor | None, q: int | None, scale: int | None, y: int | None) -> None:
+        x = x.contiguous()
+        second = None if second is None else second.contiguous()
+        rows = x.numel() // self.channels if x.numel() else 0
+        other = None if second is None else second.data_ptr()
+        call(self.name, byref(self.plan), x.data_ptr(), other, rows, q, scale, y, level=self.level)
 
 
 @functools.cache
-def _rotation(channels: int) -> Factors:
+def _hadamard(channels: int) -> tuple[int, int, int, int]:
+    """Where the factors of the rotation lie, and their sizes."""
     left, right = factor_arrays(channels)  # cached there, so that they stay where they are
     return left.ctypes.data, right.ctypes.data, len(left), len(right)
-
-
-def dense(tensor: Tensor | None) -> Tensor | None:
-    """A factor or scale as the C reads it: f32, contiguous. The caller holds it while the call runs."""
-    return None if tensor is None else tensor.float().contiguous()
-
-
-def empty_codes(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes i8[..., C] and scales f32[..., G] of x: f[..., C], to be filled."""
-    groups = 1 if group_size == 0 else group_count(x.shape[-1], group_size)
-    return torch.empty(x.shape, dtype=torch.int8), torch.empty((*x.shape[:-1], groups))
-
-
-def row_count(x: Tensor) -> int:
-    """How many rows x: f[..., C] has."""
-    return x.numel() // x.shape[-1] if x.numel() else 0

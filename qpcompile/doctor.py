@@ -17,6 +17,7 @@ from typing import Literal
 import psutil
 import torch
 
+from qpcompile.kernels import native
 from qpcompile.probes import PROBES, probe
 from qpcompile.recipe import Recipe, preset_names
 
@@ -101,10 +102,21 @@ def machine(instructions: tuple[str, ...]) -> dict[str, str]:
     return {
         "processor": f"{platform.machine()}, {psutil.cpu_count(logical=True)} logical cores",
         "integer instructions": ", ".join(instructions) or "none known",
+        "operators in C": native_state(native.library()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "GPU": gpu,
         "python": platform.python_version(),
     }
+
+
+def native_state(loaded: native.Library) -> str:
+    """Whether operators on the processor are the compiled ones, and why not."""
+    if loaded.path is None:
+        return f"none, torch's are used: {loaded.problem}"
+    parts = [f"compiled, {native.LEVELS[loaded.level]}"]
+    parts += ["AMX tiles"] if loaded.amx else []
+    parts += [] if loaded.threads else ["on one thread: built without OpenMP"]
+    return ", ".join(parts)
 
 
 def integer_instructions(cpuinfo: str | None = None) -> tuple[str, ...]:

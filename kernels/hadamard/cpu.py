@@ -4,8 +4,7 @@ from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.hadamard import reference
-from qpcompile.kernels.kronecker_quantize.native import changed
-from qpcompile.kernels.native_rows import rotation
+from qpcompile.kernels.native_rows import RowPlan
 from qpcompile.kernels.sums import by_rows
 
 
@@ -15,7 +14,7 @@ def hadamard(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _native(x: Tensor, scale: Tensor | None, level: int | None = None) -> Tensor:
-    return changed(x, scale, rotation(x.shape[-1], True), level)
+    return RowPlan("plain", x.dtype, x.shape[-1], scale=scale, factors=True, level=level).stored(x)
 
 
 def _torch(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.kronecker import reference
-from qpcompile.kernels.kronecker_quantize.native import changed
+from qpcompile.kernels.native_rows import RowPlan
 from qpcompile.kernels.sums import by_rows
 
 
@@ -15,8 +15,7 @@ def kronecker(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> T
 
 
 def _native(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor, level: int | None = None) -> Tensor:
-    left, right = left.float().contiguous(), right.float().contiguous()
-    return changed(x, scale, (left.data_ptr(), right.data_ptr(), len(left), len(right)), level)
+    return RowPlan("plain", x.dtype, x.shape[-1], scale=scale, factors=(left, right), level=level).stored(x)
 
 
 def _torch(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

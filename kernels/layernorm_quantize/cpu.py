@@ -1,11 +1,13 @@
 """The CPU path of layernorm_quantize: one call of C, or the reference's arithmetic in reused buffers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.hadamard.reference import transform
-from qpcompile.kernels.native_rows import dense, empty_codes, rotation, row_count
+from qpcompile.kernels.native_rows import RowPlan
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.sums import by_rows, wide_type
 
@@ -36,16 +38,10 @@ def _native(
     clip_ratio: float,
     level: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    x, weight, bias, transform_scale = x.contiguous(), weight.contiguous(), bias.contiguous(), dense(transform_scale)
-    q, scale = empty_codes(x, group_size)
-    native.call(
-        "layernorm_quantize_" + native.real(x),
-        *(x.data_ptr(), native.ELEMENTS[x.dtype], weight.data_ptr(), bias.data_ptr(), native.ELEMENTS[weight.dtype]),
-        *(eps, native.pointer(transform_scale), *rotation(x.shape[-1], rotate), row_count(x), x.shape[-1]),
-        *(group_size, clip_ratio, q.data_ptr(), scale.data_ptr()),
-        level=level,
-    )
-    return q, scale
+    settings: dict[str, Any] = {"group_size": group_size, "clip_ratio": clip_ratio, "level": level}
+    change: dict[str, Any] = {"scale": transform_scale, "factors": rotate}
+    plan = RowPlan("layernorm", x.dtype, x.shape[-1], weight=weight, bias=bias, constant=eps, **change, **settings)
+    return plan.quantized(x)
 
 
 def _torch(

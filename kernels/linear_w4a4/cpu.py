@@ -21,7 +21,9 @@ from qpcompile.kernels.linear_w4a4.packing import unpack_int4
 from qpcompile.kernels.linear_w4a4.reference import linear_codes
 
 FEW_TOKENS = 16
-"""The most tokens that the packed weight is multiplied with as it stands."""
+"""The most tokens that vector instructions multiply the packed weight with, where there are no tiles."""
+FEW_BEFORE_TILES = 8
+"""The same where there are: 16 rows of a tile are then half empty."""
 
 
 def linear_w4a4(
@@ -30,8 +32,11 @@ def linear_w4a4(
     """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N]."""
     if not native.takes(scale, weight_scale, bias):
         return linear_codes(q, scale, unpack_int4(weight, q.shape[-1]), weight_scale, bias, dtype, integer_product)
-    if q.numel() <= FEW_TOKENS * q.shape[-1]:
+    tiles = native.library().amx and scale.shape[-1] == weight_scale.shape[-1] == 1
+    if q.numel() <= (FEW_BEFORE_TILES if tiles else FEW_TOKENS) * q.shape[-1]:
         return _from_packed(q, scale, weight, weight_scale, bias, dtype)
+    if tiles:
+        return _on_tiles(q, scale, weight, weight_scale, bias, dtype)
     codes = native_codes(weight, q.shape[-1])
     if scale.shape[-1] == weight_scale.shape[-1] == 1:
         return _from_codes(q, scale, codes, weight_scale, bias, dtype)
@@ -58,6 +63,22 @@ def _from_packed(
         *(scale.numel() // scale.shape[-1], q.shape[-1], weight.shape[0], scale.shape[-1], weight_scale.shape[-1]),
         *(y.data_ptr(), element),
         level=level,
+    )
+    return y.to(dtype)
+
+
+def _on_tiles(
+    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """One call of C on AMX tiles for any number of tokens. One scale per token and output channel."""
+    tensors = q.contiguous(), scale.contiguous(), weight.contiguous(), weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y, element = _empty(q, weight, dtype)
+    native.call(
+        native.AMX,
+        *(tensor.data_ptr() for tensor in tensors),
+        *(native.pointer(bias), 0 if bias is None else native.ELEMENTS[bias.dtype]),
+        *(scale.numel(), q.shape[-1], weight.shape[0], y.data_ptr(), element),
     )
     return y.to(dtype)
 

@@ -1,10 +1,12 @@
 """The CPU path of silu_mul_quantize: one call of C, or the reference's arithmetic in one reused buffer."""
 
+from typing import Any
+
 from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.hadamard.reference import transform
-from qpcompile.kernels.native_rows import dense, empty_codes, rotation, row_count
+from qpcompile.kernels.native_rows import RowPlan
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.sums import by_rows, wide_type
 
@@ -27,16 +29,10 @@ def _native(
     clip_ratio: float,
     level: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    gate, up, transform_scale = gate.contiguous(), up.contiguous(), dense(transform_scale)
-    q, scale = empty_codes(gate, group_size)
-    native.call(
-        "silu_mul_quantize_" + native.real(gate),
-        *(gate.data_ptr(), up.data_ptr(), native.ELEMENTS[gate.dtype], native.pointer(transform_scale)),
-        *(*rotation(gate.shape[-1], rotate), row_count(gate), gate.shape[-1], group_size, clip_ratio),
-        *(q.data_ptr(), scale.data_ptr()),
-        level=level,
-    )
-    return q, scale
+    settings: dict[str, Any] = {"group_size": group_size, "clip_ratio": clip_ratio, "level": level}
+    change: dict[str, Any] = {"scale": transform_scale, "factors": rotate}
+    plan = RowPlan("silu_mul", gate.dtype, gate.shape[-1], **change, **settings)
+    return plan.quantized(gate, up)
 
 
 def _torch(

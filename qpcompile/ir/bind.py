@@ -1,7 +1,7 @@
 """The graphs of a program as the CPU runs them: kernels called directly, without torch's dispatcher in between.
 
-Where the kernels in C are compiled (kernels/native.py), linears read their weight in 4 bits. Where they are not, it is
-unpacked once, since torch would do it on every call:
+Where the kernels in C are compiled (kernels/native.py), chains of operators on rows become one call (bind_rows.py) and
+linears read their weight in 4 bits. Where they are not, it is unpacked once, since torch would do it on every call:
 
     %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpcompile.ir.bind_rows import join_rows
 from qpcompile.ir.edit import calls, get_tensor, set_tensor
+from qpcompile.ir.growing import GrowingCaches, grow_in_place
 from qpcompile.ir.operators import (
     ATTENTION_KV4,
     HADAMARD,
@@ -65,7 +67,8 @@ class BoundGraphs:
 
     def __init__(self, program: Program) -> None:
         codes: Codes = {}
-        self.modules = {name: _bound(graph, codes) for name, graph in program.graphs.items()}
+        caches = GrowingCaches()
+        self.modules = {name: _bound(graph, codes, caches) for name, graph in program.graphs.items()}
 
     def __call__(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -73,19 +76,23 @@ class BoundGraphs:
         return dict(zip(graph.outputs, results, strict=True))
 
 
-def _bound(graph: Graph, codes: Codes) -> fx.GraphModule:
+def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> fx.GraphModule:
     """A module of its own on the same tensors; `codes` holds what was unpacked so far, by place in memory."""
     own = fx.Graph()
     own.output(own.graph_copy(graph.module.graph, {}))
     module = fx.GraphModule(graph.module, own)
     bound = Graph(graph.name, module, graph.inputs, graph.outputs, graph.owner)
+    grow_in_place(bound, caches)
     if any(get_tensor(module, str(node.target)).device.type != "cpu" for node in own.nodes if node.op == "get_attr"):
+        module.recompile()
         return module
     for node in list(calls(bound, LINEAR_W4A4)):
         if native.available():
             node.target = linear_w4a4
         elif node.args[2].op == "get_attr":  # type: ignore[union-attr]
             _unpack(module, node, codes)
+    if native.available():
+        join_rows(bound)
     for node in calls(bound, *KERNELS):
         node.target = KERNELS[node.target]
     own.eliminate_dead_code()

@@ -45,7 +45,7 @@ def test_same_bits_and_shared_weights(compiled: bool, monkeypatch: pytest.Monkey
     if compiled and not native.available():
         pytest.skip(native.library().problem)
     if not compiled:
-        nothing = native.Library(None, "left out by this test", 0, False, {})
+        nothing = native.Library(None, "left out by this test", 0, False, False, {})
         monkeypatch.setattr(native, "library", lambda: nothing)
     module = Quantized()
     program = program_of(traced(module, TOKENS, name=PREFILL), traced(module, TOKENS, name=DECODE))

@@ -1,0 +1,261 @@
+"""The operators in C on every instruction set of this machine give the reference's bits."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from code_agreement import assert_codes_agree
+from torch import Tensor
+
+from qpcompile.kernels import native
+from qpcompile.kernels.attention_kv4 import cpu as attention_cpu
+from qpcompile.kernels.attention_kv4 import reference as attention
+from qpcompile.kernels.hadamard import cpu as hadamard_cpu
+from qpcompile.kernels.hadamard import reference as hadamard
+from qpcompile.kernels.kronecker import cpu as kronecker_cpu
+from qpcompile.kernels.kronecker import reference as kronecker
+from qpcompile.kernels.kv4_write import cpu as write_cpu
+from qpcompile.kernels.kv4_write import reference as write
+from qpcompile.kernels.layernorm_quantize import cpu as layernorm_cpu
+from qpcompile.kernels.layernorm_quantize import reference as layernorm
+from qpcompile.kernels.linear_w4a4 import cpu as linear_cpu
+from qpcompile.kernels.linear_w4a4 import reference as linear
+from qpcompile.kernels.linear_w4a4.packing import pack_int4, unpack_int4
+from qpcompile.kernels.native_rows import RowPlan
+from qpcompile.kernels.quantize_int4 import cpu as quantize_cpu
+from qpcompile.kernels.quantize_int4 import reference as quantize
+from qpcompile.kernels.rmsnorm_quantize import cpu as rmsnorm_cpu
+from qpcompile.kernels.rmsnorm_quantize import reference as rmsnorm
+from qpcompile.kernels.silu_mul_quantize import cpu as silu_cpu
+from qpcompile.kernels.silu_mul_quantize import reference as silu
+from qpcompile.kernels.sums import wide_type
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.library().problem or "compiled")
+LEVELS = range(native.library().level + 1)
+ROWS = [(0, 64, 0), (1, 63, 0), (17, 144, 36), (40, 33, 3), (3, 1024, 0), (2, 2816, 128), (2, 1, 0)]
+LINEARS = [(1, 3), (33, 7), (96, 40), (256, 65), (512, 5), (2816, 33)]
+FEW, MANY = (0, 1, 2, 5, 15, 16, 17), (1, 15, 16, 17, 33, 70)
+# (batch, query heads, key heads, queries, keys, head size)
+CACHES = [(1, 1, 1, 1, 1, 1), (2, 6, 2, 1, 63, 33), (1, 4, 4, 2, 17, 7), (2, 6, 2, 2, 66, 16), (1, 4, 1, 1, 257, 64)]
+levels = pytest.mark.parametrize("level", LEVELS, ids=[native.LEVELS[level] for level in LEVELS])
+both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a function leaves unwritten shows: results are made of NaN and -128."""
+    plain = torch.empty
+
+    def poisoned(*arguments: Any, **options: Any) -> Tensor:
+        made = plain(*arguments, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else 200 if made.dtype == torch.uint8 else -128)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[Callable[[int], None]]:
+    """threads(n) sets torch's number for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-8, 8, shape, dtype=torch.int8)
+
+
+def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], values: Tensor, dtype: torch.dtype) -> None:
+    """float32: the same bits. Half precision is summed in float32: the same codes away from ties."""
+    if dtype == torch.float32:
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    else:
+        assert_codes_agree(found, expected, values)
+
+
+@levels
+@both
+@pytest.mark.parametrize(("tokens", "channels", "group_size"), ROWS)
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_are_the_reference(
+    tokens: int, channels: int, group_size: int, rotate: bool, scaled: bool, dtype: torch.dtype, level: int
+) -> None:
+    torch.manual_seed(tokens + channels)
+    x, up = (torch.randn(2, tokens, channels) * 5).to(dtype)
+    x[:1] = 0
+    weight, bias = torch.randn(2, channels).to(dtype)
+    scale = torch.rand(channels) + 0.5 if scaled else None
+    rest = (scale, rotate, group_size, 0.9)
+    values = {
+        "rms": rmsnorm.rmsnorm(x, weight, 1e-5),
+        "layer": layernorm.layernorm(x, weight, bias, 1e-5),
+        "silu": silu.silu_mul(x, up),
+    }
+    values = {name: hadamard.transform(each, scale, rotate, wide_type(x)) for name, each in values.items()}
+    found = rmsnorm_cpu._native(x, weight, 1e-5, *rest, level=level)
+    agree(found, rmsnorm.rmsnorm_quantize(x, weight, 1e-5, *rest), values["rms"], dtype)
+    found = layernorm_cpu._native(x, weight, bias, 1e-5, *rest, level=level)
+    agree(found, layernorm.layernorm_quantize(x, weight, bias, 1e-5, *rest), values["layer"], dtype)
+    found = silu_cpu._native(x, up, *rest, level=level)
+    agree(found, silu.silu_mul_quantize(x, up, *rest), values["silu"], dtype)
+
+
+@levels
+@both
+@pytest.mark.parametrize(("tokens", "channels", "group_size"), ROWS)
+def test_quantizer_and_rotations_are_the_reference(
+    tokens: int, channels: int, group_size: int, dtype: torch.dtype, level: int
+) -> None:
+    torch.manual_seed(tokens + channels)
+    x, scale = torch.randn(tokens, channels).to(dtype), torch.rand(channels) + 0.5
+    found = quantize_cpu._native(x, group_size, 0.9, level)
+    expected = quantize.quantize_int4(x, group_size, 0.9)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    left, right = (each + 0.1 * torch.randn_like(each) for each in hadamard.factors(channels))
+    pairs = [
+        (hadamard_cpu._native(x, scale, level), hadamard.hadamard(x, scale)),
+        (kronecker_cpu._native(x, None, left, right, level), kronecker.kronecker(x, None, left, right)),
+    ]
+    for made, wanted in pairs:
+        if dtype == torch.float32:
+            assert torch.equal(made, wanted)
+        else:
+            torch.testing.assert_close(made, wanted, rtol=0.01, atol=1e-4)  # the last bit of bfloat16
+
+
+@levels
+@pytest.mark.parametrize("groups", [(1, 1), (4, 4), (1, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize(("columns", "features"), LINEARS)
+def test_linears_are_the_reference(columns: int, features: int, groups: tuple[int, int], level: int) -> None:
+    if columns % max(groups):
+        pytest.skip("the groups do not divide the channels")
+    torch.manual_seed(columns)
+    plain = codes(features, columns)
+    weight, weight_scale, bias = pack_int4(plain), torch.rand(features, groups[1]), torch.randn(features)
+    assert torch.equal(linear_cpu.native_codes(weight, columns, level), plain)
+    for tokens in FEW:
+        q, scale = codes(tokens, columns), torch.rand(tokens, groups[0])
+        for term, dtype in ((None, torch.float32), (bias.bfloat16(), torch.bfloat16), (bias, torch.float16)):
+            found = linear_cpu._from_packed(q, scale, weight, weight_scale, term, dtype, level)
+            assert torch.equal(found, linear.linear_w4a4(q, scale, weight, weight_scale, term, dtype))
+
+
+@pytest.mark.parametrize(("columns", "features"), LINEARS)
+def test_linears_on_many_tokens_are_the_reference(columns: int, features: int) -> None:
+    torch.manual_seed(columns)
+    weight, weight_scale, bias = pack_int4(codes(features, columns)), torch.rand(features, 1), torch.randn(features)
+    roads = [lambda *rest: linear_cpu._from_codes(rest[0], rest[1], unpack_int4(rest[2], columns), *rest[3:])]
+    roads += [linear_cpu._on_tiles] if native.library().amx else []
+    for tokens in MANY:
+        q, scale = codes(tokens, columns), torch.rand(tokens, 1)
+        for term, dtype in ((None, torch.float32), (bias.bfloat16(), torch.bfloat16), (bias, torch.float16)):
+            expected = linear.linear_w4a4(q, scale, weight, weight_scale, term, dtype)
+            for road in roads:
+                assert torch.equal(road(q, scale, weight, weight_scale, term, dtype), expected)
+
+
+@pytest.mark.skipif(not native.library().amx, reason="this processor has no AMX tiles")
+def test_tiles_leave_those_of_others_alone() -> None:
+    # oneDNN multiplies bfloat16 and int8 on the same tiles.
+    x, w = torch.randn(64, 256).bfloat16(), torch.randn(96, 256).bfloat16()
+    q, weight, scale = codes(64, 256), pack_int4(codes(96, 256)), torch.ones(64, 1)
+    before, ours = x @ w.T, linear_cpu._on_tiles(q, scale, weight, torch.ones(96, 1), None, torch.float32)
+    for _ in range(3):
+        assert torch.equal(x @ w.T, before)
+        assert torch.equal(linear_cpu._on_tiles(q, scale, weight, torch.ones(96, 1), None, torch.float32), ours)
+        assert torch.equal(linear_cpu.integer_product(q, unpack_int4(weight, 256)).float(), ours)
+
+
+@levels
+@both
+@pytest.mark.parametrize("case", CACHES, ids=str)
+def test_cache_and_attention_are_the_reference(case: tuple[int, ...], dtype: torch.dtype, level: int) -> None:
+    batch, heads, groups, rows, keys, size = case
+    torch.manual_seed(keys)
+    k, v = torch.randn(2, batch, keys, groups, size).to(dtype).transpose(2, 3)
+    cache = (*write_cpu._native(k, level), *write_cpu._native(v, level))
+    expected = (*write.kv4_write(k), *write.kv4_write(v))
+    assert all(torch.equal(made, wanted) for made, wanted in zip(cache, expected, strict=True))
+    q = torch.randn(batch, rows, heads, size).to(dtype).transpose(1, 2)
+    allowed = torch.rand(batch, 1, rows, keys) < 0.7
+    allowed[0, :, 0] = False
+    masks = [None, allowed, torch.where(allowed, 0.0, -torch.inf).to(dtype), torch.randn(batch, heads, rows, keys)]
+    for mask in masks:
+        found = attention_cpu._native(q, *cache, mask, 0.3, level)
+        wanted = attention.attention_kv4(q, *cache, mask, 0.3)
+        if dtype == torch.float32:
+            assert torch.equal(found, wanted)
+        else:
+            torch.testing.assert_close(found, wanted, rtol=0.01, atol=1e-5)
+        assert found.transpose(1, 2).is_contiguous()
+
+
+def test_threads_give_the_same_bits(two_threads: Callable[[int], None]) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(70, 1024), pack_int4(codes(700, 1024))
+    cache = torch.randn(1, 4, 600, 64)
+    results = []
+    for threads in (1, 2):
+        two_threads(threads)
+        q, scale = rmsnorm_cpu._native(x, x[0], 1e-5, None, True, 0, 1.0)
+        many = linear_cpu.linear_w4a4(q, scale, weight, torch.ones(700, 1), None, torch.float32)
+        few = linear_cpu.linear_w4a4(q[:4], scale[:4], weight, torch.ones(700, 1), None, torch.float32)
+        k = write_cpu._native(cache)
+        results.append((q, scale, many, few, *k, attention_cpu._native(cache[:, :, :1], *k, *k, None, 0.1)))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_a_token_is_the_same_in_every_batch() -> None:
+    x = torch.randn(33, 768)
+    together = rmsnorm_cpu._native(x, x[0], 1e-5, None, True, 0, 1.0)
+    alone = [rmsnorm_cpu._native(each, x[0], 1e-5, None, True, 0, 1.0) for each in x.split(1)]
+    assert torch.equal(together[0], torch.cat([q for q, _ in alone]))
+
+
+@levels
+def test_what_graphs_spell_out_rounds_where_they_do(level: int) -> None:
+    gate, up = torch.randn(2, 9, 100)
+    product = torch.nn.functional.silu(gate.double()).float() * up
+    assert torch.equal(RowPlan("silu_then_mul", torch.float32, 100, level=level).stored(gate, up), product)
+    soft = gate * torch.sigmoid((gate * 1.702).double()).float()
+    plan = RowPlan("sigmoid_mul", torch.float32, 100, constant=1.702, level=level)
+    assert torch.equal(plan.stored(gate), soft)
+    shift = torch.randn(100)
+    found = RowPlan("plain", torch.float32, 100, shift=shift, factors=True, level=level).quantized(gate)
+    expected = quantize.quantize_int4(hadamard.hadamard(gate) - shift)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_nan_stays_nan() -> None:
+    x = torch.randn(2, 64)
+    x[0, 5] = torch.nan
+    _, scale = quantize_cpu._native(x, 0, 1.0)
+    assert scale[0].isnan().all() and scale[1].isfinite().all()
+    assert write_cpu._native(x.view(1, 1, 2, 64))[1][0, 0, 0, 0].isnan()
+
+
+def test_not_contiguous() -> None:
+    x, weight = torch.randn(48, 5, 2).transpose(0, 2), torch.randn(96)[::2]
+    found = rmsnorm_cpu._native(x, weight, 1e-5, None, False, 0, 1.0)
+    expected = rmsnorm.rmsnorm_quantize(x.contiguous(), weight.contiguous(), 1e-5, None, False, 0, 1.0)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    q, packed = codes(96, 5).T, pack_int4(codes(14, 96))[::2]
+    ones = torch.ones(10, 1)[::2], torch.ones(1, 7).T
+    expected = linear.linear_w4a4(q, ones[0], packed, ones[1], None, torch.float32)
+    assert torch.equal(linear_cpu._from_packed(q, ones[0], packed, ones[1], None, torch.float32), expected)
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "sources_digest", lambda: "other")
+    loaded = native.library.__wrapped__()
+    assert loaded.path is None and "compiled from other sources" in loaded.problem
+
+
+def test_without_a_library_everything_runs_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: native.Library(None, "none", 0, False, False, {}))
+    x, weight = torch.randn(3, 96), torch.randn(96)
+    found = rmsnorm_cpu.rmsnorm_quantize(x, weight, 1e-5, None, True, 0, 1.0)
+    expected = rmsnorm.rmsnorm_quantize(x, weight, 1e-5, None, True, 0, 1.0)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
