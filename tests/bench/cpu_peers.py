@@ -79,8 +79,6 @@ MAKES = {
     for make in (
         Make("torch-float32", "cpu_prepare.py", ("torch:float32",)),
         Make("torch-bfloat16", "cpu_prepare.py", ("torch:bfloat16",)),
-        Make("ort-float32", "cpu_ort_export.py", ("float32",)),
-        Make("ort-int4", "cpu_ort_export.py", ("int4",), "ort-float32"),
         Make("openvino", "cpu_openvino_export.py", python=OPENVINO),
         Make("ours-float32", "cpu_prepare.py", ("ours:float32",), depends=_COMPILER),
         Make("ours-bfloat16", "cpu_prepare.py", ("ours:bfloat16",), depends=_COMPILER),
@@ -95,8 +93,6 @@ PEERS = {
         Peer("torch bf16", "cpu_torch.py", "torch-bfloat16", arguments=("eager",)),
         Peer("torch fp32", "cpu_torch.py", "torch-float32", arguments=("eager",)),
         Peer("torch.compile bf16", "cpu_torch.py", "torch-bfloat16", arguments=("compile",), asked=True),
-        Peer("ORT fp32", "cpu_ort.py", "ort-float32"),
-        Peer("ORT int4", "cpu_ort.py", "ort-int4"),
         Peer("OpenVINO GenAI int4", "cpu_openvino.py", "openvino", "", ("1",), OPENVINO),
         Peer("OpenVINO GenAI int4, CDPruner 30 %", "cpu_openvino.py", "openvino", "", ("0.3",), OPENVINO),
         Peer("ours w4a4kv4", "cpu_ours.py", "ours-float32", "w4a4kv4"),

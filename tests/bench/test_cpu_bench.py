@@ -70,6 +70,7 @@ def test_markdown_and_targets() -> None:
     assert lines == [
         "| A | first_ms | ours quota-30 | torch bf16 | 0.50 | 0.6 | yes |",
         "| A | peak_mb | ours quota-30 | torch bf16 | 0.70 | 0.5 | no |",
+        "| A | first_ms | ours quota-30 | ORT int4 | not run | 1.0 |  |",
     ]
     assert busyness(ROWS) == 2 and busyness([]) is None
 
