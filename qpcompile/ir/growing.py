@@ -1,0 +1,69 @@
+"""Caches that grow in place: one more token is written behind the others, where there is room for it.
+
+    %k = aten::cat([%past_key_values.0.key, %new], 2)     copies the whole cache on every step
+      -> %k = append(%past_key_values.0.key, %new)        writes one token; the result is a view that is one longer
+
+The numbers are the same. `attention_kv4` reads packed codes only, so a 4-bit cache would be copied for it either way:
+it is left as it is. Beam search reorders rows, which copies the cache too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qpcompile.ir.edit import aten, calls, is_call
+from qpcompile.ir.operators import ATTENTION_KV4
+from qpcompile.ir.program import Graph
+from qpcompile.ir.structure import CACHE
+
+# Tokens that a cache gets room for when it is full: this many, or a quarter of what it holds.
+ROOM = 64
+
+
+class GrowingCaches:
+    """Which tensors are the filled front of a larger one, and nobody else's."""
+
+    def __init__(self) -> None:
+        self._rooms = WeakTensorKeyDictionary()
+
+    def append(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """past: [B, H, S, D], new: [B, H, N, D] -> [B, H, S + N, D]; `past` itself keeps its values."""
+        # Whoever appends to the same past again finds no room there, and gets a copy.
+        room = self._rooms.pop(past, None)
+        start, end = past.shape[2], past.shape[2] + new.shape[2]
+        if room is None or room.shape[2] < end:
+            batch, heads, _, width = past.shape
+            room = past.new_empty(batch, heads, end + max(ROOM, end // 4), width)
+            room[:, :, :start] = past
+        room[:, :, start:end] = new
+        grown = room[:, :, :end]
+        self._rooms[grown] = room
+        return grown
+
+
+def grow_in_place(graph: Graph, caches: GrowingCaches) -> int:
+    """Rewrite what appends to the caches of a decode graph; returns how many did."""
+    (results,) = graph.output_node.args
+    assert isinstance(results, tuple)
+    stored = {node for path, node in zip(graph.outputs, results, strict=True) if path.startswith(f"{CACHE}.")}
+    found = [node for node in calls(graph, aten.cat.default) if node in stored and _appends_to_cache(graph, node)]
+    for node in found:
+        node.args = tuple(node.args[0])  # type: ignore[arg-type]
+        node.target = caches.append
+    return len(found)
+
+
+def _appends_to_cache(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node is cat([cached, new], 2), and nothing reads it that needs it packed."""
+    parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or axis not in (2, -2):
+        return False
+    past = parts[0]
+    cached = isinstance(past, fx.Node) and past.op == "placeholder" and _path(graph, past).startswith(f"{CACHE}.")
+    return cached and not any(is_call(user, ATTENTION_KV4) for user in node.users)
+
+
+def _path(graph: Graph, placeholder: fx.Node) -> str:
+    return graph.inputs[[node for node in graph.nodes if node.op == "placeholder"].index(placeholder)]
