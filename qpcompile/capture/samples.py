@@ -92,7 +92,7 @@ def _add(total: hashlib._Hash, sample: dict[str, Any]) -> None:
         if isinstance(sample[key], torch.Tensor):
             total.update(key.encode())
             # By way of bytes: numpy has no bfloat16.
-            total.update(sample[key].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            total.update(sample[key].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def _written(path: Path, sample: dict[str, Any]) -> Path:

@@ -14,6 +14,7 @@ from qpcompile.emit import artifact
 from qpcompile.emit.weights import stored_tensors, total_bytes
 from qpcompile.errors import ExportError
 from qpcompile.ir.bind import BoundGraphs
+from qpcompile.ir.devices import move
 from qpcompile.ir.program import Program
 from qpcompile.ir.run import Machine
 from qpcompile.ir.text import graph_text
@@ -64,6 +65,12 @@ class CompiledVLM:
     def dtype(self) -> torch.dtype:
         """The floating-point type of the model."""
         return self.machine.host.dtype
+
+    def to(self, device: torch.device | str | int) -> CompiledVLM:
+        """Move all weights to a device, each once; returns this model. The inputs of `generate` must be there too."""
+        move(self.program, torch.device(device))
+        self.machine = Machine(self.program, BoundGraphs(self.program))
+        return self
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """What `model.generate` of transformers takes and returns.
