@@ -47,7 +47,8 @@ def grow_in_place(graph: Graph, caches: GrowingCaches) -> int:
     """Rewrite what appends to the caches of a decode graph; returns how many did."""
     (results,) = graph.output_node.args
     assert isinstance(results, tuple)
-    stored = {node for path, node in zip(graph.outputs, results, strict=True) if path.startswith(f"{CACHE}.")}
+    named = zip(graph.outputs, results, strict=True)
+    stored = {node for path, node in named if path.startswith(f"{CACHE}.") and isinstance(node, fx.Node)}
     found = [node for node in calls(graph, aten.cat.default) if node in stored and _appends_to_cache(graph, node)]
     for node in found:
         node.args = tuple(node.args[0])  # type: ignore[arg-type]
