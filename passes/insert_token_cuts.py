@@ -7,8 +7,9 @@
 
 N = S - (V - ceil(V * ratio)): text is always kept, so the count follows from sizes alone and no shape depends on
 data. Rows of a batch that may keep fewer tokens than the others carry the surplus as dead slots, which later masks
-close; one prompt gives the same answer alone and in a batch. Kept tokens keep their original positions, or with
-`position_mode: reindex` are counted anew (qpcompile/ir/positions.py).
+close; one prompt gives the same answer alone and in a batch. With `tokens.multiple_of: m` N is rounded up to a
+multiple of m, S at most, and every row may keep that many more: how many depends on the batch. Kept tokens keep their
+original positions, or with `position_mode: reindex` are counted anew (qpcompile/ir/positions.py).
 
 Source: "QUOTA" (arXiv 2604.17320), sections 3.3 and 3.4, equations 5 to 9.
 """
@@ -16,7 +17,7 @@ Source: "QUOTA" (arXiv 2604.17320), sections 3.3 and 3.4, equations 5 to 9.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -79,6 +80,8 @@ def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pru
         before = pruner.place(graph, cut.layer) if isinstance(pruner, Placed) else first_node_of_layer(graph, behind)
         tokens = (now.visual, now.alive, now.kept, prompt.valid, now.length, prompt.visual)
         point = Point(graph, before, cut, recipe, *tokens, unquantized)
+        if recipe.tokens.multiple_of > 1:
+            point = replace(point, surplus=_surplus(point, prompt))
         scores = pruner.scores(point)
         if isinstance(pruner, Merger):
             point.replace_hidden(pruner.merge(point, scores))
@@ -117,6 +120,8 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node
     smallest = point.call(aten.sym_size.int, prompt.count, 0)
     dropped = point.call(operator.sub, smallest, _share(point, smallest))
     stays = point.call(operator.sub, total, dropped)
+    if point.surplus is not None:
+        stays = point.call(operator.add, stays, point.surplus)
     pair = point.call(SELECT_TOKENS, scores, stays, _quota(point, prompt))
     index, alive = point.call(operator.getitem, pair, 0), point.call(operator.getitem, pair, 1)
     selection = Selection(index, alive, stays, batch)
@@ -133,6 +138,18 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node
     add_output(graph, f"{ALIVE}.{point.layer}", alive)
     propagate(graph, before)
     return _Tokens(visual, alive, kept, value(stays), positions)
+
+
+def _surplus(point: Point, prompt: _Prompt) -> fx.Node:
+    """How many more than N tokens make a multiple of `tokens.multiple_of`, or all tokens where they are fewer."""
+    multiple = point.recipe.tokens.multiple_of
+    total = point.call(aten.sym_size.int, prompt.visual, 1)
+    smallest = point.call(aten.sym_size.int, prompt.count, 0)
+    dropped = point.call(operator.sub, smallest, _share(point, smallest))
+    stays = point.call(operator.sub, total, dropped)
+    raised = point.call(operator.floordiv, point.call(operator.add, stays, multiple - 1), multiple)
+    missing = point.call(operator.sub, point.call(operator.mul, raised, multiple), stays)
+    return point.call(torch.sym_min, missing, dropped)
 
 
 def _share(point: Point, size: fx.Node) -> fx.Node:

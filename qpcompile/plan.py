@@ -161,9 +161,14 @@ class Plan(Section):
         """A copy with other parts, sorted and checked as a new plan is."""
         return Plan(**{**dict(self), **parts})
 
-    def visual_tokens(self, visual: int) -> tuple[int, ...]:
-        """Visual tokens that each decoder layer computes on, when `visual` tokens enter the decoder."""
-        kept = {cut.layer: cut.kept(visual) for cut in self.cuts}
+    def visual_tokens(self, visual: int, text: int = 0) -> tuple[int, ...]:
+        """Visual tokens that each decoder layer computes on, when `visual` tokens enter the decoder.
+
+        text: the prompt's other tokens, which count where the recipe rounds to a multiple.
+        """
+        multiple = self.recipe.tokens.multiple_of
+        shares = {cut.layer: cut.kept(visual) for cut in self.cuts}
+        kept = {layer: min(visual, share + -(text + share) % multiple) for layer, share in shares.items()}
         counts, current = [], kept.get(-1, visual)
         for layer in self.layers:
             counts.append(current)

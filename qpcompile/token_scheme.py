@@ -101,6 +101,12 @@ class TokenScheme(Section):
     keep_of: Literal["final", "mean"] = Field(
         default="final", description="keep is the share behind the last cut, or the mean over decoder layers."
     )
+    multiple_of: int = Field(
+        default=1,
+        ge=1,
+        description="Behind every cut, tokens of a prompt, text included, are as many as keep asks for or the next "
+        "multiple of this: 64 fills the tiles of GPU kernels. Rows of a batch count from the longest one.",
+    )
     candidate_layers: Literal["auto"] | LayerList = Field(
         default="auto",
         description="Decoder layers after which tokens are cut, from 0, strictly increasing; auto profiles them.",

@@ -140,7 +140,7 @@ def evaluate(
     right = right_answers(exam.questions, answers)
     plan = subject.plan
     layers = subject.config.get_text_config().num_hidden_layers
-    seen = [plan.visual_tokens(prompt.visual) if plan else (prompt.visual,) * layers for prompt in prompts]
+    seen = [plan.visual_tokens(prompt.visual, prompt.text) if plan else (prompt.visual,) * layers for prompt in prompts]
     decoder = Decoder.of(subject.config)
     flops = [p.picture_flops + decoder.prompt(counts, p.text) for p, counts in zip(prompts, seen, strict=True)]
     whole = [p.picture_flops + decoder.prompt((p.visual,) * layers, p.text) for p in prompts]

@@ -15,7 +15,10 @@ from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
 
 # Python functions that may appear on symbolic sizes; every other call goes to a torch operator.
 SIZE_FUNCTIONS = frozenset(
-    {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem}
+    {
+        *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem),
+        torch.sym_min,
+    }
 )
 
 # Operators that must be gone from a stage on, and why.

@@ -297,3 +297,43 @@ def test_hand_broken_graph_is_named(apply: Apply) -> None:
     with pytest.raises(InvariantError, match="prefill: 5 placeholders for 4 inputs") as error:
         verify(program)
     assert error.value.ran == "insert_token_cuts"
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8, 64])
+@pytest.mark.parametrize("method", ["quota", "divprune"])
+def test_kept_tokens_fill_a_multiple(multiple: int, method: str) -> None:
+    layer = 0 if method == "quota" else -1
+    program = planned(f"tokens.multiple_of={multiple}", f"tokens.method={method}", layer=layer, fraction=(1, 4))
+    assert InsertTokenCuts().run(program)
+    for length, visual in ((15, 8), (20, 10), (29, 20)):
+        feeds = visual_feeds(1, length, (visual,))
+        found = run(program.graphs[PREFILL], **feeds)
+        share = -(-visual // 4)
+        stays = length - visual + share
+        alone = min(length, -(-stays // multiple) * multiple)
+        kept, alive = found[f"kept.{layer}"], found[f"alive.{layer}"]
+        assert kept.shape == alive.shape == (1, alone)
+        # The padding token is kept as a dead one: everything else that stays is alive.
+        assert int(alive.sum()) == alone - 1
+        counts = program.plan.visual_tokens(visual, length - visual)
+        assert counts[-1] == alone - (length - visual)
+    two = run(program.graphs[PREFILL], **visual_feeds(2, 24, (6, 12)))
+    kept, alive = two[f"kept.{layer}"], two[f"alive.{layer}"]
+    least = min(24, -(-(24 - 6 + 2) // multiple) * multiple)
+    surplus = least - 20
+    assert kept.shape[1] == least
+    # Row 0 has 17 text tokens and padding, row 1 has 12 text tokens.
+    assert alive.sum(dim=1).tolist() == [17 + min(6, 2 + surplus), 12 + min(12, 3 + surplus)]
+
+
+def test_a_later_cut_never_revives_dropped_tokens() -> None:
+    program = planned("tokens.multiple_of=8", "tokens.method=random", fraction=(1, 2))
+    first = program.plan.cuts[0]
+    program.plan = program.plan.changed(cuts=(Cut(layer=-1, ratio=0.75, numerator=3, denominator=4), first))
+    assert InsertTokenCuts().run(program)
+    found = run(program.graphs[PREFILL], **visual_feeds(2, 26, (7, 15)))
+    before, behind = (
+        [set(kept[alive].tolist()) for kept, alive in zip(found[f"kept.{layer}"], found[f"alive.{layer}"], strict=True)]
+        for layer in (-1, 0)
+    )
+    assert all(later <= earlier for earlier, later in zip(before, behind, strict=True))

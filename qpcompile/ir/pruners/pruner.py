@@ -57,7 +57,7 @@ class Point:
     New nodes go before `before`. `layer` is the last layer that sees all N current tokens. `visual` and `alive` are
     bool[B, N] nodes, `kept` the original positions i64[B, N] (None: none was dropped yet), `valid` the bool[B, S] of
     the whole prompt, `prompt_visual` its visual tokens. `full_precision` holds what was computed without quantization
-    so far, for later cuts.
+    so far, for later cuts. `surplus`: how many more than their share may stay, an int node (None: none).
     """
 
     graph: Graph
@@ -71,6 +71,7 @@ class Point:
     length: torch.SymInt
     prompt_visual: fx.Node
     full_precision: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    surplus: fx.Node | None = None
 
     @property
     def layer(self) -> int:
@@ -111,11 +112,18 @@ class Point:
                 user.replace_input_with(old, hidden)
 
     def share(self, visual: fx.Node) -> fx.Node:
-        """ceil(V * ratio), i64[B]: how many of the V tokens that `visual: bool[B, S]` marks in a row may stay."""
+        """ceil(V * ratio), i64[B]: how many of the V tokens that `visual: bool[B, S]` marks in a row may stay.
+
+        With a surplus that many more, but no more than there still are.
+        """
         own = self.call(aten.sum.dim_IntList, visual, [1])
         scaled = self.call(aten.mul.Tensor, own, self.cut.numerator)
         raised = self.call(aten.add.Tensor, scaled, self.cut.denominator - 1)
-        return self.call(aten.div.Tensor_mode, raised, self.cut.denominator, rounding_mode="floor")
+        share = self.call(aten.div.Tensor_mode, raised, self.cut.denominator, rounding_mode="floor")
+        if self.surplus is None:
+            return share
+        there = self.call(aten.sum.dim_IntList, self.call(aten.bitwise_and.Tensor, self.visual, self.alive), [1])
+        return self.call(aten.minimum.default, self.call(aten.add.Tensor, share, self.surplus), there)
 
     def attention(self, layer: int | None = None) -> Attention:
         """What the attention of a layer reads (default: of the last layer before this place).
