@@ -121,6 +121,8 @@ class _Training:
         self.graph, self.block, self.scheme, self.calibration = graph, block, scheme, calibration
         self.sites: dict[str, LearnedTransform] = {}
         self.owners: dict[fx.Node, LearnedTransform] = {}
+        # What weights are in the new basis, rounded; the same for all samples of a step.
+        self.weights: dict[fx.Node, torch.Tensor] = {}
         for stub in block.nodes:
             fact = stub_fact(stub) if is_call(stub, QUANT_STUB) else None
             node = _kronecker(stub) if fact is not None and fact.role == "activation" else None
@@ -191,10 +193,20 @@ class _Training:
             if learned is not None:
                 return learned.inputs(value, group).to(value.dtype)
         if fact.role == "weight":
-            moved = value if learned is None else learned.weights(value)
-            return rounded(moved, self.scheme.weights.kernel_group, 1.0).to(value.dtype)
+            return self.weights[node]
         # Nothing is learned here, so that gradients only have to get through.
         return value + (fake_quantize(value.detach(), fact, self.scheme) - value.detach())
+
+    def _round_weights(self) -> dict[fx.Node, torch.Tensor]:
+        """Every weight stub of the block -> what linears read."""
+        rounding = {}
+        for stub in self.block.nodes:
+            fact = stub_fact(stub) if is_call(stub, QUANT_STUB) else None
+            if fact is not None and fact.role == "weight":
+                weight, learned = get_tensor(self.graph.module, _target(stub.args[0])).detach(), self.owners.get(stub)
+                moved = weight if learned is None else learned.weights(weight)
+                rounding[stub] = rounded(moved, self.scheme.weights.kernel_group, 1.0).to(weight.dtype)
+        return rounding
 
     def _sample_loss(self, sample: _Sample, behind: Values) -> torch.Tensor:
         given = self.block.run(sample.values, self._look)
@@ -210,6 +222,7 @@ class _Training:
     def loss(self, samples: list[_Sample], behind: list[Values]) -> float:
         """Mean over samples."""
         with torch.no_grad():
+            self.weights = self._round_weights()
             pairs = zip(samples, behind, strict=True)
             return float(torch.stack([self._sample_loss(*pair) for pair in pairs]).mean())
 
@@ -225,11 +238,18 @@ class _Training:
             for number in range(total):
                 for group in optimizer.param_groups:
                     group["lr"] = options.learning_rate * (1 + math.cos(math.pi * number / total)) / 2
-                batch = batches[number % len(batches)]
                 optimizer.zero_grad()
-                for pair in batch:
-                    (self._sample_loss(*pair) / len(batch)).backward()
+                self.step(batches[number % len(batches)])
                 optimizer.step()
+
+    def step(self, batch: list[tuple[_Sample, Values]]) -> None:
+        """Gradients of the mean loss of a batch: sample by sample up to the weights, then once through them."""
+        made = self._round_weights()
+        self.weights = {node: weight.detach().requires_grad_() for node, weight in made.items()}
+        for pair in batch:
+            (self._sample_loss(*pair) / len(batch)).backward()
+        learned = [node for node in made if made[node].requires_grad and self.weights[node].grad is not None]
+        torch.autograd.backward([made[node] for node in learned], [self.weights[node].grad for node in learned])
 
     def fold(self, program: Program) -> None:
         """Put what was learned into factors, weights, shifts, clips and statistics, wherever they are read."""
