@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from code_agreement import assert_codes_agree
 from torch import Tensor
 
 from qpcompile.kernels import native
@@ -35,6 +34,8 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.library().
 LEVELS = range(native.library().level + 1)
 ROWS = [(0, 64, 0), (1, 63, 0), (17, 144, 36), (40, 33, 3), (3, 1024, 0), (2, 2816, 128), (2, 1, 0)]
 LINEARS = [(1, 3), (33, 7), (96, 40), (256, 65), (512, 5), (2816, 33)]
+HALF_NEAR = 1e-4
+"""How near to a tie, in steps, codes may differ where sums are in float32."""
 FEW, MANY = (0, 1, 2, 5, 15, 16, 17), (1, 15, 16, 17, 33, 70)
 # (batch, query heads, key heads, queries, keys, head size)
 CACHES = [(1, 1, 1, 1, 1, 1), (2, 6, 2, 1, 63, 33), (1, 4, 4, 2, 17, 7), (2, 6, 2, 2, 66, 16), (1, 4, 1, 1, 257, 64)]
@@ -67,11 +68,15 @@ def codes(*shape: int) -> Tensor:
 
 
 def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], values: Tensor, dtype: torch.dtype) -> None:
-    """float32: the same bits. Half precision is summed in float32: the same codes away from ties."""
+    """float32: the same bits. Half precision, values: f32[..., C]: the same codes but for one next to a tie."""
     if dtype == torch.float32:
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    else:
-        assert_codes_agree(found, expected, values)
+        return
+    # Sums in float32, whose error a rotation brings into groups that are small beside the row they come from.
+    torch.testing.assert_close(found[1], expected[1], rtol=HALF_NEAR / 10, atol=0)
+    steps = values.double().unflatten(-1, (expected[1].shape[-1], -1)) / expected[1].double().unsqueeze(-1)
+    near = ((steps - steps.floor() - 0.5).abs() < HALF_NEAR).reshape(values.shape)
+    assert ((found[0].int() - expected[0].int()).abs() <= near).all()
 
 
 @levels
