@@ -94,10 +94,11 @@ def measure(shape: str, peers: Sequence[Peer], options: argparse.Namespace, run:
     """Rows of all peers on one shape. Where memory does not hold all at once, each group has the baseline in it."""
     folder: Path = options.build / shape
     failed: dict[str, str] = {}
+    unmade: dict[str, PeerError] = {}
     waiting = []
     for peer in peers:
         try:
-            prepare(MAKES[peer.folder], shape, folder, options.stale)
+            prepare(MAKES[peer.folder], shape, folder, options.stale, unmade)
             waiting.append(peer)
         except PeerError as error:
             failed[peer.name] = str(error)
@@ -122,8 +123,10 @@ def measure(shape: str, peers: Sequence[Peer], options: argparse.Namespace, run:
     return rows
 
 
-def prepare(make: Make, shape: str, folder: Path, stale: bool) -> None:
-    """Make a folder that is not there, or whose sources have changed."""
+def prepare(make: Make, shape: str, folder: Path, stale: bool, unmade: dict[str, PeerError]) -> None:
+    """Make a folder that is not there or whose sources have changed; what failed once (`unmade`) is not tried again."""
+    if make.folder in unmade:
+        raise unmade[make.folder]
     python = interpreter(make.python)
     if not python.exists():
         raise PeerError(f"not installed: python tests/bench/cpu.py --install-{make.python}")
@@ -131,7 +134,7 @@ def prepare(make: Make, shape: str, folder: Path, stale: bool) -> None:
     if target.exists() and key.exists() and (stale or key.read_text("utf-8") == make.key()):
         return
     if make.source:
-        prepare(MAKES[make.source], shape, folder, stale)
+        prepare(MAKES[make.source], shape, folder, stale, unmade)
     folder.mkdir(parents=True, exist_ok=True)
     for path in (target, folder / f"{make.folder}.unfinished"):
         shutil.rmtree(path, ignore_errors=True)
@@ -142,7 +145,8 @@ def prepare(make: Make, shape: str, folder: Path, stale: bool) -> None:
     with log(folder, make.folder).open("w", encoding="utf-8") as text:
         done = subprocess.run(command, stdout=text, stderr=text, env=environment(), timeout=MAKE_LIMIT, check=False)
     if done.returncode or not target.exists():
-        raise PeerError(f"making {make.folder} failed: {last_line(log(folder, make.folder))}")
+        unmade[make.folder] = PeerError(f"making {make.folder} failed: {last_line(log(folder, make.folder))}")
+        raise unmade[make.folder]
     key.write_text(wanted, "utf-8")
 
 
