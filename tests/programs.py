@@ -100,8 +100,13 @@ def run(graph: Graph, **feeds: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def changed_recipe(name: str, *settings: str) -> Recipe:
-    """A preset with settings in the form of the command line, `tokens.keep=0.5`."""
-    return Recipe.load(name).with_overrides(settings)
+    """A preset with settings in the form of the command line, `tokens.keep=0.5`.
+
+    Its change of basis is a fixed rotation, which needs no training, unless a setting says otherwise.
+    """
+    recipe = Recipe.load(name)
+    fixed = [] if recipe.quantize is None else ["quantize.transform=hadamard"]
+    return recipe.with_overrides([*fixed, *settings])
 
 
 def stubbed(*graphs: Graph, recipe: Recipe, layers: int = 1) -> Program:

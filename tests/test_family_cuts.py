@@ -242,7 +242,7 @@ def test_tokens_are_counted_anew_where_they_have_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_everything_at_once_runs(name: str) -> None:
     _, cases, program = captured(name)
-    recipe = Recipe.load("quota-30").with_overrides(["tokens.candidate_layers=[0, 1]"])
+    recipe = Recipe.load("quota-30").with_overrides(["tokens.candidate_layers=[0, 1]", "quantize.transform=hadamard"])
     machine = Machine(compiled(program, recipe, (cases["one"], cases["longer"])))
     for case, inputs in cases.items():
         tokens, logits = answer(machine, inputs)
