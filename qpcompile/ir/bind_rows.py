@@ -99,7 +99,7 @@ class _Joiner:
             change["shift"], x = x.args[1], x.args[0]
         if is_call(x, KRONECKER, HADAMARD) and self.is_inner(x) and (found := self.change(x)) is not None:
             change, x = change | found, x.args[0]
-        rows = (self.rows(x) if self.is_inner(x) else None) or Rows("plain", (x,))
+        rows = (self.rows(x) if isinstance(x, fx.Node) and self.is_inner(x) else None) or Rows("plain", (x,))
         plan = self.plan(rows, change | {"group_size": group_size, "clip_ratio": clip_ratio})
         if plan is not None:
             _replace(node, plan.quantized, rows.sources)

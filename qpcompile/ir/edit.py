@@ -92,7 +92,7 @@ def call(graph: Graph, before: fx.Node, target: Any, *args: Any, like: fx.Node |
 
 def count_up(graph: Graph, before: fx.Node, size: fx.Node, device: torch.device) -> fx.Node:
     """i64[size]: 0, 1, 2, ... on a device. The CPU is where a graph makes tensors unless it says otherwise."""
-    place = {} if device.type == "cpu" else {"device": device}
+    place: dict[str, Any] = {} if device.type == "cpu" else {"device": device}
     return call(graph, before, aten.arange.default, size, **place)
 
 

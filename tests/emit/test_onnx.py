@@ -287,7 +287,7 @@ def test_host_that_changes_features_is_refused(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_written_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     model, cases = llava()
-    captured = capture(model.to(dtype), cases["one"], Recipe.load("none"))
+    captured = capture(model.to(dtype), cases["one"], Recipe.load("none"))  # type: ignore[arg-type]
     program = compiled(captured, cases, "w4a4kv4", "quantize.transform=hadamard", CUTS)
     export_onnx(program, tmp_path / "folder")
     for name in ("vision", "prefill", "decode"):

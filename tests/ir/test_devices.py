@@ -63,9 +63,9 @@ def moved(program: Program, device: torch.device) -> Program:
                     for group in (part._parameters, part._buffers):
                         for name, tensor in group.items():
                             if tensor is not None:
-                                group[name] = torch.empty_strided(
+                                group[name] = torch.empty_strided(  # type: ignore[assignment]
                                     tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-                                )  # type: ignore[assignment]
+                                )
             move(held, device)
     return held
 

@@ -24,7 +24,8 @@ def compiled_and_batches(
     bed: str, preset: str, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[CompiledVLM, list[dict[str, torch.Tensor]]]:
     """A testbed compiled on a device, and its calibration questions in padded batches."""
-    model = AutoModelForImageTextToText.from_pretrained(TESTBED / bed, dtype=dtype).eval().to(device)
+    model = AutoModelForImageTextToText.from_pretrained(TESTBED / bed, dtype=dtype).eval()
+    model.to(device)  # type: ignore[arg-type]
     processor = AutoProcessor.from_pretrained(TESTBED / bed)
     processor.tokenizer.padding_side = "left"
     questions = read_questions(TESTBED / "calibration" / bed)[:QUESTIONS]
