@@ -102,12 +102,6 @@ def available() -> bool:
     return library().path is not None
 
 
-def function(name: str, level: int | None = None) -> Function:
-    """The function qp_<name>_<level>, a number of `LEVELS`; the best one of this processor where it is None."""
-    loaded = library()
-    return loaded.functions[name, loaded.level if level is None else level]
-
-
 def call(name: str, *arguments: object, level: int | None = None) -> None:
     """Call a function of the library with the threads that torch uses.
 
@@ -129,7 +123,7 @@ def real(x: Tensor) -> str:
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the library can read these: dense tensors of a type it knows on the CPU, with real data."""
+    """Whether the library can read these: tensors of types it knows, on the CPU."""
     return available() and all(tensor is None or _readable(tensor) for tensor in tensors)
 
 

@@ -116,10 +116,7 @@ class _Tokens:
 def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node | None) -> _Tokens:
     graph, before = point.graph, point.before
     batch = point.call(aten.sym_size.int, prompt.visual, 0)
-    total = point.call(aten.sym_size.int, prompt.visual, 1)
-    smallest = point.call(aten.sym_size.int, prompt.count, 0)
-    dropped = point.call(operator.sub, smallest, _share(point, smallest))
-    stays = point.call(operator.sub, total, dropped)
+    stays, _ = _stays(point, prompt)
     if point.surplus is not None:
         stays = point.call(operator.add, stays, point.surplus)
     pair = point.call(SELECT_TOKENS, scores, stays, _quota(point, prompt))
@@ -140,13 +137,18 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node
     return _Tokens(visual, alive, kept, value(stays), positions)
 
 
-def _surplus(point: Point, prompt: _Prompt) -> fx.Node:
-    """How many more than N tokens make a multiple of `tokens.multiple_of`, or all tokens where they are fewer."""
-    multiple = point.recipe.tokens.multiple_of
+def _stays(point: Point, prompt: _Prompt) -> tuple[fx.Node, fx.Node]:
+    """N and S - N: how many tokens the share alone leaves of the whole prompt, and how many go."""
     total = point.call(aten.sym_size.int, prompt.visual, 1)
     smallest = point.call(aten.sym_size.int, prompt.count, 0)
     dropped = point.call(operator.sub, smallest, _share(point, smallest))
-    stays = point.call(operator.sub, total, dropped)
+    return point.call(operator.sub, total, dropped), dropped
+
+
+def _surplus(point: Point, prompt: _Prompt) -> fx.Node:
+    """How many more than N tokens make a multiple of `tokens.multiple_of`, or all tokens where they are fewer."""
+    multiple = point.recipe.tokens.multiple_of
+    stays, dropped = _stays(point, prompt)
     raised = point.call(operator.floordiv, point.call(operator.add, stays, multiple - 1), multiple)
     missing = point.call(operator.sub, point.call(operator.mul, raised, multiple), stays)
     return point.call(torch.sym_min, missing, dropped)

@@ -56,7 +56,7 @@ class TrainTransforms:
         scheme = program.recipe.quantize
         if scheme is None or scheme.transform not in ("rotation", "flatquant") or program.plan.trained:
             return False
-        if not self.count or not scheme.training.epochs:
+        if not self.count:
             return False
         feeds = self._feeds(program, min(self.count, scheme.training.samples))
         trained: list[TrainedBlock] = []
