@@ -1,4 +1,4 @@
-"""The whole road on the LLaVA testbed: compile with `quota-30`, then ask 200 unseen questions three times.
+"""The whole road on the LLaVA testbed: compile with `joint-30`, then ask 200 unseen questions three times.
 
     make demo        or        python demo/demo.py [--questions 200] [--samples 128] [--out build/demo]
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the LLaVA testbed and compare it with full precision.")
     parser.add_argument("--questions", type=int, default=200, help="unseen questions, one per scene")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
-    parser.add_argument("--recipe", default="quota-30")
+    parser.add_argument("--recipe", default="joint-30")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo")
     options = parser.parse_args()
     quiet_libraries()

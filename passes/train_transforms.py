@@ -1,7 +1,7 @@
 """Train the change of basis in front of each quantized linear, block by block, on what the block gives.
 
     block: a layer of a graph, or what stands behind the layers. Both the block as it is and the quantized one get the
-    same full-precision inputs, each sample with its own masks and positions, and
+    same full-precision inputs, each prompt with its own masks and positions, and
 
         loss = sum over tokens that are no padding || y_q - y ||^2 / || y ||^2      y: what later blocks read
 
@@ -10,7 +10,7 @@
 
     %t = qpcompile::kronecker(%n, @scale, @left, @right)   ->   the same with other factors, and other weights behind
 
-Source: "FlatQuant" (arXiv 2410.09426), section 3.1; per-sample masks are ours.
+Source: "FlatQuant" (arXiv 2410.09426), section 3.1; masks of each prompt are ours.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from qpcompile.ir.basis import weight_name
+from qpcompile.ir.batches import batches
 from qpcompile.ir.blocks import Block, Values, split_blocks
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.collect import run_sample
@@ -38,7 +39,7 @@ from qpcompile.ir.run import Machine, execute_graph
 from qpcompile.ir.statistics import Calibration
 from qpcompile.plan import TrainedBlock
 from qpcompile.progress import track
-from qpcompile.recipe_schema import QuantizeScheme
+from qpcompile.recipe_schema import QuantizeScheme, TrainingScheme
 
 
 @dataclass(frozen=True)
@@ -58,31 +59,32 @@ class TrainTransforms:
             return False
         if not self.count:
             return False
-        feeds = self._feeds(program, min(self.count, scheme.training.samples))
+        feeds = self._feeds(program, scheme.training)
         trained: list[TrainedBlock] = []
         for name, held in feeds.items():
             trained += _train_graph(program, program.graphs[name], held, scheme)
         program.plan = program.plan.changed(trained=tuple(trained))
         return bool(trained)
 
-    def _feeds(self, program: Program, count: int) -> dict[str, list[_Sample]]:
-        """What flows into each graph, sample by sample."""
-        held: dict[str, list[_Sample]] = {}
+    def _feeds(self, program: Program, training: TrainingScheme) -> dict[str, list[_Batch]]:
+        """What flows into each graph, batch by batch."""
+        held: dict[str, list[_Batch]] = {}
+        count = min(self.count, training.samples)
 
         def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if graph.name not in (HEAD, DECODE):
                 valid = machine.valid if graph.name == PREFILL else None
-                held.setdefault(graph.name, []).append(_Sample(dict(feeds), valid))
+                held.setdefault(graph.name, []).append(_Batch(dict(feeds), valid))
             return execute_graph(graph, feeds)
 
         machine = Machine(program, execute)
-        for number, sample in enumerate(islice(self.samples, count)):
-            run_sample(machine, sample, number)
+        for number, batch in enumerate(batches(islice(self.samples, count), training.batch)):
+            run_sample(machine, batch, number * training.batch)
         return held
 
 
 @dataclass
-class _Sample:
+class _Batch:
     """The inputs of a graph, which of its tokens are no padding (bool[B, S], None: all), and what is alive now."""
 
     feeds: dict[str, torch.Tensor]
@@ -90,27 +92,23 @@ class _Sample:
     values: Values = field(default_factory=dict)
 
 
-def _train_graph(
-    program: Program, graph: Graph, samples: list[_Sample], scheme: QuantizeScheme
-) -> Iterator[TrainedBlock]:
+def _train_graph(program: Program, graph: Graph, fed: list[_Batch], scheme: QuantizeScheme) -> Iterator[TrainedBlock]:
     entry, blocks = split_blocks(graph)
     with torch.no_grad():
-        for sample in samples:
-            sample.values = entry.run(sample.feeds)
+        for batch in fed:
+            batch.values = entry.run(batch.feeds)
     with track(f"train {graph.name}", len(blocks)) as step:
         for block in blocks:
             with torch.no_grad():
-                behind = [block.run(sample.values) for sample in samples]
+                behind = [block.run(batch.values) for batch in fed]
             training = _Training(graph, block, scheme, program.facts["calibration"])
             if training.sites and block.results:
-                before, after = training.restore(program.checkpoint) or training.run(
-                    program.checkpoint, samples, behind
-                )
+                before, after = training.restore(program.checkpoint) or training.run(program.checkpoint, fed, behind)
                 if after < before:
                     training.fold(program)
                 yield TrainedBlock(name=block.name, before=before, after=min(before, after))
-            for sample, values in zip(samples, behind, strict=True):
-                sample.values = values
+            for batch, values in zip(fed, behind, strict=True):
+                batch.values = values
             step()
 
 
@@ -121,7 +119,7 @@ class _Training:
         self.graph, self.block, self.scheme, self.calibration = graph, block, scheme, calibration
         self.sites: dict[str, LearnedTransform] = {}
         self.owners: dict[fx.Node, LearnedTransform] = {}
-        # What weights are in the new basis, rounded; the same for all samples of a step.
+        # What weights are in the new basis, rounded; made anew for every step.
         self.weights: dict[fx.Node, torch.Tensor] = {}
         for stub in block.nodes:
             fact = stub_fact(stub) if is_call(stub, QUANT_STUB) else None
@@ -137,12 +135,12 @@ class _Training:
                 assert isinstance(owned, fx.Node)
                 self.owners[owned] = learned
 
-    def run(self, checkpoint: Checkpoint, samples: list[_Sample], behind: list[Values]) -> tuple[float, float]:
+    def run(self, checkpoint: Checkpoint, fed: list[_Batch], behind: list[Values]) -> tuple[float, float]:
         """Train, and keep what was learned; the loss before and after."""
-        before = self.loss(samples, behind)
+        before = self.mean_loss(fed, behind)
         self.begin()
-        self.train(samples, behind)
-        losses = before, self.loss(samples, behind)
+        self.train(fed, behind)
+        losses = before, self.mean_loss(fed, behind)
         tensors = {
             f"{site}/{name}": tensor.detach().clone()
             for site, learned in self.sites.items()
@@ -208,48 +206,38 @@ class _Training:
                 rounding[stub] = rounded(moved, self.scheme.weights.kernel_group, 1.0).to(weight.dtype)
         return rounding
 
-    def _sample_loss(self, sample: _Sample, behind: Values) -> torch.Tensor:
-        given = self.block.run(sample.values, self._look)
+    def loss(self, batch: _Batch, behind: Values) -> torch.Tensor:
+        """What rounding with the factors of now does to a batch, against what comes out of the block without it."""
+        self.weights = self._round_weights()
+        given = self.block.run(batch.values, self._look)
         losses = []
         for node in self.block.results:
             expected, found = behind[node].float(), given[node].float()
             difference = found - expected
-            if sample.valid is not None and expected.shape[:2] == sample.valid.shape:
-                difference, expected = difference[sample.valid], expected[sample.valid]
+            if batch.valid is not None and expected.shape[:2] == batch.valid.shape:
+                difference, expected = difference[batch.valid], expected[batch.valid]
             losses.append(difference.pow(2).sum() / expected.pow(2).sum().clamp(min=1e-12))
         return torch.stack(losses).mean()
 
-    def loss(self, samples: list[_Sample], behind: list[Values]) -> float:
-        """Mean over samples."""
+    def mean_loss(self, fed: list[_Batch], behind: list[Values]) -> float:
+        """Mean over batches."""
         with torch.no_grad():
-            self.weights = self._round_weights()
-            pairs = zip(samples, behind, strict=True)
-            return float(torch.stack([self._sample_loss(*pair) for pair in pairs]).mean())
+            return float(torch.stack([self.loss(*pair) for pair in zip(fed, behind, strict=True)]).mean())
 
-    def train(self, samples: list[_Sample], behind: list[Values]) -> None:
-        """Adam over epochs of samples in their order, a step per `batch` samples, with a falling cosine."""
+    def train(self, fed: list[_Batch], behind: list[Values]) -> None:
+        """Adam over epochs of batches in their order, a step for each, with a falling cosine."""
         options = self.scheme.training
         parameters = [parameter for learned in self.sites.values() for parameter in learned.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
-        pairs = list(zip(samples, behind, strict=True))
-        batches = [pairs[start : start + options.batch] for start in range(0, len(pairs), options.batch)]
-        total = options.epochs * len(batches)
+        pairs = list(zip(fed, behind, strict=True))
+        total = options.epochs * len(pairs)
         with torch.enable_grad():
             for number in range(total):
                 for group in optimizer.param_groups:
                     group["lr"] = options.learning_rate * (1 + math.cos(math.pi * number / total)) / 2
                 optimizer.zero_grad()
-                self.step(batches[number % len(batches)])
+                self.loss(*pairs[number % len(pairs)]).backward()
                 optimizer.step()
-
-    def step(self, batch: list[tuple[_Sample, Values]]) -> None:
-        """Gradients of the mean loss of a batch: sample by sample up to the weights, then once through them."""
-        made = self._round_weights()
-        self.weights = {node: weight.detach().requires_grad_() for node, weight in made.items()}
-        for pair in batch:
-            (self._sample_loss(*pair) / len(batch)).backward()
-        learned = [node for node in made if made[node].requires_grad and self.weights[node].grad is not None]
-        torch.autograd.backward([made[node] for node in learned], [self.weights[node].grad for node in learned])
 
     def fold(self, program: Program) -> None:
         """Put what was learned into factors, weights, shifts, clips and statistics, wherever they are read."""

@@ -127,7 +127,7 @@ class TokenScheme(Section):
         default=0.5,
         ge=0,
         le=1,
-        description="auto: skip layers whose token cosine is above min + this share of (max - min).",
+        description="auto: skip layers whose token cosine is above min + this share of (max - min), and min + 0.1.",
     )
     tail_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="auto: never cut in this last share of the layers."

@@ -107,6 +107,10 @@ def tokens_by_fraction(numerator: int, denominator: int, visual: int) -> int:
     return (visual * numerator + denominator - 1) // denominator
 
 
+# By how much visual tokens of a layer must be more alike than anywhere else to count as redundant.
+LEAST_RISE = 0.1
+
+
 def candidate_layers(
     mass_median: Sequence[float],
     mass_iqr: Sequence[float],
@@ -123,7 +127,7 @@ def candidate_layers(
     Per layer, over the calibration samples: median and interquartile range of the top-10 attention mass from text
     queries to visual tokens, and the median pairwise cosine of visual tokens. The floor is a share of the largest
     mass, `iqr_ceiling` a share of the layer's own mass, `cosine_ceiling` a share of the way from the smallest to the
-    largest cosine, `tail_fraction` a share of all layers.
+    largest cosine (`LEAST_RISE` above the smallest at least), `tail_fraction` a share of all layers.
     """
     mass, spread, likeness = (
         _finite(np.asarray(values, dtype=np.float64), name)
@@ -135,7 +139,8 @@ def candidate_layers(
             do="give one number of each kind per decoder layer",
         )
     floor = concentration_floor * mass.max()
-    ceiling = likeness.min() + cosine_ceiling * (likeness.max() - likeness.min())
+    # On a flat profile a share of the range is noise: no layer is redundant beside its like.
+    ceiling = likeness.min() + max(cosine_ceiling * (likeness.max() - likeness.min()), LEAST_RISE)
     unsettled = (mass < floor) | (spread > iqr_ceiling * mass)
     late = np.arange(mass.size) >= mass.size - math.ceil(tail_fraction * mass.size)
     reasons = {

@@ -166,6 +166,11 @@ def test_run_ends_at_the_first_gap() -> None:
     assert candidate_layers(MASS, IQR, cosine) == (2, 3)
 
 
+def test_a_flat_profile_has_no_redundant_layers() -> None:
+    assert candidate_layers([1] * 6, [0] * 6, [0.42, 0.44, 0.5, 0.49, 0.43, 0.4], tail_fraction=0.0) == (0, 1, 2, 3, 4)
+    assert candidate_layers([1] * 6, [0] * 6, [0.3, 0.3, 0.3, 0.9, 0.3, 0.3], tail_fraction=0.0) == (0, 1, 2)
+
+
 def test_tail_is_never_cut() -> None:
     assert candidate_layers([1] * 8, [0] * 8, [0.3] * 8, tail_fraction=0.5) == (0, 1, 2, 3)
     assert candidate_layers([1] * 3, [0] * 3, [0.3] * 3) == (0, 1)
