@@ -34,12 +34,13 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "unpack_int4": (P, L, L, P, N),
     "scale_int32": (P, P, P, P, N, L, L, P, N, N),
     "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
+    "rope": (*(P,) * 4, *(N,) * 2, *(L,) * 13, N),
     "rows": (P, P, P, L, P, P, P, N),
     "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, L, L, L, L, L, L, P, N),
 }
 AMX = "linear_w4a4_amx"
 """The one function that needs AMX tiles, there where `Library.amx` says so."""
-EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write")
+EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope")
 """Functions of integers and of float32 operations in a given order: there is one per level. The others are there in
 float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
 

@@ -203,7 +203,7 @@ CHOOSES_BY: dict[str, tuple[str, ...]] = {
 
 def needed_operators(recipe: Recipe) -> list[str]:
     """Operators that graphs of this recipe may hold."""
-    needed = ["rmsnorm"]
+    needed = ["rmsnorm", "rope"]
     if recipe.tokens.method != "none":
         needed += [*CHOOSES_BY.get(recipe.tokens.method, ("token_scores",)), "select_tokens"]
     if recipe.tokens.risk.fuse:

@@ -48,6 +48,11 @@ def _attention_received(device: torch.device) -> None:
     ours.attention_received(q, q, torch.tensor([0, 3, 7], device=device), 0.3, False)
 
 
+def _rope(device: torch.device) -> None:
+    angles = _noise(3, 12, device=device)
+    ours.rope(_noise(1, 2, 3, 12, device=device), angles.cos(), angles.sin())
+
+
 def _hadamard(device: torch.device) -> None:
     ours.hadamard(_noise(3, 48, device=device), None)
 
@@ -201,6 +206,7 @@ PROBES: dict[str, Probe] = {
     "quantize_int4_static": _quantize_int4_static,
     "rmsnorm": _rmsnorm,
     "rmsnorm_quantize": _rmsnorm_quantize,
+    "rope": _rope,
     "segment_attention": _segment_attention,
     "select_tokens": _select_tokens,
     "silu_mul_quantize": _silu_mul_quantize,

@@ -18,11 +18,14 @@ from torch import Tensor
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     """Shapes as in reference.py."""
+    gqa = q.shape[1] != k.shape[1]
+    if cu_seqlens.numel() == 2:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa)
     packed = [each.squeeze(0).transpose(0, 1) for each in (q, k, v)]
     y = q.new_empty(q.shape[2], q.shape[1], v.shape[3])
     for index in equal_lengths(cu_seqlens):
         rows, keys, values = (each[index].transpose(1, 2) for each in packed)
-        attended = F.scaled_dot_product_attention(rows, keys, values, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        attended = F.scaled_dot_product_attention(rows, keys, values, scale=scale, enable_gqa=gqa)
         y[index] = attended.transpose(1, 2)
     return y.transpose(0, 1).unsqueeze(0)
 

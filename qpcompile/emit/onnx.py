@@ -50,6 +50,7 @@ from qpcompile.kernels.quantize_int4.onnx import quantize_int4
 from qpcompile.kernels.quantize_int4_static.onnx import quantize_int4_static
 from qpcompile.kernels.rmsnorm.onnx import rmsnorm
 from qpcompile.kernels.rmsnorm_quantize.onnx import rmsnorm_quantize
+from qpcompile.kernels.rope.onnx import rope
 from qpcompile.kernels.segment_attention.onnx import segment_attention
 from qpcompile.kernels.select_tokens.onnx import select_tokens
 from qpcompile.kernels.silu_mul_quantize.onnx import silu_mul_quantize
@@ -87,6 +88,7 @@ OWN = {
     operators.QUANTIZE_INT4_STATIC: quantize_int4_static,
     operators.RMSNORM: rmsnorm,
     operators.RMSNORM_QUANTIZE: rmsnorm_quantize,
+    operators.ROPE: rope,
     operators.SEGMENT_ATTENTION: segment_attention,
     operators.SELECT_TOKENS: select_tokens,
     operators.SILU_MUL_QUANTIZE: silu_mul_quantize,

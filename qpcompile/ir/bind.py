@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from qpcompile.ir.bind_rows import join_rows
+from qpcompile.ir.bind_torch import FASTER
 from qpcompile.ir.edit import calls, get_tensor, set_tensor
 from qpcompile.ir.growing import GrowingCaches, grow_in_place
 from qpcompile.ir.operators import (
@@ -31,6 +32,7 @@ from qpcompile.ir.operators import (
     QUANTIZE_INT4,
     RMSNORM,
     RMSNORM_QUANTIZE,
+    ROPE,
     SILU_MUL_QUANTIZE,
 )
 from qpcompile.ir.program import Graph, Program
@@ -45,10 +47,12 @@ from qpcompile.kernels.linear_w4a4.packing import unpack_int4
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.rmsnorm.reference import rmsnorm
 from qpcompile.kernels.rmsnorm_quantize.cpu import rmsnorm_quantize
+from qpcompile.kernels.rope.cpu import rope
 from qpcompile.kernels.silu_mul_quantize.cpu import silu_mul_quantize
 
 # What these operators do on the CPU; the way through torch's dispatcher costs as much as a kernel on one token.
 KERNELS: dict[Any, Callable[..., Any]] = {
+    **FASTER,
     ATTENTION_KV4: attention_kv4,
     HADAMARD: hadamard,
     KRONECKER: kronecker,
@@ -57,6 +61,7 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     QUANTIZE_INT4: quantize_int4,
     RMSNORM: rmsnorm,
     RMSNORM_QUANTIZE: rmsnorm_quantize,
+    ROPE: rope,
     SILU_MUL_QUANTIZE: silu_mul_quantize,
 }
 Codes = dict[int, torch.Tensor]

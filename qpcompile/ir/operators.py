@@ -26,6 +26,7 @@ from qpcompile.kernels.quantize_int4 import op as _quantize_int4
 from qpcompile.kernels.quantize_int4_static import op as _quantize_int4_static
 from qpcompile.kernels.rmsnorm import op as _rmsnorm
 from qpcompile.kernels.rmsnorm_quantize import op as _rmsnorm_quantize
+from qpcompile.kernels.rope import op as _rope
 from qpcompile.kernels.segment_attention import op as _segment_attention
 from qpcompile.kernels.select_tokens import op as _select_tokens
 from qpcompile.kernels.silu_mul_quantize import op as _silu_mul_quantize
@@ -58,6 +59,7 @@ MODULES = (
     _quantize_int4_static,
     _rmsnorm,
     _rmsnorm_quantize,
+    _rope,
     _segment_attention,
     _select_tokens,
     _silu_mul_quantize,
@@ -91,6 +93,7 @@ QUANTIZE_INT4_STATIC = ours.quantize_int4_static.default
 QUANT_STUB = ours.quant_stub.default
 RMSNORM = ours.rmsnorm.default
 RMSNORM_QUANTIZE = ours.rmsnorm_quantize.default
+ROPE = ours.rope.default
 SEGMENT_ATTENTION = ours.segment_attention.default
 SELECT_TOKENS = ours.select_tokens.default
 SILU_MUL_QUANTIZE = ours.silu_mul_quantize.default

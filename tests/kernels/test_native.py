@@ -26,6 +26,8 @@ from qpcompile.kernels.quantize_int4 import cpu as quantize_cpu
 from qpcompile.kernels.quantize_int4 import reference as quantize
 from qpcompile.kernels.rmsnorm_quantize import cpu as rmsnorm_cpu
 from qpcompile.kernels.rmsnorm_quantize import reference as rmsnorm
+from qpcompile.kernels.rope import cpu as rope_cpu
+from qpcompile.kernels.rope import reference as rope
 from qpcompile.kernels.silu_mul_quantize import cpu as silu_cpu
 from qpcompile.kernels.silu_mul_quantize import reference as silu
 from qpcompile.kernels.sums import wide_type
@@ -195,6 +197,17 @@ def test_cache_and_attention_are_the_reference(case: tuple[int, ...], dtype: tor
         else:
             torch.testing.assert_close(found, wanted, rtol=0.01, atol=1e-5)
         assert found.transpose(1, 2).is_contiguous()
+
+
+@levels
+@both
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 17, 10), (1, 2, 5, 128), (63, 3, 6)], ids=str)
+def test_rope_is_the_reference(shape: tuple[int, ...], dtype: torch.dtype, level: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(*shape[:-3], shape[-2], shape[-3], shape[-1]).to(dtype).transpose(-3, -2)
+    tables = (shape[0], 1, shape[2]) if len(shape) == 3 else (1, 1, *shape[2:])
+    for cos, sin in (torch.randn(2, *tables), torch.randn(2, *tables).bfloat16()):
+        assert torch.equal(rope_cpu._native(x, cos, sin, level), rope.rope(x, cos, sin))
 
 
 def test_threads_give_the_same_bits(two_threads: Callable[[int], None]) -> None:

@@ -1,4 +1,4 @@
-"""Norm or gated product and the quantizer behind it become one operator."""
+"""Norm or gated product and the quantizer behind it become one operator, and so do rotary positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toy_decoder import HIDDEN, Mlp, Norm, decode_graph, prefill_graph, toy_feed
 
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import calls
-from qpcompile.ir.operators import LAYERNORM_QUANTIZE, QUANTIZE_INT4, RMSNORM_QUANTIZE, SILU_MUL_QUANTIZE
+from qpcompile.ir.operators import LAYERNORM_QUANTIZE, QUANTIZE_INT4, RMSNORM_QUANTIZE, ROPE, SILU_MUL_QUANTIZE
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.text import graph_text
@@ -211,3 +211,66 @@ def test_broken_stage_order_is_named() -> None:
     program = program_of(traced(NormedMlp(), TOKENS), stage="cut")
     with pytest.raises(InvariantError, match="fuse_kernels needs the stage quantized, the program is cut"):
         run_passes(program, [FuseKernels()])
+
+
+def halves(x: Tensor) -> Tensor:
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+
+
+class Turned(nn.Module):
+    """Rotary positions as transformers writes them; `kind` names what is near them and is something else."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.kind == "in float32":
+            wide = x.float()
+            return (wide * cos.float() + halves(wide) * sin.float()).to(x.dtype)
+        if self.kind == "neighbours":
+            return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
+        if self.kind == "other sign":
+            return x * cos + torch.cat((x[..., 4:], -x[..., :4]), dim=-1) * sin
+        if self.kind == "other halves":
+            return x * cos + torch.cat((-x[..., 2:], x[..., :2]), dim=-1) * sin
+        if self.kind == "of another":
+            return x * cos + halves(x + 1) * sin
+        if self.kind == "read twice":
+            turned = halves(x) * sin
+            return x * cos + turned + turned
+        return x * cos + halves(x) * sin
+
+
+def turning(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Program, dict[str, Tensor]]:
+    feeds = {"x": torch.randn(2, 5, 3, 8), "cos": torch.randn(2, 5, 1, 8), "sin": torch.randn(2, 5, 1, 8)}
+    feeds = {name: tensor.to(dtype) for name, tensor in feeds.items()}
+    program = program_of(traced(Turned(kind), feeds))
+    run_passes(program, [Canonicalize()])
+    program.stage = "quantized"
+    return program, feeds
+
+
+@pytest.mark.parametrize("kind", ["", "in float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotary_positions_are_one_node(apply: Apply, dtype: torch.dtype, kind: str) -> None:
+    program, feeds = turning(kind, dtype)
+    graph = program.graphs["prefill"]
+    before = run(graph, **feeds)["y"]
+    assert apply(program, FuseKernels())
+    assert len(list(calls(graph, ROPE))) == 1 and not list(calls(graph, torch.ops.aten.cat.default))
+    after = run(graph, **feeds)["y"]
+    assert after.dtype == dtype
+    # Half precision rounded after each step, and does it once now.
+    assert torch.equal(after, before) if dtype == torch.float32 or kind else relative(after, before) < 1e-2
+    assert not apply(program, FuseKernels()), "twice"
+
+
+@pytest.mark.parametrize("kind", ["neighbours", "other sign", "other halves", "of another", "read twice"])
+def test_what_only_looks_like_rotary_positions_stays(kind: str) -> None:
+    program, feeds = turning(kind)
+    graph = program.graphs["prefill"]
+    before = run(graph, **feeds)["y"]
+    FuseKernels().run(program)
+    assert not list(calls(graph, ROPE))
+    assert torch.equal(run(graph, **feeds)["y"], before)

@@ -14,6 +14,7 @@ from kernels.compiled.sass import Compiled, compiled
 from qpcompile.kernels.attention_kv4.triton import decode_kernel, join_kernel
 from qpcompile.kernels.dpp_select.triton import greedy_kernel
 from qpcompile.kernels.kv4_write.triton import kv_write_kernel
+from qpcompile.kernels.rope.triton import rope_kernel
 from qpcompile.kernels.select_tokens.triton import compact_kernel, rank_kernel
 from qpcompile.kernels.token_scores.triton import column_sums_kernel, row_sums_kernel
 
@@ -63,6 +64,11 @@ def test_cache_write() -> None:
     code = code_of(kv_write_kernel, {"D": 128, "WIDTH": 64, "PAD": 64, "LEVELS": 15, "ROWS": 16}, warps=2)
     assert code.spills == 0 and code.registers <= 96
     assert "div.rn.f32" in code.ptx and "div.full" not in code.ptx
+
+
+def test_rotary_positions() -> None:
+    code = code_of(rope_kernel, {"HALF": 64, "PAD": 64, "ROWS": 16}, warps=2, cos_ptr="*bf16", sin_ptr="*bf16")
+    assert code.spills == 0 and code.registers <= 128
 
 
 @pytest.mark.parametrize(("size", "piece"), [(1024, 8), (4096, 2)])

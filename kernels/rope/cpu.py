@@ -1,0 +1,26 @@
+"""The CPU path of rope: one call of C, or the reference, bit for bit."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels import native
+from qpcompile.kernels.rope import reference
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: f[..., D], cos, sin: f[..., D], broadcast to x -> x.dtype[..., D]."""
+    readable = native.takes(x, cos, sin) and x.dim() in (3, 4)
+    return (_native if readable else reference.rope)(x, cos, sin)
+
+
+def _native(x: Tensor, cos: Tensor, sin: Tensor, level: int | None = None) -> Tensor:
+    # The numbers of a head lie side by side; heads and tokens may lie as projections leave them.
+    x, cos, sin = (each if each.stride(-1) == 1 else each.contiguous() for each in (x, cos, sin))
+    wide = x if x.dim() == 4 else x[None]
+    cosine, sine = cos.expand(wide.shape), sin.expand(wide.shape)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    strides = (*wide.stride()[:3], *cosine.stride()[:3], *sine.stride()[:3])
+    types = native.ELEMENTS[x.dtype], native.ELEMENTS[cos.dtype]
+    data = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr()
+    native.call("rope", *data, *types, *wide.shape, *strides, level=level)
+    return y
