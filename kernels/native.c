@@ -131,3 +131,4 @@ int qp_openmp(void) {
 #endif
 
 #include "linear_w4a4/amx.inc"
+#include "attention/amx.inc"

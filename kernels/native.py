@@ -31,6 +31,7 @@ P, N, L, F, D = c_void_p, c_int, c_long, c_float, c_double
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_w4a4": (P, P, P, P, P, N, L, L, L, L, L, P, N, N),
     "linear_w4a4_amx": (P, P, P, P, P, N, L, L, L, P, N, N),
+    "attention_amx": (*(P,) * 6, *(L,) * 6, F, N),
     "unpack_int4": (P, L, L, P, N),
     "scale_int32": (P, P, P, P, N, L, L, P, N, N),
     "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
@@ -38,8 +39,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "rows": (P, P, P, L, P, P, P, N),
     "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, L, L, L, L, L, L, P, N),
 }
-AMX = "linear_w4a4_amx"
-"""The one function that needs AMX tiles, there where `Library.amx` says so."""
+AMX = ("linear_w4a4_amx", "attention_amx")
+"""Functions that need AMX tiles, there where `Library.amx` says so."""
 EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope")
 """Functions of integers and of float32 operations in a given order: there is one per level. The others are there in
 float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
@@ -77,12 +78,12 @@ def library() -> Library:
     functions = {
         (symbol, level): _function(loaded, symbol, LEVELS[level])
         for name in SIGNATURES
-        if name != AMX
+        if name not in AMX
         for symbol in ([name] if name in EXACT else [f"{name}_f64", f"{name}_f32"])
         for level in range(best + 1)
     }
     if amx:
-        functions[AMX, best] = _function(loaded, "linear_w4a4", "amx")
+        functions |= {(name, best): _function(loaded, name.removesuffix("_amx"), "amx") for name in AMX}
     return Library(path, "", best, bool(loaded.qp_openmp()), amx, functions)
 
 
@@ -138,7 +139,7 @@ def _none(problem: str) -> Library:
 
 def _function(loaded: ctypes.CDLL, symbol: str, ending: str) -> Function:
     made = getattr(loaded, f"qp_{symbol}_{ending}")
-    name = AMX if ending == "amx" else symbol.removesuffix("_f64").removesuffix("_f32")
+    name = f"{symbol}_amx" if ending == "amx" else symbol.removesuffix("_f64").removesuffix("_f32")
     made.argtypes = SIGNATURES[name]
     made.restype = c_int
     return made

@@ -1,6 +1,7 @@
 """Attention on a 4-bit cache for the CPU: two ways, by the number of query rows that share a key.
 
-Many rows (prefill): dequantize K and V once, then torch's fused attention, which holds no [Sq, S] matrix.
+Many rows (prefill): dequantize K and V once, then attention over a whole prompt (kernels/attention), which holds no
+[Sq, S] matrix; in bfloat16 on AMX tiles, for which K and V are rounded to it, and by torch in the wider type elsewhere.
 Few rows (decode): the codes enter the products as whole numbers, scale and zero point move to the small side:
 
     q . k_s     = scale_s * (q . code_s - zero_s * sum(q))
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpcompile.kernels import native
+from qpcompile.kernels.attention.cpu import attention, on_tiles
 from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
 from qpcompile.kernels.attention_kv4.reference import tokens_outside
 from qpcompile.kernels.kv4_read.cpu import kv4_read
@@ -76,6 +78,9 @@ def _attend_to_values(
     scale: float,
 ) -> Tensor:
     head_dim = q.shape[-1]
+    if on_tiles(q, k_codes.shape[2], mask, scale):
+        k = kv4_read(k_codes, k_affine, head_dim, q.dtype)
+        return attention(q, k, kv4_read(v_codes, v_affine, head_dim, q.dtype), mask, scale)
     wide = wide_type(q)
     k = kv4_read(k_codes, k_affine, head_dim, wide)
     v = kv4_read(v_codes, v_affine, head_dim, wide)

@@ -75,7 +75,7 @@ def _on_tiles(
     bias = None if bias is None else bias.contiguous()
     y, element = _empty(q, weight, dtype)
     native.call(
-        native.AMX,
+        "linear_w4a4_amx",
         *(tensor.data_ptr() for tensor in tensors),
         *(native.pointer(bias), 0 if bias is None else native.ELEMENTS[bias.dtype]),
         *(scale.numel(), q.shape[-1], weight.shape[0], y.data_ptr(), element),

@@ -11,22 +11,27 @@ The vision graph of the Qwen2.5-VL testbed on one thread, ms and MB of peak memo
     transformers, a loop        18           126, 46      457, 130
 """
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from qpcompile.kernels.attention.cpu import fused
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """Shapes as in reference.py."""
-    gqa = q.shape[1] != k.shape[1]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, attend: Attend = fused
+) -> Tensor:
+    """Shapes as in reference.py; `attend` is what computes one segment, or several of one length."""
     if cu_seqlens.numel() == 2:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa)
+        return attend(q, k, v, None, scale)
     packed = [each.squeeze(0).transpose(0, 1) for each in (q, k, v)]
     y = q.new_empty(q.shape[2], q.shape[1], v.shape[3])
     for index in equal_lengths(cu_seqlens):
         rows, keys, values = (each[index].transpose(1, 2) for each in packed)
-        attended = F.scaled_dot_product_attention(rows, keys, values, scale=scale, enable_gqa=gqa)
-        y[index] = attended.transpose(1, 2)
+        y[index] = attend(rows, keys, values, None, scale).transpose(1, 2)
     return y.transpose(0, 1).unsqueeze(0)
 
 

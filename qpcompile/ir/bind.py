@@ -33,6 +33,7 @@ from qpcompile.ir.operators import (
     RMSNORM,
     RMSNORM_QUANTIZE,
     ROPE,
+    SEGMENT_ATTENTION,
     SILU_MUL_QUANTIZE,
 )
 from qpcompile.ir.program import Graph, Program
@@ -48,6 +49,7 @@ from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.rmsnorm.reference import rmsnorm
 from qpcompile.kernels.rmsnorm_quantize.cpu import rmsnorm_quantize
 from qpcompile.kernels.rope.cpu import rope
+from qpcompile.kernels.segment_attention.cpu import segment_attention
 from qpcompile.kernels.silu_mul_quantize.cpu import silu_mul_quantize
 
 # What these operators do on the CPU; the way through torch's dispatcher costs as much as a kernel on one token.
@@ -62,6 +64,7 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     RMSNORM: rmsnorm,
     RMSNORM_QUANTIZE: rmsnorm_quantize,
     ROPE: rope,
+    SEGMENT_ATTENTION: segment_attention,
     SILU_MUL_QUANTIZE: silu_mul_quantize,
 }
 Codes = dict[int, torch.Tensor]

@@ -4,6 +4,7 @@ linear in half precision     torch copies the weight where x has three axes and 
                              takes 270 ms so and 6 as [1, 1024]
 conv2d, conv3d               over patches that were cut apart before, each of the kernel's size: a product of rows.
                              2,304 patches of 3 x 2 x 14 x 14 to 768: 280 ms, and 3 as a product (one core, bfloat16)
+    attention                    of many queries: kernels/attention
 """
 
 from __future__ import annotations
@@ -15,11 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpcompile.ir.edit import aten
+from qpcompile.kernels.attention.cpu import attention
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: f[..., K], weight: f[N, K], bias: f[N] -> f[..., N]."""
     return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Arguments of torch.nn.functional.scaled_dot_product_attention, by their names there."""
+    if dropout_p or is_causal:
+        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+    return attention(q, k, v, attn_mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:
@@ -47,4 +66,5 @@ FASTER: dict[Any, Callable[..., Any]] = {
     aten.linear.default: linear,
     aten.conv2d.default: conv2d,
     aten.conv3d.default: conv3d,
+    aten.scaled_dot_product_attention.default: attend,
 }

@@ -82,6 +82,8 @@ MAKES = {
         Make("openvino", "cpu_openvino_export.py", python=OPENVINO),
         Make("ours-float32", "cpu_prepare.py", ("ours:float32",), depends=_COMPILER),
         Make("ours-bfloat16", "cpu_prepare.py", ("ours:bfloat16",), depends=_COMPILER),
+        Make("ort-fp32", "cpu_prepare.py", ("ort:fp32",), depends=_COMPILER),
+        Make("ort-int4", "cpu_prepare.py", ("ort:int4",), depends=_COMPILER),
         Make("onnx-w4a4kv4", "cpu_prepare.py", ("onnx:w4a4kv4",), "ours-float32", depends=_COMPILER),
         Make("onnx-quota-30", "cpu_prepare.py", ("onnx:quota-30",), "ours-float32", depends=_COMPILER),
     )
@@ -95,6 +97,8 @@ PEERS = {
         Peer("torch.compile bf16", "cpu_torch.py", "torch-bfloat16", arguments=("compile",), asked=True),
         Peer("OpenVINO GenAI int4", "cpu_openvino.py", "openvino", "", ("1",), OPENVINO),
         Peer("OpenVINO GenAI int4, CDPruner 30 %", "cpu_openvino.py", "openvino", "", ("0.3",), OPENVINO),
+        Peer("ORT fp32", "cpu_ours_onnx.py", "ort-fp32"),
+        Peer("ORT int4", "cpu_ours_onnx.py", "ort-int4"),
         Peer("ours w4a4kv4", "cpu_ours.py", "ours-float32", "w4a4kv4"),
         Peer("ours quota-30", "cpu_ours.py", "ours-float32", "quota-30"),
         Peer("ours w4a4kv4, bf16", "cpu_ours.py", "ours-bfloat16", "w4a4kv4"),

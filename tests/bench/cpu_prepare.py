@@ -1,6 +1,8 @@
 """Make what one peer of the CPU benchmark loads: cpu_prepare.py WHAT SHAPE FOLDER [SOURCE]
 
-WHAT is torch:DTYPE, ours:DTYPE (a folder for each preset), or onnx:PRESET from the compiled models in SOURCE.
+WHAT is torch:DTYPE, ours:DTYPE (a folder for each preset), onnx:PRESET from the compiled models in SOURCE, or ort:fp32
+and ort:int4: the model's own graphs for onnxruntime, the second with the weights that its quantizer of matrix products
+makes of them (blocks of 32, int8 arithmetic).
 """
 
 import sys
@@ -68,7 +70,29 @@ def prepare_onnx(shape: Shape, folder: Path, preset: str, source: str) -> None:
     qpcompile.load(Path(source) / preset).export_onnx(folder)
 
 
-MAKERS: dict[str, Callable[..., None]] = {"torch": prepare_torch, "ours": prepare_ours, "onnx": prepare_onnx}
+def prepare_ort(shape: Shape, folder: Path, weights: str) -> None:
+    """The model as it is in ONNX; int4 goes through onnxruntime's own tool, with its own settings but for the block."""
+    samples = [model_inputs(shape, {"prompt": 101})]
+    qpcompile.compile(build(shape), "none", calibration=samples).export_onnx(folder)
+    if weights == "fp32":
+        return
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    for path in sorted(folder.glob("*.onnx")):
+        quantizer = MatMulNBitsQuantizer(onnx.load(path), 4, 32, is_symmetric=True, accuracy_level=4)
+        quantizer.process()
+        path.unlink()
+        quantizer.model.save_model_to_file(str(path), use_external_data_format=True)
+    (folder / "weights.data").unlink()
+
+
+MAKERS: dict[str, Callable[..., None]] = {
+    "torch": prepare_torch,
+    "ours": prepare_ours,
+    "onnx": prepare_onnx,
+    "ort": prepare_ort,
+}
 
 
 def main(what: str, shape: str, folder: str, *source: str) -> None:

@@ -1,0 +1,11 @@
+"""The CPU path of segment_attention: the segments of blocks.py by attention over whole prompts (kernels/attention)."""
+
+from torch import Tensor
+
+from qpcompile.kernels.attention.cpu import attention
+from qpcompile.kernels.segment_attention import blocks
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """Shapes as in reference.py."""
+    return blocks.segment_attention(q, k, v, cu_seqlens, scale, attention)
