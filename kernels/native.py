@@ -37,7 +37,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
     "rope": (*(P,) * 4, *(N,) * 2, *(L,) * 13, N),
     "rows": (P, P, P, L, P, P, P, N),
-    "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, L, L, L, L, L, L, P, N),
+    "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, *(L,) * 7, P, N),
 }
 AMX = ("linear_w4a4_amx", "attention_amx")
 """Functions that need AMX tiles, there where `Library.amx` says so."""

@@ -55,17 +55,28 @@ def _native(
     batch, heads, rows, head_dim = q.shape
     groups, keys = k_codes.shape[1:3]
     q = q if q.stride(3) == 1 else q.contiguous()
-    cache = [part.contiguous() for part in (k_codes, k_affine, v_codes, v_affine)]
+    cache = k_codes, k_affine, v_codes, v_affine
+    room = _room(cache[0])
+    if room < keys or any(_room(part) != room for part in cache):
+        cache, room = tuple(part.contiguous() for part in cache), keys
     seen = None if mask is None else mask.expand(batch, heads, rows, keys)
     what = (None, 0, 0, 0, 0, 0) if seen is None else (seen.data_ptr(), native.ELEMENTS[seen.dtype], *seen.stride())
     y = torch.empty((batch, rows, heads, head_dim), dtype=q.dtype)
     native.call(
         "attention_kv4_" + native.real(q),
         *(q.data_ptr(), native.ELEMENTS[q.dtype], *q.stride()[:3], *[part.data_ptr() for part in cache], *what),
-        *(scale, batch, heads, groups, rows, keys, head_dim, y.data_ptr()),
+        *(scale, batch, heads, groups, rows, keys, room, head_dim, y.data_ptr()),
         level=level,
     )
     return y.transpose(1, 2)
+
+
+def _room(part: Tensor) -> int:
+    """Keys from one head to the next in a part of a cache, [B, H, S, W]; 0 where it is no front of a packed one."""
+    _, heads, _, width = part.shape
+    of_batch, of_head, of_key, of_number = part.stride()
+    packed = of_number == 1 and of_key == width and of_head % width == 0 and of_batch == heads * of_head
+    return of_head // width if packed else 0
 
 
 def _attend_to_values(

@@ -90,8 +90,10 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> fx.GraphModule:
     own.output(own.graph_copy(graph.module.graph, {}))
     module = fx.GraphModule(graph.module, own)
     bound = Graph(graph.name, module, graph.inputs, graph.outputs, graph.owner)
-    grow_in_place(bound, caches)
-    if any(get_tensor(module, str(node.target)).device.type != "cpu" for node in own.nodes if node.op == "get_attr"):
+    tensors = [get_tensor(module, str(node.target)) for node in own.nodes if node.op == "get_attr"]
+    elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
+    grow_in_place(bound, caches, packed_codes=elsewhere)
+    if elsewhere:
         module.recompile()
         return module
     for node in list(calls(bound, LINEAR_W4A4)):

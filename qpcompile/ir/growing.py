@@ -3,8 +3,8 @@
     %k = aten::cat([%past_key_values.0.key, %new], 2)     copies the whole cache on every step
       -> %k = append(%past_key_values.0.key, %new)        writes one token; the result is a view that is one longer
 
-The numbers are the same. `attention_kv4` reads packed codes only, so a 4-bit cache would be copied for it either way:
-it is left as it is. Beam search reorders rows, which copies the cache too.
+The numbers are the same. On a GPU `attention_kv4` reads packed codes only, so a 4-bit cache would be copied for it
+either way: it is left as it is. Beam search reorders rows, which copies the cache too.
 """
 
 from __future__ import annotations
@@ -43,13 +43,17 @@ class GrowingCaches:
         return grown
 
 
-def grow_in_place(graph: Graph, caches: GrowingCaches) -> int:
-    """Rewrite what appends to the caches of a decode graph; returns how many did."""
+def grow_in_place(graph: Graph, caches: GrowingCaches, packed_codes: bool) -> int:
+    """Rewrite what appends to the caches of a decode graph, but what `attention_kv4` reads where its codes have to be
+    packed; returns how many were rewritten.
+    """
     (results,) = graph.output_node.args
     assert isinstance(results, tuple)
     named = zip(graph.outputs, results, strict=True)
     stored = {node for path, node in named if path.startswith(f"{CACHE}.") and isinstance(node, fx.Node)}
     found = [node for node in calls(graph, aten.cat.default) if node in stored and _appends_to_cache(graph, node)]
+    if packed_codes:
+        found = [node for node in found if not any(is_call(user, ATTENTION_KV4) for user in node.users)]
     for node in found:
         node.args = tuple(node.args[0])  # type: ignore[arg-type]
         node.target = caches.append
@@ -57,13 +61,12 @@ def grow_in_place(graph: Graph, caches: GrowingCaches) -> int:
 
 
 def _appends_to_cache(graph: Graph, node: fx.Node) -> bool:
-    """Whether a node is cat([cached, new], 2), and nothing reads it that needs it packed."""
+    """Whether a node is cat([cached, new], 2)."""
     parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or axis not in (2, -2):
         return False
     past = parts[0]
-    cached = isinstance(past, fx.Node) and past.op == "placeholder" and _path(graph, past).startswith(f"{CACHE}.")
-    return cached and not any(is_call(user, ATTENTION_KV4) for user in node.users)
+    return isinstance(past, fx.Node) and past.op == "placeholder" and _path(graph, past).startswith(f"{CACHE}.")
 
 
 def _path(graph: Graph, placeholder: fx.Node) -> str:

@@ -1,0 +1,100 @@
+"""Attention over a whole prompt on AMX tiles against the formula, and which calls go there."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qpcompile.kernels import native
+from qpcompile.kernels.attention import cpu, reference
+
+tiles = pytest.mark.skipif(not native.library().amx, reason="this processor has no AMX tiles")
+# (batch, query heads, key heads, queries, keys, head size)
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (1, 2, 1, 16, 32, 32),
+    (2, 4, 2, 17, 33, 80),
+    (1, 3, 3, 70, 257, 7),
+    (2, 6, 2, 63, 64, 128),
+    (1, 2, 2, 33, 31, 65),
+]
+
+
+def given(shape: tuple[int, ...]) -> list[Tensor]:
+    """Queries, keys and values as projections leave them, [B, S, H, D] in memory."""
+    batch, heads, groups, queries, keys, size = shape
+    torch.manual_seed(sum(shape))
+    sizes = ((queries, heads), (keys, groups), (keys, groups))
+    return [torch.randn(batch, *each, size).bfloat16().transpose(1, 2) for each in sizes]
+
+
+def masks(shape: tuple[int, ...]) -> list[Tensor | None]:
+    """No mask, one for all heads with a query that sees nothing, one of its own for each head."""
+    batch, heads, _, queries, keys, _ = shape
+    causal = torch.ones(batch, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    causal[:, :, 0] = False
+    return [None, causal, torch.rand(batch, heads, queries, keys) < 0.5, torch.ones(1, 1, 1, keys, dtype=torch.bool)]
+
+
+@tiles
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_formula(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = given(shape)
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **o: plain(*a, **o).fill_(torch.nan))
+    for mask in masks(shape):
+        expected = reference.attention(q.double(), k.double(), v.double(), mask, 0.3)
+        found = cpu._on_tiles(q, k, v, mask, 0.3)
+        # Probabilities are bfloat16 in the second product, and so is the result.
+        torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7 * float(v.abs().max()))
+        assert found.transpose(1, 2).is_contiguous()
+
+
+@tiles
+def test_is_as_near_as_torchs() -> None:
+    shape = (1, 4, 4, 300, 300, 64)
+    q, k, v = given(shape)
+    expected = reference.attention(q.double(), k.double(), v.double(), None, 0.125)
+    errors = [
+        float((each.double() - expected).norm())
+        for each in (cpu._on_tiles(q, k, v, None, 0.125), cpu.fused(q, k, v, None, 0.125))
+    ]
+    assert errors[0] < 1.2 * errors[1]
+
+
+@tiles
+def test_large_scores_and_nan() -> None:
+    q, k, v = given((1, 2, 2, 40, 64, 32))
+    found = cpu._on_tiles(q * 100, k, v, None, 1.0)
+    torch.testing.assert_close(found, cpu.fused(q * 100, k, v, None, 1.0), rtol=0.02, atol=0.02)
+    q[0, 1, 3, 5] = torch.nan
+    rows = cpu._on_tiles(q, k, v, None, 1.0).isnan().all(-1)
+    assert rows.nonzero().tolist() == [[0, 1, 3]]
+
+
+@tiles
+def test_threads_and_copies_give_the_same_bits() -> None:
+    q, k, v = given((2, 6, 2, 100, 130, 64))
+    expected = cpu._on_tiles(q, k, v, None, 0.125)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(cpu._on_tiles(q, k, v, None, 0.125), expected)
+    finally:
+        torch.set_num_threads(before)
+    turned = [each.mT.contiguous().mT for each in (q, k, v)]
+    assert torch.equal(cpu._on_tiles(*turned, None, 0.125), expected)
+
+
+@pytest.mark.parametrize("change", ["float32", "float mask", "few queries", "negative scale", "double"])
+def test_the_rest_is_torchs(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = given((1, 4, 2, 2 if change == "few queries" else 20, 40, 16))
+    mask: Any = torch.zeros(20, 40).bfloat16() if change == "float mask" else None
+    if change in ("float32", "double"):
+        q, k, v = (each.to(torch.float32 if change == "float32" else torch.float64) for each in (q, k, v))
+    scale = -0.3 if change == "negative scale" else 0.3
+    monkeypatch.setattr(cpu, "_on_tiles", None)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    assert torch.equal(cpu.attention(q, k, v, mask, scale), expected)
