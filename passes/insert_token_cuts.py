@@ -63,8 +63,11 @@ class InsertTokenCuts:
         return True
 
 
-def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pruner) -> None:
-    """Insert every cut into the prefill graph, first to last."""
+def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pruner, shapes: bool = True) -> None:
+    """Insert every cut into the prefill graph, first to last.
+
+    Without `shapes` those behind the last cut stay what they were: enough for a graph that is only run.
+    """
     embeddings = value(graph.placeholder("inputs_embeds"))
     batch, length = embeddings.shape[0], embeddings.shape[1]
     prompt = _Prompt(
@@ -86,6 +89,8 @@ def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pru
         if isinstance(pruner, Merger):
             point.replace_hidden(pruner.merge(point, scores))
         now = _cut_once(point, scores, prompt, now.positions)
+        if shapes or cut is not cuts[-1]:
+            propagate(graph, point.before)
     tidy(graph)
 
 
@@ -133,7 +138,6 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node
         _compact_cache(point, selection)
     add_output(graph, f"{KEPT}.{point.layer}", kept)
     add_output(graph, f"{ALIVE}.{point.layer}", alive)
-    propagate(graph, before)
     return _Tokens(visual, alive, kept, value(stays), positions)
 
 

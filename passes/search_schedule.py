@@ -174,7 +174,7 @@ def _with_cuts(program: Program, layers: tuple[int, ...]) -> Graph:
         Cut(layer=layer, ratio=stand_in / DENOMINATOR, numerator=stand_in, denominator=DENOMINATOR)
         for layer, stand_in in zip(layers, STAND_INS, strict=False)
     )
-    cut_prefill(graph, cuts, recipe, PRUNERS[recipe.tokens.method])
+    cut_prefill(graph, cuts, recipe, PRUNERS[recipe.tokens.method], shapes=False)
     return graph
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
@@ -10,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from qpcompile.capture.record import find_components, record
 from qpcompile.capture.sample import two_rows
 from qpcompile.capture.trace import trace
+from qpcompile.capture.unread import drop_unread
 from qpcompile.capture.visual_path import visual_path
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import layer_of
@@ -59,7 +61,12 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
     host.generation_config = copy.deepcopy(model.generation_config)
     layers = _layers(graphs[PREFILL])
     planned = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in layers)
-    return Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=planned))
+    program = Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=planned))
+    # Running binds a host to its program: a copy runs here, on the same tensors.
+    tensors = [*host.parameters(), *host.buffers()]
+    own = copy.deepcopy(host, {id(tensor): tensor for tensor in tensors})
+    drop_unread(dataclasses.replace(program, host=own), prompt)
+    return program
 
 
 def _own_weights(graphs: dict[str, Graph]) -> set[str]:

@@ -169,9 +169,14 @@ def before_cast(node: fx.Node) -> fx.Node:
     return node
 
 
+def _stays(node: fx.Node) -> bool:
+    """Whether a node does more than give a value. Attention could draw random numbers, and never does here."""
+    return node.is_impure() and node.target is not aten.scaled_dot_product_attention.default
+
+
 def tidy(graph: Graph) -> bool:
     """Remove dead nodes and tensors nobody reads, and recompile; returns whether a node was dead."""
-    dead = graph.module.graph.eliminate_dead_code()
+    dead = graph.module.graph.eliminate_dead_code(_stays)
     graph.module.graph.lint()
     graph.module.delete_all_unused_submodules()
     used = {node.target for node in graph.module.graph.nodes if node.op == "get_attr"}

@@ -1,0 +1,39 @@
+"""What a tower returns for nobody is not computed."""
+
+from __future__ import annotations
+
+import torch
+from families import llava, qwen2_5_vl
+from programs import captured
+
+import qpcompile
+from qpcompile.capture.capture import capture
+from qpcompile.ir.edit import layer_of
+from qpcompile.ir.program import VISION
+from qpcompile.recipe import Recipe
+
+
+def test_layers_behind_the_features_are_gone() -> None:
+    model, cases = llava()
+    graph = qpcompile.compile(model, "none", calibration=[cases["one"]]).program.graphs[VISION]
+    depth, chosen = model.config.vision_config.num_hidden_layers, model.config.vision_feature_layer
+    assert graph.outputs == (f"hidden_states.{depth + 1 + chosen}",)
+    assert {layer_of(node) for node in graph.nodes} - {None} == set(range(depth + 1 + chosen))
+    assert not any("post_layernorm" in str(node.target) for node in graph.nodes)
+
+
+def test_the_answer_is_the_models() -> None:
+    for family in (llava, qwen2_5_vl):
+        model, cases = family()
+        compiled = qpcompile.compile(model, "none", calibration=[cases["one"]])
+        for case in cases.values():
+            settings = {"max_new_tokens": 3, "do_sample": False}
+            assert torch.equal(compiled.generate(**case, **settings), model.generate(**case, **settings))
+
+
+def test_what_is_read_stays() -> None:
+    _, _, program = captured()
+    assert program.graphs[VISION].outputs
+    model, cases = qwen2_5_vl()
+    outputs = capture(model, cases["one"], Recipe.load("none")).graphs[VISION].outputs
+    assert outputs, "the tower's own features"
