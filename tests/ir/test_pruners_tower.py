@@ -301,20 +301,19 @@ def test_golden_side_outputs_of_packed_patches() -> None:
     expecttest.assert_expected_inline(
         "".join(lines[start:]),
         """\
-%140 = qpcompile::attention_received(%129, %132, %2, 0.1767766952966369, False) : f32[1, S6*((S0//((S0//4))))]
-%141 = aten::mean.dim(%132, [1]) : f32[1, S6*((S0//((S0//4)))), 32]
-%142 = aten::reshape(%140, [-1]) : f32[S6*((S0//((S0//4))))]
-%143 = aten::index.Tensor(%142, [%139]) : f32[S6, ((S6*((S0//((S0//4)))))//(((S6*((S0//((S0//4)))))//4)))]
-%144 = aten::mean.dim(%143, [1]) : f32[S6]
-%145 = aten::reshape(%144, [-1]) : f32[S6]
-%146 = aten::reshape(%141, [-1, 32]) : f32[S6*((S0//((S0//4)))), 32]
-%147 = aten::index.Tensor(%146, [%139]) : f32[S6, ((S6*((S0//((S0//4)))))//(((S6*((S0//((S0//4)))))//4))), 32]
-%148 = aten::mean.dim(%147, [1]) : f32[S6, 32]
-%149 = aten::reshape(%148, [-1, 32]) : f32[S6, 32]
-return last_hidden_state = %119
-return pooler_output = %126
-return visual_scores = %145
-return visual_keys = %149
+%116 = qpcompile::attention_received(%105, %108, %2, 0.1767766952966369, False) : f32[1, S6*((S0//((S0//4))))]
+%117 = aten::mean.dim(%108, [1]) : f32[1, S6*((S0//((S0//4)))), 32]
+%118 = aten::reshape(%116, [-1]) : f32[S6*((S0//((S0//4))))]
+%119 = aten::index.Tensor(%118, [%115]) : f32[S6, ((S6*((S0//((S0//4)))))//(((S6*((S0//((S0//4)))))//4)))]
+%120 = aten::mean.dim(%119, [1]) : f32[S6]
+%121 = aten::reshape(%120, [-1]) : f32[S6]
+%122 = aten::reshape(%117, [-1, 32]) : f32[S6*((S0//((S0//4)))), 32]
+%123 = aten::index.Tensor(%122, [%115]) : f32[S6, ((S6*((S0//((S0//4)))))//(((S6*((S0//((S0//4)))))//4))), 32]
+%124 = aten::mean.dim(%123, [1]) : f32[S6, 32]
+%125 = aten::reshape(%124, [-1, 32]) : f32[S6, 32]
+return pooler_output = %102
+return visual_scores = %121
+return visual_keys = %125
 """,
     )
     lines = graph_text(program.graphs[PREFILL]).splitlines(keepends=True)
