@@ -135,8 +135,9 @@ def _turned_halves(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     if len(parts) != 2 or len(add.args) != 2 or add.kwargs:
         return None
     (x, cos), (turned, sin) = (part.args for part in parts)  # type: ignore[union-attr]
-    nodes = all(isinstance(node, fx.Node) for node in (x, cos, turned, sin))
-    if not nodes or not is_call(turned, aten.cat.default) or len(turned.users) != 1:
+    if not (isinstance(x, fx.Node) and isinstance(cos, fx.Node) and isinstance(sin, fx.Node)):
+        return None
+    if not isinstance(turned, fx.Node) or not is_call(turned, aten.cat.default) or len(turned.users) != 1:
         return None
     halves, *axis = turned.args
     size = value(x).shape[-1]

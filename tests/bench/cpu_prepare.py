@@ -83,7 +83,7 @@ def prepare_ort(shape: Shape, folder: Path, weights: str) -> None:
         quantizer = MatMulNBitsQuantizer(onnx.load(path), 4, 32, is_symmetric=True, accuracy_level=4)
         quantizer.process()
         path.unlink()
-        quantizer.model.save_model_to_file(str(path), use_external_data_format=True)
+        quantizer.model.save_model_to_file(str(path), use_external_data_format=True)  # type: ignore[union-attr]
     (folder / "weights.data").unlink()
 
 

@@ -84,8 +84,8 @@ def test_threads_and_copies_give_the_same_bits() -> None:
         assert torch.equal(cpu._on_tiles(q, k, v, None, 0.125), expected)
     finally:
         torch.set_num_threads(before)
-    turned = [each.mT.contiguous().mT for each in (q, k, v)]
-    assert torch.equal(cpu._on_tiles(*turned, None, 0.125), expected)
+    q, k, v = (each.mT.contiguous().mT for each in (q, k, v))
+    assert torch.equal(cpu._on_tiles(q, k, v, None, 0.125), expected)
 
 
 @pytest.mark.parametrize("change", ["float32", "float mask", "few queries", "negative scale", "double"])

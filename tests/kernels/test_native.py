@@ -198,8 +198,8 @@ def test_cache_and_attention_are_the_reference(case: tuple[int, ...], dtype: tor
             torch.testing.assert_close(found, wanted, rtol=0.01, atol=1e-5)
         assert found.transpose(1, 2).is_contiguous()
         # A cache that has room for more behind its tokens is read where it lies.
-        roomy = [torch.cat([part, part], dim=2)[:, :, :keys] for part in cache]
-        assert torch.equal(attention_cpu._native(q, *roomy, mask, 0.3, level), found)
+        ka, kb, va, vb = (torch.cat([part, part], dim=2)[:, :, :keys] for part in cache)
+        assert torch.equal(attention_cpu._native(q, ka, kb, va, vb, mask, 0.3, level), found)
 
 
 @levels
