@@ -1,7 +1,4 @@
-"""The CPU path of attention over a whole prompt: AMX tiles for bfloat16, where the processor has them, or torch's.
-
-2,304 patches, 12 heads of 64, bfloat16, one core of a Xeon with AMX: 33 ms, and 53 by torch.
-"""
+"""The CPU path of attention over a whole prompt: AMX tiles for bfloat16, where the processor has them, or torch's."""
 
 import ctypes
 

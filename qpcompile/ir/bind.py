@@ -7,7 +7,8 @@ linears read their weight in 4 bits. Where they are not, it is unpacked once, si
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
 
 The program itself is not touched: what is saved, exported and reported keeps its 4 bits. An unpacked weight takes one
-byte more per parameter in memory, shared between prefill and decode. The same numbers bit for bit.
+byte more per parameter in memory, shared between prefill and decode. The same numbers bit for
+bit, but for the order of sums in bind_torch.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Operators of torch that take another, faster way on the CPU in a bound graph; the same sums.
+"""Operators of torch that take another, faster way on the CPU in a bound graph: the same sums, maybe in another order.
 
-linear in half precision     torch copies the weight where x has three axes and one row: [1, 1, 1024] x [32000, 1024]
-                             takes 270 ms so and 6 as [1, 1024]
-conv2d, conv3d               over patches that were cut apart before, each of the kernel's size: a product of rows.
-                             2,304 patches of 3 x 2 x 14 x 14 to 768: 280 ms, and 3 as a product (one core, bfloat16)
-    attention                    of many queries: kernels/attention
+linear            in half precision torch copies the whole weight for an x of three axes and one row; not for two axes
+conv2d, conv3d    over patches that were cut apart before, each of the kernel's size: one product of rows
+attention         of many queries: kernels/attention
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def measure(layer: Layer, tokens: int) -> list[Row]:
             torch.cuda.synchronize()
             prepared[kernel] = found
         except (NotHereError, RuntimeError, TypeError, NotImplementedError) as error:
-            failed[kernel] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            # An error may say nothing but its name.
+            failed[kernel] = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     times = dict(zip(prepared, interleaved([each.calls for each in prepared.values()]), strict=True))
     rows = []
     for kernel in KERNELS:
