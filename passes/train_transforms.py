@@ -78,8 +78,8 @@ class TrainTransforms:
             return execute_graph(graph, feeds)
 
         machine = Machine(program, execute)
-        for number, batch in enumerate(batches(islice(self.samples, count), training.batch)):
-            run_sample(machine, batch, number * training.batch)
+        for first, batch in batches(islice(self.samples, count), training.batch):
+            run_sample(machine, batch, first)
         return held
 
 

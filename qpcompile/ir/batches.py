@@ -10,16 +10,20 @@ import torch
 PROMPT, MASK = "input_ids", "attention_mask"
 
 
-def batches(samples: Iterable[dict[str, Any]], size: int) -> Iterator[dict[str, Any]]:
-    """Up to `size` neighbours at a time; samples that do not fit together, in what they hold or its shape, go apart."""
+def batches(samples: Iterable[dict[str, Any]], size: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of its first sample, batch) of up to `size` neighbours at a time.
+
+    Samples that do not fit together, in what they hold or its shape, go apart.
+    """
     held: list[dict[str, Any]] = []
+    first = 0
     for sample in samples:
         if held and (len(held) == size or not _alike(held[0], sample)):
-            yield _together(held)
-            held = []
+            yield first, _together(held)
+            first, held = first + len(held), []
         held.append(sample)
     if held:
-        yield _together(held)
+        yield first, _together(held)
 
 
 def _alike(first: dict[str, Any], second: dict[str, Any]) -> bool:

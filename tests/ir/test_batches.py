@@ -23,7 +23,9 @@ def sample(length: int, pictures: int = 1, **more: Any) -> dict[str, Any]:
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 5))
 def test_every_prompt_stands_at_the_end_of_its_row(lengths: list[int], size: int) -> None:
-    found = list(batches([sample(length) for length in lengths], size))
+    numbered = list(batches([sample(length) for length in lengths], size))
+    assert [first for first, _ in numbered] == list(range(0, len(lengths), size))
+    found = [batch for _, batch in numbered]
     assert [len(batch["input_ids"]) for batch in found] == [
         min(size, len(lengths) - start) for start in range(0, len(lengths), size)
     ]
@@ -36,7 +38,7 @@ def test_every_prompt_stands_at_the_end_of_its_row(lengths: list[int], size: int
 
 
 def test_pictures_follow_one_another() -> None:
-    (found,) = batches([sample(3, pictures=2), sample(3, pictures=1)], 2)
+    ((_, found),) = batches([sample(3, pictures=2), sample(3, pictures=1)], 2)
     assert found["pixel_values"].shape == (3, 3, 2, 2)
 
 
@@ -44,7 +46,7 @@ def test_token_types_of_padding_are_text() -> None:
     one, other = sample(2), sample(4)
     for each in (one, other):
         each["mm_token_type_ids"] = torch.ones_like(each["input_ids"])
-    (found,) = batches([one, other], 2)
+    ((_, found),) = batches([one, other], 2)
     assert found["mm_token_type_ids"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert found["input_ids"][0].tolist() == [2, 2, 1, 2]
 
@@ -59,9 +61,9 @@ def test_token_types_of_padding_are_text() -> None:
     ],
 )
 def test_what_does_not_fit_goes_apart(other: dict[str, Any]) -> None:
-    found = list(batches([sample(3), other, other], 4))
-    assert len(found[0]["input_ids"]) == 1
-    assert found[1]["pixel_values"] is other["pixel_values"] or len(found[1]["input_ids"]) == 2
+    (_, alone), (first, behind), *_ = batches([sample(3), other, other], 4)
+    assert len(alone["input_ids"]) == 1 and first == 1
+    assert behind["pixel_values"] is other["pixel_values"] or len(behind["input_ids"]) == 2
 
 
 def test_a_batch_gives_what_its_samples_give() -> None:
@@ -75,7 +77,8 @@ def test_a_batch_gives_what_its_samples_give() -> None:
         return result
 
     machine = Machine(fresh(Recipe.load("none")), execute)
-    for inputs in (*batches([cases["one"], cases["longer"]], 2), cases["one"], cases["longer"]):
+    ((_, both),) = batches([cases["one"], cases["longer"]], 2)
+    for inputs in (both, cases["one"], cases["longer"]):
         machine.prefill(inputs)
     together, *apart = seen
     assert together.shape[0] == 2
