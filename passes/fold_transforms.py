@@ -21,8 +21,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from qpcompile.ir.basis import Basis, Change, find_basis, weight_name
-from qpcompile.ir.edit import add_tensor, aten, call, calls, layer_of, set_tensor, tidy
+from qpcompile.ir.basis import Basis, Change, change_basis, weight_name
+from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, layer_of, tidy
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB
 from qpcompile.ir.program import HEAD, Graph, Program
@@ -42,25 +42,22 @@ class FoldTransforms:
         scheme = program.recipe.quantize
         if scheme is None or program.at_least(self.gives):
             return False
-        found: dict[str, Basis] = {}
         changed = False
-        for graph in program.graphs.values():
-            if graph.name == HEAD:
-                continue
-            # Prefill and decode have one owner and one set of weights: what prefill finds holds for both.
-            if graph.owner not in found:
-                found[graph.owner] = find_basis(graph, scheme, program.facts["calibration"])
-            changed |= _apply(graph, found[graph.owner], scheme.kv_cache.bits != 16 and scheme.kv_cache.rotate)
+        graphs = [graph for graph in program.graphs.values() if graph.name != HEAD]
+        # Prefill and decode have one owner and one set of weights: what prefill finds holds for both.
+        for owner in dict.fromkeys(graph.owner for graph in graphs):
+            owned = [graph for graph in graphs if graph.owner == owner]
+            basis = change_basis(owned, scheme, program.facts["calibration"])
+            for graph in owned:
+                changed |= _apply(graph, basis, scheme.kv_cache.bits != 16 and scheme.kv_cache.rotate)
         return changed
 
 
 def _apply(graph: Graph, basis: Basis, rotate_keys: bool) -> bool:
     changed = bool(basis.tensors)
-    for name, tensor in basis.tensors.items():
-        set_tensor(graph.module, name, tensor)
     for linear in list(calls(graph, aten.linear.default)):
         if (name := basis.biases.get(weight_name(linear))) is not None:
-            linear.args = (*linear.args[:2], add_tensor(graph, name, basis.tensors[name], linear))
+            linear.args = (*linear.args[:2], add_tensor(graph, name, get_tensor(graph.module, name), linear))
     for stub in list(calls(graph, QUANT_STUB)):
         fact = stub_fact(stub)
         if fact is None:

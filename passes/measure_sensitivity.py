@@ -69,6 +69,7 @@ class MeasureSensitivity:
                         facts = {layer: vars(rows) for layer, rows in table.items()}
                         program.checkpoint.save(self.name, {}, {"samples": number + 1, "layers": facts})
                 step()
+        machine.execute = execute_graph  # the host keeps the machine: what this pass holds goes
         program.facts["deviations"] = {layer: rows.deviations for layer, rows in table.items()}
         program.plan = program.plan.changed(facts=tuple(rows.facts(layer) for layer, rows in table.items()))
         return False

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,14 +19,14 @@ from torch import fx
 from qpcompile.errors import CalibrationError, RecipeError
 from qpcompile.ir.basis import weight_name
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.edit import add_tensor, aten, before_cast, call, calls, get_tensor, is_call, tidy
+from qpcompile.ir.edit import add_tensor, aten, before_cast, call, calls, drop_tensor, get_tensor, is_call, tidy
 from qpcompile.ir.facts import QuantizedFact, set_fact, stub_fact
 from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANT_STUB, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.ir.solvers import output_error, solve
 from qpcompile.ir.static_scales import select_scale, static_scales
-from qpcompile.ir.statistics import Calibration, InputStatistics
+from qpcompile.ir.statistics import Calibration
 from qpcompile.kernels.linear_w4a4.packing import pack_int4
 from qpcompile.plan import Site
 from qpcompile.progress import track
@@ -49,25 +48,36 @@ class QuantizeWeights:
         scheme = program.recipe.quantize
         if scheme is None or scheme.weights.bits == 16:
             return False
-        solved: dict[str, Packed] = {}
-        sites: dict[tuple[str, str], Site] = {}
-        total = sum(1 for graph in program.graphs.values() for _ in _stubbed(graph))
-        with track("quantize_weights", total) as step:
-            for graph in program.graphs.values():
-                quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-                for linear in list(_stubbed(graph)):
-                    calibration = program.facts["calibration"]
-                    site = _replace(graph, linear, scheme, calibration, solved, quantized, program.checkpoint)
-                    sites[site.graph, site.name] = site
+        sites: dict[str, dict[str, Site]] = {name: {} for name in program.graphs}
+        quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        calibration, places = program.facts["calibration"], _places(program)
+        with track("quantize_weights", sum(map(len, places.values()))) as step:
+            for readers in places.values():
+                # In prefill and decode at once: then the wide weight is gone.
+                solved = _solved(*readers[0], scheme, calibration, program.checkpoint)
+                for graph, linear in readers:
+                    site = _replace(graph, linear, scheme, calibration, solved, quantized)
+                    sites[site.graph][site.name] = site
+                for graph, linear in readers:
+                    _forget(graph, linear)
                     step()
-                _drop_stubs(graph, ("activation", "weight"))
-                tidy(graph)
-        program.plan = program.plan.changed(sites=(*program.plan.sites, *sites.values()))
-        return bool(sites)
+        for graph in program.graphs.values():
+            _drop_stubs(graph, ("activation", "weight"))
+            tidy(graph)
+        found = [site for by_name in sites.values() for site in by_name.values()]
+        program.plan = program.plan.changed(sites=(*program.plan.sites, *found))
+        return bool(found)
 
 
-def _stubbed(graph: Graph) -> list[fx.Node]:
-    return [node for node in calls(graph, aten.linear.default) if is_call(node.args[1], QUANT_STUB)]
+def _places(program: Program) -> dict[str, list[tuple[Graph, fx.Node]]]:
+    """Site -> the linears that read its weight, with their graphs."""
+    found: dict[str, list[tuple[Graph, fx.Node]]] = {}
+    for graph in program.graphs.values():
+        for linear in calls(graph, aten.linear.default):
+            stub = linear.args[1]
+            if is_call(stub, QUANT_STUB) and (fact := stub_fact(stub)) is not None:
+                found.setdefault(fact.site, []).append((graph, linear))
+    return found
 
 
 def _replace(
@@ -75,27 +85,22 @@ def _replace(
     linear: fx.Node,
     scheme: QuantizeScheme,
     calibration: Calibration,
-    solved: dict[str, Packed],
+    solved: Packed,
     quantized: dict[fx.Node, tuple[fx.Node, fx.Node]],
-    checkpoint: Checkpoint,
 ) -> Site:
-    """Bind one linear; returns what it became."""
+    """Put the integer operator before one linear, for all who read it; returns what it became."""
     stub, weight_stub = linear.args[0], linear.args[1]
     assert isinstance(stub, fx.Node) and isinstance(weight_stub, fx.Node)
     fact, group = stub_fact(weight_stub), stub_fact(stub)
     assert fact is not None and group is not None
-    if fact.site not in solved:
-        solved[fact.site] = _kept(
-            checkpoint, fact.site, lambda: _solve(graph, linear, fact.site, scheme, calibration, group.site)
-        )
-    packed, scale, error = solved[fact.site]
+    packed, scale, error = solved
     name = weight_name(linear)
     weight = add_tensor(graph, f"{name}_packed", packed, linear)
     factor = add_tensor(graph, f"{name}_scale", scale, linear)
     bias = linear.args[2] if len(linear.args) > 2 else None
     if scheme.activations.bits == 4:
         if stub not in quantized:
-            pair = _quantize_input(graph, stub, scheme, calibration.inputs.get(group.site))
+            pair = _quantize_input(graph, stub, scheme, calibration)
             quantized[stub] = (
                 call(graph, stub, operator.getitem, pair, 0),
                 call(graph, stub, operator.getitem, pair, 1),
@@ -107,7 +112,6 @@ def _replace(
     kernel = str(new.target.name())  # type: ignore[union-attr]
     set_fact(new, QuantizedFact((fact.site,), kernel))
     linear.replace_all_uses_with(new)
-    graph.module.graph.erase_node(linear)
     return Site(
         graph=graph.name,
         name=fact.site,
@@ -118,7 +122,22 @@ def _replace(
     )
 
 
-def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, statistics: InputStatistics | None) -> fx.Node:
+def _forget(graph: Graph, linear: fx.Node) -> None:
+    """Remove a linear that nothing reads any more, and its weight where no other node does."""
+    name, stub = weight_name(linear), linear.args[1]
+    assert isinstance(stub, fx.Node)
+    graph.module.graph.erase_node(linear)
+    if stub.users:
+        return
+    (source,) = stub.all_input_nodes
+    graph.module.graph.erase_node(stub)
+    if not source.users:
+        graph.module.graph.erase_node(source)
+    if all(node.target != name for node in graph.nodes if node.op == "get_attr"):
+        drop_tensor(graph.module, name)
+
+
+def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, calibration: Calibration) -> fx.Node:
     """The operator that rounds what is stubbed, with scales found when it runs or fixed now."""
     fact, x = stub_fact(stub), stub.args[0]
     assert fact is not None and isinstance(x, fx.Node)
@@ -127,6 +146,7 @@ def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, statist
     if scheme.activations.granularity != "modality":
         clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
         return call(graph, stub, QUANTIZE_INT4, x, scheme.activations.kernel_group, clip)
+    statistics = calibration.inputs.get(fact.site)
     if statistics is None or not len(statistics.rows):
         raise CalibrationError(
             "a static scale cannot be found: no calibration sample reached this input",
@@ -139,13 +159,18 @@ def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, statist
     return call(graph, stub, QUANTIZE_INT4_STATIC, x, scale)
 
 
-def _kept(checkpoint: Checkpoint, site: str, solved: Callable[[], Packed]) -> Packed:
-    """What a stopped compile has solved for this site, or what is solved now."""
-    title = f"{QuantizeWeights.name} {site}"
+def _solved(
+    graph: Graph, linear: fx.Node, scheme: QuantizeScheme, calibration: Calibration, checkpoint: Checkpoint
+) -> Packed:
+    """The weight of a linear in 4 bits: as a stopped compile has solved it, or solved now."""
+    facts = [stub_fact(argument) for argument in linear.args[:2] if isinstance(argument, fx.Node)]
+    group, fact = facts
+    assert group is not None and fact is not None
+    title = f"{QuantizeWeights.name} {fact.site}"
     kept = checkpoint.load(title)
     if kept is not None:
         return kept[0]["packed"], kept[0]["scale"], kept[1]["error"]
-    packed, scale, error = solved()
+    packed, scale, error = _solve(graph, linear, fact.site, scheme, calibration, group.site)
     checkpoint.save(title, {"packed": packed, "scale": scale}, {"error": error})
     return packed, scale, error
 

@@ -80,6 +80,7 @@ class SearchSchedule:
                         facts = {"samples": number + 1, "costs": list(trials.costs.items())}
                         program.checkpoint.save(self.name, {}, facts)
                 step()
+        trials.machine.execute = execute_graph  # the host keeps the machine: what this pass holds goes
         program.facts["schedule"] = trials.best()
         return False
 

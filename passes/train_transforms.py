@@ -61,8 +61,8 @@ class TrainTransforms:
             return False
         feeds = self._feeds(program, scheme.training)
         trained: list[TrainedBlock] = []
-        for name, held in feeds.items():
-            trained += _train_graph(program, program.graphs[name], held, scheme)
+        for name in list(feeds):
+            trained += _train_graph(program, program.graphs[name], feeds.pop(name), scheme)
         program.plan = program.plan.changed(trained=tuple(trained))
         return bool(trained)
 
@@ -80,6 +80,7 @@ class TrainTransforms:
         machine = Machine(program, execute)
         for first, batch in batches(islice(self.samples, count), training.batch):
             run_sample(machine, batch, first)
+        machine.execute = execute_graph  # the host keeps the machine: what this pass holds goes
         return held
 
 
@@ -96,7 +97,7 @@ def _train_graph(program: Program, graph: Graph, fed: list[_Batch], scheme: Quan
     entry, blocks = split_blocks(graph)
     with torch.no_grad():
         for batch in fed:
-            batch.values = entry.run(batch.feeds)
+            batch.values, batch.feeds = entry.run(batch.feeds), {}
     with track(f"train {graph.name}", len(blocks)) as step:
         for block in blocks:
             with torch.no_grad():
@@ -243,15 +244,19 @@ class _Training:
         """Put what was learned into factors, weights, shifts, clips and statistics, wherever they are read."""
         with torch.no_grad():
             learned = {site: transform.factors() for site, transform in self.sites.items()}
+            moved = dict[str, torch.Tensor]()
             for graph in program.graphs.values():
                 if graph.owner == self.graph.owner:
-                    self._fold_graph(graph, learned)
+                    self._fold_graph(graph, learned, moved)
             for site, (left, right) in learned.items():
                 if site in self.calibration.inputs:
-                    moved = torch.kron(left.double(), right.double())
-                    self.calibration.inputs[site] = self.calibration.inputs[site].transformed(moved)
+                    turn = torch.kron(left.double(), right.double())
+                    self.calibration.inputs[site] = self.calibration.inputs[site].transformed(turn)
 
-    def _fold_graph(self, graph: Graph, learned: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _fold_graph(
+        self, graph: Graph, learned: dict[str, tuple[torch.Tensor, torch.Tensor]], moved: dict[str, torch.Tensor]
+    ) -> None:
+        """moved: new tensors by name, made for the first graph that has them and shared by the others."""
         for stub in calls(graph, QUANT_STUB):
             fact = stub_fact(stub)
             node = _kronecker(stub) if fact is not None and fact.site in learned else None
@@ -259,19 +264,20 @@ class _Training:
                 continue
             (left, right), module = learned[fact.site], graph.module
             first, last = _target(node.args[2]), _target(node.args[3])
-            changed = {
-                first: left @ get_tensor(module, first).detach(),
-                last: get_tensor(module, last).detach() @ right.T,
-            }
+            names = [first, last, *map(weight_name, stub.users)]
+            if first not in moved:
+                moved[first] = left @ get_tensor(module, first).detach()
+                moved[last] = get_tensor(module, last).detach() @ right.T
+                for name in names[2:]:
+                    weight = get_tensor(module, name).detach()
+                    moved[name] = self.sites[fact.site].weights(weight).to(weight.dtype)
             if is_call(shifted := _shifted(stub), aten.sub.Tensor):
-                name = _target(shifted.args[1])
-                changed[name] = kronecker_rows(get_tensor(module, name).detach(), left, right)
-            for linear in stub.users:
-                name = weight_name(linear)
-                weight = get_tensor(module, name).detach()
-                changed[name] = self.sites[fact.site].weights(weight).to(weight.dtype)
-            for name, tensor in changed.items():
-                set_tensor(module, name, tensor.contiguous())
+                names.append(name := _target(shifted.args[1]))
+                if name not in moved:
+                    moved[name] = kronecker_rows(get_tensor(module, name).detach(), left, right)
+            for name in names:
+                moved[name] = moved[name].contiguous()
+                set_tensor(module, name, moved[name])
             if self.scheme.activations.bits == 4:
                 set_fact(stub, replace(fact, clip=float(torch.sigmoid(self.sites[fact.site].clip))))
 

@@ -88,7 +88,8 @@ def compile(
     """Compile a vision-language model: weights, activations, cache and visual tokens by one recipe.
 
     Args:
-        model: a transformers model, or the folder or hub name of one. The model itself is not changed.
+        model: a transformers model, or the folder or hub name of one. The model itself is not changed; where the
+            caller keeps it, its weights stay in memory beside what becomes of them.
         recipe: the name of a preset, the path of a YAML file, or a Recipe.
         processor: what makes inputs from pictures and text; loaded with the model where a folder or name is given.
         calibration: model inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
@@ -110,6 +111,8 @@ def compile(
             do="pass calibration=..., or take the settings named above out of the recipe",
         )
     program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
+    # From here on the graphs hold the weights: those that a pass replaces are gone, unless the caller has the model.
+    del model
     if resume is not None:
         program.checkpoint = Checkpoint.open(Path(resume), checkpoint_key(program, samples))
     return compile_captured(program, processor, samples, after)

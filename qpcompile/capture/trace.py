@@ -24,6 +24,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from qpcompile.capture.adapters import attending_in_segments, table_of, traceable
 from qpcompile.capture.record import Call
 from qpcompile.errors import CaptureError
+from qpcompile.ir.edit import get_tensor, stand_in
 from qpcompile.ir.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import CACHE, named_tensors, template
@@ -72,6 +73,9 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
         returns=template(call.output) if not isinstance(call.output, torch.Tensor) else "output",
         constants={key: value for key, value in flags.items() if isinstance(value, (bool, int))},
     )
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.meta["val"] = stand_in(graph, get_tensor(graph.module, str(node.target)))
     if table is not None:
         graph.constants[TABLE] = table
     graph.constants |= _mask_facts(module, tensors)
@@ -150,12 +154,6 @@ def _plain(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     output = next(node for node in module.graph.nodes if node.op == "output")
     values, _ = pytree.tree_flatten(output.args[0])
     output.args = (tuple(value for value in values if isinstance(value, fx.Node)),)
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            tensor = module
-            for part in str(node.target).split("."):
-                tensor = getattr(tensor, part)
-            node.meta["val"] = tensor
     constants = [not isinstance(name, str) for name in exported.graph_signature.user_inputs]
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, constant in zip(placeholders, constants, strict=True):

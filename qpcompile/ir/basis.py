@@ -7,13 +7,14 @@ m is the mean of T D x over the calibration tokens: what all tokens share need n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from qpcompile.ir.attention import read_attention
-from qpcompile.ir.edit import SHAPE_OPS, aten, calls, get_tensor, is_call, layer_of, through_shape_ops
+from qpcompile.ir.edit import SHAPE_OPS, aten, calls, get_tensor, is_call, layer_of, set_tensor, through_shape_ops
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB, RMSNORM
 from qpcompile.ir.program import Graph
@@ -42,16 +43,22 @@ class Change:
 
 @dataclass
 class Basis:
-    """New tensors by name, what is left to do online per site, and biases of linears that had none, by weight."""
+    """Names of tensors that have changed, what is left to do online per site, and biases of linears that had none, by
+    weight."""
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: set[str] = field(default_factory=set)
     nodes: dict[str, Change] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
 
 
-def find_basis(graph: Graph, scheme: QuantizeScheme, calibration: Calibration) -> Basis:
-    """The change of basis of one graph; statistics in `calibration` are carried over to the new basis."""
-    finder = _Finder(graph, scheme, calibration, Basis())
+def change_basis(graphs: Sequence[Graph], scheme: QuantizeScheme, calibration: Calibration) -> Basis:
+    """Change the basis of one component: its tensors in all graphs that hold them, and statistics in `calibration`.
+
+    A tensor is replaced as soon as its new values are known, so that old and new weights are never there together.
+    graphs: of one owner; what is found in the first holds for all.
+    """
+    graph = graphs[0]
+    finder = _Finder(graph, graphs, scheme, calibration, Basis())
     changes = scheme.transform != "none" or scheme.smooth is not None or scheme.scaling != "none"
     balanced = finder.fold_values() if changes and scheme.kv_cache.bits != 16 else set()
     if scheme.weights.bits == 4:
@@ -65,19 +72,23 @@ def find_basis(graph: Graph, scheme: QuantizeScheme, calibration: Calibration) -
 @dataclass
 class _Finder:
     graph: Graph
+    graphs: Sequence[Graph]
     scheme: QuantizeScheme
     calibration: Calibration
     basis: Basis
 
     def tensor(self, name: str) -> torch.Tensor:
         """The current value of a tensor, f64."""
-        if name in self.basis.tensors:
-            return self.basis.tensors[name].double()
         return get_tensor(self.graph.module, name).detach().double()
 
     def update(self, name: str, new: torch.Tensor) -> None:
-        current = self.basis.tensors[name] if name in self.basis.tensors else get_tensor(self.graph.module, name)
-        self.basis.tensors[name] = new.to(current.dtype).contiguous()
+        """Put f64 values in place of a tensor, in its type."""
+        self._put(name, new.to(get_tensor(self.graph.module, name).dtype).contiguous())
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        for graph in self.graphs:
+            set_tensor(graph.module, name, tensor)
+        self.basis.tensors.add(name)
 
     def change_input(self, stub: fx.Node, site: str, scaled: bool) -> None:
         """Balance, rotate and centre the input of the linears behind one stub."""
@@ -139,7 +150,7 @@ class _Finder:
         weight = weight_name(linear)
         name = f"{weight.removesuffix('.weight')}.bias"
         self.basis.biases[weight] = name
-        self.basis.tensors[name] = more.to(get_tensor(self.graph.module, weight).dtype)
+        self._put(name, more.to(get_tensor(self.graph.module, weight).dtype))
 
     def bias_name(self, linear: fx.Node) -> str | None:
         """The name of a linear's bias, one that it has only just got included."""

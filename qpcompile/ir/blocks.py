@@ -9,6 +9,7 @@ What crosses a border is found by liveness, so that masks and rotary tables of e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,7 +44,8 @@ PLAIN: Mapping[object, Callable[..., Any]] = {
 class Block:
     """Nodes that run together: what they need from before, what is needed after, and what is compared.
 
-    `results` are the values that rounding changes and later blocks read, or at the end the graph's outputs but caches.
+    `results` are the values that rounding changes and later blocks read, or at the end the graph's outputs. Caches are
+    in neither.
     """
 
     name: str
@@ -51,9 +53,9 @@ class Block:
     alive: frozenset[fx.Node]
     results: tuple[fx.Node, ...]
 
-    def run(self, values: Values, look: Look | None = None) -> Values:
-        """Everything that is alive behind the block, from everything alive before it."""
-        return _run(self.nodes, values, self.alive, look)
+    def run(self, values: Values, look: Look | None = None, plain: bool = True) -> Values:
+        """Everything that is alive behind the block, from everything alive before it; in plain torch, or as it is."""
+        return _run(self.nodes, values, self.alive, look, plain)
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Entry:
     nodes: tuple[fx.Node, ...]
     alive: frozenset[fx.Node]
 
-    def run(self, feeds: Mapping[str, torch.Tensor]) -> Values:
+    def run(self, feeds: Mapping[str, torch.Tensor], look: Look | None = None, plain: bool = True) -> Values:
         """feeds: tensors by input path -> everything alive before the first block."""
-        return _run(self.nodes, _placed(self.graph, feeds), self.alive, None)
+        return _run(self.nodes, _placed(self.graph, feeds), self.alive, look, plain)
 
 
 def run_nodes(graph: Graph, feeds: Mapping[str, torch.Tensor], look: Look | None) -> dict[str, torch.Tensor]:
@@ -74,7 +76,7 @@ def run_nodes(graph: Graph, feeds: Mapping[str, torch.Tensor], look: Look | None
     (results,) = graph.output_node.args
     assert isinstance(results, tuple)
     wanted = [node for node in results if isinstance(node, fx.Node)]
-    values = _run(tuple(graph.nodes), _placed(graph, feeds), frozenset(wanted), look)
+    values = _run(tuple(graph.nodes), _placed(graph, feeds), frozenset(wanted), look, True)
     return {path: values[node] for path, node in zip(graph.outputs, wanted, strict=True)}
 
 
@@ -90,17 +92,18 @@ def split_blocks(graph: Graph) -> tuple[Entry, list[Block]]:
     entry = nodes[: starts[0]] if starts else [node for node in nodes if node.op == "placeholder"]
     bounds = [*starts, len(nodes)] if starts else [len(entry), len(nodes)]
     blocks = []
+    returned = _returned(graph)
     for start, end in pairwise(bounds):
-        span, rest = nodes[start:end], set(nodes[end:]) | {graph.output_node}
-        alive = _alive(nodes[:end], rest)
-        later = [node for node in span if set(node.users) & set(nodes[end:])]
-        ends = _final(graph, span) if end == len(nodes) else later
+        span, rest = nodes[start:end], set(nodes[end:])
+        alive = _alive(nodes[:end], rest, returned)
+        later = [node for node in span if set(node.users) & rest]
+        ends = [node for node in span if node in returned] if end == len(nodes) else later
         moved = _behind_stubs(span)
         results = tuple(node for node in ends if node in moved and _is_float(node))
         layer = layer_of(span[0])
         name = graph.name if layer is None else f"{graph.name} layer {layer}"
         blocks.append(Block(name, tuple(span), alive, results))
-    return Entry(graph, tuple(entry), _alive(entry, {*nodes[len(entry) :], graph.output_node})), blocks
+    return Entry(graph, tuple(entry), _alive(entry, set(nodes[len(entry) :]), returned)), blocks
 
 
 def _layer_starts(nodes: list[fx.Node]) -> list[int]:
@@ -119,8 +122,10 @@ def _layer_starts(nodes: list[fx.Node]) -> list[int]:
     return starts
 
 
-def _alive(before: list[fx.Node], after: set[fx.Node]) -> frozenset[fx.Node]:
-    return frozenset(node for node in before if node.op != "get_attr" and set(node.users) & after)
+def _alive(before: list[fx.Node], after: set[fx.Node], returned: set[fx.Node]) -> frozenset[fx.Node]:
+    return frozenset(
+        node for node in before if node.op != "get_attr" and (node in returned or not after.isdisjoint(node.users))
+    )
 
 
 def _behind_stubs(span: list[fx.Node]) -> set[fx.Node]:
@@ -132,13 +137,12 @@ def _behind_stubs(span: list[fx.Node]) -> set[fx.Node]:
     return moved
 
 
-def _final(graph: Graph, span: list[fx.Node]) -> list[fx.Node]:
+def _returned(graph: Graph) -> set[fx.Node]:
+    """What a graph returns, but for caches: those of all layers and samples together take more than the weights."""
     (values,) = graph.output_node.args
     assert isinstance(values, tuple)
-    returned = [
-        node for path, node in zip(graph.outputs, values, strict=True) if not path.startswith("past_key_values.")
-    ]
-    return [node for node in span if node in returned]
+    paths = zip(graph.outputs, values, strict=True)
+    return {node for path, node in paths if isinstance(node, fx.Node) and not path.startswith("past_key_values.")}
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -146,8 +150,11 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _run(nodes: tuple[fx.Node, ...], values: Values, alive: frozenset[fx.Node], look: Look | None) -> Values:
+def _run(
+    nodes: tuple[fx.Node, ...], values: Values, alive: frozenset[fx.Node], look: Look | None, plain: bool
+) -> Values:
     known = dict(values)
+    readers = Counter(source for node in nodes for source in node.all_input_nodes)
 
     def fetch(node: fx.Node) -> Any:
         if node.op == "get_attr":
@@ -159,7 +166,11 @@ def _run(nodes: tuple[fx.Node, ...], values: Values, alive: frozenset[fx.Node], 
     for node in nodes:
         if node.op != "call_function":
             continue
-        target: Any = PLAIN.get(node.target, node.target)
+        target: Any = PLAIN.get(node.target, node.target) if plain else node.target
         value = target(*fx.map_arg(node.args, fetch), **fx.map_arg(node.kwargs, fetch))
         known[node] = value if look is None else look(node, value)
+        for source in node.all_input_nodes:
+            readers[source] -= 1
+            if not readers[source] and source not in alive:
+                known.pop(source, None)
     return {node: known[node] for node in alive}

@@ -1,8 +1,13 @@
-"""Run samples through the graphs and collect what flows into quantized linears: visual or text, padding left out."""
+"""Run samples through the graphs and collect what flows into quantized linears: visual or text, padding left out.
+
+Layer by layer: all samples go through one layer before any goes through the next, so that the statistics of one layer
+are in memory at a time, and of each sample what the next layer reads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,121 +15,211 @@ import torch
 from torch import fx
 
 from qpcompile.errors import CalibrationError
+from qpcompile.ir.blocks import Block, Look, Values, split_blocks
 from qpcompile.ir.edit import is_call
 from qpcompile.ir.facts import stub_fact
-from qpcompile.ir.interpret import run_watched
 from qpcompile.ir.modality_ratios import ModalityGradients
 from qpcompile.ir.operators import SELECT_TOKENS
-from qpcompile.ir.program import DECODE, HEAD, PREFILL, Graph, Program
+from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
 from qpcompile.ir.run import Machine, execute_graph
 from qpcompile.ir.statistics import ROWS, Calibration, InputStatistics
 from qpcompile.progress import track
 
 
 def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, title: str) -> Calibration:
-    """Statistics of all activation stubs on `count` samples; one sample is in memory at a time.
+    """Statistics of all activation stubs on `count` samples, whose embeddings are in memory together.
 
     Behind a token cut only tokens that are still there count. Raises CalibrationError that names the sample or site.
     """
     scheme = program.recipe.quantize
     assert scheme is not None
-    collector = _Collector(program, scheme.weights.solver == "gptq", -(-ROWS // count), scheme.scaling == "mbq")
-    collector.restore(title)
-    with track(title, count) as step:
-        for number, sample in enumerate(samples):
-            if number >= collector.found.samples:
-                run_sample(collector.machine, sample, number)
-                collector.found.samples += 1
-                if number + 1 == count or program.checkpoint.due():
-                    collector.save(title)
-            step()
+    collector = _Collector(program, title, scheme.weights.solver == "gptq", -(-ROWS // count), scheme.scaling == "mbq")
+    if not collector.restore():
+        flows = collector.flows(samples, count)
+        for name in list(flows):
+            collector.walk(program.graphs[name], flows.pop(name))
+        collector.finish()
+    collector.found.samples = count
     collector.found.ratios = collector.gradients.ratios()
-    _check_finite(collector.found)
     return collector.found
 
 
 def run_sample(machine: Machine, sample: dict[str, Any], number: int) -> None:
     """One prefill; what transformers complains about becomes a CalibrationError that names the sample."""
-    try:
+    with _naming(number, sample):
         machine.prefill(sample)
+
+
+@contextmanager
+def _naming(number: int, keys: Iterable[str]) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, IndexError, RuntimeError, TypeError) as error:
         raise CalibrationError(
             f"the model does not take this sample: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
-            where=f"calibration sample {number}, keys {sorted(sample)}",
+            where=f"calibration sample {number}, keys {sorted(keys)}",
             do="build samples with this model's own processor, one picture for each picture in the text",
         ) from error
+
+
+class _Reached(Exception):
+    """The decoder was called: what goes into every graph is known."""
+
+
+@dataclass
+class _Flow:
+    """One call of a graph: its inputs, then what is alive between two layers.
+
+    visual, counts: of the tokens that the decoder works on now, bool[B, S]: which are visual, and which count; None
+    where tokens are not the prompt's.
+    """
+
+    number: int
+    keys: tuple[str, ...]
+    feeds: dict[str, torch.Tensor]
+    visual: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    values: Values = field(default_factory=dict)
 
 
 @dataclass
 class _Collector:
     program: Program
+    title: str
     moments: bool
     keep: int
     weigh: bool
     found: Calibration = field(default_factory=Calibration)
     gradients: ModalityGradients = field(default_factory=ModalityGradients)
-    # Of the tokens that the decoder works on now, bool[B, S]: which are visual, and which count.
-    visual: torch.Tensor | None = None
-    counts: torch.Tensor | None = None
+    # The statistics of the layer that samples go through now.
+    growing: dict[str, InputStatistics] = field(default_factory=dict)
+    walked: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.machine = Machine(self.program, self._execute)
+    def flows(self, samples: Iterable[dict[str, Any]], count: int) -> dict[str, list[_Flow]]:
+        """Every call of every graph, up to the decoder."""
+        held: dict[str, list[_Flow]] = {}
+        latest: dict[str, Any] = {}
 
-    def save(self, title: str) -> None:
-        """Into the checkpoint: what was found on the samples so far."""
+        def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            flow = _Flow(latest["number"], latest["keys"], feeds)
+            held.setdefault(graph.name, []).append(flow)
+            if graph.name != PREFILL:
+                return execute_graph(graph, feeds)
+            flow.visual, flow.counts = machine.marks(*feeds["inputs_embeds"].shape[:2])
+            if self.weigh and flow.number >= done:
+                head = self.program.graphs.get(HEAD)
+                self.gradients.add(graph, head, feeds, flow.visual, flow.counts)
+            raise _Reached
+
+        machine = Machine(self.program, execute)
+        done = self._restore_gradients()
+        with track(f"{self.title} inputs", count) as step:
+            for number, sample in enumerate(samples):
+                latest = {"number": number, "keys": tuple(sample)}
+                with suppress(_Reached):
+                    run_sample(machine, sample, number)
+                if self.weigh and number >= done and (number + 1 == count or self.program.checkpoint.due()):
+                    self._save_gradients(number + 1)
+                step()
+        machine.execute = execute_graph
+        return held
+
+    def walk(self, graph: Graph, flows: list[_Flow]) -> None:
+        """All calls of one graph, a layer at a time."""
+        entry, blocks = split_blocks(graph)
+        with track(f"{self.title} {graph.name}", len(blocks)) as step, torch.no_grad():
+            for flow in flows:
+                with _naming(flow.number, flow.keys):
+                    flow.values = entry.run(flow.feeds, self._look(flow), plain=False)
+                flow.feeds = {}
+            for block in blocks:
+                self._through(block, flows)
+                step()
+
+    def _through(self, block: Block, flows: list[_Flow]) -> None:
+        """All calls through one layer, and its statistics onto the shelf: found now, or by a compile that stopped."""
+        kept = self._restore(block.name)
+        for flow in flows:
+            with _naming(flow.number, flow.keys):
+                flow.values = block.run(flow.values, self._look(flow, adds=kept is None), plain=False)
+        _check_finite(self.growing)
+        if kept is None:
+            self._save(block.name)
+        self.found.inputs.update(self.growing if kept is None else kept)
+        self.walked.append(block.name)
+        self.growing = {}
+
+    def _look(self, flow: _Flow, adds: bool = True) -> Look:
+        def look(node: fx.Node, value: Any) -> Any:
+            if is_call(node, SELECT_TOKENS) and flow.visual is not None:
+                index, flow.counts = value
+                flow.visual = flow.visual.gather(1, index)
+            fact = stub_fact(node)
+            if adds and fact is not None and fact.role == "activation":
+                self._add(fact.site, value, flow)
+            return value
+
+        return look
+
+    def _add(self, site: str, value: torch.Tensor, flow: _Flow) -> None:
+        if site not in self.growing:
+            self.growing[site] = InputStatistics.empty(value.shape[-1], self.moments, value.device)
+        of_tokens = flow.counts is not None and value.shape[:-1] == flow.counts.shape
+        marks = (flow.visual, flow.counts) if of_tokens else (None, None)
+        self.growing[site].add(value, self.keep, *marks)
+
+    def restore(self) -> bool:
+        """Take up what a stopped compile has found on all samples; whether there is such a thing."""
+        kept = self.program.checkpoint.load(self.title)
+        if kept is None:
+            return False
+        self._restore_gradients()
+        for name in kept[1]["blocks"]:
+            self.found.inputs.update(self._restore(name) or {})
+        return True
+
+    def finish(self) -> None:
+        """Into the checkpoint: that all samples have been through all layers."""
+        self.program.checkpoint.save(self.title, {}, {"blocks": self.walked})
+
+    def _save(self, block: str) -> None:
         tensors = {
             f"{site}/{name}": tensor
-            for site, statistics in self.found.inputs.items()
+            for site, statistics in self.growing.items()
             for name, tensor in statistics.tensors().items()
         }
-        for name, sums in (("visual", self.gradients.visual), ("text", self.gradients.text)):
-            tensors.update({f"{site}/gradients/{name}": tensor for site, tensor in sums.items()})
-        self.program.checkpoint.save(title, tensors, {"samples": self.found.samples, "sites": list(self.found.inputs)})
+        self.program.checkpoint.save(f"{self.title} {block}", tensors, {"sites": list(self.growing)})
 
-    def restore(self, title: str) -> None:
-        """From the checkpoint, what `save` left there."""
-        kept = self.program.checkpoint.load(title)
+    def _restore(self, block: str) -> dict[str, InputStatistics] | None:
+        kept = self.program.checkpoint.load(f"{self.title} {block}")
         if kept is None:
-            return
+            return None
         tensors, facts = kept
-        self.found.samples = facts["samples"]
-        for site in facts["sites"]:
-            held = {
-                name.removeprefix(f"{site}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{site}/")
-            }
-            self.found.inputs[site] = InputStatistics.of_tensors(held)
-            for name, sums in (("visual", self.gradients.visual), ("text", self.gradients.text)):
-                if f"gradients/{name}" in held:
-                    sums[site] = held[f"gradients/{name}"]
+        return {
+            site: InputStatistics.of_tensors(
+                {name.removeprefix(f"{site}/"): each for name, each in tensors.items() if name.startswith(f"{site}/")}
+            )
+            for site in facts["sites"]
+        }
 
-    def _execute(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if graph.name in (HEAD, DECODE):
-            return execute_graph(graph, feeds)
-        self.visual = self.counts = None
-        if graph.name == PREFILL:
-            shape = feeds["inputs_embeds"].shape[:2]
-            self.visual, self.counts = self.machine.marks(*shape)
-            if self.weigh:
-                head = self.program.graphs.get(HEAD)
-                self.gradients.add(graph, head, feeds, self.visual, self.counts)
-        return run_watched(graph, feeds, self._look)
+    def _save_gradients(self, samples: int) -> None:
+        sums = {"visual": self.gradients.visual, "text": self.gradients.text}
+        tensors = {f"{kind}/{site}": tensor for kind, found in sums.items() for site, tensor in found.items()}
+        self.program.checkpoint.save(f"{self.title} gradients", tensors, {"samples": samples})
 
-    def _look(self, node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
-        if is_call(node, SELECT_TOKENS) and self.visual is not None:
-            index, self.counts = value
-            self.visual = self.visual.gather(1, index)
-        fact = stub_fact(node)
-        if fact is not None and fact.role == "activation":
-            if fact.site not in self.found.inputs:
-                self.found.inputs[fact.site] = InputStatistics.empty(value.shape[-1], self.moments, value.device)
-            of_tokens = self.counts is not None and value.shape[:-1] == self.counts.shape
-            marks = (self.visual, self.counts) if of_tokens else (None, None)
-            self.found.inputs[fact.site].add(value, self.keep, *marks)
-        return value
+    def _restore_gradients(self) -> int:
+        """From the checkpoint; the number of samples that they are of."""
+        kept = self.program.checkpoint.load(f"{self.title} gradients")
+        if kept is None:
+            return 0
+        for name, tensor in kept[0].items():
+            kind, site = name.split("/", 1)
+            (self.gradients.visual if kind == "visual" else self.gradients.text)[site] = tensor
+        return kept[1]["samples"]
 
 
-def _check_finite(found: Calibration) -> None:
-    for site, statistics in found.inputs.items():
+def _check_finite(found: dict[str, InputStatistics]) -> None:
+    for site, statistics in found.items():
         if not torch.isfinite(statistics.largest).all():
             raise CalibrationError(
                 "calibration produced numbers that are not finite",

@@ -70,12 +70,18 @@ def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
         owner.register_buffer(leaf, value)
 
 
+def drop_tensor(module: torch.nn.Module, name: str) -> None:
+    """Remove the parameter, buffer or attribute at the dotted name `name`."""
+    *path, leaf = name.split(".")
+    delattr(module.get_submodule(".".join(path)), leaf)
+
+
 def add_tensor(graph: Graph, name: str, value: torch.Tensor, before: fx.Node) -> fx.Node:
     """A `get_attr` node for the new or replaced tensor `name`, placed before `before`."""
     set_tensor(graph.module, name, value)
     with graph.module.graph.inserting_before(before):
         node = graph.module.graph.get_attr(name)
-    node.meta["val"] = value
+    node.meta["val"] = stand_in(graph, value)
     return node
 
 
@@ -103,6 +109,11 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     raise ValueError(f"no node of the {graph.name} graph has a fake value")
+
+
+def stand_in(graph: Graph, tensor: torch.Tensor) -> FakeTensor:
+    """What a node knows of a tensor: shape, type and device. Its memory is free as soon as a pass replaces it."""
+    return fake_mode(graph).from_tensor(tensor.detach(), static_shapes=True)
 
 
 def infer(graph: Graph, node: fx.Node) -> None:
@@ -185,7 +196,6 @@ def tidy(graph: Graph) -> bool:
         *graph.module.named_buffers(remove_duplicate=False),
     ]:
         if name not in used:
-            *path, leaf = name.split(".")
-            delattr(graph.module.get_submodule(".".join(path)), leaf)
+            drop_tensor(graph.module, name)
     graph.module.recompile()
     return dead

@@ -9,24 +9,33 @@ from qpcompile.kernels.kv4_read.reference import kv4_read
 from qpcompile.kernels.kv4_write.reference import kv4_write
 from qpcompile.kernels.kv8_read.reference import kv8_read
 from qpcompile.kernels.kv8_write.reference import kv8_write
+from qpcompile.kernels.linear_w4a4.packing import pack_int4, unpack_int4
 from qpcompile.kernels.quantize_int4.reference import quantize_int4
 from qpcompile.recipe_schema import QuantizeScheme
 
 
 class StubRounding:
-    """`fake_quantize` for one recipe over many samples: a weight, which is always the same, is rounded once."""
+    """`fake_quantize` for one recipe over many samples: a weight, which is always the same, is rounded once.
+
+    It is kept in 4 bits: all weights rounded, in 16 bits, would be a second copy of the model.
+    """
 
     def __init__(self, scheme: QuantizeScheme) -> None:
         self.scheme = scheme
-        self._weights: dict[str, torch.Tensor] = {}
+        # Packed codes, and a scale for each row or group.
+        self._weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor, fact: StubFact) -> torch.Tensor:
         """x: f[...], the value of the stub with this fact."""
         if fact.role != "weight":
             return fake_quantize(x, fact, self.scheme)
+        if self.scheme.weights.bits == 16:
+            return x
         if fact.site not in self._weights:
-            self._weights[fact.site] = fake_quantize(x, fact, self.scheme)
-        return self._weights[fact.site]
+            codes, scale = quantize_int4(x, self.scheme.weights.kernel_group)
+            self._weights[fact.site] = pack_int4(codes), scale
+        packed, scale = self._weights[fact.site]
+        return _widened(unpack_int4(packed, x.shape[1]), scale, x.dtype)
 
 
 def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> torch.Tensor:
@@ -48,6 +57,9 @@ def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> to
 
 def round_trip(x: torch.Tensor, group_size: int, clip_ratio: float) -> torch.Tensor:
     """x: f[..., C] through 4-bit codes and back."""
-    codes, scale = quantize_int4(x, group_size, clip_ratio)
+    return _widened(*quantize_int4(x, group_size, clip_ratio), x.dtype)
+
+
+def _widened(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     wide = codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
-    return wide.flatten(-2).to(x.dtype)
+    return wide.flatten(-2).to(dtype)

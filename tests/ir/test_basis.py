@@ -9,7 +9,7 @@ import torch
 from programs import changed_recipe, relative, stubbed
 from toy_decoder import decode_graph, prefill_graph, toy_feeds
 
-from qpcompile.ir.basis import find_basis
+from qpcompile.ir.basis import change_basis
 from qpcompile.ir.edit import get_tensor
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.interpret import run_watched
@@ -68,7 +68,7 @@ def test_smoothing_goes_into_norms_and_products() -> None:
     program = measured("quantize.transform=none", "quantize.smooth=0.5")
     scheme = program.recipe.quantize
     assert scheme is not None
-    basis = find_basis(program.graphs[PREFILL], scheme, program.facts["calibration"])
+    basis = change_basis([program.graphs[PREFILL]], scheme, program.facts["calibration"])
     assert not basis.nodes, "nothing is left to do online"
     changed = {name.removeprefix("layers.0.") for name in basis.tensors if name.startswith("layers.0")}
     linears = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
@@ -95,7 +95,7 @@ def test_no_centre_where_the_mean_is_small() -> None:
     program = measured("quantize.center=0.99")
     scheme = program.recipe.quantize
     assert scheme is not None
-    basis = find_basis(program.graphs[PREFILL], scheme, program.facts["calibration"])
+    basis = change_basis([program.graphs[PREFILL]], scheme, program.facts["calibration"])
     assert not basis.biases and all(change.shift is None for change in basis.nodes.values())
 
 
