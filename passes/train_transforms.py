@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from qpcompile.ir.basis import weight_name
 from qpcompile.ir.batches import batches
@@ -176,9 +177,12 @@ class _Training:
             statistics = self.calibration.inputs[fact.site]
             rows = statistics.rows.double()
             second = rows.T @ rows if statistics.moments is None else statistics.moments.double()
+            del statistics
             names = [weight_name(linear) for linear in stub.users]
             weights = torch.cat([get_tensor(self.graph.module, name).detach().double() for name in names])
-            learned.begin(second, weights.T @ weights)
+            gram = weights.T @ weights
+            del weights
+            learned.begin(second, gram)
 
     def _look(self, node: fx.Node, value: Any) -> Any:
         fact = stub_fact(node) if is_call(node, QUANT_STUB) else None
@@ -202,10 +206,16 @@ class _Training:
         for stub in self.block.nodes:
             fact = stub_fact(stub) if is_call(stub, QUANT_STUB) else None
             if fact is not None and fact.role == "weight":
-                weight, learned = get_tensor(self.graph.module, _target(stub.args[0])).detach(), self.owners.get(stub)
-                moved = weight if learned is None else learned.weights(weight)
-                rounding[stub] = rounded(moved, self.scheme.weights.kernel_group, 1.0).to(weight.dtype)
+                weight = get_tensor(self.graph.module, _target(stub.args[0])).detach()
+                # What gradients need of it is made again when they come: together it is six times the layer's weights.
+                rounding[stub] = recomputed(
+                    self._rounded, weight, self.owners.get(stub), use_reentrant=False, preserve_rng_state=False
+                )
         return rounding
+
+    def _rounded(self, weight: torch.Tensor, learned: LearnedTransform | None) -> torch.Tensor:
+        moved = weight if learned is None else learned.weights(weight)
+        return rounded(moved, self.scheme.weights.kernel_group, 1.0).to(weight.dtype)
 
     def loss(self, batch: _Batch, behind: Values) -> torch.Tensor:
         """What rounding with the factors of now does to a batch, against what comes out of the block without it."""

@@ -98,21 +98,21 @@ class _Finder:
         names = [weight_name(linear) for linear in linears]
         channels = self.tensor(names[0]).shape[1]
         rotate = self.scheme.transform != "none"
-        forward = hadamard_matrix(channels).double() if rotate else torch.eye(channels, dtype=torch.float64)
-        forward = forward.to(self.tensor(names[0]).device)
-        scale = self._balance(site, names, forward) if scaled else None
-        backward = forward.T
-        if scale is not None:
-            forward, backward = forward * scale[None, :], backward / scale[:, None]
+        turn = _turn(channels, rotate, device := self.tensor(names[0]).device)
+        scale = self._balance(site, names, turn) if scaled else None
         if scale is not None or rotate:
+            backward = _backward(turn, scale)
             for name in names:
                 self.update(name, self.tensor(name) @ backward)
-            self._carry(site, forward)
+            # Of a wide input each of these takes a gigabyte.
+            del backward
+            self._carry(site, turn if scale is None else turn.mul_(scale[None, :]))
+        del turn
         folded = scale is not None and self._fold_scale(x, stub, scale)
         rest = None if scale is None or folded else scale.float()
         shift = self._center(site, linears)
         if shift is not None:
-            before = backward @ shift
+            before = _backward(_turn(channels, rotate, device), scale) @ shift
             if self._fold_shift(x, stub, before * scale if folded and scale is not None else before):
                 shift = None
         learned = factors(channels) if self.scheme.transform in ("rotation", "flatquant") else None
@@ -247,6 +247,17 @@ class _Finder:
         self.update(out, (parts @ spread).transpose(0, 1).reshape(columns.shape))
         self._carry(site, torch.block_diag(*blocks.repeat_interleave(repeats, dim=0)))
         return True
+
+
+def _turn(channels: int, rotate: bool, device: torch.device) -> torch.Tensor:
+    """The orthogonal T: f64[C, C]."""
+    turn = hadamard_matrix(channels).double() if rotate else torch.eye(channels, dtype=torch.float64)
+    return turn.to(device)
+
+
+def _backward(turn: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """D^-1 T^-1: f64[C, C], D = diag(scale)."""
+    return turn.T if scale is None else turn.T / scale[:, None]
 
 
 def _makes_each_channel(factor: object, channels: int) -> bool:

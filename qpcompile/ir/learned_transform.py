@@ -36,7 +36,7 @@ class LearnedTransform(nn.Module):
         self.clip = nn.Parameter(torch.tensor(math.log(clip / (1 - clip))))
 
     def begin(self, second: torch.Tensor, gram: torch.Tensor) -> None:
-        """Start free factors from second: f[C, C], the mean of x x^T, and gram: f[C, C], W^T W."""
+        """Start free factors from second: f[C, C], the mean of x x^T, and gram: f[C, C], W^T W; f64 is overwritten."""
         left, right = balanced_factors(second, gram, len(self.left), len(self.right))
         with torch.no_grad():
             self.left.copy_(left)
@@ -84,7 +84,7 @@ def cayley(free: torch.Tensor) -> torch.Tensor:
 def balanced_factors(
     second: torch.Tensor, gram: torch.Tensor, left: int, right: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric L: f32[A, A] and R: f32[c, c] of the module's docstring, by turns."""
+    """The symmetric L: f32[A, A] and R: f32[c, c] of the module's docstring, by turns; overwrites what is f64."""
     wide, tall = _lifted(second).view(left, right, left, right), _lifted(gram).view(left, right, left, right)
     first, last = _eye(left, left).to(wide), _eye(right, right).to(wide)
     for _ in range(SWEEPS):
@@ -98,8 +98,10 @@ def balanced_factors(
 
 
 def _lifted(matrix: torch.Tensor) -> torch.Tensor:
-    size = len(matrix)
-    return matrix.double() + _eye(size, size).to(matrix).double() * FLOOR * matrix.double().trace() / size
+    """f64, the argument itself where it is that already: of a wide input each copy takes a gigabyte."""
+    wide = matrix.double()
+    wide.diagonal().add_(wide.trace() * FLOOR / len(wide))
+    return wide
 
 
 def _geometric(second: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

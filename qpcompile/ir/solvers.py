@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from qpcompile.ir.statistics import strips
 from qpcompile.recipe_schema import WeightScheme
 
 LOWEST, HIGHEST = -8, 7
@@ -34,14 +35,18 @@ def solve(
 
 def output_error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor | None) -> float:
     """||(W - Q) X|| / ||W X|| from the second moments; of the weights themselves where there are none."""
-    wide = weight.detach().double()
-    difference = wide - _expand(scale, wide.shape[1]).double() * codes.double()
     if moments is None:
+        wide = weight.detach().double()
+        difference = wide - _expand(scale, wide.shape[1]).double() * codes.double()
         return float(difference.norm() / wide.norm().clamp(min=1e-30))
     square = moments.double()
-    error = ((difference @ square) * difference).sum().clamp(min=0)
-    full = ((wide @ square) * wide).sum().clamp(min=1e-30)
-    return float((error / full).sqrt())
+    error, full = square.new_zeros(()), square.new_zeros(())
+    for part in strips(len(weight)):
+        wide = weight[part].detach().double()
+        difference = wide - _expand(scale[part], wide.shape[1]).double() * codes[part].double()
+        error += ((difference @ square) * difference).sum()
+        full += ((wide @ square) * wide).sum()
+    return float((error.clamp(min=0) / full.clamp(min=1e-30)).sqrt())
 
 
 def _scales(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightScheme) -> torch.Tensor:
@@ -65,13 +70,9 @@ def _scales(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightSc
 
 
 def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, damping: float) -> torch.Tensor:
-    columns = weight.shape[1]
-    work, hessian = weight.clone(), moments.double().clone()
-    dead = hessian.diagonal() <= 0
-    hessian[dead, dead] = 1.0
+    columns, dead = weight.shape[1], moments.diagonal() <= 0
+    work, inverse = weight.clone(), _inverse_factor(moments, dead, damping)
     work[:, dead] = 0
-    hessian += torch.eye(columns, dtype=torch.float64, device=weight.device) * damping * hessian.diagonal().mean()
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
     steps = _expand(scale, columns)
     codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, columns, BLOCK):
@@ -86,6 +87,17 @@ def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, damp
             errors[:, column - start] = error
         work[:, end:] -= errors @ inverse[start:end, end:]
     return codes
+
+
+def _inverse_factor(moments: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor of H^-1, f32[K, K]. Of a wide layer each f64[K, K] takes a gigabyte: two at a time."""
+    matrix = moments.to(torch.float64, copy=True)
+    matrix[dead, dead] = 1.0
+    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    matrix = torch.linalg.cholesky(matrix)
+    matrix = torch.cholesky_inverse(matrix)
+    matrix = torch.linalg.cholesky(matrix, upper=True)
+    return matrix.float()
 
 
 def _round(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

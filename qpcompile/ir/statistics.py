@@ -19,6 +19,8 @@ from qpcompile.ir.tensor_file import TensorFile
 ROWS = 512
 # Bytes from which the statistics of one input go into a file.
 LARGE = 2**22
+# Rows of a matrix that are in float64 at a time, where a few more bytes for each count.
+STRIP = 4096
 
 
 @dataclass
@@ -92,16 +94,18 @@ class InputStatistics:
     def transformed(self, matrix: torch.Tensor) -> InputStatistics:
         """Statistics of `matrix @ x`, matrix: f[C, C]; the largest magnitudes are no longer known and become NaN."""
         wide = matrix.double()
-        moments = None if self.moments is None else (wide @ self.moments.double() @ wide.T).float()
+        moments = None if self.moments is None else _carried(wide, self.moments)
         total, rows = (wide @ self.total.double()).float(), (self.rows.double() @ wide.T).float()
         return self._moved(moments, total, rows)
 
     def shifted(self, shift: torch.Tensor) -> InputStatistics:
         """Statistics of `x - shift`, shift: f[C]; the largest magnitudes are no longer known and become NaN."""
-        away, total, moments = shift.double(), self.total.double(), self.moments
-        if moments is not None:
-            cross = torch.outer(total, away)
-            moments = (moments.double() - cross - cross.T + self.tokens * torch.outer(away, away)).float()
+        away, total, moments = shift.double(), self.total.double(), None
+        if self.moments is not None:
+            moments = torch.empty_like(self.moments)
+            for part in strips(len(away)):
+                less = self.moments[part].double() - torch.outer(total[part], away) - torch.outer(away[part], total)
+                moments[part] = (less + self.tokens * torch.outer(away[part], away)).float()
         rows = (self.rows.double() - away).float()
         total = (total - self.tokens * away).float()
         return self._moved(moments, total, rows)
@@ -109,6 +113,20 @@ class InputStatistics:
     def _moved(self, moments: torch.Tensor | None, total: torch.Tensor, rows: torch.Tensor) -> InputStatistics:
         unknown = torch.full_like(self.largest, torch.nan)
         return InputStatistics(unknown, moments, total, rows, self.visual, self.tokens)
+
+
+def strips(rows: int) -> list[slice]:
+    """The rows of a large matrix a few at a time, for whoever would need it whole in float64."""
+    return [slice(start, start + STRIP) for start in range(0, rows, STRIP)]
+
+
+def _carried(matrix: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """matrix: f64[C, C], moments: f32[C, C] -> matrix moments matrix^T, f32[C, C]."""
+    made = torch.empty_like(moments)
+    for part in strips(len(matrix)):
+        half = torch.cat([matrix[part] @ moments[:, columns].double() for columns in strips(len(moments))], dim=1)
+        made[part] = (half @ matrix.T).float()
+    return made
 
 
 class Shelf(MutableMapping[str, InputStatistics]):
