@@ -35,6 +35,7 @@ typedef struct {
     long channels, group, left_size, right_size;
     const void *weight, *bias;
     const float *scale, *left, *right, *shift;
+    const uint16_t *tiles; /* of kronecker/amx.inc: the factors for AMX, or NULL */
     double constant;
     float clip;
     int kind;           /* a place in rows_of */
@@ -84,6 +85,9 @@ int qp_openmp(void) {
     return 0;
 #endif
 }
+
+#include "native_tiles.inc"
+#include "kronecker/amx.inc"
 
 #define LEVEL portable
 #define VECTOR_BYTES 16

@@ -32,6 +32,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_w4a4": (P, P, P, P, P, N, L, L, L, L, L, P, N, N),
     "linear_w4a4_amx": (P, P, P, P, P, N, L, L, L, P, N, N),
     "attention_amx": (*(P,) * 6, *(L,) * 6, F, N),
+    "change_tiles_amx": (P, P, L, L, P, N),
     "unpack_int4": (P, L, L, P, N),
     "scale_int32": (P, P, P, P, N, L, L, P, N, N),
     "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
@@ -39,7 +40,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "rows": (P, P, P, L, P, P, P, N),
     "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, *(L,) * 7, P, N),
 }
-AMX = ("linear_w4a4_amx", "attention_amx")
+AMX = ("linear_w4a4_amx", "attention_amx", "change_tiles_amx")
 """Functions that need AMX tiles, there where `Library.amx` says so."""
 EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope")
 """Functions of integers and of float32 operations in a given order: there is one per level. The others are there in

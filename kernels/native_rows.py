@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import factor_arrays
-from qpcompile.kernels.native import ELEMENTS, call
+from qpcompile.kernels.native import ELEMENTS, call, library, pointer
 from qpcompile.kernels.quantize_int4.reference import group_count
 
 Kind = Literal["plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul"]
@@ -26,7 +26,7 @@ class Plan(Structure):
 
     _fields_ = (
         *((name, c_long) for name in ("channels", "group", "left_size", "right_size")),
-        *((name, c_void_p) for name in ("weight", "bias", "scale", "left", "right", "shift")),
+        *((name, c_void_p) for name in ("weight", "bias", "scale", "left", "right", "shift", "tiles")),
         ("constant", c_double),
         ("clip", c_float),
         *((name, c_int) for name in ("kind", "element", "weight_element", "rounded")),
@@ -74,9 +74,11 @@ class RowPlan:
             rotation = left.data_ptr(), right.data_ptr(), len(left), len(right)
         else:
             rotation = _hadamard(channels) if factors else (None, None, 0, 0)
-        pointers = [None if each is None else each.data_ptr() for each in (weight, bias, scale, shift)]
+        tiles = _tiles(*rotation) if factors and dtype != torch.float32 and level is None else None
+        self.kept.append(tiles)
+        pointers = [pointer(each) for each in (weight, bias, scale, shift, tiles)]
         self.plan = Plan(
-            *(channels, group_size, *rotation[2:], *pointers[:3], *rotation[:2], pointers[3], constant, clip_ratio),
+            *(channels, group_size, *rotation[2:], *pointers[:3], *rotation[:2], *pointers[3:], constant, clip_ratio),
             *(KINDS.index(kind), element, 0 if weight is None else ELEMENTS[weight.dtype], element if as_graph else 0),
         )
         self.channels, self.level = channels, level
@@ -109,3 +111,13 @@ def _hadamard(channels: int) -> tuple[int, int, int, int]:
     """Where the factors of the rotation lie, and their sizes."""
     left, right = factor_arrays(channels)  # cached there, so that they stay where they are
     return left.ctypes.data, right.ctypes.data, len(left), len(right)
+
+
+def _tiles(left: int, right: int, left_size: int, right_size: int) -> Tensor | None:
+    """The factors at these places as kronecker/amx.inc multiplies by them; None where the processor has no tiles."""
+    if not library().amx:
+        return None
+    rows, depth, columns = ((size + step - 1) // step * step for size, step in ((left_size, 16), (left_size, 32), (right_size, 32)))
+    tiles = torch.empty(2 * (rows * depth + columns * columns), dtype=torch.bfloat16)
+    call("change_tiles_amx", left, right, left_size, right_size, tiles.data_ptr())
+    return tiles
