@@ -44,6 +44,18 @@ typedef struct {
     int rounded;        /* BFLOAT16: what the graph rounds between its operators is rounded here too */
 } rows_plan;
 
+/* One argument of a call that is written down, and a call (native_tape.py). */
+typedef union {
+    void *p;
+    long n;
+    double x;
+} cell;
+#define CELLS 24
+typedef struct {
+    int (*run)(const cell *arguments, long step, int threads);
+    cell arguments[CELLS];
+} tape_call;
+
 /* Buffers of one call; every caller checks for NULL and returns 0, which Python turns into an error. */
 static void *scratch(size_t bytes) {
     void *memory = NULL;
@@ -75,6 +87,13 @@ int qp_level(void) {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
+}
+
+/* Runs calls in order; `step` of native_tape.inc. Returns 0 where one had no memory to work in. */
+int qp_run_tape(const tape_call *calls, long count, long step, int threads) {
+    for (long i = 0; i < count; i++)
+        if (!calls[i].run(calls[i].arguments, step, threads)) return 0;
+    return 1;
 }
 
 /* 1 where the library was built with OpenMP, so that `threads` means something. */

@@ -10,9 +10,11 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from ctypes import c_double, c_float, c_int, c_long, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,13 +40,29 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
     "rope": (*(P,) * 4, *(N,) * 2, *(L,) * 13, N),
     "rows": (P, P, P, L, P, P, P, N),
+    "add": (P, P, P, N, L, N),
+    "append": (P, P, L, L, L, L, N),
     "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, *(L,) * 7, P, N),
 }
 AMX = ("linear_w4a4_amx", "attention_amx", "change_tiles_amx")
 """Functions that need AMX tiles, there where `Library.amx` says so."""
-EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope")
+EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append")
 """Functions of integers and of float32 operations in a given order: there is one per level. The others are there in
 float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
+ON_TAPE = ("linear_w4a4", "linear_w4a4_amx", "kv4_write", "rope", "rows", "attention_kv4", "add", "append")
+"""Functions that a tape may hold (native_tape.py)."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that was made: the function with the ending of its arithmetic, where its form for a tape is, arguments."""
+
+    symbol: str
+    on_tape: int
+    arguments: tuple[object, ...]
+
+
+_noted: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,9 @@ class Library:
     threads: bool
     amx: bool
     functions: dict[tuple[str, int], Function]
+    on_tape: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Where the forms of functions for a tape lie in memory, 0 for those that have none."""
+    run_tape: Function | None = None
 
 
 @functools.cache
@@ -85,7 +106,9 @@ def library() -> Library:
     }
     if amx:
         functions |= {(name, best): _function(loaded, name.removesuffix("_amx"), "amx") for name in AMX}
-    return Library(path, "", best, bool(loaded.qp_openmp()), amx, functions)
+    on_tape = {key: _on_tape(loaded, *key) for key in functions}
+    loaded.qp_run_tape.argtypes, loaded.qp_run_tape.restype = (P, L, L, N), c_int
+    return Library(path, "", best, bool(loaded.qp_openmp()), amx, functions, on_tape, loaded.qp_run_tape)
 
 
 def sources_digest() -> str:
@@ -111,8 +134,22 @@ def call(name: str, *arguments: object, level: int | None = None) -> None:
     Raises KernelError where it had no memory to work in.
     """
     loaded = library()
-    if not loaded.functions[name, loaded.level if level is None else level](*arguments, torch.get_num_threads()):
+    key = name, loaded.level if level is None else level
+    if not loaded.functions[key](*arguments, torch.get_num_threads()):
         raise KernelError("there is not enough memory for its buffers", where=f"qp_{name} in kernels/native.c")
+    if (calls := _noted.get()) is not None:
+        calls.append(Call(name, loaded.on_tape[key], arguments))
+
+
+@contextmanager
+def noted() -> Iterator[list[Call]]:
+    """Every call that is made inside, in order."""
+    calls: list[Call] = []
+    before = _noted.set(calls)
+    try:
+        yield calls
+    finally:
+        _noted.reset(before)
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -140,7 +177,18 @@ def _none(problem: str) -> Library:
 
 def _function(loaded: ctypes.CDLL, symbol: str, ending: str) -> Function:
     made = getattr(loaded, f"qp_{symbol}_{ending}")
-    name = f"{symbol}_amx" if ending == "amx" else symbol.removesuffix("_f64").removesuffix("_f32")
-    made.argtypes = SIGNATURES[name]
+    made.argtypes = SIGNATURES[f"{symbol}_amx" if ending == "amx" else _name(symbol)]
     made.restype = c_int
     return made
+
+
+def _on_tape(loaded: ctypes.CDLL, symbol: str, level: int) -> int:
+    if _name(symbol) not in ON_TAPE:
+        return 0
+    made = getattr(loaded, f"qp_tape_{symbol}" if symbol in AMX else f"qp_tape_{symbol}_{LEVELS[level]}")
+    return ctypes.cast(made, c_void_p).value or 0
+
+
+def _name(symbol: str) -> str:
+    """Of a function, without the ending of its arithmetic."""
+    return symbol.removesuffix("_f64").removesuffix("_f32")

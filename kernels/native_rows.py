@@ -6,7 +6,7 @@ A `RowPlan` holds everything but the rows; it is made once where weights are bou
 from __future__ import annotations
 
 import functools
-from ctypes import Structure, byref, c_double, c_float, c_int, c_long, c_void_p
+from ctypes import Structure, addressof, c_double, c_float, c_int, c_long, c_void_p
 from typing import Literal
 
 import torch
@@ -81,7 +81,7 @@ class RowPlan:
             *(channels, group_size, *rotation[2:], *pointers[:3], *rotation[:2], *pointers[3:], constant, clip_ratio),
             *(KINDS.index(kind), element, 0 if weight is None else ELEMENTS[weight.dtype], element if as_graph else 0),
         )
-        self.channels, self.level = channels, level
+        self.channels, self.level, self.address = channels, level, addressof(self.plan)
         self.groups = group_count(channels, group_size) if group_size else 1
         self.name = "rows_f64" if dtype == torch.float32 else "rows_f32"
 
@@ -103,7 +103,7 @@ class RowPlan:
         second = None if second is None else second.contiguous()
         rows = x.numel() // self.channels if x.numel() else 0
         other = None if second is None else second.data_ptr()
-        call(self.name, byref(self.plan), x.data_ptr(), other, rows, q, scale, y, level=self.level)
+        call(self.name, self.address, x.data_ptr(), other, rows, q, scale, y, level=self.level)
 
 
 @functools.cache

@@ -37,7 +37,8 @@ from qpcompile.ir.operators import (
     SEGMENT_ATTENTION,
     SILU_MUL_QUANTIZE,
 )
-from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.program import DECODE, Graph, Program
+from qpcompile.ir.tape import TapedDecode
 from qpcompile.kernels import native
 from qpcompile.kernels.attention_kv4.cpu import attention_kv4
 from qpcompile.kernels.hadamard.cpu import hadamard
@@ -77,7 +78,10 @@ class BoundGraphs:
     def __init__(self, program: Program) -> None:
         codes: Codes = {}
         caches = GrowingCaches()
-        self.modules = {name: _bound(graph, codes, caches) for name, graph in program.graphs.items()}
+        self.modules: dict[str, fx.GraphModule | TapedDecode] = {}
+        for name, graph in program.graphs.items():
+            bound = _bound(graph, codes, caches)
+            self.modules[name] = TapedDecode(bound, caches) if name == DECODE else bound.module
 
     def __call__(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -85,8 +89,8 @@ class BoundGraphs:
         return dict(zip(graph.outputs, results, strict=True))
 
 
-def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> fx.GraphModule:
-    """A module of its own on the same tensors; `codes` holds what was unpacked so far, by place in memory."""
+def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
+    """The graph with a module of its own on the same tensors; `codes` holds what was unpacked so far, by place in memory."""
     own = fx.Graph()
     own.output(own.graph_copy(graph.module.graph, {}))
     module = fx.GraphModule(graph.module, own)
@@ -96,7 +100,7 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> fx.GraphModule:
     grow_in_place(bound, caches, packed_codes=elsewhere)
     if elsewhere:
         module.recompile()
-        return module
+        return bound
     for node in list(calls(bound, LINEAR_W4A4)):
         if native.available():
             node.target = linear_w4a4
@@ -109,7 +113,7 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> fx.GraphModule:
     own.eliminate_dead_code()
     module.delete_all_unused_submodules()
     module.recompile()
-    return module
+    return bound
 
 
 def _unpack(module: fx.GraphModule, linear: fx.Node, codes: Codes) -> None:

@@ -33,6 +33,8 @@ from qpcompile.ir.text import value_types
 from qpcompile.kernels.native_rows import Kind, RowPlan
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+# Marks the nodes that are one call of C on rows.
+IS_ROWS = "is_rows"
 FUSED: dict[Any, tuple[Kind, tuple[str, ...]]] = {
     RMSNORM_QUANTIZE: ("rmsnorm", ("weight", "constant")),
     LAYERNORM_QUANTIZE: ("layernorm", ("weight", "bias", "constant")),
@@ -202,3 +204,4 @@ def _replace(node: fx.Node, function: Callable[..., Any], sources: tuple[Any, ..
         return function(*tensors)
 
     node.target, node.args, node.kwargs = rows, sources, {}
+    node.meta[IS_ROWS] = True

@@ -42,6 +42,10 @@ class GrowingCaches:
         self._rooms[grown] = room
         return grown
 
+    def take(self, grown: torch.Tensor) -> torch.Tensor | None:
+        """The room behind `grown`, for the caller to append to: `append` will copy `grown` from now on."""
+        return self._rooms.pop(grown, None)
+
 
 def grow_in_place(graph: Graph, caches: GrowingCaches, packed_codes: bool) -> int:
     """Rewrite what appends to the caches of a decode graph, but what `attention_kv4` reads where its codes have to be
