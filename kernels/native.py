@@ -40,14 +40,15 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
     "rope": (*(P,) * 4, *(N,) * 2, *(L,) * 13, N),
     "rows": (P, P, P, L, P, P, P, N),
+    "linear": (P, P, L, L, L, P, N),
     "add": (P, P, P, N, L, N),
     "append": (P, P, L, L, L, L, N),
     "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, *(L,) * 7, P, N),
 }
 AMX = ("linear_w4a4_amx", "attention_amx", "change_tiles_amx")
 """Functions that need AMX tiles, there where `Library.amx` says so."""
-EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append")
-"""Functions of integers and of float32 operations in a given order: there is one per level. The others are there in
+EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append", "linear")
+"""Functions of integers and of float32 operations alone: there is one per level. The others are there in
 float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
 ON_TAPE = ("linear_w4a4", "linear_w4a4_amx", "kv4_write", "rope", "rows", "attention_kv4", "add", "append")
 """Functions that a tape may hold (native_tape.py)."""

@@ -1,6 +1,6 @@
 """Operators of torch that take another, faster way on the CPU in a bound graph: the same sums, maybe in another order.
 
-linear            in half precision torch copies the whole weight for an x of three axes and one row; not for two axes
+linear            of few rows: kernels/linear
 conv2d, conv3d    over patches that were cut apart before, each of the kernel's size: one product of rows
 attention         of many queries: kernels/attention
 """
@@ -15,11 +15,7 @@ from torch import Tensor
 
 from qpcompile.ir.edit import aten
 from qpcompile.kernels.attention.cpu import attention
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: f[..., K], weight: f[N, K], bias: f[N] -> f[..., N]."""
-    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+from qpcompile.kernels.linear.cpu import linear
 
 
 def attend(

@@ -1,0 +1,29 @@
+"""Linear layers that stay in bfloat16, on the CPU: C for few rows, which read the weight once and do little with it.
+
+One row of 1024 and a weight of 32,000 x 1024 (65 MB), one thread of an AVX512 Xeon: see tests/bench/decode.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qpcompile.kernels import native
+
+FEW_ROWS = 8
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: f[..., K], weight: f[N, K], bias: f[N] -> f[..., N]."""
+    rows = x.reshape(-1, x.shape[-1])
+    half = x.dtype == weight.dtype == torch.bfloat16 and native.takes(x, weight)
+    if half and bias is None and 0 < len(rows) <= FEW_ROWS and weight.is_contiguous():
+        return _native(rows, weight).view(*x.shape[:-1], len(weight))
+    # torch copies the whole weight for an x of three axes and one row in half precision; not for two axes.
+    return F.linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _native(rows: Tensor, weight: Tensor, level: int | None = None) -> Tensor:
+    rows = rows.contiguous()
+    y = torch.empty((len(rows), len(weight)), dtype=rows.dtype)
+    native.call("linear", rows.data_ptr(), weight.data_ptr(), *rows.shape, len(weight), y.data_ptr(), level=level)
+    return y
