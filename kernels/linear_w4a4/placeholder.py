@@ -20,7 +20,10 @@ FIRST_OPSET = 21
 """The first ONNX opset with 4-bit integers."""
 
 Build = Callable[[ir.tape.Tape, ir.Node, ir.Value, np.ndarray], ir.Value]
-"""(tape, placeholder, weight: INT4[K, N], weight_scale: f32[N, Gw]) -> y; writes the new nodes to the tape."""
+"""(tape, placeholder, weight: as it is stored, weight_scale: f32[N, Gw]) -> y; writes the new nodes to the tape."""
+
+Store = Callable[[np.ndarray, np.ndarray], tuple[str, ir.TensorProtocol]]
+"""(codes: i8[N, K], weight_scale: f32[N, Gw]) -> what the stored tensor's name ends in, and the tensor."""
 
 
 def placeholder_op(name: str, inputs: Sequence[str], attributes: Sequence[str]) -> values.Op:
@@ -42,9 +45,18 @@ def placeholder_op(name: str, inputs: Sequence[str], attributes: Sequence[str]) 
     return values.Op(values.Opset(DOMAIN, 1), name, signature)
 
 
-def lower_placeholders(model: ir.Model, name: str, weight_at: int, build: Build) -> None:
+def lower_placeholders(
+    model: ir.Model,
+    name: str,
+    weight_at: int,
+    build: Build,
+    store: Store | None = None,
+    takes: Callable[[int, int], bool] | None = None,
+) -> None:
     """Replace every node `name` of our domain in `model`; input `weight_at` is the packed weight, the next its scale.
 
+    Weights become INT4[K, N], or what `store` makes of them. A node whose numbers of inputs and of groups `takes`
+    refuses is left.
     A weight that several nodes share stays shared, and initializers that nobody reads any more are removed.
     """
     graph = model.graph
@@ -58,9 +70,12 @@ def lower_placeholders(model: ir.Model, name: str, weight_at: int, build: Build)
         )
     for node in nodes:
         packed, scale = _initializer(node, weight_at), _initializer(node, weight_at + 1)
-        weight = _int4_initializer(graph, packed, node.attributes["in_features"].as_int())
+        scales, in_features = _array(scale).astype(np.float32), node.attributes["in_features"].as_int()
+        if takes is not None and not takes(in_features, scales.shape[1]):
+            continue
+        weight = _stored(graph, packed, in_features, scales, store or int4_columns)
         tape = ir.tape.Tape()
-        y = build(tape, node, weight, _array(scale).astype(np.float32))
+        y = build(tape, node, weight, scales)
         for index, made in enumerate(tape.nodes):
             made.name = f"{node.name}/{made.op_type}_{index}"
         ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [y])
@@ -101,19 +116,25 @@ def _array(value: ir.Value) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _int4_initializer(graph: ir.Graph, packed: ir.Value, in_features: int) -> ir.Value:
-    """packed: u8[N, ceil(K/2)] in planes -> INT4[K, N], registered in `graph` once for all nodes that read it."""
-    name = f"{packed.name}_int4"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    codes = unpack_int4(torch.from_numpy(np.ascontiguousarray(_array(packed))), in_features).numpy().T
-    tensor = ir.PackedTensor(_pack_pairs(codes), ir.DataType.INT4, shape=ir.Shape(codes.shape), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+def _stored(graph: ir.Graph, packed: ir.Value, in_features: int, scale: np.ndarray, store: Store) -> ir.Value:
+    """packed: u8[N, ceil(K/2)] in planes -> the tensor that `store` makes, registered once for all that read it."""
+    codes = unpack_int4(torch.from_numpy(np.ascontiguousarray(_array(packed))), in_features).numpy()
+    ending, tensor = store(codes, scale)
+    tensor.name = f"{packed.name}_{ending}"
+    if tensor.name in graph.initializers:
+        return graph.initializers[tensor.name]
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
     graph.register_initializer(value)
     return value
 
 
-def _pack_pairs(codes: np.ndarray) -> np.ndarray:
-    """codes: i8[K, N] -> u8[ceil(K N / 2)], ONNX's order: the first of two neighbours in the low nibble."""
+def int4_columns(codes: np.ndarray, scale: np.ndarray) -> tuple[str, ir.TensorProtocol]:
+    """codes: i8[N, K] -> INT4[K, N]."""
+    columns = codes.T
+    return "int4", ir.PackedTensor(pack_pairs(columns), ir.DataType.INT4, shape=ir.Shape(columns.shape))
+
+
+def pack_pairs(codes: np.ndarray) -> np.ndarray:
+    """codes: i8 or u8[...] -> u8[ceil(elements / 2)], ONNX's order: the first of two neighbours in the low nibble."""
     flat = np.pad(codes.reshape(-1), (0, codes.size % 2)).view(np.uint8)
     return (flat[0::2] & 15) | (flat[1::2] << 4)

@@ -22,6 +22,8 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass
 from qpcompile.emit import onnx_aten, onnx_aten_shape, onnx_runner
 from qpcompile.emit.onnx_check import compare
 from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
+from qpcompile.emit.onnx_fast import fast_parts
+from qpcompile.emit.onnx_fast_ops import FAST_OWN, FAST_TORCH
 from qpcompile.emit.onnx_translate import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx_weights import save_models
 from qpcompile.emit.onnx_wrap import Part, language, vision
@@ -43,6 +45,7 @@ from qpcompile.kernels.kv8_write.onnx import kv8_write
 from qpcompile.kernels.layernorm_quantize.onnx import layernorm_quantize
 from qpcompile.kernels.linear_w4a4 import onnx as linear_w4a4
 from qpcompile.kernels.linear_w4a16 import onnx as linear_w4a16
+from qpcompile.kernels.linear_w4a16 import onnx_contrib
 from qpcompile.kernels.merge_tokens.onnx import merge_tokens
 from qpcompile.kernels.pivot_tokens.onnx import pivot_tokens
 from qpcompile.kernels.quantization_risk.onnx import quantization_risk
@@ -96,17 +99,22 @@ OWN = {
     operators.TEXT_RELEVANCE: text_relevance,
     operators.TOKEN_SCORES: token_scores,
 }
+FAST = (TORCH | FAST_TORCH, OWN | FAST_OWN)
 LOWERINGS = (linear_w4a4.lower, linear_w4a16.lower)
 CLEAN_UP = (InlinePass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
 PACKAGES = ("qpcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 def export_onnx(
-    compiled: CompiledVLM | Program, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = ()
+    compiled: CompiledVLM | Program,
+    folder: str | PathLike[str],
+    check: Iterable[dict[str, Any]] = (),
+    fast: bool = False,
 ) -> None:
     """Write the ONNX folder; it appears whole or not at all.
 
-    `check` is what a compiled model and the folder are both asked; `check.json` says where they differ.
+    `check` is what a compiled model and the folder are both asked; `check.json` says where they differ. With `fast`
+    the graphs are those of emit/onnx_fast.py, whose numbers are not the module's.
 
     Raises OutputError if `folder` exists and ExportError if the model cannot be written as ONNX, or the runner has
     no code for its inputs.
@@ -114,7 +122,7 @@ def export_onnx(
     program = compiled if isinstance(compiled, Program) else compiled.program
     _check_supported(program)
     with staged_folder(folder) as aside:
-        models = build_models(program)
+        models = build_models(program, fast)
         save_models(models, aside)
         for name in models:
             onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
@@ -125,23 +133,28 @@ def export_onnx(
         _write_manifest(aside)
 
 
-def build_models(program: Program) -> dict[str, ir.Model]:
+def build_models(program: Program, fast: bool = False) -> dict[str, ir.Model]:
     """The three graphs of a program."""
     parts = {VISION: vision(program), PREFILL: language(program, PREFILL), DECODE: language(program, DECODE)}
     for name, part in parts.items():
         _check_inputs(name, part)
+    if fast:
+        parts = fast_parts(program, parts)
     pictures = [vision_example(program, sizes) for sizes in SIZES]
-    models = {VISION: _model(VISION, parts[VISION], pictures)}
+    models = {VISION: _model(VISION, parts[VISION], pictures, fast)}
     said = results(parts[VISION], pictures[0])
     prompts = [prefill_example(program, sizes, said) for sizes in SIZES]
-    models[PREFILL] = _model(PREFILL, parts[PREFILL], prompts)
+    models[PREFILL] = _model(PREFILL, parts[PREFILL], prompts, fast)
     tokens = [decode_example(program, prompt, results(parts[PREFILL], prompt)) for prompt in prompts]
-    models[DECODE] = _model(DECODE, parts[DECODE], tokens)
+    models[DECODE] = _model(DECODE, parts[DECODE], tokens, fast)
     return models
 
 
-def _model(name: str, part: Part, examples: Sequence[Feeds]) -> ir.Model:
-    model = to_onnx(name, part, (examples[0], examples[1]), (TORCH, OWN))
+def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.Model:
+    model = to_onnx(name, part, (examples[0], examples[1]), FAST if fast else (TORCH, OWN))
+    if fast:
+        model.metadata_props[onnx_runner.IN_PLACE] = "past_key_values" if name == DECODE else ""
+        (onnx_contrib.lower_few_rows if name == DECODE else onnx_contrib.lower_many_rows)(model)
     for lower in LOWERINGS:
         lower(model)
     shapes = [value.shape for value in model.graph.outputs]

@@ -83,6 +83,13 @@ class Recorder:
         """The same tensor under another name."""
         return self._node("", "Identity", [value], {}, 1)
 
+    def node(
+        self, domain: str, name: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], outputs: int
+    ) -> Any:
+        """A node of a domain that onnxscript has no schema of: its first version, the inputs as they are."""
+        self.graph.opset_imports.setdefault(domain, 1)
+        return self._node(domain, name, inputs, attributes, outputs)
+
     def _node(self, domain: str, name: str, inputs: Sequence[Any], attributes: Mapping[str, Any], outputs: int) -> Any:
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]

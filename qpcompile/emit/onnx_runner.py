@@ -34,6 +34,11 @@ VISION_INPUTS = ("pixel_values", "hidden_states", *PATCH_INPUTS)
 LANGUAGE_INPUTS = (IDS, *OF_PICTURES, MASK, POSITIONS, VISUAL, VALID, COUNT, SEEN)
 STATE = ("past_key_values", "kept", "alive")
 
+# Metadata of a decode graph that appends to its caches in place, where `Steps` gives them room: this many tokens more,
+# or a quarter of what they hold.
+IN_PLACE = "caches_in_place"
+ROOM = 64
+
 _TYPES = {
     "tensor(float)": np.float32,
     "tensor(int64)": np.int64,
@@ -62,6 +67,7 @@ class OnnxVLM:
             for name in ("vision", "prefill", "decode")
         )
         self.image_token = int(self.config["image_token_id"])
+        self.in_place = IN_PLACE in self.decode.get_modelmeta().custom_metadata_map
 
     def generate(
         self,
@@ -144,6 +150,9 @@ class Steps:
         self.positions = positions
         self.state: dict[str, ort.OrtValue] = {}
         self.seen = mask.shape[1]
+        self.rooms: dict[str, Array] = {}
+        self.filled: dict[str, int] = {}
+        self.binding: ort.IOBinding | None = None
 
     def prefill(self, ids: Array, pictures: Mapping[str, Array] | None) -> Array:
         """Logits f[B, V] after the prompt; ids: i64[B, S], pictures: what `encode` returned."""
@@ -174,7 +183,42 @@ class Steps:
             self.state[name] = ort.OrtValue.ortvalue_from_numpy(np.concatenate([value, new], axis=1))
         feeds = {IDS: token, MASK: self.mask, POSITIONS: self.positions, SEEN: np.arange(self.seen)}
         self.seen += 1
-        return self._step(self.model.decode, feeds)
+        return self._append(feeds) if self.model.in_place else self._step(self.model.decode, feeds)
+
+    def _append(self, feeds: Mapping[str, Array]) -> Array:
+        """A step of a graph that writes the new token into the room behind each of its caches."""
+        session = self.model.decode
+        if self.binding is None or not self._has_room():
+            self.binding = self._bound_caches(session)
+        for entry in session.get_inputs():
+            if not entry.name.startswith("past_key_values."):
+                self.binding.bind_ortvalue_input(entry.name, given(entry, feeds, self.state))
+        session.run_with_iobinding(self.binding)
+        for path in self.rooms:
+            self.filled[path] += 1
+        return self.binding.get_outputs()[0].numpy()
+
+    def _has_room(self) -> bool:
+        return all(self.filled[path] < room.shape[2] for path, room in self.rooms.items())
+
+    def _bound_caches(self, session: ort.InferenceSession) -> ort.IOBinding:
+        """Where logits and caches go and caches come from; every cache gets new room."""
+        binding = session.io_binding()
+        binding.bind_output(LOGITS)
+        for entry in session.get_inputs():
+            path, parts = entry.name, entry.name.split(".")
+            if parts[0] != "past_key_values":
+                continue
+            if parts[-1] != "scale":
+                held = self.rooms.get(path)
+                held = self.state[path].numpy() if held is None else held[:, :, : self.filled[path]]
+                length = self.filled[path] = held.shape[2]
+                room = np.zeros((*held.shape[:2], length + max(ROOM, length // 4), held.shape[3]), held.dtype)
+                room[:, :, :length] = held
+                self.rooms[path], self.state[path] = room, ort.OrtValue.ortvalue_from_numpy(room)
+                binding.bind_ortvalue_output(f"present.{'.'.join(parts[1:])}", self.state[path])
+            binding.bind_ortvalue_input(path, self.state[path])
+        return binding
 
     def _step(self, session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Array:
         results = run(session, feeds, self.state)
@@ -189,17 +233,18 @@ def run(
     session: ort.InferenceSession, feeds: Mapping[str, Array], state: Mapping[str, ort.OrtValue] | None = None
 ) -> dict[str, ort.OrtValue]:
     """Run a graph on those of `feeds` and `state` that it takes; results stay in onnxruntime's memory."""
-    values: dict[str, ort.OrtValue] = {}
-    for entry in session.get_inputs():
-        if state and entry.name in state:
-            values[entry.name] = state[entry.name]
-        elif entry.name in feeds:
-            array = np.ascontiguousarray(feeds[entry.name], dtype=_TYPES[entry.type])
-            values[entry.name] = ort.OrtValue.ortvalue_from_numpy(array)
-        else:
-            raise ValueError(f"the model needs {entry.name}, which was not given")
+    values = {entry.name: given(entry, feeds, state or {}) for entry in session.get_inputs()}
     names = [entry.name for entry in session.get_outputs()]
     return dict(zip(names, session.run_with_ort_values(names, values), strict=True))
+
+
+def given(entry: Any, feeds: Mapping[str, Array], state: Mapping[str, ort.OrtValue]) -> ort.OrtValue:
+    """The value of one input of a graph, from `state` or, in the input's type, from `feeds`."""
+    if entry.name in state:
+        return state[entry.name]
+    if entry.name not in feeds:
+        raise ValueError(f"the model needs {entry.name}, which was not given")
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feeds[entry.name], dtype=_TYPES[entry.type]))
 
 
 def text_positions(mask: Array) -> Array:

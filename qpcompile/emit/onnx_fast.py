@@ -1,0 +1,381 @@
+"""A part of a program as onnxruntime runs it fastest: `export_onnx(..., fast=True)`. The numbers change, as told here.
+
+    linear layers on 4-bit codes     %q, %s = quantize_int4(%x); linear_w4a4(%q, %s, W)  ->  linear_w4a16(%x, W)
+                                     with the same 4-bit weights; activations are rounded to 8 bits where they are used
+    the head                         linear(%x, W)  ->  linear_w8(%x, W'), 8-bit weights in blocks of 128
+    sums in float64                  are float32 again
+    attention in prefill             on keys and values that nobody has rounded
+    a cache of 4 or 8 bits           is 8 bits, with one scale per channel of a head, taken from the prompt
+    attention in decode              cat(%past, %new) and what reads it  ->  cached_attention, which appends in place
+
+All edits are on the part alone, whose nodes are copies; weights are shared with the program, which stays as it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
+from qpcompile.emit.onnx_runner import SEEN
+from qpcompile.emit.onnx_wrap import Part
+from qpcompile.errors import ExportError
+from qpcompile.ir.attention import read_attention
+from qpcompile.ir.edit import aten, get_tensor, is_call, set_tensor, through_shape_ops
+from qpcompile.ir.operators import (
+    ATTENTION_KV4,
+    HADAMARD,
+    KV4_READ,
+    KV4_WRITE,
+    KV8_READ,
+    KV8_WRITE,
+    LAYERNORM_QUANTIZE,
+    LINEAR_W4A4,
+    LINEAR_W4A16,
+    QUANTIZE_INT4,
+    QUANTIZE_INT4_STATIC,
+    RMSNORM,
+    RMSNORM_QUANTIZE,
+    SILU_MUL_QUANTIZE,
+)
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
+from qpcompile.ir.shapes import identifier, value
+from qpcompile.ir.structure import CACHE
+
+Tensor = torch.Tensor
+
+# A new token may be this much larger than any of the prompt before its code is clipped.
+HEADROOM = 1.5
+HEAD_BLOCK = 128
+
+
+def fast_parts(program: Program, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The graphs of a folder for speed, made of those that are exact, which are spent.
+
+    Raises ExportError where a cache cannot grow in place.
+    """
+    picture = vision_example(program, SIZES[0])
+    said = _note_values(parts[VISION], picture)
+    prompt = prefill_example(program, SIZES[0], said)
+    token = decode_example(program, prompt, _note_values(parts[PREFILL], prompt))
+    _note_values(parts[DECODE], token)
+    return {name: _fast_part(program, name, part) for name, part in parts.items()}
+
+
+class _Noting(fx.Interpreter):
+    """Leaves the type and sizes of every value in its node, and the masks as they are."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        if isinstance(found, Tensor):
+            n.meta["val"] = found if found.dtype == torch.bool else found.to("meta")
+        return found
+
+
+def _note_values(part: Part, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        returned = _Noting(part.module).run(*[example[path] for path in part.inputs])
+    return dict(zip(part.outputs, returned, strict=True))
+
+
+def _fast_part(program: Program, name: str, part: Part) -> Part:
+    scheme = program.recipe.quantize
+    _narrow(part)
+    _float_activations(part)
+    if scheme is not None:
+        _head_in_8_bits(part)
+    small_cache = scheme is not None and scheme.kv_cache.bits != 16
+    part = _append_in_place(part, small_cache) if name == DECODE else _float_keys(part, small_cache)
+    part.module.graph.eliminate_dead_code()
+    part.module.graph.lint()
+    part.module.recompile()
+    return part
+
+
+def _calls(part: Part, *targets: object) -> list[fx.Node]:
+    return [node for node in part.module.graph.nodes if is_call(node, *targets)]
+
+
+def _put(part: Part, before: fx.Node, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+    """A call before a node, in the module that `like` was traced in."""
+    with part.module.graph.inserting_before(before):
+        node = part.module.graph.call_function(target, args, kwargs)
+    node.meta.update({key: found for key, found in like.meta.items() if key != "val"})
+    return node
+
+
+def _narrow(part: Part) -> None:
+    """Undo what the pass `widen_sums` did: no cast to float64 is left."""
+    for node in _calls(part, aten.to.dtype):
+        source = node.args[0]
+        tensor = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if node.args[1] == torch.float64 and isinstance(tensor, Tensor) and tensor.is_floating_point():
+            node.replace_all_uses_with(source)  # type: ignore[arg-type]
+
+
+def _float_activations(part: Part) -> None:
+    """Linear layers read what was quantized for them."""
+    sources: dict[fx.Node, fx.Node | None] = {}
+    for node in _calls(part, LINEAR_W4A4):
+        codes, _, weight, weight_scale, bias, _ = node.args
+        pair = codes.args[0] if is_call(codes, operator.getitem) else None
+        if not isinstance(pair, fx.Node):
+            continue
+        if pair not in sources:
+            sources[pair] = _unquantized(part, pair)
+        if (source := sources[pair]) is not None:
+            new = _put(part, node, LINEAR_W4A16, source, weight, weight_scale, bias, like=node)
+            new.meta["val"] = value(node)
+            node.replace_all_uses_with(new)
+
+
+def _unquantized(part: Part, pair: fx.Node) -> fx.Node | None:
+    """What a quantizer makes codes of; None where the node is no quantizer that is known."""
+    args = pair.args
+    if is_call(pair, QUANTIZE_INT4, QUANTIZE_INT4_STATIC):
+        return args[0]  # type: ignore[return-value]
+    if is_call(pair, RMSNORM_QUANTIZE):
+        x, weight, eps, scale, rotate, *_ = args
+        y = _put(part, pair, RMSNORM, x, weight, eps, like=pair)
+    elif is_call(pair, LAYERNORM_QUANTIZE):
+        x, weight, bias, eps, scale, rotate, *_ = args
+        assert isinstance(x, fx.Node)
+        y = _put(part, pair, aten.layer_norm.default, x, [value(x).shape[-1]], weight, bias, eps, like=pair)
+    elif is_call(pair, SILU_MUL_QUANTIZE):
+        gate, up, scale, rotate, *_ = args
+        y = _put(part, pair, aten.mul.Tensor, _put(part, pair, aten.silu.default, gate, like=pair), up, like=pair)
+    else:
+        return None
+    if rotate:
+        return _put(part, pair, HADAMARD, y, scale, like=pair)
+    return y if scale is None else _put(part, pair, aten.mul.Tensor, y, scale, like=pair)
+
+
+def linear_w8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x: f[..., K], codes: u8[N, B, 128], zero at 128, scale: f32[N, B] -> f[..., N], B blocks of 128 inputs."""
+    weight = ((codes.float() - 128) * scale[..., None]).flatten(1)[:, : x.shape[-1]]
+    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+def quantize_w8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight: f[N, K] -> codes and scale of `linear_w8`; a block that K does not fill ends in zeros."""
+    wide = weight.detach().float()
+    wide = torch.nn.functional.pad(wide, (0, -wide.shape[1] % HEAD_BLOCK)).unflatten(1, (-1, HEAD_BLOCK))
+    scale = wide.abs().amax(-1) / 127
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (torch.round(wide / scale[..., None]) + 128).to(torch.uint8), scale
+
+
+def _head_in_8_bits(part: Part) -> None:
+    for node in _calls(part, aten.linear.default):
+        x, weight, *bias = node.args
+        if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).startswith(f"{HEAD}.")):
+            continue
+        names = (f"{weight.target}_codes", f"{weight.target}_scale")
+        for name, tensor in zip(names, quantize_w8(get_tensor(part.module, str(weight.target))), strict=True):
+            set_tensor(part.module, name, tensor)
+        with part.module.graph.inserting_before(node):
+            stored = [part.module.graph.get_attr(name) for name in names]
+        node.replace_all_uses_with(_put(part, node, linear_w8, x, *stored, bias[0] if bias else None, like=node))
+
+
+def _written(node: object) -> fx.Node | None:
+    """The keys or values that a node holds the codes or scales of."""
+    if is_call(node, operator.getitem) and is_call(node.args[0], KV4_WRITE, KV8_WRITE):
+        return node.args[0].args[0]  # type: ignore[return-value]
+    return None
+
+
+def _float_keys(part: Part, small_cache: bool) -> Part:
+    """Prefill (and the tower, which writes no cache): keys and values are not rounded until they are cached."""
+    for node in _calls(part, KV4_READ, KV8_READ):
+        if (held := _written(node.args[0])) is not None:
+            node.replace_all_uses_with(held)
+    for node in _calls(part, ATTENTION_KV4):
+        query, key, _, held, _, mask, scale = node.args
+        keys, values = _written(key), _written(held)
+        if keys is None or values is None:
+            raise _cache_error(part, node)
+        grouped = value(query).shape[1] != value(keys).shape[1]  # type: ignore[arg-type]
+        kwargs = {"attn_mask": mask, "scale": scale} | ({"enable_gqa": True} if grouped else {})
+        sdpa = aten.scaled_dot_product_attention.default
+        node.replace_all_uses_with(_put(part, node, sdpa, query, keys, values, like=node, **kwargs))
+    return _prompt_cache(part, small_cache)
+
+
+def _prompt_cache(part: Part, small_cache: bool) -> Part:
+    """The outputs of prefill: `present.l.key`, and with a small cache `present.l.key.scale`."""
+    output = next(reversed(part.module.graph.nodes))
+    results: dict[str, Any] = {}
+    for path, node in zip(part.outputs, output.args[0], strict=True):  # type: ignore[arg-type]
+        base, _, kind = path.rpartition(".")
+        if kind == "affine":
+            continue
+        if kind == "codes":
+            path, node = base, _stored(part, node)
+        results[path] = node
+        if small_cache and path.startswith("present.") and path.split(".")[1] not in ("kept", "alive"):
+            pair = _put(part, output, channel_codes, node, like=node)
+            results[path] = _put(part, output, operator.getitem, pair, 0, like=node)
+            results[f"{path}.scale"] = _put(part, output, operator.getitem, pair, 1, like=node)
+    output.args = (tuple(results.values()),)
+    return Part(part.module, part.inputs, tuple(results))
+
+
+def _stored(part: Part, node: fx.Node) -> fx.Node:
+    """Keys or values in place of their codes, gathered where those of dropped tokens are taken out."""
+    if not is_call(node, aten.gather.default):
+        held = _written(node)
+        if held is None:
+            raise _cache_error(part, node)
+        return held
+    codes, axis, index = node.args
+    held = _written(codes)
+    if held is None or not is_call(index, aten.expand.default):
+        raise _cache_error(part, node)
+    narrow, sizes = index.args
+    wide = _put(part, node, aten.expand.default, narrow, [*sizes[:-1], int(value(held).shape[-1])], like=node)  # type: ignore[index]
+    return _put(part, node, aten.gather.default, held, axis, wide, like=node)
+
+
+def channel_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x: f[B, H, S, D] -> codes: i8[B, H, S, D], scale: f32[H, 1, D], one per channel of a head for all rows."""
+    scale = x.float().abs().amax((0, 2))[:, None] * (HEADROOM / 127)
+    scale = torch.where(scale == 0, 1.0, scale)
+    return torch.clamp(torch.round(x.float() / scale), -128, 127).to(torch.int8), scale
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    held: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    mask: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query: f[B, Hq, 1, D], key, held: f[B, Hkv, 1, D], past: [B, Hkv, room, D], mask: [B | 1, 1, 1, S + 1].
+
+    Writes the new token at slot S of both caches. Returns attention over S + 1 slots, and the caches. Only sizes are
+    asked of this function, whose translation is GroupQueryAttention.
+    """
+    return torch.empty_like(query), past_key, past_value
+
+
+def _append_in_place(part: Part, small_cache: bool) -> Part:
+    """Decode: one operator appends to the cache and reads it, and the caches are inputs and outputs of any room."""
+    rewriter = _InPlace(part, small_cache)
+    for node in _calls(part, ATTENTION_KV4, aten.scaled_dot_product_attention.default):
+        rewriter.attention(node)
+    return rewriter.finish()
+
+
+class _InPlace:
+    def __init__(self, part: Part, small_cache: bool) -> None:
+        self.part = part
+        self.small_cache = small_cache
+        self.placeholders = [node for node in part.module.graph.nodes if node.op == "placeholder"]
+        self.before = dict(zip(part.inputs, self.placeholders, strict=True))
+        self.paths = {node: path for path, node in self.before.items()}
+        self.caches: dict[str, fx.Node] = {}
+        self.written: dict[str, fx.Node] = {}
+
+    def attention(self, node: fx.Node) -> None:
+        """Rewrite one attention if it reads the cache."""
+        if is_call(node, ATTENTION_KV4):
+            query, keys, _, values, _, mask, scale = node.args
+        else:
+            read = read_attention(node)
+            query, keys, values, mask, scale = read.query, read.key, read.value, read.mask, read.scale
+        key_path, key = self._appended(keys, node)
+        value_path, held = self._appended(values, node)
+        if not isinstance(mask, fx.Node):
+            raise _cache_error(self.part, node)
+        pasts = [self._cache(path, new) for path, new in ((key_path, key), (value_path, held))]
+        scales = [self._scale(path) if self.small_cache else None for path in (key_path, value_path)]
+        done = _put(self.part, node, cached_attention, query, key, held, *pasts, *scales, mask, scale, like=node)
+        y, *present = (_put(self.part, node, operator.getitem, done, index, like=node) for index in range(3))
+        self.written |= dict(zip((key_path, value_path), present, strict=True))
+        node.replace_all_uses_with(y)
+
+    def _appended(self, node: Any, attention: fx.Node) -> tuple[str, fx.Node]:
+        """The path of the cached tensor that attention reads, and what this step adds to it."""
+        joined = through_shape_ops(node, extra=(KV8_READ,))
+        parts = joined.args[0] if is_call(joined, aten.cat.default) else ()
+        if not isinstance(parts, (list, tuple)) or len(parts) != 2 or parts[0] not in self.paths:
+            raise _cache_error(self.part, attention)
+        past, new = parts
+        written = _written(new)
+        assert isinstance(past, fx.Node) and isinstance(new, fx.Node)
+        return self.paths[past].removesuffix(".codes"), new if written is None else written
+
+    def _cache(self, path: str, new: fx.Node) -> fx.Node:
+        tensor = value(new)
+        dtype = torch.int8 if self.small_cache else tensor.dtype
+        return self._input(path, torch.empty(1, tensor.shape[1], 1, tensor.shape[3], dtype=dtype, device="meta"))
+
+    def _scale(self, path: str) -> fx.Node:
+        return self._input(f"{path}.scale", torch.empty(1, 1, 1, device="meta"))
+
+    def _input(self, path: str, example: Tensor) -> fx.Node:
+        with self.part.module.graph.inserting_after(self.placeholders[-1]):
+            node = self.part.module.graph.placeholder(f"{identifier(path)}_in_place")
+        node.meta["val"] = example
+        self.placeholders.append(node)
+        self.caches[path] = node
+        return node
+
+    def finish(self) -> Part:
+        """The part with the new inputs and outputs. Raises ExportError where a cache is still copied."""
+        graph = self.part.module.graph
+        self._read_lengths_elsewhere()
+        output = next(reversed(graph.nodes))
+        results: dict[str, Any] = {}
+        for path, node in zip(self.part.outputs, output.args[0], strict=True):  # type: ignore[arg-type]
+            base = path.removesuffix(".codes").removesuffix(".affine").replace("present", CACHE, 1)
+            cached = base in self.written
+            results[f"present.{base.removeprefix(f'{CACHE}.')}" if cached else path] = (
+                self.written[base] if cached else node
+            )
+        output.args = (tuple(results.values()),)
+        graph.eliminate_dead_code()
+        inputs = {path: node for path, node in self.before.items() if not path.startswith(f"{CACHE}.")} | self.caches
+        left = [path for path, node in self.before.items() if path.startswith(f"{CACHE}.") and node.users]
+        if left:
+            raise _cache_error(self.part, self.before[left[0]])
+        for path, node in self.before.items():
+            if path not in inputs:
+                graph.erase_node(node)
+        order = {node: path for path, node in inputs.items()}
+        inputs_in_order = [order[node] for node in graph.nodes if node.op == "placeholder"]
+        return Part(self.part.module, tuple(inputs_in_order), tuple(results))
+
+    def _read_lengths_elsewhere(self) -> None:
+        """The size of a cache says nothing of how many tokens are in it: `tokens_seen` has as many entries."""
+        for node in _calls(self.part, aten.sym_size.int):
+            path = self.paths.get(node.args[0], "")  # type: ignore[arg-type]
+            if not path.startswith(f"{CACHE}."):
+                continue
+            base = path.removesuffix(".codes").removesuffix(".affine")
+            if node.args[1] != 2:
+                node.args = (self.caches[base], node.args[1])
+                continue
+            if SEEN not in self.before:
+                example = torch.empty(1, dtype=torch.int64, device="meta")
+                self.before[SEEN] = self._input(SEEN, example)
+                del self.caches[SEEN]
+            node.args = (self.before[SEEN], 0)
+
+
+def _cache_error(part: Part, node: fx.Node) -> ExportError:
+    return ExportError(
+        f"the cache cannot grow in place at {node.name}",
+        where="export_onnx(fast=True)",
+        do="export without it: the graphs are then exact, and this family's",
+    )
