@@ -23,7 +23,7 @@ from qpcompile.emit import onnx_aten, onnx_aten_shape, onnx_runner
 from qpcompile.emit.onnx_check import compare
 from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx_fast import fast_parts
-from qpcompile.emit.onnx_fast_ops import FAST_OWN, FAST_TORCH
+from qpcompile.emit.onnx_fast_ops import TRANSLATIONS as FAST
 from qpcompile.emit.onnx_translate import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx_weights import save_models
 from qpcompile.emit.onnx_wrap import Part, language, vision
@@ -99,7 +99,6 @@ OWN = {
     operators.TEXT_RELEVANCE: text_relevance,
     operators.TOKEN_SCORES: token_scores,
 }
-FAST = (TORCH | FAST_TORCH, OWN | FAST_OWN)
 LOWERINGS = (linear_w4a4.lower, linear_w4a16.lower)
 CLEAN_UP = (InlinePass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
 PACKAGES = ("qpcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -151,7 +150,7 @@ def build_models(program: Program, fast: bool = False) -> dict[str, ir.Model]:
 
 
 def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.Model:
-    model = to_onnx(name, part, (examples[0], examples[1]), FAST if fast else (TORCH, OWN))
+    model = to_onnx(name, part, (examples[0], examples[1]), (TORCH, OWN | FAST if fast else OWN))
     if fast:
         model.metadata_props[onnx_runner.IN_PLACE] = "past_key_values" if name == DECODE else ""
         (onnx_contrib.lower_few_rows if name == DECODE else onnx_contrib.lower_many_rows)(model)

@@ -40,6 +40,7 @@ from qpcompile.ir.operators import (
     QUANTIZE_INT4_STATIC,
     RMSNORM,
     RMSNORM_QUANTIZE,
+    ROPE,
     SILU_MUL_QUANTIZE,
 )
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
@@ -47,6 +48,9 @@ from qpcompile.ir.shapes import identifier, value
 from qpcompile.ir.structure import CACHE
 
 Tensor = torch.Tensor
+
+# Operators that treat the elements of the last axis alike, or move other axes.
+_ALIKE = (aten.to.dtype, aten.cos.default, aten.sin.default, aten.mul.Tensor, aten.unsqueeze.default)
 
 # A new token may be this much larger than any of the prompt before its code is clipped.
 HEADROOM = 1.5
@@ -88,6 +92,7 @@ def _fast_part(program: Program, name: str, part: Part) -> Part:
     _float_activations(part)
     if scheme is not None:
         _head_in_8_bits(part)
+    _rotary_in_one(part)
     small_cache = scheme is not None and scheme.kv_cache.bits != 16
     part = _append_in_place(part, small_cache) if name == DECODE else _float_keys(part, small_cache)
     part.module.graph.eliminate_dead_code()
@@ -183,6 +188,38 @@ def _head_in_8_bits(part: Part) -> None:
         node.replace_all_uses_with(_put(part, node, linear_w8, x, *stored, bias[0] if bias else None, like=node))
 
 
+def _rotary_in_one(part: Part) -> None:
+    """Rotary positions whose two halves turn alike, as most models have them, in onnxruntime's own operator."""
+    for node in _calls(part, ROPE):
+        x, cos, sin = node.args
+        assert isinstance(x, fx.Node) and isinstance(cos, fx.Node) and isinstance(sin, fx.Node)
+        batch, *_, length, width = value(x).shape
+        if value(x).dim() != 4 or any(value(each).shape != (batch, 1, length, width) for each in (cos, sin)):
+            continue
+        if _is_doubled(cos) and _is_doubled(sin):
+            new = _put(part, node, doubled_rope, x, cos, sin, like=node)
+            new.meta["val"] = value(node)
+            node.replace_all_uses_with(new)
+
+
+def _is_doubled(node: fx.Node) -> bool:
+    """Whether a node's last axis is one half, twice: cat([y, y], -1) behind what treats all elements alike."""
+    while is_call(node, *_ALIKE) and isinstance(node.args[0], fx.Node):
+        if any(isinstance(other, fx.Node) for other in node.args[1:]):
+            return False
+        node = node.args[0]
+    if not is_call(node, aten.cat.default):
+        return False
+    parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    assert isinstance(parts, (list, tuple))
+    return len(parts) == 2 and parts[0] is parts[1] and axis in (-1, value(node).dim() - 1)
+
+
+def doubled_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: f[B, H, S, D], cos, sin: f[B, 1, S, D] whose halves are equal -> f[B, H, S, D]."""
+    return ROPE(x, cos, sin)
+
+
 def _written(node: object) -> fx.Node | None:
     """The keys or values that a node holds the codes or scales of."""
     if is_call(node, operator.getitem) and is_call(node.args[0], KV4_WRITE, KV8_WRITE):
@@ -190,21 +227,53 @@ def _written(node: object) -> fx.Node | None:
     return None
 
 
+def _unrotated(node: fx.Node) -> fx.Node:
+    """What is turned for the sake of 4-bit codes: a product of queries and keys that are both turned needs it not."""
+    if is_call(node, HADAMARD) and node.args[1] is None:
+        return node.args[0]  # type: ignore[return-value]
+    return node
+
+
 def _float_keys(part: Part, small_cache: bool) -> Part:
     """Prefill (and the tower, which writes no cache): keys and values are not rounded until they are cached."""
     for node in _calls(part, KV4_READ, KV8_READ):
         if (held := _written(node.args[0])) is not None:
             node.replace_all_uses_with(held)
-    for node in _calls(part, ATTENTION_KV4):
-        query, key, _, held, _, mask, scale = node.args
-        keys, values = _written(key), _written(held)
-        if keys is None or values is None:
-            raise _cache_error(part, node)
-        grouped = value(query).shape[1] != value(keys).shape[1]  # type: ignore[arg-type]
-        kwargs = {"attn_mask": mask, "scale": scale} | ({"enable_gqa": True} if grouped else {})
-        sdpa = aten.scaled_dot_product_attention.default
-        node.replace_all_uses_with(_put(part, node, sdpa, query, keys, values, like=node, **kwargs))
+    for node in _calls(part, ATTENTION_KV4, aten.scaled_dot_product_attention.default):
+        if is_call(node, ATTENTION_KV4):
+            query, key, _, held, _, mask, scale = node.args
+            keys, values = _written(key), _written(held)
+            if keys is None or values is None:
+                raise _cache_error(part, node)
+            query, keys = _unrotated(query), _unrotated(keys)
+        else:
+            read = read_attention(node)
+            query, keys, values, mask, scale = read.query, read.key, read.value, read.mask, read.scale
+            if read.causal:
+                continue
+        made = causal_attention if _sees_no_later(mask) else open_attention
+        new = _put(part, node, made, query, keys, values, mask, scale, like=node)
+        node.replace_all_uses_with(new)
     return _prompt_cache(part, small_cache)
+
+
+def _sees_no_later(mask: Any) -> bool:
+    """Whether no token of the example, which has a picture, sees one behind it."""
+    flags = mask.meta.get("val") if isinstance(mask, fx.Node) else None
+    if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.shape[-1] != flags.shape[-2]:
+        return False
+    return not bool(flags.triu(1).any())
+
+
+def open_attention(query: Tensor, key: Tensor, held: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """query: f[B, Hq, S, D], key, held: f[B, Hkv, T, D], mask: [B | 1, 1 | Hq, S, T] -> f[B, Hq, S, D]."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return sdpa(query, key, held, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def causal_attention(query: Tensor, key: Tensor, held: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same, with a mask that lets no token see a later one."""
+    return open_attention(query, key, held, mask, scale)
 
 
 def _prompt_cache(part: Part, small_cache: bool) -> Part:
@@ -232,11 +301,12 @@ def _stored(part: Part, node: fx.Node) -> fx.Node:
         held = _written(node)
         if held is None:
             raise _cache_error(part, node)
-        return held
+        return _unrotated(held)
     codes, axis, index = node.args
     held = _written(codes)
     if held is None or not is_call(index, aten.expand.default):
         raise _cache_error(part, node)
+    held = _unrotated(held)
     narrow, sizes = index.args
     wide = _put(part, node, aten.expand.default, narrow, [*sizes[:-1], int(value(held).shape[-1])], like=node)  # type: ignore[index]
     return _put(part, node, aten.gather.default, held, axis, wide, like=node)
@@ -290,10 +360,12 @@ class _InPlace:
         """Rewrite one attention if it reads the cache."""
         if is_call(node, ATTENTION_KV4):
             query, keys, _, values, _, mask, scale = node.args
+            query = _unrotated(query)
         else:
             read = read_attention(node)
             query, keys, values, mask, scale = read.query, read.key, read.value, read.mask, read.scale
         key_path, key = self._appended(keys, node)
+        key = _unrotated(key)
         value_path, held = self._appended(values, node)
         if not isinstance(mask, fx.Node):
             raise _cache_error(self.part, node)

@@ -9,11 +9,18 @@ import onnx_ir as ir
 from onnxscript import evaluator, opset21
 
 from qpcompile.emit.onnx_attention import attention as plain_attention
-from qpcompile.emit.onnx_fast import HEAD_BLOCK, cached_attention, channel_codes, linear_w8, HEADROOM
+from qpcompile.emit.onnx_fast import (
+    HEAD_BLOCK,
+    HEADROOM,
+    cached_attention,
+    causal_attention,
+    channel_codes,
+    doubled_rope,
+    linear_w8,
+    open_attention,
+)
 from qpcompile.emit.onnx_record import Recorder
-from qpcompile.emit.onnx_types import Fact
 from qpcompile.ir import operators
-from qpcompile.ir.edit import aten
 from qpcompile.kernels.hadamard.reference import factor_arrays
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
@@ -89,36 +96,39 @@ def in_place(
     return op.Reshape(y, [0, heads, 1, width]), *present
 
 
-def attention(
-    out: Fact,
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
+def open_attention_in_one(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
+    """The translation of `open_attention`."""
+    return attention(query, key, value, mask, scale, causal=False)
+
+
+def causal_attention_in_one(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
+    """The translation of `causal_attention`: keys behind a query are not even read."""
+    return attention(query, key, value, mask, scale, causal=True)
+
+
+def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, causal: bool) -> Any:
     """query: f32[B, Hq, S, D], key, value: f32[B, Hkv, S, D] -> f32[B, Hq, S, D], in one operator if that can be."""
     heads, groups, width = query.shape[1], key.shape[1], query.shape[3]
-    if dropout_p or not _same_size(query.shape[2], key.shape[2]) or value.shape[3] != width or width % 8:
-        return plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if not _same_size(query.shape[2], key.shape[2]) or value.shape[3] != width or width % 8:
+        return plain_attention(query, key, value, mask, scale=scale)
     rows = [
         op.Reshape(op.Transpose(each, perm=[0, 2, 1, 3]), [0, 0, count * width])
         for each, count in ((query, heads), (key, groups), (value, groups))
     ]
     counts = _counts(query, op.Shape(query, start=2, end=3))
-    bias = None if attn_mask is None else _bias(attn_mask)
-    y = contrib(
-        "GroupQueryAttention",
-        [*rows, None, None, *counts, None, None, None, bias],
-        num_heads=heads,
-        kv_num_heads=groups,
-        scale=width**-0.5 if scale is None else scale,
-        causal=int(is_causal),
-    )
+    inputs = [*rows, None, None, *counts, None, None, None, None if mask is None else _bias(mask)]
+    sizes = {"num_heads": heads, "kv_num_heads": groups, "scale": float(scale), "causal": int(causal)}
+    y = contrib("GroupQueryAttention", inputs, **sizes)
     return op.Transpose(op.Reshape(y, [0, 0, heads, width]), perm=[0, 2, 1, 3])
+
+
+def rope(x: Any, cos: Any, sin: Any) -> Any:
+    """The translation of `doubled_rope`: each token has a row of its own in the tables."""
+    half = x.shape[-1] // 2
+    tables = [op.Reshape(op.Slice(each, [0], [half], [-1]), [-1, half]) for each in (cos, sin)]
+    sizes = [op.Shape(x, start=axis, end=axis + 1) for axis in (0, 2)]
+    rows = op.Reshape(op.Range(0, op.Squeeze(op.Mul(*sizes), [0]), 1), op.Concat(*sizes, axis=0))
+    return contrib("RotaryEmbedding", [x, rows, *tables])
 
 
 def _same_size(left: Any, right: Any) -> bool:
@@ -128,7 +138,7 @@ def _same_size(left: Any, right: Any) -> bool:
 
 
 def _counts(query: Any, length: Any) -> tuple[Any, Any]:
-    """length: i64[1] -> what GroupQueryAttention wants to know of it: i32[B], the last slot, and i32[], their number."""
+    """length: i64[1] -> i32[B], the last slot, and i32[], their number, as GroupQueryAttention wants them."""
     total = op.Cast(length, to=ir.DataType.INT32)
     last = op.Expand(op.Sub(total, op.Constant(value=ir.tensor([1], dtype=ir.DataType.INT32))), op.Shape(query, end=1))
     return last, op.Squeeze(total, [0])
@@ -141,8 +151,10 @@ def _bias(mask: Any) -> Any:
     return op.Max(op.Cast(mask, to=ir.DataType.FLOAT), HIDDEN)
 
 
-FAST_TORCH = {aten.scaled_dot_product_attention.default: attention}
-FAST_OWN = {
+TRANSLATIONS = {
+    open_attention: open_attention_in_one,
+    causal_attention: causal_attention_in_one,
+    doubled_rope: rope,
     linear_w8: head,
     channel_codes: codes_by_channel,
     cached_attention: in_place,
