@@ -39,14 +39,15 @@ def masks(shape: tuple[int, ...]) -> list[Tensor | None]:
 
 
 @tiles
+@pytest.mark.parametrize("scale", [0.3, 5.0], ids=["bounded", "large scores"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_formula(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_formula(shape: tuple[int, ...], scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = given(shape)
     plain = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **o: plain(*a, **o).fill_(torch.nan))
     for mask in masks(shape):
-        expected = reference.attention(q.double(), k.double(), v.double(), mask, 0.3)
-        found = cpu._on_tiles(q, k, v, mask, 0.3)
+        expected = reference.attention(q.double(), k.double(), v.double(), mask, scale)
+        found = cpu._on_tiles(q, k, v, mask, scale)
         # Probabilities are bfloat16 in the second product, and so is the result.
         torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7 * float(v.abs().max()))
         assert found.transpose(1, 2).is_contiguous()
@@ -72,6 +73,26 @@ def test_large_scores_and_nan() -> None:
     q[0, 1, 3, 5] = torch.nan
     rows = cpu._on_tiles(q, k, v, None, 1.0).isnan().all(-1)
     assert rows.nonzero().tolist() == [[0, 1, 3]]
+    q, k, v = given((1, 2, 2, 40, 64, 32))
+    k[0, 0, 9, 5] = torch.nan
+    mask = torch.ones(40, 64, dtype=torch.bool)
+    mask[:30, 9] = False
+    rows = cpu._on_tiles(q, k, v, mask, 1.0).isnan().all(-1)
+    assert rows.nonzero().tolist() == [[0, 0, query] for query in range(30, 40)]
+
+
+@tiles
+@pytest.mark.parametrize("factor", [9.0, 10.0, 11.0, 1e4])
+def test_scores_around_the_bound(factor: float) -> None:
+    # One key opposite to the query and one along it, as far apart as |q| |k| allows.
+    q = torch.zeros(1, 1, 32, 32).bfloat16()
+    q[..., 0] = factor
+    k, v = torch.zeros(2, 1, 1, 64, 32).bfloat16()
+    k[..., 0] = -4
+    k[0, 0, 17, 0], v[0, 0, 17], v[0, 0, 3] = 4, 3, 100
+    found = cpu._on_tiles(q, k, v, None, 1.0)
+    expected = reference.attention(q.double(), k.double(), v.double(), None, 1.0)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=0)
 
 
 @tiles
