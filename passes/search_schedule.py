@@ -13,6 +13,7 @@ successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
 
 from __future__ import annotations
 
+import gc
 import itertools
 import operator
 from collections.abc import Iterable
@@ -82,6 +83,9 @@ class SearchSchedule:
                 step()
         trials.machine.execute = execute_graph  # the host keeps the machine: what this pass holds goes
         program.facts["schedule"] = trials.best()
+        # Graphs of trials are cycles, which would hold weights that later passes replace.
+        del trials
+        gc.collect()
         return False
 
 

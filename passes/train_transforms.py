@@ -37,7 +37,8 @@ from qpcompile.ir.learned_transform import LearnedTransform, kronecker_rows, rou
 from qpcompile.ir.operators import KRONECKER, QUANT_STUB
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, Graph, Program
 from qpcompile.ir.run import Machine, execute_graph
-from qpcompile.ir.statistics import Calibration
+from qpcompile.ir.statistics import Calibration, InputStatistics
+from qpcompile.ir.turn import WIDE
 from qpcompile.plan import TrainedBlock
 from qpcompile.progress import track
 from qpcompile.recipe_schema import QuantizeScheme, TrainingScheme
@@ -260,8 +261,9 @@ class _Training:
                     self._fold_graph(graph, learned, moved)
             for site, (left, right) in learned.items():
                 if site in self.calibration.inputs:
-                    turn = torch.kron(left.double(), right.double())
-                    self.calibration.inputs[site] = self.calibration.inputs[site].transformed(turn)
+                    self.calibration.inputs[site] = _carried(
+                        self.calibration.inputs[site], left.double(), right.double()
+                    )
 
     def _fold_graph(
         self, graph: Graph, learned: dict[str, tuple[torch.Tensor, torch.Tensor]], moved: dict[str, torch.Tensor]
@@ -290,6 +292,13 @@ class _Training:
                 set_tensor(module, name, moved[name])
             if self.scheme.activations.bits == 4:
                 set_fact(stub, replace(fact, clip=float(torch.sigmoid(self.sites[fact.site].clip))))
+
+
+def _carried(found: InputStatistics, left: torch.Tensor, right: torch.Tensor) -> InputStatistics:
+    """Statistics behind left kron right; by the factors where the input is wide."""
+    if len(left) * len(right) > WIDE:
+        return found.turned(lambda rows: kronecker_rows(rows, left, right))
+    return found.transformed(torch.kron(left, right))
 
 
 def _target(node: object) -> str:

@@ -54,11 +54,22 @@ def factors(channels: int) -> tuple[Tensor, Tensor]:
 @functools.cache
 def factor_arrays(channels: int) -> tuple[np.ndarray, np.ndarray]:
     """float32 (H_A without its norm, R^T with it), A the power of two that makes A + c smallest."""
+    left, right = _wide_arrays(channels)
+    return left.astype(np.float32), np.ascontiguousarray(right.T).astype(np.float32)
+
+
+def factors_f64(channels: int) -> tuple[Tensor, Tensor]:
+    """What `factors` gives, in float64."""
+    left, right = _wide_arrays(channels)
+    return torch.from_numpy(left), torch.from_numpy(np.ascontiguousarray(right.T))
+
+
+def _wide_arrays(channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """float64 (H_A without its norm, R with it)."""
     power, odd = split_channels(channels)
     sides = (1 << i for i in range(power.bit_length()))
     side = min(sides, key=lambda a: a + channels // a)
-    right = np.kron(sylvester(power // side), dct_matrix(odd)) / np.sqrt(power)
-    return sylvester(side).astype(np.float32), np.ascontiguousarray(right.T).astype(np.float32)
+    return sylvester(side), np.kron(sylvester(power // side), dct_matrix(odd)) / np.sqrt(power)
 
 
 def hadamard_matrix(channels: int) -> Tensor:

@@ -21,6 +21,7 @@ from qpcompile.ir.program import Graph
 from qpcompile.ir.scale_search import search_scale
 from qpcompile.ir.shapes import value
 from qpcompile.ir.statistics import Calibration
+from qpcompile.ir.turn import Turn, rotation
 from qpcompile.kernels.hadamard.reference import factors, hadamard_matrix
 from qpcompile.recipe_schema import QuantizeScheme
 
@@ -98,21 +99,19 @@ class _Finder:
         names = [weight_name(linear) for linear in linears]
         channels = self.tensor(names[0]).shape[1]
         rotate = self.scheme.transform != "none"
-        turn = _turn(channels, rotate, device := self.tensor(names[0]).device)
-        scale = self._balance(site, names, turn) if scaled else None
+        device = self.tensor(names[0]).device
+        scale = self._balance(site, names, rotate) if scaled else None
+        turn = Turn(channels, rotate, scale, device)
         if scale is not None or rotate:
-            backward = _backward(turn, scale)
             for name in names:
-                self.update(name, self.tensor(name) @ backward)
-            # Of a wide input each of these takes a gigabyte.
-            del backward
-            self._carry(site, turn if scale is None else turn.mul_(scale[None, :]))
-        del turn
+                self.update(name, turn.weights(self.tensor(name)))
+            if site in self.calibration.inputs:
+                self.calibration.inputs[site] = turn.statistics(self.calibration.inputs[site])
         folded = scale is not None and self._fold_scale(x, stub, scale)
         rest = None if scale is None or folded else scale.float()
         shift = self._center(site, linears)
         if shift is not None:
-            before = _backward(_turn(channels, rotate, device), scale) @ shift
+            before = turn.back(shift)
             if self._fold_shift(x, stub, before * scale if folded and scale is not None else before):
                 shift = None
         learned = factors(channels) if self.scheme.transform in ("rotation", "flatquant") else None
@@ -156,7 +155,7 @@ class _Finder:
         """The name of a linear's bias, one that it has only just got included."""
         return self.basis.biases.get(weight_name(linear), _bias_name(linear))
 
-    def _balance(self, site: str, names: list[str], turn: torch.Tensor) -> torch.Tensor | None:
+    def _balance(self, site: str, names: list[str], rotate: bool) -> torch.Tensor | None:
         """1 / s for the linears `names`, f64[C], by strength or by search; None without a recipe or data for it."""
         strength, statistics = self.scheme.smooth, self.calibration.inputs.get(site)
         if statistics is None or not statistics.tokens:
@@ -165,6 +164,7 @@ class _Finder:
             ratio = self.calibration.ratios.get(site, 1.0)
             importance = torch.where(statistics.visual, ratio, 1.0)
             wide = torch.cat([self.tensor(name) for name in names])
+            turn = rotation(wide.shape[1], rotate, wide.device)
             return search_scale(statistics.rows, wide, turn, self.scheme, importance)
         if strength is None:
             return None
@@ -247,17 +247,6 @@ class _Finder:
         self.update(out, (parts @ spread).transpose(0, 1).reshape(columns.shape))
         self._carry(site, torch.block_diag(*blocks.repeat_interleave(repeats, dim=0)))
         return True
-
-
-def _turn(channels: int, rotate: bool, device: torch.device) -> torch.Tensor:
-    """The orthogonal T: f64[C, C]."""
-    turn = hadamard_matrix(channels).double() if rotate else torch.eye(channels, dtype=torch.float64)
-    return turn.to(device)
-
-
-def _backward(turn: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """D^-1 T^-1: f64[C, C], D = diag(scale)."""
-    return turn.T if scale is None else turn.T / scale[:, None]
 
 
 def _makes_each_channel(factor: object, channels: int) -> bool:

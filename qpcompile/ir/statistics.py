@@ -7,7 +7,7 @@ finished therefore lies on a `Shelf`, most of it in files.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,15 @@ class InputStatistics:
         moments = None if self.moments is None else _carried(wide, self.moments)
         total, rows = (wide @ self.total.double()).float(), (self.rows.double() @ wide.T).float()
         return self._moved(moments, total, rows)
+
+    def turned(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> InputStatistics:
+        """What `transformed` gives, for a matrix too large to be there: rows applies it, f64[N, C] -> f64[N, C]."""
+        moments = self.moments
+        if moments is not None:
+            half = torch.cat([rows(moments[part].double()) for part in strips(len(moments))])
+            # A X A^T of a symmetric X is symmetric: its rows are its columns.
+            moments = torch.cat([rows(half[:, part].T.contiguous()).float() for part in strips(len(half))])
+        return self._moved(moments, rows(self.total.double()[None])[0].float(), rows(self.rows.double()).float())
 
     def shifted(self, shift: torch.Tensor) -> InputStatistics:
         """Statistics of `x - shift`, shift: f[C]; the largest magnitudes are no longer known and become NaN."""
