@@ -55,6 +55,8 @@ _ALIKE = (aten.to.dtype, aten.cos.default, aten.sin.default, aten.mul.Tensor, at
 # A new token may be this much larger than any of the prompt before its code is clipped.
 HEADROOM = 1.5
 HEAD_BLOCK = 128
+# onnxruntime's attention takes heads whose width is a multiple of this.
+WIDTHS = 8
 
 
 def fast_parts(program: Program, parts: Mapping[str, Part]) -> dict[str, Part]:
@@ -111,6 +113,12 @@ def _put(part: Part, before: fx.Node, target: Callable[..., Any], *args: Any, li
         node = part.module.graph.call_function(target, args, kwargs)
     node.meta.update({key: found for key, found in like.meta.items() if key != "val"})
     return node
+
+
+def _replace(part: Part, node: fx.Node, new: fx.Node) -> None:
+    """Attention could draw random numbers, as far as torch knows: it would not be removed as dead."""
+    node.replace_all_uses_with(new)
+    part.module.graph.erase_node(node)
 
 
 def _narrow(part: Part) -> None:
@@ -227,8 +235,9 @@ def _written(node: object) -> fx.Node | None:
     return None
 
 
-def _unrotated(node: fx.Node) -> fx.Node:
+def _unrotated(node: Any) -> fx.Node:
     """What is turned for the sake of 4-bit codes: a product of queries and keys that are both turned needs it not."""
+    assert isinstance(node, fx.Node)
     if is_call(node, HADAMARD) and node.args[1] is None:
         return node.args[0]  # type: ignore[return-value]
     return node
@@ -244,7 +253,7 @@ def _float_keys(part: Part, small_cache: bool) -> Part:
             query, key, _, held, _, mask, scale = node.args
             keys, values = _written(key), _written(held)
             if keys is None or values is None:
-                raise _cache_error(part, node)
+                raise _cache_error(node)
             query, keys = _unrotated(query), _unrotated(keys)
         else:
             read = read_attention(node)
@@ -252,8 +261,7 @@ def _float_keys(part: Part, small_cache: bool) -> Part:
             if read.causal:
                 continue
         made = causal_attention if _sees_no_later(mask) else open_attention
-        new = _put(part, node, made, query, keys, values, mask, scale, like=node)
-        node.replace_all_uses_with(new)
+        _replace(part, node, _put(part, node, made, query, keys, values, mask, scale, like=node))
     return _prompt_cache(part, small_cache)
 
 
@@ -300,12 +308,12 @@ def _stored(part: Part, node: fx.Node) -> fx.Node:
     if not is_call(node, aten.gather.default):
         held = _written(node)
         if held is None:
-            raise _cache_error(part, node)
+            raise _cache_error(node)
         return _unrotated(held)
     codes, axis, index = node.args
     held = _written(codes)
     if held is None or not is_call(index, aten.expand.default):
-        raise _cache_error(part, node)
+        raise _cache_error(node)
     held = _unrotated(held)
     narrow, sizes = index.args
     wide = _put(part, node, aten.expand.default, narrow, [*sizes[:-1], int(value(held).shape[-1])], like=node)  # type: ignore[index]
@@ -367,21 +375,21 @@ class _InPlace:
         key_path, key = self._appended(keys, node)
         key = _unrotated(key)
         value_path, held = self._appended(values, node)
-        if not isinstance(mask, fx.Node):
-            raise _cache_error(self.part, node)
+        if not isinstance(mask, fx.Node) or not _fits(query, key, held):
+            raise _cache_error(node)
         pasts = [self._cache(path, new) for path, new in ((key_path, key), (value_path, held))]
         scales = [self._scale(path) if self.small_cache else None for path in (key_path, value_path)]
         done = _put(self.part, node, cached_attention, query, key, held, *pasts, *scales, mask, scale, like=node)
         y, *present = (_put(self.part, node, operator.getitem, done, index, like=node) for index in range(3))
         self.written |= dict(zip((key_path, value_path), present, strict=True))
-        node.replace_all_uses_with(y)
+        _replace(self.part, node, y)
 
     def _appended(self, node: Any, attention: fx.Node) -> tuple[str, fx.Node]:
         """The path of the cached tensor that attention reads, and what this step adds to it."""
         joined = through_shape_ops(node, extra=(KV8_READ,))
         parts = joined.args[0] if is_call(joined, aten.cat.default) else ()
         if not isinstance(parts, (list, tuple)) or len(parts) != 2 or parts[0] not in self.paths:
-            raise _cache_error(self.part, attention)
+            raise _cache_error(attention)
         past, new = parts
         written = _written(new)
         assert isinstance(past, fx.Node) and isinstance(new, fx.Node)
@@ -420,11 +428,11 @@ class _InPlace:
         inputs = {path: node for path, node in self.before.items() if not path.startswith(f"{CACHE}.")} | self.caches
         left = [path for path, node in self.before.items() if path.startswith(f"{CACHE}.") and node.users]
         if left:
-            raise _cache_error(self.part, self.before[left[0]])
-        for path, node in self.before.items():
-            if path not in inputs:
-                graph.erase_node(node)
+            raise _cache_error(self.before[left[0]])
         order = {node: path for path, node in inputs.items()}
+        for node in self.before.values():
+            if node not in order:
+                graph.erase_node(node)
         inputs_in_order = [order[node] for node in graph.nodes if node.op == "placeholder"]
         return Part(self.part.module, tuple(inputs_in_order), tuple(results))
 
@@ -445,9 +453,16 @@ class _InPlace:
             node.args = (self.before[SEEN], 0)
 
 
-def _cache_error(part: Part, node: fx.Node) -> ExportError:
+def _fits(query: Any, key: fx.Node, held: fx.Node) -> bool:
+    """Whether onnxruntime's attention on a cache takes these heads, f[B, H, 1, D]."""
+    width, others = value(query).shape[-1], [value(each).shape[-1] for each in (key, held)]
+    return width % WIDTHS == 0 and others == [width, width]
+
+
+def _cache_error(node: fx.Node) -> ExportError:
     return ExportError(
-        f"the cache cannot grow in place at {node.name}",
-        where="export_onnx(fast=True)",
-        do="export without it: the graphs are then exact, and this family's",
+        "onnxruntime's attention on a cache that grows in place does not take this layer: it wants a mask, heads of one "
+        f"width that {WIDTHS} divides, and keys and values appended to those that are cached",
+        where=f"export_onnx(fast=True), {node.name}",
+        do="leave out fast=True: the exact graphs have none of these limits",
     )

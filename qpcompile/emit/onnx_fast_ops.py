@@ -12,6 +12,7 @@ from qpcompile.emit.onnx_attention import attention as plain_attention
 from qpcompile.emit.onnx_fast import (
     HEAD_BLOCK,
     HEADROOM,
+    WIDTHS,
     cached_attention,
     causal_attention,
     channel_codes,
@@ -109,7 +110,7 @@ def causal_attention_in_one(query: Any, key: Any, value: Any, mask: Any, scale: 
 def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, causal: bool) -> Any:
     """query: f32[B, Hq, S, D], key, value: f32[B, Hkv, S, D] -> f32[B, Hq, S, D], in one operator if that can be."""
     heads, groups, width = query.shape[1], key.shape[1], query.shape[3]
-    if not _same_size(query.shape[2], key.shape[2]) or value.shape[3] != width or width % 8:
+    if not _same_size(query.shape[2], key.shape[2]) or value.shape[3] != width or width % WIDTHS:
         return plain_attention(query, key, value, mask, scale=scale)
     rows = [
         op.Reshape(op.Transpose(each, perm=[0, 2, 1, 3]), [0, 0, count * width])
