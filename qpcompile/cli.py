@@ -149,6 +149,9 @@ def export_command(
     recipe: RecipeName = "none",
     overrides: Overrides = None,
     data: Data = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="onnxruntime's own operators: faster, but not the module's numbers.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write graphs for onnxruntime, with a runner beside them that needs no torch.
@@ -161,7 +164,7 @@ def export_command(
             compiled = load_artifact(source)
         else:
             compiled = compile_told(source, Recipe.load(recipe).with_overrides(overrides or []), data)
-        compiled.export_onnx(output)
+        compiled.export_onnx(output, fast=fast)
         note(f"wrote {output}; try: python {output}/runner.py --help")
 
 

@@ -121,12 +121,12 @@ def _stacked(numbers: Sequence[int]) -> Inputs:
     return {"pixel_values": torch.stack([_noise(number, 3, 32, 32) for number in numbers])}
 
 
-def llava() -> tuple[PreTrainedModel, Cases]:
-    """CLIP tower, LLaMA decoder, a fixed number of visual tokens."""
+def llava(**text: Any) -> tuple[PreTrainedModel, Cases]:
+    """CLIP tower, LLaMA decoder (`text` changes its sizes), a fixed number of visual tokens."""
     model = _build(
         "Llava",
         vision_config=_tower("clip_vision_model", projection_dim=32),
-        text_config=_text(model_type="llama"),
+        text_config=_text(model_type="llama", **text),
         image_token_index=IMAGE,
         image_seq_length=16,
     )

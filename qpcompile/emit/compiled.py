@@ -109,12 +109,16 @@ class CompiledVLM:
         """Write the artifact folder; `qpcompile.load` reads it back. A folder that exists is refused."""
         artifact.save(self.program, self.processor, Path(folder))
 
-    def export_onnx(self, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = ()) -> None:
+    def export_onnx(
+        self, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = (), fast: bool = False
+    ) -> None:
         """Write graphs for onnxruntime with a runner beside them. Needs the extra `onnx`.
 
         Args:
             folder: a folder that does not exist yet.
             check: inputs of `generate` that both sides answer; `check.json` then says where the answers differ.
+            fast: onnxruntime's own operators, several times as fast, whose numbers are not the module's: activations
+                and cache have 8 bits; `manifest.json` and docs/numerics.md say what changes.
         """
         try:
             # Imported here because onnx is an optional dependency.
@@ -125,7 +129,7 @@ class CompiledVLM:
                 where="export_onnx",
                 do='install the extra: pip install "qpcompile[onnx]"',
             ) from error
-        export_onnx(self, Path(folder), check)
+        export_onnx(self, Path(folder), check, fast)
 
     def report(self, path: str | PathLike[str], samples: Any = None) -> None:
         """Write the report, one self-contained HTML file.

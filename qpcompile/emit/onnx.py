@@ -22,7 +22,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass
 from qpcompile.emit import onnx_aten, onnx_aten_shape, onnx_runner
 from qpcompile.emit.onnx_check import compare
 from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
-from qpcompile.emit.onnx_fast import fast_parts
+from qpcompile.emit.onnx_fast import CHANGES, EXACT, fast_parts
 from qpcompile.emit.onnx_fast_ops import TRANSLATIONS as FAST
 from qpcompile.emit.onnx_translate import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx_weights import save_models
@@ -129,7 +129,7 @@ def export_onnx(
         if (batches := list(check)) and not isinstance(compiled, Program):
             found = compare(compiled.generate, aside, batches)
             (aside / "check.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
-        _write_manifest(aside)
+        _write_manifest(aside, CHANGES if fast else EXACT)
 
 
 def build_models(program: Program, fast: bool = False) -> dict[str, ir.Model]:
@@ -209,12 +209,13 @@ def _write_texts(program: Program, folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_manifest(folder: Path, numbers: Sequence[str]) -> None:
     """The manifest comes last and names all files."""
     manifest = {
         "format": "qpcompile-onnx",
         "version": 1,
         "opset": OPSET,
+        "numbers": list(numbers),
         "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())

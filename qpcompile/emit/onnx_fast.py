@@ -49,6 +49,17 @@ from qpcompile.ir.structure import CACHE
 
 Tensor = torch.Tensor
 
+# What an exported folder says of its numbers.
+EXACT = ("the compiled module's, code for code; sums that codes are made of are float64",)
+CHANGES = (
+    "weights are the compiled model's 4-bit weights; in front of them activations have 8 bits, one scale per token in "
+    "prefill and one per 128 channels of a token in decode, in place of the recipe's",
+    "the head has 8-bit weights in blocks of 128, if the recipe quantizes anything",
+    "a 4-bit or 8-bit cache has 8 bits, one scale per channel of a head for all prompts of a batch: 1.5 times the "
+    "prompt's largest value; prefill attends to keys and values before they are rounded",
+    "all sums are float32",
+)
+
 # Operators that treat the elements of the last axis alike, or move other axes.
 _ALIKE = (aten.to.dtype, aten.cos.default, aten.sin.default, aten.mul.Tensor, aten.unsqueeze.default)
 
@@ -461,8 +472,8 @@ def _fits(query: Any, key: fx.Node, held: fx.Node) -> bool:
 
 def _cache_error(node: fx.Node) -> ExportError:
     return ExportError(
-        "onnxruntime's attention on a cache that grows in place does not take this layer: it wants a mask, heads of one "
-        f"width that {WIDTHS} divides, and keys and values appended to those that are cached",
+        "onnxruntime's attention on a cache that grows in place does not take this layer: it wants a mask, heads of "
+        f"one width that {WIDTHS} divides, and keys and values appended to those that are cached",
         where=f"export_onnx(fast=True), {node.name}",
         do="leave out fast=True: the exact graphs have none of these limits",
     )

@@ -339,7 +339,7 @@ GENAI, GENAI_PRUNED, ORT_INT4 = "OpenVINO GenAI int4", "OpenVINO GenAI int4, CDP
 TARGETS = [
     Target(shape, measured, ours, other, most)
     for shape in ("A", "B")
-    for ours in ("ours quota-30", "ours quota-30, bf16", "ours quota-30, ONNX")
+    for ours in ("ours quota-30", "ours quota-30, bf16", "ours quota-30, ONNX fast")
     for measured, other, most in (
         # GenAI ignores pruning for LLaVA, so that its plain answer stands against ours.
         ("first_ms", GENAI if shape == "A" else GENAI_PRUNED, 0.6),

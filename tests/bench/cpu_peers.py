@@ -34,6 +34,7 @@ _COMPILER = (
     "passes/*.py",
     "kernels/*/op.py",
     "kernels/*/onnx.py",
+    "kernels/*/onnx_contrib.py",
     "kernels/*/packing.py",
 )
 
@@ -86,6 +87,8 @@ MAKES = {
         Make("ort-int4", "cpu_prepare.py", ("ort:int4",), depends=_COMPILER),
         Make("onnx-w4a4kv4", "cpu_prepare.py", ("onnx:w4a4kv4",), "ours-float32", depends=_COMPILER),
         Make("onnx-quota-30", "cpu_prepare.py", ("onnx:quota-30",), "ours-float32", depends=_COMPILER),
+        Make("onnx-fast-w4a4kv4", "cpu_prepare.py", ("onnx-fast:w4a4kv4",), "ours-float32", depends=_COMPILER),
+        Make("onnx-fast-quota-30", "cpu_prepare.py", ("onnx-fast:quota-30",), "ours-float32", depends=_COMPILER),
     )
 }
 
@@ -105,6 +108,8 @@ PEERS = {
         Peer("ours quota-30, bf16", "cpu_ours.py", "ours-bfloat16", "quota-30"),
         Peer("ours w4a4kv4, ONNX", "cpu_ours_onnx.py", "onnx-w4a4kv4"),
         Peer("ours quota-30, ONNX", "cpu_ours_onnx.py", "onnx-quota-30"),
+        Peer("ours w4a4kv4, ONNX fast", "cpu_ours_onnx.py", "onnx-fast-w4a4kv4"),
+        Peer("ours quota-30, ONNX fast", "cpu_ours_onnx.py", "onnx-fast-quota-30"),
     )
 }
 

@@ -1,12 +1,13 @@
 """Make what one peer of the CPU benchmark loads: cpu_prepare.py WHAT SHAPE FOLDER [SOURCE]
 
-WHAT is torch:DTYPE, ours:DTYPE (a folder for each preset), onnx:PRESET from the compiled models in SOURCE, or ort:fp32
-and ort:int4: the model's own graphs for onnxruntime, the second with the weights that its quantizer of matrix products
-makes of them (blocks of 32, int8 arithmetic).
+WHAT is torch:DTYPE, ours:DTYPE (a folder for each preset), onnx:PRESET and onnx-fast:PRESET from the compiled models in
+SOURCE, or ort:fp32 and ort:int4: the model's own graphs for onnxruntime, the second with the weights that its quantizer
+of matrix products makes of them (blocks of 32, int8 arithmetic).
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,9 @@ def prepare_ours(shape: Shape, folder: Path, dtype: str) -> None:
         bench.compile(recipe(shape, preset)).save_pretrained(folder / preset)
 
 
-def prepare_onnx(shape: Shape, folder: Path, preset: str, source: str) -> None:
+def prepare_onnx(shape: Shape, folder: Path, preset: str, source: str, fast: bool = False) -> None:
     """The ONNX folder of a compiled model."""
-    qpcompile.load(Path(source) / preset).export_onnx(folder)
+    qpcompile.load(Path(source) / preset).export_onnx(folder, fast=fast)
 
 
 def prepare_ort(shape: Shape, folder: Path, weights: str) -> None:
@@ -91,6 +92,7 @@ MAKERS: dict[str, Callable[..., None]] = {
     "torch": prepare_torch,
     "ours": prepare_ours,
     "onnx": prepare_onnx,
+    "onnx-fast": partial(prepare_onnx, fast=True),
     "ort": prepare_ort,
 }
 
