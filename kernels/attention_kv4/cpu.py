@@ -18,7 +18,7 @@ from torch import Tensor
 from qpcompile.kernels import native
 from qpcompile.kernels.attention.cpu import attention, on_tiles
 from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
-from qpcompile.kernels.attention_kv4.reference import tokens_outside
+from qpcompile.kernels.attention_kv4.reference import front, tokens_outside
 from qpcompile.kernels.kv4_read.cpu import kv4_read
 from qpcompile.kernels.sums import wide_type
 
@@ -33,8 +33,11 @@ def attention_kv4(
     v_affine: Tensor,
     mask: Tensor | None,
     scale: float,
+    filled: Tensor | None = None,
 ) -> Tensor:
     """Shapes as in reference.py."""
+    if filled is not None:
+        k_codes, k_affine, v_codes, v_affine, mask = front(k_codes, k_affine, v_codes, v_affine, mask, filled)
     rows_per_key = q.shape[2] * (q.shape[1] // k_codes.shape[1])
     if rows_per_key <= FEW_ROWS and native.takes(q, mask, k_affine, v_affine):
         return _native(q, k_codes, k_affine, v_codes, v_affine, mask, scale)

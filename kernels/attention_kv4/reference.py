@@ -20,11 +20,15 @@ def attention_kv4(
     v_affine: Tensor,
     mask: Tensor | None,
     scale: float,
+    filled: Tensor | None = None,
 ) -> Tensor:
     """q: f[B, Hq, Sq, D], codes: u8[B, Hkv, S, ceil(D / 2)], affine: f32[B, Hkv, S, 2] -> q.dtype[B, Hq, Sq, D].
 
     mask: f or bool [B | 1, 1 | Hq, Sq, S], see masking.py; None lets every query see every key.
+    filled: i64[1], the number of keys that count; None for all S.
     """
+    if filled is not None:
+        k_codes, k_affine, v_codes, v_affine, mask = front(k_codes, k_affine, v_codes, v_affine, mask, filled)
     heads, head_dim = q.shape[1], q.shape[3]
     repeats = heads // k_codes.shape[1]
     wide = wide_type(q)
@@ -37,3 +41,12 @@ def attention_kv4(
 def tokens_outside(y: Tensor) -> Tensor:
     """y: f[B, H, S, D] -> the same, in memory [B, S, H, D]: so does torch's own attention, and graphs rely on it."""
     return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def front(
+    k_codes: Tensor, k_affine: Tensor, v_codes: Tensor, v_affine: Tensor, mask: Tensor | None, filled: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The first `filled: i64[1]` keys and values, and what the mask says of them."""
+    count = int(filled)
+    k_codes, k_affine, v_codes, v_affine = (part[:, :, :count] for part in (k_codes, k_affine, v_codes, v_affine))
+    return k_codes, k_affine, v_codes, v_affine, mask if mask is None else mask[..., :count]

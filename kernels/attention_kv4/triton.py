@@ -1,7 +1,8 @@
 """The GPU path of attention_kv4, in two ways by the number of query rows that share a key.
 
 Few rows (decode): the keys of a head are split over programs, so that one token fills the machine; each reads its codes
-once for all rows of its group and leaves a maximum, a sum and a sum of values, which a second kernel joins. The codes
+once for all rows of its group and leaves a maximum, a sum and a sum of values, which a second kernel joins. How keys
+are split depends on their number alone, be it a size or read from the device: the same sums, bit for bit. The codes
 enter the products as whole numbers, scale and zero point move to the small side (see cpu.py).
 Many rows (prefill): keys and values are read back in the type of the queries, then torch's own attention.
 
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qpcompile.kernels.attention_kv4.masking import FORBIDDEN, split_mask
-from qpcompile.kernels.attention_kv4.reference import tokens_outside
+from qpcompile.kernels.attention_kv4.reference import front, tokens_outside
 from qpcompile.kernels.hadamard.triton import tf32_parts
 from qpcompile.kernels.kv4_read.triton import kv4_read
 
@@ -27,6 +28,7 @@ FEW_ROWS = 64
 KEYS = 64
 # Two for each multiprocessor of an H100 or H200.
 PROGRAMS = 264
+MOST_SPLITS = 64
 LEAST = tl.constexpr(FORBIDDEN)
 
 
@@ -47,13 +49,14 @@ def decode_kernel(
     v_codes_ptr: tl.tensor,
     v_affine_ptr: tl.tensor,
     mask_ptr: tl.tensor,
+    filled_ptr: tl.tensor,
     sums_ptr: tl.tensor,
     ends_ptr: tl.tensor,
     scale: tl.tensor,
     Q: tl.tensor,
     S: tl.tensor,
     G: tl.tensor,
-    split_size: tl.tensor,
+    most_splits: tl.tensor,
     mask_batch: tl.tensor,
     mask_head: tl.tensor,
     mask_query: tl.tensor,
@@ -65,14 +68,22 @@ def decode_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     MASK: tl.constexpr,
+    FILLED: tl.constexpr,
     EXACT: tl.constexpr,
 ) -> None:
     """q: f[B, G, SHARE, Q, D], codes: u8[B, G, S, PLANE], affine: f32[B, G, S, 2], of keys and values.
 
-    Program (group, split) takes the keys from split * split_size on, and writes sums: f32[B G, splits, ROWS, 2, PAD]
-    of weighted values, and ends: f32[B G, splits, ROWS, 2], the largest score and the sum of exponentials.
+    FILLED: only the first filled: i64[1] of the S keys are there. Program (group, split) takes its share of them, in
+    whole blocks, and writes sums: f32[B G, splits, ROWS, 2, PAD] of weighted values, and
+    ends: f32[B G, splits, ROWS, 2], the largest score and the sum of exponentials; a program beyond the shares writes
+    those of no key.
     MASK: "none", "bool" or "float".
     """
+    keys = S
+    if FILLED:
+        keys = tl.minimum(tl.load(filled_ptr), S).to(tl.int32)
+    blocks = tl.cdiv(keys, KEYS)
+    split_size = tl.cdiv(blocks, tl.maximum(tl.minimum(blocks, most_splits), 1)) * KEYS
     group, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.arange(0, ROWS)
     byte = tl.arange(0, PAD)
@@ -86,9 +97,9 @@ def decode_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     y_low = tl.zeros((ROWS, PAD), tl.float32)
     y_high = tl.zeros((ROWS, PAD), tl.float32)
-    for start in range(split * split_size, tl.minimum((split + 1) * split_size, S), KEYS):
+    for start in range(split * split_size, tl.minimum((split + 1) * split_size, keys), KEYS):
         key = start + tl.arange(0, KEYS)
-        key_in = key < S
+        key_in = key < keys
         at = group * S + key
         here = key_in[None, :] & (byte < PLANE)[:, None]
         codes = tl.load(k_codes_ptr + at[None, :] * PLANE + byte[:, None], mask=here, other=0).to(tl.int32)
@@ -176,11 +187,15 @@ def attention_kv4(
     v_affine: Tensor,
     mask: Tensor | None,
     scale: float,
+    filled: Tensor | None = None,
 ) -> Tensor:
-    """Shapes as in reference.py."""
+    """Shapes as in reference.py. With few rows the count `filled` stays on the device."""
     rows = q.shape[2] * (q.shape[1] // k_codes.shape[1])
-    few = rows <= FEW_ROWS and q.dtype != torch.float64
-    return (_decode if few else _prefill)(q, k_codes, k_affine, v_codes, v_affine, mask, scale)
+    if rows <= FEW_ROWS and q.dtype != torch.float64:
+        return _decode(q, k_codes, k_affine, v_codes, v_affine, mask, scale, filled)
+    if filled is not None:
+        k_codes, k_affine, v_codes, v_affine, mask = front(k_codes, k_affine, v_codes, v_affine, mask, filled)
+    return _prefill(q, k_codes, k_affine, v_codes, v_affine, mask, scale)
 
 
 def _prefill(
@@ -211,13 +226,14 @@ def _decode(
     v_affine: Tensor,
     mask: Tensor | None,
     scale: float,
+    filled: Tensor | None,
 ) -> Tensor:
     batch, heads, queries, head_dim = q.shape
     groups, length, plane = k_codes.shape[1:]
     share, pad = heads // groups, max(triton.next_power_of_2(plane), 16)
     rows = max(triton.next_power_of_2(share * queries), 16)
-    splits = min(triton.cdiv(length, KEYS), triton.cdiv(PROGRAMS, max(batch * groups, 1)), 64)
-    size = triton.cdiv(triton.cdiv(length, KEYS), max(splits, 1)) * KEYS
+    most = min(triton.cdiv(PROGRAMS, max(batch * groups, 1)), MOST_SPLITS)
+    splits = min(triton.cdiv(length, KEYS), most)
     y = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
     if not y.numel():
         return y.transpose(1, 2)
@@ -230,12 +246,13 @@ def _decode(
     seen = whole.view(torch.uint8) if kind == "bool" else whole
     stored = [each.contiguous() for each in (k_codes, k_affine, v_codes, v_affine)]
     decode_kernel[(batch * groups, splits)](
-        q.contiguous(), *stored, seen, sums, ends, scale, queries, length, groups, size, *whole.stride(),
-        head_dim, plane, pad, share, rows, KEYS, kind, q.dtype == torch.float32,
+        q.contiguous(), *stored, seen, sums if filled is None else filled, sums, ends, scale, queries, length, groups,
+        most, *whole.stride(), head_dim, plane, pad, share, rows, KEYS, kind, filled is not None,
+        q.dtype == torch.float32,
         num_warps=4, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
     join_kernel[(batch * groups, share * queries)](
-        sums, ends, y, queries, groups, splits, head_dim, plane, pad, share, rows, triton.next_power_of_2(splits),
+        sums, ends, y, queries, groups, splits, head_dim, plane, pad, share, rows, triton.next_power_of_2(most),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return y.transpose(1, 2)

@@ -17,6 +17,7 @@ from qpcompile.ir.bind import BoundGraphs
 from qpcompile.ir.devices import move
 from qpcompile.ir.program import Program
 from qpcompile.ir.run import Machine
+from qpcompile.ir.static_decode import StaticDecode, cuda_graph
 from qpcompile.ir.text import graph_text
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
@@ -34,7 +35,7 @@ class CompiledVLM:
     def __init__(self, program: Program, processor: Any = None) -> None:
         self.program = program
         self.processor = processor
-        self.machine = Machine(program, BoundGraphs(program))
+        self.machine = _machine(program)
 
     @property
     def plan(self) -> Plan:
@@ -66,10 +67,16 @@ class CompiledVLM:
         """The floating-point type of the model."""
         return self.machine.host.dtype
 
-    def to(self, device: torch.device | str | int) -> CompiledVLM:
-        """Move all weights to a device, each once; returns this model. The inputs of `generate` must be there too."""
+    def to(self, device: torch.device | str | int, cuda_graphs: bool = True) -> CompiledVLM:
+        """Move all weights to a device, each once; returns this model. The inputs of `generate` must be there too.
+
+        Args:
+            device: what torch calls a device.
+            cuda_graphs: on a CUDA device, decode in steps of fixed sizes that are captured once and replayed
+                (qpcompile/ir/static_decode.py); False decodes operator by operator with caches that grow.
+        """
         move(self.program, torch.device(device))
-        self.machine = Machine(self.program, BoundGraphs(self.program))
+        self.machine = _machine(self.program, cuda_graphs)
         return self
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -148,3 +155,9 @@ def load(folder: str | PathLike[str]) -> CompiledVLM:
     Raises ArtifactError for a folder that is incomplete, altered, of another version, or holds a pickle.
     """
     return CompiledVLM(*artifact.load(Path(folder)))
+
+
+def _machine(program: Program, cuda_graphs: bool = True) -> Machine:
+    """The program bound to its host, as it runs on the device it lies on."""
+    captured = cuda_graphs and program.host.device.type == "cuda"  # type: ignore[union-attr]
+    return Machine(program, BoundGraphs(program), StaticDecode(program, cuda_graph) if captured else None)

@@ -51,17 +51,22 @@ def grow_in_place(graph: Graph, caches: GrowingCaches, packed_codes: bool) -> in
     """Rewrite what appends to the caches of a decode graph, but what `attention_kv4` reads where its codes have to be
     packed; returns how many were rewritten.
     """
-    (results,) = graph.output_node.args
-    assert isinstance(results, tuple)
-    named = zip(graph.outputs, results, strict=True)
-    stored = {node for path, node in named if path.startswith(f"{CACHE}.") and isinstance(node, fx.Node)}
-    found = [node for node in calls(graph, aten.cat.default) if node in stored and _appends_to_cache(graph, node)]
+    found = appends(graph)
     if packed_codes:
         found = [node for node in found if not any(is_call(user, ATTENTION_KV4) for user in node.users)]
     for node in found:
         node.args = tuple(node.args[0])  # type: ignore[arg-type]
         node.target = caches.append
     return len(found)
+
+
+def appends(graph: Graph) -> list[fx.Node]:
+    """The nodes cat([cached, new], 2) whose results are returned as caches."""
+    (results,) = graph.output_node.args
+    assert isinstance(results, tuple)
+    named = zip(graph.outputs, results, strict=True)
+    stored = {node for path, node in named if path.startswith(f"{CACHE}.") and isinstance(node, fx.Node)}
+    return [node for node in calls(graph, aten.cat.default) if node in stored and _appends_to_cache(graph, node)]
 
 
 def _appends_to_cache(graph: Graph, node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,15 +16,46 @@ class CompiledCache(Cache):
     original positions of the tokens that survive the cut after layer l, new tokens included: i64[B, N_l];
     `alive[l]` says which of those slots hold a token and not padding: bool[B, N_l]. To transformers the cache looks
     as long as the unpruned sequence, so that new tokens go on from the original positions.
+
+    While decode steps have their tokens elsewhere (static_decode.py), `bring` puts them back; whoever reads one of the
+    three above has it called first.
     """
 
     def __init__(self, layer_count: int) -> None:
         super().__init__(layers=[])
         self.layer_count = layer_count
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.kept: dict[int, torch.Tensor] = {}
-        self.alive: dict[int, torch.Tensor] = {}
+        self.parts: tuple[dict[str, torch.Tensor], dict[int, torch.Tensor], dict[int, torch.Tensor]] = {}, {}, {}
+        self.bring: Callable[[CompiledCache], None] | None = None
         self.seen = 0
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Keys, values and their scales by the graphs' names."""
+        self.come_back()
+        return self.parts[0]
+
+    @property
+    def kept(self) -> dict[int, torch.Tensor]:
+        """Layer of a cut -> original positions behind it."""
+        self.come_back()
+        return self.parts[1]
+
+    @property
+    def alive(self) -> dict[int, torch.Tensor]:
+        """Layer of a cut -> which slots hold a token."""
+        self.come_back()
+        return self.parts[2]
+
+    def come_back(self) -> None:
+        """Have all tokens here again."""
+        if self.bring is not None:
+            bring, self.bring = self.bring, None
+            bring(self)
+
+    def clear(self) -> None:
+        """Hold no tensor here."""
+        for part in self.parts:
+            part.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens seen, pruned ones included."""
@@ -73,7 +105,8 @@ class CompiledCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.tensors, self.kept, self.alive, self.seen = {}, {}, {}, 0
+        self.bring, self.seen = None, 0
+        self.clear()
 
     def append(self, layer: int, new: int) -> None:
         """The next `new` tokens join those kept behind the cut after `layer`."""

@@ -16,6 +16,7 @@ from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph
 from qpcompile.ir.structure import CACHE, named_tensors, rebuild
 
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+Decode = Callable[[CompiledCache, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 FLAGS = (
     "use_cache",
@@ -46,12 +47,14 @@ def visual_tokens(config: Any) -> torch.Tensor:
 class Machine:
     """A program bound to its host: `host.generate(...)` runs the graphs.
 
-    `execute` runs one graph; passes that measure give their own. `last` is the cache of the latest prefill.
+    `execute` runs one graph; passes that measure give their own. `decode` runs a step of the decoder on a cache of its
+    own making and lengthens it; without it that is a graph like the others. `last` is the cache of the latest prefill.
     """
 
-    def __init__(self, program: Program, execute: Execute = execute_graph) -> None:
+    def __init__(self, program: Program, execute: Execute = execute_graph, decode: Decode | None = None) -> None:
         self.program = program
         self.execute = execute
+        self.decode = decode
         self.host: Any = program.host
         self.last: CompiledCache | None = None
         self.visual: torch.Tensor | None = None
@@ -132,9 +135,12 @@ class Machine:
         arguments = {k: v for k, v in kwargs.items() if k not in (*FLAGS, CACHE)}
         feeds = dict(named_tensors(prepare(self.host.get_submodule(graph.owner), arguments)))
         feeds |= absent_inputs(graph, feeds, cache.seen)
-        feeds |= self._token_feeds(cache, new, feeds)
-        results = self.execute(graph, _pick(graph, feeds))
-        self._store(cache, results, new)
+        if cache.seen and self.decode is not None:
+            results = self.decode(cache, feeds)
+        else:
+            feeds |= self._token_feeds(cache, new, feeds)
+            results = self.execute(graph, _pick(graph, feeds))
+            self._store(cache, results, new)
         self.last = cache
         answer = rebuild(graph.returns, results)
         answer[CACHE] = cache if kwargs.get("use_cache", True) else None

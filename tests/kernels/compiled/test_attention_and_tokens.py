@@ -20,7 +20,7 @@ from qpcompile.kernels.token_scores.triton import column_sums_kernel, row_sums_k
 
 TYPES = {"q_ptr": "*bf16", "k_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16", "codes_ptr": "*u8", "mask_ptr": "*u8"}
 TYPES |= {"k_codes_ptr": "*u8", "v_codes_ptr": "*u8", "groups_ptr": "*u8", "counted_ptr": "*u8", "valid_ptr": "*u8"}
-TYPES |= {"rank_ptr": "*i32", "quota_ptr": "*i64", "index_ptr": "*i64", "turns_ptr": "*i64"}
+TYPES |= {"rank_ptr": "*i32", "filled_ptr": "*i64", "quota_ptr": "*i64", "index_ptr": "*i64", "turns_ptr": "*i64"}
 TYPES |= {"matrix_ptr": "*fp64", "basis_ptr": "*fp64", "scale": "fp32"}
 
 
@@ -36,14 +36,22 @@ HEAD = {"D": 128, "PLANE": 64, "PAD": 64, "SHARE": 7, "ROWS": 16}
 
 
 # 7 query heads share a key, as in Qwen2.5-VL-7B; 64 products of TF32 are 4 of 16 by 64 by 64, float32 takes twice.
+@pytest.mark.parametrize("filled", [False, True], ids=["all", "filled"])
 @pytest.mark.parametrize(("dtype", "registers", "products"), [("*bf16", 168, 64), ("*fp32", 200, 128)])
-def test_decode_attention(dtype: str, registers: int, products: int) -> None:
-    constants = {**HEAD, "KEYS": 64, "MASK": "bool", "EXACT": dtype == "*fp32"}
+def test_decode_attention(dtype: str, registers: int, products: int, filled: bool) -> None:
+    constants = {**HEAD, "KEYS": 64, "MASK": "bool", "FILLED": filled, "EXACT": dtype == "*fp32"}
     code = code_of(decode_kernel, constants, q_ptr=dtype)
     assert code.spills == 0 and code.registers <= registers
     assert code.loop_count("HMMA") == products
     # Three stages of codes in flight, and four blocks on a multiprocessor.
     assert "cp.async" in code.ptx and code.shared <= 227 * 1024 // 4
+
+
+def test_one_key_is_a_constant() -> None:
+    # Triton makes arguments that are 1 constants.
+    constants = {**HEAD, "KEYS": 64, "MASK": "none", "EXACT": False, "Q": 1, "S": 1, "G": 1, "most_splits": 1}
+    for filled in (False, True):
+        assert code_of(decode_kernel, {**constants, "FILLED": filled}, q_ptr="*bf16").spills == 0
 
 
 def test_join() -> None:

@@ -12,7 +12,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import qpcompile
 from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.ir import static_decode
+from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.program import Graph
+from qpcompile.ir.static_decode import StaticDecode
 
 TESTBED = Path(__file__).resolve().parents[2] / "testbed"
 CHANGES = ["quantize.weights.solver=rtn", "quantize.transform=hadamard", "calibration.samples=4"]
@@ -69,7 +72,7 @@ def test_half_precision_compiles_and_answers_on_the_gpu(bed: str) -> None:
 @pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
 def test_a_decode_step_reads_nothing_back(bed: str) -> None:
     compiled, batches = compiled_and_batches(bed, "w4a4kv4", torch.bfloat16)
-    compiled.to("cuda")
+    compiled.to("cuda", cuda_graphs=False)
     graphs = compiled.machine.execute
     held: dict[str, tuple[Graph, Feeds]] = {}
 
@@ -82,5 +85,47 @@ def test_a_decode_step_reads_nothing_back(bed: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         graphs(*held["decode"])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("preset", ["none", "w4a4kv4", "quota-30"])
+@pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
+def test_replayed_steps_answer_as_those_that_are_not(bed: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Buckets so small that answers cross their edges.
+    monkeypatch.setattr(static_decode, "SMALLEST", 8)
+    monkeypatch.setattr(static_decode, "ROOM", 1)
+    compiled, batches = compiled_and_batches(bed, preset, torch.bfloat16)
+    compiled.to("cuda")
+    replayed, plain = compiled.machine.decode, StaticDecode(compiled.program)
+    assert isinstance(replayed, StaticDecode)
+    found = answers(compiled, batches, "cuda")
+    assert replayed.captured and all(step.replays for step in replayed.captured.values())
+    compiled.machine.decode = plain
+    # The same kernels on the same numbers.
+    assert found == answers(compiled, batches, "cuda")
+    compiled.machine.decode = None
+    grown = answers(compiled, batches, "cuda")
+    same = sum(left == right for left, right in zip(found, grown, strict=True))
+    assert same == len(grown) if preset == "w4a4kv4" else same >= 0.9 * len(grown)
+
+
+def test_a_replayed_step_reads_nothing_back() -> None:
+    compiled, batches = compiled_and_batches("llava", "quota-30", torch.bfloat16)
+    compiled.to("cuda")
+    decode = compiled.machine.decode
+    assert decode is not None
+    torch.cuda.synchronize()
+    held: list[tuple[CompiledCache, Feeds]] = []
+
+    def noted(cache: CompiledCache, feeds: Feeds) -> Feeds:
+        held.append((cache, feeds))
+        return decode(cache, feeds)
+
+    compiled.machine.decode = noted
+    answers(compiled, batches[:1], "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode(*held[-1])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -71,3 +71,29 @@ def test_poison_shows() -> None:
     q[1, 1, 0, 3] = torch.nan
     found = kernels.attention_kv4(q, *stored, None, 1.0)
     assert found.isnan().any(-1).flatten().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("filled", [1, 64, 130, 192, 200])
+def test_what_is_not_filled_is_neither_read_nor_seen(filled: int, dtype: torch.dtype, masked: bool) -> None:
+    q, stored = torch.randn(2, 4, 1, 24).to(dtype), cache(2, 2, 200, 24)
+    for part in stored[1::2]:
+        part[:, :, filled:] = torch.nan
+    mask = torch.rand(2, 1, 1, 200) < 0.7 if masked else None
+    short = (*(part[:, :, :filled] for part in stored), None if mask is None else mask[..., :filled])
+    found = kernels.attention_kv4(q, *stored, mask, 0.3, torch.tensor([filled]))
+    # The same bits as of a cache that ends there.
+    assert torch.equal(found, kernels.attention_kv4(q, *short, 0.3))
+    close(found, reference.attention_kv4(q, *stored, mask, 0.3, torch.tensor([filled])))
+
+
+def test_nothing_filled_is_nothing_seen() -> None:
+    q, stored = torch.randn(1, 2, 1, 16), cache(1, 1, 100, 16)
+    assert not kernels.attention_kv4(q, *stored, None, 0.3, torch.tensor([0])).any()
+
+
+def test_many_rows_of_a_cache_that_is_not_full() -> None:
+    q, stored = torch.randn(1, 2, 80, 16), cache(1, 1, 100, 16)
+    filled = torch.tensor([90])
+    close(kernels.attention_kv4(q, *stored, None, 0.3, filled), reference.attention_kv4(q, *stored, None, 0.3, filled))
