@@ -32,7 +32,10 @@ class Turn:
         """weight: f64[N, C] -> W D^-1 T^-1: f64[N, C]."""
         if self.channels <= WIDE:
             return weight @ self._backward()
-        return self._rows(weight if self.scale is None else weight / self.scale)
+        made = torch.empty_like(weight)
+        for part in strips(len(weight)):
+            made[part] = self._rows(weight[part] if self.scale is None else weight[part] / self.scale)
+        return made
 
     def back(self, vector: torch.Tensor) -> torch.Tensor:
         """vector: f64[C] -> D^-1 T^-1 vector: f64[C]."""
@@ -59,11 +62,8 @@ class Turn:
         if not self.rotate:
             return rows
         left, right = self._factors()
-        turned = torch.empty_like(rows)
-        for part in strips(len(rows)):
-            blocks = rows[part].reshape(-1, len(left), len(right))
-            turned[part] = (left @ (blocks @ right)).flatten(1)
-        return turned
+        blocks = rows.reshape(-1, len(left), len(right))
+        return (left @ (blocks @ right)).flatten(1)
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         left, right = factors_f64(self.channels)
