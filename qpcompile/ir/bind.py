@@ -90,7 +90,7 @@ class BoundGraphs:
 
 
 def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
-    """The graph with a module of its own on the same tensors; `codes` holds what was unpacked so far, by place in memory."""
+    """The graph as a module of its own on the same tensors; `codes` holds what was unpacked, by place in memory."""
     own = fx.Graph()
     own.output(own.graph_copy(graph.module.graph, {}))
     module = fx.GraphModule(graph.module, own)

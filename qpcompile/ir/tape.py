@@ -103,12 +103,16 @@ class _Layers:
         for node in self._nodes:
             if problem := _obstacle(node, types, caches, self._pasts):
                 raise CannotTapeError(problem)
+        if not self._pasts:
+            raise CannotTapeError("no cache grows from step to step")
         read = dict.fromkeys(source for node in self._nodes for source in node.all_input_nodes if source not in inside)
         self._weights = [node for node in read if node.op == "get_attr"]
         self._read = [node for node in read if node.op != "get_attr" and node not in self._pasts]
         self._axes = [_growing_axis(node, types[node], inside) for node in self._read]
-        (self._results,) = graph.output_node.args
-        if not inside.issuperset(self._results):  # type: ignore[arg-type]
+        (results,) = graph.output_node.args
+        assert isinstance(results, tuple)
+        self._results: tuple[fx.Node, ...] = results
+        if not inside.issuperset(results):
             raise CannotTapeError("the graph returns a value that its layers do not compute")
         self.front = self._make_front(inside)
 
@@ -144,9 +148,8 @@ class _Layers:
                     known[node] = node.target(*args, **fx.map_arg(node.kwargs, known.__getitem__))  # type: ignore[operator]
         if missing := [each.symbol for each in calls if not each.on_tape]:
             raise CannotTapeError(f"{missing[0]} has no form for a tape")
-        results = [
-            caches[node.args[0]] if node.target == self._caches.append else known[node] for node in self._results
-        ]  # type: ignore
+        appended = {node: caches[node.args[0]] for node in self._nodes if node.target == self._caches.append}  # type: ignore[index]
+        results = [appended[node] if node in appended else known[node] for node in self._results]
         return _Step(Tape(calls), inputs, results, left - 1, list(known.values()))
 
 
