@@ -53,8 +53,7 @@ class TapedDecode:
     """
 
     def __init__(self, graph: Graph, caches: GrowingCaches) -> None:
-        self.graph, self.problem = graph.module.graph, ""
-        self._run = graph.module
+        self.module, self.problem = graph.module, ""
         self._inputs = [place for place, path in enumerate(graph.inputs) if path.startswith(f"{CACHE}.")]
         self._grown = [graph.outputs.index(graph.inputs[place]) for place in self._inputs]
         self._last: list[Tensor] = []
@@ -69,7 +68,7 @@ class TapedDecode:
         results = None if self.problem else self._on_own_caches(feeds)
         if results is None:
             self._step = None
-            results = self._run(*feeds)
+            results = self.module(*feeds)
         self._last = [] if self.problem else [results[place] for place in self._grown]
         return results
 
@@ -111,8 +110,8 @@ class _Layers:
         self._axes = [_growing_axis(node, types[node], inside) for node in self._read]
         (results,) = graph.output_node.args
         assert isinstance(results, tuple)
-        self._results: tuple[fx.Node, ...] = results
-        if not inside.issuperset(results):
+        self._results = [node for node in results if isinstance(node, fx.Node) and node in inside]
+        if len(self._results) < len(results):
             raise CannotTapeError("the graph returns a value that its layers do not compute")
         self.front = self._make_front(inside)
 

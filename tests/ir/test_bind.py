@@ -6,11 +6,13 @@ import pytest
 import torch
 from programs import program_of, run, traced
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from qpcompile.ir.bind import BoundGraphs
 from qpcompile.ir.edit import calls, get_tensor
 from qpcompile.ir.operators import LINEAR_W4A4
 from qpcompile.ir.program import DECODE, PREFILL
+from qpcompile.ir.tape import TapedDecode
 from qpcompile.ir.text import graph_text
 from qpcompile.kernels import native
 from qpcompile.kernels.linear_w4a4.packing import pack_int4
@@ -54,10 +56,11 @@ def test_same_bits_and_shared_weights(compiled: bool, monkeypatch: pytest.Monkey
     bound = BoundGraphs(program)
     assert torch.equal(bound(prefill, TOKENS)["y"], expected)
     assert graph_text(prefill) == before and len(list(calls(prefill, LINEAR_W4A4))) == 2
-    made, other = bound.modules[PREFILL], bound.modules[DECODE]
+    made, decode = bound.modules[PREFILL], bound.modules[DECODE]
+    assert isinstance(made, GraphModule) and isinstance(decode, TapedDecode)
     assert not [node for node in made.graph.nodes if str(node.target).startswith("qpcompile.")]
     if compiled:
         assert get_tensor(made, "first") is module.first
         return
     codes = get_tensor(made, "first_codes")
-    assert codes.dtype == torch.int8 and codes is get_tensor(other, "first_codes")
+    assert codes.dtype == torch.int8 and codes is get_tensor(decode.module, "first_codes")

@@ -15,6 +15,7 @@ from qpcompile.ir.edit import clone
 from qpcompile.ir.growing import GrowingCaches, grow_in_place
 from qpcompile.ir.program import DECODE
 from qpcompile.ir.run import Machine
+from qpcompile.ir.tape import TapedDecode
 
 FAST = ["quantize.weights.solver=rtn", "quantize.transform=hadamard", "tokens.candidate_layers=[0,1]"]
 SETTINGS = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -62,10 +63,11 @@ def check(compiled: CompiledVLM, cases: dict[str, Any], appended: int) -> None:
     """Logits of every prompt, alone, padded and with beams, are those of graphs that copy; so are the caches."""
     graph = compiled.program.graphs[DECODE]
     bound = BoundGraphs(compiled.program)
-    grown = [node for node in bound.modules[DECODE].graph.nodes if getattr(node.target, "__name__", "") == "append"]
+    decode = bound.modules[DECODE]
+    assert isinstance(decode, TapedDecode)
+    grown = [node for node in decode.module.graph.nodes if getattr(node.target, "__name__", "") == "append"]
     assert len(grown) == appended
     plain = BoundGraphs(compiled.program)
-    plain.modules = {name: each for name, each in plain.modules.items() if name != DECODE}
     plain.modules[DECODE] = graph.module
     for case in cases.values():
         for beams in (1, 3):
