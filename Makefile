@@ -22,6 +22,7 @@ test-gpu: $(STAMP)
 
 bench-gpu: $(STAMP)
 	$(BIN)/python tests/bench/gpu.py
+	$(BIN)/python tests/bench/gpu_answers.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

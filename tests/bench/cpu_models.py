@@ -33,7 +33,8 @@ def model_inputs(shape: Shape, question: dict[str, int], dtype: torch.dtype = to
     return found
 
 
-def _text(shape: Shape) -> dict[str, Any]:
+def text_sizes(shape: Shape) -> dict[str, Any]:
+    """The settings of the decoder."""
     return {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.width,
@@ -62,7 +63,7 @@ def _llava(shape: Shape) -> Any:
     }
     config = transformers.LlavaConfig(
         vision_config=tower,
-        text_config={**_text(shape), "model_type": "llama"},
+        text_config={**text_sizes(shape), "model_type": "llama"},
         image_token_index=shape.image_token,
         image_seq_length=shape.visual_tokens,
         tie_word_embeddings=False,
@@ -86,7 +87,7 @@ def _qwen2_vl(shape: Shape) -> Any:
     named = {"rope_parameters": {**rope, "rope_theta": 10000.0}} if IS_5 else {"rope_scaling": rope}
     config = transformers.Qwen2VLConfig(
         vision_config=tower,
-        text_config={**_text(shape), **named},
+        text_config={**text_sizes(shape), **named},
         image_token_id=shape.image_token,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,

@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_answers
 import pytest
 import torch
 from gemm_layers import LAYERS, Layer
 from gemm_table import COLUMNS, Ceiling, Row, as_csv, as_markdown, floor
+from gpu_answers import Row as Answered
+from gpu_models import MODELS
 from gpu_timing import Times, copies_beyond, summary
 
 LAYER = Layer("Model", "o", 1000, 500)
@@ -71,9 +74,51 @@ def test_layers_are_the_models() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["gpu.py", "tune.py"])
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_answers.py", "tune.py"])
 def test_without_a_gpu_it_says_so(script: str) -> None:
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
     path = Path(__file__).with_name(script)
     ran = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
     assert ran.returncode == 2 and "CUDA GPU" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def answered(peer: str, batch: int, first: float, decode: float) -> Answered:
+    """A row of the benchmark of answers."""
+    times = {"first_ms": first, "decode_ms": decode}
+    return Answered("LLaVA-1.5-7B", peer, batch, {**dict.fromkeys(gpu_answers.FIELDS[:9], 7.0), **times})
+
+
+def test_answers_are_compared_with_torch_compile() -> None:
+    rows = [
+        answered("torch:compile", 1, 50, 4),
+        answered("ours:quota-30", 1, 20, 2),
+        answered("torch:compile", 16, 400, 8),
+        Answered("LLaVA-1.5-7B", "ours:quota-30", 16, note="exit 1: no memory"),
+    ]
+    head, *lines = (line.split(",") for line in gpu_answers.as_csv(rows).splitlines())
+    assert [line[head.index("times_first")] for line in lines] == ["1.000", "2.500", "1.000", ""]
+    assert [line[head.index("note")] for line in lines] == ["", "", "", "exit 1: no memory"]
+    text = gpu_answers.as_markdown(rows)
+    assert "| quota-30 | 20.0 | 2.50 | 2.00 | 2.00 | 500 | 7 | 7 | 7 |" in text
+    assert "- LLaVA-1.5-7B, quota-30, batch 16: exit 1: no memory" in text
+    assert "| LLaVA-1.5-7B | 1 | decode | 2.2 | 2.00 |" in text
+    assert "| LLaVA-1.5-7B | 16 | first | 3.0 | not run |" in text
+
+
+def test_the_seven_billion_are_the_models() -> None:
+    for name, layer in (("LLaVA-1.5-7B", "qkv"), ("Qwen2.5-VL-7B", "qkv")):
+        shape = MODELS[name]
+        rows = shape.width + 2 * shape.width // shape.heads * shape.kv_heads
+        sizes = {(each.out_features, each.in_features) for each in LAYERS if each.model == name and each.name == layer}
+        assert sizes == {(rows, shape.width)}
+        assert shape.visual_tokens + shape.text_tokens == 640
+
+
+def test_the_road_of_answers(tmp_path: Path) -> None:
+    settings = ["--batches", "1", "2", "--new-tokens", "3", "--rounds", "1", "--out", str(tmp_path)]
+    peers = ["--peers", "torch:eager", "ours:w4a4kv4"]
+    assert gpu_answers.main(["--device", "cpu", "--models", "tiny-B", *peers, *settings]) == 0
+    head, *lines = ((tmp_path / "answers-cpu.csv").read_text("utf-8")).splitlines()
+    assert len(lines) == 4 and all(line.endswith(",") for line in lines)
+    kv = [float(line.split(",")[head.split(",").index("kv_mb")]) for line in lines]
+    assert kv[1] > kv[0] > kv[2] > 0

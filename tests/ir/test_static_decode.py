@@ -11,8 +11,10 @@ import pytest
 import torch
 from families import FAMILIES, Cases
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import qpcompile
+from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import KernelError
 from qpcompile.ir import static_decode
@@ -23,6 +25,7 @@ from qpcompile.ir.run import Machine
 from qpcompile.ir.static_decode import Capture, Run, StaticDecode
 from qpcompile.ir.static_graph import SDPA, static_graph
 
+TESTBED = Path(__file__).parents[1] / "testbed"
 FAST = ["quantize.weights.solver=rtn", "quantize.transform=hadamard"]
 SETTINGS = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -111,6 +114,26 @@ def test_answers_are_the_same(model: tuple[str, ...]) -> None:
         expected = grown.generate(**case, **SETTINGS)
         same_answers(expected, found[name][0], exact)
         same_caches(grown.last, found[name][1])
+
+
+@pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
+def test_trained_models_answer_the_same(bed: str) -> None:
+    """With token cuts and a 4-bit cache, alone and in padded batches of two."""
+    model = AutoModelForImageTextToText.from_pretrained(TESTBED / bed).eval()
+    processor = AutoProcessor.from_pretrained(TESTBED / bed)
+    processor.tokenizer.padding_side = "left"
+    questions = read_questions(TESTBED / "calibration" / bed)[:8]
+    batches = [dict(question_inputs(processor, questions[start : start + 2])) for start in range(0, 8, 2)]
+    batches += [dict(question_inputs(processor, questions[n : n + 1])) for n in range(2)]
+    recipe = qpcompile.Recipe.load("quota-30").with_overrides([*FAST, "tokens.candidate_layers=[1,3]"])
+    made = qpcompile.compile(model, recipe, processor=processor, calibration=batches[:2])
+    machine, steps = fixed(made)
+    settings = {**SETTINGS, "max_new_tokens": 6}
+    found = [machine.generate(**batch, **settings) for batch in batches]
+    assert {len(key) for key in steps.captured} == {4}  # rows, and slots of three groups of layers
+    grown = growing(made)
+    for batch, answer in zip(batches, found, strict=True):
+        same_answers(grown.generate(**batch, **settings), answer, exact=True)
 
 
 def test_a_replay_is_the_step() -> None:
