@@ -196,7 +196,8 @@ class Steps:
         session.run_with_iobinding(self.binding)
         for path in self.rooms:
             self.filled[path] += 1
-        return self.binding.get_outputs()[0].numpy()
+        # The next step writes its logits to the same memory.
+        return self.binding.get_outputs()[0].numpy().copy()
 
     def _has_room(self) -> bool:
         return all(self.filled[path] < room.shape[2] for path, room in self.rooms.items())
