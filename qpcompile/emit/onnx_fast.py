@@ -265,12 +265,13 @@ def _float_keys(part: Part, small_cache: bool) -> Part:
             keys, values = _written(key), _written(held)
             if keys is None or values is None:
                 raise _cache_error(node)
-            query, keys = _unrotated(query), _unrotated(keys)
         else:
             read = read_attention(node)
             query, keys, values, mask, scale = read.query, read.key, read.value, read.mask, read.scale
             if read.causal:
                 continue
+        if is_call(query, HADAMARD) and is_call(keys, HADAMARD):
+            query, keys = _unrotated(query), _unrotated(keys)
         made = causal_attention if _sees_no_later(mask) else open_attention
         _replace(part, node, _put(part, node, made, query, keys, values, mask, scale, like=node))
     return _prompt_cache(part, small_cache)
@@ -379,12 +380,14 @@ class _InPlace:
         """Rewrite one attention if it reads the cache."""
         if is_call(node, ATTENTION_KV4):
             query, keys, _, values, _, mask, scale = node.args
-            query = _unrotated(query)
         else:
             read = read_attention(node)
             query, keys, values, mask, scale = read.query, read.key, read.value, read.mask, read.scale
         key_path, key = self._appended(keys, node)
-        key = _unrotated(key)
+        # Prefill leaves keys that are not turned.
+        if is_call(query, HADAMARD) != is_call(key, HADAMARD):
+            raise _cache_error(node)
+        query, key = _unrotated(query), _unrotated(key)
         value_path, held = self._appended(values, node)
         if not isinstance(mask, fx.Node) or not _fits(query, key, held):
             raise _cache_error(node)
