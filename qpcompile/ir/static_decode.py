@@ -131,7 +131,8 @@ class Step:
 
     def holds(self, cache: CompiledCache) -> bool:
         """Whether the cache's tokens lie in these buffers."""
-        return cache.bring is not None and self._cache() is cache
+        # A cache that was emptied in between has forgotten this step, or lies in another.
+        return cache.bring == self._give
 
     def take(self, cache: CompiledCache, lengths: dict[str, int]) -> None:
         """Copy the cache in; whichever was here before gets its tokens back. lengths: tokens per group."""
@@ -161,7 +162,7 @@ class Step:
     def free(self) -> None:
         """Give the cache that is here its tokens back; they go with the buffers otherwise."""
         held = self._cache()
-        if held is not None:
+        if held is not None and self.holds(held):
             held.come_back()
 
     def _give(self, cache: CompiledCache) -> None:

@@ -176,10 +176,13 @@ def test_answers_that_take_turns_keep_their_own_tokens() -> None:
 def test_a_cache_that_starts_anew_is_not_the_old_one() -> None:
     made, cases = compiled(*MODELS[1])
     machine, steps = fixed(made)
-    machine.generate(**cases["one"], **SETTINGS)
+    machine.generate(**cases["one"], **{**SETTINGS, "max_new_tokens": 3})
     cache = machine.last
-    assert cache is not None and any(step.holds(cache) for step in steps.captured.values())
+    assert cache is not None
+    (step,) = steps.captured.values()
+    assert step.holds(cache) and step.room
     cache.reset()
+    assert not step.holds(cache)
     found = machine.generate(**cases["longer"], past_key_values=cache, **SETTINGS)
     same_answers(growing(made).generate(**cases["longer"], **SETTINGS), found, exact=True)
 
