@@ -117,7 +117,7 @@ def _tiles(left: int, right: int, left_size: int, right_size: int) -> Tensor | N
     """The factors at these places as kronecker/amx.inc multiplies by them; None where the processor has no tiles."""
     if not library().amx:
         return None
-    rows, depth, columns = ((size + step - 1) // step * step for size, step in ((left_size, 16), (left_size, 32), (right_size, 32)))
+    rows, depth, columns = -left_size // 16 * -16, -left_size // 32 * -32, -right_size // 32 * -32
     tiles = torch.empty(2 * (rows * depth + columns * columns), dtype=torch.bfloat16)
     call("change_tiles_amx", left, right, left_size, right_size, tiles.data_ptr())
     return tiles

@@ -132,6 +132,33 @@ def test_quantizer_and_rotations_are_the_reference(
             torch.testing.assert_close(made, wanted, rtol=0.01, atol=1e-4)  # the last bit of bfloat16
 
 
+@pytest.mark.skipif(not native.library().amx, reason="this processor has no AMX tiles")
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 7), (16, 32), (24, 32), (17, 33), (44, 64), (48, 64), (70, 5)], ids=str)
+def test_changes_on_tiles_are_those_of_rows(
+    sizes: tuple[int, int], scaled: bool, two_threads: Callable[[int], None]
+) -> None:
+    torch.manual_seed(sum(sizes))
+    channels = sizes[0] * sizes[1]
+    x, scale = torch.randn(70, channels).bfloat16(), torch.rand(channels) + 0.5 if scaled else None
+    factors = tuple(torch.linalg.qr(torch.randn(size, size))[0] + 0.05 * torch.randn(size, size) for size in sizes)
+    x[3, 0] = torch.nan
+    kept = torch.arange(70) != 3
+    made: dict[str, Any] = {"scale": scale, "factors": factors, "shift": torch.randn(channels)}
+    tiles, rows = (RowPlan("plain", torch.bfloat16, channels, **made, level=level) for level in (None, LEVELS[-1]))
+    found, expected = tiles.quantized(x), rows.quantized(x)
+    assert found[1][3].isnan() and found[1][kept].isfinite().all()
+    torch.testing.assert_close(found[1][kept], expected[1][kept], rtol=1e-4, atol=0)
+    differences = (found[0][kept].int() - expected[0][kept].int()).abs()
+    assert differences.max() <= 1 and differences.float().mean() < 2e-4
+    two_threads(2)
+    for part in (x, x[:1], x[40:41]):
+        again = tiles.quantized(part)
+        first = 40 if part.data_ptr() != x.data_ptr() else 0
+        assert torch.equal(again[0], found[0][first : first + len(part)])
+    torch.testing.assert_close(tiles.stored(x[4:]), rows.stored(x[4:]), rtol=0.01, atol=1e-4)
+
+
 @levels
 @pytest.mark.parametrize("groups", [(1, 1), (4, 4), (1, 4), (4, 1)], ids=str)
 @pytest.mark.parametrize(("columns", "features"), LINEARS)
