@@ -128,7 +128,7 @@ def export_onnx(
         _write_texts(program, aside)
         if (batches := list(check)) and not isinstance(compiled, Program):
             found = compare(compiled.generate, aside, batches)
-            (aside / "check.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+            (aside / "check.json").write_text(json.dumps(found.to_dict(fast), indent=2) + "\n", encoding="utf-8")
         _write_manifest(aside, CHANGES if fast else EXACT)
 
 

@@ -1,4 +1,7 @@
-"""Greedy answers of an ONNX folder are the compiled module's: 100 unseen questions per testbed, at most one apart."""
+"""Greedy answers of an ONNX folder are the compiled module's: 100 unseen questions per testbed, at most one apart.
+
+Folders for speed, whose numbers are not the module's, give four answers of five that are.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,19 @@ def bed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["w4a4kv4", "quota-30", "prune-30"])
 def test_answers_are_the_same(bed: tuple[str, list[Question]], preset: str, tmp_path: Path) -> None:
-    name, questions = bed
+    family, questions = bed
     recipe = Recipe.load(preset).with_overrides(["calibration.samples=16"])
-    compiled = qpcompile.compile(str(TESTBED / name), recipe, calibration=str(TESTBED / "calibration" / name))
+    compiled = qpcompile.compile(str(TESTBED / family), recipe, calibration=str(TESTBED / "calibration" / family))
     starts = range(0, len(questions), BATCH)
-    batches = (question_inputs(compiled.processor, questions[start : start + BATCH]) for start in starts)
-    compiled.export_onnx(tmp_path / "onnx", check=batches)
-    found = json.loads((tmp_path / "onnx" / "check.json").read_text())
-    assert found["answers"] == QUESTIONS
-    assert len(found["different"]) <= 1, found
+    batches = [question_inputs(compiled.processor, questions[start : start + BATCH]) for start in starts]
+    found = {}
+    for name in ("exact", "fast"):
+        compiled.export_onnx(tmp_path / name, check=batches, fast=name == "fast")
+        found[name] = json.loads((tmp_path / name / "check.json").read_text())
+        assert found[name]["answers"] == QUESTIONS
+    assert len(found["exact"]["different"]) <= 1, found
+    # Other numbers, the same model: of 200 answers on LLaVA with quota-30, 191 were the module's.
+    assert len(found["fast"]["different"]) <= QUESTIONS // 5, found
 
 
 def test_a_difference_is_found_with_its_margin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
