@@ -1,7 +1,8 @@
 """Run the samples through the full-precision graphs and collect statistics at every activation stub.
 
-Samples are streamed: one is in memory at a time. Statistics are per group of linears that share an input; the
-prefill graph stands for the decoder, since decoding reads the same weights. Padding does not count.
+All samples go through a layer before any goes through the next (qpcompile/ir/collect.py). Statistics are per group of
+linears that share an input; the prefill graph stands for the decoder, since decoding reads the same weights. Padding
+does not count.
 """
 
 from __future__ import annotations

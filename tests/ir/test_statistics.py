@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpcompile.ir.statistics import ROWS, InputStatistics
+from qpcompile.errors import OutputError
+from qpcompile.ir import statistics as module
+from qpcompile.ir import tensor_file
+from qpcompile.ir.statistics import ROWS, InputStatistics, Shelf
 
 
 def test_by_hand() -> None:
@@ -92,3 +99,46 @@ def test_size_does_not_grow(count: int) -> None:
         statistics.add(torch.ones(7, 4))
     assert statistics.moments is not None
     assert statistics.largest.numel() + statistics.moments.numel() == 4 + 16
+
+
+@pytest.mark.parametrize("large", [0, 2**30], ids=["in a file", "in memory"])
+def test_a_shelf_gives_back_what_was_put_on_it(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE", large)
+    shelf, found = Shelf(), {}
+    for name, moments in (("a", True), ("b", False), ("nothing seen", True)):
+        found[name] = InputStatistics.empty(5, moments)
+        if name != "nothing seen":
+            found[name].add(torch.randn(7, 5), visual=torch.arange(7) < 3)
+        shelf[name] = found[name]
+    shared = copy.deepcopy(shelf)
+    shelf["a"] = found["a"].shifted(torch.ones(5))
+    assert list(shared) == list(shelf) == list(found) and "c" not in shelf and shelf.get("c") is None
+    for name, expected in found.items():
+        for _ in range(2):
+            given, wanted = shared[name].tensors(), expected.tensors()
+            assert list(given) == list(wanted)
+            assert all(torch.equal(given[part], wanted[part]) for part in wanted)
+    assert not torch.equal(shelf["a"].total, shared["a"].total)
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(**_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_file.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tensor_file.tempfile, "gettempdir", lambda: str(tmp_path))
+    with pytest.raises(OutputError, match="No space left on device") as error:
+        tensor_file.TensorFile({"x": torch.ones(3)})
+    assert error.value.where == str(tmp_path) and "TMPDIR" in str(error.value)
+
+
+def test_strips_change_nothing_but_how_much_is_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = InputStatistics.empty(10, moments=True)
+    found.add(torch.randn(30, 10))
+    matrix = torch.randn(10, 10)
+    whole = found.transformed(matrix), found.shifted(torch.arange(10.0))
+    monkeypatch.setattr(module, "STRIP", 3)
+    parts = found.transformed(matrix), found.shifted(torch.arange(10.0))
+    for one, other in zip(whole, parts, strict=True):
+        assert one.moments is not None and other.moments is not None
+        assert torch.allclose(one.moments, other.moments, rtol=1e-5, atol=1e-4)

@@ -1,0 +1,57 @@
+"""A compile keeps no weight that it has replaced, and no statistics in memory that are large."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from families import llava
+from programs import changed_recipe
+
+import qpcompile
+from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.ir import statistics
+
+WEIGHTS = "self_attn.q_proj", "mlp.down_proj"
+SETTINGS = ("quantize.training.epochs=1", "quantize.training.samples=1", "tokens.method=joint", "tokens.keep_of=mean")
+
+
+def compiled(after: Any = None) -> tuple[CompiledVLM, dict[str, Any]]:
+    """A LLaVA that nobody else holds, and weak references to some of its weights."""
+    model, cases = llava()
+    models = [model]
+    weights = {
+        name: weakref.ref(parameter)
+        for name, parameter in model.named_parameters()
+        if "language_model.layers.1." in name and name.removesuffix(".weight").endswith(WEIGHTS)
+    }
+    del model
+    recipe = changed_recipe("w4a4kv4", *SETTINGS, "tokens.keep=0.5")
+    made = qpcompile.compile(models.pop(), recipe, calibration=[cases["one"]], after=after and after(weights))
+    return made, weights
+
+
+def test_replaced_weights_are_gone() -> None:
+    alive: dict[str, int] = {}
+
+    def after(weights: dict[str, Any]) -> Any:
+        def note(step: Any, _: Any) -> None:
+            alive[step.name] = sum(weight() is not None for weight in weights.values())
+
+        return note
+
+    compiled(after)
+    assert alive["calibrate"] == len(WEIGHTS)
+    assert alive["fold_transforms"] == alive["quantize_weights"] == 0
+
+
+def test_statistics_in_files_give_the_same_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = compiled()
+    monkeypatch.setattr(statistics, "LARGE", 0)
+    given, _ = compiled()
+    assert given.plan == expected.plan
+    for name, graph in expected.program.graphs.items():
+        tensors = given.program.graphs[name].module.state_dict()
+        assert all(torch.equal(tensors[key], tensor) for key, tensor in graph.module.state_dict().items())
