@@ -35,7 +35,12 @@ class CompiledVLM:
     def __init__(self, program: Program, processor: Any = None) -> None:
         self.program = program
         self.processor = processor
-        self.machine = _machine(program)
+        self._bind(cuda_graphs=False)
+
+    def _bind(self, cuda_graphs: bool) -> None:
+        self._graphs = BoundGraphs(self.program)
+        captured = cuda_graphs and self.program.host.device.type == "cuda"  # type: ignore[union-attr]
+        self.machine = Machine(self.program, self._graphs, StaticDecode(self.program, cuda_graph) if captured else None)
 
     @property
     def plan(self) -> Plan:
@@ -67,16 +72,22 @@ class CompiledVLM:
         """The floating-point type of the model."""
         return self.machine.host.dtype
 
-    def to(self, device: torch.device | str | int, cuda_graphs: bool = True) -> CompiledVLM:
+    @property
+    def decode_problem(self) -> str:
+        """Why this machine runs decode steps node by node; empty where one call of C replays them."""
+        return self._graphs.decode_problem
+
+    def to(self, device: torch.device | str | int, cuda_graphs: bool = False) -> CompiledVLM:
         """Move all weights to a device, each once; returns this model. The inputs of `generate` must be there too.
 
         Args:
             device: what torch calls a device.
             cuda_graphs: on a CUDA device, decode in steps of fixed sizes that are captured once and replayed
-                (qpcompile/ir/static_decode.py); False decodes operator by operator with caches that grow.
+                (qpcompile/ir/static_decode.py) in place of operator by operator with caches that grow. Off unless
+                asked for, because no GPU has captured them yet.
         """
         move(self.program, torch.device(device))
-        self.machine = _machine(self.program, cuda_graphs)
+        self._bind(cuda_graphs)
         return self
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -155,9 +166,3 @@ def load(folder: str | PathLike[str]) -> CompiledVLM:
     Raises ArtifactError for a folder that is incomplete, altered, of another version, or holds a pickle.
     """
     return CompiledVLM(*artifact.load(Path(folder)))
-
-
-def _machine(program: Program, cuda_graphs: bool = True) -> Machine:
-    """The program bound to its host, as it runs on the device it lies on."""
-    captured = cuda_graphs and program.host.device.type == "cuda"  # type: ignore[union-attr]
-    return Machine(program, BoundGraphs(program), StaticDecode(program, cuda_graph) if captured else None)

@@ -88,6 +88,7 @@ def _model(compiled: CompiledVLM) -> dict[str, Any]:
         ("floating point", str(compiled.dtype).removeprefix("torch.")),
         ("graphs", ", ".join(compiled.program.graphs)),
         ("stage", compiled.program.stage),
+        ("decode steps on this machine", _decode_steps(compiled.decode_problem)),
     ]
     folder = Path(getattr(config, "_name_or_path", "") or "").name
     return {
@@ -95,6 +96,10 @@ def _model(compiled: CompiledVLM) -> dict[str, Any]:
         "folder": folder,
         "facts": [row for row in facts if row[1] != ""],
     }
+
+
+def _decode_steps(problem: str) -> str:
+    return f"node by node: {problem}" if problem else "replayed by one call of C"
 
 
 def _heads(text: Any) -> str:

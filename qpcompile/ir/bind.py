@@ -6,6 +6,8 @@ linears read their weight in 4 bits. Where they are not, it is unpacked once, si
     %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
 
+Decode steps on 4-bit caches are replayed by one call of C (tape.py).
+
 The program itself is not touched: what is saved, exported and reported keeps its 4 bits. An unpacked weight takes one
 byte more per parameter in memory, shared between prefill and decode. The same numbers bit for
 bit, but for the order of sums in bind_torch.py.
@@ -82,6 +84,12 @@ class BoundGraphs:
         for name, graph in program.graphs.items():
             bound = _bound(graph, codes, caches)
             self.modules[name] = TapedDecode(bound, caches) if name == DECODE else bound.module
+
+    @property
+    def decode_problem(self) -> str:
+        """Why decode steps run node by node; empty where they are replayed by one call of C (tape.py)."""
+        decode = self.modules.get(DECODE)
+        return decode.problem if isinstance(decode, TapedDecode) else "there is no decode graph"
 
     def __call__(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.no_grad():

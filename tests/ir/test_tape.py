@@ -117,6 +117,7 @@ def test_other_caches_say_what_is_missing(replays: list[Tape]) -> None:
     model, cases = compiled(llava, torch.float32, 16)
     graphs = BoundGraphs(model.program)
     assert "has no kernel in C for a decode step" in taped(graphs).problem
+    assert model.decode_problem == graphs.decode_problem == taped(graphs).problem
     Machine(model.program, graphs).generate(**cases["one"], **SETTINGS, max_new_tokens=5)
     assert not replays
 

@@ -72,7 +72,7 @@ def test_half_precision_compiles_and_answers_on_the_gpu(bed: str) -> None:
 @pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
 def test_a_decode_step_reads_nothing_back(bed: str) -> None:
     compiled, batches = compiled_and_batches(bed, "w4a4kv4", torch.bfloat16)
-    compiled.to("cuda", cuda_graphs=False)
+    compiled.to("cuda")
     graphs = compiled.machine.execute
     held: dict[str, tuple[Graph, Feeds]] = {}
 
@@ -96,7 +96,7 @@ def test_replayed_steps_answer_as_those_that_are_not(bed: str, preset: str, monk
     monkeypatch.setattr(static_decode, "SMALLEST", 8)
     monkeypatch.setattr(static_decode, "ROOM", 1)
     compiled, batches = compiled_and_batches(bed, preset, torch.bfloat16)
-    compiled.to("cuda")
+    compiled.to("cuda", cuda_graphs=True)
     replayed, plain = compiled.machine.decode, StaticDecode(compiled.program)
     assert isinstance(replayed, StaticDecode)
     found = answers(compiled, batches, "cuda")
@@ -112,7 +112,7 @@ def test_replayed_steps_answer_as_those_that_are_not(bed: str, preset: str, monk
 
 def test_a_replayed_step_reads_nothing_back() -> None:
     compiled, batches = compiled_and_batches("llava", "quota-30", torch.bfloat16)
-    compiled.to("cuda")
+    compiled.to("cuda", cuda_graphs=True)
     decode = compiled.machine.decode
     assert decode is not None
     torch.cuda.synchronize()
