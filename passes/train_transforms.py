@@ -33,6 +33,7 @@ from qpcompile.ir.collect import run_sample
 from qpcompile.ir.edit import aten, before_cast, calls, get_tensor, is_call, set_tensor
 from qpcompile.ir.facts import set_fact, stub_fact
 from qpcompile.ir.fake_quant import fake_quantize
+from qpcompile.ir.heap import trim
 from qpcompile.ir.learned_transform import LearnedTransform, kronecker_rows, rounded
 from qpcompile.ir.operators import KRONECKER, QUANT_STUB
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, Graph, Program
@@ -112,6 +113,7 @@ def _train_graph(program: Program, graph: Graph, fed: list[_Batch], scheme: Quan
                 yield TrainedBlock(name=block.name, before=before, after=min(before, after))
             for batch, values in zip(fed, behind, strict=True):
                 batch.values = values
+            trim()
             step()
 
 

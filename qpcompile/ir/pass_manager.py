@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from qpcompile.errors import InvariantError
+from qpcompile.ir.heap import trim
 from qpcompile.ir.program import STAGES, Program
 from qpcompile.ir.verify import verify
 
@@ -56,6 +57,7 @@ def run_passes(
             )
         before = operator_counts(program)
         modified = item.run(program)
+        trim()
         program.history.append(item.name)
         program.stage = max(program.stage, item.gives, key=STAGES.index)
         verify(program)

@@ -54,6 +54,7 @@ def growth(before: dict[str, Any] | None, found: dict[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--width", type=int, default=4096)
@@ -137,7 +138,8 @@ def llava(layers: int, options: argparse.Namespace) -> Any:
     tower = transformers.CLIPVisionConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14
     )
-    config = transformers.LlavaConfig(text_config=text, vision_config=tower, image_token_id=5, image_seq_length=16)
+    config = transformers.LlavaConfig(text_config=text, vision_config=tower, image_seq_length=16)
+    config.image_token_id = 5
     previous = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, options.dtype))
     try:

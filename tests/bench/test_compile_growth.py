@@ -20,7 +20,7 @@ def test_growth_is_that_of_a_layer() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_line_for_each_size_and_pass() -> None:
-    shape = {"width": 64, "inner": 96, "heads": 2, "vocabulary": 1000, "tokens": 20}
+    shape = {"width": 64, "inner": 96, "heads": 2, "vocabulary": 1000, "tokens": 28}
     size = [text for name, number in shape.items() for text in (f"--{name}", str(number))]
     settings = ["--set", "quantize.weights.solver=rtn", "--set", "quantize.transform=hadamard"]
     command = [sys.executable, str(SCRIPT), "--layers", "1", "2", "--passes", *size, *settings]
