@@ -113,7 +113,7 @@ def _hadamard(channels: int) -> tuple[int, int, int, int]:
     return left.ctypes.data, right.ctypes.data, len(left), len(right)
 
 
-def _tiles(left: int, right: int, left_size: int, right_size: int) -> Tensor | None:
+def _tiles(left: int | None, right: int | None, left_size: int, right_size: int) -> Tensor | None:
     """The factors at these places as kronecker/amx.inc multiplies by them; None where the processor has no tiles."""
     if not library().amx:
         return None

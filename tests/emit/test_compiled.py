@@ -84,8 +84,8 @@ def test_kept_tokens_without_a_cut(tiny_llava: Tiny, compiled_llava: CompiledVLM
 
 def test_kept_tokens_mark_empty_slots(compiled_llava: CompiledVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = CompiledCache(3)
-    cache.kept = {2: torch.tensor([[3]]), 1: torch.tensor([[0, 3, 5]])}
-    cache.alive = {2: torch.tensor([[True]]), 1: torch.tensor([[False, True, True]])}
+    cache.kept.update({2: torch.tensor([[3]]), 1: torch.tensor([[0, 3, 5]])})
+    cache.alive.update({2: torch.tensor([[True]]), 1: torch.tensor([[False, True, True]])})
     monkeypatch.setattr(compiled_llava.machine, "prefill", lambda inputs: cache)
     kept = compiled_llava.kept_tokens(input_ids=torch.zeros(1, 1))
     assert [(layer, index.tolist()) for layer, index in kept.items()] == [(1, [[-1, 3, 5]]), (2, [[3]])]

@@ -81,10 +81,11 @@ def test_what_is_not_filled_is_neither_read_nor_seen(filled: int, dtype: torch.d
     for part in stored[1::2]:
         part[:, :, filled:] = torch.nan
     mask = torch.rand(2, 1, 1, 200) < 0.7 if masked else None
-    short = (*(part[:, :, :filled] for part in stored), None if mask is None else mask[..., :filled])
+    k, k_affine, v, v_affine = (part[:, :, :filled] for part in stored)
+    seen = None if mask is None else mask[..., :filled]
     found = kernels.attention_kv4(q, *stored, mask, 0.3, torch.tensor([filled]))
     # The same bits as of a cache that ends there.
-    assert torch.equal(found, kernels.attention_kv4(q, *short, 0.3))
+    assert torch.equal(found, kernels.attention_kv4(q, k, k_affine, v, v_affine, seen, 0.3))
     close(found, reference.attention_kv4(q, *stored, mask, 0.3, torch.tensor([filled])))
 
 
