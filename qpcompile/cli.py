@@ -149,9 +149,7 @@ def export_command(
     recipe: RecipeName = "none",
     overrides: Overrides = None,
     data: Data = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="onnxruntime's own operators: faster, but not the module's numbers.")
-    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="onnxruntime's own operators: faster, other numbers.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write graphs for onnxruntime, with a runner beside them that needs no torch.

@@ -9,15 +9,14 @@ import onnx_ir as ir
 from onnxscript import evaluator, opset21
 
 from qpcompile.emit.onnx_attention import attention as plain_attention
-from qpcompile.emit.onnx_fast import (
-    HEAD_BLOCK,
+from qpcompile.emit.onnx_fast import HEAD_BLOCK, linear_w8
+from qpcompile.emit.onnx_fast_attention import (
     HEADROOM,
     WIDTHS,
     cached_attention,
     causal_attention,
     channel_codes,
     doubled_rope,
-    linear_w8,
     open_attention,
 )
 from qpcompile.emit.onnx_record import Recorder
