@@ -76,7 +76,8 @@ class TapedDecode:
         """A step behind the last one, replayed or written down; None where it can be neither."""
         pasts = [feeds[place] for place in self._inputs]
         # Somebody may hold older caches and go on from them: those are not ours to append to.
-        if len(pasts) != len(self._last) or any(map(operator.is_not, pasts, self._last)):
+        last, self._last = self._last, []
+        if len(pasts) != len(last) or any(map(operator.is_not, pasts, last)):
             return None
         values = self._layers.front(*feeds)
         if self._step is not None:
