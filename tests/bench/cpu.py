@@ -316,7 +316,7 @@ def report(rows: Sequence[Row], options: argparse.Namespace) -> str:
         if busy
         else "",
         "",
-        f"- {processor()}, {platform.system()} {platform.release()}, Python {platform.python_version()}",
+        f"- {processor()}, {platform.system()}, Python {platform.python_version()}",
         f"- {', '.join(versions)}",
         *settings,
         "",

@@ -124,7 +124,7 @@ def test_report_and_onnx_are_handed_on(compiled_llava: CompiledVLM, monkeypatch:
     calls: list[tuple[Any, str]] = []
     for name, function in (("qpcompile.inspect.report", "write_report"), ("qpcompile.emit.onnx", "export_onnx")):
         module = ModuleType(name)
-        setattr(module, function, lambda compiled, path, samples=None: calls.append((compiled, path.name)))
+        setattr(module, function, lambda compiled, path, *rest: calls.append((compiled, path.name)))
         monkeypatch.setitem(sys.modules, name, module)
     compiled_llava.report("out.html")
     compiled_llava.export_onnx("out-onnx")

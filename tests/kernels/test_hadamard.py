@@ -55,7 +55,10 @@ def test_half_types_are_rotated_in_float32(dtype: torch.dtype) -> None:
     x = torch.randn(5, 96).to(dtype)
     found = torch.ops.qpcompile.hadamard(x, None)
     assert found.dtype == dtype
-    assert torch.equal(found, torch.ops.qpcompile.hadamard(x.float(), None).to(dtype))
+    expected = torch.ops.qpcompile.hadamard(x.float(), None).to(dtype)
+    # On AMX tiles a sum next to a tie may round to the other neighbour.
+    assert (found - expected).abs().le(expected.abs() * torch.finfo(dtype).eps).all()
+    assert (found == expected).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("channels", [128, 144, 192, 896, 2816, 11008])
