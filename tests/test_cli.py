@@ -53,7 +53,7 @@ class Recorder:
         self.drawn = samples
         self.calls.append(("report", path.name))
 
-    def export_onnx(self, folder: Path) -> None:
+    def export_onnx(self, folder: Path, fast: bool = False) -> None:
         self.calls.append(("onnx", folder.name))
 
     def graph_text(self, stage: str) -> str:

@@ -11,7 +11,7 @@ from programs import changed_recipe, relative, stubbed
 from toy_decoder import decode_graph, prefill_graph, toy_feeds
 
 from qpcompile.ir.basis import change_basis
-from qpcompile.ir.edit import clone, get_tensor
+from qpcompile.ir.edit import clone, get_tensor, set_tensor
 from qpcompile.ir.facts import stub_fact
 from qpcompile.ir.interpret import run_watched
 from qpcompile.ir.program import PREFILL, Graph, Program
@@ -113,7 +113,12 @@ def test_a_weight_is_replaced_in_all_graphs_and_gone() -> None:
     graph = program.graphs[PREFILL]
     other = clone(graph)
     name = "layers.1.mlp.down_proj.weight"
-    weight = weakref.ref(get_tensor(graph.module, name))
+    # One that the other tests' graphs do not hold.
+    own = get_tensor(graph.module, name).detach().clone()
+    for each in (graph, other):
+        set_tensor(each.module, name, own)
+    weight = weakref.ref(own)
+    del own
     scheme = program.recipe.quantize
     assert scheme is not None
     basis = change_basis([graph, other], scheme, program.facts["calibration"])
