@@ -89,19 +89,22 @@ def same_caches(left: CompiledCache | None, right: CompiledCache | None) -> None
 
 QUOTA = "tokens.candidate_layers=[0,1]"
 MODELS = [
-    ("llava", "none"),
     ("llava", "quota-30", QUOTA, "quantize.kv_cache.bits=4"),
+    # Windows and masks that the host makes.
+    ("gemma3", "none"),
+]
+MORE_MODELS = [
+    ("llava", "none"),
     ("qwen2_5_vl", "w4a4kv4"),
     ("qwen2_5_vl", "quota-30", QUOTA, "quantize.kv_cache.bits=16", "tokens.compact_scored_layer=false"),
     ("llava", "quota-30", QUOTA, "quantize.kv_cache.bits=8", "tokens.position_mode=reindex"),
-    # Windows and masks that the host makes.
     ("mistral3", "none"),
-    ("gemma3", "none"),
     ("paligemma", "none"),
 ]
+SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in MORE_MODELS]
 
 
-@pytest.mark.parametrize("model", MODELS, ids="-".join)
+@pytest.mark.parametrize("model", [*MODELS, *SLOW], ids="-".join)
 def test_answers_are_the_same(model: tuple[str, ...]) -> None:
     made, cases = compiled(*model)
     exact = "kv4" in model[1] or "quantize.kv_cache.bits=4" in model
@@ -116,6 +119,7 @@ def test_answers_are_the_same(model: tuple[str, ...]) -> None:
         same_caches(grown.last, found[name][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
 def test_trained_models_answer_the_same(bed: str) -> None:
     """With token cuts and a 4-bit cache, alone and in padded batches of two."""
@@ -137,7 +141,7 @@ def test_trained_models_answer_the_same(bed: str) -> None:
 
 
 def test_a_replay_is_the_step() -> None:
-    made, cases = compiled(*MODELS[1])
+    made, cases = compiled(*MODELS[0])
     machine, _ = fixed(made, capture)
     found = [machine.generate(**case, **SETTINGS) for case in cases.values()]
     grown = growing(made)
@@ -147,7 +151,7 @@ def test_a_replay_is_the_step() -> None:
 
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_beams_take_their_caches_back(settings: dict[str, Any]) -> None:
-    made, cases = compiled(*MODELS[1])
+    made, cases = compiled(*MODELS[0])
     machine, _ = fixed(made)
     found = [machine.generate(**case, **SETTINGS | settings) for case in (cases["one"], cases["padded"])]
     grown = growing(made)
@@ -157,7 +161,7 @@ def test_beams_take_their_caches_back(settings: dict[str, Any]) -> None:
 
 def test_answers_that_take_turns_keep_their_own_tokens() -> None:
     """Two caches of the same size need the same buffers: each step of one moves the other out."""
-    made, cases = compiled(*MODELS[1])
+    made, cases = compiled(*MODELS[0])
     prompts = [cases["one"], {**cases["one"], "pixel_values": -cases["one"]["pixel_values"]}]
     answers = []
     for machine in (growing(made), fixed(made)[0]):
@@ -174,7 +178,7 @@ def test_answers_that_take_turns_keep_their_own_tokens() -> None:
 
 
 def test_a_cache_that_starts_anew_is_not_the_old_one() -> None:
-    made, cases = compiled(*MODELS[1])
+    made, cases = compiled(*MODELS[0])
     machine, steps = fixed(made)
     machine.generate(**cases["one"], **{**SETTINGS, "max_new_tokens": 3})
     cache = machine.last
@@ -189,7 +193,7 @@ def test_a_cache_that_starts_anew_is_not_the_old_one() -> None:
 
 def test_only_so_many_steps_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_decode, "STEPS", 1)
-    made, cases = compiled(*MODELS[1])
+    made, cases = compiled(*MODELS[0])
     machine, steps = fixed(made)
     found = machine.generate(**cases["longer"], **SETTINGS)
     assert len(steps.captured) == 1
@@ -198,7 +202,7 @@ def test_only_so_many_steps_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_loaded_model_has_the_same_static_graph(tmp_path: Path) -> None:
     """It has printed types in place of values."""
-    made, _ = compiled(*MODELS[3])
+    made, _ = compiled(*MORE_MODELS[2])
     made.save_pretrained(tmp_path / "model")
     loaded = qpcompile.load(tmp_path / "model")
     left, right = (static_graph(each.program.graphs[DECODE]) for each in (made, loaded))
@@ -210,14 +214,14 @@ def test_a_loaded_model_has_the_same_static_graph(tmp_path: Path) -> None:
 
 
 def test_the_program_keeps_its_graph() -> None:
-    made, _ = compiled(*MODELS[1])
+    made, _ = compiled(*MODELS[0])
     before = made.graph_text(DECODE)
     static_graph(made.program.graphs[DECODE])
     assert made.graph_text(DECODE) == before
 
 
 def test_tokens_by_their_place_are_refused() -> None:
-    made, _ = compiled(*MODELS[0])
+    made, _ = compiled(*MORE_MODELS[0])
     graph = clone(made.program.graphs[DECODE])
     attention = next(calls(graph, SDPA))
     mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs["attn_mask"]
@@ -228,7 +232,7 @@ def test_tokens_by_their_place_are_refused() -> None:
 
 
 def test_other_attention_is_refused() -> None:
-    made, _ = compiled(*MODELS[0])
+    made, _ = compiled(*MORE_MODELS[0])
     graph = clone(made.program.graphs[DECODE])
     attention = next(calls(graph, SDPA))
     mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs["attn_mask"]
@@ -238,7 +242,7 @@ def test_other_attention_is_refused() -> None:
 
 
 def test_a_failed_capture_names_the_way_around() -> None:
-    made, cases = compiled(*MODELS[0])
+    made, cases = compiled(*MORE_MODELS[0])
 
     def fails(run: Run) -> tuple[Callable[[], None], dict[str, Tensor]]:
         raise RuntimeError("operation not permitted when stream is capturing")
