@@ -74,7 +74,7 @@ class CompiledVLM:
 
     @property
     def decode_problem(self) -> str:
-        """Why this machine runs decode steps node by node; empty where one call of C replays them."""
+        """Why no call of C replays decode steps here; empty where one does. Says nothing of CUDA graphs."""
         return self._graphs.decode_problem
 
     def to(self, device: torch.device | str | int, cuda_graphs: bool = False) -> CompiledVLM:
