@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test test-gpu bench bench-gpu lint docs clean
+.PHONY: demo test test-slow test-gpu bench bench-gpu lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -11,6 +11,10 @@ demo: $(STAMP)
 # One thread per worker: two workers with as many threads as cores each are slower than one.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile
+
+# What `make test` leaves out: every family, trained models and their accuracy. More than an hour on two cores.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile -m "slow and not gpu" --timeout 7200
 
 # Whole answers on one CPU core; see tests/bench/cpu.py for OpenVINO's environment.
 bench: $(STAMP)

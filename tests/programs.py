@@ -81,12 +81,17 @@ class Nothing(torch.nn.Module):
         return torch.relu(x)
 
 
+@functools.cache
+def _nothing(name: str) -> Graph:
+    return traced(Nothing(), {"x": torch.ones(2, 3)}, name=name, owner=f"model.{name}")
+
+
 def program_of(*graphs: Graph, recipe: Recipe | str = "none", stage: str = "captured", layers: int = 1) -> Program:
     """A program of these graphs; components that every program has are filled in."""
     held = {graph.name: graph for graph in graphs}
     for name in (VISION, PREFILL, DECODE):
         if name not in held:
-            held[name] = traced(Nothing(), {"x": torch.ones(2, 3)}, name=name, owner=f"model.{name}")
+            held[name] = clone(_nothing(name))
     recipe = Recipe.load(recipe)
     entries = tuple(LayerEntry(index=index, name=f"model.layers.{index}") for index in range(layers))
     own = tuple(Layer(entry.index, entry.name) for entry in entries)

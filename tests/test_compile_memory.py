@@ -15,10 +15,11 @@ from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.ir import statistics
 
 WEIGHTS = "self_attn.q_proj", "mlp.down_proj"
-SETTINGS = ("quantize.training.epochs=1", "quantize.training.samples=1", "tokens.method=joint", "tokens.keep_of=mean")
+SETTINGS = ("quantize.training.epochs=1", "quantize.training.samples=1")
+JOINT = ("tokens.method=joint", "tokens.keep_of=mean", "tokens.keep=0.5")
 
 
-def compiled(after: Any = None) -> tuple[CompiledVLM, dict[str, Any]]:
+def compiled(*settings: str, after: Any = None) -> tuple[CompiledVLM, dict[str, Any]]:
     """A LLaVA that nobody else holds, and weak references to some of its weights."""
     model, cases = llava()
     models = [model]
@@ -28,7 +29,7 @@ def compiled(after: Any = None) -> tuple[CompiledVLM, dict[str, Any]]:
         if "language_model.layers.1." in name and name.removesuffix(".weight").endswith(WEIGHTS)
     }
     del model
-    recipe = changed_recipe("w4a4kv4", *SETTINGS, "tokens.keep=0.5")
+    recipe = changed_recipe("w4a4kv4", *SETTINGS, *settings)
     made = qpcompile.compile(models.pop(), recipe, calibration=[cases["one"]], after=after and after(weights))
     return made, weights
 
@@ -42,7 +43,7 @@ def test_replaced_weights_are_gone() -> None:
 
         return note
 
-    compiled(after)
+    compiled(*JOINT, after=after)
     assert alive["calibrate"] == len(WEIGHTS)
     assert alive["fold_transforms"] == alive["quantize_weights"] == 0
 

@@ -33,6 +33,11 @@ SPECIAL = [IMAGE, VIDEO, VISION_START, VISION_END]
 TYPES = ("token_type_ids", "mm_token_type_ids")
 Answer = tuple[torch.Tensor, torch.Tensor]
 
+# One family of each kind by default: plain; positions of three axes; features added inside the decoder; windows and a
+# picture that attends both ways. The others with -m slow.
+KINDS = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
+ALL = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in FAMILIES]
+
 
 @functools.cache
 def captured(name: str) -> tuple[PreTrainedModel, Cases, Program]:
@@ -188,7 +193,7 @@ def check_no_picture(model: PreTrainedModel, machine: Machine, inputs: Inputs, n
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_pruned_decode_is_honest(name: str) -> None:
     model, cases, program = captured(name)
     for compact in (False, True):
@@ -201,7 +206,7 @@ def test_pruned_decode_is_honest(name: str) -> None:
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_cuts_before_the_decoder_are_honest(name: str) -> None:
     model, cases, program = captured(name)
     # qapruner reads the text behind the picture, so on a longer prompt it may choose otherwise: no fresh prefill.
@@ -215,7 +220,7 @@ def test_cuts_before_the_decoder_are_honest(name: str) -> None:
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_cut_inside_a_layer_is_honest(name: str) -> None:
     model, cases, program = captured(name)
     settings = ("tokens.method=pyramiddrop", "tokens.keep=0.3", "tokens.candidate_layers=[0, 1]")
@@ -225,7 +230,7 @@ def test_a_cut_inside_a_layer_is_honest(name: str) -> None:
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_tokens_are_counted_anew_where_they_have_numbers(name: str) -> None:
     _, cases, program = captured(name)
     settings = ("tokens.method=sparsevlm", "tokens.keep=0.3", "tokens.candidate_layers=[0, 1]")

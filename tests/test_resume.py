@@ -69,8 +69,14 @@ def tensors(program: Program) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("settings", [MEASURED, TRAINED], ids=["measured", "trained"])
-@pytest.mark.parametrize("at", [2, 5, 7])
+@pytest.mark.parametrize(
+    ("settings", "at"),
+    [
+        *((TRAINED, at) for at in (2, 5, 7)),
+        (MEASURED, 7),
+        *(pytest.param(MEASURED, at, marks=pytest.mark.slow) for at in (2, 5)),
+    ],
+)
 def test_stopped_anywhere_it_ends_the_same(
     settings: tuple[str, ...], at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,7 @@ def test_the_seven_billion_are_the_models() -> None:
         assert shape.visual_tokens + shape.text_tokens == 640
 
 
+@pytest.mark.slow
 def test_the_road_of_answers(tmp_path: Path) -> None:
     settings = ["--batches", "1", "2", "--new-tokens", "3", "--rounds", "1", "--out", str(tmp_path)]
     peers = ["--peers", "torch:eager", "ours:w4a4kv4"]

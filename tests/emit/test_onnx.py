@@ -284,7 +284,7 @@ def test_host_that_changes_features_is_refused(
         export_onnx(compiled_llava, tmp_path / "folder")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_half_precision_is_written_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     model, cases = llava()
     captured = capture(model.to(dtype), cases["one"], Recipe.load("none"))  # type: ignore[arg-type]

@@ -36,11 +36,13 @@ def check_same_choice(program: Program, folder: Path, cases: Cases) -> None:
     ("preset", "settings"),
     [
         ("none", ("tokens.method=fastv", FIRST, "tokens.position_mode=reindex")),
-        ("quota-30", ("tokens.method=pyramiddrop", BOTH, "tokens.position_mode=reindex")),
         ("none", ("tokens.method=sparsevlm", BOTH)),
         ("none", ("tokens.method=vtw", FIRST)),
         ("quota-30", (BOTH, "tokens.queries=raters", *RESIDUAL)),
-        ("quota-30", (BOTH, "tokens.scores_of=full_precision")),
+        pytest.param("quota-30", (BOTH, "tokens.scores_of=full_precision"), marks=pytest.mark.slow),
+        pytest.param(
+            "quota-30", ("tokens.method=pyramiddrop", BOTH, "tokens.position_mode=reindex"), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

@@ -58,8 +58,15 @@ def check_same_tokens(model: CompiledVLM, folder: Path, cases: Cases) -> None:
         assert runner.generate(**arrays, max_new_tokens=NEW_TOKENS).tolist() == expected.tolist(), name
 
 
-@pytest.mark.parametrize("settings", [[], [FOUR_BITS]], ids=["float", "w4a4kv4"])
-@pytest.mark.parametrize("method", ["visionzip", "prumerge_plus"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("visionzip", [FOUR_BITS]),
+        ("prumerge_plus", []),
+        pytest.param("visionzip", [], marks=pytest.mark.slow),
+        pytest.param("prumerge_plus", [FOUR_BITS], marks=pytest.mark.slow),
+    ],
+)
 def test_fixed_size(
     tiny_llava: tuple[Any, Cases], compiled_llava: CompiledVLM, method: str, settings: list[str], tmp_path: Path
 ) -> None:

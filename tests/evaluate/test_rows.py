@@ -25,7 +25,7 @@ from qpcompile.recipe import Recipe
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 MODEL, DATA = str(TESTBED / "llava"), TESTBED / "calibration" / "llava"
-FAST = ["calibration.samples=1", "quantize.weights.solver=rtn"]
+FAST = ["calibration.samples=1", "quantize.weights.solver=rtn", "quantize.transform=hadamard"]
 ASKED = 6
 
 

@@ -50,8 +50,15 @@ def test_a_tensor_of_somebody_else_is_copied() -> None:
     assert not whole.any()
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("family", [llava, qwen2_5_vl])
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [
+        (llava, 16),
+        (qwen2_5_vl, 4),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((llava, 8), (llava, 4), (qwen2_5_vl, 16))),
+        pytest.param(qwen2_5_vl, 8, marks=pytest.mark.slow),
+    ],
+)
 def test_answers_are_the_same(family: Any, bits: int) -> None:
     model, cases = family()
     recipe = qpcompile.Recipe.load("quota-30").with_overrides([*FAST, f"quantize.kv_cache.bits={bits}"])

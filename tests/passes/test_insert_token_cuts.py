@@ -81,7 +81,7 @@ def test_golden_prefill(apply: Apply) -> None:
 %43 = operator.add(%42, 1) : int S1+1
 %44 = operator.floordiv(%43, 2) : int ((S1+1)//2)
 %45 = operator.sub(%41, %44) : int S1-(((S1+1)//2))
-%46 = operator.sub(%40, %45) : int S0-S1+(((S1+1)//2))
+%46 = operator.sub(%40, %45) : int S2
 %47 = aten::bitwise_not(%2) : bool[B, S0]
 %48 = aten::bitwise_and.Tensor(%3, %47) : bool[B, S0]
 %49 = aten::sum.dim_IntList(%48, [1]) : i64[B]
@@ -90,35 +90,35 @@ def test_golden_prefill(apply: Apply) -> None:
 %52 = aten::add.Tensor(%51, 1) : i64[B]
 %53 = aten::div.Tensor_mode(%52, 2, rounding_mode='floor') : i64[B]
 %54 = aten::add.Tensor(%49, %53) : i64[B]
-%55 = qpcompile::select_tokens(%38, %46, %54) : (i64[B, S0-S1+(((S1+1)//2))], bool[B, S0-S1+(((S1+1)//2))])
-%56 = operator.getitem(%55, 0) : i64[B, S0-S1+(((S1+1)//2))]
-%57 = operator.getitem(%55, 1) : bool[B, S0-S1+(((S1+1)//2))]
-%58 = aten::unsqueeze(%56, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
-%59 = aten::unsqueeze(%58, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
+%55 = qpcompile::select_tokens(%38, %46, %54) : (i64[B, S2], bool[B, S2])
+%56 = operator.getitem(%55, 0) : i64[B, S2]
+%57 = operator.getitem(%55, 1) : bool[B, S2]
+%58 = aten::unsqueeze(%56, 1) : i64[B, 1, S2]
+%59 = aten::unsqueeze(%58, 3) : i64[B, 1, S2, 1]
 %60 = aten::sym_size.int(%15, 3) : int S0
-%61 = aten::expand(%59, [%39, 1, -1, %60]) : i64[B, 1, S0-S1+(((S1+1)//2)), S0]
-%62 = aten::gather(%15, 2, %61) : bool[B, 1, S0-S1+(((S1+1)//2)), S0]
-%63 = aten::unsqueeze(%56, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
-%64 = aten::unsqueeze(%63, 2) : i64[B, 1, 1, S0-S1+(((S1+1)//2))]
-%65 = aten::sym_size.int(%62, 2) : int S0-S1+(((S1+1)//2))
-%66 = aten::expand(%64, [%39, 1, %65, -1]) : i64[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
-%67 = aten::gather(%62, 3, %66) : bool[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
-%68 = aten::unsqueeze(%57, 1) : bool[B, 1, S0-S1+(((S1+1)//2))]
-%69 = aten::unsqueeze(%68, 1) : bool[B, 1, 1, S0-S1+(((S1+1)//2))]
-%70 = aten::bitwise_and.Tensor(%67, %69) : bool[B, 1, S0-S1+(((S1+1)//2)), S0-S1+(((S1+1)//2))]
-%71 = aten::unsqueeze(%56, 2) : i64[B, S0-S1+(((S1+1)//2)), 1]
-%72 = aten::expand(%71, [%39, -1, 8]) : i64[B, S0-S1+(((S1+1)//2)), 8]
-%73 = aten::gather(%31, 1, %72) : f32[B, S0-S1+(((S1+1)//2)), 8]
-%74 = aten::unsqueeze(%56, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
-%75 = aten::unsqueeze(%74, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
-%76 = aten::expand(%75, [%39, 1, -1, 4]) : i64[B, 1, S0-S1+(((S1+1)//2)), 4]
-%77 = aten::gather(%21, 2, %76) : f32[B, 1, S0-S1+(((S1+1)//2)), 4]
-%78 = aten::unsqueeze(%56, 1) : i64[B, 1, S0-S1+(((S1+1)//2))]
-%79 = aten::unsqueeze(%78, 3) : i64[B, 1, S0-S1+(((S1+1)//2)), 1]
-%80 = aten::expand(%79, [%39, 1, -1, 4]) : i64[B, 1, S0-S1+(((S1+1)//2)), 4]
-%81 = aten::gather(%24, 2, %80) : f32[B, 1, S0-S1+(((S1+1)//2)), 4]
+%61 = aten::expand(%59, [%39, 1, -1, %60]) : i64[B, 1, S2, S0]
+%62 = aten::gather(%15, 2, %61) : bool[B, 1, S2, S0]
+%63 = aten::unsqueeze(%56, 1) : i64[B, 1, S2]
+%64 = aten::unsqueeze(%63, 2) : i64[B, 1, 1, S2]
+%65 = aten::sym_size.int(%62, 2) : int S2
+%66 = aten::expand(%64, [%39, 1, %65, -1]) : i64[B, 1, S2, S2]
+%67 = aten::gather(%62, 3, %66) : bool[B, 1, S2, S2]
+%68 = aten::unsqueeze(%57, 1) : bool[B, 1, S2]
+%69 = aten::unsqueeze(%68, 1) : bool[B, 1, 1, S2]
+%70 = aten::bitwise_and.Tensor(%67, %69) : bool[B, 1, S2, S2]
+%71 = aten::unsqueeze(%56, 2) : i64[B, S2, 1]
+%72 = aten::expand(%71, [%39, -1, 8]) : i64[B, S2, 8]
+%73 = aten::gather(%31, 1, %72) : f32[B, S2, 8]
+%74 = aten::unsqueeze(%56, 1) : i64[B, 1, S2]
+%75 = aten::unsqueeze(%74, 3) : i64[B, 1, S2, 1]
+%76 = aten::expand(%75, [%39, 1, -1, 4]) : i64[B, 1, S2, 4]
+%77 = aten::gather(%21, 2, %76) : f32[B, 1, S2, 4]
+%78 = aten::unsqueeze(%56, 1) : i64[B, 1, S2]
+%79 = aten::unsqueeze(%78, 3) : i64[B, 1, S2, 1]
+%80 = aten::expand(%79, [%39, 1, -1, 4]) : i64[B, 1, S2, 4]
+%81 = aten::gather(%24, 2, %80) : f32[B, 1, S2, 4]
 @layers.1.self_attn.q_proj.weight : f32[8, 8]
-%82 = aten::linear(%73, @layers.1.self_attn.q_proj.weight) : f32[B, S0-S1+(((S1+1)//2)), 8]
+%82 = aten::linear(%73, @layers.1.self_attn.q_proj.weight) : f32[B, S2, 8]
 %0 = input inputs_embeds : f32[B, S0, 8]
 %1 = input attention_mask : bool[B, S0]
 %2 = input visual_mask : bool[B, S0]
@@ -299,7 +299,7 @@ def test_hand_broken_graph_is_named(apply: Apply) -> None:
     assert error.value.ran == "insert_token_cuts"
 
 
-@pytest.mark.parametrize("multiple", [1, 4, 8, 64])
+@pytest.mark.parametrize("multiple", [1, 8, 64])
 @pytest.mark.parametrize("method", ["quota", "divprune"])
 def test_kept_tokens_fill_a_multiple(multiple: int, method: str) -> None:
     layer = 0 if method == "quota" else -1
