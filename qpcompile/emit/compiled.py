@@ -91,7 +91,7 @@ class CompiledVLM:
         return self
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """What `model.generate` of transformers takes and returns.
+        """What `model.generate` of transformers takes and returns. Of calls from several threads one runs at a time.
 
         Args:
             inputs: i64[B, S] prompt tokens, as an alternative to `input_ids`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ class Machine:
 
     `execute` runs one graph; passes that measure give their own. `decode` runs a step of the decoder on a cache of its
     own making and lengthens it; without it that is a graph like the others. `last` is the cache of the latest prefill.
+    One answer at a time: what a prompt's tokens are is known between the host's calls, so other threads wait.
     """
 
     def __init__(self, program: Program, execute: Execute = execute_graph, decode: Decode | None = None) -> None:
@@ -60,20 +62,23 @@ class Machine:
         self.visual: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
         self.seen_by_tower: dict[str, list[torch.Tensor]] = {}
+        self._turn = threading.RLock()
         self._bind()
 
     def generate(self, **inputs: Any) -> Any:
         """`host.generate` with a cache of ours."""
-        self.seen_by_tower = {}
         if inputs.get("use_cache", True) and CACHE not in inputs:
             inputs[CACHE] = CompiledCache(len(self.program.layers))
-        return self.host.generate(**inputs)
+        with self._turn:
+            self.seen_by_tower = {}
+            return self.host.generate(**inputs)
 
     def prefill(self, inputs: dict[str, Any]) -> CompiledCache:
         """Run the prompt once; returns the cache it left."""
         cache = CompiledCache(len(self.program.layers))
-        self.seen_by_tower = {}
-        self.host.generate(**{**inputs, CACHE: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
+        with self._turn:
+            self.seen_by_tower = {}
+            self.host.generate(**{**inputs, CACHE: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
         return cache
 
     def _bind(self) -> None:

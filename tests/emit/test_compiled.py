@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import ModuleType
 from typing import Any
 
@@ -40,6 +41,31 @@ def test_generate_is_the_models_own(
         torch.testing.assert_close(answer.scores, expected.scores, rtol=1e-4, atol=1e-5)
         expected, answer = expected.sequences, answer.sequences
     assert torch.equal(answer, expected)
+
+
+def test_one_answer_at_a_time(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    cases = [tiny_llava[1][name] for name in ("one", "longer")]
+    expected = [compiled_llava.generate(**case, **settings) for case in cases]
+
+    class Asks(BaseStreamer):
+        """Asks for another answer between two tokens of this one."""
+
+        other: Future[torch.Tensor] | None = None
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.other is None:
+                self.other = threads.submit(compiled_llava.generate, **cases[1], **settings)
+                waited = wait([self.other], timeout=2)
+                assert not waited.done, "an answer was given in the middle of another"
+
+        def end(self) -> None:
+            """Nothing is left to say."""
+
+    streamer = Asks()
+    with ThreadPoolExecutor(1) as threads:
+        assert torch.equal(compiled_llava.generate(**cases[0], **settings, streamer=streamer), expected[0])
+        assert streamer.other is not None and torch.equal(streamer.other.result(), expected[1])
 
 
 def test_generate_stops_at_the_end_token(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
