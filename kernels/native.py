@@ -41,13 +41,14 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "rope": (*(P,) * 4, *(N,) * 2, *(L,) * 13, N),
     "rows": (P, P, P, L, P, P, P, N),
     "linear": (P, P, L, L, L, P, N),
+    "linear_w8a16": (P, N, P, P, L, L, L, P, N),
     "add": (P, P, P, N, L, N),
     "append": (P, P, L, L, L, L, N),
     "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, *(L,) * 7, P, N),
 }
 AMX = ("linear_w4a4_amx", "attention_amx", "change_tiles_amx")
 """Functions that need AMX tiles, there where `Library.amx` says so."""
-EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append", "linear")
+EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append", "linear", "linear_w8a16")
 """Functions of integers and of float32 operations alone: there is one per level. The others are there in
 float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
 ON_TAPE = ("linear_w4a4", "linear_w4a4_amx", "kv4_write", "rope", "rows", "attention_kv4", "add", "append")

@@ -103,7 +103,7 @@ def _left_out(graph: Graph, scheme: QuantizeScheme, name: str) -> str | None:
     if scheme.weights.bits == 16:
         return "the recipe leaves weights as they are"
     if graph.name not in SCOPES:
-        return "the output head is never quantized"
+        return "the output head never has 4 bits"
     if SCOPES[graph.name] not in scheme.scope:
         return f"{SCOPES[graph.name]} is not in quantize.scope"
     for pattern in scheme.ignore:

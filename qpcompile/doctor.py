@@ -220,6 +220,8 @@ def needed_operators(recipe: Recipe) -> list[str]:
     if scheme.weights.bits == 4:
         four = ["quantize_int4", "linear_w4a4", "rmsnorm_quantize", "layernorm_quantize", "silu_mul_quantize"]
         needed += four if scheme.activations.bits == 4 else ["linear_w4a16"]
+    if scheme.head_bits == 8:
+        needed.append("linear_w8a16")
     return needed
 
 

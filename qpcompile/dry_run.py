@@ -157,6 +157,12 @@ def _weights(recipe: Recipe, samples: int) -> str:
     return f"int4 by {scheme.weights.solver}, one scale per {per}, for {inputs}"
 
 
+def _head(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.quantize.head_bits == 16:
+        return NOTHING
+    return "int8, one scale per output channel, for float inputs; a table of embeddings with its matrix reads the same"
+
+
 def _cache(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.quantize.kv_cache.bits == 16:
         return NOTHING
@@ -197,6 +203,7 @@ EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "recalibrate": _behind_cuts,
     "simulate_qvlm": _simulation,
     "quantize_weights": _weights,
+    "quantize_head": _head,
     "quantize_kv_cache": _cache,
     "fuse_kernels": _fuse,
     "merge_duplicates": _merge,

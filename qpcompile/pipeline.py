@@ -36,6 +36,7 @@ from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.passes.measure_sensitivity import MeasureSensitivity
 from qpcompile.passes.merge_duplicates import MergeDuplicates
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
+from qpcompile.passes.quantize_head import QuantizeHead
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.passes.recalibrate import Recalibrate
@@ -68,6 +69,7 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         # Make it small, then make it few operators.
         SimulateQvlm(),
         QuantizeWeights(),
+        QuantizeHead(),
         QuantizeKvCache(),
         FuseKernels(),
         MergeDuplicates(),

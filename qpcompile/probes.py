@@ -15,6 +15,7 @@ from torch import Tensor
 from qpcompile.ir.operators import ours
 from qpcompile.kernels.linear_w4a4 import reference as linear_reference
 from qpcompile.kernels.linear_w4a4.packing import pack_int4
+from qpcompile.kernels.linear_w8a16.reference import quantize_rows
 from qpcompile.kernels.quantize_int4 import reference as quantize_reference
 
 Pair = tuple[Any, Any]
@@ -102,6 +103,11 @@ def _linear_w4a4(device: torch.device) -> Pair:
 def _linear_w4a16(device: torch.device) -> None:
     codes, weight_scale = ours.quantize_int4(_noise(48, 256, device=device), 0, 1.0)
     ours.linear_w4a16(_noise(3, 256, device=device), pack_int4(codes), weight_scale, None)
+
+
+def _linear_w8a16(device: torch.device) -> None:
+    codes, weight_scale = quantize_rows(_noise(48, 256, device=device))
+    ours.linear_w8a16(_noise(3, 256, device=device), codes, weight_scale, None)
 
 
 def _merge_tokens(device: torch.device) -> None:
@@ -198,6 +204,7 @@ PROBES: dict[str, Probe] = {
     "layernorm_quantize": _layernorm_quantize,
     "linear_w4a16": _linear_w4a16,
     "linear_w4a4": _linear_w4a4,
+    "linear_w8a16": _linear_w8a16,
     "merge_tokens": _merge_tokens,
     "pivot_tokens": _pivot_tokens,
     "quant_stub": _quant_stub,

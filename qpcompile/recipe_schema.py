@@ -112,6 +112,12 @@ class QuantizeScheme(Section):
     weights: WeightScheme = Field(default=WeightScheme(), description="Weights of linears.")
     activations: ActivationScheme = Field(default=ActivationScheme(), description="Inputs of linears.")
     kv_cache: CacheScheme = Field(default=CacheScheme(), description="Keys and values of the decoder.")
+    head_bits: Literal[8, 16] = Field(
+        default=16,
+        description="8 stores the language head, which never has 4 bits, with one scale per output channel; its inputs "
+        "stay as they are. A table of token embeddings that shares its matrix is read in the same 8 bits. 16 leaves "
+        "both as they are.",
+    )
     simulation: Literal["none", "qvlm"] = Field(
         default="none",
         description="qvlm rounds weights to NF4 and inputs per channel over tokens, in floating point: a comparison "
@@ -192,7 +198,7 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
     """Key -> why no kernel can run this combination."""
     weights, activations, cache = scheme.weights, scheme.activations, scheme.kv_cache
     reasons: dict[str, str] = {}
-    if {weights.bits, activations.bits, cache.bits} == {16}:
+    if {weights.bits, activations.bits, cache.bits, scheme.head_bits} == {16}:
         reasons["weights.bits"] = "nothing is quantized; write `quantize: null`"
     if not weights.symmetric:
         reasons["weights.symmetric"] = "no linear kernel takes a weight zero point; write true"
@@ -206,6 +212,8 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["transform"] = "it serves 4-bit linears and weights.bits is 16; write none"
     if weights.bits == 16 and scheme.smooth is not None:
         reasons["smooth"] = "it serves 4-bit linears and weights.bits is 16; write null"
+    if scheme.head_bits == 8 and "language" not in scheme.scope:
+        reasons["head_bits"] = "the head belongs to language, which is not in scope; write 16"
     if scheme.simulation != "none" and (weights.bits, activations.bits) != (4, 4):
         reasons["simulation"] = "it stands for 4-bit weights and activations; set both to 4, or write none"
     if cache.granularity == "kivi" and cache.bits == 16:

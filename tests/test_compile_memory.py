@@ -48,6 +48,22 @@ def test_replaced_weights_are_gone() -> None:
     assert alive["fold_transforms"] == alive["quantize_weights"] == 0
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_replaced_head_is_gone(tie: bool) -> None:
+    model, cases = llava(tie_word_embeddings=tie)
+    models, head = [model], weakref.ref(model.get_output_embeddings().weight)
+    alive: dict[str, bool] = {}
+
+    def after(step: Any, _: Any) -> None:
+        alive[step.name] = head() is not None
+
+    del model
+    recipe = changed_recipe("w4a4kv4", "quantize.weights.solver=rtn")
+    made = qpcompile.compile(models.pop(), recipe, calibration=[cases["one"]], after=after)
+    assert alive["quantize_weights"] and not alive["quantize_head"]
+    assert made.weight_bytes("head") == 99 * (48 + 4) and ("embed" in made.program.graphs) is tie
+
+
 def test_statistics_in_files_give_the_same_program(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = compiled()
     monkeypatch.setattr(statistics, "LARGE", 0)

@@ -128,13 +128,14 @@ def test_presets_say_what_their_names_say() -> None:
         assert (tokens.method, tokens.keep) == ("quota", keep)
     full = Recipe.load("w4a4kv4").quantize
     assert full and (full.weights.bits, full.activations.bits, full.kv_cache.bits) == (4, 4, 4)
+    assert full.head_bits == 8
     assert (full.transform, full.smooth, full.weights.solver) == ("flatquant", 0.5, "gptq")
     assert Recipe.load("quota-30").quantize == Recipe.load("quota-50").quantize == full
     qapruner = Recipe.load("qapruner-12.5")
     assert (qapruner.tokens.method, qapruner.tokens.keep, qapruner.quantize) == ("qapruner", 0.125, full)
     weights_only = Recipe.load("w4a16").quantize
     assert weights_only and (weights_only.activations.bits, weights_only.kv_cache.bits) == (16, 16)
-    assert weights_only.weights.kernel_group == 0
+    assert weights_only.weights.kernel_group == 0 and weights_only.head_bits == 16
     assert Recipe.load("prune-30").quantize is None
 
 
@@ -199,6 +200,7 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
         ("tokens: {percentiles: [99, 1]}", "tokens.percentiles: given [99, 1]; allowed: [number, number] (needs 0 <="),
         ("tokens: {sensitivity_clip: [0.1, 1.1]}", "needs 0 <= low < high <= 1"),
         ("quantize: {weights: {bits: 3}}", "quantize.weights.bits: given 3; allowed: 4 | 16"),
+        ("quantize: {head_bits: 4}", "quantize.head_bits: given 4; allowed: 8 | 16"),
         ("quantize: {smooth: 1.0}", "quantize.smooth: given 1.0; allowed: number > 0 and < 1 | null"),
         ("quantize: {scope: []}", "quantize.scope: given []"),
         ("quantize: {scope: [visoin]}", 'quantize.scope.0: given "visoin"; allowed: vision | projector | language'),
@@ -244,6 +246,10 @@ def test_bad_value_is_refused_with_what_is_allowed(text: str, said: str) -> None
             "quantize.weights.bits: given 16: nothing is quantized; write `quantize: null`",
         ),
         (
+            "quantize: {head_bits: 8, scope: [vision, projector]}",
+            "quantize.head_bits: given 8: the head belongs to language, which is not in scope; write 16",
+        ),
+        (
             "quantize: {weights: {granularity: group}, activations: {granularity: group, group_size: 64}}",
             "quantize.activations.group_size: given 64: must equal weights.group_size (128)",
         ),
@@ -262,6 +268,7 @@ def test_impossible_combination_is_refused_with_the_reason(text: str, said: str)
         "quantize: {weights: {granularity: group, group_size: 16}}",
         "quantize: {weights: {granularity: group}, activations: {granularity: group}}",
         "quantize: {weights: {bits: 16}, activations: {bits: 16}, transform: none}",
+        "quantize: {weights: {bits: 16}, activations: {bits: 16}, kv_cache: {bits: 16}, transform: none, head_bits: 8}",
         "tokens: {eta: 1e-6}",
     ],
 )

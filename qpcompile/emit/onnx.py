@@ -46,6 +46,7 @@ from qpcompile.kernels.layernorm_quantize.onnx import layernorm_quantize
 from qpcompile.kernels.linear_w4a4 import onnx as linear_w4a4
 from qpcompile.kernels.linear_w4a16 import onnx as linear_w4a16
 from qpcompile.kernels.linear_w4a16 import onnx_contrib
+from qpcompile.kernels.linear_w8a16.onnx import linear_w8a16
 from qpcompile.kernels.merge_tokens.onnx import merge_tokens
 from qpcompile.kernels.pivot_tokens.onnx import pivot_tokens
 from qpcompile.kernels.quantization_risk.onnx import quantization_risk
@@ -84,6 +85,7 @@ OWN = {
     operators.LAYERNORM_QUANTIZE: layernorm_quantize,
     operators.LINEAR_W4A16: linear_w4a16.linear_w4a16,
     operators.LINEAR_W4A4: linear_w4a4.linear_w4a4,
+    operators.LINEAR_W8A16: linear_w8a16,
     operators.MERGE_TOKENS: merge_tokens,
     operators.PIVOT_TOKENS: pivot_tokens,
     operators.QUANTIZATION_RISK: quantization_risk,

@@ -3,6 +3,7 @@
     linear layers on 4-bit codes     %q, %s = quantize_int4(%x); linear_w4a4(%q, %s, W)  ->  linear_w4a16(%x, W)
                                      with the same 4-bit weights; activations are rounded to 8 bits where they are used
     the head                         linear(%x, W)  ->  linear_w8(%x, W'), 8-bit weights in blocks of 128
+                                     linear_w8a16(%x, W)  ->  linear_w8(%x, W), the same 8-bit weights
     sums in float64                  are float32 again
     attention in prefill             on keys and values that nobody has rounded
     a cache of 4 or 8 bits           is 8 bits, with one scale per channel of a head, taken from the prompt
@@ -30,6 +31,7 @@ from qpcompile.ir.operators import (
     LAYERNORM_QUANTIZE,
     LINEAR_W4A4,
     LINEAR_W4A16,
+    LINEAR_W8A16,
     QUANTIZE_INT4,
     QUANTIZE_INT4_STATIC,
     RMSNORM,
@@ -46,7 +48,8 @@ EXACT = ("the compiled module's; of a float32 model code for code, with float64 
 CHANGES = (
     "weights are the compiled model's 4-bit weights; in front of them activations have 8 bits, one scale per token in "
     "prefill and one per 128 channels of a token in decode, in place of the recipe's",
-    "the head has 8-bit weights in blocks of 128, if the recipe quantizes anything",
+    "the head has the module's 8-bit weights, or 8-bit weights in blocks of 128 where the module's has 16 bits and the "
+    "recipe quantizes anything; activations have 8 bits in front of both",
     "a 4-bit or 8-bit cache has 8 bits, one scale per channel of a head for all prompts of a batch: 1.5 times the "
     "prompt's largest value; prefill attends to keys and values before they are rounded",
     "sums are float32, but for those of the pruners themselves",
@@ -161,14 +164,28 @@ def quantize_w8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.round(wide / scale[..., None]) + 128).to(torch.uint8), scale
 
 
+def in_blocks(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """codes: i8[N, K], scale: f32[N, 1] of `linear_w8a16` -> those of `linear_w8`; a last block ends in zeros."""
+    moved = torch.nn.functional.pad(codes.view(torch.uint8) ^ 128, (0, -codes.shape[1] % HEAD_BLOCK), value=128)
+    blocks = moved.unflatten(1, (-1, HEAD_BLOCK))
+    return blocks, scale.repeat(1, blocks.shape[1])
+
+
 def _head_in_8_bits(part: Part) -> None:
-    for node in calls(part, aten.linear.default):
-        x, weight, *bias = node.args
+    for node in calls(part, aten.linear.default, LINEAR_W8A16):
+        x, weight, *rest = node.args
         if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).startswith(f"{HEAD}.")):
             continue
-        names = (f"{weight.target}_codes", f"{weight.target}_scale")
-        for name, tensor in zip(names, quantize_w8(get_tensor(part.module, str(weight.target))), strict=True):
-            set_tensor(part.module, name, tensor)
+        tensor = get_tensor(part.module, str(weight.target))
+        if node.target is LINEAR_W8A16:
+            scale, *bias = rest
+            assert isinstance(scale, fx.Node)
+            made = in_blocks(tensor, get_tensor(part.module, str(scale.target)))
+        else:
+            made, bias = quantize_w8(tensor), rest
+        names = (f"{weight.target}_blocks", f"{weight.target}_block_scale")
+        for name, each in zip(names, made, strict=True):
+            set_tensor(part.module, name, each)
         with part.module.graph.inserting_before(node):
             stored = [part.module.graph.get_attr(name) for name in names]
         node.replace_all_uses_with(put(part, node, linear_w8, x, *stored, bias[0] if bias else None, like=node))

@@ -21,7 +21,7 @@ from qpcompile.emit.onnx_runner import FEATURES, IDS, LOGITS, STATE, VISUAL_KEYS
 from qpcompile.emit.onnx_vision import host_chain
 from qpcompile.errors import ExportError
 from qpcompile.ir.edit import aten
-from qpcompile.ir.program import HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.program import EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.shapes import identifier
 from qpcompile.ir.structure import CACHE
 
@@ -46,10 +46,14 @@ def language(program: Program, name: str) -> Part:
     embed = host.get_input_embeddings()
     if type(embed) is not torch.nn.Embedding:
         raise _unknown(f"token embeddings of the kind {type(embed).__name__}", name)
-    root = torch.nn.ModuleDict({"decoder": graph.module, "head": head.module, "embed_tokens": embed})
-    builder = _Builder(root)
+    table = program.graphs.get(EMBED)
+    root = {"decoder": graph.module, "head": head.module, "embed_tokens": embed if table is None else table.module}
+    builder = _Builder(torch.nn.ModuleDict(root))
     ids = builder.input(IDS)
-    values = {EMBEDS: builder.call(aten.embedding.default, builder.tensor("embed_tokens.weight"), ids)}
+    if table is None:
+        values = {EMBEDS: builder.call(aten.embedding.default, builder.tensor("embed_tokens.weight"), ids)}
+    else:
+        values = {EMBEDS: builder.inline("embed_tokens", table, {table.inputs[0]: ids})["output"]}
     if name == PREFILL:
         image_token = host.config.image_token_id
         values[EMBEDS] = _merge(builder, ids, values[EMBEDS], builder.input(FEATURES), image_token)

@@ -32,6 +32,7 @@ from qpcompile.ir.operators import (
     KV4_WRITE,
     LAYERNORM_QUANTIZE,
     LINEAR_W4A4,
+    LINEAR_W8A16,
     QUANTIZE_INT4,
     RMSNORM,
     RMSNORM_QUANTIZE,
@@ -49,6 +50,7 @@ from qpcompile.kernels.kv4_write.cpu import kv4_write
 from qpcompile.kernels.layernorm_quantize.cpu import layernorm_quantize
 from qpcompile.kernels.linear_w4a4.cpu import linear_unpacked, linear_w4a4
 from qpcompile.kernels.linear_w4a4.packing import unpack_int4
+from qpcompile.kernels.linear_w8a16.cpu import linear_w8a16
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.rmsnorm.reference import rmsnorm
 from qpcompile.kernels.rmsnorm_quantize.cpu import rmsnorm_quantize
@@ -64,6 +66,7 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     KRONECKER: kronecker,
     KV4_WRITE: kv4_write,
     LAYERNORM_QUANTIZE: layernorm_quantize,
+    LINEAR_W8A16: linear_w8a16,
     QUANTIZE_INT4: quantize_int4,
     RMSNORM: rmsnorm,
     RMSNORM_QUANTIZE: rmsnorm_quantize,

@@ -18,6 +18,7 @@ from qpcompile.kernels.kv8_write import op as _kv8_write
 from qpcompile.kernels.layernorm_quantize import op as _layernorm_quantize
 from qpcompile.kernels.linear_w4a4 import op as _linear_w4a4
 from qpcompile.kernels.linear_w4a16 import op as _linear_w4a16
+from qpcompile.kernels.linear_w8a16 import op as _linear_w8a16
 from qpcompile.kernels.merge_tokens import op as _merge_tokens
 from qpcompile.kernels.pivot_tokens import op as _pivot_tokens
 from qpcompile.kernels.quant_stub import op as _quant_stub
@@ -51,6 +52,7 @@ MODULES = (
     _layernorm_quantize,
     _linear_w4a16,
     _linear_w4a4,
+    _linear_w8a16,
     _merge_tokens,
     _pivot_tokens,
     _quant_stub,
@@ -85,6 +87,7 @@ KV8_WRITE = ours.kv8_write.default
 LAYERNORM_QUANTIZE = ours.layernorm_quantize.default
 LINEAR_W4A16 = ours.linear_w4a16.default
 LINEAR_W4A4 = ours.linear_w4a4.default
+LINEAR_W8A16 = ours.linear_w8a16.default
 MERGE_TOKENS = ours.merge_tokens.default
 PIVOT_TOKENS = ours.pivot_tokens.default
 QUANTIZATION_RISK = ours.quantization_risk.default

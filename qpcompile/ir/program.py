@@ -6,6 +6,7 @@ Program
   graphs["prefill"]    embeddings          -> hidden states, K and V
   graphs["decode"]     one token + K and V -> hidden states, K and V
   graphs["head"]       hidden states       -> logits
+  graphs["embed"]      tokens              -> embeddings             (only where it shares its matrix with the head)
   host                 what transformers does between the graphs: it holds no weight that a graph holds
 """
 
@@ -21,7 +22,7 @@ from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
 
-VISION, PROJECTOR, PREFILL, DECODE, HEAD = "vision", "projector", "prefill", "decode", "head"
+VISION, PROJECTOR, PREFILL, DECODE, HEAD, EMBED = "vision", "projector", "prefill", "decode", "head", "embed"
 STAGES = ("captured", "canonical", "stubbed", "calibrated", "transformed", "planned", "cut", "quantized", "fused")
 
 

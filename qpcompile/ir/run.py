@@ -13,7 +13,7 @@ from qpcompile.errors import CalibrationError, CaptureError, PlanError
 from qpcompile.ir.arguments import keyword_arguments
 from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.prepare import TABLE, absent_inputs, prepare
-from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import CACHE, named_tensors, rebuild
 
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -83,7 +83,7 @@ class Machine:
 
     def _bind(self) -> None:
         graphs = self.program.graphs
-        for name in (VISION, PROJECTOR, HEAD):
+        for name in (VISION, PROJECTOR, HEAD, EMBED):
             if name in graphs:
                 self._replace(graphs[name].owner, functools.partial(self._component, graphs[name]))
         self._replace(graphs[PREFILL].owner, self._language)

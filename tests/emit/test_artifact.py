@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+import qpcompile
 from qpcompile.emit.compiled import CompiledVLM, load
 from qpcompile.emit.manifest import _digest
 from qpcompile.errors import ArtifactError, ExportError, OutputError
+from qpcompile.recipe import Recipe
+from tests.families import llava
 
 Case = dict[str, torch.Tensor]
 Tiny = tuple[Any, dict[str, Case]]
@@ -91,6 +94,21 @@ def test_prefill_and_decode_share_their_tensors(saved: Path) -> None:
     assert prefill["layers.0.mlp.up_proj.weight"].data_ptr() == decode["layers.0.mlp.up_proj.weight"].data_ptr()
     stored = load_file(saved / "model-00001-of-00001.safetensors")
     assert sum("layers.0.mlp.up_proj" in key for key in stored) == 1
+
+
+def test_a_table_that_shares_the_heads_8_bits_comes_back(tmp_path: Path) -> None:
+    model, cases = llava(tie_word_embeddings=True)
+    recipe = Recipe.load("w4a4kv4").with_overrides(["quantize.transform=hadamard", "quantize.weights.solver=rtn"])
+    made = qpcompile.compile(model, recipe, calibration=[cases["one"]])
+    made.save_pretrained(tmp_path / "out")
+    keys = {name for name in load_file(tmp_path / "out" / "model-00001-of-00001.safetensors") if "embed_tokens" in name}
+    assert not keys, "the head's bytes are the table's"
+    loaded = load(tmp_path / "out")
+    table = loaded.program.graphs["embed"].module.get_buffer("weight_codes")
+    assert table.data_ptr() == loaded.program.graphs["head"].module.get_buffer("weight_codes").data_ptr()
+    for case in cases.values():
+        answers = [each.generate(**case, max_new_tokens=6, do_sample=False) for each in (made, loaded)]
+        assert torch.equal(*answers)
 
 
 def test_processor_comes_back(saved: Path, tmp_path: Path) -> None:

@@ -333,3 +333,23 @@ def test_check_says_that_answers_are_the_same(
     found = json.loads((tmp_path / "folder" / "check.json").read_text())
     assert found == {"answers": 3, "different": [], "why": ""}
     assert "check.json" in json.loads((tmp_path / "folder" / "manifest.json").read_text())["files"]
+
+
+FLOAT = onnx.TensorProto.FLOAT
+HEAD_ALONE = "{weights: {bits: 16}, activations: {bits: 16}, kv_cache: {bits: 16}, transform: none, head_bits: 8}"
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
+def test_a_table_that_shares_the_heads_8_bits(tmp_path: Path, fast: bool) -> None:
+    model, cases = llava(tie_word_embeddings=True, head_dim=16)
+    program = capture(model, cases["one"], Recipe.load("none").with_overrides([f"quantize={HEAD_ALONE}"]))
+    run_passes(program, passes([], 0))
+    export_onnx(program, tmp_path / "folder", fast=fast)
+    for name in ("prefill", "decode"):
+        tensors = onnx.load(tmp_path / "folder" / f"{name}.onnx", load_external_data=False).graph.initializer
+        assert not [each.name for each in tensors if sorted(each.dims) == [48, 99] and each.data_type == FLOAT]
+        tables = [each for each in tensors if sorted(each.dims) == [48, 99]]
+        assert len({tuple(entry.value for entry in each.external_data) for each in tables}) == 1
+        assert len(tables) == (1 if fast else 2), "what is looked up and, where it is exact, what is multiplied"
+    if not fast:
+        check_same_tokens(program, tmp_path / "folder", cases)

@@ -14,11 +14,12 @@ import torch
 from qpcompile.capture.capture import capture
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.emit.onnx import export_onnx
-from qpcompile.emit.onnx_fast import CHANGES, EXACT, quantize_w8
+from qpcompile.emit.onnx_fast import CHANGES, EXACT, in_blocks, linear_w8, quantize_w8
 from qpcompile.emit.onnx_runner import IN_PLACE, ROOM, OnnxVLM, Steps
 from qpcompile.errors import ExportError
 from qpcompile.ir.program import Program
 from qpcompile.ir.run import Machine
+from qpcompile.kernels.linear_w8a16.reference import linear_w8a16, quantize_rows
 from qpcompile.recipe import Recipe
 from tests.emit.test_onnx import CUTS, Cases, arrays, compiled, operators
 from tests.families import llava
@@ -167,6 +168,15 @@ def test_heads_that_onnxruntime_does_not_take_are_refused(compiled_llava: Compil
         export_onnx(compiled_llava.program, tmp_path / "folder", fast=True)
     assert "fast=True" in str(caught.value.where)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [1, 128, 200])
+def test_codes_of_the_module_in_blocks(width: int) -> None:
+    x, weight = torch.randn(3, width), torch.randn(5, width)
+    rows = quantize_rows(weight)
+    codes, scale = in_blocks(*rows)
+    assert codes.dtype == torch.uint8 and codes.shape[2] == 128
+    torch.testing.assert_close(linear_w8(x, codes, scale, None), linear_w8a16(x, *rows, None))
 
 
 def test_the_head_in_8_bits() -> None:

@@ -1,0 +1,29 @@
+"""The CPU path of linear_w8a16: C for few rows, which reads a byte per weight; the reference for many."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels import native
+from qpcompile.kernels.linear_w8a16 import reference
+
+FEW_ROWS = 32
+
+
+def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x: f[..., K], weight: i8[N, K], weight_scale: f32[N, 1], bias: f[N] -> x.dtype[..., N]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if bias is None and 0 < len(rows) <= FEW_ROWS and native.takes(x):
+        return _native(rows, weight, weight_scale).view(*x.shape[:-1], len(weight))
+    return reference.linear_w8a16(x, weight, weight_scale, bias)
+
+
+def _native(rows: Tensor, weight: Tensor, weight_scale: Tensor, level: int | None = None) -> Tensor:
+    rows, weight, weight_scale = rows.contiguous(), weight.contiguous(), weight_scale.contiguous()
+    y = torch.empty((len(rows), len(weight)), dtype=rows.dtype)
+    native.call(
+        "linear_w8a16",
+        *(rows.data_ptr(), native.ELEMENTS[rows.dtype], weight.data_ptr(), weight_scale.data_ptr()),
+        *(*rows.shape, len(weight), y.data_ptr()),
+        level=level,
+    )
+    return y
