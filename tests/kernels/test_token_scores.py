@@ -338,7 +338,7 @@ TILED = [(1, 1, 1, 32, 1), (2, 6, 2, 63, 9), (1, 4, 4, 33, 64), (2, 4, 1, 257, 4
 
 
 def bfloat16_mass(case: tuple[int, ...], mask: str, seen: float = 1.0) -> tuple[Any, ...]:
-    """Arguments of attention_mass in bfloat16, tokens outside heads as projections leave them; two groups of queries."""
+    """Arguments of attention_mass in bfloat16, tokens outside heads as projections leave them, two groups."""
     batch, heads, groups, length, size = case
     torch.manual_seed(length)
     q, k = (torch.randn(batch, length, count, size).bfloat16().transpose(1, 2) for count in (heads, groups))
