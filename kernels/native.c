@@ -155,3 +155,4 @@ int qp_openmp(void) {
 
 #include "linear_w4a4/amx.inc"
 #include "attention/amx.inc"
+#include "token_scores/amx.inc"

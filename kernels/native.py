@@ -34,6 +34,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_w4a4": (P, P, P, P, P, N, L, L, L, L, L, P, N, N),
     "linear_w4a4_amx": (P, P, P, P, P, N, L, L, L, P, N, N),
     "attention_amx": (*(P,) * 6, *(L,) * 6, F, N),
+    "attention_mass_amx": (*(P,) * 6, *(L,) * 6, F, N),
     "change_tiles_amx": (P, P, L, L, P, N),
     "unpack_int4": (P, L, L, P, N),
     "scale_int32": (P, P, P, P, N, L, L, P, N, N),
@@ -46,7 +47,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "append": (P, P, L, L, L, L, N),
     "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, *(L,) * 7, P, N),
 }
-AMX = ("linear_w4a4_amx", "attention_amx", "change_tiles_amx")
+AMX = ("linear_w4a4_amx", "attention_amx", "attention_mass_amx", "change_tiles_amx")
 """Functions that need AMX tiles, there where `Library.amx` says so."""
 EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append", "linear", "linear_w8a16")
 """Functions of integers and of float32 operations alone: there is one per level. The others are there in

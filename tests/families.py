@@ -200,14 +200,20 @@ def _qwen(name: str, tower: dict[str, Any], text: dict[str, Any], patch: int) ->
 M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 
 
-def qwen2_vl() -> tuple[PreTrainedModel, Cases]:
-    """Packed pictures of any size, M-RoPE."""
-    tower = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4}
-    return _qwen("Qwen2VL", tower, {"rope_parameters": M_ROPE}, 4)
+# What decoders of these families change where heads of 16 are asked for.
+WIDE_QWEN = {"hidden_size": 64, "rope_parameters": M_ROPE | {"mrope_section": [2, 3, 3]}}
 
 
-def qwen2_5_vl() -> tuple[PreTrainedModel, Cases]:
+def qwen2_vl(**text: Any) -> tuple[PreTrainedModel, Cases]:
+    """Packed pictures of any size, M-RoPE; `text` changes the decoder's sizes."""
+    text = {"hidden_size": 48, "rope_parameters": M_ROPE} | text
+    tower = {"depth": 2, "embed_dim": 32, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4}
+    return _qwen("Qwen2VL", tower | {"hidden_size": text["hidden_size"]}, text, 4)
+
+
+def qwen2_5_vl(**text: Any) -> tuple[PreTrainedModel, Cases]:
     """Windowed vision attention: windows of 4 x 4 patches, which 6 x 4 and 10 x 6 do not fill."""
+    text = {"hidden_size": 48, "rope_parameters": M_ROPE} | text
     tower = {
         "depth": 2,
         "hidden_size": 32,
@@ -215,10 +221,10 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, Cases]:
         "num_heads": 2,
         "patch_size": 4,
         "window_size": 16,
-        "out_hidden_size": 48,
+        "out_hidden_size": text["hidden_size"],
         "fullatt_block_indexes": [1],
     }
-    return _qwen("Qwen2_5_VL", tower, {"rope_parameters": M_ROPE}, 4)
+    return _qwen("Qwen2_5_VL", tower, text, 4)
 
 
 def qwen3_vl() -> tuple[PreTrainedModel, Cases]:

@@ -4,7 +4,8 @@
     many rows     s = max|x| / 127 per row;  MatMulIntegerToFloat(uint8(x / s + 128), int8(W)) * s + bias
 
 Both read the same stored bytes: two unsigned codes to a byte, neighbours along the inputs, zero at 8. Weight scales are
-exact in both. For many rows onnxruntime makes the int8 matrix when it loads the model.
+exact in both. For many rows onnxruntime makes the int8 matrix, still with its zero at 8, when it loads the model: all
+matrices at once, so that whatever stands between them and the bytes decides the peak of memory.
 """
 
 from collections.abc import Callable
@@ -85,12 +86,18 @@ def _by_blocks(tape: ir.tape.Tape, node: ir.Node, weight: ir.Value, weight_scale
     assert block is not None and weight.shape is not None
     count = weight.shape[1]
     assert isinstance(count, int)
-    # A group's scale once for each of its blocks.
-    scale = np.ascontiguousarray(weight_scale.repeat(count // weight_scale.shape[1], axis=1))
-    attributes = {"K": in_features, "N": len(scale), "bits": 4, "block_size": block, "accuracy_level": 4}
+    attributes = {"K": in_features, "N": len(weight_scale), "bits": 4, "block_size": block, "accuracy_level": 4}
     x, bias = _inputs(node)
-    inputs = [x, weight, constant(tape, scale), None, None, bias]
+    inputs = [x, weight, _block_scales(tape, weight_scale, count), None, None, bias]
     return tape.op("MatMulNBits", inputs[: None if bias is not None else 3], attributes, domain=CONTRIB)
+
+
+def _block_scales(tape: ir.tape.Tape, weight_scale: np.ndarray, count: int) -> ir.Value:
+    """weight_scale: f32[N, G] -> f32[N, count], each once for all blocks of its group, when the model is loaded."""
+    features, groups = weight_scale.shape
+    wide = constant(tape, np.array([features, groups, count // groups], np.int64))
+    copies = tape.op("Expand", [constant(tape, np.ascontiguousarray(weight_scale)[..., None]), wide])
+    return tape.op("Reshape", [copies, constant(tape, np.array([features, count], np.int64))])
 
 
 def _integer_product(
@@ -101,30 +108,32 @@ def _integer_product(
     if x not in rounded:
         rounded[x] = _rounded(tape, x)
     codes, scale = rounded[x]
-    one, zero = constant(tape, np.float32(1)), constant(tape, np.uint8(128))
+    one, zeros = constant(tape, np.float32(1)), [constant(tape, np.uint8(128)), constant(tape, np.int8(ZERO_POINT))]
     matrix = _int8_matrix(tape, weight, node.attributes["in_features"].as_int())
-    inputs = [codes, matrix, one, constant(tape, weight_scale.reshape(-1)), zero]
+    inputs = [codes, matrix, one, constant(tape, weight_scale.reshape(-1)), *zeros]
     y = tape.op("Mul", [tape.op("MatMulIntegerToFloat", inputs, domain=CONTRIB), scale])
-    return y if bias is None else tape.op("Add", [y, bias])
+    y = y if bias is None else tape.op("Add", [y, bias])
+    leading = tape.op("Shape", [x], {"end": -1})
+    width = constant(tape, np.array([len(weight_scale)], np.int64))
+    return tape.op("Reshape", [y, tape.op("Concat", [leading, width], {"axis": 0})])
 
 
 def _rounded(tape: ir.tape.Tape, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """x: f32[..., K] -> u8[..., K] around 128, f32[..., 1]."""
+    """x: f32[..., K] -> u8[T, K] around 128, f32[T, 1], a scale for each row."""
     last = constant(tape, np.array([-1], np.int64))
-    high = tape.op("ReduceMax", [x, last], {"keepdims": 1})
-    low = tape.op("Neg", [tape.op("ReduceMin", [x, last], {"keepdims": 1})])
+    rows = tape.op("Flatten", [x], {"axis": -1})
+    high = tape.op("ReduceMax", [rows, last], {"keepdims": 1})
+    low = tape.op("Neg", [tape.op("ReduceMin", [rows, last], {"keepdims": 1})])
     largest = tape.op("Max", [high, low, constant(tape, np.float32(SMALLEST))])
     scale = tape.op("Mul", [largest, constant(tape, np.float32(1 / LEVELS))])
-    inputs = [tape.op("Div", [x, scale]), constant(tape, np.float32(1)), constant(tape, np.uint8(128))]
-    return tape.op("QuantizeLinear", inputs), scale
+    scales = tape.op("Reshape", [scale, last])
+    zeros = tape.op("Expand", [constant(tape, np.uint8(128)), tape.op("Shape", [scales])])
+    return tape.op("QuantizeLinear", [rows, scales, zeros], {"axis": 0}), scale
 
 
 def _int8_matrix(tape: ir.tape.Tape, weight: ir.Value, in_features: int) -> ir.Value:
-    """weight: UINT4[N, B * block] -> i8[K, N]; constant, so that it is computed when the model is loaded."""
-    moved = tape.op(
-        "Sub", [tape.op("Cast", [weight], {"to": ir.DataType.FLOAT}), constant(tape, np.float32(ZERO_POINT))]
-    )
-    rows = tape.op("Cast", [moved], {"to": ir.DataType.INT8})
+    """weight: UINT4[N, B * block] -> i8[K, N], zero at 8; constant, so that it is computed when the model is loaded."""
+    rows = tape.op("Cast", [weight], {"to": ir.DataType.INT8})
     assert weight.shape is not None
     if weight.shape[1] != in_features:
         ends = [constant(tape, np.array([number], np.int64)) for number in (0, in_features, 1)]

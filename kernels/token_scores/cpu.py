@@ -1,14 +1,18 @@
 """Token scores in pieces: only the query rows that a metric asks for, a few at a time, so that no [S, S] is ever held.
 
-Within a piece the softmax is never divided out: the sum over rows r of group_r / (H * denominator_r) * exp(..)_r is one
-matrix product over heads and rows.
+Attention of bfloat16 queries and keys goes to AMX tiles (amx.inc), where the processor has them; else to torch. Within a
+piece the softmax is never divided out: the sum over rows r of group_r / (H * denominator_r) * exp(..)_r is one matrix
+product over heads and rows.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from qpcompile.kernels import native
+from qpcompile.kernels.attention.cpu import on_tiles
 from qpcompile.kernels.attention_kv4.masking import split_mask
 from qpcompile.kernels.token_scores import reference
 
@@ -20,6 +24,8 @@ def attention_mass(
     q: Tensor, k: Tensor, mask: Tensor | None, scale: float, valid: Tensor, groups: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in reference.py."""
+    if k.dtype == q.dtype and on_tiles(q, k.shape[2], mask, scale):
+        return _mass_on_tiles(q, k, mask, scale, valid, groups)
     batch, heads, length = q.shape[:3]
     rows = groups.any(1).any(0).nonzero().squeeze(1)
     keys = k.float().mT.contiguous()
@@ -38,6 +44,25 @@ def attention_mass(
         weights, parts = _weighted_parts(scores.masked_fill_(~allowed, -torch.inf), chosen)
         mass[..., :end] += weights @ parts
         seen_by[..., :end] += chosen @ allowed.float().mean(1)
+    return mass, seen_by
+
+
+def _mass_on_tiles(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, valid: Tensor, groups: Tensor
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length, size = q.shape
+    if mask is None:
+        mask = _causal_rows(torch.arange(length), valid)
+    chosen = groups.float()
+    seen_by = chosen @ mask.float().mean(1)
+    # The numbers of a token, and the keys of a query, lie side by side; heads and tokens may lie as they like.
+    q, k, mask = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, mask))
+    mask = mask.expand(batch, heads, length, length)
+    mass = torch.empty_like(chosen)
+    strides = (ctypes.c_long * 9)(*q.stride()[:3], *k.stride()[:3], *mask.stride()[:3])
+    data = (q.data_ptr(), k.data_ptr(), mask.data_ptr(), chosen.data_ptr(), mass.data_ptr())
+    sizes = (batch, heads, k.shape[1], length, size, groups.shape[1])
+    native.call("attention_mass_amx", *data, strides, *sizes, scale)
     return mass, seen_by
 
 

@@ -4,9 +4,11 @@
                                      with the same 4-bit weights; activations are rounded to 8 bits where they are used
     the head                         linear(%x, W)  ->  linear_w8(%x, W'), 8-bit weights in blocks of 128
                                      linear_w8a16(%x, W)  ->  linear_w8(%x, W), the same 8-bit weights
+    token embeddings                 embedding(W, %ids)  ->  embedding_16, 16 bits per number
     sums in float64                  are float32 again
     attention in prefill             on keys and values that nobody has rounded
     a cache of 4 or 8 bits           is 8 bits, with one scale per channel of a head, taken from the prompt
+    attention of a tower             within segments, in onnxruntime's operator (onnx_fast_segments.py)
     attention in decode              cat(%past, %new) and what reads it  ->  cached_attention, which appends in place
 
 All edits are on the part alone, whose nodes are copies; weights are shared with the program, which stays as it was.
@@ -24,6 +26,7 @@ from torch import fx
 from qpcompile.emit.onnx_edit import calls, put
 from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx_fast_attention import append_in_place, float_keys, rotary_in_one
+from qpcompile.emit.onnx_fast_inputs import patches_in_one, tokens_in_16_bits
 from qpcompile.emit.onnx_wrap import Part
 from qpcompile.ir.edit import aten, get_tensor, is_call, set_tensor
 from qpcompile.ir.operators import (
@@ -50,6 +53,8 @@ CHANGES = (
     "prefill and one per 128 channels of a token in decode, in place of the recipe's",
     "the head has the module's 8-bit weights, or 8-bit weights in blocks of 128 where the module's has 16 bits and the "
     "recipe quantizes anything; activations have 8 bits in front of both",
+    "token embeddings are float16, or bfloat16 where the model's are, if the recipe quantizes anything and they have no "
+    "8-bit codes already",
     "a 4-bit or 8-bit cache has 8 bits, one scale per channel of a head for all prompts of a batch: 1.5 times the "
     "prompt's largest value; prefill attends to keys and values before they are rounded",
     "sums are float32, but for those of the pruners themselves",
@@ -93,6 +98,8 @@ def _fast_part(program: Program, name: str, part: Part) -> Part:
     _float_activations(part)
     if scheme is not None:
         _head_in_8_bits(part)
+        tokens_in_16_bits(part)
+    patches_in_one(part)
     rotary_in_one(part)
     small_cache = scheme is not None and scheme.kv_cache.bits != 16
     part = append_in_place(part, small_cache) if name == DECODE else float_keys(part, small_cache)

@@ -38,8 +38,10 @@ def rotary_in_one(part: Part) -> None:
     for node in calls(part, ROPE):
         x, cos, sin = node.args
         assert isinstance(x, fx.Node) and isinstance(cos, fx.Node) and isinstance(sin, fx.Node)
-        batch, *_, length, width = value(x).shape
-        if value(x).dim() != 4 or any(value(each).shape != (batch, 1, length, width) for each in (cos, sin)):
+        tokens = list(value(x).shape)
+        # Heads are the axis behind the batch, or behind the tokens of a picture.
+        tokens[1] = 1
+        if len(tokens) not in (3, 4) or any(list(value(each).shape) != tokens for each in (cos, sin)):
             continue
         if _is_doubled(cos) and _is_doubled(sin):
             new = put(part, node, doubled_rope, x, cos, sin, like=node)
@@ -61,7 +63,7 @@ def _is_doubled(node: fx.Node) -> bool:
 
 
 def doubled_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: f[B, H, S, D], cos, sin: f[B, 1, S, D] whose halves are equal -> f[B, H, S, D]."""
+    """x: f[B, H, S, D], cos, sin: f[B, 1, S, D] whose halves are equal -> f[B, H, S, D]; or without S."""
     return ROPE(x, cos, sin)
 
 

@@ -19,8 +19,11 @@ from qpcompile.emit.onnx_fast_attention import (
     doubled_rope,
     open_attention,
 )
+from qpcompile.emit.onnx_fast_inputs import embedding_16, rows_of_16_bits
+from qpcompile.emit.onnx_fast_segments import segment_attention
 from qpcompile.emit.onnx_record import Recorder
 from qpcompile.ir import operators
+from qpcompile.ir.edit import aten
 from qpcompile.kernels.hadamard.reference import factor_arrays
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
@@ -126,9 +129,25 @@ def rope(x: Any, cos: Any, sin: Any) -> Any:
     """The translation of `doubled_rope`: each token has a row of its own in the tables."""
     half = x.shape[-1] // 2
     tables = [op.Reshape(op.Slice(each, [0], [half], [-1]), [-1, half]) for each in (cos, sin)]
+    if len(x.shape) == 3:
+        packed = op.Reshape(x, [1, -1, x.shape[1] * x.shape[2]])
+        rows = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(x, end=1), [0]), 1), [0])
+        return op.Reshape(contrib("RotaryEmbedding", [packed, rows, *tables]), [-1, *x.shape[1:]])
     sizes = [op.Shape(x, start=axis, end=axis + 1) for axis in (0, 2)]
     rows = op.Reshape(op.Range(0, op.Squeeze(op.Mul(*sizes), [0]), 1), op.Concat(*sizes, axis=0))
     return contrib("RotaryEmbedding", [x, rows, *tables])
+
+
+def unbind(x: Any, dim: int = 0) -> tuple[Any, ...]:
+    """x: [..., n, ...] -> n tensors without that axis, cut out before axes are moved: less is copied."""
+    moved = x.producer()
+    if moved is None or moved.op_type != "Transpose":
+        return tuple(op.Gather(x, index, axis=dim) for index in range(x.shape[dim]))
+    order = list(moved.attributes["perm"].as_ints())
+    axis = order.pop(dim % len(order))
+    rest = [each - (each > axis) for each in order]
+    parts = [op.Gather(moved.inputs[0], index, axis=axis) for index in range(x.shape[dim])]
+    return tuple(parts) if rest == sorted(rest) else tuple(op.Transpose(part, perm=rest) for part in parts)
 
 
 def _same_size(left: Any, right: Any) -> bool:
@@ -156,9 +175,12 @@ TRANSLATIONS = {
     causal_attention: causal_attention_in_one,
     doubled_rope: rope,
     linear_w8: head,
+    embedding_16: rows_of_16_bits,
     channel_codes: codes_by_channel,
     cached_attention: in_place,
     operators.RMSNORM: rmsnorm,
     operators.HADAMARD: hadamard,
     operators.KRONECKER: kronecker,
+    operators.SEGMENT_ATTENTION: segment_attention,
+    aten.unbind.int: unbind,
 }

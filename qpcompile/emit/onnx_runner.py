@@ -58,6 +58,8 @@ class OnnxVLM:
         self.generation = json.loads((self.folder / "generation_config.json").read_text(encoding="utf-8"))
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # A plan of memory is made for each size that was seen, and sizes vary: it would only be held.
+        options.enable_mem_pattern = False
         # Products with 4-bit weights stay float products: onnxruntime would quantize activations to 8 bits.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if threads is not None:
@@ -111,7 +113,7 @@ class OnnxVLM:
         if pixel_values is None:
             return None
         if image_grid_thw is None:
-            results = run(self.vision, {"pixel_values": pixel_values})
+            results = run(self.vision, {"pixel_values": pixel_values}, options=_once())
             return {name: value.numpy() for name, value in results.items()}
         # Patches of different pictures do not see each other, so time and memory grow with the largest picture alone.
         grids = np.asarray(image_grid_thw, np.int64)
@@ -119,7 +121,7 @@ class OnnxVLM:
         for grid, patches in zip(grids, np.split(pixel_values, np.cumsum(grids.prod(1))[:-1]), strict=True):
             feeds = {"pixel_values": patches, "hidden_states": patches}
             feeds |= patch_layout(grid[None], self.config["vision_config"])
-            parts.append(run(self.vision, feeds))
+            parts.append(run(self.vision, feeds, options=_once()))
         return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
 
     def _positions(self, ids: Array, mask: Array, grids: Array | None) -> Array:
@@ -170,7 +172,7 @@ class Steps:
             VALID: self.mask != 0,
             COUNT: np.arange(int(visual.sum(1).min())),
         }
-        return self._step(self.model.prefill, feeds)
+        return self._step(self.model.prefill, feeds, _once())
 
     def decode(self, token: Array) -> Array:
         """Logits f[B, V] after one more token; token: i64[B, 1]."""
@@ -221,8 +223,10 @@ class Steps:
             binding.bind_ortvalue_input(path, self.state[path])
         return binding
 
-    def _step(self, session: ort.InferenceSession, feeds: Mapping[str, Array]) -> Array:
-        results = run(session, feeds, self.state)
+    def _step(
+        self, session: ort.InferenceSession, feeds: Mapping[str, Array], options: ort.RunOptions | None = None
+    ) -> Array:
+        results = run(session, feeds, self.state, options)
         logits = results.pop(LOGITS).numpy()
         for name, value in results.items():
             path = name.removeprefix("present.")
@@ -230,13 +234,23 @@ class Steps:
         return logits
 
 
+def _once() -> ort.RunOptions:
+    """For a graph that runs once per prompt or picture: it gives its memory back, another graph comes next."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def run(
-    session: ort.InferenceSession, feeds: Mapping[str, Array], state: Mapping[str, ort.OrtValue] | None = None
+    session: ort.InferenceSession,
+    feeds: Mapping[str, Array],
+    state: Mapping[str, ort.OrtValue] | None = None,
+    options: ort.RunOptions | None = None,
 ) -> dict[str, ort.OrtValue]:
     """Run a graph on those of `feeds` and `state` that it takes; results stay in onnxruntime's memory."""
     values = {entry.name: given(entry, feeds, state or {}) for entry in session.get_inputs()}
     names = [entry.name for entry in session.get_outputs()]
-    return dict(zip(names, session.run_with_ort_values(names, values), strict=True))
+    return dict(zip(names, session.run_with_ort_values(names, values, options), strict=True))
 
 
 def given(entry: Any, feeds: Mapping[str, Array], state: Mapping[str, ort.OrtValue]) -> ort.OrtValue:

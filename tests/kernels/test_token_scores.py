@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
+from qpcompile.kernels import native
 from qpcompile.kernels.token_scores import cpu, reference
 from qpcompile.kernels.token_scores.op import OVERLOAD, token_scores
 
@@ -330,3 +331,63 @@ def test_onnx_scores_and_selects_the_same(export_onnx: Callable[..., Any]) -> No
             torch.testing.assert_close(got, expected, **CLOSE)
             order = [scores.argsort(dim=1, descending=True, stable=True) for scores in (got, expected)]
             assert torch.equal(*order)
+
+
+# (batch, query heads, key heads, tokens, head size): more and less than tiles hold, and the near miss in rows.
+TILED = [(1, 1, 1, 32, 1), (2, 6, 2, 63, 9), (1, 4, 4, 33, 64), (2, 4, 1, 257, 40)]
+
+
+def bfloat16_mass(case: tuple[int, ...], mask: str, seen: float = 1.0) -> tuple[Any, ...]:
+    """Arguments of attention_mass in bfloat16, tokens outside heads as projections leave them, two groups."""
+    batch, heads, groups, length, size = case
+    torch.manual_seed(length)
+    q, k = (torch.randn(batch, length, count, size).bfloat16().transpose(1, 2) for count in (heads, groups))
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    valid[0, : length // 8] = False
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, None]
+    per_head = torch.rand(batch, heads, length, length) < seen
+    masks = {"none": None, "bool": allowed, "per_head": allowed & per_head}
+    asked = torch.rand(batch, 2, length) < 0.6
+    return q, k, masks[mask], size**-0.5, valid, asked & valid[:, None]
+
+
+@pytest.mark.skipif(not native.library().amx, reason="the processor has no AMX tiles")
+@pytest.mark.parametrize("mask", ["none", "bool", "per_head"])
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_attention_on_tiles_is_the_references(case: tuple[int, ...], mask: str) -> None:
+    """Products of bfloat16 are exact in float32: what is left is the order of sums and 2e-7 of a power."""
+    given = bfloat16_mass(case, mask, 0.3)
+    with native.noted() as calls:
+        found = cpu.attention_mass(*given)
+    assert [each.symbol for each in calls] == ["attention_mass_amx"]
+    for ours, theirs in zip(found, reference.attention_mass(*given), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.skipif(not native.library().amx, reason="the processor has no AMX tiles")
+def test_attention_on_tiles_at_its_edges() -> None:
+    """Nobody asked, nothing seen, scores of thousands, and the same numbers with more threads."""
+    q, k, _, scale, valid, groups = bfloat16_mass((1, 4, 2, 70, 16), "none")
+    assert not cpu.attention_mass(q, k, None, scale, valid, torch.zeros_like(groups))[0].any()
+    blind = torch.zeros(1, 1, 70, 70, dtype=torch.bool)
+    assert not cpu.attention_mass(q, k, blind, scale, valid, groups)[0].any()
+    far = 1000 * q, k, None, scale, valid, groups
+    torch.testing.assert_close(cpu.attention_mass(*far)[0], reference.attention_mass(*far)[0], rtol=1e-4, atol=1e-4)
+    one = cpu.attention_mass(q, k, None, scale, valid, groups)[0]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(cpu.attention_mass(q, k, None, scale, valid, groups)[0], one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("dtype", "length", "mask"), [("float32", 64, "bool"), ("bfloat16", 15, "bool")])
+def test_other_attention_stays_with_torch(dtype: str, length: int, mask: str) -> None:
+    """The near misses: another type, and too few rows for the tiles."""
+    q, k, *rest = bfloat16_mass((1, 2, 2, length, 8), mask)
+    with native.noted() as calls:
+        found = cpu.attention_mass(q.to(getattr(torch, dtype)), k.to(getattr(torch, dtype)), *rest)
+    assert not calls
+    for ours, theirs in zip(found, reference.attention_mass(q, k, *rest), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
