@@ -53,8 +53,8 @@ CHANGES = (
     "prefill and one per 128 channels of a token in decode, in place of the recipe's",
     "the head has the module's 8-bit weights, or 8-bit weights in blocks of 128 where the module's has 16 bits and the "
     "recipe quantizes anything; activations have 8 bits in front of both",
-    "token embeddings are float16, or bfloat16 where the model's are, if the recipe quantizes anything and they have no "
-    "8-bit codes already",
+    "token embeddings are float16, or bfloat16 where the model's are, if the recipe quantizes anything and they have "
+    "no 8-bit codes already",
     "a 4-bit or 8-bit cache has 8 bits, one scale per channel of a head for all prompts of a batch: 1.5 times the "
     "prompt's largest value; prefill attends to keys and values before they are rounded",
     "sums are float32, but for those of the pruners themselves",
