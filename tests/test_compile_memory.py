@@ -51,7 +51,7 @@ def test_replaced_weights_are_gone() -> None:
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_replaced_head_is_gone(tie: bool) -> None:
     model, cases = llava(tie_word_embeddings=tie)
-    models, head = [model], weakref.ref(model.get_output_embeddings().weight)
+    models, head = [model], weakref.ref(model.get_parameter("lm_head.weight"))
     alive: dict[str, bool] = {}
 
     def after(step: Any, _: Any) -> None:
