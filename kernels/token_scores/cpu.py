@@ -1,8 +1,8 @@
 """Token scores in pieces: only the query rows that a metric asks for, a few at a time, so that no [S, S] is ever held.
 
-Attention of bfloat16 queries and keys goes to AMX tiles (amx.inc), where the processor has them; else to torch. Within a
-piece the softmax is never divided out: the sum over rows r of group_r / (H * denominator_r) * exp(..)_r is one matrix
-product over heads and rows.
+Attention of bfloat16 queries and keys goes to AMX tiles (amx.inc), where the processor has them; else to torch.
+Within a piece the softmax is never divided out: the sum over rows r of group_r / (H * denominator_r) * exp(..)_r is one
+matrix product over heads and rows.
 """
 
 import ctypes
