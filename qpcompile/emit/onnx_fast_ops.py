@@ -118,6 +118,10 @@ def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, causal:
         op.Reshape(op.Transpose(each, perm=[0, 2, 1, 3]), [0, 0, count * width])
         for each, count in ((query, heads), (key, groups), (value, groups))
     ]
+    if mask is None and not causal and heads == groups:
+        # The faster of the two, which takes no mask.
+        y = contrib("MultiHeadAttention", rows, num_heads=heads, scale=float(scale))
+        return op.Transpose(op.Reshape(y, [0, 0, heads, width]), perm=[0, 2, 1, 3])
     counts = _counts(query, op.Shape(query, start=2, end=3))
     inputs = [*rows, None, None, *counts, None, None, None, None if mask is None else _bias(mask)]
     sizes = {"num_heads": heads, "kv_num_heads": groups, "scale": float(scale), "causal": int(causal)}

@@ -120,6 +120,11 @@ def test_cut_and_quantized_prompts_are_answered(quota: tuple[Program, dict[str, 
             assert likeness > 0.9, (name, likeness)
 
 
+def test_a_tower_without_a_mask_has_the_operator_that_takes_none(plain: Path) -> None:
+    towers = operators(plain, "vision")
+    assert towers["MultiHeadAttention"] == 1 and not towers["GroupQueryAttention"] and not towers["Softmax"]
+
+
 def test_operators_are_onnxruntimes_and_nothing_is_copied_or_wide(quota: tuple[Program, dict[str, Path]]) -> None:
     _, folders = quota
     decode, prefill = (operators(folders["fast"], name) for name in ("decode", "prefill"))
