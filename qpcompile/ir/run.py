@@ -65,6 +65,13 @@ class Machine:
         self._turn = threading.RLock()
         self._bind()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The host's forward knows its machine, so that copies of programs copy it too.
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=threading.RLock())
+
     def generate(self, **inputs: Any) -> Any:
         """`host.generate` with a cache of ours."""
         if inputs.get("use_cache", True) and CACHE not in inputs:

@@ -67,8 +67,8 @@ def test_the_cheapest_schedule_is_found(apply: Apply) -> None:
     best = program.facts["schedule"]
     tried = schedules(0.5, 3, VISUAL)
     assert best in tried
-    # Each takes seconds to compile for good: every eighth.
-    costs = [cost(shares, sample) for shares in tried[::8] if shares != best]
+    # Each takes seconds to compile for good: every fourth.
+    costs = [cost(shares, sample) for shares in tried[::4] if shares != best]
     assert cost(best, sample) <= min(costs) * (1 + 1e-3) < 0.9 * max(costs)
 
 
