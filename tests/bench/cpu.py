@@ -249,7 +249,8 @@ def hear(worker: Worker, limit: float, path: Path | None = None) -> dict[str, An
     said: dict[str, Any] = json.loads(line)
     if "failed" in said:
         worker.close()
-        raise PeerError(said["failed"])
+        # Less where the library was built.
+        raise PeerError(said["failed"].split(" at /")[0])
     return said
 
 

@@ -17,7 +17,7 @@ from cpu import ANSWER_LIMIT, PeerError, load, prepare, say, tell
 from cpu_peers import BUILD, MAKES, PEERS, ROOT
 from cpu_shapes import SHAPES
 
-ROWS = ("torch fp32", "ours w4a4kv4", "ours quota-30")
+ROWS = ("torch bf16", "ours w4a4kv4, bf16", "ours quota-30, bf16")
 BASE = {"side": 672, "layers": 8, "batch": 1, "new_tokens": 32}
 # Heights of square pictures that give 144, 576, 1,024, 2,304 and 4,096 visual tokens.
 SIDES = (336, 672, 896, 1344, 1792)

@@ -5,6 +5,7 @@ without a tokenizer, so one is made in which each byte is a token.
 """
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,9 @@ def main(name: str, target: str) -> None:
     shape, folder = SHAPES[name], Path(target)
     unfinished = Path(f"{target}.unfinished")
     source = unfinished / "source"
-    build(shape).save_pretrained(source)
+    model = build(shape)
+    text = model.config.get_text_config()
+    model.save_pretrained(source)
     if shape.folder:
         for pattern in ("*token*", "*processor*"):
             for path in (ROOT / shape.folder).glob(pattern):
@@ -47,7 +50,11 @@ def main(name: str, target: str) -> None:
         "--library",
         "transformers",
     ]
-    subprocess.run([*command, "--weight-format", "int4", unfinished / "int4"], check=True)
+    # Groups, 128 inputs where nothing is said, must divide every width.
+    group = math.gcd(128, text.hidden_size, text.intermediate_size)
+    groups = [] if group == 128 else ["--group-size", str(group)]
+    if subprocess.run([*command, "--weight-format", "int4", *groups, unfinished / "int4"], check=False).returncode:
+        sys.exit("optimum-cli export openvino failed; what it said stands above this line")
     shutil.rmtree(source)
     compiled = Core().compile_model(unfinished / "int4" / "openvino_language_model.xml", "CPU")
     chosen = {key: str(compiled.get_property(key)) for key in CHOSEN}

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import cpu
 import cpu_peers
+import cpu_profile
 import numpy as np
 import pytest
+import torch
+from cpu_models import build, model_inputs
 from cpu_peers import MAKES, PEERS, Make, Peer
 from cpu_shapes import BEFORE, SHAPES, asked_inputs, inputs
 from cpu_table import COLUMNS, Row, Target, as_csv, as_markdown, busyness, targets_as_markdown
+
+import qpcompile
 
 # A peer that takes its milliseconds from its arguments, and how it is made.
 WORKER = """
@@ -160,3 +165,20 @@ def test_a_folder_is_made_again_when_its_sources_change(tmp_path: Path, monkeypa
     changed = make.key()
     (tmp_path / "tests" / "bench" / "maker.py").write_text("3", "utf-8")
     assert len({before, changed, make.key()}) == 3
+
+
+def test_profile_names_graphs_operators_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = SHAPES["tiny-A"]
+    sample = model_inputs(shape, {"prompt": 1})
+    qpcompile.compile(build(shape), "none", calibration=[sample]).save_pretrained(tmp_path / "model")
+    threads = torch.get_num_threads()
+    cpu_profile.main("tiny-A", str(tmp_path / "model"), "1")
+    torch.set_num_threads(threads)
+    head, _, *table = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in table[2:]]
+    assert {"vision", "prefill"} <= {row[0] for row in rows}
+    assert [float(row[4]) for row in rows] == sorted((float(row[4]) for row in rows), reverse=True)
+    attended = next(row for row in rows if row[:2] == ["prefill", "attend"])
+    tokens = shape.visual_tokens + shape.text_tokens
+    assert attended[2] == str([1, shape.heads, tokens, shape.width // shape.heads]) and int(attended[3]) == shape.layers
+    assert float(head.split(" ms")[0]) > 0
