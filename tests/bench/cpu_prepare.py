@@ -1,8 +1,9 @@
 """Make what one peer of the CPU benchmark loads: cpu_prepare.py WHAT SHAPE FOLDER [SOURCE]
 
 WHAT is torch:DTYPE, ours:DTYPE (a folder for each preset), onnx:PRESET and onnx-fast:PRESET from the compiled models in
-SOURCE, or ort:fp32 and ort:int4: the model's own graphs for onnxruntime, the second with the weights that its quantizer
-of matrix products makes of them (blocks of 32, int8 arithmetic).
+SOURCE, or ort:fp32, ort:int4 and ort:int4:fast: the model's own graphs for onnxruntime, the others with the weights
+that its quantizer of matrix products makes of them (blocks of 32, int8 arithmetic), the last with onnxruntime's fused
+attention and caches in place.
 """
 
 import sys
@@ -71,10 +72,10 @@ def prepare_onnx(shape: Shape, folder: Path, preset: str, source: str, fast: boo
     qpcompile.load(Path(source) / preset).export_onnx(folder, fast=fast)
 
 
-def prepare_ort(shape: Shape, folder: Path, weights: str) -> None:
+def prepare_ort(shape: Shape, folder: Path, weights: str, how: str = "") -> None:
     """The model as it is in ONNX; int4 goes through onnxruntime's own tool, with its own settings but for the block."""
     samples = [model_inputs(shape, {"prompt": 101})]
-    qpcompile.compile(build(shape), "none", calibration=samples).export_onnx(folder)
+    qpcompile.compile(build(shape), "none", calibration=samples).export_onnx(folder, fast=how == "fast")
     if weights == "fp32":
         return
     import onnx
