@@ -310,8 +310,8 @@ def report(rows: Sequence[Row], options: argparse.Namespace) -> str:
         "(tests/bench/cpu_models.py), one thread on one core. Each peer is a process; all answer in turns. Medians, in",
         "brackets the least and the most. The first token includes tower, projector, prompt and its logits; OpenVINO",
         "GenAI also resizes and normalises the picture. ORT: graphs exported by this package without quantization,",
-        "int4 by onnxruntime's own tool; but for `caches in place`, which has onnxruntime's own attention, they copy their",
-        "caches on each step and have no fused attention.",
+        "int4 by onnxruntime's own tool; but for `caches in place`, which has onnxruntime's own attention, they copy",
+        "their caches on each step and have no fused attention.",
         f"`peak MB`: resident memory since the process began. Baseline: {BASELINE}, in the same run.",
         "",
         "Times are of the core (what the process itself computed); by the wall clock they were "
