@@ -102,6 +102,7 @@ def plot(axis: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Time and memory against the axis, a line per peer; both axes logarithmic."""
     mpl.use("svg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     mpl.rcParams["svg.hashsalt"] = "growth"
     panels = (
@@ -117,6 +118,12 @@ def plot(axis: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             if points:
                 place.plot(*zip(*points, strict=True), marker="o", label=peer)
         place.set(xscale="log", yscale="log", xlabel=LABELS[axis], title=title)
+        values = sorted({row["value"] for row in rows})
+        place.set_xticks(values, labels=[f"{value:,}" for value in values])
+        place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        for line in (place.xaxis, place.yaxis):
+            line.set_minor_formatter(NullFormatter())
         place.grid(alpha=0.3)
     places[0].legend()
     figure.tight_layout()
