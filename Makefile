@@ -12,7 +12,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile
 
-# What `make test` leaves out: every family, trained models and their accuracy. More than an hour on two cores.
+# What `make test` leaves out: every family, trained models and their accuracy. Tens of minutes on two cores.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile -m "slow and not gpu" --timeout 7200
 

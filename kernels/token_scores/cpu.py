@@ -1,4 +1,4 @@
-"""Token scores in pieces: only the query rows that a metric asks for, a few at a time, so that no [S, S] is ever held.
+"""Token scores in pieces: only the query rows that a metric asks for, a few at a time: no [S, S] of numbers is held.
 
 Attention of bfloat16 queries and keys goes to AMX tiles (amx.inc), where the processor has them; else to torch. Within
 a piece the softmax is never divided out: the sum over rows r of group_r / (H * denominator_r) * exp(..)_r is one matrix
@@ -54,7 +54,9 @@ def _mass_on_tiles(
     if mask is None:
         mask = _causal_rows(torch.arange(length), valid)
     chosen = groups.float()
-    seen_by = chosen @ mask.float().mean(1)
+    seen_by = torch.zeros_like(chosen)
+    for piece in torch.arange(length).split(max(1, PIECE // max(1, batch * mask.shape[1] * length))):
+        seen_by += chosen[:, :, piece] @ mask[:, :, piece].float().mean(1)
     # The numbers of a token, and the keys of a query, lie side by side; heads and tokens may lie as they like.
     q, k, mask = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, mask))
     mask = mask.expand(batch, heads, length, length)
