@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from qpcompile.ir.basis import weight_name
 from qpcompile.ir.batches import batches
+from qpcompile.ir.block_sums import SumsOfMatrix, SumsOfRows
 from qpcompile.ir.blocks import Block, Values, split_blocks
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.collect import run_sample
@@ -177,15 +178,14 @@ class _Training:
                 continue
             if fact.site not in self.calibration.inputs:
                 continue
-            statistics = self.calibration.inputs[fact.site]
-            rows = statistics.rows.double()
-            second = rows.T @ rows if statistics.moments is None else statistics.moments.double()
-            del statistics
+            statistics, sizes = self.calibration.inputs[fact.site], (len(learned.left), len(learned.right))
             names = [weight_name(linear) for linear in stub.users]
-            weights = torch.cat([get_tensor(self.graph.module, name).detach().double() for name in names])
-            gram = weights.T @ weights
-            del weights
-            learned.begin(second, gram)
+            learned.begin(
+                SumsOfRows(sizes, [statistics.rows])
+                if statistics.moments is None
+                else SumsOfMatrix(sizes, statistics.moments),
+                SumsOfRows(sizes, [get_tensor(self.graph.module, name).detach() for name in names]),
+            )
 
     def _look(self, node: fx.Node, value: Any) -> Any:
         fact = stub_fact(node) if is_call(node, QUANT_STUB) else None

@@ -19,6 +19,8 @@ import math
 import torch
 from torch import nn
 
+from qpcompile.ir.block_sums import BlockSums
+
 HIGHEST = 7
 SWEEPS = 5
 # Share of the mean eigenvalue below which an eigenvalue counts as this share.
@@ -35,9 +37,9 @@ class LearnedTransform(nn.Module):
         self.left, self.right = nn.Parameter(fill(left, left)), nn.Parameter(fill(right, right))
         self.clip = nn.Parameter(torch.tensor(math.log(clip / (1 - clip))))
 
-    def begin(self, second: torch.Tensor, gram: torch.Tensor) -> None:
-        """Start free factors from second: f[C, C], the mean of x x^T, and gram: f[C, C], W^T W; f64 is overwritten."""
-        left, right = balanced_factors(second, gram, len(self.left), len(self.right))
+    def begin(self, second: BlockSums, gram: BlockSums) -> None:
+        """Start free factors from sums over second: f[C, C], x x^T, and over gram: f[C, C], W^T W, of any scale."""
+        left, right = balanced_factors(second, gram)
         with torch.no_grad():
             self.left.copy_(left)
             self.right.copy_(right)
@@ -81,27 +83,14 @@ def cayley(free: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(eye + skew, eye - skew)
 
 
-def balanced_factors(
-    second: torch.Tensor, gram: torch.Tensor, left: int, right: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric L: f32[A, A] and R: f32[c, c] of the module's docstring, by turns; overwrites what is f64."""
-    wide, tall = _lifted(second).view(left, right, left, right), _lifted(gram).view(left, right, left, right)
-    first, last = _eye(left, left).to(wide), _eye(right, right).to(wide)
+def balanced_factors(second: BlockSums, gram: BlockSums) -> tuple[torch.Tensor, torch.Tensor]:
+    """The symmetric L: f32[A, A] and R: f32[c, c] of the module's docstring, by turns."""
+    second, gram = second.lifted(FLOOR), gram.lifted(FLOOR)
+    first, last = (torch.eye(size, dtype=torch.float64) for size in second.sizes)
     for _ in range(SWEEPS):
-        first = _geometric(
-            torch.einsum("aibj,ij->ab", wide, last), torch.einsum("aibj,ij->ab", tall, torch.linalg.inv(last))
-        )
-        last = _geometric(
-            torch.einsum("aibj,ab->ij", wide, first), torch.einsum("aibj,ab->ij", tall, torch.linalg.inv(first))
-        )
+        first = _geometric(second.left(last), gram.left(torch.linalg.inv(last)))
+        last = _geometric(second.right(first), gram.right(torch.linalg.inv(first)))
     return _power(first, 0.5).float(), _power(last, 0.5).float()
-
-
-def _lifted(matrix: torch.Tensor) -> torch.Tensor:
-    """f64, the argument itself where it is that already: of a wide input each copy takes a gigabyte."""
-    wide = matrix.double()
-    wide.diagonal().add_(wide.trace() * FLOOR / len(wide))
-    return wide
 
 
 def _geometric(second: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

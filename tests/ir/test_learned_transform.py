@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qpcompile.ir.block_sums import SumsOfMatrix
 from qpcompile.ir.fake_quant import round_trip
 from qpcompile.ir.learned_transform import LearnedTransform, balanced_factors, cayley, kronecker_rows, rounded
 
@@ -56,7 +57,7 @@ def test_beginning_is_the_least_noise_of_all_factors_nearby() -> None:
         inverse = torch.linalg.inv(turn)
         return float((turn @ second @ turn.T).trace() * (inverse.T @ gram @ inverse).trace())
 
-    left, right = balanced_factors(second, gram, 3, 4)
+    left, right = balanced_factors(SumsOfMatrix((3, 4), second), SumsOfMatrix((3, 4), gram))
     best = cost(left, right)
     assert best < 0.7 * cost(torch.eye(3), torch.eye(4))
     for seed in range(20):
