@@ -36,6 +36,7 @@ typedef struct {
     const void *weight, *bias;
     const float *scale, *left, *right, *shift;
     const uint16_t *tiles; /* of kronecker/amx.inc: the factors for AMX, or NULL */
+    const float *gates;    /* of silu_mul_quantize/cpu.inc: a gate's value for each bfloat16, f32[65536], or NULL */
     double constant;
     float clip;
     int kind;           /* a place in rows_of */

@@ -32,7 +32,7 @@ Function = Callable[..., int]
 P, N, L, F, D = c_void_p, c_int, c_long, c_float, c_double
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_w4a4": (P, P, P, P, P, N, L, L, L, L, L, P, N, N),
-    "linear_w4a4_amx": (P, P, P, P, P, N, L, L, L, P, N, N),
+    "linear_w4a4_amx": (P, P, P, P, P, N, P, L, L, L, P, N, N),
     "attention_amx": (*(P,) * 6, *(L,) * 6, F, N),
     "attention_mass_amx": (*(P,) * 6, *(L,) * 6, F, N),
     "change_tiles_amx": (P, P, L, L, P, N),
@@ -41,6 +41,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
     "rope": (*(P,) * 4, *(N,) * 2, *(L,) * 13, N),
     "rows": (P, P, P, L, P, P, P, N),
+    "gates": (P, P, N),
     "linear": (P, P, L, L, L, P, N),
     "linear_w8a16": (P, N, P, P, L, L, L, P, N),
     "add": (P, P, P, N, L, N),

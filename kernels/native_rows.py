@@ -21,12 +21,15 @@ KINDS: tuple[Kind, ...] = ("plain", "rmsnorm", "layernorm", "silu_mul", "silu_th
 """In the order of rows_of in native_rows.inc."""
 
 
+GATES: tuple[Kind, ...] = ("silu_mul", "silu_then_mul", "sigmoid_mul")
+
+
 class Plan(Structure):
     """rows_plan of native.c."""
 
     _fields_ = (
         *((name, c_long) for name in ("channels", "group", "left_size", "right_size")),
-        *((name, c_void_p) for name in ("weight", "bias", "scale", "left", "right", "shift", "tiles")),
+        *((name, c_void_p) for name in ("weight", "bias", "scale", "left", "right", "shift", "tiles", "gates")),
         ("constant", c_double),
         ("clip", c_float),
         *((name, c_int) for name in ("kind", "element", "weight_element", "rounded")),
@@ -75,8 +78,10 @@ class RowPlan:
         else:
             rotation = _hadamard(channels) if factors else (None, None, 0, 0)
         tiles = _tiles(*rotation) if factors and dtype != torch.float32 and level is None else None
-        self.kept.append(tiles)
-        pointers = [pointer(each) for each in (weight, bias, scale, shift, tiles)]
+        looked_up = kind in GATES and dtype == torch.bfloat16 and level is None
+        gates = _gates(kind, constant, as_graph) if looked_up else None
+        self.kept += [tiles, gates]
+        pointers = [pointer(each) for each in (weight, bias, scale, shift, tiles, gates)]
         self.plan = Plan(
             *(channels, group_size, *rotation[2:], *pointers[:3], *rotation[:2], *pointers[3:], constant, clip_ratio),
             *(KINDS.index(kind), element, 0 if weight is None else ELEMENTS[weight.dtype], element if as_graph else 0),
@@ -111,6 +116,15 @@ def _hadamard(channels: int) -> tuple[int, int, int, int]:
     """Where the factors of the rotation lie, and their sizes."""
     left, right = factor_arrays(channels)  # cached there, so that they stay where they are
     return left.ctypes.data, right.ctypes.data, len(left), len(right)
+
+
+@functools.cache
+def _gates(kind: Kind, constant: float, as_graph: bool) -> Tensor:
+    """f32[65536], what a gate makes of every bfloat16, with the bits of numbers that are not looked up."""
+    plan = Plan(kind=KINDS.index(kind), constant=constant, rounded=ELEMENTS[torch.bfloat16] if as_graph else 0)
+    gates = torch.empty(2**16)
+    call("gates_f32", addressof(plan), gates.data_ptr())
+    return gates
 
 
 def _tiles(left: int | None, right: int | None, left_size: int, right_size: int) -> Tensor | None:

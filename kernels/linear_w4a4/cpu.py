@@ -27,20 +27,29 @@ FEW_BEFORE_TILES = 8
 
 
 def linear_w4a4(
-    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N]."""
-    if not native.takes(scale, weight_scale, bias):
-        return linear_codes(q, scale, unpack_int4(weight, q.shape[-1]), weight_scale, bias, dtype, integer_product)
-    tiles = native.library().amx and scale.shape[-1] == weight_scale.shape[-1] == 1
-    if q.numel() <= (FEW_BEFORE_TILES if tiles else FEW_TOKENS) * q.shape[-1]:
-        return _from_packed(q, scale, weight, weight_scale, bias, dtype)
-    if tiles:
-        return _on_tiles(q, scale, weight, weight_scale, bias, dtype)
-    codes = native_codes(weight, q.shape[-1])
-    if scale.shape[-1] == weight_scale.shape[-1] == 1:
-        return _from_codes(q, scale, codes, weight_scale, bias, dtype)
-    return linear_codes(q, scale, codes, weight_scale, bias, dtype, integer_product)
+    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N].
+
+    residual: dtype[..., N], added to y as an operator of its own would add it.
+    """
+    operands = q, scale, weight, weight_scale, bias, dtype
+    native_takes = native.takes(scale, weight_scale, bias)
+    tiles = native_takes and native.library().amx and scale.shape[-1] == weight_scale.shape[-1] == 1
+    few = q.numel() <= (FEW_BEFORE_TILES if tiles else FEW_TOKENS) * q.shape[-1]
+    if tiles and not few:
+        return _on_tiles(*operands, residual)
+    if native_takes:
+        y = _from_packed(*operands) if few else _from_codes(q, scale, native_codes(weight, q.shape[-1]), *operands[3:])
+    else:
+        y = linear_codes(q, scale, unpack_int4(weight, q.shape[-1]), *operands[3:], integer_product)
+    return y if residual is None else y + residual
 
 
 def _from_packed(
@@ -68,25 +77,36 @@ def _from_packed(
 
 
 def _on_tiles(
-    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """One call of C on AMX tiles for any number of tokens. One scale per token and output channel."""
     tensors = q.contiguous(), scale.contiguous(), weight.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     y, element = _empty(q, weight, dtype)
+    added = None
+    if residual is not None and residual.shape == y.shape and residual.dtype == y.dtype == dtype:
+        residual, added = None, residual.contiguous()
     native.call(
         "linear_w4a4_amx",
         *(tensor.data_ptr() for tensor in tensors),
-        *(native.pointer(bias), 0 if bias is None else native.ELEMENTS[bias.dtype]),
+        *(native.pointer(bias), 0 if bias is None else native.ELEMENTS[bias.dtype], native.pointer(added)),
         *(scale.numel(), q.shape[-1], weight.shape[0], y.data_ptr(), element),
     )
-    return y.to(dtype)
+    return y.to(dtype) if residual is None else y.to(dtype) + residual
 
 
 def _from_codes(
     q: Tensor, scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """oneDNN's product, and the scales in C. One scale per token and output channel."""
+    """oneDNN's product, and where there is one scale per token and output channel the scales in C."""
+    if scale.shape[-1] > 1 or weight_scale.shape[-1] > 1:
+        return linear_codes(q, scale, codes, weight_scale, bias, dtype, integer_product)
     exact = integer_product(q.reshape(-1, q.shape[-1]), codes)
     scale, weight_scale = scale.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -82,3 +82,13 @@ def check_linear(in_features: int, groups: int, weight: Tensor, weight_scale: Te
         where="a linear operator on 4-bit weights",
         do="pack the weight with pack_int4 and give weight_scale as f32[N, Gw]",
     )
+
+
+def check_residual(residual: Tensor | None, shape: list[int], dtype: torch.dtype) -> None:
+    """Refuse a residual that is not dtype[shape], as what it is added to."""
+    if residual is not None and (list(residual.shape) != shape or residual.dtype != dtype):
+        raise KernelError(
+            f"the residual is {residual.dtype} {list(residual.shape)}, but what it is added to is {dtype} {shape}",
+            where="a linear operator on 4-bit weights",
+            do="give the residual the type and the sizes of the result",
+        )

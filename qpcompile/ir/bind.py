@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpcompile.ir.bind_residual import join_residuals
 from qpcompile.ir.bind_rows import join_rows
 from qpcompile.ir.bind_torch import FASTER
 from qpcompile.ir.edit import calls, get_tensor, set_tensor
@@ -109,6 +110,9 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
     tensors = [get_tensor(module, str(node.target)) for node in own.nodes if node.op == "get_attr"]
     elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
     grow_in_place(bound, caches, packed_codes=elsewhere)
+    # Decode steps on the CPU are replayed (tape.py), where a sum is a call of its own.
+    if elsewhere or graph.name != DECODE:
+        join_residuals(bound)
     if elsewhere:
         module.recompile()
         return bound
@@ -141,6 +145,15 @@ def _unpack(module: fx.GraphModule, linear: fx.Node, codes: Codes) -> None:
     linear.target = _linear
 
 
-def _linear(q: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """linear_unpacked on codes: i8[N, 2 ceil(K / 2)], whose last column is padding where K is odd."""
-    return linear_unpacked(q, scale, codes[:, : q.shape[-1]], *rest)
+def _linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """linear_w4a4 on codes: i8[N, 2 ceil(K / 2)], whose last column is padding where K is odd."""
+    y = linear_unpacked(q, scale, codes[:, : q.shape[-1]], weight_scale, bias, dtype)
+    return y if residual is None else y + residual

@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from qpcompile.errors import KernelError
+from qpcompile.ir.bind_residual import join_residuals
 from qpcompile.ir.edit import aten, calls, clone, is_call
 from qpcompile.ir.growing import appends
 from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV8_READ
@@ -102,6 +103,7 @@ def static_graph(graph: Graph) -> StaticGraph:
     _lengths_from_device(graph, lengths, added)
     _close_attention(graph, lengths, added)
     outputs = _drop_caches(graph)
+    join_residuals(graph)
     graph.module.recompile()
     groups = {path: lengths.group(graph.placeholder(path), 0) for path in graph.inputs if path.startswith(f"{CACHE}.")}
     return StaticGraph(graph.module, (*graph.inputs, *added), outputs, lengths.groups, groups, outside)

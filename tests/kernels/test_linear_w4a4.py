@@ -137,11 +137,19 @@ def test_non_contiguous() -> None:
     assert torch.equal(found, reference.linear_w4a4(q, scale, weight, weight_scale, None, torch.float32))
 
 
+@pytest.mark.parametrize("residual", [None, torch.ones(2, 3, 7, dtype=torch.bfloat16)], ids=["alone", "residual"])
 @pytest.mark.parametrize("bias", [None, torch.ones(7)], ids=["plain", "bias"])
-def test_opcheck(bias: Tensor | None) -> None:
+def test_opcheck(bias: Tensor | None, residual: Tensor | None) -> None:
     weight = pack_int4(random_codes(7, 33))
     arguments = (random_codes(2, 3, 33), random_floats(2, 3, 1), weight, random_floats(7, 1), bias, torch.bfloat16)
-    torch.library.opcheck(op.linear_w4a4, arguments)
+    torch.library.opcheck(op.linear_w4a4, (*arguments, residual))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 7), torch.float32), ((2, 3, 7), torch.bfloat16)], ids=str)
+def test_refuses_a_residual_of_another_kind(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    arguments = random_codes(2, 3, 33), torch.ones(2, 3, 1), pack_int4(random_codes(7, 33)), torch.ones(7, 1), None
+    with pytest.raises(KernelError, match=r"what it is added to is torch.float32 \[2, 3, 7\]"):
+        torch.ops.qpcompile.linear_w4a4(*arguments, torch.float32, torch.zeros(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from qpcompile.kernels.layernorm_quantize import reference as layernorm
 from qpcompile.kernels.linear_w4a4 import cpu as linear_cpu
 from qpcompile.kernels.linear_w4a4 import reference as linear
 from qpcompile.kernels.linear_w4a4.packing import pack_int4, unpack_int4
-from qpcompile.kernels.native_rows import RowPlan
+from qpcompile.kernels.native_rows import Kind, RowPlan
 from qpcompile.kernels.quantize_int4 import cpu as quantize_cpu
 from qpcompile.kernels.quantize_int4 import reference as quantize
 from qpcompile.kernels.rmsnorm_quantize import cpu as rmsnorm_cpu
@@ -188,6 +188,63 @@ def test_linears_on_many_tokens_are_the_reference(columns: int, features: int) -
             expected = linear.linear_w4a4(q, scale, weight, weight_scale, term, dtype)
             for road in roads:
                 assert torch.equal(road(q, scale, weight, weight_scale, term, dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 9, 33, 70])
+@pytest.mark.parametrize(("columns", "features"), [(96, 40), (512, 64), (300, 32)])
+def test_residuals_are_added_to_what_is_rounded(columns: int, features: int, tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(columns)
+    operands = codes(tokens, columns), torch.rand(tokens, 1), pack_int4(codes(features, columns))
+    rest = torch.rand(features, 1), torch.randn(features).to(dtype)
+    x = 100 * torch.randn(tokens, 2 * features).to(dtype)[:, ::2]
+    for bias in (None, rest[1]):
+        expected = linear.linear_w4a4(*operands, rest[0], bias, dtype) + x
+        assert torch.equal(linear_cpu.linear_w4a4(*operands, rest[0], bias, dtype, x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [1536, 1537])
+def test_linears_whose_results_go_past_the_caches(
+    features: int, dtype: torch.dtype, two_threads: Callable[[int], None]
+) -> None:
+    torch.manual_seed(features)
+    q, scale, weight = codes(1100, 256), torch.rand(1100, 1), pack_int4(codes(features, 256))
+    weight_scale, x = torch.rand(features, 1), torch.randn(1100, features).to(dtype)
+    expected = linear.linear_w4a4(q, scale, weight, weight_scale, None, dtype)
+    for threads in (1, 2):
+        two_threads(threads)
+        assert torch.equal(linear_cpu.linear_w4a4(q, scale, weight, weight_scale, None, dtype), expected)
+        assert torch.equal(linear_cpu.linear_w4a4(q, scale, weight, weight_scale, None, dtype, x), expected + x)
+
+
+@levels
+@pytest.mark.parametrize("clip", [1.0, 0.83])
+def test_quotients_at_ties_round_as_divisions_do(clip: float, level: int) -> None:
+    torch.manual_seed(0)
+    largest = torch.rand(400, 1) * 10 ** torch.randint(-30, 30, (400, 1)).float()
+    step = largest * clip / 7
+    # Halves of the step, and the numbers on both sides of them.
+    ties = step * (torch.arange(-17, 15) + 0.5)
+    near = torch.cat(
+        [ties, *(torch.nextafter(ties, torch.full_like(ties, side)) for side in (-torch.inf, torch.inf))], 1
+    )
+    x = torch.cat([largest, torch.where(near.abs() > largest, 0.0, near)], 1)
+    x = torch.cat([x, torch.full((1, x.shape[1]), 1e-42), torch.full((1, x.shape[1]), 3e38)])
+    found, expected = quantize_cpu._native(x, 0, clip, level), quantize.quantize_int4(x, 0, clip)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("as_graph", [False, True])
+@pytest.mark.parametrize("kind", ["silu_mul", "silu_then_mul", "sigmoid_mul"])
+def test_gates_of_many_rows_are_those_of_one(kind: Kind, as_graph: bool) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).view(16, 4096)
+    second = None if kind == "sigmoid_mul" else torch.randn(4096).bfloat16().expand(16, -1)
+    plan = RowPlan(kind, torch.bfloat16, 4096, constant=1.702, as_graph=as_graph)
+    found = plan.stored(every, second)
+    for row in range(16):
+        one = plan.stored(every[row : row + 1], None if second is None else second[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], one, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(not native.library().amx, reason="this processor has no AMX tiles")

@@ -1,0 +1,34 @@
+"""Sums of residuals in a bound graph become the end of the linear in front of them.
+
+    %y = linear_w4a4(%q, %scale, @w, @w_scale, @bias, bf16); %h = add(%x, %y)
+      -> %h = linear_w4a4(%q, %scale, @w, @w_scale, @bias, bf16, %x)
+
+What the linear gives is rounded before the sum, as two operators would: the bits stay. A result that somebody else
+reads too, or that is not of the type and sizes of what is added, is left.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qpcompile.ir.edit import aten, calls, is_call
+from qpcompile.ir.operators import LINEAR_W4A4
+from qpcompile.ir.program import Graph
+from qpcompile.ir.text import value_types
+
+
+def join_residuals(graph: Graph) -> int:
+    """Join every sum behind a linear on 4-bit codes; returns how many there were."""
+    types, joined = value_types(graph), 0
+    for add in list(calls(graph, aten.add.Tensor)):
+        if len(add.args) != 2 or add.kwargs or not all(isinstance(term, fx.Node) for term in add.args):
+            continue
+        for y, x in (add.args, add.args[::-1]):
+            assert isinstance(y, fx.Node) and isinstance(x, fx.Node)
+            alike = "[" in types.get(add, "") and len({types.get(each) for each in (add, x, y)}) == 1
+            if alike and is_call(y, LINEAR_W4A4) and len(y.users) == 1:
+                add.target, add.args = LINEAR_W4A4, (*y.args, x)
+                graph.module.graph.erase_node(y)
+                joined += 1
+                break
+    return joined
