@@ -122,13 +122,16 @@ def _float_activations(part: Part) -> None:
     """Linear layers read what was quantized for them."""
     sources: dict[fx.Node, fx.Node | None] = {}
     for node in calls(part, LINEAR_W4A4):
-        codes, _, weight, weight_scale, bias, _ = node.args
+        codes, _, weight, weight_scale, bias, dtype = node.args
         pair = codes.args[0] if is_call(codes, operator.getitem) else None
         if not isinstance(pair, fx.Node):
             continue
         if pair not in sources:
             sources[pair] = _unquantized(part, pair)
         if (source := sources[pair]) is not None:
+            if dtype != torch.float32:
+                # Scales and shifts of activations are float32; what was quantized behind them may be wider than the rest.
+                source = put(part, node, aten.to.dtype, source, dtype, like=node)
             new = put(part, node, LINEAR_W4A16, source, weight, weight_scale, bias, like=node)
             new.meta["val"] = value(node)
             node.replace_all_uses_with(new)

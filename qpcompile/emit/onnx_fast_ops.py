@@ -130,14 +130,17 @@ def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, causal:
 
 
 def rope(x: Any, cos: Any, sin: Any) -> Any:
-    """The translation of `doubled_rope`: each token has a row of its own in the tables."""
+    """The translation of `doubled_rope`: each token has a row of its own in the tables.
+
+    Rows are counted in the tables, which all layers share, and not in x: they are then counted once.
+    """
     half = x.shape[-1] // 2
     tables = [op.Reshape(op.Slice(each, [0], [half], [-1]), [-1, half]) for each in (cos, sin)]
     if len(x.shape) == 3:
         packed = op.Reshape(x, [1, -1, x.shape[1] * x.shape[2]])
-        rows = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(x, end=1), [0]), 1), [0])
+        rows = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(cos, end=1), [0]), 1), [0])
         return op.Reshape(contrib("RotaryEmbedding", [packed, rows, *tables]), [-1, *x.shape[1:]])
-    sizes = [op.Shape(x, start=axis, end=axis + 1) for axis in (0, 2)]
+    sizes = [op.Shape(cos, start=axis, end=axis + 1) for axis in (0, 2)]
     rows = op.Reshape(op.Range(0, op.Squeeze(op.Mul(*sizes), [0]), 1), op.Concat(*sizes, axis=0))
     return contrib("RotaryEmbedding", [x, rows, *tables])
 

@@ -120,6 +120,22 @@ def test_cut_and_quantized_prompts_are_answered(quota: tuple[Program, dict[str, 
             assert likeness > 0.9, (name, likeness)
 
 
+def test_half_precision_with_shifts_in_front_of_codes(tmp_path: Path) -> None:
+    # What is subtracted from activations is float32 and would carry its type through the graph.
+    model, cases = llava(**WIDE_HEADS)
+    captured = capture(model.bfloat16(), cases["one"], Recipe.load("none"))
+    program = compiled(captured, cases, "w4a4kv4", "quantize.transform=hadamard", "quantize.center=0.001")
+    export_onnx(program, tmp_path / "fast", fast=True)
+    machine, runner = Machine(program), OnnxVLM(tmp_path / "fast", threads=1)
+    made = machine.generate(
+        **cases["one"], max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    (found,) = asked(runner, cases["one"], made.sequences[:, -1:])
+    # The module's 4-bit activations are 8-bit ones here.
+    expected = made.logits[0].float().numpy()
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.8
+
+
 def test_a_tower_without_a_mask_has_the_operator_that_takes_none(plain: Path) -> None:
     towers = operators(plain, "vision")
     assert towers["MultiHeadAttention"] == 1 and not towers["GroupQueryAttention"] and not towers["Softmax"]
