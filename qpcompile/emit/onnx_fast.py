@@ -130,7 +130,7 @@ def _float_activations(part: Part) -> None:
             sources[pair] = _unquantized(part, pair)
         if (source := sources[pair]) is not None:
             if dtype != torch.float32:
-                # Scales and shifts of activations are float32; what was quantized behind them may be wider than the rest.
+                # Scales and shifts of activations are float32: what stood in front of the quantizer may be wider.
                 source = put(part, node, aten.to.dtype, source, dtype, like=node)
             new = put(part, node, LINEAR_W4A16, source, weight, weight_scale, bias, like=node)
             new.meta["val"] = value(node)
