@@ -6,7 +6,7 @@
 
 Every part but the quantizer is optional. A chain is joined only where nobody else reads what lies inside it, and rounds
 where the graph rounds: float32 models get the bits that the operators one by one would give, half-precision models the
-same but for the order of sums.
+same but for the order of sums and, in layer norms, a product where there was a quotient.
 """
 
 from __future__ import annotations

@@ -343,7 +343,7 @@ ORT_INT4 = "ORT int4, caches in place"
 TARGETS = [
     Target(shape, measured, ours, other, most)
     for shape in ("A", "B")
-    for ours in ("ours quota-30", "ours quota-30, bf16", "ours quota-30, ONNX fast")
+    for ours in ("ours quota-30, bf16", "ours quota-30, ONNX fast")
     for measured, other, most in (
         # GenAI ignores pruning for LLaVA, so that its plain answer stands against ours.
         ("first_ms", GENAI if shape == "A" else GENAI_PRUNED, 0.6),
