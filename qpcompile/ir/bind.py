@@ -6,8 +6,8 @@ linears read their weight in 4 bits. Where they are not, it is unpacked once, si
     %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
 
-Sums of residuals are part of the linear in front of them (bind_residual.py), but in decode steps on 4-bit caches: those are
-replayed by one call of C (tape.py).
+Sums of residuals are part of the linear in front of them (bind_residual.py), but in decode steps. Those on 4-bit caches
+are replayed by one call of C (tape.py).
 
 The program itself is not touched: what is saved, exported and reported keeps its 4 bits. An unpacked weight takes one
 byte more per parameter in memory, shared between prefill and decode. The same numbers bit for
