@@ -19,9 +19,8 @@ from qpcompile.kernels.quantize_int4.reference import group_count
 Kind = Literal["plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul"]
 KINDS: tuple[Kind, ...] = ("plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul")
 """In the order of rows_of in native_rows.inc."""
-
-
 GATES: tuple[Kind, ...] = ("silu_mul", "silu_then_mul", "sigmoid_mul")
+"""Those that begin with a function of one number, which is looked up for bfloat16."""
 
 
 class Plan(Structure):

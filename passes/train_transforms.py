@@ -180,12 +180,10 @@ class _Training:
                 continue
             statistics, sizes = self.calibration.inputs[fact.site], (len(learned.left), len(learned.right))
             names = [weight_name(linear) for linear in stub.users]
-            learned.begin(
-                SumsOfRows(sizes, [statistics.rows])
-                if statistics.moments is None
-                else SumsOfMatrix(sizes, statistics.moments),
-                SumsOfRows(sizes, [get_tensor(self.graph.module, name).detach() for name in names]),
-            )
+            second = SumsOfRows(sizes, [statistics.rows])
+            if statistics.moments is not None:
+                second = SumsOfMatrix(sizes, statistics.moments)
+            learned.begin(second, SumsOfRows(sizes, [get_tensor(self.graph.module, name).detach() for name in names]))
 
     def _look(self, node: fx.Node, value: Any) -> Any:
         fact = stub_fact(node) if is_call(node, QUANT_STUB) else None

@@ -89,16 +89,14 @@ def _on_tiles(
     tensors = q.contiguous(), scale.contiguous(), weight.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     y, element = _empty(q, weight, dtype)
-    added = None
-    if residual is not None and residual.shape == y.shape and residual.dtype == y.dtype == dtype:
-        residual, added = None, residual.contiguous()
+    added = residual.contiguous() if residual is not None and y.dtype == dtype else None
     native.call(
         "linear_w4a4_amx",
         *(tensor.data_ptr() for tensor in tensors),
         *(native.pointer(bias), 0 if bias is None else native.ELEMENTS[bias.dtype], native.pointer(added)),
         *(scale.numel(), q.shape[-1], weight.shape[0], y.data_ptr(), element),
     )
-    return y.to(dtype) if residual is None else y.to(dtype) + residual
+    return y.to(dtype) if residual is None or added is not None else y.to(dtype) + residual
 
 
 def _from_codes(
