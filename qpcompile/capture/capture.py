@@ -18,7 +18,7 @@ from qpcompile.ir.edit import layer_of
 from qpcompile.ir.host import empty_host, fill_host, host_tensors
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Layer, Program
 from qpcompile.ir.run import visual_tokens
-from qpcompile.ir.structure import CACHE
+from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.plan import Layer as LayerEntry
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
@@ -50,7 +50,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
             continue
         owner = recording.owners[component]
         if name == PREFILL:
-            call.inputs[CACHE] = DynamicCache()
+            call.inputs[CACHE_ARGUMENT] = DynamicCache()
         if name == HEAD:
             call.inputs = {key: value.expand(-1, 2, -1).contiguous() for key, value in call.inputs.items()}
             call.output = model.get_submodule(owner)(**call.inputs)

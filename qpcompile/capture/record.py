@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from qpcompile.errors import CaptureError, ModelError
 from qpcompile.ir.arguments import keyword_arguments
+from qpcompile.ir.structure import CACHE_ARGUMENT
 
 PROJECTORS = ("multi_modal_projector", "connector", "embed_vision")
 
@@ -80,7 +81,7 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
             stack.callback(module.register_forward_hook(_exit(recording, component), with_kwargs=True).remove)
         settings: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1}
         # A cache made without the config keeps all tokens in every layer: masks apply the windows, as in our graphs.
-        settings |= {"use_cache": True, "past_key_values": DynamicCache()}
+        settings |= {"use_cache": True, CACHE_ARGUMENT: DynamicCache()}
         try:
             cast(Any, model).generate(**copy.deepcopy(inputs), **settings)
         except Exception as error:

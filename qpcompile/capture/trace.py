@@ -27,7 +27,7 @@ from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import get_tensor, stand_in
 from qpcompile.ir.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 from qpcompile.ir.program import Graph
-from qpcompile.ir.structure import CACHE, named_tensors, template
+from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, template
 
 # Flags of a call that choose what is returned; they are not data.
 FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
@@ -85,7 +85,7 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
 
 def _one_token_count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Say that masks count the tokens of cache and embeddings, so that the trace has one symbol for them."""
-    embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(CACHE)
+    embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(CACHE_ARGUMENT)
     if embeds is not None and cache is not None:
         for _, mask in named_tensors(kwargs.get(MASK)):
             torch._check(mask.shape[-1] == cache.get_seq_length() + embeds.shape[1])
@@ -107,8 +107,8 @@ def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
     axes = {key: exporter_dynamo.get_auto_dynamic_shapes(value) for key, value in arguments.items()}
     if "inputs_embeds" in axes:
         axes["inputs_embeds"].pop(2)
-    if CACHE in axes:
-        for tensor in axes[CACHE]:
+    if CACHE_ARGUMENT in axes:
+        for tensor in axes[CACHE_ARGUMENT]:
             tensor.pop(1)
             tensor.pop(3)
     return axes
@@ -169,7 +169,8 @@ def _input_names(exported: torch.export.ExportedProgram, tensors: dict[str, torc
     """Dotted names of the graph's inputs, in its order: that of the keyword arguments it was traced with."""
     wanted = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
     signature = exported.call_spec.in_spec
-    keys = list(signature.child(1).context) if signature is not None else []
+    arguments = list(signature.child(1).context) if signature is not None else []
+    keys = [CACHE if key == CACHE_ARGUMENT else key for key in arguments]
     ordered = [name for key in keys for name in tensors if name == key or name.startswith(f"{key}.")]
     if len(ordered) != len(wanted):
         raise CaptureError(

@@ -12,6 +12,7 @@ from torch import fx
 from qpcompile.ir.edit import aten, get_tensor
 from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16
 from qpcompile.ir.program import PREFILL, Program
+from qpcompile.ir.structure import CACHE_ARGUMENT
 
 LINEARS = (aten.linear.default, LINEAR_W4A4, LINEAR_W4A16)
 
@@ -48,5 +49,5 @@ class Footprint:
 def cache_footprint(generate: Callable[..., Any], inputs: dict[str, torch.Tensor], max_new_tokens: int) -> Footprint:
     """The cache a transformers model holds at the end of one answer."""
     answer = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
-    tensors = [tensor for layer in answer.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    tensors = [tensor for layer in answer[CACHE_ARGUMENT].layers for tensor in (layer.keys, layer.values)]
     return Footprint(sum(tensor.nbytes for tensor in tensors), sum(2 * tensor.numel() for tensor in tensors))

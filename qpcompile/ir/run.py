@@ -14,7 +14,7 @@ from qpcompile.ir.arguments import keyword_arguments
 from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.prepare import TABLE, absent_inputs, prepare
 from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
-from qpcompile.ir.structure import CACHE, named_tensors, rebuild
+from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, rebuild
 
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 Decode = Callable[[CompiledCache, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -74,8 +74,8 @@ class Machine:
 
     def generate(self, **inputs: Any) -> Any:
         """`host.generate` with a cache of ours."""
-        if inputs.get("use_cache", True) and CACHE not in inputs:
-            inputs[CACHE] = CompiledCache(len(self.program.layers))
+        if inputs.get("use_cache", True) and not {CACHE, CACHE_ARGUMENT} & inputs.keys():
+            inputs[CACHE_ARGUMENT] = CompiledCache(len(self.program.layers))
         with self._turn:
             self.seen_by_tower = {}
             return self.host.generate(**inputs)
@@ -85,7 +85,7 @@ class Machine:
         cache = CompiledCache(len(self.program.layers))
         with self._turn:
             self.seen_by_tower = {}
-            self.host.generate(**{**inputs, CACHE: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
+            self.host.generate(**{**inputs, CACHE_ARGUMENT: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
         return cache
 
     def _bind(self) -> None:
@@ -127,14 +127,14 @@ class Machine:
         return rebuild(graph.returns, results)
 
     def _language(self, **kwargs: Any) -> Any:
-        cache = kwargs.get(CACHE)
+        cache = kwargs.pop(CACHE_ARGUMENT, None)
         if cache is None:
             cache = CompiledCache(len(self.program.layers))
         if not isinstance(cache, CompiledCache):
             raise CaptureError(
                 f"a compiled model cannot use a {type(cache).__name__}",
-                where=CACHE,
-                do="leave past_key_values out: generate makes the cache this model was compiled for",
+                where=CACHE_ARGUMENT,
+                do=f"leave {CACHE_ARGUMENT} out: generate makes the cache this model was compiled for",
             )
         new = kwargs["inputs_embeds"].shape[1]
         graph = self.program.graphs[DECODE if cache.seen else PREFILL]
@@ -144,7 +144,7 @@ class Machine:
                 where="decode",
                 do="give the whole prompt at once: decoding goes token by token",
             )
-        arguments = {k: v for k, v in kwargs.items() if k not in (*FLAGS, CACHE)}
+        arguments = {k: v for k, v in kwargs.items() if k not in FLAGS}
         feeds = dict(named_tensors(prepare(self.host.get_submodule(graph.owner), arguments)))
         feeds |= absent_inputs(graph, feeds, cache.seen)
         if cache.seen and self.decode is not None:
@@ -155,7 +155,8 @@ class Machine:
             self._store(cache, results, new)
         self.last = cache
         answer = rebuild(graph.returns, results)
-        answer[CACHE] = cache if kwargs.get("use_cache", True) else None
+        answer.pop(CACHE, None)
+        answer[CACHE_ARGUMENT] = cache if kwargs.get("use_cache", True) else None
         return answer
 
     def marks(self, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

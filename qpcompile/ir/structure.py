@@ -1,7 +1,10 @@
 """Nested arguments and results as flat tensors with dotted names, and back.
 
-    {"attention_mask": t0, "masks": {"full": t1}, "past_key_values": DynamicCache}
+    {"attention_mask": t0, "masks": {"full": t1}, "cache": DynamicCache}
       -> {"attention_mask": t0, "masks.full": t1, "past_key_values.0.key": t2, "past_key_values.0.value": t3}
+
+A cache is `past_key_values` in every graph, whatever the version of transformers that calls it something else: a graph
+traced with one version runs with another.
 
 A template is the same nest with a name in place of each tensor: plain lists, dicts and strings, so that it can be
 written to JSON and a result can be rebuilt from it without importing anything.
@@ -10,12 +13,16 @@ written to JSON and a result can be rebuilt from it without importing anything.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_args
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE = "past_key_values"
+# What the installed transformers calls a cache, in arguments and in results: "past_key_values" in 5.23, "cache" in 5.24.
+CACHE_ARGUMENT = next(item.name for item in fields(BaseModelOutputWithPast) if Cache in get_args(item.type))
 
 
 def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -26,21 +33,22 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
         for index, layer in enumerate(value.layers):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.numel():
-                yield f"{prefix}.{index}.key", keys
-                yield f"{prefix}.{index}.value", values
+                yield f"{CACHE}.{index}.key", keys
+                yield f"{CACHE}.{index}.value", values
     else:
         for key, item in _children(value):
             yield from named_tensors(item, f"{prefix}.{key}" if prefix else str(key))
 
 
 def template(value: Any, prefix: str = "") -> Any:
-    """The nest of a result with names for tensors; caches are left out (they are kept apart)."""
+    """The nest of a result with names for tensors; caches are left out (they are kept apart), only their name stays."""
     if isinstance(value, torch.Tensor):
         return prefix
     if isinstance(value, Cache) or value is None:
         return None
     if isinstance(value, Mapping):
-        return {str(key): template(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items()}
+        named = {CACHE if isinstance(item, Cache) else str(key): item for key, item in value.items()}
+        return {key: template(item, f"{prefix}.{key}" if prefix else key) for key, item in named.items()}
     if isinstance(value, (list, tuple)):
         return [template(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in enumerate(value)]
     return None

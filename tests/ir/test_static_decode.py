@@ -24,6 +24,7 @@ from qpcompile.ir.program import DECODE
 from qpcompile.ir.run import Machine
 from qpcompile.ir.static_decode import Capture, Run, StaticDecode
 from qpcompile.ir.static_graph import SDPA, static_graph
+from qpcompile.ir.structure import CACHE_ARGUMENT
 
 TESTBED = Path(__file__).parents[1] / "testbed"
 FAST = ["quantize.weights.solver=rtn", "quantize.transform=hadamard"]
@@ -170,7 +171,7 @@ def test_answers_that_take_turns_keep_their_own_tokens() -> None:
         for turn in range(6):
             cache = caches[turn % 2]
             place = torch.tensor([[cache.seen]])
-            given = {"inputs_embeds": embeds[turn % 2], "position_ids": place, "past_key_values": cache}
+            given = {"inputs_embeds": embeds[turn % 2], "position_ids": place, CACHE_ARGUMENT: cache}
             steps.append(machine._language(**given, attention_mask=None).last_hidden_state)
         answers.append(steps)
     assert all(map(torch.equal, *answers))
