@@ -2,11 +2,13 @@
 
    Every operator's `cpu.inc` is included once per instruction set (LEVEL), and where it computes in floating point once
    per type of its arithmetic (REAL): double for float32 models, float for half-precision ones (kernels/sums.py). The
-   exported functions are qp_<name>[_f64 | _f32]_<level>; kernels/native.py chooses the level once per process.
+   exported functions are qp_<name>[_f64 | _f32]_<level>; kernels/native.py chooses the level once per process. They check
+   what they are given (native_checks.inc), then call what computes, which does not.
 
    Compiled with -ffp-contract=off: where the order of float32 operations is part of an operator's definition it is kept,
    and where fused products are welcome they are written as FMA. */
 
+#include <limits.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -18,9 +20,6 @@
 #define X86 1
 #endif
 
-/* How a tensor's elements are stored; the numbers are those of kernels/native.py. */
-enum element { FLOAT32 = 0, BFLOAT16 = 1, BOOL = 2 };
-
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define INLINE static inline __attribute__((always_inline, unused))
@@ -29,8 +28,10 @@ enum element { FLOAT32 = 0, BFLOAT16 = 1, BOOL = 2 };
 typedef float float_alias __attribute__((may_alias));
 typedef uint32_t uint32_alias __attribute__((may_alias));
 
-/* What a row operator does, but for its tensors; fields that it has no use for are 0. The same as Plan in
-   kernels/native_rows.py. */
+#include "native_checks.inc"
+#include "native_calls.inc"
+
+/* What a row operator does, but for its rows: its cells, checked (native_rows.inc); what it has no use for is 0. */
 typedef struct {
     long channels, group, left_size, right_size;
     const void *weight, *bias;
@@ -39,29 +40,12 @@ typedef struct {
     const float *gates;    /* of silu_mul_quantize/cpu.inc: a gate's value for each bfloat16, f32[65536], or NULL */
     double constant;
     float clip;
-    int kind;           /* a place in rows_of */
+    int kind;           /* a place in rows_of, of `enum kind` */
     int element;        /* of the rows */
     int weight_element; /* of weight and bias */
     int rounded;        /* BFLOAT16: what the graph rounds between its operators is rounded here too */
 } rows_plan;
-
-/* One argument of a call that is written down, and a call (native_tape.py). */
-typedef union {
-    void *p;
-    long n;
-    double x;
-} cell;
-#define CELLS 24
-typedef struct {
-    int (*run)(const cell *arguments, long step, int threads);
-    cell arguments[CELLS];
-} tape_call;
-
-/* Buffers of one call; every caller checks for NULL and returns 0, which Python turns into an error. */
-static void *scratch(size_t bytes) {
-    void *memory = NULL;
-    return posix_memalign(&memory, 64, bytes ? bytes : 64) ? NULL : memory;
-}
+enum kind { PLAIN, RMSNORM, LAYERNORM, SILU_MUL, SILU_THEN_MUL, SIGMOID_MUL };
 
 /* To the values that bfloat16 holds, to nearest even. */
 INLINE void round_row(float *values, int element, long n) {
@@ -90,11 +74,13 @@ int qp_level(void) {
     return 0;
 }
 
-/* Runs calls in order; `step` of native_tape.inc. Returns 0 where one had no memory to work in. */
-int qp_run_tape(const tape_call *calls, long count, long step, int threads) {
-    for (long i = 0; i < count; i++)
-        if (!calls[i].run(calls[i].arguments, step, threads)) return 0;
-    return 1;
+/* Runs calls in order. `step` counts the replays of a tape: with each of them a cache holds one more token, and nothing
+   else is different. Returns what the last call returned; at: which it was. */
+long qp_run_tape(const tape_call *calls, long count, long step, int threads, long *at) {
+    long result = DONE;
+    for (*at = 0; *at < count && result == DONE; ++*at) result = calls[*at].run(calls[*at].arguments, step, threads);
+    --*at;
+    return result;
 }
 
 /* 1 where the library was built with OpenMP, so that `threads` means something. */

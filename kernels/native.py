@@ -13,57 +13,40 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from ctypes import c_double, c_float, c_int, c_long, c_void_p
-from dataclasses import dataclass, field
+from ctypes import c_char_p, c_int, c_long, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qpcompile.errors import KernelError
+from qpcompile.kernels.native_cells import ELEMENTS, SIGNATURES, error_of, packed
 
 MODULE = "qpcompile._native"
 LEVELS = ("portable", "avx2", "avx512")
 """Instruction sets that the library is compiled for, the best last; the number is the place."""
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}
-"""The numbers of `enum element` in native.c."""
+READABLE = frozenset({torch.float32, torch.bfloat16, torch.bool})
+"""The types of activations and masks that the functions read."""
 
-Function = Callable[..., int]
-P, N, L, F, D = c_void_p, c_int, c_long, c_float, c_double
-SIGNATURES: dict[str, tuple[type, ...]] = {
-    "linear_w4a4": (P, P, P, P, P, N, L, L, L, L, L, P, N, N),
-    "linear_w4a4_amx": (P, P, P, P, P, N, P, L, L, L, P, N, N),
-    "attention_amx": (*(P,) * 6, *(L,) * 6, F, N),
-    "attention_mass_amx": (*(P,) * 6, *(L,) * 6, F, N),
-    "change_tiles_amx": (P, P, L, L, P, N),
-    "unpack_int4": (P, L, L, P, N),
-    "scale_int32": (P, P, P, P, N, L, L, P, N, N),
-    "kv4_write": (P, N, L, L, L, L, L, L, L, P, P, N),
-    "rope": (*(P,) * 4, *(N,) * 2, *(L,) * 13, N),
-    "rows": (P, P, P, L, P, P, P, N),
-    "gates": (P, P, N),
-    "linear": (P, P, L, L, L, P, N),
-    "linear_w8a16": (P, N, P, P, L, L, L, P, N),
-    "add": (P, P, P, N, L, N),
-    "append": (P, P, L, L, L, L, N),
-    "attention_kv4": (P, N, L, L, L, P, P, P, P, P, N, L, L, L, L, D, *(L,) * 7, P, N),
-}
+Function = Callable[[bytes, int, int], int]
 AMX = ("linear_w4a4_amx", "attention_amx", "attention_mass_amx", "change_tiles_amx")
 """Functions that need AMX tiles, there where `Library.amx` says so."""
 EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append", "linear", "linear_w8a16")
 """Functions of integers and of float32 operations alone: there is one per level. The others are there in
 float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
-ON_TAPE = ("linear_w4a4", "linear_w4a4_amx", "kv4_write", "rope", "rows", "attention_kv4", "add", "append")
-"""Functions that a tape may hold (native_tape.py)."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call that was made: the function with the ending of its arithmetic, where its form for a tape is, arguments."""
+    """A call that was made: the function with the ending of its arithmetic, where it lies, and what it was given.
+
+    tensors: what `cells` says the places of.
+    """
 
     symbol: str
-    on_tape: int
-    arguments: tuple[object, ...]
+    address: int
+    cells: bytes
+    tensors: tuple[Tensor, ...]
 
 
 _noted: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
@@ -79,9 +62,8 @@ class Library:
     threads: bool
     amx: bool
     functions: dict[tuple[str, int], Function]
-    on_tape: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Where the forms of functions for a tape lie in memory, 0 for those that have none."""
-    run_tape: Function | None = None
+    """By symbol and level. They take cells (native_cells.py), the step of a tape and a number of threads."""
+    run_tape: Callable[..., int] | None = None
 
 
 @functools.cache
@@ -110,9 +92,8 @@ def library() -> Library:
     }
     if amx:
         functions |= {(name, best): _function(loaded, name.removesuffix("_amx"), "amx") for name in AMX}
-    on_tape = {key: _on_tape(loaded, *key) for key in functions}
-    loaded.qp_run_tape.argtypes, loaded.qp_run_tape.restype = (P, L, L, N), c_int
-    return Library(path, "", best, bool(loaded.qp_openmp()), amx, functions, on_tape, loaded.qp_run_tape)
+    loaded.qp_run_tape.argtypes, loaded.qp_run_tape.restype = (c_void_p, c_long, c_long, c_int, c_void_p), c_long
+    return Library(path, "", best, bool(loaded.qp_openmp()), amx, functions, loaded.qp_run_tape)
 
 
 def sources_digest() -> str:
@@ -132,17 +113,22 @@ def available() -> bool:
     return library().path is not None
 
 
-def call(name: str, *arguments: object, level: int | None = None) -> None:
+def call(symbol: str, *arguments: object, level: int | None = None) -> None:
     """Call a function of the library with the threads that torch uses.
 
-    Raises KernelError where it had no memory to work in.
+    arguments: as SIGNATURES in native_cells.py names them, tensors as they are.
+
+    Raises KernelError where they do not belong together, and where the function had no memory to work in.
     """
     loaded = library()
-    key = name, loaded.level if level is None else level
-    if not loaded.functions[key](*arguments, torch.get_num_threads()):
-        raise KernelError("there is not enough memory for its buffers", where=f"qp_{name} in kernels/native.c")
+    name = name_of(symbol)
+    function = loaded.functions[symbol, loaded.level if level is None else level]
+    cells = packed(name, arguments)
+    if result := function(cells, 0, torch.get_num_threads()):
+        raise error_of(name, cells, result)
     if (calls := _noted.get()) is not None:
-        calls.append(Call(name, loaded.on_tape[key], arguments))
+        address = ctypes.cast(function, c_void_p).value  # type: ignore[arg-type]
+        calls.append(Call(symbol, address or 0, cells, tuple(each for each in arguments if isinstance(each, Tensor))))
 
 
 @contextmanager
@@ -156,11 +142,6 @@ def noted() -> Iterator[list[Call]]:
         _noted.reset(before)
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """Where the data of a contiguous tensor lies; None stays None."""
-    return None if tensor is None else tensor.data_ptr()
-
-
 def real(x: Tensor) -> str:
     """The ending of functions that compute for a tensor of this type (kernels/sums.py)."""
     return "f64" if x.dtype == torch.float32 else "f32"
@@ -172,7 +153,7 @@ def takes(*tensors: Tensor | None) -> bool:
 
 
 def _readable(tensor: Tensor) -> bool:
-    return tensor.dtype in ELEMENTS and tensor.device.type == "cpu"
+    return tensor.dtype in READABLE and tensor.device.type == "cpu"
 
 
 def _none(problem: str) -> Library:
@@ -181,18 +162,10 @@ def _none(problem: str) -> Library:
 
 def _function(loaded: ctypes.CDLL, symbol: str, ending: str) -> Function:
     made = getattr(loaded, f"qp_{symbol}_{ending}")
-    made.argtypes = SIGNATURES[f"{symbol}_amx" if ending == "amx" else _name(symbol)]
-    made.restype = c_int
+    made.argtypes, made.restype = (c_char_p, c_long, c_int), c_long
     return made
 
 
-def _on_tape(loaded: ctypes.CDLL, symbol: str, level: int) -> int:
-    if _name(symbol) not in ON_TAPE:
-        return 0
-    made = getattr(loaded, f"qp_tape_{symbol}" if symbol in AMX else f"qp_tape_{symbol}_{LEVELS[level]}")
-    return ctypes.cast(made, c_void_p).value or 0
-
-
-def _name(symbol: str) -> str:
+def name_of(symbol: str) -> str:
     """Of a function, without the ending of its arithmetic."""
     return symbol.removesuffix("_f64").removesuffix("_f32")

@@ -6,14 +6,15 @@ A `RowPlan` holds everything but the rows; it is made once where weights are bou
 from __future__ import annotations
 
 import functools
-from ctypes import Structure, addressof, c_double, c_float, c_int, c_long, c_void_p
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import factor_arrays
-from qpcompile.kernels.native import ELEMENTS, call, library, pointer
+from qpcompile.kernels.native import call, library
+from qpcompile.kernels.native_cells import ELEMENTS, OTHER
 from qpcompile.kernels.quantize_int4.reference import group_count
 
 Kind = Literal["plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul"]
@@ -21,18 +22,6 @@ KINDS: tuple[Kind, ...] = ("plain", "rmsnorm", "layernorm", "silu_mul", "silu_th
 """In the order of rows_of in native_rows.inc."""
 GATES: tuple[Kind, ...] = ("silu_mul", "silu_then_mul", "sigmoid_mul")
 """Those that begin with a function of one number, which is looked up for bfloat16."""
-
-
-class Plan(Structure):
-    """rows_plan of native.c."""
-
-    _fields_ = (
-        *((name, c_long) for name in ("channels", "group", "left_size", "right_size")),
-        *((name, c_void_p) for name in ("weight", "bias", "scale", "left", "right", "shift", "tiles", "gates")),
-        ("constant", c_double),
-        ("clip", c_float),
-        *((name, c_int) for name in ("kind", "element", "weight_element", "rounded")),
-    )
 
 
 class RowPlan:
@@ -66,26 +55,22 @@ class RowPlan:
         as_graph: bool = False,
         level: int | None = None,
     ) -> None:
-        element = ELEMENTS[dtype]
         weight, bias = (None if each is None else each.detach().contiguous() for each in (weight, bias))
         scale, shift = (None if each is None else each.detach().float().contiguous() for each in (scale, shift))
-        self.kept = [weight, bias, scale, shift]
-        if isinstance(factors, tuple):
-            left, right = (each.detach().float().contiguous() for each in factors)
-            self.kept += [left, right]
-            rotation = left.data_ptr(), right.data_ptr(), len(left), len(right)
-        else:
-            rotation = _hadamard(channels) if factors else (None, None, 0, 0)
-        tiles = _tiles(*rotation) if factors and dtype != torch.float32 and level is None else None
+        left, right = _factors(channels, factors)
+        sizes = (0, 0) if left is None or right is None else (len(left), len(right))
+        on_tiles = left is not None and dtype != torch.float32 and level is None
+        tiles = _tiles(left, right) if on_tiles else None
         looked_up = kind in GATES and dtype == torch.bfloat16 and level is None
         gates = _gates(kind, constant, as_graph) if looked_up else None
-        self.kept += [tiles, gates]
-        pointers = [pointer(each) for each in (weight, bias, scale, shift, tiles, gates)]
-        self.plan = Plan(
-            *(channels, group_size, *rotation[2:], *pointers[:3], *rotation[:2], *pointers[3:], constant, clip_ratio),
-            *(KINDS.index(kind), element, 0 if weight is None else ELEMENTS[weight.dtype], element if as_graph else 0),
+        element = ELEMENTS.get(dtype, OTHER)
+        rounded = element if as_graph else ELEMENTS[torch.float32]
+        self.arguments = (
+            *(weight, bias, scale, left, right, shift, tiles, gates),
+            *(channels, group_size, *sizes, KINDS.index(kind), element, rounded),
+            *(constant, clip_ratio),
         )
-        self.channels, self.level, self.address = channels, level, addressof(self.plan)
+        self.channels, self.level = channels, level
         self.groups = group_count(channels, group_size) if group_size else 1
         self.name = "rows_f64" if dtype == torch.float32 else "rows_f32"
 
@@ -93,44 +78,46 @@ class RowPlan:
         """x, second: dtype[..., C] -> q: i8[..., C], scale: f32[..., G]."""
         q = torch.empty(x.shape, dtype=torch.int8)
         scale = torch.empty((*x.shape[:-1], self.groups), dtype=torch.float32)
-        self._run(x, second, q.data_ptr(), scale.data_ptr(), None)
+        self._run(x, second, q, scale, None)
         return q, scale
 
     def stored(self, x: Tensor, second: Tensor | None = None) -> Tensor:
         """x, second: dtype[..., C] -> dtype[..., C]."""
         y = torch.empty(x.shape, dtype=x.dtype)
-        self._run(x, second, None, None, y.data_ptr())
+        self._run(x, second, None, None, y)
         return y
 
-    def _run(self, x: Tensor, second: Tensor | None, q: int | None, scale: int | None, y: int | None) -> None:
-        x = x.contiguous()
+    def _run(self, x: Tensor, second: Tensor | None, q: Tensor | None, scale: Tensor | None, y: Tensor | None) -> None:
         second = None if second is None else second.contiguous()
-        rows = x.numel() // self.channels if x.numel() else 0
-        other = None if second is None else second.data_ptr()
-        call(self.name, self.address, x.data_ptr(), other, rows, q, scale, y, level=self.level)
+        rows = math.prod(x.shape[:-1])
+        call(self.name, x.contiguous(), second, q, scale, y, rows, *self.arguments, level=self.level)
 
 
-@functools.cache
-def _hadamard(channels: int) -> tuple[int, int, int, int]:
-    """Where the factors of the rotation lie, and their sizes."""
-    left, right = factor_arrays(channels)  # cached there, so that they stay where they are
-    return left.ctypes.data, right.ctypes.data, len(left), len(right)
+def _factors(channels: int, given: tuple[Tensor, Tensor] | bool) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of a change of basis, those of the Hadamard rotation for True."""
+    if isinstance(given, tuple):
+        left, right = (each.detach().float().contiguous() for each in given)
+        return left, right
+    if not given:
+        return None, None
+    left, right = factor_arrays(channels)
+    return torch.from_numpy(left), torch.from_numpy(right)
 
 
 @functools.cache
 def _gates(kind: Kind, constant: float, as_graph: bool) -> Tensor:
     """f32[65536], what a gate makes of every bfloat16, with the bits of numbers that are not looked up."""
-    plan = Plan(kind=KINDS.index(kind), constant=constant, rounded=ELEMENTS[torch.bfloat16] if as_graph else 0)
-    gates = torch.empty(2**16)
-    call("gates_f32", addressof(plan), gates.data_ptr())
+    gates, rounded = torch.empty(2**16), ELEMENTS[torch.bfloat16 if as_graph else torch.float32]
+    sizes = 0, 0, 0, 0, KINDS.index(kind), ELEMENTS[torch.bfloat16], rounded
+    call("gates_f32", gates, *[None] * 8, *sizes, constant, 0.0)
     return gates
 
 
-def _tiles(left: int | None, right: int | None, left_size: int, right_size: int) -> Tensor | None:
-    """The factors at these places as kronecker/amx.inc multiplies by them; None where the processor has no tiles."""
-    if not library().amx:
+def _tiles(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """These factors as kronecker/amx.inc multiplies by them; None where the processor has no tiles."""
+    if not library().amx or left is None or right is None:
         return None
-    rows, depth, columns = -left_size // 16 * -16, -left_size // 32 * -32, -right_size // 32 * -32
+    rows, depth, columns = -len(left) // 16 * -16, -len(left) // 32 * -32, -len(right) // 32 * -32
     tiles = torch.empty(2 * (rows * depth + columns * columns), dtype=torch.bfloat16)
-    call("change_tiles_amx", left, right, left_size, right_size, tiles.data_ptr())
+    call("change_tiles_amx", left, right, tiles, len(left), len(right))
     return tiles

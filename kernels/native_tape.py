@@ -1,44 +1,46 @@
 """Calls of the library that were made once, to be made again by one call of C: a decode step without Python per node.
 
-A tape holds addresses: it does not keep the tensors that lie there. Between replays only two things change: what lies
-in the tensors, and the number of tokens in the caches, one more in each replay (native_tape.inc).
+A tape holds addresses, and keeps the tensors that lie there. Between replays only two things change: what lies in the
+tensors, and the number of tokens in the caches, one more in each replay. What a replay would read or write past the end
+of a tensor is refused, as in a first call.
 """
 
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Sequence
 
 import torch
 
-from qpcompile.errors import KernelError
-from qpcompile.kernels.native import SIGNATURES, Call, D, F, library
+from qpcompile.kernels.native import Call, library, name_of
+from qpcompile.kernels.native_cells import error_of
 
-CELLS = 24
-"""The arguments of a `tape_call` in native.c."""
+CELLS = 56
+"""The arguments of a `tape_call` in native_calls.inc."""
 
 
 class Tape:
-    """Calls as `native.noted` noted them, each of a function that has a form for a tape."""
+    """Calls as `native.noted` noted them."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        self.count, self.replays, self.threads = len(calls), 0, torch.get_num_threads()
-        self._cells = ctypes.create_string_buffer(b"".join(_packed(each) for each in calls))
+        self.calls, self.replays, self.threads = tuple(calls), 0, torch.get_num_threads()
+        self._cells = ctypes.create_string_buffer(b"".join(_record(each) for each in calls))
 
     def replay(self) -> None:
-        """Make the calls once more, on one more token."""
+        """Make the calls once more, on one more token.
+
+        Raises KernelError where a call refuses its arguments, or has no memory to work in.
+        """
         run = library().run_tape
         assert run is not None
         self.replays += 1
-        if not run(ctypes.addressof(self._cells), self.count, self.replays, self.threads):
-            raise KernelError("there is not enough memory for its buffers", where="qp_run_tape in kernels/native.c")
+        at = ctypes.c_long()
+        count = len(self.calls)
+        if result := run(ctypes.addressof(self._cells), count, self.replays, self.threads, ctypes.addressof(at)):
+            call = self.calls[at.value]
+            raise error_of(name_of(call.symbol), call.cells, result)
 
 
-def _packed(call: Call) -> bytes:
-    """`tape_call` of native.c."""
-    name = call.symbol.removesuffix("_f64").removesuffix("_f32")
-    types = SIGNATURES[name][:-1]
-    numbers = [0 if each is None else each for each in call.arguments]
-    form = "".join("d" if kind in (D, F) else "q" for kind in types)
-    return struct.pack(f"q{form}{8 * (CELLS - len(types))}x", call.on_tape, *numbers)
+def _record(call: Call) -> bytes:
+    """`tape_call` of native_calls.inc."""
+    return call.address.to_bytes(8, "little") + call.cells.ljust(8 * CELLS, b"\0")

@@ -1,7 +1,5 @@
 """The CPU path of attention over a whole prompt: AMX tiles for bfloat16, where the processor has them, or torch's."""
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,14 +37,8 @@ def _on_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     batch, heads, queries, size = q.shape
     groups, keys = k.shape[1:3]
     y = torch.empty((batch, queries, heads, size), dtype=q.dtype).transpose(1, 2)
-    places = (0, 0, 0)
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-        places = mask.stride()[:3]
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3], *places)
-    data = (q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), native.pointer(mask))
-    native.call(
-        "attention_amx", *data, (ctypes.c_long * 15)(*strides), batch, heads, groups, queries, keys, size, scale
-    )
+    native.call("attention_amx", q, k, v, mask, y, batch, heads, groups, queries, keys, size, scale)
     return y

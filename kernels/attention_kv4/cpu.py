@@ -63,14 +63,9 @@ def _native(
     if room < keys or any(_room(part) != room for part in cache):
         cache, room = tuple(part.contiguous() for part in cache), keys
     seen = None if mask is None else mask.expand(batch, heads, rows, keys)
-    what = (None, 0, 0, 0, 0, 0) if seen is None else (seen.data_ptr(), native.ELEMENTS[seen.dtype], *seen.stride())
     y = torch.empty((batch, rows, heads, head_dim), dtype=q.dtype)
-    native.call(
-        "attention_kv4_" + native.real(q),
-        *(q.data_ptr(), native.ELEMENTS[q.dtype], *q.stride()[:3], *[part.data_ptr() for part in cache], *what),
-        *(scale, batch, heads, groups, rows, keys, room, head_dim, y.data_ptr()),
-        level=level,
-    )
+    sizes = batch, heads, groups, rows, keys, room, head_dim
+    native.call("attention_kv4_" + native.real(q), q, *cache, seen, y, *sizes, scale, level=level)
     return y.transpose(1, 2)
 
 

@@ -18,6 +18,5 @@ def _native(x: Tensor, level: int | None = None) -> tuple[Tensor, Tensor]:
     batch, heads, length, head_dim = x.shape
     codes = torch.empty((batch, heads, length, (head_dim + 1) // 2), dtype=torch.uint8)
     affine = torch.empty((batch, heads, length, 2), dtype=torch.float32)
-    places = x.data_ptr(), native.ELEMENTS[x.dtype], *x.shape, *x.stride()[:3], codes.data_ptr(), affine.data_ptr()
-    native.call("kv4_write", *places, level=level)
+    native.call("kv4_write", x, codes, affine, *x.shape, level=level)
     return codes, affine

@@ -25,5 +25,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _native(rows: Tensor, weight: Tensor, level: int | None = None) -> Tensor:
     rows = rows.contiguous()
     y = torch.empty((len(rows), len(weight)), dtype=rows.dtype)
-    native.call("linear", rows.data_ptr(), weight.data_ptr(), *rows.shape, len(weight), y.data_ptr(), level=level)
+    native.call("linear", rows, weight, y, *rows.shape, len(weight), level=level)
     return y

@@ -20,10 +20,5 @@ def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 def _native(rows: Tensor, weight: Tensor, weight_scale: Tensor, level: int | None = None) -> Tensor:
     rows, weight, weight_scale = rows.contiguous(), weight.contiguous(), weight_scale.contiguous()
     y = torch.empty((len(rows), len(weight)), dtype=rows.dtype)
-    native.call(
-        "linear_w8a16",
-        *(rows.data_ptr(), native.ELEMENTS[rows.dtype], weight.data_ptr(), weight_scale.data_ptr()),
-        *(*rows.shape, len(weight), y.data_ptr()),
-        level=level,
-    )
+    native.call("linear_w8a16", rows, weight, weight_scale, y, *rows.shape, len(weight), level=level)
     return y

@@ -19,8 +19,5 @@ def _native(x: Tensor, cos: Tensor, sin: Tensor, level: int | None = None) -> Te
     wide = x if x.dim() == 4 else x[None]
     cosine, sine = cos.expand(wide.shape), sin.expand(wide.shape)
     y = torch.empty(x.shape, dtype=x.dtype)
-    strides = (*wide.stride()[:3], *cosine.stride()[:3], *sine.stride()[:3])
-    types = native.ELEMENTS[x.dtype], native.ELEMENTS[cos.dtype]
-    data = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr()
-    native.call("rope", *data, *types, *wide.shape, *strides, level=level)
+    native.call("rope", wide, cosine, sine, y, *wide.shape, level=level)
     return y

@@ -5,7 +5,6 @@ a piece the softmax is never divided out: the sum over rows r of group_r / (H * 
 product over heads and rows.
 """
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -61,10 +60,8 @@ def _mass_on_tiles(
     q, k, mask = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, mask))
     mask = mask.expand(batch, heads, length, length)
     mass = torch.empty_like(chosen)
-    strides = (ctypes.c_long * 9)(*q.stride()[:3], *k.stride()[:3], *mask.stride()[:3])
-    data = (q.data_ptr(), k.data_ptr(), mask.data_ptr(), chosen.data_ptr(), mass.data_ptr())
     sizes = (batch, heads, k.shape[1], length, size, groups.shape[1])
-    native.call("attention_mass_amx", *data, strides, *sizes, scale)
+    native.call("attention_mass_amx", q, k, mask, chosen, mass, *sizes, scale)
     return mass, seen_by
 
 

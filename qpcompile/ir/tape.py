@@ -146,8 +146,6 @@ class _Layers:
                 else:
                     args = fx.map_arg(node.args, known.__getitem__)
                     known[node] = node.target(*args, **fx.map_arg(node.kwargs, known.__getitem__))  # type: ignore[operator]
-        if missing := [each.symbol for each in calls if not each.on_tape]:
-            raise CannotTapeError(f"{missing[0]} has no form for a tape")
         appended = {node: caches[node.args[0]] for node in self._nodes if node.target == self._caches.append}  # type: ignore[index]
         results = [appended[node] if node in appended else known[node] for node in self._results]
         return _Step(Tape(calls), inputs, results, left - 1, list(known.values()))
@@ -196,8 +194,7 @@ class _Cache:
         batch, heads, _, width = self.room.shape
         if not token.is_contiguous() or token.shape != (batch, heads, 1, width) or token.dtype != self.room.dtype:
             raise CannotTapeError(f"a cache is given tokens {list(token.shape)} that do not lie as it does")
-        sizes = batch * heads, width * token.element_size(), self.room.shape[2], self.past.shape[2]
-        native.call("append", token.data_ptr(), self.room.data_ptr(), *sizes)
+        native.call("append", token, self.room, batch * heads, width, self.room.shape[2], self.past.shape[2])
         return self.grown(0)
 
     def grown(self, more: int) -> Tensor:
@@ -250,7 +247,7 @@ def _sum(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape or not (x.is_contiguous() and y.is_contiguous()):
         raise CannotTapeError(f"a sum of {list(x.shape)} and {list(y.shape)} has no form in C")
     total = torch.empty(x.shape, dtype=x.dtype)
-    native.call("add", x.data_ptr(), y.data_ptr(), total.data_ptr(), native.ELEMENTS[x.dtype], x.numel())
+    native.call("add", x, y, total)
     return total
 
 

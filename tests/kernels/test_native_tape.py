@@ -14,8 +14,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.library().
 
 def add(x: torch.Tensor, y: torch.Tensor, level: int | None = None) -> torch.Tensor:
     total = torch.full_like(x, torch.nan)
-    element = native.ELEMENTS[x.dtype]
-    native.call("add", x.data_ptr(), y.data_ptr(), total.data_ptr(), element, x.numel(), level=level)
+    native.call("add", x, y, total, level=level)
     return total
 
 
@@ -33,7 +32,7 @@ def test_add_is_torchs(dtype: torch.dtype, level: int) -> None:
 def test_append_goes_on_behind() -> None:
     token, room = torch.arange(12.0).view(2, 2, 1, 3), torch.zeros(2, 2, 5, 3)
     with native.noted() as calls:
-        native.call("append", token.data_ptr(), room.data_ptr(), 4, 12, 5, 1)
+        native.call("append", token, room, 4, 3, 5, 1)
     tape = Tape(calls)
     for step in (1, 2):
         token += 100

@@ -1,0 +1,150 @@
+"""A call that is in order of every function of the library, by the names of its arguments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qpcompile.kernels import native
+from qpcompile.kernels.native_cells import SIGNATURES
+
+Arguments = dict[str, Any]
+AMX_AWAY = frozenset(native.AMX) if not native.library().amx else frozenset[str]()
+
+
+def _i8(*sizes: int) -> torch.Tensor:
+    return torch.randint(-8, 8, sizes, dtype=torch.int8)
+
+
+def _u8(*sizes: int) -> torch.Tensor:
+    return torch.randint(0, 256, sizes, dtype=torch.uint8)
+
+
+def _bf16(*sizes: int) -> torch.Tensor:
+    return torch.randn(sizes).bfloat16()
+
+
+def linear_w4a4() -> Arguments:
+    return {
+        **{"q": _i8(3, 64), "scale": torch.rand(3, 2), "weight": _u8(5, 32), "weight_scale": torch.rand(5, 1)},
+        **{"bias": torch.rand(5), "y": torch.zeros(3, 5)},
+        **{"tokens": 3, "columns": 64, "features": 5, "scale_groups": 2, "weight_groups": 1},
+    }
+
+
+def linear_w4a4_amx() -> Arguments:
+    return {
+        **{"q": _i8(3, 64), "scale": torch.rand(3, 1), "weight": _u8(5, 32), "weight_scale": torch.rand(5, 1)},
+        **{"bias": torch.rand(5), "residual": torch.rand(3, 5), "y": torch.zeros(3, 5)},
+        **{"tokens": 3, "columns": 64, "features": 5},
+    }
+
+
+def unpack_int4() -> Arguments:
+    return {"weight": _u8(5, 17), "codes": _i8(5, 33), "features": 5, "columns": 33}
+
+
+def scale_int32() -> Arguments:
+    sums = torch.randint(-99, 99, (3, 5), dtype=torch.int32)
+    scales = {"scale": torch.rand(3, 1), "weight_scale": torch.rand(5, 1), "bias": _bf16(5)}
+    return {"sums": sums, **scales, "y": _bf16(3, 5), "tokens": 3, "features": 5}
+
+
+def linear() -> Arguments:
+    return {"x": _bf16(3, 40), "weight": _bf16(5, 40), "y": _bf16(3, 5), "tokens": 3, "columns": 40, "features": 5}
+
+
+def linear_w8a16() -> Arguments:
+    tensors = {"x": torch.randn(3, 40), "weight": _i8(5, 40), "weight_scale": torch.rand(5, 1), "y": torch.zeros(3, 5)}
+    return {**tensors, "tokens": 3, "columns": 40, "features": 5}
+
+
+def kv4_write() -> Arguments:
+    made = {"codes": _u8(2, 3, 4, 5), "affine": torch.zeros(2, 3, 4, 2)}
+    return {"x": torch.randn(2, 4, 3, 9).transpose(1, 2), **made, "batch": 2, "heads": 3, "tokens": 4, "size": 9}
+
+
+def rope() -> Arguments:
+    tables = {"cos": torch.randn(2, 3, 4, 8), "sin": torch.randn(2, 3, 4, 8)}
+    made = {"x": torch.randn(2, 3, 4, 8), **tables, "y": torch.zeros(2, 3, 4, 8)}
+    return {**made, "batch": 2, "heads": 3, "tokens": 4, "size": 8}
+
+
+def attention_kv4() -> Arguments:
+    cache = {"k_codes": _u8(2, 2, 7, 4), "k_affine": torch.rand(2, 2, 7, 2)}
+    cache |= {"v_codes": _u8(2, 2, 7, 4), "v_affine": torch.rand(2, 2, 7, 2)}
+    tensors = {"q": torch.randn(2, 4, 1, 8), **cache, "mask": torch.ones(2, 4, 1, 7, dtype=torch.bool)}
+    sizes = {"batch": 2, "heads": 4, "groups": 2, "rows": 1, "keys": 7, "room": 7, "size": 8}
+    return {**tensors, "y": torch.zeros(2, 1, 4, 8), **sizes, "scale": 0.5}
+
+
+def attention_amx() -> Arguments:
+    tensors = {"q": _bf16(2, 4, 40, 8), "k": _bf16(2, 2, 36, 8), "v": _bf16(2, 2, 36, 8)}
+    tensors |= {"mask": torch.ones(2, 4, 40, 36, dtype=torch.bool), "y": _bf16(2, 4, 40, 8)}
+    return {**tensors, "batch": 2, "heads": 4, "groups": 2, "queries": 40, "keys": 36, "size": 8, "scale": 0.5}
+
+
+def attention_mass_amx() -> Arguments:
+    tensors = {"q": _bf16(2, 4, 40, 8), "k": _bf16(2, 2, 40, 8), "mask": torch.ones(2, 4, 40, 40, dtype=torch.bool)}
+    tensors |= {"groups": torch.rand(2, 3, 40), "mass": torch.zeros(2, 3, 40)}
+    return {**tensors, "batch": 2, "heads": 4, "key_heads": 2, "tokens": 40, "size": 8, "group_count": 3, "scale": 0.5}
+
+
+def change_tiles_amx() -> Arguments:
+    tiles = torch.zeros(2 * (16 * 32 + 32 * 32), dtype=torch.bfloat16)
+    return {"left": torch.rand(4, 4), "right": torch.rand(6, 6), "tiles": tiles, "left_size": 4, "right_size": 6}
+
+
+def rows() -> Arguments:
+    tensors = {"x": torch.randn(3, 24), "second": torch.randn(3, 24), "q": _i8(3, 24), "scale": torch.rand(3, 2)}
+    return {**tensors, "y": None, "rows": 3, **_plan(kind=3)}
+
+
+def norm_rows() -> Arguments:
+    plan = _plan(kind=2) | {"weight": torch.rand(24), "bias": torch.rand(24), "group_size": 0}
+    return {
+        "x": torch.randn(3, 24),
+        "second": None,
+        "q": None,
+        "scale": None,
+        "y": torch.rand(3, 24),
+        "rows": 3,
+        **plan,
+    }
+
+
+def gates() -> Arguments:
+    return {"made": torch.zeros(65536), **_plan(kind=4)}
+
+
+def add() -> Arguments:
+    return {"x": torch.randn(3, 5), "y": torch.randn(3, 5), "sum": torch.zeros(3, 5)}
+
+
+def append() -> Arguments:
+    return {"token": _u8(2, 2, 1, 3), "room": _u8(2, 2, 5, 3), "heads": 4, "size": 3, "tokens": 5, "at": 2}
+
+
+def _plan(kind: int) -> Arguments:
+    tensors = {"weight": None, "bias": None, "transform_scale": torch.rand(24), "left": torch.rand(4, 4)}
+    tensors |= {"right": torch.rand(6, 6), "shift": torch.rand(24), "tiles": None, "gates": None}
+    sizes = {"channels": 24, "group_size": 12, "left_size": 4, "right_size": 6}
+    return {**tensors, **sizes, "kind": kind, "element": 0, "rounded": 0, "constant": 1e-5, "clip_ratio": 0.9}
+
+
+CALLS: dict[str, tuple[str, Callable[[], Arguments]]] = {
+    **{name: (name, globals()[name]) for name in SIGNATURES if name not in ("rows", "gates", "attention_kv4")},
+    **{f"rows_{real}": (f"rows_{real}", rows) for real in ("f64", "f32")},
+    **{f"norm_rows_{real}": (f"rows_{real}", norm_rows) for real in ("f64", "f32")},
+    **{f"attention_kv4_{real}": (f"attention_kv4_{real}", attention_kv4) for real in ("f64", "f32")},
+    "gates_f32": ("gates_f32", gates),
+}
+"""By a name of the case: the function, and what makes its arguments."""
+HERE = [case for case, (symbol, _) in CALLS.items() if symbol not in AMX_AWAY]
+"""The cases that this processor can run."""
+
+
+def make(symbol: str, arguments: Arguments, level: int | None = None) -> None:
+    """Call a function with arguments in any order."""
+    signature = SIGNATURES[native.name_of(symbol)]
+    native.call(symbol, *(arguments[name] for name, _ in signature), level=level)
