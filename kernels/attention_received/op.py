@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from qpcompile.errors import KernelError
 from qpcompile.kernels.attention_received import pieces
+from qpcompile.kernels.attention_received.rule import RULE
 
 WHERE = "qpcompile::attention_received"
 
@@ -15,29 +15,13 @@ def attention_received(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: f
 
     class_token: score by the attention of token 0 of each row, else by that of all tokens of the segment.
     """
-    _check(q, k, cu_seqlens, class_token)
+    RULE.check(q, k, cu_seqlens, scale, class_token)
     return pieces.attention_received(q, k, cu_seqlens, scale, class_token)
 
 
 @attention_received.register_fake
 def _(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: float, class_token: bool) -> Tensor:
-    _check(q, k, cu_seqlens, class_token)
-    return q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32)
-
-
-def _check(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, class_token: bool) -> None:
-    if q.dim() != 4 or k.dim() != 4 or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise KernelError(
-            f"queries {list(q.shape)} and keys {list(k.shape)} do not attend to each other",
-            where=WHERE,
-            do="give [rows, heads, tokens, head size] with query heads a multiple of the key heads",
-        )
-    if cu_seqlens is not None and (class_token or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
-        raise KernelError(
-            f"segments are {cu_seqlens.dtype} with {cu_seqlens.dim()} dimensions, class token {class_token}",
-            where=WHERE,
-            do="give cumulative lengths i[segments + 1] of a packed row, which has no class token",
-        )
+    return RULE.fake(q, k, cu_seqlens, scale, class_token)
 
 
 OVERLOAD = torch.ops.qpcompile.attention_received.default

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from qpcompile.errors import KernelError
 from qpcompile.kernels.dpp_select import reference
+from qpcompile.kernels.dpp_select.rule import RULE
 
 WHERE = "qpcompile::dpp_select"
 
@@ -15,8 +15,7 @@ def dpp_select(features: Tensor, relevance: Tensor, counted: Tensor, budget: Ten
 
     O(S C T + S T^2) time and O(S T) memory for T = max budget on a CPU; O(S^2) memory on a GPU.
     """
-    check_choice(WHERE, features, counted, budget)
-    _check_relevance(relevance, counted)
+    RULE.check(features, relevance, counted, budget)
     return reference.dpp_select(features, relevance, counted, budget)
 
 
@@ -24,37 +23,13 @@ def dpp_select(features: Tensor, relevance: Tensor, counted: Tensor, budget: Ten
 def _(features: Tensor, relevance: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
     from qpcompile.kernels.dpp_select import triton
 
-    check_choice(WHERE, features, counted, budget)
-    _check_relevance(relevance, counted)
+    RULE.check(features, relevance, counted, budget)
     return triton.dpp_select(features, relevance, counted, budget)
 
 
 @dpp_select.register_fake
 def _(features: Tensor, relevance: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
-    check_choice(WHERE, features, counted, budget)
-    _check_relevance(relevance, counted)
-    return features.new_empty(counted.shape, dtype=torch.float32)
+    return RULE.fake(features, relevance, counted, budget)
 
 
-def check_choice(where: str, features: Tensor, counted: Tensor, budget: Tensor) -> None:
-    """Raise KernelError unless these are f[B, S, C], bool[B, S] and i64[B]."""
-    ranks = (features.dim(), counted.dim(), budget.dim())
-    if ranks != (3, 2, 1) or not features.is_floating_point() or (counted.dtype, budget.dtype) != _TYPES:
-        raise KernelError(
-            f"features {features.dtype}, counted {counted.dtype} and budget {budget.dtype} have {ranks} dimensions",
-            where=where,
-            do="give features f[batch, tokens, width], counted bool[batch, tokens] and budget i64[batch]",
-        )
-
-
-def _check_relevance(relevance: Tensor, counted: Tensor) -> None:
-    if relevance.dtype != torch.float32 or relevance.dim() != counted.dim():
-        raise KernelError(
-            f"relevance is {relevance.dtype} with {relevance.dim()} dimensions",
-            where=WHERE,
-            do="give relevance f32[batch, tokens]",
-        )
-
-
-_TYPES = (torch.bool, torch.int64)
 OVERLOAD = torch.ops.qpcompile.dpp_select.default

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.dpp_select.op import check_choice
 from qpcompile.kernels.farthest_tokens import reference
+from qpcompile.kernels.farthest_tokens.rule import RULE
 
 WHERE = "qpcompile::farthest_tokens"
 
@@ -15,14 +15,13 @@ def farthest_tokens(features: Tensor, counted: Tensor, budget: Tensor) -> Tensor
 
     Plain torch on every device.
     """
-    check_choice(WHERE, features, counted, budget)
+    RULE.check(features, counted, budget)
     return reference.farthest_tokens(features, counted, budget)
 
 
 @farthest_tokens.register_fake
 def _(features: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
-    check_choice(WHERE, features, counted, budget)
-    return features.new_empty(counted.shape, dtype=torch.float32)
+    return RULE.fake(features, counted, budget)
 
 
 OVERLOAD = torch.ops.qpcompile.farthest_tokens.default

@@ -6,22 +6,25 @@ import torch
 from torch import Tensor
 
 from qpcompile.kernels.hadamard import cpu, reference
+from qpcompile.kernels.hadamard.rule import RULE
 
 
 @torch.library.custom_op("qpcompile::hadamard", mutates_args=(), device_types="cpu")
 def hadamard(x: Tensor, scale: Tensor | None) -> Tensor:
     """x: f[..., C], scale: f32[C] -> x.dtype[..., C]."""
+    RULE.check(x, scale)
     return cpu.hadamard(x, scale)
 
 
 @hadamard.register_kernel("cuda")
 def _hadamard_cuda(x: Tensor, scale: Tensor | None) -> Tensor:
+    RULE.check(x, scale)
     return hadamard_cuda(x, scale)
 
 
 @hadamard.register_fake
 def _hadamard_fake(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
+    return RULE.fake(x, scale)
 
 
 def hadamard_cuda(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.kernels.layernorm_quantize import cpu
-from qpcompile.kernels.quantize_int4.op import fake_quantized
+from qpcompile.kernels.layernorm_quantize.rule import RULE
 
 
 @torch.library.custom_op("qpcompile::layernorm_quantize", mutates_args=(), device_types="cpu")
@@ -19,6 +19,7 @@ def layernorm_quantize(
     clip_ratio: float,
 ) -> tuple[Tensor, Tensor]:
     """x: f[..., C], weight, bias: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    RULE.check(x, weight, bias, eps, transform_scale, rotate, group_size, clip_ratio)
     return cpu.layernorm_quantize(x, weight, bias, eps, transform_scale, rotate, group_size, clip_ratio)
 
 
@@ -35,6 +36,7 @@ def _layernorm_quantize_cuda(
 ) -> tuple[Tensor, Tensor]:
     from qpcompile.kernels.layernorm_quantize import triton
 
+    RULE.check(x, weight, bias, eps, transform_scale, rotate, group_size, clip_ratio)
     return triton.layernorm_quantize(x, weight, bias, eps, transform_scale, rotate, group_size, clip_ratio)
 
 
@@ -49,7 +51,7 @@ def _layernorm_quantize_fake(
     group_size: int,
     clip_ratio: float,
 ) -> tuple[Tensor, Tensor]:
-    return fake_quantized(x, group_size)
+    return RULE.fake(x, weight, bias, eps, transform_scale, rotate, group_size, clip_ratio)
 
 
 OVERLOAD = torch.ops.qpcompile.layernorm_quantize.default

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.linear_w4a4.reference import check_linear
 from qpcompile.kernels.linear_w4a16 import reference
+from qpcompile.kernels.linear_w4a16.rule import RULE
 
 
 @torch.library.custom_op("qpcompile::linear_w4a16", mutates_args=(), device_types="cpu")
 def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """x: f[..., K], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw], bias: f[N] -> x.dtype[..., N]."""
-    check_linear(x.shape[-1], 1, weight, weight_scale, bias)
+    RULE.check(x, weight, weight_scale, bias)
     return reference.linear_w4a16(x, weight, weight_scale, bias)
 
 
@@ -18,7 +18,7 @@ def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 def _linear_w4a16_cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     from qpcompile.kernels.linear_w4a16 import triton
 
-    check_linear(x.shape[-1], 1, weight, weight_scale, bias)
+    RULE.check(x, weight, weight_scale, bias)
     if triton.takes(x, weight_scale):
         return triton.linear_w4a16(x, weight, weight_scale, bias)
     # The product runs in the type of x, on its tensor cores; they sum in float32.
@@ -28,8 +28,7 @@ def _linear_w4a16_cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
 
 @linear_w4a16.register_fake
 def _linear_w4a16_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    check_linear(x.shape[-1], 1, weight, weight_scale, bias)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return RULE.fake(x, weight, weight_scale, bias)
 
 
 OVERLOAD = torch.ops.qpcompile.linear_w4a16.default

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.kernels.linear_w4a4 import cpu
-from qpcompile.kernels.linear_w4a4.reference import check_linear, check_residual
+from qpcompile.kernels.linear_w4a4.rule import RULE
 
 
 @torch.library.custom_op("qpcompile::linear_w4a4", mutates_args=(), device_types="cpu")
@@ -21,8 +21,7 @@ def linear_w4a4(
 
     residual: dtype[..., N], added to the rounded y; only graphs that are bound to a device have one (bind_residual.py).
     """
-    check_linear(q.shape[-1], scale.shape[-1], weight, weight_scale, bias)
-    check_residual(residual, [*q.shape[:-1], weight.shape[0]], dtype)
+    RULE.check(q, scale, weight, weight_scale, bias, dtype, residual)
     return cpu.linear_w4a4(q, scale, weight, weight_scale, bias, dtype, residual)
 
 
@@ -38,8 +37,7 @@ def _linear_w4a4_cuda(
 ) -> Tensor:
     from qpcompile.kernels.linear_w4a4 import triton
 
-    check_linear(q.shape[-1], scale.shape[-1], weight, weight_scale, bias)
-    check_residual(residual, [*q.shape[:-1], weight.shape[0]], dtype)
+    RULE.check(q, scale, weight, weight_scale, bias, dtype, residual)
     return triton.linear_w4a4(q, scale, weight, weight_scale, bias, dtype, residual=residual)
 
 
@@ -53,9 +51,7 @@ def _linear_w4a4_fake(
     dtype: torch.dtype,
     residual: Tensor | None = None,
 ) -> Tensor:
-    check_linear(q.shape[-1], scale.shape[-1], weight, weight_scale, bias)
-    check_residual(residual, [*q.shape[:-1], weight.shape[0]], dtype)
-    return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
+    return RULE.fake(q, scale, weight, weight_scale, bias, dtype, residual)
 
 
 OVERLOAD = torch.ops.qpcompile.linear_w4a4.default

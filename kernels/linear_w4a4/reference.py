@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qpcompile.errors import KernelError
-from qpcompile.kernels.linear_w4a4.packing import packed_width, unpack_int4
+from qpcompile.kernels.linear_w4a4.packing import unpack_int4
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,34 +60,3 @@ def linear_codes(
 def _scaled(exact: Tensor, row_scale: Tensor, weight_scale: Tensor) -> Tensor:
     """exact: i32[T, N], row_scale: f32[T, 1], weight_scale: f32[N, 1] -> f32[T, N]."""
     return exact.float().mul_(row_scale).mul_(weight_scale.T)
-
-
-def check_linear(in_features: int, groups: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    """Refuse operands that do not belong together; K = in_features and G = groups are those of the activations."""
-    out_features, weight_groups = weight_scale.shape
-    if weight.dtype != torch.uint8 or weight.shape != (out_features, packed_width(in_features)):
-        problem = f"the packed weight is not u8[{out_features}, {packed_width(in_features)}]"
-    elif min(groups, weight_groups) != 1 and groups != weight_groups:
-        problem = "activations and weights have different groups"
-    elif in_features % max(groups, weight_groups):
-        problem = "the groups do not divide the channels"
-    elif bias is not None and bias.shape != (out_features,):
-        problem = f"the bias is not [{out_features}] but {list(bias.shape)}"
-    else:
-        return
-    raise KernelError(
-        f"{problem}: activations of {in_features} channels with {groups} scales, weight {weight.dtype} "
-        f"{list(weight.shape)}, weight scales {list(weight_scale.shape)}",
-        where="a linear operator on 4-bit weights",
-        do="pack the weight with pack_int4 and give weight_scale as f32[N, Gw]",
-    )
-
-
-def check_residual(residual: Tensor | None, shape: list[int], dtype: torch.dtype) -> None:
-    """Refuse a residual that is not dtype[shape], as what it is added to."""
-    if residual is not None and (list(residual.shape) != shape or residual.dtype != dtype):
-        raise KernelError(
-            f"the residual is {residual.dtype} {list(residual.shape)}, but what it is added to is {dtype} {shape}",
-            where="a linear operator on 4-bit weights",
-            do="give the residual the type and the sizes of the result",
-        )

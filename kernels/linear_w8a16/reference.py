@@ -10,8 +10,6 @@ arXiv 2208.07339.
 import torch
 from torch import Tensor
 
-from qpcompile.errors import KernelError
-
 LEVELS = 127.0
 CHUNK = 1024
 """Output channels that are made float32 at a time: the weight of a head is large."""
@@ -39,22 +37,3 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         step[step == 0] = 1.0
         codes[part], scale[part] = torch.round(wide / step), step
     return codes, scale
-
-
-def check_linear(in_features: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    """Refuse operands that do not belong together; K = in_features is that of the activations."""
-    out_features = len(weight_scale)
-    if weight.dtype != torch.int8 or weight.shape != (out_features, in_features):
-        problem = f"the weight is not i8[{out_features}, {in_features}]"
-    elif weight_scale.shape != (out_features, 1):
-        problem = f"the scales are not [{out_features}, 1]"
-    elif bias is not None and bias.shape != (out_features,):
-        problem = f"the bias is not [{out_features}] but {list(bias.shape)}"
-    else:
-        return
-    raise KernelError(
-        f"{problem}: activations of {in_features} channels, weight {weight.dtype} {list(weight.shape)}, "
-        f"weight scales {list(weight_scale.shape)}",
-        where="a linear operator on 8-bit weights",
-        do="give weight and weight_scale as quantize_rows makes them",
-    )

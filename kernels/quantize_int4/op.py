@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from qpcompile.kernels.quantize_int4 import cpu
-from qpcompile.kernels.quantize_int4.reference import group_count
+from qpcompile.kernels.quantize_int4.rule import RULE
 
 
 @torch.library.custom_op("qpcompile::quantize_int4", mutates_args=(), device_types="cpu")
 def quantize_int4(x: Tensor, group_size: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
     """x: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
+    RULE.check(x, group_size, clip_ratio)
     return cpu.quantize_int4(x, group_size, clip_ratio)
 
 
@@ -17,19 +18,13 @@ def quantize_int4(x: Tensor, group_size: int, clip_ratio: float) -> tuple[Tensor
 def _quantize_int4_cuda(x: Tensor, group_size: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
     from qpcompile.kernels.quantize_int4 import triton
 
+    RULE.check(x, group_size, clip_ratio)
     return triton.quantize_int4(x, group_size, clip_ratio)
 
 
 @quantize_int4.register_fake
 def _quantize_int4_fake(x: Tensor, group_size: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
-    return fake_quantized(x, group_size)
-
-
-def fake_quantized(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Empty codes and scales of the right shapes for `x`, which may have symbolic dimensions."""
-    codes = x.new_empty(x.shape, dtype=torch.int8)
-    scale = x.new_empty((*x.shape[:-1], group_count(x.shape[-1], group_size)), dtype=torch.float32)
-    return codes, scale
+    return RULE.fake(x, group_size, clip_ratio)
 
 
 OVERLOAD = torch.ops.qpcompile.quantize_int4.default

@@ -10,22 +10,10 @@ Source: MQuant, modality-specific static quantization, section 3.2, arXiv 2502.0
 import torch
 from torch import Tensor
 
-from qpcompile.errors import KernelError
 from qpcompile.kernels.quantize_int4.reference import HIGHEST, LOWEST
 
 
 def quantize_int4_static(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x: f[..., C], scale: f32[1] or f32[..., 1] -> q: i8[..., C], scale: f32[..., 1], one per token."""
-    check_scale(x, scale)
     codes = torch.clamp(torch.round(x.float() / scale), LOWEST, HIGHEST).to(torch.int8)
     return codes, scale.expand(*x.shape[:-1], 1).contiguous().clone()
-
-
-def check_scale(x: Tensor, scale: Tensor) -> None:
-    """Refuse a scale that is neither one for all tokens nor one per token."""
-    if scale.dtype != torch.float32 or (scale.shape != (1,) and scale.shape != (*x.shape[:-1], 1)):
-        raise KernelError(
-            f"a static scale of {scale.dtype} {list(scale.shape)} does not fit activations {list(x.shape)}",
-            where="qpcompile::quantize_int4_static",
-            do="give f32[1], or f32 of the activations' shape with 1 for the channels",
-        )

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.quantize_int4.op import fake_quantized
 from qpcompile.kernels.rmsnorm_quantize import cpu
+from qpcompile.kernels.rmsnorm_quantize.rule import RULE
 
 
 @torch.library.custom_op("qpcompile::rmsnorm_quantize", mutates_args=(), device_types="cpu")
@@ -18,6 +18,7 @@ def rmsnorm_quantize(
     clip_ratio: float,
 ) -> tuple[Tensor, Tensor]:
     """x: f[..., C], weight: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    RULE.check(x, weight, eps, transform_scale, rotate, group_size, clip_ratio)
     return cpu.rmsnorm_quantize(x, weight, eps, transform_scale, rotate, group_size, clip_ratio)
 
 
@@ -33,6 +34,7 @@ def _rmsnorm_quantize_cuda(
 ) -> tuple[Tensor, Tensor]:
     from qpcompile.kernels.rmsnorm_quantize import triton
 
+    RULE.check(x, weight, eps, transform_scale, rotate, group_size, clip_ratio)
     return triton.norm_quantize(x, weight, None, eps, transform_scale, rotate, group_size, clip_ratio)
 
 
@@ -46,7 +48,7 @@ def _rmsnorm_quantize_fake(
     group_size: int,
     clip_ratio: float,
 ) -> tuple[Tensor, Tensor]:
-    return fake_quantized(x, group_size)
+    return RULE.fake(x, weight, eps, transform_scale, rotate, group_size, clip_ratio)
 
 
 OVERLOAD = torch.ops.qpcompile.rmsnorm_quantize.default

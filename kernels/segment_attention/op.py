@@ -5,6 +5,7 @@ from torch import Tensor
 
 from qpcompile.errors import KernelError
 from qpcompile.kernels.segment_attention import blocks
+from qpcompile.kernels.segment_attention.rule import RULE
 
 WHERE = "qpcompile::segment_attention"
 
@@ -15,7 +16,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale
 
     On a GPU the lengths are copied to the host, as the models' own loop over segments does.
     """
-    _check(q, k, v, cu_seqlens)
+    RULE.check(q, k, v, cu_seqlens, scale)
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[2] or bool((cu_seqlens.diff() < 0).any()):
         raise KernelError(
             f"segments {cu_seqlens.tolist()[:8]}... do not cover {q.shape[2]} tokens in order",
@@ -27,23 +28,8 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale
 
 @segment_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    _check(q, k, v, cu_seqlens)
+    RULE.check(q, k, v, cu_seqlens, scale)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or q.shape[0] != 1 or q.shape[1] % k.shape[1]:
-        raise KernelError(
-            f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)} are no packed sequence",
-            where=WHERE,
-            do="give [1, heads, tokens, head size] with query heads a multiple of the key heads",
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise KernelError(
-            f"segments are {cu_seqlens.dtype} with {cu_seqlens.dim()} dimensions",
-            where=WHERE,
-            do="give cumulative lengths as i32 or i64 [segments + 1]",
-        )
 
 
 OVERLOAD = torch.ops.qpcompile.segment_attention.default

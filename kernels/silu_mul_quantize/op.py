@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.quantize_int4.op import fake_quantized
 from qpcompile.kernels.silu_mul_quantize import cpu
+from qpcompile.kernels.silu_mul_quantize.rule import RULE
 
 
 @torch.library.custom_op("qpcompile::silu_mul_quantize", mutates_args=(), device_types="cpu")
@@ -12,6 +12,7 @@ def silu_mul_quantize(
     gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
 ) -> tuple[Tensor, Tensor]:
     """gate, up: f[..., C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    RULE.check(gate, up, transform_scale, rotate, group_size, clip_ratio)
     return cpu.silu_mul_quantize(gate, up, transform_scale, rotate, group_size, clip_ratio)
 
 
@@ -21,6 +22,7 @@ def _silu_mul_quantize_cuda(
 ) -> tuple[Tensor, Tensor]:
     from qpcompile.kernels.silu_mul_quantize import triton
 
+    RULE.check(gate, up, transform_scale, rotate, group_size, clip_ratio)
     return triton.silu_mul_quantize(gate, up, transform_scale, rotate, group_size, clip_ratio)
 
 
@@ -28,7 +30,7 @@ def _silu_mul_quantize_cuda(
 def _silu_mul_quantize_fake(
     gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
 ) -> tuple[Tensor, Tensor]:
-    return fake_quantized(gate, group_size)
+    return RULE.fake(gate, up, transform_scale, rotate, group_size, clip_ratio)
 
 
 OVERLOAD = torch.ops.qpcompile.silu_mul_quantize.default

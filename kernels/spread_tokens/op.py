@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from qpcompile.errors import KernelError
 from qpcompile.kernels.spread_tokens import reference
+from qpcompile.kernels.spread_tokens.rule import RULE
 
 WHERE = "qpcompile::spread_tokens"
 
@@ -15,27 +15,13 @@ def spread_tokens(scores: Tensor, counted: Tensor, budget: Tensor, share: float)
 
     2 for the best, 1 for the spread ones, 0 for the rest. Plain torch on every device.
     """
-    _check(scores, counted, budget, share)
+    RULE.check(scores, counted, budget, share)
     return reference.spread_tokens(scores, counted, budget, share)
 
 
 @spread_tokens.register_fake
 def _(scores: Tensor, counted: Tensor, budget: Tensor, share: float) -> Tensor:
-    _check(scores, counted, budget, share)
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
-
-
-def _check(scores: Tensor, counted: Tensor, budget: Tensor, share: float) -> None:
-    kinds = (scores.dtype, counted.dtype, budget.dtype)
-    if kinds != (torch.float32, torch.bool, torch.int64) or (scores.dim(), counted.dim(), budget.dim()) != (2, 2, 1):
-        raise KernelError(
-            f"scores {scores.dtype} with {scores.dim()} dimensions, counted {counted.dtype} with {counted.dim()}, "
-            f"budget {budget.dtype} with {budget.dim()}",
-            where=WHERE,
-            do="give scores f32[batch, tokens], counted bool[batch, tokens] and budget i64[batch]",
-        )
-    if not 0 <= share <= 1:
-        raise KernelError(f"a share of {share}", where=WHERE, do="give a number from 0 to 1")
+    return RULE.fake(scores, counted, budget, share)
 
 
 OVERLOAD = torch.ops.qpcompile.spread_tokens.default

@@ -1,0 +1,16 @@
+"""What `qpcompile::fuse_risk` may be given."""
+
+from qpcompile.kernels.rules import FLAG, Rule, number
+
+RULE = Rule(
+    "qpcompile::fuse_risk",
+    {
+        "scores": "f32[B, S]",
+        "risk": "f32[B, S]",
+        "counted": "bool[B, S]",
+        "alpha": number(0, 1),
+        "dynamic": FLAG,
+        "minmax": FLAG,
+    },
+    gives=("f32[B, S]",),
+)

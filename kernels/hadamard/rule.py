@@ -1,0 +1,13 @@
+"""What `qpcompile::hadamard` may be given."""
+
+from qpcompile.kernels.rules import Rule
+
+RULE = Rule(
+    "qpcompile::hadamard",
+    {
+        "x": "f[..., C]",
+        "scale": "f32[C]?",
+    },
+    gives=("=x[..., C]",),
+    empty="...",
+)

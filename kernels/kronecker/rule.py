@@ -1,0 +1,15 @@
+"""What `qpcompile::kronecker` may be given."""
+
+from qpcompile.kernels.rules import Rule
+
+RULE = Rule(
+    "qpcompile::kronecker",
+    {
+        "x": "f[..., A*c]",
+        "scale": "f32[A*c]?",
+        "left": "f32[A, A]",
+        "right": "f32[c, c]",
+    },
+    gives=("=x[..., A*c]",),
+    empty="...",
+)

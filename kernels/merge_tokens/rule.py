@@ -1,0 +1,16 @@
+"""What `qpcompile::merge_tokens` may be given."""
+
+from qpcompile.kernels.rules import Rule, count
+
+RULE = Rule(
+    "qpcompile::merge_tokens",
+    {
+        "hidden": "f[B, S, C]",
+        "keys": "f[B, S, K]",
+        "weights": "f32[B, S]",
+        "targets": "bool[B, S]",
+        "sources": "bool[B, S]",
+        "nearest": count(),
+    },
+    gives=("=hidden[B, S, C]",),
+)

@@ -1,0 +1,16 @@
+"""What `qpcompile::quantize_int4_static` may be given."""
+
+from qpcompile.kernels.rules import Rule
+
+RULE = Rule(
+    "qpcompile::quantize_int4_static",
+    {
+        "x": "f[..., C]",
+        "scale": ("f32[1]", "f32[..., 1]"),
+    },
+    gives=(
+        "i8[..., C]",
+        "f32[..., 1]",
+    ),
+    empty="...",
+)

@@ -1,0 +1,14 @@
+"""What `qpcompile::rmsnorm` may be given."""
+
+from qpcompile.kernels.rules import Rule, number
+
+RULE = Rule(
+    "qpcompile::rmsnorm",
+    {
+        "x": "f[..., C]",
+        "weight": "f[C]",
+        "eps": number(0),
+    },
+    gives=("=x+weight[..., C]",),
+    empty="...",
+)

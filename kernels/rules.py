@@ -1,0 +1,295 @@
+"""What an operator may be given, declared once per operator (kernels/<op>/rule.py) and checked wherever it is called.
+
+    RULE = Rule(
+        "qpcompile::linear_w8a16",
+        {"x": "f[..., K]", "weight": "i8[N, K]", "weight_scale": "f32[N, 1]", "bias": "f[N]?"},
+        gives=("=x[..., N]",),
+        empty="...",
+    )
+
+The operands stand in the order of the operator's arguments. A tensor is its types, its sizes, and `?` where it may be
+None; several forms of one operand are a tuple:
+
+    types   f (f16, bf16, f32, f64), i (i32, i64), f32, u8, ..., several with |; =name for the type of that operand
+    sizes   a number; a name, which is one number wherever it stands; N|1; ceil(K/2); A*c; groups(C, group_size)
+    ...     leading sizes, the same wherever they stand; ~... sizes that broadcast to them
+
+Any other operand is a `Scalar`. A named size is at least 1 unless `empty` names it: no rows in, no rows out.
+
+One rule serves real tensors (operators), fake ones (while a graph is traced or edited) and whole graphs. Symbolic sizes
+are compared by their example values, so that no guard is added; one without an example fits everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpcompile.errors import KernelError
+from qpcompile.kernels.rule_text import FLOATS, NAMES, Form, Size, read_form
+
+Sizes = dict[str, Any]
+"""Named sizes, whole numbers by operand, types by operand, and the leading sizes as a tuple called `...`."""
+Waiting = list[tuple[str, Tensor, Size, Any]]
+"""Sizes that can be compared when all named ones are known: operand, its tensor, what it must be, what it is."""
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """An operand that is no tensor: what it must be, in words, and whether a value is that."""
+
+    text: str
+    accepts: Callable[[Any], bool]
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Scalar:
+    """A finite number from `low` (or above it) to `high`."""
+    words = ["a finite number"]
+    words += [f"{'above' if above else 'from'} {low:g}"] * (low > -math.inf) + [f"up to {high:g}"] * (high < math.inf)
+
+    def accepts(value: Any) -> bool:
+        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return finite and low <= value <= high and not (above and value == low)
+
+    return Scalar(" ".join(words), accepts)
+
+
+def count(least: int = 0) -> Scalar:
+    """A whole number of at least `least`; a symbolic one is judged by its example value."""
+
+    def accepts(value: Any) -> bool:
+        whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+        return whole and ((known := example(value)) is None or known >= least)
+
+    return Scalar(f"a whole number of at least {least}", accepts)
+
+
+def one_of(*values: Any) -> Scalar:
+    """One of these values."""
+    return Scalar(f"one of {', '.join(map(repr, values))}", lambda value: value in values)
+
+
+def numbers(length: int) -> Scalar:
+    """So many finite numbers."""
+    single = number()
+
+    def accepts(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and len(value) == length and all(map(single.accepts, value))
+
+    return Scalar(f"{length} finite numbers", accepts)
+
+
+FLAG = Scalar("True or False", lambda value: isinstance(value, bool))
+FLOAT_TYPE = Scalar("one of f16, bf16, f32, f64", lambda value: value in FLOATS)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What must hold between values by name (see `Sizes`), in words; `operand` is the one to blame.
+
+    It is not asked where one of `names` is missing: an operand was left out, or a size has no example value.
+    """
+
+    operand: str
+    text: str
+    names: tuple[str, ...]
+    holds: Callable[..., bool]
+
+
+def multiple(operand: str, large: str, small: str) -> Relation:
+    """One named size is a multiple of another."""
+    return Relation(operand, f"{large} must be a multiple of {small}", (large, small), lambda of, by: of % by == 0)
+
+
+def grouped(channels: str) -> Relation:
+    """`group_size` divides the channels, or is 0 for one group of them all."""
+    return Relation(
+        "group_size",
+        f"group_size must be 0 or divide {channels}",
+        (channels, "group_size"),
+        lambda size, group: group == 0 or size % group == 0,
+    )
+
+
+class Rule:
+    """The operands of the operator `name` (`qpcompile::rope`) and its results; see the top of this file."""
+
+    def __init__(
+        self,
+        name: str,
+        operands: Mapping[str, str | tuple[str, ...] | Scalar],
+        *,
+        relations: Sequence[Relation] = (),
+        gives: Sequence[str] = (),
+        empty: str = "",
+    ) -> None:
+        self.name = name
+        self.names = tuple(operands)
+        self.relations = tuple(relations)
+        self.gives = tuple(map(read_form, gives))
+        self.empty = frozenset(empty.split())
+        self.scalars: list[tuple[int, str, Scalar]] = []
+        self.tensors: list[tuple[int, str, tuple[Form, ...]]] = []
+        for place, (key, written) in enumerate(operands.items()):
+            if isinstance(written, Scalar):
+                self.scalars.append((place, key, written))
+            else:
+                forms = (written,) if isinstance(written, str) else written
+                self.tensors.append((place, key, tuple(map(read_form, forms))))
+
+    @property
+    def signature(self) -> str:
+        """All operands on one line, in order."""
+        parts = {key: each.text for _, key, each in self.scalars}
+        parts |= {key: _choice(forms) for _, key, forms in self.tensors}
+        return ", ".join(f"{key}: {parts[key]}" for key in self.names)
+
+    def check(self, *arguments: Any) -> Sizes:
+        """What the names stand for with these arguments, in the operator's order; the last ones may be left out.
+
+        Raises KernelError that names the operator and the operand, what it is and what it must be.
+        """
+        arguments += (None,) * (len(self.names) - len(arguments))
+        sizes: Sizes = {}
+        waiting: Waiting = []
+        for place, key, scalar in self.scalars:
+            value = sizes[key] = arguments[place]
+            if not scalar.accepts(value):
+                raise self.refused(key, f"{key} is {described(value)}, but must be {scalar.text}")
+        device: torch.device | None = None
+        for place, key, forms in self.tensors:
+            tensor = arguments[place]
+            if tensor is None and forms[0].optional:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise self.refused(key, f"{key} is {described(tensor)}, but must be {_choice(forms)}")
+            device = device or tensor.device
+            if tensor.device != device or tensor.layout is not torch.strided:
+                raise self.refused(
+                    key, f"{key} is {tensor.layout} on {tensor.device}, but must be torch.strided on {device}"
+                )
+            self._take(key, forms, tensor, sizes, waiting)
+        self._compare(sizes, waiting)
+        return sizes
+
+    def results(self, *arguments: Any) -> list[tuple[torch.dtype, tuple[Any, ...]]]:
+        """Type and sizes of every result for these arguments. Raises as `check`."""
+        sizes = self.check(*arguments)
+        found = []
+        for form in self.gives:
+            leading = sizes["..."] if form.leading else ()
+            like = [sizes[name] for name in form.like.split("+") if name]
+            dtype = functools.reduce(torch.promote_types, like) if like else next(iter(form.types))
+            found.append((dtype, (*leading, *(size.value(sizes) for size in form.sizes))))
+        return found
+
+    def fake(self, *arguments: Any) -> Any:
+        """Empty results for these arguments, a tensor or a tuple of them. Raises as `check`."""
+        results = self.results(*arguments)
+        like = arguments[self.tensors[0][0]]
+        made = tuple(like.new_empty(sizes, dtype=dtype) for dtype, sizes in results)
+        return made[0] if len(made) == 1 else made
+
+    def refused(self, operand: str, problem: str) -> KernelError:
+        """The error for one operand."""
+        return KernelError(problem, where=f"{self.name}, operand {operand}", do=f"give {self.signature}")
+
+    def _take(self, key: str, forms: tuple[Form, ...], tensor: Tensor, sizes: Sizes, waiting: Waiting) -> None:
+        """Compare a tensor with its forms, and remember what it says of named sizes."""
+        problem = ""
+        for form in forms:
+            # What a form that does not fit has named is forgotten.
+            trial, later = (sizes, waiting) if len(forms) == 1 else (dict(sizes), list[Any]())
+            problem = self._misfit(key, form, tensor, trial, later)
+            if not problem:
+                if len(forms) > 1:
+                    sizes.update(trial)
+                    waiting += later
+                return
+        raise self.refused(key, f"{key} is {described(tensor)}, but must be {_choice(forms)}: {problem}")
+
+    def _misfit(self, key: str, form: Form, tensor: Tensor, sizes: Sizes, waiting: Waiting) -> str:
+        """What is wrong with a tensor; empty where nothing is."""
+        dtype, shape, own = tensor.dtype, tensor.shape, form.sizes
+        sizes[key] = dtype
+        if dtype not in form.types and (not form.like or sizes.get(form.like) is not dtype):
+            return f"it is {sizes[form.like]}" if form.like in sizes else "another type"
+        extra = len(shape) - len(own)
+        if extra < 0 or (extra and not form.leading):
+            return f"it has {len(shape)} dimensions"
+        if form.leading and (problem := _leading(form.leading, tuple(shape[:extra]), sizes)):
+            return problem
+        for size, given in zip(own, shape[extra:], strict=True):
+            name = size.names[0] if size.function is None and size.names else ""
+            if size.or_one and given.__class__ is int and given == 1:
+                continue
+            wanted = size.number if not name else sizes.setdefault(name, given)
+            if wanted is None:
+                waiting.append((key, tensor, size, given))
+            elif wanted is given:
+                if name and name not in self.empty and example(given) == 0:
+                    return f"{name} is 0"
+            elif differ(wanted, given):
+                return f"{size.text} is {wanted} and not {given}"
+        return ""
+
+    def _compare(self, sizes: Sizes, waiting: Waiting) -> None:
+        """Compare what had to wait for all named sizes."""
+        for key, tensor, size, given in waiting:
+            wanted = size.value(sizes)
+            if wanted is not None and differ(wanted, given):
+                raise self.refused(key, f"{key} is {described(tensor)}, but {size.text} is {wanted} and not {given}")
+        for relation in self.relations:
+            values = [example(sizes.get(name)) for name in relation.names]
+            if not any(value is None for value in values) and not relation.holds(*values):
+                given = ", ".join(f"{name} is {value}" for name, value in zip(relation.names, values, strict=True))
+                raise self.refused(relation.operand, f"{given}: {relation.text}")
+
+
+def example(size: Any) -> Any:
+    """The example value of a symbolic size, None where it has none; anything else as it is."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def differ(left: Any, right: Any) -> bool:
+    """Whether two sizes are known to differ."""
+    if left.__class__ is not int or right.__class__ is not int:
+        left, right = example(left), example(right)
+    return left is not None and right is not None and left != right
+
+
+def described(value: Any) -> str:
+    """A value as rules write it: `f32[2, 5]`; anything else as Python does, shortened."""
+    if isinstance(value, Tensor):
+        return f"{NAMES.get(value.dtype, str(value.dtype))}{list(value.shape)}"
+    if isinstance(value, torch.dtype):
+        return NAMES.get(value, str(value))
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _choice(forms: tuple[Form, ...]) -> str:
+    return " or ".join(form.text for form in forms)
+
+
+def _leading(kind: str, given: tuple[Any, ...], sizes: Sizes) -> str:
+    """What is wrong with the leading sizes of a tensor; empty where nothing is."""
+    wanted = sizes.setdefault("...", given)
+    if wanted is given:
+        return ""
+    if kind == "...":
+        if len(wanted) != len(given) or any(map(differ, wanted, given)):
+            return f"... is {list(wanted)} and not {list(given)}"
+        return ""
+    spare = len(wanted) - len(given)
+    if spare < 0 or any(
+        differ(each, 1) and differ(each, full) for each, full in zip(given, wanted[spare:], strict=True)
+    ):
+        return f"{list(given)} does not broadcast to {list(wanted)}"
+    return ""

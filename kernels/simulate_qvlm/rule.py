@@ -1,0 +1,14 @@
+"""What `qpcompile::simulate_qvlm` may be given."""
+
+from qpcompile.kernels.rules import Rule
+
+RULE = Rule(
+    "qpcompile::simulate_qvlm",
+    {
+        "x": "f[..., C]",
+        "low": "f32[C]",
+        "high": "f32[C]",
+    },
+    gives=("=x[..., C]",),
+    empty="...",
+)
