@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from PIL import Image, UnidentifiedImageError
 
 from qpcompile import terminal
-from qpcompile.capture.data_folder import first_pictures, prompt
+from qpcompile.capture.chat import about_picture, chat_inputs
+from qpcompile.capture.data_folder import first_pictures
+from qpcompile.capture.picture import read_picture
 from qpcompile.errors import ArtifactError, OutputError
 from qpcompile.evaluate.data_sets import read_data
 from qpcompile.evaluate.rows import RowFolder, Scoring
@@ -127,10 +128,10 @@ def run_command(
 ) -> None:
     """Answer one question about one picture."""
     with told_as_text(debug):
-        picture = open_picture(image)
+        picture = read_picture(image, where="--image")
         compiled = load_artifact(artifact)
         processor = need_processor(compiled.processor, artifact)
-        inputs = processor(images=[picture], text=[prompt(processor, question)], return_tensors="pt")
+        inputs = chat_inputs(processor, [about_picture(picture, question)], [f"--image {image}, --question"])
         tokens = compiled.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         typer.echo(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
@@ -373,14 +374,6 @@ def need_processor(processor: Any, source: str | Path) -> Any:
             do="compile with processor=..., or from the folder of a model that has one",
         )
     return processor
-
-
-def open_picture(path: Path) -> Image.Image:
-    """The picture in a file; anything else is wrong usage."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise typer.BadParameter(f"{path} is no picture: {error}", param_hint="--image") from error
 
 
 def refuse_existing(*paths: Path | None) -> None:

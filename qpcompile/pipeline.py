@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from qpcompile.capture.capture import capture
-from qpcompile.capture.data_folder import prompt
+from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.capture.samples import Samples, Source
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError, ModelError
@@ -195,7 +195,9 @@ def blank_sample(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
             do="pass processor=... or calibration=[inputs]",
         )
     picture = Image.new("RGB", (224, 224), "white")
-    return dict(processor(images=[picture], text=[prompt(processor, "what is this?")], return_tensors="pt"))
+    return chat_inputs(
+        processor, [about_picture(picture, "what is this?")], ["a white picture to trace the model with"]
+    )
 
 
 def package_versions() -> dict[str, str]:

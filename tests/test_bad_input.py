@@ -179,7 +179,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         write_lines(GOOD, '{"image": "no.png", "question": "?", "answer": "red"}'),
         "no.png is missing",
     ),
-    "no text": (lambda folder: (folder / "data.jsonl").write_bytes(b"\xff\xfe"), "cannot be read"),
+    "no text": (lambda folder: (folder / "data.jsonl").write_bytes(b"\xff\xfe"), "not UTF-8"),
     "folder for a picture": (write_lines('{"image": ".", "question": "?", "answer": "red"}'), "is missing"),
 }
 

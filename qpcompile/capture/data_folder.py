@@ -1,56 +1,63 @@
-"""A data set on disk: pictures and `data.jsonl` with one question per line.
+"""A data set on disk: pictures and `data.jsonl` with one question per line (`data_line.py` says what a line holds).
 
-    {"image": "00000.png", "question": "what color is the star?", "answer": "red", "choices": ["red", "blue"]}
-
-`choices` is optional. A line becomes model inputs through the model's own processor and chat template.
+A line becomes model inputs through the model's own processor and chat template.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from qpcompile.capture.chat import about_picture, chat_inputs, check_texts
+from qpcompile.capture.data_line import MOST_LINE_BYTES, LineError, parse_line
+from qpcompile.capture.picture import check_picture, read_picture
 from qpcompile.errors import CalibrationError
 
 DATA_FILE = "data.jsonl"
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a data folder."""
+    """One line of a data folder. `place` is what errors call it: the file and the line."""
 
     image: Path
     question: str
     answer: str
     choices: tuple[str, ...] = ()
+    place: str = field(default="", compare=False)
+
+    @property
+    def where(self) -> str:
+        """The place, or the picture's path for a question that no file holds."""
+        return self.place or str(self.image)
 
 
 def read_questions(folder: Path) -> list[Question]:
-    """All lines of a data folder. Raises CalibrationError that names the line for what is missing or malformed."""
+    """All lines of a data folder, each checked, its picture found.
+
+    Pictures are relative to the folder. A data folder is the user's own: absolute paths, `..` and links are followed.
+
+    Raises CalibrationError that names the file, the first line that is wrong, its key, and how many lines are.
+    """
     path = folder / DATA_FILE
-    if not path.is_file():
+    if not _is_file(path):
         raise CalibrationError(f"there is no {DATA_FILE} in {folder}", where=str(folder), do="see docs: data folders")
-    questions = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    questions: list[Question] = []
+    wrong: list[tuple[str, LineError]] = []
+    for number, raw in _lines(path):
+        place = f"{path}, line {number}"
         try:
-            entry = json.loads(line)
-            choices = tuple(entry.get("choices", ()))
-            question = Question(folder / entry["image"], entry["question"], entry["answer"], choices)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise CalibrationError(
-                f"the line is no question: {error!r}", where=where, do="give image, question and answer as JSON"
-            ) from error
-        if not question.image.is_file():
-            raise CalibrationError(f"the picture {entry['image']} is missing", where=where, do="put it in the folder")
-        questions.append(question)
+            questions.append(_question(folder, raw, place))
+        except LineError as error:
+            wrong.append((place, error))
+    if wrong:
+        (place, first), others = wrong[0], len(wrong) - 1
+        more = f" ({others} more {'lines are' if others > 1 else 'line is'} wrong)" if others else ""
+        raise CalibrationError(f"the line is no question: {first}{more}", where=place, do=first.do)
     return questions
 
 
@@ -62,36 +69,52 @@ def first_pictures(folder: Path, count: int) -> list[tuple[Path, str]]:
     return list(first.items())[:count]
 
 
+def check_questions(processor: Any, questions: Sequence[Question]) -> None:
+    """Refuse what can be seen without decoding: files that are no pictures, texts with a token of the model in them."""
+    for image, where in {question.image: question.where for question in reversed(questions)}.items():
+        check_picture(image, where=where)
+    for question in questions:
+        check_texts(processor, (question.question, *question.choices), question.where)
+
+
 def question_inputs(processor: Any, questions: Sequence[Question]) -> dict[str, Any]:
-    """Model inputs for a batch of questions, padded, as `model.generate` takes them."""
-    pictures = [_picture(question.image) for question in questions]
-    texts = [prompt(processor, question.question) for question in questions]
-    return dict(processor(images=pictures, text=texts, return_tensors="pt", padding=True))
+    """Model inputs for a batch of questions, padded on the left, as `model.generate` takes them."""
+    asked = [about_picture(read_picture(q.image, where=q.where), q.question) for q in questions]
+    return chat_inputs(processor, asked, [question.where for question in questions])
 
 
-def prompt(processor: Any, question: str) -> str:
-    """The text of one question about one picture, by the processor's chat template."""
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    if getattr(processor, "chat_template", None) is None:
-        raise CalibrationError(
-            "the processor has no chat template, so a question cannot be turned into a prompt",
-            where=type(processor).__name__,
-            do="give calibration samples as model inputs instead of a folder",
-        )
-    return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+def _question(folder: Path, raw: bytes, place: str) -> Question:
+    line = parse_line(raw)
+    image = folder / line.image
+    if not _is_file(image):
+        do = "put it in the folder" if "://" not in line.image else "pictures are files: load it into the folder first"
+        raise LineError(f"the picture {line.image} is missing, or is no file", do)
+    return Question(image, line.question, line.answer, line.choices, place)
 
 
-def _lines(path: Path) -> list[str]:
+def _is_file(path: Path) -> bool:
+    """Whether there is a regular file; a path that cannot be one is none."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"the file cannot be read: {error}", where=str(path), do="save it as UTF-8") from error
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
-def _picture(path: Path) -> Image.Image:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of every line that is not blank. Lines end at a line feed only: JSON texts may hold U+2028."""
+    number = 0
     try:
-        return Image.open(path).convert("RGB")
+        with path.open("rb") as file:
+            # One byte more than a line may have: what is longer is refused as such, and its rest is skipped.
+            while raw := file.readline(MOST_LINE_BYTES + 2):
+                number += 1
+                rest = raw
+                while not rest.endswith(b"\n") and (rest := file.readline(MOST_LINE_BYTES)):
+                    pass
+                text = raw.removeprefix(_BOM) if number == 1 else raw
+                if text.strip():
+                    yield number, text.rstrip(b"\r\n")
     except OSError as error:
         raise CalibrationError(
-            f"the file is no picture that can be read: {error}", where=str(path), do="replace it, or take its line out"
+            f"the file cannot be read: {error.strerror}", where=str(path), do="check its permissions"
         ) from error

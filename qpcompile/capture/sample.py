@@ -13,20 +13,32 @@ ROWS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "p
 
 
 def check_sample(inputs: dict[str, Any]) -> None:
-    """Refuse a sample that is not what `model.generate(**inputs)` takes, or has no picture."""
+    """Refuse a sample that is not what `model.generate(**inputs)` takes, has no picture, or numbers that are none."""
     ids = inputs.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
-        raise CalibrationError(
-            "a sample has no input_ids of shape [batch, tokens]",
-            where=f"sample keys {sorted(inputs)}",
-            do='build samples with processor(images=..., text=..., return_tensors="pt")',
-        )
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.numel():
+        raise _error("has no input_ids of shape [batch, tokens]", inputs)
+    if ids.dtype not in (torch.int64, torch.int32) or int(ids.min()) < 0:
+        raise _error(f"has input_ids of {ids.dtype} from {ids.min().item()} on, where token ids are integers", inputs)
+    for key, value in inputs.items():
+        if key == "attention_mask" and (not isinstance(value, torch.Tensor) or value.shape != ids.shape):
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise _error(f"has an attention_mask of {found} for input_ids of {tuple(ids.shape)}", inputs)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise _error(f"has numbers in {key} that are not finite", inputs)
     if not any(key.startswith("pixel_values") or key in ("image_patches", "images") for key in inputs):
         raise CalibrationError(
             "a sample has no picture in it",
-            where=f"sample keys {sorted(inputs)}",
+            where=f"sample keys {sorted(map(str, inputs))}",
             do="give image-text samples: the vision tower and the token scores are calibrated on them",
         )
+
+
+def _error(problem: str, inputs: dict[str, Any]) -> CalibrationError:
+    return CalibrationError(
+        f"a sample {problem}",
+        where=f"sample keys {sorted(map(str, inputs))}",
+        do='build samples with processor.apply_chat_template(..., return_dict=True, return_tensors="pt")',
+    )
 
 
 def two_rows(inputs: dict[str, Any], pad: int) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +15,44 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qpcompile.capture.data_folder import Question, question_inputs, read_questions
+from qpcompile.capture.data_folder import Question, check_questions, question_inputs, read_questions
 from qpcompile.capture.sample import check_sample
 from qpcompile.errors import CalibrationError, OutputError
 
-Source = str | Path | Iterable[dict[str, Any]]
+Source = str | PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Spooled:
+    """A sample that lies on disk."""
+
+    path: Path
 
 
 class Samples:
     """Up to `limit` samples from a data folder, a sequence or any iterable of model inputs.
 
     Folders and sequences are drawn from by `seed`, in their order; other iterables are taken from the start and kept
-    on disk, since they may not be walked over twice. Each sample is checked when it is reached.
+    on disk, since they may not be walked over twice. Each sample is checked when it is reached; of a folder, texts and
+    the headers of the pictures at once.
+
+    Raises CalibrationError for a source that is none, and with the sample's number for what its iterator raises.
     """
 
     def __init__(self, source: Source, processor: Any, limit: int, seed: int) -> None:
         self.processor = processor
         self._spool: tempfile.TemporaryDirectory[str] | None = None
         items: Sequence[Any]
-        if isinstance(source, (str, Path)):
+        if isinstance(source, (str, PathLike)):
             if processor is None:
                 raise CalibrationError("a data folder needs a processor", where=str(source), do="pass processor=...")
             items = read_questions(Path(source))
+        elif isinstance(source, Mapping) or not isinstance(source, Iterable):
+            raise CalibrationError(
+                f"calibration is one {type(source).__name__}, not several samples",
+                where="calibration",
+                do="give a list of samples ([inputs] for a single one), or the path of a data folder",
+            )
         elif isinstance(source, Sequence):
             items = source
         else:
@@ -43,6 +61,7 @@ class Samples:
             raise CalibrationError("there is no calibration sample", where="calibration", do="give at least one sample")
         chosen = sorted(random.Random(seed).sample(range(len(items)), min(limit, len(items))))
         self._items = [items[index] for index in chosen]
+        check_questions(processor, [item for item in self._items if isinstance(item, Question)])
         self._digest: str | None = None
 
     def __len__(self) -> int:
@@ -51,7 +70,7 @@ class Samples:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         total = hashlib.sha256()
         for number, item in enumerate(self._items):
-            sample = self._inputs(item)
+            sample = self._inputs(item, number)
             try:
                 check_sample(sample)
             except CalibrationError as error:
@@ -69,21 +88,55 @@ class Samples:
         assert self._digest is not None
         return self._digest
 
-    def _inputs(self, item: Any) -> dict[str, Any]:
+    def _inputs(self, item: Any, number: int) -> dict[str, Any]:
         if isinstance(item, Question):
             return question_inputs(self.processor, [item])
-        if isinstance(item, Path):
-            return dict(load_file(item))
-        return dict(item)
+        if isinstance(item, _Spooled):
+            return dict(load_file(item.path))
+        return _inputs_of(item, number)
 
-    def _keep(self, source: Iterable[dict[str, Any]], limit: int) -> list[Path]:
+    def _keep(self, source: Iterable[Mapping[str, Any]], limit: int) -> list[_Spooled]:
         self._spool = tempfile.TemporaryDirectory(prefix="qpcompile-samples-")
         try:
-            pairs = zip(range(limit), source, strict=False)
-            return [_written(Path(self._spool.name) / f"{number:06d}.safetensors", sample) for number, sample in pairs]
+            return [self._spooled(sample, number) for number, sample in enumerate(_taken(source, limit))]
         except BaseException:
             self._spool.cleanup()
             raise
+
+    def _spooled(self, sample: Any, number: int) -> _Spooled:
+        assert self._spool is not None
+        return _Spooled(
+            _written(Path(self._spool.name) / f"{number:06d}.safetensors", _inputs_of(sample, number), number)
+        )
+
+
+def _taken(source: Iterable[Any], limit: int) -> Iterator[Any]:
+    """The first `limit` items; what the iterable raises says at which item."""
+    number = 0
+    try:
+        items = iter(source)
+        while number < limit:
+            yield next(items)
+            number += 1
+    except StopIteration:
+        return
+    except Exception as error:  # an iterable of the user's raises what it likes
+        raise CalibrationError(
+            f"the iterable of samples raised {type(error).__name__}: {error}",
+            where=f"calibration sample {number}",
+            do="see that the iterable can be walked over by itself: list(calibration)",
+        ) from error
+
+
+def _inputs_of(sample: Any, number: int) -> dict[str, Any]:
+    """A sample of the user's as a dict."""
+    if not isinstance(sample, Mapping):
+        raise CalibrationError(
+            f"a sample is {type(sample).__name__}, not a dict of model inputs",
+            where=f"calibration sample {number}",
+            do='build samples with processor.apply_chat_template(..., return_dict=True, return_tensors="pt")',
+        )
+    return dict(sample)
 
 
 def _add(total: hashlib._Hash, sample: dict[str, Any]) -> None:
@@ -95,9 +148,17 @@ def _add(total: hashlib._Hash, sample: dict[str, Any]) -> None:
             total.update(sample[key].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
-def _written(path: Path, sample: dict[str, Any]) -> Path:
-    """Store the tensors of a sample."""
-    tensors = {key: value.contiguous() for key, value in dict(sample).items() if isinstance(value, torch.Tensor)}
+def _written(path: Path, sample: dict[str, Any], number: int) -> Path:
+    """Store a sample, which may hold tensors only."""
+    for key, value in sample.items():
+        if not isinstance(value, torch.Tensor):
+            raise CalibrationError(
+                f"{key} is {type(value).__name__}, not a tensor: it cannot be kept on disk",
+                where=f"calibration sample {number}",
+                do='make tensors of it (return_tensors="pt"), or give the samples as a list, which stays in memory',
+            )
+    # Clones: two entries may share their memory, which the file format has no word for.
+    tensors = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in sample.items()}
     try:
         save_file(tensors, path)
     except (OSError, SafetensorError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qpcompile.capture.data_folder import Question, question_inputs
+from qpcompile.capture.data_folder import Question, check_questions, question_inputs
 from qpcompile.errors import CalibrationError
 from qpcompile.progress import track
 
@@ -55,7 +55,7 @@ def accuracy(
     """
     if not questions:
         raise CalibrationError("there is no question to ask", where="questions", do="give at least one line of data")
-    _pad_on_the_left(processor)
+    check_questions(processor, questions)
     answers: list[str] = []
     with track(name, len(questions)) as step:
         for first in range(0, len(questions), batch_size):
@@ -91,8 +91,3 @@ def on_numpy(runner: Any) -> Generate:
         return runner.generate(**arrays, max_new_tokens=max_new_tokens)
 
     return generate
-
-
-def _pad_on_the_left(processor: Any) -> None:
-    """Answers begin where prompts end, so shorter prompts of a batch are filled up in front."""
-    processor.tokenizer.padding_side = "left"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qpcompile.capture.data_folder import Question, question_inputs
+from qpcompile.capture.data_folder import Question, check_questions, question_inputs
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.emit.weights import stored_tensors
 from qpcompile.evaluate.accuracy import Generate, answer
@@ -209,7 +209,7 @@ def source_digest() -> str:
 
 def ask(generate: Generate, processor: Any, exam: Exam, name: str) -> list[str]:
     """One answer per question, in order, asked in batches; `name` is what the progress bar says."""
-    processor.tokenizer.padding_side = "left"  # answers begin where prompts end
+    check_questions(processor, exam.questions)
     answers: list[str] = []
     with track(name, len(exam.questions)) as step:
         for batch in _batches(exam):

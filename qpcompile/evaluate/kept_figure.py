@@ -7,15 +7,14 @@ intersection over union, where a random choice of the share r of all tokens has 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from qpcompile.capture.data_folder import Question
+from qpcompile.capture.picture import read_picture
 from qpcompile.evaluate.figures import STYLE
 from qpcompile.evaluate.groups import Group, factorial
 from qpcompile.evaluate.rows import Row
@@ -85,7 +84,7 @@ def _last(kept: dict[str, list[int]]) -> set[int]:
 
 
 def _draw(axes: Axes, question: Question, kept: set[int], count: int) -> None:
-    picture = Image.open(Path(question.image)).convert("RGB")
+    picture = read_picture(question.image, where=question.where)
     grid = token_grid(*picture.size, count)
     axes.imshow(picture)
     axes.set_xticks([])

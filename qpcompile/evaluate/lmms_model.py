@@ -17,6 +17,8 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
+from qpcompile.capture.chat import Conversation, chat_inputs
+from qpcompile.capture.picture import read_picture
 from qpcompile.emit.compiled import load
 from qpcompile.errors import CalibrationError, ModelError
 from qpcompile.pipeline import compile, load_model
@@ -60,7 +62,6 @@ class LmmsModel(lmms):
             raise ModelError(f"compiled models run on the processor, not on {device}", do="add --device cpu")
         self.batch_size = int(batch_size)
         self.model, self.processor = _open(pretrained, recipe, calibration)
-        self.processor.tokenizer.padding_side = "left"
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """One answer per request, in order; neighbours with equal settings and one picture each share a batch."""
@@ -89,27 +90,27 @@ class LmmsModel(lmms):
         return batches
 
     def _answer(self, batch: Sequence[Instance]) -> list[str]:
-        prompts, pictures = [], []
-        for request in batch:
-            _, doc_to_messages, _, number, task, split = request.args
-            messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][number]))
-            images, videos, sounds = messages.extract_media()
-            if videos or sounds:
-                raise CalibrationError(
-                    "only pictures can be shown", where=f"{task}, {number}", do="choose another task"
-                )
-            pictures.append([picture.convert("RGB") for picture in images])
-            prompts.append(
-                self.processor.apply_chat_template(
-                    messages.to_hf_messages(), tokenize=False, add_generation_prompt=True
-                )
-            )
-        shown = pictures if any(pictures) else None
-        inputs = self.processor(images=shown, text=prompts, return_tensors="pt", padding=True)
+        places = [f"task {request.args[4]}, {request.args[5]}, {request.args[3]}" for request in batch]
+        conversations = [self._conversation(request, place) for request, place in zip(batch, places, strict=True)]
+        inputs = chat_inputs(self.processor, conversations, places)
         with torch.no_grad():
             tokens = self.model.generate(**inputs, **_settings(batch[0].args[2]))
         texts = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_until(text, batch[0].args[2].get("until") or []) for text in texts]
+
+    def _conversation(self, request: Instance, place: str) -> Conversation:
+        """The messages of a request, every picture read as the command line reads it."""
+        _, doc_to_messages, _, number, task, split = request.args
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][number]))
+        _, videos, sounds = messages.extract_media()
+        if videos or sounds:
+            raise CalibrationError("only pictures can be shown", where=place, do="choose another task")
+        conversation: Conversation = messages.to_hf_messages()
+        for message in conversation:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = read_picture(part["image"], where=place)
+        return conversation
 
 
 def _open(pretrained: str, recipe: str | None, calibration: str | None) -> tuple[Any, Any]:

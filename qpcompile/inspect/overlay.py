@@ -16,9 +16,10 @@ from os import PathLike
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from qpcompile.capture.data_folder import prompt
+from qpcompile.capture.chat import about_picture, chat_inputs
+from qpcompile.capture.picture import read_picture
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
 from qpcompile.plan import Plan
@@ -79,7 +80,7 @@ def overlays(compiled: CompiledVLM, samples: Iterable[Sample]) -> list[Overlay]:
             where="report samples",
             do="compile with processor=..., or write the report without samples",
         )
-    return [_overlay(compiled, _open(picture), question) for picture, question in samples]
+    return [_overlay(compiled, *sample, f"report sample {number}") for number, sample in enumerate(samples)]
 
 
 def token_grid(config: Any, inputs: Mapping[str, Any], count: int) -> tuple[int, int] | None:
@@ -147,9 +148,10 @@ def seen_picture(picture: Image.Image, inputs: Mapping[str, Any], processor: Any
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy(), "RGB")
 
 
-def _overlay(compiled: CompiledVLM, picture: Image.Image, question: str) -> Overlay:
+def _overlay(compiled: CompiledVLM, source: str | PathLike[str] | Image.Image, question: str, place: str) -> Overlay:
     processor = compiled.processor
-    inputs = dict(processor(images=[picture], text=[prompt(processor, question)], return_tensors="pt"))
+    picture = read_picture(source, where=place)
+    inputs = chat_inputs(processor, [about_picture(picture, question)], [place])
     ids = inputs["input_ids"][0]
     visual = (ids == compiled.config.image_token_id).nonzero()[:, 0]
     kept = {layer: positions[0] for layer, positions in compiled.kept_tokens(**inputs).items()}
@@ -165,20 +167,6 @@ def _overlay(compiled: CompiledVLM, picture: Image.Image, question: str) -> Over
         grid=token_grid(compiled.config, inputs, len(visual)),
         panels=panels(compiled.plan, kept, visual),
     )
-
-
-def _open(picture: str | PathLike[str] | Image.Image) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    try:
-        with Image.open(picture) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise CalibrationError(
-            f"the picture cannot be read: {getattr(error, 'strerror', None) or error}",
-            where=f"report samples: {picture}",
-            do="give pictures as files that Pillow opens, or as PIL images",
-        ) from error
 
 
 def _embedded(picture: Image.Image) -> tuple[str, int, int]:

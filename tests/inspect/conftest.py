@@ -23,18 +23,17 @@ class TinyProcessor:
     chat_template = "none is read"
     image_processor = None
 
-    def __call__(self, images: list[Image.Image], text: list[str], return_tensors: str) -> dict[str, torch.Tensor]:
-        pixels = torch.tensor(list(images[0].resize((32, 32)).tobytes()), dtype=torch.float32).reshape(1, 32, 32, 3)
-        words = [3 + ord(letter) % 70 for letter in text[0]]
+    def apply_chat_template(self, messages: list[list[dict[str, Any]]], **_: Any) -> dict[str, torch.Tensor]:
+        picture, text = messages[0][0]["content"]
+        image: Image.Image = picture["image"].resize((32, 32))
+        pixels = torch.tensor(list(image.tobytes()), dtype=torch.float32).reshape(1, 32, 32, 3)
+        words = [3 + ord(letter) % 70 for letter in text["text"]]
         ids = torch.tensor([[1, 5, *[IMAGE] * 16, *words]])
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "pixel_values": pixels.permute(0, 3, 1, 2) / 255,
         }
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-        return messages[0]["content"][1]["text"]
 
     def decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> str:
         return " ".join(str(token) for token in ids.tolist())

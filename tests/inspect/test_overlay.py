@@ -79,7 +79,7 @@ def test_real_run_keeps_what_the_plan_says(compiled: CompiledVLM) -> None:
 
 
 def test_unreadable_picture_is_named(compiled: CompiledVLM, tmp_path: object) -> None:
-    with pytest.raises(CalibrationError, match="cannot be read") as caught:
+    with pytest.raises(CalibrationError, match="is missing") as caught:
         overlays(compiled, [(f"{tmp_path}/absent.png", "?")])
     assert "absent.png" in str(caught.value)
 

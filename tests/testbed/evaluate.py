@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from qpcompile.capture.chat import about_picture, chat_inputs
+
 Pixels = NDArray[np.uint8]
 
 VIEWS: dict[str, Callable[[Pixels], Pixels]] = {
@@ -31,13 +33,8 @@ VIEWS: dict[str, Callable[[Pixels], Pixels]] = {
 
 def answer(model: Any, processor: Any, pictures: list[Pixels], texts: list[str]) -> list[str]:
     """Generated answers to one question per picture."""
-    prompts = []
-    for text in texts:
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        message = {"role": "user", "content": content}
-        prompts.append(processor.apply_chat_template([message], add_generation_prompt=True))
-    images = [Image.fromarray(pixels) for pixels in pictures]
-    inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True).to(model.device)
+    asked = [about_picture(Image.fromarray(pixels), text) for pixels, text in zip(pictures, texts, strict=True)]
+    inputs = {key: value.to(model.device) for key, value in chat_inputs(processor, asked, texts).items()}
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=4)
     return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

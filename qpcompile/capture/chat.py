@@ -1,0 +1,133 @@
+"""The one road from conversations to model inputs: what the processor's own `apply_chat_template` gives.
+
+    apply_chat_template(conversations, tokenize=True, return_dict=True, add_generation_prompt=True)
+
+It knows whether the template has written the first token already, and how this processor wants the pictures of several
+texts. Rows of a batch are padded on the left, so that every answer begins where its prompt ends.
+
+What a user writes is text. Tokenizers turn the name of a special token inside it into that token, which would end the
+user's turn or stand for a picture that is not there; such text is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from qpcompile.errors import CalibrationError
+
+# A list of messages as `apply_chat_template` takes it: {"role": ..., "content": [parts]}.
+Conversation = list[dict[str, Any]]
+# What a processor looks for in text and replaces by the tokens of a picture, a video or a sound.
+_PLACEHOLDERS = ("image_token", "video_token", "audio_token")
+
+
+def about_picture(picture: Image.Image, question: str) -> Conversation:
+    """The conversation of one question about one picture."""
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+
+
+def chat_inputs(processor: Any, conversations: Sequence[Conversation], places: Sequence[str]) -> dict[str, Any]:
+    """Model inputs as `model.generate` takes them, one row per conversation: input_ids i64[B, S], pixel_values, ...
+
+    Args:
+        processor: a transformers processor with a chat template.
+        conversations: one or more; a picture part has its Pillow image under "image".
+        places: what each conversation is called in errors: a picture, a line of a file.
+
+    Raises CalibrationError where there is no template, where a text holds a special token, and where template or
+    processor refuse.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise CalibrationError(
+            "the processor has no chat template, so a question cannot be turned into a prompt",
+            where=f"{places[0]}: {type(processor).__name__}",
+            do="give the processor its model's template (processor.chat_template = ...), or calibrate on samples that "
+            "are model inputs instead of a folder",
+        )
+    for conversation, place in zip(conversations, places, strict=True):
+        check_texts(processor, texts(conversation), place)
+    try:
+        return _applied(processor, conversations)
+    except Exception as error:  # noqa: BLE001 templates and processors raise what they like
+        place, cause = _culprit(processor, conversations, places, error)
+        raise CalibrationError(
+            f"the processor makes no model inputs of this: {type(cause).__name__}: {_said(cause)}",
+            where=place,
+            do=f"check the picture, the text and the chat template of this {type(processor).__name__}",
+        ) from cause
+
+
+def texts(conversation: Conversation) -> list[str]:
+    """Everything in a conversation that is text."""
+    contents = [message.get("content") or [] for message in conversation]
+    parts = [[content] if isinstance(content, str) else [part.get("text") for part in content] for content in contents]
+    return [text for found in parts for text in found if isinstance(text, str)]
+
+
+def check_texts(processor: Any, found: Iterable[str], place: str) -> None:
+    """Refuse text in which the tokenizer or the processor would see one of their own tokens."""
+    names = [getattr(processor, name, None) for name in _PLACEHOLDERS]
+    control = _control_tokens(processor)
+    for text in found:
+        inside = [name for name in names if isinstance(name, str) and name in text]
+        if control and not inside:
+            ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            inside = [control[token] for token in ids if token in control]
+        if inside:
+            raise CalibrationError(
+                f"the text holds {inside[0]!r}, which is a token of the model and not text: {text[:200]!r}",
+                where=place,
+                do="write it in another way: with spaces in it, or in words",
+            )
+
+
+def _control_tokens(processor: Any) -> dict[int, str]:
+    """Id -> name of the tokens that text must not hold: special ones, and bracketed ones that the template writes.
+
+    The token for unknown words is none of them: text gives it in good faith.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    template, unknown = str(processor.chat_template), getattr(tokenizer, "unk_token_id", None)
+    return {
+        number: token.content
+        for number, token in added.items()
+        if number != unknown and (token.special or (token.content[:1] in "<[{|" and token.content in template))
+    }
+
+
+def _applied(processor: Any, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    # A single row needs no padding token, which some tokenizers do not have.
+    padding = {"padding": True, "padding_side": "left"} if len(conversations) > 1 else {}
+    return dict(
+        processor.apply_chat_template(
+            list(conversations),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs=padding,
+        )
+    )
+
+
+def _culprit(
+    processor: Any, conversations: Sequence[Conversation], places: Sequence[str], error: Exception
+) -> tuple[str, Exception]:
+    """(place, error) of the first conversation that fails alone; of all of them where only the batch does."""
+    if len(conversations) == 1:
+        return places[0], error
+    for conversation, place in zip(conversations, places, strict=True):
+        try:
+            _applied(processor, [conversation])
+        except Exception as alone:  # noqa: BLE001 as above
+            return place, alone
+    return f"{places[0]} to {places[-1]}, together", error
+
+
+def _said(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())[:300] or "no message"
