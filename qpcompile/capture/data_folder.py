@@ -88,7 +88,7 @@ def _question(folder: Path, raw: bytes, place: str) -> Question:
     image = folder / line.image
     if not _is_file(image):
         do = "put it in the folder" if "://" not in line.image else "pictures are files: load it into the folder first"
-        raise LineError(f"the picture {line.image} is missing, or is no file", do)
+        raise LineError(f"the picture {line.image[:200]} is missing, or is no file", do)
     return Question(image, line.question, line.answer, line.choices, place)
 
 

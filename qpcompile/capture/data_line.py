@@ -91,7 +91,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entry) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise LineError(f"the key {twice!r} is there twice", "leave one of them")
+        raise LineError(f"the key {twice[:80]!r} is there twice", "leave one of them")
     return entry
 
 
