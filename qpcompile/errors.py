@@ -40,6 +40,10 @@ class PlanError(QPCompileError):
     """No plan satisfies the recipe on this model, or a stored plan contradicts itself."""
 
 
+class InputError(QPCompileError):
+    """What `generate` was given is refused: a setting it cannot serve, or inputs that do not fit the model."""
+
+
 class KernelError(QPCompileError):
     """An operator got arguments it has no kernel for, or a kernel cannot run on this machine."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterable
 from os import PathLike
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 
 from qpcompile.emit import artifact
+from qpcompile.emit.pickled import from_files, to_files
 from qpcompile.emit.weights import stored_tensors, total_bytes
-from qpcompile.errors import ExportError
+from qpcompile.errors import ExportError, InputError
 from qpcompile.ir.bind import BoundGraphs
 from qpcompile.ir.devices import move
 from qpcompile.ir.program import Program
@@ -37,7 +39,24 @@ class CompiledVLM:
         self.processor = processor
         self._bind(cuda_graphs=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the files of its artifact: whoever loads it gets the same answers, on the same kind of device."""
+        return _unpickled, (to_files(self.program, self.processor), str(self.device), self._cuda_graphs)
+
+    def __copy__(self) -> CompiledVLM:
+        """A second name for the same graphs; pickle's way would load them again."""
+        return self._with(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledVLM:
+        return self._with(copy.deepcopy(self.__dict__, memo))
+
+    def _with(self, state: dict[str, Any]) -> CompiledVLM:
+        made = object.__new__(type(self))
+        made.__dict__.update(state)
+        return made
+
     def _bind(self, cuda_graphs: bool) -> None:
+        self._cuda_graphs = cuda_graphs
         self._graphs = BoundGraphs(self.program)
         captured = cuda_graphs and self.program.host.device.type == "cuda"  # type: ignore[union-attr]
         self.machine = Machine(self.program, self._graphs, StaticDecode(self.program, cuda_graph) if captured else None)
@@ -97,9 +116,15 @@ class CompiledVLM:
             inputs: i64[B, S] prompt tokens, as an alternative to `input_ids`.
             kwargs: the processor's outputs and any generation settings (`max_new_tokens`, `streamer`, ...).
         """
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
-        return self.machine.generate(**kwargs)
+        return self.machine.generate(**({} if inputs is None else {"inputs": inputs}), **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: `forward` of the transformers model runs a layer stack that a compiled model does not have."""
+        raise InputError(
+            "a compiled model is not called; its graphs are run by generate",
+            where="CompiledVLM.__call__",
+            do="call compiled.generate(**inputs); it returns logits with output_logits and return_dict_in_generate",
+        )
 
     def kept_tokens(self, **inputs: Any) -> dict[int, torch.Tensor]:
         """Which tokens of the prompt go on after each cut layer.
@@ -166,3 +191,8 @@ def load(folder: str | PathLike[str]) -> CompiledVLM:
     Raises ArtifactError for a folder that is incomplete, altered, of another version, or holds a pickle.
     """
     return CompiledVLM(*artifact.load(Path(folder)))
+
+
+def _unpickled(files: dict[str, bytes], device: str, cuda_graphs: bool) -> CompiledVLM:
+    compiled = CompiledVLM(*from_files(files))
+    return compiled if str(compiled.device) == device else compiled.to(device, cuda_graphs)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpcompile.errors import CalibrationError
+from qpcompile.errors import CalibrationError, InputError
 from qpcompile.ir.blocks import Block, Look, Values, split_blocks
 from qpcompile.ir.edit import is_call
 from qpcompile.ir.facts import stub_fact
@@ -54,7 +54,7 @@ def run_sample(machine: Machine, sample: dict[str, Any], number: int) -> None:
 def _naming(number: int, keys: Iterable[str]) -> Iterator[None]:
     try:
         yield
-    except (ValueError, IndexError, RuntimeError, TypeError) as error:
+    except (InputError, ValueError, IndexError, RuntimeError, TypeError) as error:
         raise CalibrationError(
             f"the model does not take this sample: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=f"calibration sample {number}, keys {sorted(keys)}",

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.utils.generic import ModelOutput
 
-from qpcompile.errors import CalibrationError, CaptureError, PlanError
+from qpcompile.errors import CalibrationError, CaptureError, InputError, PlanError
 from qpcompile.ir.arguments import keyword_arguments
+from qpcompile.ir.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.ir.kv_cache import CompiledCache
+from qpcompile.ir.model_inputs import check_inputs, vocabulary_size
 from qpcompile.ir.prepare import TABLE, absent_inputs, prepare
 from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, rebuild
@@ -29,6 +32,8 @@ FLAGS = (
 )
 VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
 KEPT, ALIVE = "kept", "alive"
+# How transformers and torch say that inputs do not fit.
+REFUSALS = (ValueError, IndexError, TypeError, RuntimeError, KeyError, AttributeError)
 # What a vision graph says of each visual token besides its features, for methods that prune by it.
 VISUAL_SCORES, VISUAL_KEYS = "visual_scores", "visual_keys"
 
@@ -63,6 +68,7 @@ class Machine:
         self.valid: torch.Tensor | None = None
         self.seen_by_tower: dict[str, list[torch.Tensor]] = {}
         self._turn = threading.RLock()
+        self._began = False
         self._bind()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,20 +79,39 @@ class Machine:
         self.__dict__.update(state, _turn=threading.RLock())
 
     def generate(self, **inputs: Any) -> Any:
-        """`host.generate` with a cache of ours."""
-        if inputs.get("use_cache", True) and not {CACHE, CACHE_ARGUMENT} & inputs.keys():
-            inputs[CACHE_ARGUMENT] = CompiledCache(len(self.program.layers))
-        with self._turn:
-            self.seen_by_tower = {}
-            return self.host.generate(**inputs)
+        """`host.generate` with a cache of ours. Raises InputError for what it cannot serve, before anything runs."""
+        return self._answer(inputs)
 
     def prefill(self, inputs: dict[str, Any]) -> CompiledCache:
-        """Run the prompt once; returns the cache it left."""
+        """Run the prompt once; returns the cache it left. Settings stored with the model play no part."""
         cache = CompiledCache(len(self.program.layers))
-        with self._turn:
-            self.seen_by_tower = {}
-            self.host.generate(**{**inputs, CACHE_ARGUMENT: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
+        self._answer({**inputs, **plain_settings(self.host), CACHE_ARGUMENT: cache})
         return cache
+
+    def _answer(self, inputs: dict[str, Any]) -> Any:
+        """Check everything, then run; what transformers refuses of the prompt becomes an InputError."""
+        settled, keeps_cache = settle(self.host, inputs, vocabulary_size(self.host))
+        settled = check_inputs(self.host, settled)
+        caches = [settled.pop(name, None) for name in CACHES]
+        cache = next((given for given in caches if given is not None), CompiledCache(len(self.program.layers)))
+        with self._turn:
+            self.seen_by_tower, self._began = {}, False
+            try:
+                answer = self.host.generate(**settled, **{CACHE_ARGUMENT: cache})
+            except torch.OutOfMemoryError:
+                raise
+            except REFUSALS as error:
+                # Once a prompt has run, what fails is no longer the prompt's fault.
+                if self._began:
+                    raise
+                raise InputError(
+                    f"the model does not take these inputs: {first_line(error)}",
+                    where=f"generate, given {', '.join(sorted(inputs))}",
+                    do="build the inputs with the model's own processor, one picture for each picture in the text",
+                ) from error
+        if not keeps_cache and isinstance(answer, ModelOutput):
+            return type(answer)(**{name: value for name, value in answer.items() if value is not cache})
+        return answer
 
     def _bind(self) -> None:
         graphs = self.program.graphs
@@ -99,7 +124,9 @@ class Machine:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._see(kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
-            return original(self.host, *args, **kwargs)
+            answer = original(self.host, *args, **kwargs)
+            self._began = True
+            return answer
 
         self.host.forward = functools.partial(forward)
         functools.update_wrapper(self.host.forward, original.__get__(self.host))

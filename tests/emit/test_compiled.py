@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+import pickle
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from types import ModuleType
 from typing import Any
 
@@ -102,6 +105,36 @@ def test_streamer_gets_every_token(tiny_llava: Tiny, compiled_llava: CompiledVLM
     streamer = Collector()
     answer = compiled_llava.generate(**tiny_llava[1]["one"], max_new_tokens=4, do_sample=False, streamer=streamer)
     assert streamer.tokens == answer[0].tolist() and streamer.ended
+
+
+def test_pickled_models_answer_alike(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    expected = {name: compiled_llava.generate(**case, **settings) for name, case in tiny_llava[1].items()}
+    again = pickle.loads(pickle.dumps(compiled_llava))
+    assert again.recipe == compiled_llava.recipe and again.processor is None
+    for name, case in tiny_llava[1].items():
+        assert torch.equal(again.generate(**case, **settings), expected[name]), name
+
+
+@pytest.mark.slow
+def test_another_process_answers_alike(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    expected = compiled_llava.generate(**tiny_llava[1]["one"], **settings)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as workers:
+        found = workers.submit(compiled_llava.generate, **tiny_llava[1]["one"], **settings).result()
+    assert torch.equal(found, expected)
+
+
+def test_copies_share_what_copies_share(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    expected = compiled_llava.generate(**tiny_llava[1]["one"], **settings)
+    shallow, deep = copy.copy(compiled_llava), copy.deepcopy(compiled_llava)
+    assert shallow.program is compiled_llava.program and deep.program is not compiled_llava.program
+    deep.generation_config.repetition_penalty = 9.0
+    assert not torch.equal(deep.generate(**tiny_llava[1]["one"], **settings), expected)
+    deep.generation_config.repetition_penalty = None
+    for one in (shallow, deep, compiled_llava):
+        assert torch.equal(one.generate(**tiny_llava[1]["one"], **settings), expected)
 
 
 def test_kept_tokens_without_a_cut(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:

@@ -1,0 +1,137 @@
+"""Inputs of a compiled model are checked before anything runs: ids, masks and pictures that fit no model.
+
+Costs a pass over ids and pixels, next to nothing beside one layer of the vision tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from qpcompile.errors import InputError
+
+IDS, MASK = "input_ids", "attention_mask"
+_WHOLE = (torch.int64, torch.int32)
+# Inputs with one entry per token of the prompt.
+_PER_TOKEN = (MASK, "token_type_ids", "mm_token_type_ids")
+_AGAIN = "build the inputs with the model's own processor"
+
+
+def vocabulary_size(host: Any) -> int:
+    """Number of tokens that the embedding has, or would have."""
+    return int(host.config.get_text_config().vocab_size)
+
+
+def check_inputs(host: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, with one entry per token in the type that graphs were traced with; InputError names what is wrong.
+
+    Args:
+        host: the transformers model.
+        given: arguments of `generate`; what is no tensor and no list of tensors is let be.
+    """
+    if host.device.type == "meta":
+        raise InputError("the weights were moved to the meta device", where="generate", do="load the model again")
+    for name, tensor in _tensors(given):
+        _check_tensor(host, name, tensor)
+    ids = given.get("inputs") if given.get(IDS) is None else given[IDS]
+    if ids is None:
+        if any(name not in ("inputs", IDS) for name, _ in _tensors(given)):
+            raise InputError("there is no prompt", where=IDS, do=f"pass {IDS}; {_AGAIN}")
+        return dict(given)
+    _check_ids(host, ids)
+    for name in _PER_TOKEN:
+        if given.get(name) is not None:
+            _check_per_token(name, given[name], ids)
+    _check_pictures(host, given, ids)
+    whole = {name: given[name].long() for name in (IDS, *_PER_TOKEN) if given.get(name) is not None}
+    return {**given, **whole}
+
+
+def _tensors(given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in given.items():
+        items = value if isinstance(value, (list, tuple)) else [value]
+        yield from ((name, item) for item in items if isinstance(item, torch.Tensor))
+
+
+def _check_tensor(host: Any, name: str, tensor: torch.Tensor) -> None:
+    if tensor.device.type not in ("cpu", host.device.type):
+        raise InputError(
+            f"{name} is on {tensor.device}, the model on {host.device}", where=name, do=f"move it to {host.device}"
+        )
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise InputError(
+            f"{name} has values that are not finite", where=name, do=f"find where they come from; {_AGAIN}"
+        )
+
+
+def _check_ids(host: Any, ids: Any) -> None:
+    if not isinstance(ids, torch.Tensor):
+        raise InputError(f"{IDS} is a {type(ids).__name__}", where=IDS, do='give a tensor (return_tensors="pt")')
+    if ids.dtype not in _WHOLE or ids.ndim != 2:
+        raise InputError(f"{IDS} is {_kind(ids)}", where=IDS, do="give whole numbers, one row per prompt: i64[B, S]")
+    if not ids.numel():
+        raise InputError(f"the prompt is empty: {IDS} is {_kind(ids)}", where=IDS, do="give at least one token")
+    # Families that keep ids of pictures outside the vocabulary replace them before they look ids up.
+    most = max([vocabulary_size(host) - 1, *placeholders(host.config).values()])
+    lowest, highest = (int(value) for value in torch.aminmax(ids))
+    if lowest < 0 or highest > most:
+        wrong = lowest if lowest < 0 else highest
+        raise InputError(f"{IDS} has token {wrong}; this model's are 0 to {most}", where=IDS, do=_AGAIN)
+
+
+def _check_per_token(name: str, value: Any, ids: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{name} is a {type(value).__name__}", where=name, do='give a tensor (return_tensors="pt")')
+    if value.shape != ids.shape:
+        raise InputError(
+            f"{name} is {_kind(value)}, {IDS} is {_kind(ids)}", where=name, do="give one entry for each token"
+        )
+    if name == MASK and not bool(((value == 0) | (value == 1)).all()):
+        raise InputError(f"{MASK} has values beside 0 and 1", where=MASK, do="give 1 for tokens and 0 for padding")
+    if name == MASK and not bool(value.bool().any(dim=1).all()):
+        raise InputError(f"{MASK} leaves no token of a row", where=MASK, do="give 1 for tokens and 0 for padding")
+
+
+def placeholders(config: Any) -> dict[str, int]:
+    """ "image" and "video" -> the token that stands for it, where the model has one."""
+    found = {kind: getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
+    return {kind: token for kind, token in found.items() if isinstance(token, int)}
+
+
+def _check_pictures(host: Any, given: Mapping[str, Any], ids: torch.Tensor) -> None:
+    """Tokens of pictures need pictures; sizes of patches and patches agree."""
+    named = [name for name, tensor in _tensors(given) if tensor.dtype not in (*_WHOLE, torch.bool)]
+    shown = {name for name in named if name.startswith(("pixel", "image", "video", "flattened"))}
+    videos = {name for name in shown if "video" in name}
+    # Some families take videos as pictures.
+    enough = {"image": bool(shown - videos), "video": bool(shown)}
+    for kind, token in placeholders(host.config).items():
+        if not enough[kind] and bool((ids == token).any()):
+            raise InputError(
+                f"the prompt has {kind} tokens (id {token}) and no {kind} was given",
+                where=IDS,
+                do=f"give the processor's {kind} inputs too, or a prompt without their tokens",
+            )
+    for grid, patches in (("image_grid_thw", "pixel_values"), ("video_grid_thw", "pixel_values_videos")):
+        if isinstance(given.get(grid), torch.Tensor) and isinstance(given.get(patches), torch.Tensor):
+            _check_grid(grid, given[grid], given[patches])
+
+
+def _check_grid(name: str, grid: torch.Tensor, patches: torch.Tensor) -> None:
+    if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype not in _WHOLE or bool((grid < 1).any()):
+        raise InputError(
+            f"{name} is {_kind(grid)}", where=name, do="give frames, rows and columns: i64[n, 3], 1 or more"
+        )
+    # In double precision: products of hostile sizes would wrap around.
+    if patches.ndim == 2 and float(grid.double().prod(dim=1).sum()) != len(patches):
+        raise InputError(
+            f"{name} has {int(grid.double().prod(dim=1).sum())} patches, {len(patches)} were given",
+            where=name,
+            do=_AGAIN,
+        )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
