@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import AutoProcessor
 from typer.testing import CliRunner, Result
 
@@ -211,6 +211,33 @@ def test_run_prints_the_answer_alone(recorder: Recorder) -> None:
     assert "what color is the star" in text
 
 
+def test_run_shows_the_picture_upright(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.processor = AutoProcessor.from_pretrained(MODEL)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(PICTURE) as scene:
+        scene.convert("RGB").transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    seen = []
+    for picture in (PICTURE, tmp_path / "phone.png"):
+        assert invoke("run", "out", "--image", picture, "--question", "what color is the star?").exit_code == 0
+        seen.append(recorder.asked["pixel_values"])
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "words"),
+    [
+        (PICTURE, "what is <image>?", "the text holds '<image>'"),
+        (DATA / "data.jsonl", "what?", "data.jsonl is no picture that can be read"),
+    ],
+)
+def test_run_refuses_what_is_no_input(recorder: Recorder, picture: Any, question: str, words: str) -> None:
+    recorder.processor = AutoProcessor.from_pretrained(MODEL)
+    result = CliRunner().invoke(cli.app, ["run", "out", "--image", str(picture), "--question", question])
+    assert result.exit_code == 1 and words in result.output and "what to do:" in result.output
+    assert "--image" in result.output and recorder.asked == {}
+
+
 def test_run_without_a_processor(recorder: Recorder) -> None:
     result = invoke("run", "out", "--image", PICTURE, "--question", "what?")
     assert result.exit_code == 1 and "has no processor" in result.output
@@ -281,11 +308,6 @@ def test_the_whole_road_on_the_testbed(tmp_path: Path) -> None:
     assert answer.exit_code == 0 and len(answer.stdout.split()) >= 1, answer.output
     score = invoke("eval", out, "--data", DATA, "--limit", "4", "--batch-size", "4", "--max-new-tokens", "4")
     assert score.exit_code == 0 and re.search(r"accuracy [01]\.\d{4} \(\d of 4\)", score.output), score.output
-
-
-def test_picture_is_opened_as_colour(tmp_path: Path) -> None:
-    Image.new("L", (4, 4)).save(tmp_path / "grey.png")
-    assert cli.open_picture(tmp_path / "grey.png").mode == "RGB"
 
 
 def test_python_m_is_the_command() -> None:

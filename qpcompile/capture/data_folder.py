@@ -44,7 +44,7 @@ def read_questions(folder: Path) -> list[Question]:
     Raises CalibrationError that names the file, the first line that is wrong, its key, and how many lines are.
     """
     path = folder / DATA_FILE
-    if not _is_file(path):
+    if not is_file(path):
         raise CalibrationError(f"there is no {DATA_FILE} in {folder}", where=str(folder), do="see docs: data folders")
     questions: list[Question] = []
     wrong: list[tuple[str, LineError]] = []
@@ -69,10 +69,15 @@ def first_pictures(folder: Path, count: int) -> list[tuple[Path, str]]:
     return list(first.items())[:count]
 
 
-def check_questions(processor: Any, questions: Sequence[Question]) -> None:
-    """Refuse what can be seen without decoding: files that are no pictures, texts with a token of the model in them."""
+def check_pictures(questions: Sequence[Question]) -> None:
+    """Refuse files that are no pictures, as far as their headers say."""
     for image, where in {question.image: question.where for question in reversed(questions)}.items():
         check_picture(image, where=where)
+
+
+def check_questions(processor: Any, questions: Sequence[Question]) -> None:
+    """Refuse what can be seen without decoding: files that are no pictures, texts with a token of the model in them."""
+    check_pictures(questions)
     for question in questions:
         check_texts(processor, (question.question, *question.choices), question.where)
 
@@ -86,13 +91,13 @@ def question_inputs(processor: Any, questions: Sequence[Question]) -> dict[str, 
 def _question(folder: Path, raw: bytes, place: str) -> Question:
     line = parse_line(raw)
     image = folder / line.image
-    if not _is_file(image):
+    if not is_file(image):
         do = "put it in the folder" if "://" not in line.image else "pictures are files: load it into the folder first"
         raise LineError(f"the picture {line.image[:200]} is missing, or is no file", do)
     return Question(image, line.question, line.answer, line.choices, place)
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
     """Whether there is a regular file; a path that cannot be one is none."""
     try:
         return stat.S_ISREG(path.stat().st_mode)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qpcompile.capture.data_folder import DATA_FILE, Question, read_questions
+from qpcompile.capture.data_folder import DATA_FILE, Question, check_pictures, read_questions
 from qpcompile.errors import CalibrationError
 from qpcompile.evaluate.scienceqa import PROBLEMS, read_scienceqa
 
@@ -24,6 +24,7 @@ def read_data(folder: Path, split: str = "test") -> list[Question]:
         )
     if not questions:
         raise CalibrationError("there is no question to ask", where=str(folder), do="give at least one line of data")
+    check_pictures(questions)
     return questions
 
 
@@ -31,10 +32,21 @@ def questions_digest(questions: Sequence[Question]) -> str:
     """SHA-256 over texts, answers and the pictures' names and sizes, in order."""
     total = hashlib.sha256()
     for question in questions:
-        size = question.image.stat().st_size
+        size = _size(question)
         line = [question.image.name, size, question.question, question.answer, *question.choices]
         total.update(json.dumps(line).encode())
     return total.hexdigest()
+
+
+def _size(question: Question) -> int:
+    try:
+        return question.image.stat().st_size
+    except OSError as error:
+        raise CalibrationError(
+            f"the picture {question.image} cannot be read any more: {error.strerror}",
+            where=question.where,
+            do="put it back, and leave the folder as it is while it is asked",
+        ) from error
 
 
 def folder_digest(folder: Path) -> str:

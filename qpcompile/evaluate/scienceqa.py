@@ -14,12 +14,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Annotated, Any, Self
 
-from qpcompile.capture.data_folder import Question
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qpcompile.capture.data_folder import Question, is_file
 from qpcompile.errors import CalibrationError
 
 PROBLEMS, SPLITS = "problems.json", "pid_splits.json"
+_SEE = "see docs: data, ScienceQA"
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
@@ -30,37 +33,69 @@ def read_scienceqa(folder: Path, split: str = "test") -> list[Question]:
         raise CalibrationError(
             f"there is no split {split!r}", where=str(folder / SPLITS), do=f"name one of {', '.join(splits)}"
         )
-    return [
-        _question(folder / "images" / split / number, number, problems[number])
-        for number in splits[split]
-        if problems.get(number, {}).get("image")
-    ]
-
-
-def _question(folder: Path, number: str, problem: Mapping[str, Any]) -> Question:
-    try:
-        letters = tuple(ascii_uppercase[: len(problem["choices"])])
-        options = [f"{letter}. {choice}" for letter, choice in zip(letters, problem["choices"], strict=True)]
-        hint = problem.get("hint") or ""
-        lines = [f"Context: {hint}"] * bool(hint.strip()) + [problem["question"], *options, INSTRUCTION]
-        question = Question(folder / problem["image"], "\n".join(lines), letters[problem["answer"]], letters)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    numbers = splits[split]
+    if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
         raise CalibrationError(
-            f"the problem is not in ScienceQA's format: {error!r}",
-            where=f"{PROBLEMS}, problem {number}",
-            do="give question, choices, answer (an index) and image",
-        ) from error
-    if not question.image.is_file():
-        raise CalibrationError(
-            f"the picture of problem {number} is missing", where=str(question.image), do="unpack the split's pictures"
+            f"the split {split!r} is no list of problem numbers as texts", where=str(folder / SPLITS), do=_SEE
         )
-    return question
+    pictures = folder / "images" / split
+    return [question for number in numbers for question in _questions(folder, pictures / number, number, problems)]
+
+
+def _questions(folder: Path, pictures: Path, number: str, problems: Mapping[str, Any]) -> list[Question]:
+    """The question of one problem; none where it has no picture."""
+    place = f"{folder / PROBLEMS}, problem {number}"
+    try:
+        problem = _Problem.model_validate(problems.get(number))
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = ".".join(map(str, found["loc"])) or "the entry"
+        raise CalibrationError(
+            f"the problem is not in ScienceQA's format: {name}: {found['msg']}",
+            where=place,
+            do="give question, choices, answer (an index of them) and image",
+        ) from error
+    if not problem.image:
+        return []
+    letters = tuple(ascii_uppercase[: len(problem.choices)])
+    options = [f"{letter}. {choice}" for letter, choice in zip(letters, problem.choices, strict=True)]
+    lines = [f"Context: {problem.hint}"] * bool(problem.hint.strip()) + [problem.question, *options, INSTRUCTION]
+    image = pictures / problem.image
+    if not is_file(image):
+        raise CalibrationError(
+            f"the picture of problem {number} is missing: {image}", where=place, do="unpack the split's pictures"
+        )
+    return [Question(image, "\n".join(lines), letters[problem.answer], letters, place)]
+
+
+class _Problem(BaseModel):
+    """What is read of a problem; grade, subject, lecture and the like are not."""
+
+    model_config = ConfigDict(strict=True)
+
+    question: Annotated[str, Field(min_length=1)]
+    choices: Annotated[list[str], Field(min_length=2, max_length=len(ascii_uppercase))]
+    answer: Annotated[int, Field(ge=0)]
+    image: str | None = None
+    hint: str = ""
+
+    @field_validator("hint", mode="before")
+    @classmethod
+    def _no_hint(cls, hint: Any) -> Any:
+        return "" if hint is None else hint
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> Self:
+        if self.answer >= len(self.choices):
+            raise ValueError(f"answer {self.answer} is no index of {len(self.choices)} choices")
+        return self
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"the file cannot be read: {error}", where=str(path), do="see docs: data, ScienceQA"
-        ) from error
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CalibrationError(f"the file cannot be read: {error}", where=str(path), do=_SEE) from error
+    if not isinstance(found, dict):
+        raise CalibrationError("the file holds no JSON object", where=str(path), do=_SEE)
+    return found

@@ -71,8 +71,17 @@ def test_the_layout_is_recognised_and_the_split_chosen(folder: Path) -> None:
     [
         ("fall", {}, "no split 'fall'"),
         ("val", {}, "no question to ask"),
-        ("test", {"answer": 3}, "not in ScienceQA's format"),
-        ("test", {"choices": None}, "not in ScienceQA's format"),
+        ("test", {"answer": 3}, "answer 3 is no index of 3 choices"),
+        ("test", {"answer": -1}, "not in ScienceQA's format: answer"),
+        ("test", {"answer": "1"}, "not in ScienceQA's format: answer"),
+        ("test", {"choices": None}, "not in ScienceQA's format: choices"),
+        ("test", {"choices": "red"}, "not in ScienceQA's format: choices"),
+        ("test", {"choices": ["a", 2]}, "not in ScienceQA's format: choices.1"),
+        ("test", {"choices": ["a"] * 27}, "not in ScienceQA's format: choices"),
+        ("test", {"question": 7}, "not in ScienceQA's format: question"),
+        ("test", {"hint": []}, "not in ScienceQA's format: hint"),
+        ("test", {"image": 7}, "not in ScienceQA's format: image"),
+        ("test", {"image": "."}, "picture of problem 2 is missing"),
         ("test", {"image": "other.png"}, "picture of problem 2 is missing"),
     ],
 )
@@ -82,6 +91,32 @@ def test_what_is_wrong_is_named(folder: Path, split: str, changes: dict[str, Any
     (folder / "problems.json").write_text(json.dumps(problems))
     with pytest.raises(CalibrationError, match=words):
         read_data(folder, split)
+
+
+@pytest.mark.parametrize(
+    ("problems", "splits", "words"),
+    [
+        ([], {"test": []}, "holds no JSON object"),
+        ({}, [], "holds no JSON object"),
+        ({}, {"test": "7"}, "no list of problem numbers"),
+        ({}, {"test": [7]}, "no list of problem numbers"),
+        ({}, {"test": ["7"]}, "not in ScienceQA's format: the entry"),
+        ({"7": None}, {"test": ["7"]}, "not in ScienceQA's format: the entry"),
+    ],
+)
+def test_files_of_other_contents_are_named(folder: Path, problems: Any, splits: Any, words: str) -> None:
+    (folder / "problems.json").write_text(json.dumps(problems))
+    (folder / "pid_splits.json").write_text(json.dumps(splits))
+    with pytest.raises(CalibrationError, match=words) as error:
+        read_data(folder)
+    assert error.value.where and str(folder) in error.value.where and error.value.do
+
+
+def test_a_file_that_is_no_picture_is_named_before_anything_is_asked(folder: Path) -> None:
+    (folder / "images" / "test" / "7" / "image.png").write_text("no picture")
+    with pytest.raises(CalibrationError, match="is no picture that can be read") as error:
+        read_data(folder)
+    assert error.value.where == f"{folder / 'problems.json'}, problem 7"
 
 
 def test_a_folder_of_neither_layout(tmp_path: Path) -> None:
