@@ -178,6 +178,11 @@ class Rule:
         self._compare(sizes, waiting)
         return sizes
 
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a call by place and by name in the operator's order, None for those left out."""
+        given = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        return tuple(given.get(name) for name in self.names)
+
     def results(self, *arguments: Any) -> list[tuple[torch.dtype, tuple[Any, ...]]]:
         """Type and sizes of every result for these arguments. Raises as `check`."""
         sizes = self.check(*arguments)

@@ -27,6 +27,7 @@ from qpcompile.files import staged_folder
 from qpcompile.ir.host import empty_host, fill_host
 from qpcompile.ir.program import STAGES, Layer, Program
 from qpcompile.ir.text import graph_text
+from qpcompile.ir.value_types import check_values
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
 
@@ -73,6 +74,8 @@ def load(folder: Path) -> tuple[Program, Any]:
             where=str(folder),
             do="save the model again with this version",
         ) from error
+    for graph in graphs.values():
+        check_values(graph)
     program = Program(graphs, host, layers, recipe, plan, stage, history=list(facts["history"]))
     return program, _processor(folder) if facts["processor"] else None
 

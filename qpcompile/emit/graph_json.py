@@ -32,6 +32,7 @@ from qpcompile.ir.edit import set_tensor
 from qpcompile.ir.facts import QuantizedFact, StubFact, quantized_fact, set_fact, stub_fact
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import TYPE, module_path, target_text, value_labels, value_types
+from qpcompile.ir.value_types import example_sizes
 
 FORMAT = 1
 NAMESPACES = {"aten": torch.ops.aten, "qpcompile": operators.ours}
@@ -68,7 +69,7 @@ def write_graph(graph: Graph, keys: Mapping[str, str]) -> str:
         "inputs": list(graph.inputs),
         "outputs": list(graph.outputs),
         "returns": graph.returns,
-        "constants": graph.constants,
+        "constants": example_sizes(graph) | graph.constants,
     }
     nodes: dict[str, fx.Node] = {}
     for node in graph.nodes:

@@ -28,6 +28,7 @@ from qpcompile.kernels.quantize_int4_static import op as _quantize_int4_static
 from qpcompile.kernels.rmsnorm import op as _rmsnorm
 from qpcompile.kernels.rmsnorm_quantize import op as _rmsnorm_quantize
 from qpcompile.kernels.rope import op as _rope
+from qpcompile.kernels.rules import Rule
 from qpcompile.kernels.segment_attention import op as _segment_attention
 from qpcompile.kernels.select_tokens import op as _select_tokens
 from qpcompile.kernels.silu_mul_quantize import op as _silu_mul_quantize
@@ -105,3 +106,11 @@ TEXT_RELEVANCE = ours.text_relevance.default
 SIMULATE_KIVI = ours.simulate_kivi.default
 SIMULATE_QVLM = ours.simulate_qvlm.default
 TOKEN_SCORES = ours.token_scores.default
+
+# Ours, and those of torch's that would repeat an operand where it is too short.
+RULES: dict[object, Rule] = {
+    **{getattr(ours, rule.name.removeprefix("qpcompile::")).default: rule for rule in (each.RULE for each in MODULES)},
+    torch.ops.aten.linear.default: Rule(
+        "aten::linear", {"input": "f[..., K]", "weight": "=input[N, K]", "bias": "=input[N]?"}, empty="..."
+    ),
+}

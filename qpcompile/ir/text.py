@@ -72,6 +72,21 @@ def value_types(graph: Graph) -> dict[fx.Node, str]:
     }
 
 
+def symbol_examples(graph: Graph) -> dict[str, int]:
+    """The example value of each printed symbol, that of the sample the graph was traced with, where it has one."""
+    sizes = {
+        size.node.expr: size.node
+        for node in graph.nodes
+        for tensor in _tensors(node.meta.get("val"))
+        for size in tensor.shape
+        if isinstance(size, torch.SymInt)
+    }
+    known: dict[Any, int] = {}
+    for node in sizes.values():
+        known |= node.shape_env.backed_var_to_val
+    return {str(name): int(known[symbol]) for symbol, name in _symbol_names(graph).items() if symbol in known}
+
+
 def module_path(node: fx.Node) -> str | None:
     """The dotted name of the innermost module a node was traced in; None where that is not known."""
     names = [name for name, _ in node.meta.get("nn_module_stack", {}).values() if name != _NO_SCOPE]

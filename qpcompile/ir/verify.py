@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from qpcompile.errors import InvariantError
+from qpcompile.errors import InvariantError, KernelError
 from qpcompile.ir.edit import aten, get_tensor
-from qpcompile.ir.operators import QUANT_STUB
+from qpcompile.ir.operators import QUANT_STUB, RULES
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
+from qpcompile.kernels.rule_text import NAMES
+from qpcompile.kernels.rules import Rule, described, differ
 
 # Python functions that may appear on symbolic sizes; every other call goes to a torch operator.
 SIZE_FUNCTIONS = frozenset(
@@ -73,16 +75,39 @@ def _graph_problems(graph: Graph) -> Iterator[str]:
 def _node_problems(graph: Graph, node: fx.Node) -> Iterator[str]:
     if node.op == "get_attr":
         try:
-            get_tensor(graph.module, str(node.target))
+            tensor = get_tensor(graph.module, str(node.target))
         except AttributeError:
             yield f"{node.name} reads the tensor {node.target}, which is not there"
+        else:
+            known = node.meta.get("val")
+            if isinstance(known, torch.Tensor) and (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+                yield f"{node.name} is known as {described(known)}, the tensor {node.target} is {described(tensor)}"
     elif node.op == "call_function":
         if not isinstance(node.target, torch._ops.OpOverload) and node.target not in SIZE_FUNCTIONS:
             yield f"{node.name} calls {node.target}, which is no operator"
         if "val" not in node.meta and node.target is not operator.getitem and node.users:
             yield f"{node.name} has no shape"
+        elif (rule := RULES.get(node.target)) is not None:
+            yield from _operand_problems(node, rule)
     elif node.op not in ("placeholder", "output"):
         yield f"{node.name} is a {node.op} node"
+
+
+def _operand_problems(node: fx.Node, rule: Rule) -> Iterator[str]:
+    """What the rule of an operator says of one call of it: its operands, and its results as they are known."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta.get("val"))  # type: ignore[misc]
+    try:
+        results = rule.results(*rule.arguments(args, kwargs))
+    except KernelError as error:
+        yield f"{node.name}, {error.where}: {error.what}"
+        return
+    values = node.meta.get("val")
+    known = values if isinstance(values, (list, tuple)) else (values,)
+    for value, (dtype, sizes) in zip(known, results, strict=False):
+        if isinstance(value, torch.Tensor) and (
+            value.dtype != dtype or len(value.shape) != len(sizes) or any(map(differ, value.shape, sizes))
+        ):
+            yield f"{node.name} is known as {described(value)}, {rule.name} gives {NAMES[dtype]}{list(sizes)}"
 
 
 def _cache_problems(program: Program) -> Iterator[str]:

@@ -1,0 +1,208 @@
+"""What the values of a graph are, derived from its inputs and tensors, compared with the types that it records.
+
+    recorded  %7 = qpcompile::linear_w4a4(%5, %6, @w, @w_scale, None, f32) : f32[B, S0, 96]
+    derived   f32[2, 40, 96]                                                at the example sizes B = 2, S0 = 40
+
+An artifact's graph is text, its tensors are a file: neither is to be believed. Every operator runs once on tensors
+without memory, where torch checks its own operators and kernels/<op>/rule.py ours, and every recorded type, which later
+steps count with, has to be what comes out. An operator with operands of the same types runs once, so that a model costs
+what one of its layers costs.
+
+Sizes are those of the sample that the graph was traced with: `Graph.constants` keeps them under `size.<symbol>`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qpcompile.errors import ArtifactError, KernelError
+from qpcompile.ir.edit import get_tensor
+from qpcompile.ir.operators import RULES
+from qpcompile.ir.program import Graph
+from qpcompile.ir.text import DTYPES, module_path, symbol_examples, target_text, value_labels, value_types
+
+SIZE = "size."
+_CPU = torch.device("cpu")
+_MOST_CHARACTERS = 300
+_BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: lambda left, right: left + right,
+    ast.Sub: lambda left, right: left - right,
+    ast.Mult: lambda left, right: left * right,
+    ast.FloorDiv: lambda left, right: left // right,
+    ast.Mod: lambda left, right: left % right,
+}
+_CALLS: dict[str, Callable[..., int]] = {"Max": max, "Min": min}
+_COMMA = re.compile(r", (?![^\[(]*[\])])")
+
+
+def example_sizes(graph: Graph) -> dict[str, int]:
+    """What `Graph.constants` has to hold for `check_values` to work on the graph once it is saved."""
+    return {f"{SIZE}{name}": value for name, value in symbol_examples(graph).items()}
+
+
+def check_values(graph: Graph) -> None:
+    """Raise ArtifactError, naming graph, value and operand, unless every operator fits and every type is true."""
+    _Deriver(graph).run()
+
+
+class _Deriver:
+    """`values` by node; tensors of equal type are one object, so that calls on them are known by their operands."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.labels, self.types = value_labels(graph), value_types(graph)
+        self.examples = {
+            key.removeprefix(SIZE): value
+            for key, value in graph.constants.items()
+            if key.startswith(SIZE) and type(value) is int and value > 0
+        }
+        self.sizes: dict[str, int] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.tensors: dict[tuple[Any, ...], Tensor] = {}
+        self.results: dict[tuple[Any, ...], Any] = {}
+
+    def run(self) -> None:
+        """Derive and compare every value."""
+        with torch.no_grad(), FakeTensorMode():
+            for node in self.graph.nodes:
+                if node.op != "output":
+                    self.values[node] = self._one(self._value(node))
+                    self._compare(node)
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._input(node)
+        if node.op == "get_attr":
+            tensor = get_tensor(self.graph.module, str(node.target))
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        key = (node.target, _key(args), _key(kwargs))
+        if key not in self.results:
+            self.results[key] = self._call(node, args, kwargs)
+        return self.results[key]
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """The result of one operator. What torch raises on operands that do not fit it has many types."""
+        target: Any = node.target
+        try:
+            if (rule := RULES.get(target)) is not None:
+                rule.check(*rule.arguments(args, kwargs))
+            return target(*_on_cpu(args), **_on_cpu(kwargs))
+        except KernelError as error:
+            raise self._refused(node, error.what, error.where) from error
+        except Exception as error:
+            raise self._refused(node, f"{type(error).__name__}: {str(error)[:300]}", target_text(target)) from error
+
+    def _input(self, node: fx.Node) -> Tensor:
+        match = re.fullmatch(r"(\w+)\[(.*)\]", self.types[node])
+        dtype = next((kind for kind, name in DTYPES.items() if match and name == match[1]), None)
+        if match is None or dtype is None:
+            raise self._refused(node, f"an input cannot be {self.types[node][:80]!r}")
+        self.sizes |= {
+            name: self.examples[name] for name in re.findall(r"[A-Za-z_]\w*", match[2]) if name in self.examples
+        }
+        shape = [self._size(text) for text in _COMMA.split(match[2]) if text]
+        if any(size is None or size < 0 for size in shape):
+            raise self._refused(node, f"the graph has no example of the sizes in {self.types[node][:80]!r}")
+        return torch.empty(shape, dtype=dtype)  # type: ignore[arg-type]
+
+    def _one(self, value: Any) -> Any:
+        """The one object for a tensor of this type; the same for those in a tuple."""
+        if isinstance(value, Tensor):
+            return self.tensors.setdefault((value.dtype, tuple(value.shape), value.stride()), value)
+        return type(value)(map(self._one, value)) if isinstance(value, (list, tuple)) else value
+
+    def _compare(self, node: fx.Node) -> None:
+        """Refuse a recorded type that is not that of the value."""
+        text = self.types[node]
+        if text and not self._fits(self.values[node], text):
+            raise self._refused(node, f"it is recorded as {text[:80]} and is {_shown(self.values[node])}")
+
+    def _fits(self, value: Any, text: str) -> bool:
+        if isinstance(value, (list, tuple)):
+            parts = _COMMA.split(text[1:-1]) if text[0] + text[-1] == "()" and len(text) > 2 else []
+            return len(parts) == len(value) and all(map(self._fits, value, parts))
+        if isinstance(value, Tensor):
+            kind, bracket, sizes = text.removesuffix("]").partition("[")
+            own = _COMMA.split(sizes) if sizes else []
+            same = kind == DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch.")) and len(own) == value.dim()
+            return bool(bracket) and same and all(map(self._is_size, own, value.shape))
+        if isinstance(value, int) and not isinstance(value, bool):
+            return text.startswith("int ") and self._is_size(text.removeprefix("int "), value)
+        return True
+
+    def _is_size(self, text: str, size: int) -> bool:
+        """Whether a size is what text says. A symbol that is new here is what it stands for from here on."""
+        if text.isidentifier() and text not in self.sizes:
+            self.sizes[text] = size
+        wanted = self._size(text)
+        return wanted is None or wanted == size
+
+    def _size(self, text: str) -> int | None:
+        """The number that a printed size stands for, or None where a symbol in it is not known yet."""
+        if text.isdecimal() and len(text) < 20:
+            return int(text)
+        if len(text) > _MOST_CHARACTERS:
+            return -1
+        try:
+            return _evaluated(ast.parse(text, mode="eval").body, self.sizes)
+        except KeyError:
+            return None
+        except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+            return -1
+
+    def _refused(self, node: fx.Node, what: str, operator: str | None = None) -> ArtifactError:
+        path = module_path(node)
+        place = [f"graph/{self.graph.name}.json, {self.labels[node]}", path, operator]
+        return ArtifactError(
+            what, where=": ".join(part for part in place if part), do="save the model again; do not use this folder"
+        )
+
+
+def _evaluated(tree: ast.expr, sizes: Mapping[str, int]) -> int:
+    """The value of a size expression: whole numbers, names, + - * // %, Max and Min."""
+    if isinstance(tree, ast.Constant) and type(tree.value) is int:
+        return tree.value
+    if isinstance(tree, ast.Name):
+        return sizes[tree.id]
+    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
+        return -_evaluated(tree.operand, sizes)
+    if isinstance(tree, ast.BinOp) and type(tree.op) in _BINARY:
+        return _BINARY[type(tree.op)](_evaluated(tree.left, sizes), _evaluated(tree.right, sizes))
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in _CALLS and not tree.keywords:
+        return _CALLS[tree.func.id](*(_evaluated(each, sizes) for each in tree.args))
+    raise ValueError("no size")
+
+
+def _key(value: Any) -> Any:
+    """Arguments as a key; tensors, which are one object for each type, by identity."""
+    if isinstance(value, Tensor):
+        return id(value)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(each)) for name, each in value.items())
+    return type(value), value if value == value else repr(value)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Arguments with the CPU for every device."""
+    if isinstance(value, torch.device):
+        return _CPU
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_on_cpu, value))
+    return {name: _on_cpu(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{DTYPES.get(value.dtype, value.dtype)}{list(value.shape)}"
+    return f"({', '.join(map(_shown, value))})" if isinstance(value, (list, tuple)) else repr(value)

@@ -1,0 +1,186 @@
+"""What operators refuse: the rule, the operator and its fake kernel agree on every call, and none of them breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.valid_calls import CALLS, ROWS, B, C, D, H, N, S, cache, packed, real
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from qpcompile.errors import KernelError
+from qpcompile.ir.operators import MODULES, ours
+from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.rules import Rule, differ
+
+RULES: dict[str, Rule] = {module.RULE.name.removeprefix("qpcompile::"): module.RULE for module in MODULES}
+TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool)
+SCALARS: dict[type, tuple[Any, ...]] = {
+    float: (-1.0, 0.0, 0.5, 1e9, float("nan"), float("inf")),
+    int: (-1, 0, 1, 5, 7, 100),
+    str: ("", "nothing"),
+    list: ([], [1.0], [1.0, 2.0, float("nan"), 1.0]),
+}
+# Operators that read what is in these tensors before they decide.
+BY_CONTENT = {"segment_attention"}
+
+
+def bent_tensor(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor with another type, rank, or size of one axis."""
+    yield from (tensor.to(dtype) for dtype in TYPES if dtype != tensor.dtype)
+    yield tensor[None]
+    yield tensor.reshape(-1)
+    if tensor.dim():
+        yield tensor[0]
+    for axis, size in enumerate(tensor.shape):
+        yield tensor.narrow(axis, 0, 0)
+        yield tensor.narrow(axis, 0, 1)
+        yield tensor.narrow(axis, 0, size - 1)
+        yield torch.cat([tensor, tensor.narrow(axis, 0, 1)], dim=axis)
+        yield torch.cat([tensor, tensor], dim=axis)
+
+
+def bent(value: Any) -> list[Any]:
+    """Other values for one operand."""
+    if isinstance(value, Tensor):
+        return list(bent_tensor(value))
+    return [] if isinstance(value, (bool, torch.dtype)) else list(SCALARS.get(type(value), ()))
+
+
+def outcome(function: Any, *arguments: Any) -> list[tuple[torch.dtype, tuple[int, ...]]] | None:
+    """Types and sizes of the results; None for a KernelError. Any other error is a defect."""
+    try:
+        results = function(*arguments)
+    except KernelError as error:
+        assert error.where and error.do
+        return None
+    results = [results] if isinstance(results, Tensor) else results
+    return [(each.dtype, tuple(each.shape)) if isinstance(each, Tensor) else each for each in results]
+
+
+def check_agreement(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Rule, fake kernel and operator refuse alike or give alike; returns whether they give."""
+    operator = getattr(ours, name).default
+    promised = outcome(RULES[name].results, *arguments)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(each) if isinstance(each, Tensor) else each for each in arguments]
+        assert outcome(operator, *fakes) == promised
+    found = outcome(operator, *arguments)
+    assert found == promised or (name in BY_CONTENT and found is None)
+    return found is not None
+
+
+def test_every_operator_has_a_rule_in_the_order_of_its_arguments() -> None:
+    assert set(RULES) == set(CALLS) and len(RULES) == 32
+    for name, rule in RULES.items():
+        assert list(rule.names) == [each.name for each in getattr(ours, name).default._schema.arguments]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_valid_call_gives_what_the_rule_says(name: str) -> None:
+    assert check_agreement(name, CALLS[name]())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_bent_operand(name: str) -> None:
+    valid = CALLS[name]()
+    calls = [(*valid[:place], other, *valid[place + 1 :]) for place, each in enumerate(valid) for other in bent(each)]
+    answered = [check_agreement(name, call) for call in calls]
+    assert not all(answered)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_several_bent_operands(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(CALLS)))
+    arguments = list(CALLS[name]())
+    for place in data.draw(st.sets(st.integers(0, len(arguments) - 1), max_size=4)):
+        if others := bent(arguments[place]):
+            arguments[place] = others[data.draw(st.integers(0, len(others) - 1))]
+    check_agreement(name, tuple(arguments))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_layout_does_not_matter(name: str) -> None:
+    """Every second number of a tensor twice as large is that tensor."""
+    valid = CALLS[name]()
+    spread = [torch.stack([each, each], dim=-1)[..., 0] if isinstance(each, Tensor) else each for each in valid]
+    results = [getattr(ours, name).default(*arguments) for arguments in (valid, spread)]
+    for one, other in zip(*[[each] if isinstance(each, Tensor) else each for each in results], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def edit(name: str, **changes: Any) -> tuple[Any, ...]:
+    """The valid call with other operands."""
+    return tuple(changes.get(key, value) for key, value in zip(RULES[name].names, CALLS[name](), strict=True))
+
+
+CODES, SCALE = quantize_int4(real(B, ROWS, C))
+WEIGHT, WEIGHT_SCALE = packed()
+K_CODES, K_AFFINE = cache()
+# What crashed, read or wrote out of bounds, or gave other numbers without an error; and which operand is to blame.
+REFUSED = {
+    "scales for more tokens": ("linear_w4a4", {"scale": real(40, 1)}, "scale"),
+    "scales for fewer tokens": ("linear_w4a4", {"scale": SCALE[:1]}, "scale"),
+    "no scales": ("linear_w4a4", {"scale": SCALE[:0]}, "scale"),
+    "no tokens": ("linear_w4a4", {"q": CODES[:0]}, "scale"),
+    "a scale without groups": ("linear_w4a4", {"scale": SCALE[..., :0]}, "scale"),
+    "groups that do not divide": ("linear_w4a4", {"scale": real(B, ROWS, 5)}, "scale"),
+    "other groups": ("linear_w4a4", {"scale": real(B, ROWS, 2), "weight_scale": real(N, 3)}, "weight_scale"),
+    "a half-precision weight scale": ("linear_w4a4", {"weight_scale": WEIGHT_SCALE.bfloat16()}, "weight_scale"),
+    "one weight scale for all": ("linear_w4a4", {"weight_scale": WEIGHT_SCALE[:1]}, "weight_scale"),
+    "codes half as wide": ("linear_w4a4", {"weight": WEIGHT[:, :3]}, "weight"),
+    "a bias of one": ("linear_w4a4", {"bias": real(1)}, "bias"),
+    "a whole-number bias": ("linear_w4a4", {"bias": torch.ones(N, dtype=torch.int64)}, "bias"),
+    "a residual of one": ("linear_w4a4", {"residual": real(1)}, "residual"),
+    "codes as numbers": ("linear_w4a4", {"q": CODES.float()}, "q"),
+    "8-bit scales of i8": ("linear_w8a16", {"weight_scale": torch.ones(N, 1, dtype=torch.int8)}, "weight_scale"),
+    "8-bit scales of f64": ("linear_w8a16", {"weight_scale": real(N, 1).double()}, "weight_scale"),
+    "a bias of one for 8 bits": ("linear_w8a16", {"bias": real(1)}, "bias"),
+    "a weight scale too few": ("linear_w4a16", {"weight_scale": WEIGHT_SCALE[1:]}, "weight_scale"),
+    "values without rows": ("attention_kv4", {"v_codes": K_CODES[:, :, :0]}, "v_codes"),
+    "more batch rows than the cache": ("attention_kv4", {"q": real(50, H, ROWS, D)}, "k_codes"),
+    "a mask of one key": ("attention_kv4", {"mask": real(1, 1, 1, 1)}, "mask"),
+    "heads that do not divide": ("attention_kv4", {"q": real(B, 3, ROWS, D)}, "q"),
+    "a short scale": ("hadamard", {"scale": real(C - 1)}, "scale"),
+    "a factor too few": ("kronecker", {"left": real(2, 2)}, "x"),
+    "a norm weight of one": ("rmsnorm", {"weight": real(1)}, "weight"),
+    "a fused norm weight of one": ("rmsnorm_quantize", {"weight": real(1)}, "weight"),
+    "a transform scale of one": ("rmsnorm_quantize", {"transform_scale": real(1)}, "transform_scale"),
+    "a layer norm bias too short": ("layernorm_quantize", {"bias": real(C - 1)}, "bias"),
+    "a gate without its partner's rows": ("silu_mul_quantize", {"up": real(1, ROWS, C)}, "up"),
+    "a static scale of two": ("quantize_int4_static", {"scale": real(2)}, "scale"),
+    "a clip ratio of 0": ("quantize_int4", {"clip_ratio": 0.0}, "clip_ratio"),
+    "groups of minus 1": ("quantize_int4", {"group_size": -1}, "group_size"),
+    "more tokens than there are": ("select_tokens", {"keep": S + 1}, "keep"),
+}
+
+
+@pytest.mark.parametrize(("name", "changes", "blamed"), REFUSED.values(), ids=list(REFUSED))
+def test_the_operand_is_named(name: str, changes: dict[str, Any], blamed: str) -> None:
+    for call in (getattr(ours, name).default, RULES[name].check, RULES[name].fake):
+        with pytest.raises(KernelError) as error:
+            call(*edit(name, **changes))
+        assert error.value.where == f"qpcompile::{name}, operand {blamed}"
+
+
+def test_symbolic_sizes_are_compared_by_their_examples_without_a_guard() -> None:
+    environment = ShapeEnv()
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    with FakeTensorMode(shape_env=environment) as mode:
+        symbolic = mode.from_tensor(real(7, C), source=ConstantSource("rows"), symbolic_context=context)
+        rows = symbolic.shape[0]
+        assert isinstance(rows, torch.SymInt)
+        RULES["rmsnorm"].check(symbolic, torch.empty(C), 1e-6)
+        with pytest.raises(KernelError, match="C is 12 and not 11"):
+            RULES["rmsnorm"].check(symbolic, torch.empty(C - 1), 1e-6)
+        assert not differ(rows, 7) and differ(rows, 8)
+        assert not differ(environment.create_unbacked_symint(), 8)
+    assert not environment.guards

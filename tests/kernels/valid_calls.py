@@ -1,0 +1,82 @@
+"""One valid call of every operator, for tests that bend them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.kv8_write.reference import kv8_write
+from qpcompile.kernels.linear_w4a4.packing import pack_int4
+from qpcompile.kernels.quantize_int4.reference import quantize_int4
+
+B, S, C, N, H, HKV, D, ROWS = 2, 6, 12, 5, 4, 2, 8, 3
+
+
+def real(*shape: int) -> Tensor:
+    """f32 numbers, the same every time."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+def flags(*marked: int) -> Tensor:
+    """bool[B, S], true at these tokens."""
+    made = torch.zeros(B, S, dtype=torch.bool)
+    made[:, list(marked)] = True
+    return made
+
+
+def packed() -> tuple[Tensor, Tensor]:
+    """u8[N, C / 2] and f32[N, 1]."""
+    codes, scale = quantize_int4(real(N, C))
+    return pack_int4(codes), scale
+
+
+def cache() -> tuple[Tensor, Tensor]:
+    """u8[B, HKV, S, D / 2] and f32[B, HKV, S, 2]."""
+    return kv4_write(real(B, HKV, S, D))
+
+
+VISUAL, VALID, TEXT = flags(1, 2, 3), flags(*range(S)), flags(4, 5)
+BUDGET = torch.full((B,), 2)
+SEGMENTS = torch.tensor([0, 2, S])
+
+CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "attention_kv4": lambda: (real(B, H, ROWS, D), *cache(), *cache(), None, 0.3, torch.tensor([S])),
+    "attention_received": lambda: (real(B, H, S, D), real(B, HKV, S, D), None, 0.3, False),
+    "dpp_select": lambda: (real(B, S, C), real(B, S).abs(), VISUAL, BUDGET),
+    "farthest_tokens": lambda: (real(B, S, C), VISUAL, BUDGET),
+    "fuse_risk": lambda: (real(B, S), real(B, S), VISUAL, 0.5, True, True),
+    "hadamard": lambda: (real(B, ROWS, C), real(C)),
+    "kronecker": lambda: (real(B, ROWS, C), real(C), real(3, 3), real(4, 4)),
+    "kv4_read": lambda: (*cache(), D, torch.float32),
+    "kv4_write": lambda: (real(B, HKV, S, D),),
+    "kv8_read": lambda: (*kv8_write(real(B, HKV, S, D)), torch.float32),
+    "kv8_write": lambda: (real(B, HKV, S, D),),
+    "layernorm_quantize": lambda: (real(B, ROWS, C), real(C), real(C), 1e-6, real(C), True, 4, 0.9),
+    "linear_w4a16": lambda: (real(B, ROWS, C), *packed(), real(N)),
+    "linear_w4a4": lambda: (*quantize_int4(real(B, ROWS, C)), *packed(), real(N), torch.float32, real(B, ROWS, N)),
+    "linear_w8a16": lambda: (real(B, ROWS, C), torch.ones(N, C, dtype=torch.int8), real(N, 1), real(N)),
+    "merge_tokens": lambda: (real(B, S, C), real(B, S, D), real(B, S).abs(), VISUAL, TEXT, 2),
+    "pivot_tokens": lambda: (real(B, S, C), real(B, HKV, S, D), VISUAL, VALID, BUDGET, 1, 1),
+    "quant_stub": lambda: (real(B, ROWS, C),),
+    "quantization_risk": lambda: (real(B, S, C), VISUAL, "complex", 4),
+    "quantize_int4": lambda: (real(B, ROWS, C), 4, 0.9),
+    "quantize_int4_static": lambda: (real(B, ROWS, C), real(B, ROWS, 1).abs()),
+    "rmsnorm": lambda: (real(B, ROWS, C), real(C), 1e-6),
+    "rmsnorm_quantize": lambda: (real(B, ROWS, C), real(C), 1e-6, real(C), True, 4, 0.9),
+    "rope": lambda: (real(B, H, S, D), real(1, S, D), real(1, S, D)),
+    "segment_attention": lambda: (real(1, H, S, D), real(1, HKV, S, D), real(1, HKV, S, 7), SEGMENTS, 0.3),
+    "select_tokens": lambda: (real(B, S), 3, BUDGET),
+    "silu_mul_quantize": lambda: (real(B, ROWS, C), real(B, ROWS, C), real(C), True, 4, 0.9),
+    "simulate_kivi": lambda: (real(B, HKV, S, D), 15, True),
+    "simulate_qvlm": lambda: (real(B, ROWS, C), -real(C).abs(), real(C).abs()),
+    "spread_tokens": lambda: (real(B, S), VISUAL, BUDGET, 0.5),
+    "text_relevance": lambda: (real(B, S, C), VISUAL, VALID, -1),
+    "token_scores": lambda: (
+        *(real(B, S, C), real(B, S, C), real(B, H, S, D), real(B, HKV, S, D), None, 0.3, VISUAL, VALID, TEXT),
+        *([1.0, 0.5, 1.0, 2.0], "percentile", 1.0, 99.0, True, True, 4, 1.0, True, 3.0),
+    ),
+}
