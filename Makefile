@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test test-slow test-gpu bench bench-gpu lint docs clean
+.PHONY: demo test test-slow test-asan test-gpu bench bench-gpu lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -15,6 +15,12 @@ test: $(STAMP)
 # What `make test` leaves out: every family, trained models and their accuracy. Tens of minutes on two cores.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile -m "slow and not gpu" --timeout 7200
+
+# The kernels in C under AddressSanitizer and UBSan, their tests and a fuzzer of all operators. make test-asan CALLS=20000
+# runs it longer, SEED=7 makes the calls of a run again. Needs gcc; no other build of the library is touched.
+CALLS ?= 600
+test-asan: $(STAMP)
+	$(BIN)/python tests/sanitized/run.py $(CALLS) $(SEED)
 
 # Whole answers on one CPU core; see tests/bench/cpu.py for OpenVINO's environment.
 bench: $(STAMP)

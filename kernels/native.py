@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.native_cells import ELEMENTS, SIGNATURES, error_of, packed
+from qpcompile.kernels.native_cells import SIGNATURES, error_of, packed
 
 MODULE = "qpcompile._native"
 LEVELS = ("portable", "avx2", "avx512")

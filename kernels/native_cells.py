@@ -1,7 +1,7 @@
 """What the functions of the library are given: 8-byte cells, in which a tensor comes with how much of it lies there.
 
-Counts and element types are read off the tensors here and nowhere else; kernels/native_checks.inc compares them with the
-sizes that a caller names, before anything is touched.
+Counts and element types are read off the tensors here and nowhere else; kernels/native_checks.inc compares them with
+the sizes that a caller names, before anything is touched.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ NOTHING, OTHER = -1, 9
 Cells = tuple[int | float, ...]
 
 
+class _LayoutError(Exception):
+    """How a tensor lies that no function reads; never leaves this file."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """How a kind of argument is laid out in cells; `cells` makes them of a value, None where it is one itself."""
@@ -45,7 +49,7 @@ def _span(tensor: Tensor | None) -> Cells:
     if tensor is None:
         return 0, 0, NOTHING
     if not tensor.is_cpu or not tensor.is_contiguous():
-        raise KernelError(f"a tensor {list(tensor.shape)} on {tensor.device} does not lie on the CPU without gaps")
+        raise _LayoutError(f"does not lie on the CPU without gaps: {list(tensor.shape)} on {tensor.device}")
     return tensor.data_ptr(), tensor.numel(), ELEMENTS.get(tensor.dtype, OTHER)
 
 
@@ -54,7 +58,7 @@ def _front(tensor: Tensor | None) -> Cells:
     if tensor is None:
         return 0, 0, NOTHING
     if not tensor.is_cpu:
-        raise KernelError(f"a tensor {list(tensor.shape)} lies on {tensor.device}, not on the CPU")
+        raise _LayoutError(f"lies on {tensor.device}, not on the CPU")
     count = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
     return tensor.data_ptr(), count, ELEMENTS.get(tensor.dtype, OTHER)
 
@@ -64,7 +68,7 @@ def _view(tensor: Tensor | None) -> Cells:
     if tensor is None:
         return 0, 0, NOTHING, 0, 0, 0, 0
     if tensor.dim() != 4:
-        raise KernelError(f"a tensor {list(tensor.shape)} has {tensor.dim()} axes, not four")
+        raise _LayoutError(f"has {tensor.dim()} axes, not four")
     return *_front(tensor), *tensor.stride()
 
 
@@ -123,16 +127,16 @@ def packed(name: str, arguments: Sequence[object]) -> bytes:
     Raises KernelError for a tensor that does not lie as the function reads it, and a number that no cell holds.
     """
     cells: list[object] = []
-    argument = ""
     try:
-        for (argument, kind), value in zip(SIGNATURES[name], arguments, strict=True):
+        for (_, kind), value in zip(SIGNATURES[name], arguments, strict=True):
             if kind.cells is None:
                 cells.append(value)
             else:
                 cells.extend(kind.cells(value))  # type: ignore[arg-type]
         return _layout(name).pack(*cells)
-    except KernelError as error:
-        raise KernelError(f"qp_{name}: {argument}: {error.what}", where=_where(name)) from None
+    except _LayoutError as error:
+        argument = _operands(name)[len(cells)]
+        raise KernelError(f"qp_{name}: {argument} {error}", where=_where(name)) from None
     except struct.error as error:
         raise KernelError(f"qp_{name}: a size does not fit: {error}", where=_where(name)) from None
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qpcompile.errors import KernelError
 from qpcompile.kernels import native
 
 # Below these sizes laying out keys for the tiles costs more than it saves.
@@ -21,7 +22,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The same by torch, with gradients."""
     grouped = q.shape[1] != k.shape[1]
+    if grouped:
+        check_heads(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse heads that cannot be shared out: torch divides by their number, and with none the process ends."""
+    heads = [each.shape[-3] if each.dim() > 2 else 0 for each in (q, k, v)]
+    if 0 in heads[1:] or heads[0] % heads[1] or heads[0] % heads[2]:
+        raise KernelError(
+            f"attention got queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)}",
+            where="kernels/attention",
+            do="give them as [batch, heads, tokens, head size], the heads of keys and values dividing those of queries",
+        )
 
 
 def on_tiles(q: Tensor, keys: int, mask: Tensor | None, scale: float) -> bool:

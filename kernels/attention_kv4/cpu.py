@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qpcompile.errors import KernelError
 from qpcompile.kernels import native
-from qpcompile.kernels.attention.cpu import attention, on_tiles
+from qpcompile.kernels.attention.cpu import attention, check_heads, on_tiles
 from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
 from qpcompile.kernels.attention_kv4.reference import front, tokens_outside
 from qpcompile.kernels.kv4_read.cpu import kv4_read
@@ -59,6 +60,12 @@ def _native(
     groups, keys = k_codes.shape[1:3]
     q = q if q.stride(3) == 1 else q.contiguous()
     cache = k_codes, k_affine, v_codes, v_affine
+    if any(part.dim() != 4 or part.shape[:3] != (batch, groups, keys) for part in cache):
+        raise KernelError(
+            f"codes and scales of keys and values {[list(part.shape) for part in cache]} are not of one cache",
+            where="qpcompile::attention_kv4",
+            do="pass what qpcompile::kv4_write made of the same keys and values",
+        )
     room = _room(cache[0])
     if room < keys or any(_room(part) != room for part in cache):
         cache, room = tuple(part.contiguous() for part in cache), keys
@@ -73,7 +80,7 @@ def _room(part: Tensor) -> int:
     """Keys from one head to the next in a part of a cache, [B, H, S, W]; 0 where it is no front of a packed one."""
     _, heads, _, width = part.shape
     of_batch, of_head, of_key, of_number = part.stride()
-    packed = of_number == 1 and of_key == width and of_head % width == 0 and of_batch == heads * of_head
+    packed = width > 0 and of_number == 1 and of_key == width and of_head % width == 0 and of_batch == heads * of_head
     return of_head // width if packed else 0
 
 
@@ -93,6 +100,7 @@ def _attend_to_values(
     wide = wide_type(q)
     k = kv4_read(k_codes, k_affine, head_dim, wide)
     v = kv4_read(v_codes, v_affine, head_dim, wide)
+    check_heads(q, k, v)
     if mask is None:
         return F.scaled_dot_product_attention(q.to(wide), k, v, scale=scale, enable_gqa=True)
     allowed, bias = split_mask(mask)

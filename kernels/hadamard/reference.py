@@ -18,6 +18,9 @@ from torch import Tensor
 from qpcompile.errors import KernelError
 from qpcompile.kernels.sums import wide_type
 
+MOST_COLUMNS = 1 << 14
+"""Of the factor that carries the DCT; it takes gigabytes there."""
+
 
 def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """x: f[..., C], scale: f32[C] -> x.dtype[..., C], summed in `wide_type` and rounded once."""
@@ -69,6 +72,12 @@ def _wide_arrays(channels: int) -> tuple[np.ndarray, np.ndarray]:
     power, odd = split_channels(channels)
     sides = (1 << i for i in range(power.bit_length()))
     side = min(sides, key=lambda a: a + channels // a)
+    if channels // side > MOST_COLUMNS:
+        raise KernelError(
+            f"a rotation of {channels} channels is a product with a matrix of {channels // side} columns",
+            where="qpcompile::hadamard",
+            do=f"leave these channels as they are: {MOST_COLUMNS} columns are the most",
+        )
     return sylvester(side), np.kron(sylvester(power // side), dct_matrix(odd)) / np.sqrt(power)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpcompile.errors import KernelError
 from qpcompile.ir.bind_residual import join_residuals
 from qpcompile.ir.bind_rows import join_rows
 from qpcompile.ir.bind_torch import FASTER
@@ -77,6 +78,8 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     SILU_MUL_QUANTIZE: silu_mul_quantize,
 }
 Codes = dict[int, torch.Tensor]
+UNFIT = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError)
+"""What Python and torch raise for operands that do not belong together."""
 
 
 class BoundGraphs:
@@ -97,8 +100,18 @@ class BoundGraphs:
         return decode.problem if isinstance(decode, TapedDecode) else "there is no decode graph"
 
     def __call__(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            results = self.modules[graph.name](*[feeds[name] for name in graph.inputs])
+        try:
+            with torch.no_grad():
+                results = self.modules[graph.name](*[feeds[name] for name in graph.inputs])
+        except torch.OutOfMemoryError:
+            raise
+        except UNFIT as error:
+            # Kernels are called without the operators' checks: here torch itself found what does not belong together.
+            raise KernelError(
+                f"{type(error).__name__}: {error}",
+                where=f"the graph {graph.name}",
+                do="compile the model again if it was read from a folder: its graphs and tensors do not belong together",
+            ) from error
         return dict(zip(graph.outputs, results, strict=True))
 
 

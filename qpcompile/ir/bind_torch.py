@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpcompile.ir.edit import aten
-from qpcompile.kernels.attention.cpu import attention
+from qpcompile.kernels.attention.cpu import attention, check_heads
 from qpcompile.kernels.linear.cpu import linear
 
 
@@ -30,6 +30,8 @@ def attend(
 ) -> Tensor:
     """Arguments of torch.nn.functional.scaled_dot_product_attention, by their names there."""
     if dropout_p or is_causal:
+        if enable_gqa:
+            check_heads(q, k, v)
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
     return attention(q, k, v, attn_mask, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -26,17 +26,32 @@ def _bf16(*sizes: int) -> torch.Tensor:
 
 def linear_w4a4() -> Arguments:
     return {
-        **{"q": _i8(3, 64), "scale": torch.rand(3, 2), "weight": _u8(5, 32), "weight_scale": torch.rand(5, 1)},
-        **{"bias": torch.rand(5), "y": torch.zeros(3, 5)},
-        **{"tokens": 3, "columns": 64, "features": 5, "scale_groups": 2, "weight_groups": 1},
+        "q": _i8(3, 64),
+        "scale": torch.rand(3, 2),
+        "weight": _u8(5, 32),
+        "weight_scale": torch.rand(5, 1),
+        "bias": torch.rand(5),
+        "y": torch.zeros(3, 5),
+        "tokens": 3,
+        "columns": 64,
+        "features": 5,
+        "scale_groups": 2,
+        "weight_groups": 1,
     }
 
 
 def linear_w4a4_amx() -> Arguments:
     return {
-        **{"q": _i8(3, 64), "scale": torch.rand(3, 1), "weight": _u8(5, 32), "weight_scale": torch.rand(5, 1)},
-        **{"bias": torch.rand(5), "residual": torch.rand(3, 5), "y": torch.zeros(3, 5)},
-        **{"tokens": 3, "columns": 64, "features": 5},
+        "q": _i8(3, 64),
+        "scale": torch.rand(3, 1),
+        "weight": _u8(5, 32),
+        "weight_scale": torch.rand(5, 1),
+        "bias": torch.rand(5),
+        "residual": torch.rand(3, 5),
+        "y": torch.zeros(3, 5),
+        "tokens": 3,
+        "columns": 64,
+        "features": 5,
     }
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qpcompile.errors import KernelError
 from qpcompile.kernels import native
 from qpcompile.kernels.attention import cpu, reference
 
@@ -120,3 +121,11 @@ def test_the_rest_is_torchs(change: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cpu, "_on_tiles", None)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     assert torch.equal(cpu.attention(q, k, v, mask, scale), expected)
+
+
+@pytest.mark.parametrize("heads", [(4, 0, 0), (4, 2, 0), (4, 3, 3)])
+def test_heads_that_cannot_be_shared_out_are_refused(heads: tuple[int, int, int]) -> None:
+    """torch divides by the number of key heads: with none it ends the process."""
+    q, k, v = (torch.randn(1, count, 3, 8) for count in heads)
+    with pytest.raises(KernelError, match="attention got queries"):
+        cpu.attention(q, k, v, None, 0.3)

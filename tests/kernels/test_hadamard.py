@@ -120,3 +120,10 @@ def test_onnx_is_the_op(export_onnx: Any) -> None:
         torch.testing.assert_close(full, expected[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(half, expected[1], rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(odd, expected[2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_rotation_that_would_fill_the_memory_is_refused() -> None:
+    with pytest.raises(KernelError, match="a matrix of 16411 columns"):
+        reference.factor_arrays(16411)  # a prime: no power of two shares the work
+    with pytest.raises(KernelError, match="a rotation of 281474976710656 channels"):
+        reference.factor_arrays(2**48)

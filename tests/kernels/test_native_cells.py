@@ -1,14 +1,14 @@
-"""No function of the library trusts a count: whatever does not fit its sizes is refused by name, and nothing is touched."""
+"""No function of the library trusts a count: what does not fit its sizes is refused by name, and nothing is touched."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from kernels import native_calls
 import pytest
 import torch
 from kernels.native_calls import CALLS, HERE, make
 from torch import Tensor
 
+from kernels import native_calls
 from qpcompile.errors import KernelError
 from qpcompile.kernels import native
 from qpcompile.kernels.linear_w4a4 import cpu as linear
@@ -75,7 +75,7 @@ def test_a_tensor_of_another_type_is_refused_by_name(case: str, name: str) -> No
     tensor = CALLS[case][1]()[name]
     symbol = native.name_of(CALLS[case][0])
     for dtype in (torch.float64, torch.float16, torch.int64, torch.complex64, torch.bool):
-        if (symbol, name) == ("attention_kv4", "mask") and dtype == torch.bool or dtype == tensor.dtype:
+        if ((symbol, name) == ("attention_kv4", "mask") and dtype == torch.bool) or dtype == tensor.dtype:
             continue
         message = refused(case, **{name: tensor.to(dtype)})
         # Where a type is that of another operand, either may be named.

@@ -1,0 +1,50 @@
+"""The kernels' tests and the fuzzer on the library with sanitizers: python tests/sanitized/run.py [CALLS [SEED]]
+
+A planted overflow has to be found first, so that a sanitizer which is not there is no success.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from build import ROOT, build, environment
+
+KERNELS = (
+    *("native", "native_cells", "native_tape", "linear", "linear_w4a4", "linear_w8a16", "attention_kv4", "kv4_write"),
+    *("rope", "hadamard", "kronecker", "quantize_int4", "rmsnorm_quantize", "layernorm_quantize", "silu_mul_quantize"),
+)
+ON_C = "not onnx and not export and not triton and not contrib"
+PLANTED = """
+import ctypes, torch
+from qpcompile.kernels import native
+assert "asan" in str(native.library().path), native.library()
+tensor = torch.empty(40)
+ctypes.memset(tensor.data_ptr(), 0, tensor.nbytes + 4)
+"""
+
+
+def check_sanitizer(tree: Path) -> None:
+    """Die unless four bytes past the end of a tensor are found."""
+    found = subprocess.run([sys.executable, "-c", PLANTED], cwd=tree, env=environment(), capture_output=True, text=True)
+    if "heap-buffer-overflow" not in found.stderr:
+        sys.exit(f"AddressSanitizer does not see a planted overflow:\n{found.stderr}")
+
+
+def main(calls: str = "600", seed: str = "") -> None:
+    """Build; then test and fuzz, each on a core of its own."""
+    tree = build()
+    check_sanitizer(tree)
+    tests = [str(ROOT / "tests" / "kernels" / f"test_{name}.py") for name in KERNELS]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    pytest += ["-c", str(ROOT / "pyproject.toml"), "-k", ON_C, *tests]
+    fuzz = [sys.executable, str(ROOT / "tests" / "sanitized" / "fuzz.py"), seed or str(random.randrange(2**31)), calls]
+    running = [subprocess.Popen(each, cwd=tree, env=environment(), stdout=subprocess.PIPE) for each in (pytest, fuzz)]
+    said = [each.communicate()[0].decode() for each in running]
+    print(*said, sep=os.linesep)
+    sys.exit(any(each.returncode for each in running))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
