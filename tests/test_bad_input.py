@@ -197,9 +197,8 @@ def test_defect_of_a_data_folder_is_named(tmp_path: Path, damage: Callable[[Path
 
 def test_file_that_is_no_picture(tmp_path: Path) -> None:
     write_lines('{"image": "data.jsonl", "question": "what?", "answer": "red"}')(tmp_path)
-    samples = Samples(tmp_path, AutoProcessor.from_pretrained(MODEL), 4, 0)
     with pytest.raises(CalibrationError, match="no picture that can be read") as error:
-        next(iter(samples))
+        Samples(tmp_path, AutoProcessor.from_pretrained(MODEL), 4, 0)
     told(error)
 
 

@@ -32,7 +32,14 @@ Weights take {megabytes:.2f} MB on disk.
 import qpcompile
 
 model = qpcompile.load("path/to/this/folder")
-inputs = model.processor(images=image, text=prompt, return_tensors="pt")
+content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "What is in the picture?"}}]
+inputs = model.processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+)
 answer = model.generate(**inputs, max_new_tokens=64)
 ```
 
