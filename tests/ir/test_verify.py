@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from programs import program_of
+from torch import fx
 from toy_decoder import decode_graph, prefill_graph
 
 from qpcompile.errors import InvariantError
-from qpcompile.ir.edit import aten, set_tensor
-from qpcompile.ir.operators import QUANT_STUB
+from qpcompile.ir.edit import add_tensor, aten, call, fake_mode, set_tensor
+from qpcompile.ir.operators import QUANT_STUB, RMSNORM
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.verify import problems, verify
 
@@ -76,6 +77,45 @@ def lose_cache(program: Program) -> None:
     graph.outputs = tuple(path.replace("past_key_values.1", "other.1") for path in graph.outputs)
 
 
+def add_norm(graph: Graph) -> fx.Node:
+    """A norm of the first input, f32[2, 3] and more, on a weight of its own, read by the output node."""
+    before = graph.output_node
+    weight = add_tensor(graph, "norm.weight", torch.ones(3), before)
+    node = call(graph, before, RMSNORM, graph.nodes[0], weight, 1e-6)
+    (values,) = graph.output_node.args
+    graph.output_node.args = ((*values, node),)  # type: ignore[misc]
+    graph.outputs = (*graph.outputs, "extra")
+    return node
+
+
+def known(graph: Graph, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    with fake_mode(graph):
+        return torch.empty(shape, dtype=dtype)
+
+
+def short_weight(program: Program) -> None:
+    graph = program.graphs["vision"]
+    weight = add_norm(graph).args[1]
+    set_tensor(graph.module, "norm.weight", torch.ones(1))
+    weight.meta["val"] = known(graph, 1)  # type: ignore[union-attr]
+
+
+def stale_weight(program: Program) -> None:
+    graph = program.graphs["vision"]
+    add_norm(graph)
+    set_tensor(graph.module, "norm.weight", torch.ones(3, dtype=torch.bfloat16))
+
+
+def stale_result(program: Program) -> None:
+    graph = program.graphs["vision"]
+    add_norm(graph).meta["val"] = known(graph, 2, 4)
+
+
+def wrong_constant(program: Program) -> None:
+    node = add_norm(program.graphs["vision"])
+    node.update_arg(2, float("nan"))
+
+
 BROKEN: dict[str, tuple[Callable[[Program], None], str, str]] = {
     "a graph is missing": (lose_vision, "captured", "the program has no vision graph"),
     "an input is missing": (lose_input, "captured", "prefill: 2 placeholders for 1 inputs"),
@@ -86,6 +126,22 @@ BROKEN: dict[str, tuple[Callable[[Program], None], str, str]] = {
     "a method": (call_method, "captured", "vision: relu.* is a call_method node"),
     "another cache tensor": (rename_cache, "captured", r"disagree on the cache: \['past_key_values.1.value'"),
     "a cache that is not returned": (lose_cache, "captured", r"disagree on the cache: \['past_key_values.1.key'"),
+    "an operand of one element": (
+        short_weight,
+        "captured",
+        "vision: rmsnorm.* operand weight: weight is f32.1., but must",
+    ),
+    "a tensor of another type": (
+        stale_weight,
+        "captured",
+        r"norm_weight is known as f32\[3\], the tensor .* bf16\[3\]",
+    ),
+    "a result of another size": (
+        stale_result,
+        "captured",
+        r"rmsnorm.* is known as f32\[2, 4\], qpcompile::rmsnorm gives",
+    ),
+    "a number out of range": (wrong_constant, "captured", "vision: rmsnorm.* operand eps: eps is nan"),
     "dropout": (
         lambda program: add_call(program.graphs["vision"], aten.dropout.default),
         "canonical",
@@ -114,6 +170,12 @@ def test_broken_rule_is_named(break_it: Callable[[Program], None], stage: str, m
 def test_what_goes_later_may_still_be_there(target: Callable[..., object]) -> None:
     program = sound()
     add_call(program.graphs["vision"], target)
+    verify(program)
+
+
+def test_a_call_that_fits_is_let_through() -> None:
+    program = sound()
+    add_norm(program.graphs["vision"])
     verify(program)
 
 

@@ -102,9 +102,9 @@ def test_nothing_counts_or_nothing_is_asked_for() -> None:
 def test_opcheck_and_refusals() -> None:
     torch.library.opcheck(dpp_select, case(2, 9, 5))
     features, relevance, counted, budget = case(2, 9, 5)
-    with pytest.raises(KernelError, match=r"features torch\.float32"):
+    with pytest.raises(KernelError, match="counted is f32"):
         dpp_select(features, relevance, counted.float(), budget)
-    with pytest.raises(KernelError, match=r"relevance is torch\.float64"):
+    with pytest.raises(KernelError, match="relevance is f64"):
         dpp_select(features, relevance.double(), counted, budget)
 
 

@@ -82,7 +82,7 @@ def test_nothing_counts() -> None:
 def test_opcheck_and_refusals() -> None:
     torch.library.opcheck(farthest_tokens, case(2, 9, 5))
     features, counted, budget = case(2, 9, 5)
-    with pytest.raises(KernelError, match=r"budget torch\.int32"):
+    with pytest.raises(KernelError, match="budget is i32"):
         farthest_tokens(features, counted, budget.int())
 
 

@@ -154,10 +154,16 @@ def test_opcheck(bias: Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("operands", "said"),
     [
-        ((torch.zeros(7, 32, dtype=torch.uint8), torch.ones(7, 1), None), r"not i8\[7, 32\]"),
-        ((torch.zeros(7, 31, dtype=torch.int8), torch.ones(7, 1), None), r"not i8\[7, 32\]"),
-        ((torch.zeros(7, 32, dtype=torch.int8), torch.ones(7, 2), None), r"the scales are not \[7, 1\]"),
-        ((torch.zeros(7, 32, dtype=torch.int8), torch.ones(7, 1), torch.ones(6)), r"the bias is not \[7\] but \[6\]"),
+        (
+            (torch.zeros(7, 32, dtype=torch.uint8), torch.ones(7, 1), None),
+            r"weight is u8\[7, 32\], but must be i8\[N, K\]",
+        ),
+        ((torch.zeros(7, 31, dtype=torch.int8), torch.ones(7, 1), None), "K is 32 and not 31"),
+        (
+            (torch.zeros(7, 32, dtype=torch.int8), torch.ones(7, 2), None),
+            r"weight_scale is f32\[7, 2\], but must be f32\[N, 1\]",
+        ),
+        ((torch.zeros(7, 32, dtype=torch.int8), torch.ones(7, 1), torch.ones(6)), "N is 7 and not 6"),
     ],
 )
 def test_refuses_operands_that_do_not_belong_together(operands: Any, said: str) -> None:

@@ -100,7 +100,7 @@ def test_refusals() -> None:
     hidden, keys, weights, targets, sources = make(1, 5)
     with pytest.raises(KernelError, match="dimensions"):
         merge_tokens(hidden[0], keys, weights, targets, sources, 0)
-    with pytest.raises(KernelError, match="float64"):
+    with pytest.raises(KernelError, match="weights is f64"):
         merge_tokens(hidden, keys, weights.double(), targets, sources, 0)
     with pytest.raises(KernelError, match="nearest is -1"):
         merge_tokens(hidden, keys, weights, targets, sources, -1)

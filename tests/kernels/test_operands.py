@@ -172,10 +172,10 @@ def test_the_operand_is_named(name: str, changes: dict[str, Any], blamed: str) -
 
 
 def test_symbolic_sizes_are_compared_by_their_examples_without_a_guard() -> None:
-    environment = ShapeEnv()
+    environment, rows_of_numbers = ShapeEnv(), real(7, C)
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
     with FakeTensorMode(shape_env=environment) as mode:
-        symbolic = mode.from_tensor(real(7, C), source=ConstantSource("rows"), symbolic_context=context)
+        symbolic = mode.from_tensor(rows_of_numbers, source=ConstantSource("rows"), symbolic_context=context)
         rows = symbolic.shape[0]
         assert isinstance(rows, torch.SymInt)
         RULES["rmsnorm"].check(symbolic, torch.empty(C), 1e-6)

@@ -78,7 +78,7 @@ def test_equal_tokens_tie_by_index() -> None:
 
 def test_opcheck_and_refusals() -> None:
     torch.library.opcheck(pivot_tokens, (*case(2, 9), torch.tensor([2, 3]), 4, 4))
-    with pytest.raises(KernelError, match=r"pivots are \(0, 0\)"):
+    with pytest.raises(KernelError, match="there must be a pivot"):
         pivot_tokens(*case(2, 9), torch.tensor([2, 3]), 0, 0)
 
 

@@ -92,9 +92,9 @@ def test_opcheck(case: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"q": torch.zeros(2, 4, 12, 7)}, "no packed sequence"),
-        ({"k": torch.zeros(1, 3, 12, 7)}, "no packed sequence"),
-        ({"cu_seqlens": torch.tensor([0.0, 12.0])}, "segments are"),
+        ({"q": torch.zeros(2, 4, 12, 7)}, "operand q"),
+        ({"k": torch.zeros(1, 3, 12, 7)}, "operand v"),
+        ({"cu_seqlens": torch.tensor([0.0, 12.0])}, "cu_seqlens is f32"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "do not cover 12"),
         ({"cu_seqlens": torch.tensor([0, 9, 5, 12])}, "do not cover 12"),
         ({"cu_seqlens": torch.tensor([1, 12])}, "do not cover 12"),

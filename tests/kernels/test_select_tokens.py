@@ -82,11 +82,11 @@ def test_opcheck() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(KernelError, match="7 tokens to keep of 6"):
+    with pytest.raises(KernelError, match="keep is 7, S is 6"):
         select_tokens(torch.randn(1, 6), 7, torch.tensor([7]))
-    with pytest.raises(KernelError, match="int32"):
+    with pytest.raises(KernelError, match="quota is i32"):
         select_tokens(torch.randn(1, 6), 2, torch.tensor([7], dtype=torch.int32))
-    with pytest.raises(KernelError, match="float64"):
+    with pytest.raises(KernelError, match="scores is f64"):
         select_tokens(torch.randn(1, 6).double(), 2, torch.tensor([7]))
 
 

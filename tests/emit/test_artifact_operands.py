@@ -1,0 +1,113 @@
+"""Tensors and types of a folder whose hashes were made anew: what no operator can take is refused when it is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from programs import captured, changed_recipe, fresh
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qpcompile.emit.compiled import CompiledVLM, load
+from qpcompile.emit.manifest import write_manifest
+from qpcompile.errors import ArtifactError
+from qpcompile.ir.pass_manager import run_passes
+from qpcompile.ir.text import DTYPES
+from qpcompile.pipeline import passes
+
+WEIGHTS = "model-00001-of-00001.safetensors"
+Change = Callable[[Tensor], Tensor]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA with 4-bit weights, activations and cache, and an 8-bit head, pruned once; do not change it."""
+    _, cases, _ = captured()
+    settings = ("quantize.weights.solver=rtn", "tokens.candidate_layers=[0]", "tokens.keep=0.4")
+    program = fresh(changed_recipe("quota-30", *settings))
+    run_passes(program, passes([cases["one"], cases["longer"]], 2))
+    folder = tmp_path_factory.mktemp("operands") / "out"
+    CompiledVLM(program).save_pretrained(folder)
+    return folder
+
+
+def hash_again(folder: Path) -> None:
+    facts = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    write_manifest(
+        folder, {key: facts[key] for key in facts if key not in ("format", "format_version", "files", "digest")}
+    )
+
+
+def bend(folder: Path, suffix: str, change: Change, *, tell: bool) -> str:
+    """Change the first tensor with this ending, and where `tell` the type that graphs give for it; returns its name."""
+    tensors = load_file(folder / WEIGHTS)
+    name = next(key for key in sorted(tensors) if key.endswith(suffix))
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    if tell:
+        kind = f"{DTYPES[tensors[name].dtype]}{list(tensors[name].shape)}"
+        for path in (folder / "graph").glob("*.json"):
+            data = json.loads(path.read_text())
+            for node in data["nodes"]:
+                if node.get("key") == name:
+                    node["type"] = kind
+            path.write_text(json.dumps(data))
+    hash_again(folder)
+    return name
+
+
+BENT: dict[str, tuple[str, Change, str]] = {
+    "scales of one element": ("q_proj.weight_scale", lambda each: each[:1], "operand weight_scale"),
+    "no scales": ("q_proj.weight_scale", lambda each: each[:0], "operand weight_scale"),
+    "scales of bf16": ("up_proj.weight_scale", lambda each: each.bfloat16(), "operand weight_scale"),
+    "scales without groups": ("up_proj.weight_scale", lambda each: each[:, :0], "operand weight_scale"),
+    "codes half as wide": ("q_proj.weight_codes", lambda each: each[:, : each.shape[1] // 2], "operand weight"),
+    "codes of i8": ("q_proj.weight_codes", lambda each: each.view(torch.int8), "operand weight"),
+    "a row of codes too few": ("up_proj.weight_codes", lambda each: each[1:], "operand weight"),
+    "head scales of one": ("lm_head.weight_scale", lambda each: each[:1], "operand weight_scale"),
+    "head scales of f64": ("lm_head.weight_scale", lambda each: each.double(), "operand weight_scale"),
+    "a bias of one": ("fc1.bias", lambda each: each[:1], "operand bias"),
+    "a norm of one": ("language_model.norm.weight", lambda each: each[:1], "operand weight"),
+    "a norm of whole numbers": ("language_model.norm.weight", lambda each: each.int(), "operand weight"),
+    "a layer norm of one": ("pre_layrnorm.weight", lambda each: each[:1], "aten::layer_norm"),
+    "a table of one axis": ("embed_tokens.weight", lambda each: each[0], ""),
+}
+
+
+@pytest.mark.parametrize("tell", [False, True], ids=["types as they were", "types changed too"])
+@pytest.mark.parametrize(("suffix", "change", "named"), BENT.values(), ids=list(BENT))
+def test_bent_tensor_is_refused_by_name(
+    saved: Path, tmp_path: Path, suffix: str, change: Change, named: str, tell: bool
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "out"))
+    name = bend(folder, suffix, change, tell=tell)
+    with pytest.raises(ArtifactError) as error:
+        load(folder)
+    where = str(error.value.where)
+    assert where.startswith("graph/") and "json, " in where, error.value
+    assert named in where if tell else name.rpartition(".")[0].rpartition(".")[2] in where or named in where
+
+
+def test_wrong_type_of_a_value_is_refused(saved: Path, tmp_path: Path) -> None:
+    """The C kernels take the width of rows from the type that is written down."""
+    folder = Path(shutil.copytree(saved, tmp_path / "out"))
+    path = folder / "graph/decode.json"
+    data = json.loads(path.read_text())
+    node = next(node for node in data["nodes"] if node.get("target") == "qpcompile::rmsnorm.default")
+    node["type"] = node["type"].replace("48]", "96]")
+    path.write_text(json.dumps(data))
+    hash_again(folder)
+    with pytest.raises(ArtifactError, match="it is recorded as") as error:
+        load(folder)
+    assert f"graph/decode.json, {node['label']}" in str(error.value.where)
+
+
+def test_saved_again_it_loads(saved: Path, tmp_path: Path) -> None:
+    load(saved).save_pretrained(tmp_path / "again")
+    load(tmp_path / "again")
