@@ -34,8 +34,10 @@ from torch import Tensor
 from qpcompile.errors import KernelError
 from qpcompile.kernels.rule_text import FLOATS, NAMES, Form, Size, read_form
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 Sizes = dict[str, Any]
 """Named sizes, whole numbers by operand, types by operand, and the leading sizes as a tuple called `...`."""
+MOST_KNOWN = 1024
 Waiting = list[tuple[str, Tensor, Size, Any]]
 """Sizes that can be compared when all named ones are known: operand, its tensor, what it must be, what it is."""
 
@@ -134,6 +136,7 @@ class Rule:
         self.relations = tuple(relations)
         self.gives = tuple(map(read_form, gives))
         self.empty = frozenset(empty.split())
+        self.known: set[tuple[Any, ...]] = set()
         self.scalars: list[tuple[int, str, Scalar]] = []
         self.tensors: list[tuple[int, str, tuple[Form, ...]]] = []
         for place, (key, written) in enumerate(operands.items()):
@@ -150,11 +153,23 @@ class Rule:
         parts |= {key: _choice(forms) for _, key, forms in self.tensors}
         return ", ".join(f"{key}: {parts[key]}" for key in self.names)
 
-    def check(self, *arguments: Any) -> Sizes:
-        """What the names stand for with these arguments, in the operator's order; the last ones may be left out.
+    def check(self, *arguments: Any) -> None:
+        """Refuse arguments, in the operator's order, that do not fit; the last ones may be left out.
 
+        Layers of a model are called alike: what was let through once is known by its types and sizes.
         Raises KernelError that names the operator and the operand, what it is and what it must be.
         """
+        key = _key(arguments)
+        if key is None:
+            self.sizes(*arguments)
+        elif key not in self.known:
+            self.sizes(*arguments)
+            if len(self.known) == MOST_KNOWN:
+                self.known.clear()
+            self.known.add(key)
+
+    def sizes(self, *arguments: Any) -> Sizes:
+        """What the names stand for with these arguments. Raises as `check`."""
         arguments += (None,) * (len(self.names) - len(arguments))
         sizes: Sizes = {}
         waiting: Waiting = []
@@ -185,7 +200,7 @@ class Rule:
 
     def results(self, *arguments: Any) -> list[tuple[torch.dtype, tuple[Any, ...]]]:
         """Type and sizes of every result for these arguments. Raises as `check`."""
-        sizes = self.check(*arguments)
+        sizes = self.sizes(*arguments)
         found = []
         for form in self.gives:
             leading = sizes["..."] if form.leading else ()
@@ -255,6 +270,21 @@ class Rule:
             if not any(value is None for value in values) and not relation.holds(*values):
                 given = ", ".join(f"{name} is {value}" for name, value in zip(relation.names, values, strict=True))
                 raise self.refused(relation.operand, f"{given}: {relation.text}")
+
+
+def _key(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Types, sizes and places of tensors, and the other arguments; None where a size may be symbolic."""
+    parts: list[Any] = []
+    for each in arguments:
+        if isinstance(each, Tensor):
+            if each.__class__ not in _PLAIN:
+                return None
+            parts += (each.dtype, each.shape, each.device, each.layout)
+        elif each.__class__ is list:
+            parts.append(tuple(each))
+        else:
+            parts.append(each)
+    return tuple(parts)
 
 
 def example(size: Any) -> Any:

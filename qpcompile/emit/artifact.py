@@ -28,6 +28,7 @@ from qpcompile.ir.host import empty_host, fill_host
 from qpcompile.ir.program import STAGES, Layer, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.ir.value_types import check_values
+from qpcompile.kernels.rules import described
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
 
@@ -123,9 +124,23 @@ def _host(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor])
     dtype = getattr(torch, facts["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{facts['dtype']} is no type of numbers")
-    host = fill_host(empty_host(model_class, config), tensors, dtype)
+    host = empty_host(model_class, config)
+    _check_host(host, tensors)
+    host = fill_host(host, tensors, dtype)
     host.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return host
+
+
+def _check_host(host: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse weights that are not of the sizes that config.json gives them."""
+    for name, parameter in host.named_parameters(remove_duplicate=False):
+        tensor = tensors.get(name, parameter)
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            raise ArtifactError(
+                f"the weight {name} is {described(tensor)}; config.json makes it {described(parameter)}",
+                where="manifest.json, host",
+                do="save the model again; do not use this folder",
+            )
 
 
 def _model_class(name: str, error: type[ArtifactError] | type[ExportError]) -> type[PreTrainedModel]:

@@ -30,7 +30,7 @@ from qpcompile.ir.text import DTYPES, module_path, symbol_examples, target_text,
 
 SIZE = "size."
 _CPU = torch.device("cpu")
-_MOST_CHARACTERS = 300
+_MOST_CHARACTERS = 4000
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: lambda left, right: left + right,
     ast.Sub: lambda left, right: left - right,
