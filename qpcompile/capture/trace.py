@@ -24,13 +24,12 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from qpcompile.capture.adapters import attending_in_segments, table_of, traceable
 from qpcompile.capture.record import Call
 from qpcompile.errors import CaptureError
+from qpcompile.ir.arguments import FLAGS
 from qpcompile.ir.edit import get_tensor, stand_in
 from qpcompile.ir.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, template
 
-# Flags of a call that choose what is returned; they are not data.
-FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
 # The exporter's own preparation of inputs, left out: `prepare` does it, the same way for tracing and running.
 _PRECOMPUTE = "transformers.exporters.utils.precompute_export_inputs"
 
@@ -71,7 +70,7 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
         outputs=tuple(path or "output" for path, _ in named_tensors(call.output)),
         owner=owner,
         returns=template(call.output) if not isinstance(call.output, torch.Tensor) else "output",
-        constants={key: value for key, value in flags.items() if isinstance(value, (bool, int))},
+        constants={key: value for key, value in (flags | data).items() if isinstance(value, (bool, int, float, str))},
     )
     for node in graph.nodes:
         if node.op == "get_attr":

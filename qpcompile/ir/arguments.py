@@ -1,11 +1,39 @@
-"""The arguments of one call of a module, by name, whatever way the caller passed them."""
+"""The arguments of one call of a component: by name, and none that its graph does not know.
+
+A graph computes what it was traced with. An argument that it has no input for would be dropped in silence, and the
+answer be a wrong one: that of a decoder without a cache, say, after transformers has given the cache another name.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from qpcompile.errors import CaptureError
+from qpcompile.ir.program import Graph
+from qpcompile.ir.structure import named_tensors
+
+# Flags of a call that choose what is returned; they are not data. A graph's `constants` hold the traced ones.
+FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
+# What may be given to a component and have no input in its graph, whatever its value. Keep this short.
+IGNORED = {
+    "use_cache": "the decoder of a compiled model returns its cache or not as asked (run.py); others have none",
+    "logits_to_keep": "rows are cut out by the host, of what the decoder returns and before the head sees them",
+}
+# What a flag says that was not given when the graph was traced.
+ABSENT: dict[str, Any] = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+}
+_DO = (
+    "leave the argument out; where transformers itself gives it, install a version of transformers that "
+    "`qpcompile doctor` calls tested, or compile the model again with a sample that has the argument"
+)
 
 
 def keyword_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -19,3 +47,44 @@ def keyword_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: di
         else:
             named[name] = value
     return named
+
+
+def split_flags(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(flags, data) of a call; what is None or may be ignored is in neither."""
+    said = {name: value for name, value in arguments.items() if value is not None and name not in IGNORED}
+    flags = {name: value for name, value in said.items() if name in FLAGS}
+    return flags, {name: value for name, value in said.items() if name not in FLAGS}
+
+
+def refuse_unknown(graph: Graph, flags: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Refuse a call that says something the graph was not traced with.
+
+    data: after `prepare`, by the names that the graph's inputs have. Raises CaptureError that names component and
+    argument: a tensor without an input, or a value other than the traced one.
+    """
+    for name, value in data.items():
+        tensors = [path for path, _ in named_tensors(value, name)]
+        if strangers := [path for path in tensors if path not in graph.inputs]:
+            raise _refused(graph, f"the argument {strangers[0]}, a tensor that its graph has no input for")
+        if not tensors and value is not None and not _empty(value):
+            _refuse_other(graph, name, value)
+    for name, value in flags.items():
+        _refuse_other(graph, name, value)
+
+
+def _refuse_other(graph: Graph, name: str, value: Any) -> None:
+    """Refuse a value that is not the one in the graph."""
+    known = graph.constants.get(name, ABSENT.get(name))
+    if type(value) is type(known) and value == known:
+        return
+    was = "without it" if known is None else f"with {name}={known!r}"
+    raise _refused(graph, f"the argument {name}={value!r}, and its graph was traced {was}")
+
+
+def _empty(value: Any) -> bool:
+    """A nest that holds nothing, like the features of no pictures."""
+    return isinstance(value, (Mapping, list, tuple)) and not any(True for _ in value)
+
+
+def _refused(graph: Graph, what: str) -> CaptureError:
+    return CaptureError(f"{graph.name} was called with {what}", where=graph.owner or graph.name, do=_DO)

@@ -11,7 +11,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 
 from qpcompile.errors import CalibrationError, CaptureError, InputError, PlanError
-from qpcompile.ir.arguments import keyword_arguments
+from qpcompile.ir.arguments import keyword_arguments, refuse_unknown, split_flags
 from qpcompile.ir.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.model_inputs import check_inputs, vocabulary_size
@@ -22,14 +22,6 @@ from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, rebuild
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 Decode = Callable[[CompiledCache, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
-FLAGS = (
-    "use_cache",
-    "return_dict",
-    "output_hidden_states",
-    "output_attentions",
-    "output_router_logits",
-    "logits_to_keep",
-)
 VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
 KEPT, ALIVE = "kept", "alive"
 # How transformers and torch say that inputs do not fit.
@@ -145,8 +137,7 @@ class Machine:
 
     def _component(self, graph: Graph, *args: Any, **kwargs: Any) -> Any:
         module = self.host.get_submodule(graph.owner)
-        arguments = {k: v for k, v in keyword_arguments(module, args, kwargs).items() if k not in FLAGS}
-        feeds = dict(named_tensors(prepare(module, arguments, graph.constants.get(TABLE))))
+        feeds = self._known(graph, keyword_arguments(module, args, kwargs))
         results = self.execute(graph, _pick(graph, feeds))
         for name in (VISUAL_SCORES, VISUAL_KEYS):
             if name in results:
@@ -171,8 +162,7 @@ class Machine:
                 where="decode",
                 do="give the whole prompt at once: decoding goes token by token",
             )
-        arguments = {k: v for k, v in kwargs.items() if k not in FLAGS}
-        feeds = dict(named_tensors(prepare(self.host.get_submodule(graph.owner), arguments)))
+        feeds = self._known(graph, kwargs)
         feeds |= absent_inputs(graph, feeds, cache.seen)
         if cache.seen and self.decode is not None:
             results = self.decode(cache, feeds)
@@ -185,6 +175,13 @@ class Machine:
         answer.pop(CACHE, None)
         answer[CACHE_ARGUMENT] = cache if kwargs.get("use_cache", True) else None
         return answer
+
+    def _known(self, graph: Graph, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors of a call by input path. Raises CaptureError for what the graph was not traced with."""
+        flags, data = split_flags(arguments)
+        data = prepare(self.host.get_submodule(graph.owner), data, graph.constants.get(TABLE))
+        refuse_unknown(graph, flags, data)
+        return dict(named_tensors(data))
 
     def marks(self, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens of the prompt are visual, and which are no padding: bool[B, S] each."""

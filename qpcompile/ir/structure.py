@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE = "past_key_values"
-# What the installed transformers calls a cache, in arguments and in results: "past_key_values" in 5.23, "cache" in 5.24.
+# What the installed transformers calls a cache, as argument and in results: "past_key_values" in 5.23, "cache" in 5.24.
 CACHE_ARGUMENT = next(item.name for item in fields(BaseModelOutputWithPast) if Cache in get_args(item.type))
 
 
