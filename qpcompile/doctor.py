@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -20,19 +18,11 @@ import torch
 from qpcompile.kernels import native
 from qpcompile.probes import PROBES, probe
 from qpcompile.recipe import Recipe, preset_names
+from qpcompile.versions import TESTED, installed, verdict
 
 CPU_INFO = Path("/proc/cpuinfo")
 # Instructions that multiply 8-bit integers and add up in 32 bits, as Linux names them (x86, then Arm).
 INTEGER = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
-# Package -> the first version tested and the last, major and minor; and whether nothing works without it.
-TESTED: dict[str, tuple[tuple[int, int], tuple[int, int], bool]] = {
-    "torch": ((2, 11), (2, 13), True),
-    "transformers": ((5, 23), (5, 23), True),
-    "triton": ((3, 6), (3, 9), False),
-    "onnx": ((1, 23), (1, 23), False),
-    "onnxscript": ((0, 7), (0, 7), False),
-    "onnxruntime": ((1, 31), (1, 31), False),
-}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 Speed = Literal["fast", "slow", "not at all"]
@@ -87,7 +77,7 @@ class Diagnosis:
 def examine() -> Diagnosis:
     """Look at this machine."""
     instructions = integer_instructions()
-    packages = tuple(package_state(name, installed_version(name)) for name in TESTED)
+    packages = tuple(package_state(name, installed(name)) for name in TESTED)
     operators = tuple(operator_state(name, packages) for name in PROBES)
     presets = tuple(recipe_state(name, Recipe.load(name), instructions, operators) for name in preset_names())
     return Diagnosis(machine(instructions), instructions, packages, operators, presets)
@@ -131,24 +121,9 @@ def integer_instructions(cpuinfo: str | None = None) -> tuple[str, ...]:
     return tuple(name for name in INTEGER if name in flags)
 
 
-def installed_version(name: str) -> str | None:
-    """The version of an installed package."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def package_state(name: str, version: str | None) -> Package:
     """A package against the range of versions it was tested in."""
-    first, last, required = TESTED[name]
-    low, high = (".".join(map(str, bound)) for bound in (first, last))
-    tested = low if low == high else f"{low} to {high}"
-    if version is None:
-        return Package(name, None, tested, "missing" if required else "not installed (optional)")
-    number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    verdict = "older than tested" if number < first else "newer than tested" if number > last else "tested"
-    return Package(name, version, tested, verdict)
+    return Package(name, version, str(TESTED[name]), verdict(name, version))
 
 
 def operator_state(name: str, packages: tuple[Package, ...]) -> OperatorState:
@@ -227,7 +202,7 @@ def needed_operators(recipe: Recipe) -> list[str]:
 
 def recipe_warning(recipe: Recipe) -> str | None:
     """What to say before a compile whose result would be slow here, or not run; None where all is well."""
-    packages = tuple(package_state(name, installed_version(name)) for name in TESTED)
+    packages = tuple(package_state(name, installed(name)) for name in TESTED)
     operators = tuple(operator_state(name, packages) for name in needed_operators(recipe))
     state = recipe_state("this recipe", recipe, integer_instructions(), operators)
     return None if state.speed == "fast" else f"this recipe runs {state.speed} on this machine: {state.why}"

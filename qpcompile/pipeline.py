@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.pass_manager import Pass, Step, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.ir.pruners.table import PRUNERS
+from qpcompile.ir.recompute import check_decode
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.fold_transforms import FoldTransforms
@@ -47,6 +47,7 @@ from qpcompile.passes.train_transforms import TrainTransforms
 from qpcompile.passes.widen_sums import WidenSums
 from qpcompile.plan import CalibrationUsed
 from qpcompile.recipe import Recipe
+from qpcompile.versions import package_versions, tell_newer
 
 
 def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
@@ -98,8 +99,10 @@ def compile(
         after: called after each pass with what it did, for reports and dumps.
         resume: a folder for what the long passes find; a compile that was stopped goes on from what lies there.
 
-    Raises CalibrationError where the recipe measures something and there are no samples to measure it on.
+    Raises CalibrationError where the recipe measures something and there are no samples to measure it on, and
+    InvariantError where the compiled model does not decode as it recomputes (qpcompile/ir/recompute.py).
     """
+    tell_newer()
     recipe = Recipe.load(recipe)
     if not isinstance(model, PreTrainedModel):
         model, processor = load_model(model, processor)
@@ -130,7 +133,10 @@ def compile_captured(
     # The passes have walked over the samples: their digest is known by now.
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
     program.plan = program.plan.changed(calibration=used, versions=package_versions())
-    return CompiledVLM(program, processor)
+    compiled = CompiledVLM(program, processor)
+    sample = next(iter(samples)) if samples else blank_sample(program.host, processor)
+    check_decode(program, compiled.machine, sample)
+    return compiled
 
 
 def checkpoint_key(program: Program, samples: Samples | None) -> str:
@@ -183,7 +189,7 @@ def load_model(source: str | PathLike[str], processor: Any = None) -> tuple[PreT
         ) from error
 
 
-def blank_sample(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
+def blank_sample(model: Any, processor: Any) -> dict[str, Any]:
     """A white picture and a short prompt, to trace a model with that comes without samples."""
     folder = model.name_or_path
     if processor is None and folder and Path(folder).is_dir():
@@ -198,8 +204,3 @@ def blank_sample(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
     return chat_inputs(
         processor, [about_picture(picture, "what is this?")], ["a white picture to trace the model with"]
     )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what a compile depends on."""
-    return {name: version(name) for name in ("qpcompile", "torch", "transformers")}

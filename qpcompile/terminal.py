@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qpcompile.errors import QPCompileError
+from qpcompile.versions import tell_newer
 
 if TYPE_CHECKING:
     from qpcompile.doctor import Diagnosis
@@ -45,6 +46,8 @@ def told_as_text(debug: bool) -> Iterator[None]:
 def quiet_libraries() -> None:
     """Progress of ours as log lines where there is no terminal; no bars and no warnings of transformers.
 
+    Says on one line if a library is newer than any that was tested.
+
     Imports transformers, which takes a second.
     """
     log = logging.getLogger("qpcompile")
@@ -57,6 +60,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    tell_newer()
 
 
 def note(text: str) -> None:

@@ -31,8 +31,8 @@ def test_integer_instructions(text: str, found: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("name", "version", "verdict"),
     [
-        ("torch", "2.10.1", "older than tested"),
-        ("torch", "2.11.0", "tested"),
+        ("torch", "2.12.1", "older than tested"),
+        ("transformers", "5.24.3", "tested"),
         ("torch", "2.13.0+cpu", "tested"),
         ("torch", "2.14.0.dev20261101", "newer than tested"),
         ("torch", "3.0", "newer than tested"),

@@ -23,6 +23,7 @@ from qpcompile.ir.static_decode import StaticDecode, cuda_graph
 from qpcompile.ir.text import graph_text
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
+from qpcompile.versions import tell_newer
 
 # Slots of a row that hold no token: padding, or a row that kept fewer tokens than another.
 NO_TOKEN = -1
@@ -190,6 +191,7 @@ def load(folder: str | PathLike[str]) -> CompiledVLM:
 
     Raises ArtifactError for a folder that is incomplete, altered, of another version, or holds a pickle.
     """
+    tell_newer()
     return CompiledVLM(*artifact.load(Path(folder)))
 
 

@@ -10,16 +10,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.files import sha256
+from qpcompile.versions import RECORDED, package_versions
 
 NAME = "manifest.json"
 FORMAT = 1
-PACKAGES = ("qpcompile", "torch", "transformers", "safetensors")
 # What an artifact may hold. A sentencepiece vocabulary (.model) is data that no text form exists for.
 SUFFIXES = frozenset({".json", ".jsonl", ".yaml", ".txt", ".md", ".jinja", ".safetensors", ".model"})
 # What may lie beside it and is never read: a report, pictures for the model card, files of git and of the hub.
@@ -34,7 +33,13 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """List and hash every file of the folder, with `facts` beside them."""
     paths = list(_files(folder))
     files = {path: {"sha256": sha256(folder / path), "bytes": (folder / path).stat().st_size} for path in paths}
-    content = {"format": "qpcompile", "format_version": FORMAT, "versions": _versions(), **facts, "files": files}
+    content = {
+        "format": "qpcompile",
+        "format_version": FORMAT,
+        "versions": package_versions(RECORDED),
+        **facts,
+        "files": files,
+    }
     text = json.dumps({**content, "digest": _digest(content)}, indent=2) + "\n"
     (folder / NAME).write_text(text, encoding="utf-8", newline="\n")
 
@@ -134,12 +139,6 @@ def _pickled(path: Path) -> bool:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    """Installed versions; "source" for a package that runs without being installed."""
-    installed = {item.metadata["Name"].lower() for item in metadata.distributions() if item.metadata["Name"]}
-    return {name: metadata.version(name) if name in installed else "source" for name in PACKAGES}
 
 
 def _altered(path: Path, what: str) -> ArtifactError:

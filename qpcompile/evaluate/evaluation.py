@@ -22,10 +22,10 @@ from qpcompile.evaluate.flops import Decoder
 from qpcompile.evaluate.footprint import cache_footprint
 from qpcompile.evaluate.rows import Row, Scoring, row_id
 from qpcompile.evaluate.scoring import choose, right_answers
-from qpcompile.pipeline import package_versions
 from qpcompile.plan import Plan
 from qpcompile.progress import track
 from qpcompile.recipe import Recipe
+from qpcompile.versions import package_versions
 
 # Questions asked one at a time to measure the cache, and those whose kept tokens are noted.
 CACHES_MEASURED, KEPT_NOTED = 8, 4

@@ -18,8 +18,8 @@ from qpcompile.inspect.overlay import Overlay, Sample, overlays
 from qpcompile.inspect.schedule import profile_svg, schedule_svg
 from qpcompile.inspect.tables import error_tables, left_out_rows, pass_rows, settings, site_rows
 from qpcompile.ir.program import PREFILL
-from qpcompile.pipeline import package_versions
 from qpcompile.plan import Plan
+from qpcompile.versions import package_versions
 
 # The schedule is drawn for so many visual tokens where neither a sample nor the model says how many a picture has.
 _UNKNOWN_VISUAL = 100

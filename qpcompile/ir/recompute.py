@@ -37,6 +37,7 @@ from torch import Tensor, fx
 from qpcompile.errors import InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, calls, layer_of
+from qpcompile.ir.generation_options import plain_settings
 from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.operators import ATTENTION_KV4, SELECT_TOKENS
 from qpcompile.ir.prepare import MASK
@@ -126,11 +127,11 @@ class _Answer:
 
     def ask(self, sample: dict[str, Any]) -> None:
         """Decode STEPS tokens after the first one."""
-        new = STEPS + 1
-        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "num_beams": 1}
+        settings = plain_settings(self.program.host)
+        settings |= {"max_new_tokens": STEPS + 1, "min_new_tokens": STEPS + 1}
         self.cache = CompiledCache(len(self.program.layers))
         with self._executing(self._note):
-            self.machine.generate(**sample, **settings, **{CACHE_ARGUMENT: self.cache})
+            self.machine.generate(**{**sample, **settings, CACHE_ARGUMENT: self.cache})
 
     def stepwise(self) -> Tensor:
         """Logits of each step, f[T, V]; hidden states where the program has no head."""
