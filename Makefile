@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test test-slow test-asan test-gpu bench bench-gpu lint docs clean
+NEWEST := .venv-newest
+
+.PHONY: demo test test-slow test-asan test-newest test-newest-short newest test-gpu bench bench-gpu lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -21,6 +23,21 @@ test-slow: $(STAMP)
 CALLS ?= 600
 test-asan: $(STAMP)
 	$(BIN)/python tests/sanitized/run.py $(CALLS) $(SEED)
+
+# What a new user gets: the newest versions that pyproject.toml allows, without constraints.txt. It asks again every time,
+# so that a release of today is seen. The short form is one compile, save, load and answer of a testbed.
+test-newest: newest
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -ra -n 2 --dist loadfile -m "not gpu" --timeout 7200 \
+	  tests/test_versions.py tests/test_families.py tests/test_promises.py tests/test_cli.py tests/emit/test_artifact.py
+
+test-newest-short: newest
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -ra -m "not gpu" tests/test_versions.py tests/test_newest.py
+
+# torch by its version and first: any newer one that a package asks for would be a build for CUDA, gigabytes of it.
+newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet torch==2.13.0
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[onnx,dev]"
 
 # Whole answers on one CPU core; see tests/bench/cpu.py for OpenVINO's environment.
 bench: $(STAMP)
@@ -43,7 +60,7 @@ docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv build dist out .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv $(NEWEST) build dist out .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first: it is the largest download, and a failure there says so plainly.

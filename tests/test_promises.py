@@ -15,6 +15,7 @@ from qpcompile.capture.capture import capture
 from qpcompile.ir.edit import get_tensor
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Program
+from qpcompile.ir.recompute import check_decode
 from qpcompile.ir.run import Machine
 from qpcompile.ir.text import graph_text
 from qpcompile.pipeline import passes
@@ -123,6 +124,7 @@ def check_honest(program: Program, inputs: Inputs) -> None:
             assert int(is_visual.sum()) == cut.kept(count) < count
             assert int((~is_visual).sum()) == int(inputs["attention_mask"][row].sum()) - count, "text was dropped"
     there = there_by_layer(cache, inputs["attention_mask"], NEW - 1)
+    check_decode(program, machine, inputs)  # the check of every compile comes to the same
     expected = recomputed(inputs, tokens, there, program.recipe.tokens.position_mode == "reindex")
     assert torch.equal(expected.argmax(dim=-1), tokens)
     assert (logits - expected).abs().max() < TOLERANCE
