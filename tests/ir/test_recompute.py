@@ -92,7 +92,7 @@ def test_a_decode_that_fails_is_a_defect_too(machine: Machine) -> None:
         return execute_graph(graph, feeds)
 
     machine.execute = execute
-    with pytest.raises(InvariantError, match=r"RuntimeError: sizes do not match$"):
+    with pytest.raises(InvariantError, match=r"RuntimeError: sizes do not match\n"):
         check(machine)
 
 
