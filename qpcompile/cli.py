@@ -19,6 +19,7 @@ from qpcompile import terminal
 from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.capture.data_folder import first_pictures
 from qpcompile.capture.picture import read_picture
+from qpcompile.emit.folder_kind import refuse_onnx_folder
 from qpcompile.errors import ArtifactError, OutputError
 from qpcompile.evaluate.data_sets import read_data
 from qpcompile.evaluate.rows import RowFolder, Scoring
@@ -345,12 +346,7 @@ def load_artifact(folder: str | Path) -> CompiledVLM:
 def is_artifact(source: str | Path) -> bool:
     """Whether a folder looks like one of ours, be it damaged."""
     folder = Path(source)
-    if (folder / "prefill.onnx").is_file():
-        raise ArtifactError(
-            "this is an ONNX folder, not a compiled model",
-            where=str(folder),
-            do=f"run it with python {folder / 'runner.py'}, or name the folder it was exported from",
-        )
+    refuse_onnx_folder(folder)
     return (folder / "manifest.json").is_file() or (folder / "graph").is_dir()
 
 

@@ -323,9 +323,10 @@ def test_artifact_without_its_manifest_is_not_taken_for_a_model(tmp_path: Path) 
 
 def test_onnx_folder_is_not_taken_for_a_model(tmp_path: Path) -> None:
     (tmp_path / "prefill.onnx").write_bytes(b"")
-    with pytest.raises(ArtifactError, match="an ONNX folder") as error:
-        cli.is_artifact(tmp_path)
-    told(error)
+    for take in (cli.is_artifact, cli.load_artifact, qpcompile.load):
+        with pytest.raises(ArtifactError, match="this is an ONNX folder, not a compiled model") as error:
+            take(tmp_path)
+        told(error)
 
 
 # Ctrl-C

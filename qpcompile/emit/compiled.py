@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qpcompile.emit import artifact
+from qpcompile.emit.folder_kind import refuse_onnx_folder
 from qpcompile.emit.pickled import from_files, to_files
 from qpcompile.emit.weights import stored_tensors, total_bytes
 from qpcompile.errors import ExportError, InputError
@@ -192,6 +193,7 @@ def load(folder: str | PathLike[str]) -> CompiledVLM:
     Raises ArtifactError for a folder that is incomplete, altered, of another version, or holds a pickle.
     """
     tell_newer()
+    refuse_onnx_folder(Path(folder))
     return CompiledVLM(*artifact.load(Path(folder)))
 
 

@@ -10,7 +10,6 @@ Writing the same program twice gives the same bytes.
 from __future__ import annotations
 
 import json
-import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,14 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass
 
 from qpcompile.emit import onnx_aten, onnx_aten_shape, onnx_runner
 from qpcompile.emit.onnx_check import compare
+from qpcompile.emit.onnx_choice import Choice
 from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx_fast import CHANGES, EXACT, fast_parts
 from qpcompile.emit.onnx_fast_ops import TRANSLATIONS as FAST
+from qpcompile.emit.onnx_folder import RunnerError, check_graph
+from qpcompile.emit.onnx_runner_file import runner_text
 from qpcompile.emit.onnx_translate import OPSET, Feeds, results, to_onnx
-from qpcompile.emit.onnx_weights import save_models
+from qpcompile.emit.onnx_weights import DATA, save_models
 from qpcompile.emit.onnx_wrap import Part, language, vision
 from qpcompile.errors import ExportError
 from qpcompile.files import sha256, staged_folder
@@ -122,11 +124,13 @@ def export_onnx(
     """
     program = compiled if isinstance(compiled, Program) else compiled.program
     _check_supported(program)
+    _check_settings(program)
     with staged_folder(folder) as aside:
         models = build_models(program, fast)
         save_models(models, aside)
         for name in models:
             onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
+            _check_graph(aside / f"{name}.onnx")
         _write_texts(program, aside)
         if (batches := list(check)) and not isinstance(compiled, Program):
             found = compare(compiled.generate, aside, batches)
@@ -184,6 +188,28 @@ def _check_supported(program: Program) -> None:
         )
 
 
+def _check_settings(program: Program) -> None:
+    """Settings stored with the model count in the runner as well: those that it cannot honour are refused here."""
+    host: Any = program.host
+    settings = json.loads(host.generation_config.to_json_string(use_diff=False))
+    try:
+        Choice.read(settings, host.config.get_text_config().vocab_size, "generation_config")
+    except RunnerError as error:
+        raise ExportError(
+            error.what,
+            where="compiled.generation_config",
+            do="use the compiled module, or set what is named to None in compiled.generation_config before the export",
+        ) from error
+
+
+def _check_graph(path: Path) -> None:
+    """The runner lets only listed operators through; what it would refuse is not written."""
+    try:
+        check_graph(path, (path.parent / DATA).stat().st_size)
+    except RunnerError as error:
+        raise ExportError(error.what, where=path.name, do="report it: emit/onnx_folder.py lacks an operator") from error
+
+
 def _check_inputs(name: str, part: Part) -> None:
     known = onnx_runner.VISION_INPUTS if name == VISION else onnx_runner.LANGUAGE_INPUTS
     unknown = [path for path in part.inputs if path not in known and path.split(".")[0] not in onnx_runner.STATE]
@@ -197,11 +223,11 @@ def _check_inputs(name: str, part: Part) -> None:
 
 def _write_texts(program: Program, folder: Path) -> None:
     """Everything in the folder that is text, but for the manifest."""
-    shutil.copyfile(onnx_runner.__file__, folder / "runner.py")
     # Some families store the id of image tokens under another name; the runner looks for one.
     host: Any = program.host
     config = host.config.to_dict() | {"image_token_id": host.config.image_token_id}
     texts = {
+        "runner.py": runner_text(),
         "config.json": json.dumps(config, indent=2, sort_keys=True, default=str) + "\n",
         "generation_config.json": host.generation_config.to_json_string(use_diff=False),
         "recipe.yaml": program.recipe.to_yaml(),

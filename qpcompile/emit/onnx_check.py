@@ -59,6 +59,7 @@ def compare(
         new_tokens: how long answers may be.
     """
     runner = OnnxVLM(folder, torch.get_num_threads())
+    runner.generation = {**runner.generation, "do_sample": False}
     answers, different = 0, list[Difference]()
     for batch in batches:
         start = batch["input_ids"].shape[1]

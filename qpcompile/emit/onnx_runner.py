@@ -1,36 +1,43 @@
-"""Run an exported vision-language model with onnxruntime and numpy alone: greedy answers, several prompts at a time.
+"""Run an exported vision-language model with onnxruntime and numpy alone, several prompts at a time.
 
     python runner.py FOLDER inputs.npz --max-new-tokens 32
 
 The file stands alone: a copy of it lies in every exported folder. `inputs.npz` holds what the model's processor
 returns as numpy arrays: input_ids, attention_mask, pixel_values and, where pictures have sizes, image_grid_thw.
-What depends on those sizes (segments, windows and rotary positions of patches, three-axis positions of tokens) is
-computed here, as the models define it: "Qwen2-VL", section 2.1 (arXiv 2409.12191), and "Qwen2.5-VL", section 2.1
-(arXiv 2502.13923).
+Whatever else it holds is refused. Settings of generation_config.json count; without any, answers are greedy.
+
+Exit codes: 0 done, 1 an error (what, where, what to do), 2 wrong usage.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 from collections.abc import Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from qpcompile.emit.onnx_choice import MOST_NEW, Choice, whole
+from qpcompile.emit.onnx_folder import NEW_FOLDER, RunnerError, check_folder
+from qpcompile.emit.onnx_inputs import GRID, IDS, MASK, PIXELS, check_grids, check_inputs, check_pixels, read_arrays
+from qpcompile.emit.onnx_layout import patch_layout, picture_positions, text_positions
+
 Array = np.ndarray[Any, Any]
 
-IDS, MASK, POSITIONS, FEATURES, LOGITS = "input_ids", "attention_mask", "position_ids", "image_features", "logits"
+POSITIONS, FEATURES, LOGITS = "position_ids", "image_features", "logits"
 VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
 # What the vision graph says of each visual token besides its features, where a pruning method reads it.
 VISUAL_SCORES, VISUAL_KEYS = "visual_scores", "visual_keys"
 OF_PICTURES = (FEATURES, VISUAL_SCORES, VISUAL_KEYS)
 # Inputs this runner can compute; caches and the state of token cuts come on top.
 PATCH_INPUTS = ("grid_thw", "cu_seqlens", "position_ids", "window_index", "cu_window_seqlens")
-VISION_INPUTS = ("pixel_values", "hidden_states", *PATCH_INPUTS)
+PATCHES = "hidden_states"
+VISION_INPUTS = (PIXELS, PATCHES, *PATCH_INPUTS)
 LANGUAGE_INPUTS = (IDS, *OF_PICTURES, MASK, POSITIONS, VISUAL, VALID, COUNT, SEEN)
 STATE = ("past_key_values", "kept", "alive")
 
@@ -38,6 +45,8 @@ STATE = ("past_key_values", "kept", "alive")
 # or a quarter of what they hold.
 IN_PLACE = "caches_in_place"
 ROOM = 64
+# Rows at once, and numbers of an input that stands for pictures that are not there.
+MOST_ROWS, MOST_ZEROS = 2**12, 2**28
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -49,77 +58,101 @@ _TYPES = {
 
 
 class OnnxVLM:
-    """An exported folder, ready to generate."""
+    """An exported folder, ready to generate. Whatever fails raises RunnerError."""
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         """threads: how many the CPU kernels may use; all cores when None."""
         self.folder = Path(folder)
-        self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        self.generation = json.loads((self.folder / "generation_config.json").read_text(encoding="utf-8"))
+        self.config, self.generation = check_folder(self.folder)
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         # A plan of memory is made for each size that was seen, and sizes vary: it would only be held.
         options.enable_mem_pattern = False
         # Products with 4-bit weights stay float products: onnxruntime would quantize activations to 8 bits.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
-        self.vision, self.prefill, self.decode = (
-            ort.InferenceSession(self.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
-            for name in ("vision", "prefill", "decode")
-        )
-        self.image_token = int(self.config["image_token_id"])
+        try:
+            self.vision, self.prefill, self.decode = (
+                ort.InferenceSession(self.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+                for name in ("vision", "prefill", "decode")
+            )
+        except Exception as error:
+            raise _disagrees("onnxruntime refuses a graph", error, self.folder) from error
+        self.vocabulary = self._vocabulary()
+        where = str(self.folder / "config.json")
+        self.image_token = whole(self.config.get("image_token_id"), "image_token_id", 0, self.vocabulary - 1, where)
+        video = self.config.get("video_token_id")
+        self.video_token = None if video is None else whole(video, "video_token_id", 0, 2**31, where)
         self.in_place = IN_PLACE in self.decode.get_modelmeta().custom_metadata_map
 
-    def generate(
-        self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
-        pixel_values: Array | None = None,
-        image_grid_thw: Array | None = None,
-        max_new_tokens: int = 32,
-    ) -> Array:
-        """The most likely continuation, token by token.
+    def generate(self, input_ids: Array, max_new_tokens: int | None = None, seed: int = 0, **inputs: Any) -> Array:
+        """The continuation of each prompt, token by token, as the folder's generation settings ask.
 
         Args:
             input_ids: i64[B, S], shorter prompts padded on the left.
-            attention_mask: i64[B, S], 0 on padding.
-            pixel_values: the pictures of all rows in reading order.
-            image_grid_thw: i64[pictures, 3], frames, rows and columns of patches; for models with picture sizes.
+            max_new_tokens: how long answers may be; None takes the folder's own setting, or 32 where it has none.
+            seed: where chance begins, for settings with `do_sample`.
+            inputs: the processor's other arrays: attention_mask i64[B, S], 0 on padding; pixel_values, the pictures of
+                all rows in reading order; image_grid_thw i64[pictures, 3], frames, rows and columns of patches, for
+                models with picture sizes. Any other is refused.
 
         Returns: i64[B, S + T], prompt and answer; rows that ended early are filled up with the padding token.
         """
-        ids = np.asarray(input_ids, np.int64)
-        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int64)
-        pictures = self.encode(pixel_values, image_grid_thw)
+        try:
+            choice = Choice.read(self.generation, self.vocabulary, str(self.folder / "generation_config.json"))
+            length = choice.new if max_new_tokens is None else max_new_tokens
+            length = whole(length, "max_new_tokens", 1, MOST_NEW, "max_new_tokens")
+            given = check_inputs({IDS: input_ids, **inputs}, self.image_token, self.video_token, self.vocabulary)
+            whole(len(given[IDS]), "the number of prompts", 1, MOST_ROWS, IDS)
+            return self._answer(given, choice, length, np.random.default_rng(seed))
+        except RunnerError:
+            raise
+        except Exception as error:
+            raise _disagrees("the folder's graphs do not do what the runner expects", error, self.folder) from error
+
+    def _answer(self, given: Mapping[str, Array], choice: Choice, length: int, chance: np.random.Generator) -> Array:
+        ids, mask, grids = given[IDS], given[MASK], given.get(GRID)
+        prompt = ids.shape[1]
+        if grids is not None and PIXELS in given:
+            check_grids(grids, len(given[PIXELS]), self._merge(), ids == self.image_token)
+        pictures = self.encode(given.get(PIXELS), grids)
         rows = 0 if pictures is None else len(pictures[FEATURES])
         if rows != (found := int((ids == self.image_token).sum())):
-            raise ValueError(f"the prompt has {found} image tokens (id {self.image_token}), the pictures give {rows}")
-        steps = Steps(self, mask, self._positions(ids, mask, image_grid_thw))
+            raise RunnerError(
+                f"the prompt has {found} image tokens (id {self.image_token}), the pictures give {rows}",
+                IDS,
+                "build the inputs with the model's own processor, one picture for each picture in the text",
+            )
+        steps = Steps(self, mask, self._positions(ids, mask, grids))
         logits = steps.prefill(ids, pictures)
-        ends, pad = self._special_tokens()
         open_rows = np.ones(len(ids), bool)
-        for step in range(max_new_tokens):
-            token = np.where(open_rows, logits.argmax(-1), pad)
+        for step in range(length):
+            token = np.where(open_rows, choice.next(logits, ids, prompt, chance), choice.pad)
             ids = np.concatenate([ids, token[:, None]], axis=1)
-            open_rows &= ~np.isin(token, ends)
-            if not open_rows.any() or step + 1 == max_new_tokens:
+            open_rows &= ~np.isin(token, choice.ends)
+            if not open_rows.any() or step + 1 == length:
                 break
             logits = steps.decode(token[:, None])
         return ids
 
     def encode(self, pixel_values: Array | None, image_grid_thw: Array | None = None) -> dict[str, Array] | None:
         """The visual tokens of all pictures in order, `image_features: f[N, C]`, and what else is said of each."""
+        shapes = {entry.name: entry.shape for entry in self.vision.get_inputs()}
+        if (image_grid_thw is None) != (pixel_values is None or PATCHES not in shapes):
+            what = "needs" if image_grid_thw is None else "has no use for"
+            raise RunnerError(f"this model {what} {GRID}", GRID, "build the inputs with the model's own processor")
         if pixel_values is None:
             return None
+        check_pixels(pixel_values, shapes.get(PIXELS, shapes.get(PATCHES, [])))
         if image_grid_thw is None:
-            results = run(self.vision, {"pixel_values": pixel_values}, options=_once())
+            results = run(self.vision, {PIXELS: pixel_values}, options=_once())
             return {name: value.numpy() for name, value in results.items()}
         # Patches of different pictures do not see each other, so time and memory grow with the largest picture alone.
         grids = np.asarray(image_grid_thw, np.int64)
         parts: list[dict[str, ort.OrtValue]] = []
         for grid, patches in zip(grids, np.split(pixel_values, np.cumsum(grids.prod(1))[:-1]), strict=True):
-            feeds = {"pixel_values": patches, "hidden_states": patches}
+            feeds = {PIXELS: patches, PATCHES: patches}
             feeds |= patch_layout(grid[None], self.config["vision_config"])
             parts.append(run(self.vision, feeds, options=_once()))
         return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
@@ -131,16 +164,19 @@ class OnnxVLM:
             return text
         axes = np.broadcast_to(text, (3, *text.shape))
         if grids is not None:
-            merge = int(self.config["vision_config"]["spatial_merge_size"])
-            axes = picture_positions(ids == self.image_token, mask, np.asarray(grids, np.int64), merge)
+            axes = picture_positions(ids == self.image_token, mask, np.asarray(grids, np.int64), self._merge())
         return np.concatenate([text[None], axes])
 
-    def _special_tokens(self) -> tuple[list[int], int]:
-        """Ids that end an answer, and the id that fills up a row."""
-        ends = self.generation.get("eos_token_id")
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        pad = self.generation.get("pad_token_id")
-        return ends, int(pad if pad is not None else ends[0] if ends else 0)
+    def _merge(self) -> int:
+        """A visual token covers so many rows and columns of patches."""
+        vision = self.config.get("vision_config")
+        merge = vision.get("spatial_merge_size", 1) if isinstance(vision, dict) else 1
+        return whole(merge, "vision_config.spatial_merge_size", 1, 64, str(self.folder / "config.json"))
+
+    def _vocabulary(self) -> int:
+        """Number of tokens: the logits of a row."""
+        shape = next((entry.shape for entry in self.prefill.get_outputs() if entry.name == LOGITS), [])
+        return whole(shape[-1] if shape else None, LOGITS, 1, 2**31, str(self.folder / "prefill.onnx"))
 
 
 class Steps:
@@ -161,8 +197,8 @@ class Steps:
         visual = ids == self.model.image_token
         if pictures is None:
             # One row that nobody reads: sizes that vary have a name instead of a number.
-            entries = [entry for entry in self.model.prefill.get_inputs() if entry.name in OF_PICTURES]
-            pictures = {entry.name: np.zeros((1, *entry.shape[1:]), np.float32) for entry in entries}
+            shapes = {entry.name: (1, *entry.shape[1:]) for entry in self.model.prefill.get_inputs()}
+            pictures = {name: _zeros(shapes[name]) for name in OF_PICTURES if name in shapes}
         feeds: dict[str, Array] = {
             IDS: ids,
             **pictures,
@@ -262,80 +298,16 @@ def given(entry: Any, feeds: Mapping[str, Array], state: Mapping[str, ort.OrtVal
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feeds[entry.name], dtype=_TYPES[entry.type]))
 
 
-def text_positions(mask: Array) -> Array:
-    """Positions i64[B, S] that count the tokens which are no padding; mask: i64[B, S]."""
-    return np.where(mask == 0, 0, np.cumsum(mask, axis=1) - 1)
+def _zeros(shape: tuple[Any, ...]) -> Array:
+    if not all(isinstance(size, int) and size >= 0 for size in shape) or math.prod(shape) > MOST_ZEROS:
+        raise ValueError(f"a graph takes pictures of the shape {shape}")
+    return np.zeros(shape, np.float32)
 
 
-def picture_positions(visual: Array, mask: Array, grids: Array, merge: int) -> Array:
-    """Frame, row and column of every token, i64[3, B, S]: text counts on all three axes, a picture spans its grid.
-
-    Args:
-        visual: bool[B, S], the tokens of pictures.
-        mask: i64[B, S], 0 on padding.
-        grids: i64[pictures, 3], in patches; a token covers merge x merge of them.
-    """
-    positions = np.zeros((3, *visual.shape), np.int64)
-    pictures = iter(grids.tolist())
-    for row, (flags, real) in enumerate(zip(visual, mask.astype(bool), strict=True)):
-        parts: list[Array] = []
-        start = 0
-        for is_picture, group in groupby(flags[real].tolist()):
-            if is_picture:
-                frames, height, width = next(pictures)
-                parts.append(np.indices((frames, height // merge, width // merge)).reshape(3, -1) + start)
-                start += max(height, width) // merge
-            else:
-                length = len(list(group))
-                parts.append(np.broadcast_to(np.arange(length), (3, length)) + start)
-                start += length
-        positions[:, row, real] = np.concatenate(parts, axis=1)
-    return positions
-
-
-def patch_layout(grids: Array, config: Mapping[str, Any]) -> dict[str, Array]:
-    """What a tower over packed patches needs to know about the pictures; grids: i64[pictures, 3]."""
-    merge = int(config.get("spatial_merge_size", 1))
-    frames = np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0])
-    layout = {
-        "grid_thw": grids,
-        "cu_seqlens": np.concatenate([[0], np.cumsum(frames)]),
-        "position_ids": patch_positions(grids, merge),
-    }
-    if config.get("window_size") is not None:
-        side = int(config["window_size"]) // merge // int(config["patch_size"])
-        layout["window_index"], layout["cu_window_seqlens"] = windows(grids, merge, side)
-    return layout
-
-
-def patch_positions(grids: Array, merge: int) -> Array:
-    """Row and column of every patch, i64[P, 2]; patches come in blocks of merge x merge, as they are merged later."""
-    parts: list[Array] = []
-    for frames, height, width in grids.tolist():
-        axes = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
-        parts.append(np.tile(axes.transpose(1, 3, 2, 4, 0).reshape(-1, 2), (frames, 1)))
-    return np.concatenate(parts)
-
-
-def windows(grids: Array, merge: int, side: int) -> tuple[Array, Array]:
-    """Order i64[P / merge^2] that puts the tokens of one window together, and where windows end, in patches.
-
-    Windows are side x side tokens; those at the right and lower border hold fewer.
-    """
-    order: list[Array] = []
-    lengths: list[int] = []
-    first = 0
-    for frames, height, width in grids.tolist():
-        rows, columns = height // merge, width // merge
-        tokens = np.arange(frames * rows * columns).reshape(frames, rows, columns) + first
-        first += tokens.size
-        for frame in tokens:
-            for top in range(0, rows, side):
-                for left in range(0, columns, side):
-                    window = frame[top : top + side, left : left + side].ravel()
-                    order.append(window)
-                    lengths.append(window.size * merge * merge)
-    return np.concatenate(order), np.concatenate([[0], np.cumsum(lengths)])
+def _disagrees(what: str, error: Exception, folder: Path) -> RunnerError:
+    """What onnxruntime or numpy say of a folder that is not what the runner expects."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return RunnerError(f"{what}: {type(error).__name__}: {first}", str(folder), NEW_FOLDER)
 
 
 def main() -> None:
@@ -343,16 +315,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Generate with an exported vision-language model.")
     parser.add_argument("folder", type=Path, help="folder with vision.onnx, prefill.onnx and decode.onnx")
     parser.add_argument("inputs", type=Path, help=".npz of the processor's arrays")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--max-new-tokens", type=_count, default=None, help="longest answer; the folder's own setting")
+    parser.add_argument("--threads", type=_count, default=None)
+    parser.add_argument("--seed", type=int, default=0, help="for folders whose settings ask for sampling")
     options = parser.parse_args()
-    known = (IDS, MASK, "pixel_values", "image_grid_thw")
-    with np.load(options.inputs, allow_pickle=False) as stored:
-        inputs = {name: stored[name] for name in stored.files if name in known}
-    model = OnnxVLM(options.folder, options.threads)
-    answers = model.generate(**inputs, max_new_tokens=options.max_new_tokens)
-    for row in answers[:, inputs[IDS].shape[1] :].tolist():
+    try:
+        inputs = read_arrays(options.inputs)
+        model = OnnxVLM(options.folder, options.threads)
+        ids = inputs.pop(IDS, np.empty((0, 0)))
+        answers = model.generate(ids, options.max_new_tokens, abs(options.seed), **inputs)
+    except RunnerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    for row in answers[:, ids.shape[1] :].tolist():
         print(json.dumps(row))
+
+
+def _count(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("give 1 or more")
+    return number
 
 
 if __name__ == "__main__":

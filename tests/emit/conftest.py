@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from qpcompile.capture.capture import capture
 from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.emit.onnx import export_onnx
 from qpcompile.recipe import Recipe
 from tests.families import llava
 
@@ -24,3 +26,11 @@ def compiled_llava(tiny_llava: tuple[Any, dict[str, dict[str, torch.Tensor]]]) -
     """The same model captured with the recipe `none`; do not change it."""
     model, cases = tiny_llava
     return CompiledVLM(capture(model, cases["one"], Recipe.load("none")))
+
+
+@pytest.fixture(scope="session")
+def plain(compiled_llava: CompiledVLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX folder of that model, nothing quantized, nothing cut; do not change it."""
+    folder = tmp_path_factory.mktemp("onnx") / "plain"
+    export_onnx(compiled_llava, folder)
+    return folder

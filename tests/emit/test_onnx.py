@@ -19,6 +19,7 @@ import torch
 from qpcompile.capture.capture import capture
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.emit.onnx import export_onnx
+from qpcompile.emit.onnx_folder import RunnerError
 from qpcompile.emit.onnx_runner import OnnxVLM, Steps, text_positions
 from qpcompile.errors import ExportError, OutputError
 from qpcompile.files import sha256
@@ -73,14 +74,6 @@ def initializer_bytes(folder: Path, name: str) -> Counter[str]:
 def operators(folder: Path, name: str) -> Counter[str]:
     """How often each operator stands in a graph."""
     return Counter(node.op_type for node in onnx.load(folder / f"{name}.onnx", load_external_data=False).graph.node)
-
-
-@pytest.fixture(scope="module")
-def plain(compiled_llava: CompiledVLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a random LLaVA, nothing quantized, nothing cut."""
-    folder = tmp_path_factory.mktemp("onnx") / "plain"
-    export_onnx(compiled_llava, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +222,7 @@ def test_same_program_same_bytes(compiled_llava: CompiledVLM, plain: Path, tmp_p
 
 def test_wrong_number_of_pictures_is_refused(tiny_llava: tuple[Any, Cases], plain: Path) -> None:
     given: dict[str, Any] = arrays(tiny_llava[1]["padded"])
-    with pytest.raises(ValueError, match=r"has 32 image tokens .* the pictures give 16"):
+    with pytest.raises(RunnerError, match=r"has 32 image tokens .* the pictures give 16"):
         OnnxVLM(plain, threads=1).generate(**given | {"pixel_values": given["pixel_values"][:1]})
 
 

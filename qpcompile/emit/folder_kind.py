@@ -1,0 +1,17 @@
+"""Tell an exported ONNX folder from an artifact: both hold a manifest.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qpcompile.errors import ArtifactError
+
+
+def refuse_onnx_folder(folder: Path) -> None:
+    """Raise ArtifactError where graphs for onnxruntime lie in the place of a compiled model."""
+    if (folder / "prefill.onnx").is_file():
+        raise ArtifactError(
+            "this is an ONNX folder, not a compiled model",
+            where=str(folder),
+            do=f"run it with python {folder / 'runner.py'}, or name the folder it was exported from",
+        )

@@ -1,0 +1,277 @@
+"""Before onnxruntime sees an exported folder: every file is the one that was written, graphs hold only arithmetic.
+
+A hash shows that a file was not altered, not who wrote it. So whatever the hashes say, a graph may name no file but the
+weights beside it, within that file's size, and no operator that is not on the list below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST, WEIGHTS, GRAPHS = "manifest.json", "weights.data", ("vision.onnx", "prefill.onnx", "decode.onnx")
+SETTINGS = ("config.json", "generation_config.json")
+FORMAT, VERSION = "qpcompile-onnx", 1
+MOST_TEXT, MOST_GRAPH, MOST_WEIGHTS, MOST_FILES, DEEPEST = 2**22, 2**28, 2**40, 64, 8
+# Numbers and axes of one tensor of a graph, whatever the weights file holds.
+MOST_NUMBERS, MOST_AXES = 2**36, 8
+NEW_FOLDER = "get the folder again from where it was exported, or export the model again"
+
+# What an export may write. Nothing here reads a file, calls code, or draws random numbers.
+# fmt: off
+OPERATORS = frozenset(
+    (
+        "Abs", "Add", "And", "ArgMax", "ArgMin", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
+        "Cast", "CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "CumSum",
+        "DequantizeLinear", "Div", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements",
+        "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "LayerNormalization", "Less",
+        "LessOrEqual", "Log", "Loop", "MatMul", "MatMulInteger", "Max", "Min", "Mod", "Mul", "Neg", "NonZero", "Not",
+        "Or", "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin",
+        "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Round", "ScatterElements", "ScatterND",
+        "Shape", "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh",
+        "Tile", "TopK", "Transpose", "Trilu", "Unique", "Unsqueeze", "Where", "Xor",
+    )
+)
+# fmt: on
+# onnxruntime's own, which `export --fast` writes.
+CONTRIB = "com.microsoft"
+CONTRIB_OPERATORS = frozenset(
+    ["GroupQueryAttention", "MatMulIntegerToFloat", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding"]
+)
+
+# Field numbers of onnx.proto: messages by name, with what is read of each. A number that is missing here is refused
+# where it holds code or names a file (functions, training, sparse tensors) and let be where it is only text.
+_MODEL_GRAPH, _MODEL_REFUSED = 7, {20: "training steps", 25: "functions of its own"}
+_GRAPH_NODE, _GRAPH_TENSOR, _GRAPH_REFUSED = 1, 5, {15: "sparse tensors"}
+_NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_REFUSED = (
+    (5, 10),
+    (6, 11),
+    {22: "sparse tensors", 23: "sparse tensors"},
+)
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 13, 14
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+# TensorProto.DataType -> bits: float, uint8, int8, ..., uint4 and int4. Text is not among them.
+_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+class RunnerError(Exception):
+    """What is wrong, where, and what to do: the one error of the runner."""
+
+    def __init__(self, what: str, where: str, do: str) -> None:
+        super().__init__(what)
+        self.what, self.where, self.do = what, where, do
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  where: {self.where}\n  what to do: {self.do}"
+
+
+def check_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's configuration and its generation settings, after all files were found to be as exported.
+
+    Raises RunnerError naming the file that is missing, altered, a link, too large, or holds what no export writes.
+    """
+    if not folder.is_dir():
+        raise RunnerError("there is no such folder", str(folder), "name a folder that an export wrote")
+    files = _listed(read_json(folder / MANIFEST), folder)
+    for name in (*GRAPHS, *SETTINGS, WEIGHTS):
+        if name not in files:
+            raise RunnerError(f"{MANIFEST} does not list {name}", str(folder), NEW_FOLDER)
+    for name, entry in files.items():
+        _check_file(folder / name, entry)
+    for name in GRAPHS:
+        check_graph(folder / name, files[WEIGHTS]["bytes"])
+    config, settings = (read_json(folder / name) for name in SETTINGS)
+    return config, settings
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file that holds an object."""
+    _regular(path, MOST_TEXT)
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunnerError(f"the file cannot be read: {error}", str(path), NEW_FOLDER) from error
+    if not isinstance(content, dict):
+        raise RunnerError("the file holds no object", str(path), NEW_FOLDER)
+    return content
+
+
+def _listed(manifest: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Names and sizes of all files that belong to the folder."""
+    where = str(folder / MANIFEST)
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        found = f"{manifest.get('format')!r}, version {manifest.get('version')!r}"[:100]
+        raise RunnerError(f"this is no exported folder: format {found}", where, f"name a folder of {FORMAT} {VERSION}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or len(files) > MOST_FILES:
+        raise RunnerError("files is no list of files", where, NEW_FOLDER)
+    for name, entry in files.items():
+        sound = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+        if not _NAME.fullmatch(name) or not sound:
+            raise RunnerError(f"{name[:100]!r} is no file of this folder with size and hash", where, NEW_FOLDER)
+    return files
+
+
+def _regular(path: Path, most: int) -> int:
+    """The size of a file that is no link and not too large."""
+    if path.is_symlink() or not path.is_file():
+        what = "the file is missing" if not path.exists() and not path.is_symlink() else "this is a link, or no file"
+        raise RunnerError(what, str(path), NEW_FOLDER)
+    size = path.stat().st_size
+    if size > most:
+        raise RunnerError(f"the file has {size} bytes; at most {most} are read", str(path), NEW_FOLDER)
+    return size
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    if _regular(path, MOST_GRAPH if path.name in GRAPHS else MOST_WEIGHTS) != entry["bytes"]:
+        raise RunnerError("the file is not the one that was exported: its size differs", str(path), NEW_FOLDER)
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunnerError(f"the file cannot be read: {error.strerror}", str(path), NEW_FOLDER) from error
+    if digest != entry["sha256"]:
+        raise RunnerError("the file is not the one that was exported: its hash differs", str(path), NEW_FOLDER)
+
+
+def check_graph(path: Path, weights: int) -> None:
+    """Walk one .onnx file; weights: bytes of the weights file beside it."""
+    try:
+        _check_model(memoryview(path.read_bytes()), weights)
+    except (ValueError, OSError) as error:
+        raise RunnerError(f"the graph must not be run: {error}", str(path), NEW_FOLDER) from error
+
+
+def _check_model(model: memoryview, weights: int) -> None:
+    found = 0
+    for number, value in _fields(model, _MODEL_REFUSED):
+        if number == _MODEL_GRAPH:
+            found += 1
+            _check_graph(_message(value), weights, DEEPEST)
+    if found != 1:
+        raise ValueError(f"it holds {found} graphs")
+
+
+def _check_graph(graph: memoryview, weights: int, depth: int) -> None:
+    if not depth:
+        raise ValueError(f"graphs in graphs are more than {DEEPEST} deep")
+    for number, value in _fields(graph, _GRAPH_REFUSED):
+        if number == _GRAPH_NODE:
+            _check_node(_message(value), weights, depth)
+        elif number == _GRAPH_TENSOR:
+            _check_tensor(_message(value), weights)
+
+
+def _check_node(node: memoryview, weights: int, depth: int) -> None:
+    operators, domains = list[str](), list[str]()
+    for number, value in _fields(node):
+        if number == _NODE_OPERATOR:
+            operators.append(_text(value))
+        elif number == _NODE_DOMAIN:
+            domains.append(_text(value))
+        elif number == _NODE_ATTRIBUTE:
+            for part, content in _fields(_message(value), _ATTRIBUTE_REFUSED):
+                if part in _ATTRIBUTE_TENSORS:
+                    _check_tensor(_message(content), weights)
+                elif part in _ATTRIBUTE_GRAPHS:
+                    _check_graph(_message(content), weights, depth - 1)
+    allowed = CONTRIB_OPERATORS if domains == [CONTRIB] else OPERATORS if domains in ([], [""]) else ()
+    if len(operators) != 1 or operators[0] not in allowed:
+        raise ValueError(f"no export writes the operator {'.'.join((*domains, *operators))[:100]!r}")
+
+
+def _check_tensor(tensor: memoryview, weights: int) -> None:
+    """A tensor lies in the file itself, or wholly inside the weights file."""
+    sizes, kinds, places, entries = list[int](), list[Any](), list[Any](), dict[str, str]()
+    for number, value in _fields(tensor):
+        if number == _TENSOR_DIMS:
+            sizes += [value] if isinstance(value, int) else _packed(value)
+        elif number == _TENSOR_TYPE:
+            kinds.append(value)
+        elif number == _TENSOR_LOCATION:
+            places.append(value)
+        elif number == _TENSOR_EXTERNAL:
+            entry = dict(_fields(_message(value)))
+            key = _text(entry.get(_ENTRY_KEY, memoryview(b"")))
+            if key in entries:
+                raise ValueError(f"a tensor says {key[:20]!r} twice")
+            entries[key] = _text(entry.get(_ENTRY_VALUE, memoryview(b"")))
+    if len(kinds) != 1 or kinds[0] not in _BITS:
+        raise ValueError(f"a tensor has numbers of type {kinds}")
+    count = math.prod(sizes) if len(sizes) <= MOST_AXES else MOST_NUMBERS + 1
+    if count > MOST_NUMBERS or any(size >= 2**63 for size in sizes):
+        raise ValueError(f"a tensor has the sizes {sizes[:MOST_AXES]}")
+    if entries or any(places):
+        _check_place(entries, -(-count * _BITS[kinds[0]] // 8), weights)
+
+
+def _check_place(entries: Mapping[str, str], needed: int, weights: int) -> None:
+    """Where a tensor lies in the weights file: key -> text, as stored; needed: bytes of its numbers."""
+    if set(entries) != {"location", "offset", "length"} or entries["location"] != WEIGHTS:
+        raise ValueError(f"a tensor lies in {entries.get('location', '')[:100]!r}; the weights are in {WEIGHTS}")
+    if not all(re.fullmatch(r"[0-9]{1,15}", entries[key], re.ASCII) for key in ("offset", "length")):
+        raise ValueError("a tensor has no place in the weights")
+    offset, length = int(entries["offset"]), int(entries["length"])
+    if length != needed or offset + length > weights:
+        raise ValueError(f"a tensor of {needed} bytes takes {length} at {offset} of {weights} bytes of weights")
+
+
+def _fields(message: memoryview, refused: Mapping[int, str] | None = None) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message: an int, or the bytes of a text, message or fixed number."""
+    at, end = 0, len(message)
+    while at < end:
+        key, at = _varint(message, at)
+        number, kind = key >> 3, key & 7
+        if refused and number in refused:
+            raise ValueError(f"it has {refused[number]}")
+        if kind == 0:
+            value, at = _varint(message, at)
+            yield number, value
+            continue
+        size = {1: 8, 5: 4}.get(kind)
+        if kind == 2:
+            size, at = _varint(message, at)
+        if size is None or at + size > end:
+            raise ValueError("it is no protobuf, or is cut off")
+        yield number, message[at : at + size]
+        at += size
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    """The number that begins at `at`, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            break
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("it is no protobuf, or is cut off")
+
+
+def _packed(values: memoryview) -> list[int]:
+    numbers, at = list[int](), 0
+    while at < len(values):
+        number, at = _varint(values, at)
+        numbers.append(number)
+    return numbers
+
+
+def _message(value: Any) -> memoryview:
+    if not isinstance(value, memoryview):
+        raise ValueError("it is no protobuf of a graph")
+    return value
+
+
+def _text(value: Any) -> str:
+    return bytes(_message(value)).decode("utf-8")
