@@ -24,7 +24,7 @@ from qpcompile.emit.onnx_choice import Choice
 from qpcompile.emit.onnx_example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx_fast import CHANGES, EXACT, fast_parts
 from qpcompile.emit.onnx_fast_ops import TRANSLATIONS as FAST
-from qpcompile.emit.onnx_folder import RunnerError, check_graph
+from qpcompile.emit.onnx_folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph, digest
 from qpcompile.emit.onnx_runner_file import runner_text
 from qpcompile.emit.onnx_translate import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx_weights import DATA, save_models
@@ -239,9 +239,9 @@ def _write_texts(program: Program, folder: Path) -> None:
 
 def _write_manifest(folder: Path, numbers: Sequence[str]) -> None:
     """The manifest comes last and names all files."""
-    manifest = {
-        "format": "qpcompile-onnx",
-        "version": 1,
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
         "opset": OPSET,
         "numbers": list(numbers),
         "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
@@ -249,7 +249,8 @@ def _write_manifest(folder: Path, numbers: Sequence[str]) -> None:
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
         },
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    manifest["digest"] = digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _installed(name: str) -> bool:

@@ -109,6 +109,8 @@ def _listed(manifest: Mapping[str, Any], folder: Path) -> dict[str, dict[str, An
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         found = f"{manifest.get('format')!r}, version {manifest.get('version')!r}"[:100]
         raise RunnerError(f"this is no exported folder: format {found}", where, f"name a folder of {FORMAT} {VERSION}")
+    if manifest.get("digest") != digest(manifest):
+        raise RunnerError("the file is not the one that was exported: its digest differs", where, NEW_FOLDER)
     files = manifest.get("files")
     if not isinstance(files, dict) or len(files) > MOST_FILES:
         raise RunnerError("files is no list of files", where, NEW_FOLDER)
@@ -117,6 +119,12 @@ def _listed(manifest: Mapping[str, Any], folder: Path) -> dict[str, dict[str, An
         if not _NAME.fullmatch(name) or not sound:
             raise RunnerError(f"{name[:100]!r} is no file of this folder with size and hash", where, NEW_FOLDER)
     return files
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of what a manifest says, its own digest left out."""
+    said = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _regular(path: Path, most: int) -> int:

@@ -47,6 +47,8 @@ IN_PLACE = "caches_in_place"
 ROOM = 64
 # Rows at once, and numbers of an input that stands for pictures that are not there.
 MOST_ROWS, MOST_ZEROS = 2**12, 2**28
+# Without enable_fallback=0 a graph that fails is tried twice, with a note among the answers.
+ONLY: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -74,11 +76,13 @@ class OnnxVLM:
             options.intra_op_num_threads = threads
         try:
             self.vision, self.prefill, self.decode = (
-                ort.InferenceSession(self.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+                ort.InferenceSession(self.folder / f"{name}.onnx", options, **ONLY)
                 for name in ("vision", "prefill", "decode")
             )
         except Exception as error:
             raise _disagrees("onnxruntime refuses a graph", error, self.folder) from error
+        # Patches of pictures of many sizes come in one row, with the sizes beside them.
+        self.packed = PATCHES in {entry.name for entry in self.vision.get_inputs()}
         self.vocabulary = self._vocabulary()
         where = str(self.folder / "config.json")
         self.image_token = whole(self.config.get("image_token_id"), "image_token_id", 0, self.vocabulary - 1, where)
@@ -114,7 +118,7 @@ class OnnxVLM:
     def _answer(self, given: Mapping[str, Array], choice: Choice, length: int, chance: np.random.Generator) -> Array:
         ids, mask, grids = given[IDS], given[MASK], given.get(GRID)
         prompt = ids.shape[1]
-        if grids is not None and PIXELS in given:
+        if grids is not None and PIXELS in given and self.packed:
             check_grids(grids, len(given[PIXELS]), self._merge(), ids == self.image_token)
         pictures = self.encode(given.get(PIXELS), grids)
         rows = 0 if pictures is None else len(pictures[FEATURES])
@@ -139,7 +143,7 @@ class OnnxVLM:
     def encode(self, pixel_values: Array | None, image_grid_thw: Array | None = None) -> dict[str, Array] | None:
         """The visual tokens of all pictures in order, `image_features: f[N, C]`, and what else is said of each."""
         shapes = {entry.name: entry.shape for entry in self.vision.get_inputs()}
-        if (image_grid_thw is None) != (pixel_values is None or PATCHES not in shapes):
+        if (image_grid_thw is None) != (pixel_values is None or not self.packed):
             what = "needs" if image_grid_thw is None else "has no use for"
             raise RunnerError(f"this model {what} {GRID}", GRID, "build the inputs with the model's own processor")
         if pixel_values is None:

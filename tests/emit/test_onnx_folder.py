@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 import pytest
 
-from qpcompile.emit.onnx_folder import MANIFEST, WEIGHTS, RunnerError, check_folder
+from qpcompile.emit.onnx_folder import MANIFEST, WEIGHTS, RunnerError, check_folder, digest
 from qpcompile.emit.onnx_runner import OnnxVLM
 from qpcompile.emit.onnx_runner_file import PARTS, runner_text
 from qpcompile.files import sha256
@@ -37,7 +37,11 @@ def resealed(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     for name in [name for name in manifest["files"] if (folder / name).is_file()]:
         manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": digest(manifest)}))
 
 
 def refused(folder: Path, name: str, message: str = "") -> None:
@@ -185,12 +189,14 @@ def test_hostile_graphs_are_refused_before_onnxruntime(
     refused(folder, "vision.onnx" if damage is shortened else "decode.onnx", message)
 
 
-@pytest.mark.parametrize("name", ["vision.onnx", "prefill.onnx", WEIGHTS, "config.json", "plan.yaml", "runner.py"])
+@pytest.mark.parametrize(
+    "name", ["vision.onnx", "prefill.onnx", WEIGHTS, "config.json", "plan.yaml", "runner.py", MANIFEST]
+)
 def test_an_altered_file_is_named(folder: Path, name: str) -> None:
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(bytes(data))
-    refused(folder, name, "its hash differs")
+    refused(folder, name, "its hash differs" if name != MANIFEST else "")
     (folder / name).unlink()
     refused(folder, name, "missing")
 
@@ -203,8 +209,11 @@ def test_links_are_refused(folder: Path) -> None:
 
 def in_json(name: str, **changes: Any) -> Damage:
     def damage(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(content | changes))
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps(content))
+        if name == MANIFEST:
+            refused(folder, MANIFEST)
+            write_manifest(folder, content)
 
     return damage
 
