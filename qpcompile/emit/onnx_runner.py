@@ -90,13 +90,13 @@ class OnnxVLM:
         self.video_token = None if video is None else whole(video, "video_token_id", 0, 2**31, where)
         self.in_place = IN_PLACE in self.decode.get_modelmeta().custom_metadata_map
 
-    def generate(self, input_ids: Array, max_new_tokens: int | None = None, seed: int = 0, **inputs: Any) -> Array:
+    def generate(self, input_ids: Any, max_new_tokens: Any = None, seed: Any = 0, **inputs: Any) -> Array:
         """The continuation of each prompt, token by token, as the folder's generation settings ask.
 
         Args:
-            input_ids: i64[B, S], shorter prompts padded on the left.
+            input_ids: i64[B, S], arrays or what numpy makes one of; shorter prompts padded on the left.
             max_new_tokens: how long answers may be; None takes the folder's own setting, or 32 where it has none.
-            seed: where chance begins, for settings with `do_sample`.
+            seed: where chance begins, a number of 0 or more, for settings with `do_sample`.
             inputs: the processor's other arrays: attention_mask i64[B, S], 0 on padding; pixel_values, the pictures of
                 all rows in reading order; image_grid_thw i64[pictures, 3], frames, rows and columns of patches, for
                 models with picture sizes. Any other is refused.
@@ -109,7 +109,8 @@ class OnnxVLM:
             length = whole(length, "max_new_tokens", 1, MOST_NEW, "max_new_tokens")
             given = check_inputs({IDS: input_ids, **inputs}, self.image_token, self.video_token, self.vocabulary)
             whole(len(given[IDS]), "the number of prompts", 1, MOST_ROWS, IDS)
-            return self._answer(given, choice, length, np.random.default_rng(seed))
+            chance = np.random.default_rng(whole(seed, "seed", 0, 2**64, "seed"))
+            return self._answer(given, choice, length, chance)
         except RunnerError:
             raise
         except Exception as error:

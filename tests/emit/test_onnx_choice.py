@@ -48,7 +48,7 @@ def test_honoured_settings_answer_as_eager(tiny_llava: Tiny, plain: Path, settin
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.8), (12, 0.3), (0, 1e-9)])
 def test_shares_are_those_of_transformers(top_k: int, top_p: float) -> None:
     scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    ids = torch.zeros(3, 1, dtype=torch.long)
+    ids: Any = torch.zeros(3, 1, dtype=torch.long)
     warped = TemperatureLogitsWarper(0.7)(ids, scores)
     warped = TopKLogitsWarper(top_k)(ids, warped) if top_k else warped
     warped = TopPLogitsWarper(top_p)(ids, warped) if top_p < 1 else warped

@@ -3,8 +3,8 @@
     python tests/reliability/damage_onnx.py --seed 0 --count 400 [--folder out-onnx --inputs in.npz]
 
 Without a folder a tiny random LLaVA is exported first. Half of the damage leaves the manifest's hashes as they are,
-half has them recomputed. `changed` is another answer than the undamaged folder gives: with hashes recomputed weights and
-graphs may be other ones, else not. Exit code 1 for anything bare, crashed, slow, or let through.
+half has them recomputed. `changed` is another answer than the undamaged folder gives: with hashes recomputed weights
+and graphs may be other ones, else not. Exit code 1 for anything bare, crashed, slow, or let through.
 """
 
 from __future__ import annotations
