@@ -60,7 +60,7 @@ class MeasureSensitivity:
         scheme = program.recipe.quantize if program.recipe.order != "prune_then_quantize" else None
         rounding = None if scheme is None else StubRounding(scheme)
         machine = Machine(program, execute)
-        done = _restore(program.checkpoint, table)
+        done = _restore(program.checkpoint, table, self.count)
         with track(self.name, self.count) as step:
             for number, sample in enumerate(self.samples):
                 if number >= done:
@@ -91,13 +91,25 @@ class LayerRows:
         return LayerFacts(layer=layer, mass_median=middle, mass_iqr=high - low, cosine=cosine)
 
 
-def _restore(checkpoint: Checkpoint, table: dict[int, LayerRows]) -> int:
+@dataclass(frozen=True)
+class _Facts:
+    """What a checkpoint holds: how many samples were seen, and the fields of each layer's LayerRows."""
+
+    samples: int
+    layers: dict[int, LayerRows]
+
+
+def _restore(checkpoint: Checkpoint, table: dict[int, LayerRows], count: int) -> int:
     """Put into `table` what a stopped compile has measured; the number of samples that it saw."""
-    kept = checkpoint.load(MeasureSensitivity.name)
-    if kept is None:
-        return 0
-    table.update({int(layer): LayerRows(**rows) for layer, rows in kept[1]["layers"].items()})
-    return kept[1]["samples"]
+    with checkpoint.found(MeasureSensitivity.name) as kept:
+        if kept is None:
+            return 0
+        kept.fits({})
+        facts = kept.read(_Facts)
+        if set(facts.layers) != set(table) or not 0 < facts.samples <= count:
+            raise ValueError(f"it has {facts.samples} samples and layers {list(facts.layers)}")
+        table.update(facts.layers)
+        return facts.samples
 
 
 class _Twice(fx.Interpreter):

@@ -27,7 +27,7 @@ from qpcompile.ir.shapes import value
 from qpcompile.ir.solvers import output_error, solve
 from qpcompile.ir.static_scales import select_scale, static_scales
 from qpcompile.ir.statistics import Calibration
-from qpcompile.kernels.linear_w4a4.packing import pack_int4
+from qpcompile.kernels.linear_w4a4.packing import pack_int4, packed_width
 from qpcompile.plan import Site
 from qpcompile.progress import track
 from qpcompile.recipe_schema import QuantizeScheme
@@ -167,9 +167,16 @@ def _solved(
     group, fact = facts
     assert group is not None and fact is not None
     title = f"{QuantizeWeights.name} {fact.site}"
-    kept = checkpoint.load(title)
-    if kept is not None:
-        return kept[0]["packed"], kept[0]["scale"], kept[1]["error"]
+    with checkpoint.found(title) as kept:
+        if kept is not None:
+            rows, columns = get_tensor(graph.module, weight_name(linear)).shape
+            groups = columns // (scheme.weights.kernel_group or columns)
+            expected = {
+                "packed": ((rows, packed_width(columns)), torch.uint8),
+                "scale": ((rows, groups), torch.float32),
+            }
+            packed, scale = kept.fits(expected).values()
+            return packed, scale, kept.read(dict[str, float])["error"]
     packed, scale, error = _solve(graph, linear, fact.site, scheme, calibration, group.site)
     checkpoint.save(title, {"packed": packed, "scale": scale}, {"error": error})
     return packed, scale, error

@@ -70,7 +70,7 @@ class SearchSchedule:
         count = min(self.count, tokens.trial_samples)
         visual = _visual_tokens(program, itertools.islice(self.samples, COUNTED))
         trials = _Trials(program, schedules(tokens.keep, len(program.layers), visual))
-        done = trials.restore(program.checkpoint)
+        done = trials.restore(program.checkpoint, count)
         with track(self.name, count) as step:
             for number, sample in enumerate(itertools.islice(self.samples, count)):
                 if number >= done:
@@ -89,6 +89,14 @@ class SearchSchedule:
         return False
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a checkpoint holds: how many samples were seen, and the costs of the schedules that are left."""
+
+    samples: int
+    costs: list[tuple[list[float], float]]
+
+
 class _Trials:
     """Runs the prefill graph in full precision, then quantized with each schedule that is left."""
 
@@ -100,13 +108,18 @@ class _Trials:
         scheme = program.recipe.quantize
         self.rounding = None if scheme is None else StubRounding(scheme)
 
-    def restore(self, checkpoint: Checkpoint) -> int:
+    def restore(self, checkpoint: Checkpoint, count: int) -> int:
         """Take up the costs of a stopped compile; the number of samples that it saw."""
-        kept = checkpoint.load(SearchSchedule.name)
-        if kept is None:
-            return 0
-        self.costs = {tuple(shares): cost for shares, cost in kept[1]["costs"]}
-        return kept[1]["samples"]
+        with checkpoint.found(SearchSchedule.name) as kept:
+            if kept is None:
+                return 0
+            kept.fits({})
+            facts = kept.read(_Facts)
+            costs: dict[Shares, float] = {tuple(shares): cost for shares, cost in facts.costs}
+            if not costs or not set(costs) <= set(self.costs) or not 0 < facts.samples <= count:
+                raise ValueError(f"it has {facts.samples} samples and schedules that are not this model's")
+            self.costs = costs
+            return facts.samples
 
     def halve(self) -> None:
         """Keep the cheaper half; equal costs: the earlier candidate."""

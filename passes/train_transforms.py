@@ -157,13 +157,19 @@ class _Training:
 
     def restore(self, checkpoint: Checkpoint) -> tuple[float, float] | None:
         """Take up what a stopped compile has learned for this block; its losses, None where there is nothing."""
-        kept = checkpoint.load(self.title)
-        if kept is None:
-            return None
-        for site, learned in self.sites.items():
-            learned.load_state_dict({name: kept[0][f"{site}/{name}"] for name in learned.state_dict()})
-        before, after = kept[1]
-        return before, after
+        with checkpoint.found(self.title) as kept:
+            if kept is None:
+                return None
+            held = {
+                (site, name): tensor
+                for site, learned in self.sites.items()
+                for name, tensor in learned.state_dict().items()
+            }
+            tensors = kept.fits({f"{site}/{name}": (each.shape, each.dtype) for (site, name), each in held.items()})
+            losses = kept.read(tuple[float, float])
+            for site, learned in self.sites.items():
+                learned.load_state_dict({name: tensors[f"{site}/{name}"] for name in learned.state_dict()})
+            return losses
 
     @property
     def title(self) -> str:

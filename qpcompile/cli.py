@@ -1,14 +1,15 @@
 """The command `qpcompile`: compile, run, export, inspect, eval, sweep, search, doctor.
 
-Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 130 Ctrl-C.
+Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 128 + the signal that stopped it: 130
+for Ctrl-C, 143 for SIGTERM, 129 where the terminal went away.
 
 torch and transformers take seconds to import: commands do it when their arguments are known to be good.
 """
 
 from __future__ import annotations
 
-import os
 import time
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,13 +20,15 @@ from qpcompile import terminal
 from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.capture.data_folder import first_pictures
 from qpcompile.capture.picture import read_picture
+from qpcompile.claims import Claim, claimed, held_folder, refuse_places
 from qpcompile.emit.folder_kind import refuse_onnx_folder
-from qpcompile.errors import ArtifactError, OutputError
+from qpcompile.errors import ArtifactError
 from qpcompile.evaluate.data_sets import read_data
 from qpcompile.evaluate.rows import RowFolder, Scoring
 from qpcompile.evaluate.sweep_plan import SweepPlan
 from qpcompile.recipe import Recipe
 from qpcompile.terminal import note, quiet_libraries, told_as_text
+from qpcompile.write_errors import shown
 
 if TYPE_CHECKING:
     from qpcompile.emit.compiled import CompiledVLM
@@ -99,7 +102,7 @@ def compile_command(
             raise typer.BadParameter(
                 "name a folder for the compiled model, or ask for --dry-run", param_hint="--output"
             )
-        refuse_existing(output, report)
+        refuse_places({"output": output, "report": report}, {"resume": resume})
         quiet_libraries()
         from qpcompile.doctor import recipe_warning
         from qpcompile.dry_run import forecast
@@ -111,12 +114,12 @@ def compile_command(
             terminal.show_forecast(expected)
             return
         assert output is not None
-        compiled = compile_told(model, asked, data, resume)
-        compiled.save_pretrained(output)
-        note(f"wrote {output}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
-        if report is not None:
-            compiled.report(report, first_pictures(data, DRAWN) if data else None)
-            note(f"wrote {report}")
+        with claimed(output, "folder") as folder, nullcontext() if report is None else claimed(report, "file") as page:
+            compiled = compile_told(model, asked, data, resume)
+            compiled.save_pretrained(folder)
+            note(f"wrote {shown(output)}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
+            if page is not None:
+                write_report(compiled, page, data)
 
 
 @app.command("run", epilog='Example:\n\nqpcompile run out/ --image photo.png --question "what color is the star?"')
@@ -159,13 +162,13 @@ def export_command(
     Recipe and data are read for a model only: a compiled folder has its own.
     """
     with told_as_text(debug):
-        refuse_existing(output)
-        if is_artifact(source):
-            compiled = load_artifact(source)
-        else:
-            compiled = compile_told(source, Recipe.load(recipe).with_overrides(overrides or []), data)
-        compiled.export_onnx(output, fast=fast)
-        note(f"wrote {output}; try: python {output}/runner.py --help")
+        with claimed(output, "folder") as folder:
+            if is_artifact(source):
+                compiled = load_artifact(source)
+            else:
+                compiled = compile_told(source, Recipe.load(recipe).with_overrides(overrides or []), data)
+            compiled.export_onnx(folder, fast=fast)
+        note(f"wrote {shown(output)}; try: python {shown(output)}/runner.py --help")
 
 
 @app.command(
@@ -183,16 +186,14 @@ def inspect_command(
     debug: Debug = False,
 ) -> None:
     """Show what was decided, what was quantized and which graphs run."""
-    with told_as_text(debug):
-        refuse_existing(report)
+    with told_as_text(debug), nullcontext() if report is None else claimed(report, "file") as page:
         compiled = load_artifact(artifact)
         if graph is not None:
             typer.echo(compiled.graph_text(graph), nl=False)
-        elif report is None:
+        elif page is None:
             terminal.show_model(compiled)
-        if report is not None:
-            compiled.report(report, first_pictures(data, DRAWN) if data else None)
-            note(f"wrote {report}")
+        if page is not None:
+            write_report(compiled, page, data)
 
 
 @app.command(
@@ -235,16 +236,18 @@ def eval_command(
         if not recipes and out is None:
             ask_once(source, exam)
             return
-        kept = None if out is None else RowFolder(out)
-        if is_artifact(source):
-            if recipes:
-                raise typer.BadParameter("a compiled folder has its own recipe", param_hint="--recipe")
-            rows = [artifact_row(source, *open_model(source), exam, kept)]
-        else:
-            rows = recipe_rows(Examiner(source, exam, calibration, kept), recipes or [], overrides or [], seeds or [])
+        with nullcontext() if out is None else held_folder(out) as folder:
+            kept = None if folder is None else RowFolder(folder)
+            if is_artifact(source):
+                if recipes:
+                    raise typer.BadParameter("a compiled folder has its own recipe", param_hint="--recipe")
+                rows = [artifact_row(source, *open_model(source), exam, kept)]
+            else:
+                asked = Examiner(source, exam, calibration, kept)
+                rows = recipe_rows(asked, recipes or [], overrides or [], seeds or [])
         terminal.show_rows(rows)
         if out is not None:
-            note(f"rows are in {out}: rows.csv, rows.json, rows/")
+            note(f"rows are in {shown(out)}: rows.csv, rows.json, rows/")
 
 
 def ask_once(source: str, exam: Exam) -> None:
@@ -273,9 +276,10 @@ def sweep_command(
         from qpcompile.evaluate.sweep import sweep
         from qpcompile.evaluate.sweep_report import write_sweep
 
-        results = sweep(asked, out, note)
-        write_sweep(asked, results, out, f"qpcompile sweep {plan} --out {out}")
-        note(f"wrote {out}: tables.md, tables.csv, figures/, rows.csv, rows.json, rows/")
+        with held_folder(out):
+            results = sweep(asked, out, note)
+            write_sweep(asked, results, out, f"qpcompile sweep {shown(plan)} --out {shown(out)}")
+        note(f"wrote {shown(out)}: tables.md, tables.csv, figures/, rows.csv, rows.json, rows/")
 
 
 @app.command(
@@ -306,10 +310,12 @@ def search_command(
         from qpcompile.evaluate.search import search, write_search
 
         exam = Exam(str(data), questions, "choice", batch_size, max_new_tokens)
-        found = search(Examiner(model, exam, calibration, RowFolder(out)), asked, accuracy, note)
-        write_search(found, out)
-        typer.echo(f"{out / 'recipe.yaml'}: {found.best.bits}, {found.best.row.mean_visual_tokens:.1f} mean tokens, "
-                   f"{100 * found.best.kept.estimate:.1f} % of full precision")  # fmt: skip
+        with held_folder(out):
+            found = search(Examiner(model, exam, calibration, RowFolder(out)), asked, accuracy, note)
+            write_search(found, out)
+        best = found.best
+        typer.echo(f"{shown(out / 'recipe.yaml')}: {best.bits}, {best.row.mean_visual_tokens:.1f} mean tokens, "
+                   f"{100 * best.kept.estimate:.1f} % of full precision")  # fmt: skip
 
 
 @app.command("doctor", epilog="Example:\n\nqpcompile doctor")
@@ -372,17 +378,13 @@ def need_processor(processor: Any, source: str | Path) -> Any:
     return processor
 
 
-def refuse_existing(*paths: Path | None) -> None:
-    """Refuse outputs that exist before minutes are spent on them."""
-    for path in paths:
-        if path is not None and os.path.lexists(path):
-            raise OutputError(
-                "the output exists already; nothing is overwritten",
-                where=str(path),
-                do="name another place, or remove this one first",
-            )
+def write_report(compiled: CompiledVLM, page: Claim, data: Path | None) -> None:
+    """The report of a compiled model, with kept tokens drawn on the first pictures of a data folder."""
+    compiled.report(page, first_pictures(data, DRAWN) if data else None)
+    note(f"wrote {shown(page)}")
 
 
 def main() -> None:
     """The console script."""
-    app()
+    with terminal.standing_streams(), terminal.stopped_by_signals():
+        app()

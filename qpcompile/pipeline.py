@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from qpcompile.capture.capture import capture
 from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.capture.samples import Samples, Source
+from qpcompile.claims import held_folder
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError, ModelError
 from qpcompile.ir.checkpoint import Checkpoint
@@ -97,13 +99,28 @@ def compile(
         processor: what makes inputs from pictures and text; loaded with the model where a folder or name is given.
         calibration: model inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
         after: called after each pass with what it did, for reports and dumps.
-        resume: a folder for what the long passes find; a compile that was stopped goes on from what lies there.
+        resume: a folder for what the long passes find; a compile that was stopped goes on from what lies there. One
+            compile works in it at a time.
 
-    Raises CalibrationError where the recipe measures something and there are no samples to measure it on, and
-    InvariantError where the compiled model does not decode as it recomputes (qpcompile/ir/recompute.py).
+    Raises CalibrationError where the recipe measures something and there are no samples to measure it on,
+    OutputError for a folder of progress that another compile works in, that is damaged or that is of something else,
+    and InvariantError where the compiled model does not decode as it recomputes (qpcompile/ir/recompute.py).
     """
     tell_newer()
     recipe = Recipe.load(recipe)
+    with nullcontext() if resume is None else held_folder(resume) as progress:
+        return _compile(model, recipe, processor, calibration, after, progress)
+
+
+def _compile(
+    model: PreTrainedModel | str | PathLike[str],
+    recipe: Recipe,
+    processor: Any,
+    calibration: Source | None,
+    after: Callable[[Step, Program], None] | None,
+    progress: Path | None,
+) -> CompiledVLM:
+    """What `compile` does once the folder of progress is its own."""
     if not isinstance(model, PreTrainedModel):
         model, processor = load_model(model, processor)
     samples = None
@@ -118,8 +135,8 @@ def compile(
     program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
     # From here on the graphs hold the weights: those that a pass replaces are gone, unless the caller has the model.
     del model
-    if resume is not None:
-        program.checkpoint = Checkpoint.open(Path(resume), checkpoint_key(program, samples))
+    if progress is not None:
+        program.checkpoint = Checkpoint.open(progress, checkpoint_key(program, samples))
     return compile_captured(program, processor, samples, after)
 
 

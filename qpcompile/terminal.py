@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
+import signal
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -14,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qpcompile.errors import QPCompileError
+from qpcompile.errors import OutputError, QPCompileError
 from qpcompile.versions import tell_newer
 
 if TYPE_CHECKING:
@@ -27,20 +33,94 @@ if TYPE_CHECKING:
 FAILED, INTERRUPTED = 1, 130
 
 
+class Stopped(BaseException):
+    """A signal asks the process to end; no Exception, so that nothing but tidying up comes in between."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 @contextmanager
 def told_as_text(debug: bool) -> Iterator[None]:
-    """Errors of ours become text and exit code 1, Ctrl-C becomes 130; with `debug` the traceback comes first."""
+    """Errors of ours become text and exit code 1, signals 128 + their number; with `debug` the traceback comes first.
+
+    What is printed is printed when the block ends, so that a full disk behind stdout is an error too.
+    """
     try:
-        yield
+        with _results():
+            yield
     except KeyboardInterrupt:
         _complain("interrupted; no file was left half-written")
         raise typer.Exit(INTERRUPTED) from None
+    except Stopped as stopped:
+        _complain(f"stopped by {signal.Signals(stopped.number).name}; no file was left half-written")
+        raise typer.Exit(128 + stopped.number) from None
     except QPCompileError as error:
         if debug:
             typer.echo(traceback.format_exc(), err=True)
         text = str(error) if debug else f"{error}\n  more: --debug shows the traceback"
         _complain(f"error: {text}")
         raise typer.Exit(FAILED) from None
+
+
+@contextmanager
+def _results() -> Iterator[None]:
+    """What goes wrong with stdout is an error of ours, but for a reader that has gone, which is none."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has what it wanted. Python would complain about what is left when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(FAILED) from None
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(
+            f"the results cannot be written: {error.strerror}", where="stdout", do="send them to a place with room"
+        ) from error
+
+
+@contextmanager
+def standing_streams() -> Iterator[None]:
+    """All three standard streams are there and take every character, whatever the caller left open.
+
+    A closed one would be reused for the next file, and what libraries print would land in that.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    yield
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block by an exception, so that what is half done is tidied up.
+
+    A signal that the caller has set to be ignored (nohup) stays so.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def quiet_libraries() -> None:

@@ -47,14 +47,14 @@ class Recorder:
         return self
 
     def save_pretrained(self, folder: Path) -> None:
-        self.calls.append(("save", folder.name))
+        self.calls.append(("save", Path(folder).name))
 
     def report(self, path: Path, samples: Any) -> None:
         self.drawn = samples
-        self.calls.append(("report", path.name))
+        self.calls.append(("report", Path(path).name))
 
     def export_onnx(self, folder: Path, fast: bool = False) -> None:
-        self.calls.append(("onnx", folder.name))
+        self.calls.append(("onnx", Path(folder).name))
 
     def graph_text(self, stage: str) -> str:
         return f"graph {stage}\n"

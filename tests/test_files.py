@@ -55,7 +55,7 @@ def test_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"] and os.listdir(target) == []
 
 
-@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3), OSError(errno.EIO, "disk")])
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3), OutputError("mine")])
 def test_any_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, staged_folder(tmp_path / "a" / "b" / "out") as folder:
         (folder / "half").write_text("half")
@@ -75,7 +75,7 @@ def test_parents_that_others_filled_meanwhile_stay(tmp_path: Path) -> None:
     "error", [OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: No space left on device (os error 28)")]
 )
 def test_full_disk_says_how_much(tmp_path: Path, error: Exception) -> None:
-    said = r"disk is full: 1\.0 MiB had been written, .* MiB are free now"
+    said = r"disk is full: 1\.0 MiB had been written; nothing was left there"
     with pytest.raises(OutputError, match=said) as caught, staged_folder(tmp_path / "out") as folder:
         (folder / "half").write_bytes(b"x" * 1024**2)
         raise error
@@ -84,14 +84,15 @@ def test_full_disk_says_how_much(tmp_path: Path, error: Exception) -> None:
 
 
 def test_free_space_is_that_of_the_targets_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {tmp_path: 7 * 1024**2}
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
-    with pytest.raises(OutputError, match=r"7\.0 MiB are free"), staged_folder(tmp_path / "a" / "b" / "out"):
-        raise OSError(errno.ENOSPC, "full")
+    free = {tmp_path / "a" / "b": 7 * 1024**2}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path], total=1))
+    target, said = tmp_path / "a" / "b" / "out", r"8\.0 MiB are needed, 7\.0 MiB are free"
+    with pytest.raises(OutputError, match=said), staged_folder(target, needed=8 * 1024**2):
+        pytest.fail("the block must not run")
 
 
 def test_disk_too_small_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 1024**3))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 1024**3, total=4 * 1024**3))
     said, needed = r"3072\.0 MiB are needed, 2048\.0 MiB are free", 3 * 1024**3
     with pytest.raises(OutputError, match=said), staged_folder(tmp_path / "deep" / "out", needed=needed):
         pytest.fail("the block must not run")

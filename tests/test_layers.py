@@ -13,7 +13,7 @@ VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "base"}
 
 # From left to right in the architecture: a module imports from earlier rows and from its own cell, nothing else.
 LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
-    (frozenset({"errors", "files", "progress", "versions"}),),
+    (frozenset({"errors", "write_errors", "claims", "files", "progress", "versions"}),),
     (frozenset({"recipe", "recipe_schema", "token_scheme", "plan", "yaml_text", "schema_text"}),),
     (frozenset({"kernels"}),),
     (frozenset({"ir"}),),

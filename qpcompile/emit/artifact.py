@@ -11,6 +11,7 @@ README.md                                                               model ca
 from __future__ import annotations
 
 import copy
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
 
 
-def save(program: Program, processor: Any, folder: Path) -> None:
+def save(program: Program, processor: Any, folder: str | PathLike[str]) -> None:
     """Write the artifact folder of a program; it appears whole or not at all.
 
     Raises OutputError for a folder that exists or a full disk, ExportError for a model that could not be loaded again.

@@ -152,7 +152,7 @@ class CompiledVLM:
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write the artifact folder; `qpcompile.load` reads it back. A folder that exists is refused."""
-        artifact.save(self.program, self.processor, Path(folder))
+        artifact.save(self.program, self.processor, folder)
 
     def export_onnx(
         self, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = (), fast: bool = False
@@ -174,7 +174,7 @@ class CompiledVLM:
                 where="export_onnx",
                 do='install the extra: pip install "qpcompile[onnx]"',
             ) from error
-        export_onnx(self, Path(folder), check, fast)
+        export_onnx(self, folder, check, fast)
 
     def report(self, path: str | PathLike[str], samples: Any = None) -> None:
         """Write the report, one self-contained HTML file.
@@ -184,7 +184,7 @@ class CompiledVLM:
             samples: (picture, question) pairs whose kept tokens are drawn; a picture is a path or a PIL image.
         """
         # `inspect` is built on this module, so it is looked up when called: emit must not import it.
-        importlib.import_module("qpcompile.inspect.report").write_report(self, Path(path), samples)
+        importlib.import_module("qpcompile.inspect.report").write_report(self, path, samples)
 
 
 def load(folder: str | PathLike[str]) -> CompiledVLM:

@@ -13,16 +13,14 @@ import csv
 import hashlib
 import io
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from qpcompile.errors import ArtifactError, OutputError
-from qpcompile.files import write_new_file
+from qpcompile.errors import ArtifactError
+from qpcompile.files import replace_file, write_new_file
 from qpcompile.recipe_schema import Section
 
 FULL_PRECISION = "full precision"
@@ -98,26 +96,10 @@ class RowFolder:
         replace_file(self.folder / "rows.csv", _csv(rows))
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a derived file in place of an older one, whole or not at all."""
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(data)
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OutputError(
-            f"the output cannot be written: {error.strerror or error}",
-            where=str(path),
-            do="free some space there, or name another folder",
-        ) from error
-
-
 def _read(path: Path) -> Row:
     try:
         return Row.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
+    except (OSError, ValueError, ValidationError, RecursionError) as error:
         raise ArtifactError(
             f"the row cannot be read: {str(error).splitlines()[0]}",
             where=str(path),

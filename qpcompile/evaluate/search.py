@@ -18,11 +18,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from qpcompile.errors import PlanError, QPCompileError
+from qpcompile.errors import OutputError, PlanError, QPCompileError
 from qpcompile.evaluate.bootstrap import Interval, retention
 from qpcompile.evaluate.examiner import Examiner
 from qpcompile.evaluate.figures import COLORS, GREY, STYLE, figure_bytes
-from qpcompile.evaluate.rows import FULL_PRECISION, Row, replace_file
+from qpcompile.evaluate.rows import FULL_PRECISION, Row
+from qpcompile.files import replace_file
 from qpcompile.recipe import Recipe
 
 SHARES = (0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -102,6 +103,8 @@ def _smallest_share(
     def enough(place: int) -> bool:
         try:
             trial = _try(examiner, recipe, bits, SHARES[place], full)
+        except OutputError:
+            raise  # a full disk says nothing about a recipe
         except QPCompileError as error:
             say(f"{bits}, {SHARES[place]:g} of the tokens: not possible: {error.what}")
             return False

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpcompile.errors import QPCompileError
+from qpcompile.errors import OutputError, QPCompileError
 from qpcompile.evaluate.data_sets import read_data
 from qpcompile.evaluate.evaluation import Exam
 from qpcompile.evaluate.examiner import Examiner
@@ -48,6 +48,8 @@ def sweep(plan: SweepPlan, out: Path, say: Callable[[str], None]) -> list[Result
 def _result(examiner: Examiner, cell: Cell) -> Result:
     try:
         return Result(cell, examiner.row(cell.name, cell.recipe))
+    except OutputError:
+        raise  # a full disk says nothing about a recipe
     except QPCompileError as error:
         return Result(cell, None, error.what)
 

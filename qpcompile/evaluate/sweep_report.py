@@ -12,9 +12,9 @@ from qpcompile.evaluate.data_sets import read_data
 from qpcompile.evaluate.figures import ablation_figure, figure_bytes, profile_figure, profiles, retention_figure
 from qpcompile.evaluate.groups import Group, groups
 from qpcompile.evaluate.kept_figure import PICTURES, agreements, kept_figure
-from qpcompile.evaluate.rows import replace_file
 from qpcompile.evaluate.sweep import Result
 from qpcompile.evaluate.sweep_plan import Bed, SweepPlan
+from qpcompile.files import replace_file
 
 
 def write_sweep(plan: SweepPlan, results: Sequence[Result], out: Path, command: str) -> None:

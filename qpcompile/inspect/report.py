@@ -9,9 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from qpcompile.claims import claimed
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.emit.weights import stored_tensors
-from qpcompile.files import refuse_existing, write_new_file
+from qpcompile.files import write_new_file
 from qpcompile.inspect.graph_svg import layer_svg
 from qpcompile.inspect.layer_nodes import layer_names, layer_nodes, layer_text
 from qpcompile.inspect.overlay import Overlay, Sample, overlays
@@ -36,9 +37,9 @@ def write_report(compiled: CompiledVLM, path: str | PathLike[str], samples: Iter
 
     Raises OutputError for a path that cannot be written, CalibrationError for samples that the model does not take.
     """
-    refuse_existing(Path(path).absolute())
-    drawn = None if samples is None else overlays(compiled, samples)
-    write_new_file(path, report_html(compiled, drawn).encode())
+    with claimed(path, "file") as claim:
+        drawn = None if samples is None else overlays(compiled, samples)
+        write_new_file(claim, report_html(compiled, drawn).encode())
 
 
 def report_html(compiled: CompiledVLM, drawn: list[Overlay] | None) -> str:

@@ -1,30 +1,63 @@
 """What the long passes of one compile have found so far, in a folder: stopped, it goes on there.
 
-    key                     what is compiled: model, recipe, samples and versions
-    <what>.safetensors      tensors and facts of one pass, or of one part of it
+    key                     what is compiled: model, recipe, samples and versions; and a hash of this text
+    <what>.safetensors      tensors and facts of one pass, or of one part of it; and a hash of all that, what and key
 
-Nothing but tensors and JSON is in it; files are written aside and moved. The folder stays when the compile is done.
+Nothing but tensors and JSON is in it, and nothing of it is executed; files are written aside and moved. The hashes find
+damage, and files from elsewhere; they are no signatures. The folder stays when the compile is done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
+import stat
 import time
-import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qpcompile.errors import OutputError
+from qpcompile.write_errors import shown, writing
 
 KEY = "key"
 SECONDS = 120.0
 """How much work is lost at most, but for one sample, block or weight."""
+
+_PARTIAL = ".partial"
+_SUFFIX = ".safetensors"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one file holds. Its methods raise ValueError where that is not what a pass has written."""
+
+    tensors: dict[str, torch.Tensor]
+    facts: Any
+
+    def fits(self, expected: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, torch.Tensor]:
+        """The tensors in this order, which must be exactly these: name -> (shape, dtype)."""
+        for name in (*expected, *self.tensors):
+            if name not in expected or name not in self.tensors:
+                raise ValueError(f"the tensor {name} is {'missing' if name in expected else 'not known'}")
+            found, (shape, dtype) = self.tensors[name], expected[name]
+            if found.dtype != dtype or tuple(found.shape) != tuple(shape):
+                raise ValueError(f"{name} is {found.dtype}{list(found.shape)}, not {dtype}{list(shape)}")
+        return {name: self.tensors[name] for name in expected}
+
+    def read(self, kind: type[_T]) -> _T:
+        """The facts, which must be of this type."""
+        return TypeAdapter(kind).validate_python(self.facts)
 
 
 @dataclass
@@ -32,63 +65,147 @@ class Checkpoint:
     """See the module's docstring. Without a folder nothing is kept and nothing is found."""
 
     folder: Path | None = None
+    key: str = ""
     last: float = field(default_factory=time.monotonic)
 
     @classmethod
     def open(cls, folder: Path, key: str) -> Checkpoint:
-        """The checkpoint in a folder, made where there is none.
+        """The checkpoint in a folder, made where there is none; what a killed compile left half-written is removed.
 
         Raises OutputError where the folder holds something else, or the checkpoint of another compile.
         """
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if not any(folder.iterdir()):
-                (folder / KEY).write_text(key)
-            found = (folder / KEY).read_text() if (folder / KEY).is_file() else ""
-        except OSError as error:
-            raise _unusable(folder, f"cannot be used: {error.strerror or error}") from error
-        if found != key:
-            raise _unusable(
-                folder, "belongs to another model, recipe, calibration or version" if found else "is no checkpoint"
-            )
-        return cls(folder)
+            _remove(folder / _PARTIAL)
+            names = sorted(os.listdir(folder))
+            _refuse_foreign(folder, names)
+            text = f"{key}\n{_digest(key)}\n"
+            if not names:
+                with _aside(folder / KEY) as aside:
+                    aside.write_text(text, encoding="utf-8")
+            found = (folder / KEY).read_bytes()
+        if found != text.encode():
+            lines = found.decode(errors="replace").rpartition("\n")[0].rpartition("\n")
+            if lines[2] != _digest(lines[0]):
+                raise _unusable(folder / KEY, "is damaged", "remove the folder to begin from the start")
+            raise _unusable(folder, "belongs to another model, recipe, calibration or version", _ANOTHER)
+        return cls(folder, key)
 
     def due(self) -> bool:
         """Whether a pass in the middle of its work should save."""
         return self.folder is not None and time.monotonic() - self.last > SECONDS
 
-    def load(self, what: str) -> tuple[dict[str, torch.Tensor], Any] | None:
-        """The tensors and the facts saved under a name, None where there are none."""
-        if self.folder is None or not (path := self._path(what)).is_file():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise _unusable(path, f"cannot be read: {error}") from error
+    @contextmanager
+    def found(self, what: str) -> Iterator[Kept | None]:
+        """What was saved under a name, None where nothing was.
+
+        Raises OutputError for a damaged file, and where the block finds that it is not what a pass has written.
+        """
+        if self.folder is None or not os.path.lexists(path := self._path(what)):
+            yield None
+            return
+        with _reading(path):
+            kept = self._read(path, what)
+        with _reading(path):
+            yield kept
 
     def save(self, what: str, tensors: dict[str, torch.Tensor], facts: Any) -> None:
         """Keep tensors and what JSON can hold, in place of what was kept under this name."""
         if self.folder is None:
             return
-        path = self._path(what)
-        aside = path.with_name(f".{uuid.uuid4().hex}.partial")
-        try:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()}, aside, {"facts": json.dumps(facts)}
-            )
-            os.replace(aside, path)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise _unusable(path, f"cannot be written: {error}") from error
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        text = json.dumps(facts)
+        header = {"facts": text, "sha256": self._hash(what, tensors.items(), text)}
+        with _aside(self._path(what)) as aside:
+            save_file(tensors, aside, header)
         self.last = time.monotonic()
+
+    def _read(self, path: Path, what: str) -> Kept:
+        _refuse_no_file(path)
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.get("sha256") != self._hash(what, tensors.items(), header["facts"]):
+            raise ValueError("its hash is not that of its content")
+        return Kept(tensors, json.loads(header["facts"]))
+
+    def _hash(self, what: str, tensors: Iterable[tuple[str, torch.Tensor]], facts: str) -> str:
+        """SHA-256 over all that a file says, and where it belongs."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+            total.update(_digest(f"{name} {tensor.dtype} {list(tensor.shape)}").encode())
+            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for text in (what, self.key, facts):
+            total.update(_digest(text).encode())
+        return total.hexdigest()
 
     def _path(self, what: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{what}.safetensors"
+        return self.folder / f"{what}{_SUFFIX}"
 
 
-def _unusable(where: Path, why: str) -> OutputError:
-    return OutputError(
-        f"the checkpoint {why}", where=str(where), do="name a new folder, or remove this one to begin from the start"
-    )
+_ANOTHER = "name a new folder, or remove this one to begin from the start"
+
+
+def _refuse_foreign(folder: Path, names: list[str]) -> None:
+    """Raise OutputError for a folder with anything in it that no compile has put there."""
+    if names and KEY not in names:
+        raise _unusable(folder, f"has no key, so this is no checkpoint; it holds {shown(names[0])}", _ANOTHER)
+    for name in names:
+        if name != KEY and not name.endswith(_SUFFIX):
+            raise _unusable(folder / name, "has a file that does not belong to it", "remove the file")
+        with _reading(folder / name):
+            _refuse_no_file(folder / name)
+
+
+def _refuse_no_file(path: Path) -> None:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is a link, a folder or something else, not a file")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong with the content of a file becomes an OutputError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().splitlines()[:1]
+        said = what if isinstance(what, str) else "".join(what) or type(error).__name__
+        raise _unusable(
+            path, f"cannot be read: {said}", "remove this file: what it held is computed again; or remove the folder"
+        ) from error
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A file to write, moved to `path` when the block ends well. Its mode is what the umask gives a new one."""
+    folder = path.with_name(_PARTIAL)  # a folder, since writers of libraries have temporary files of their own
+    aside = folder / "new"
+    with writing(path, aside=folder):
+        try:
+            _remove(folder)
+            folder.mkdir()
+            yield aside
+            aside.chmod(folder.stat().st_mode & 0o666)
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            with suppress(OSError):
+                _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _unusable(where: Path, why: str, do: str) -> OutputError:
+    return OutputError(f"the checkpoint {why}", where=shown(where), do=do)

@@ -6,10 +6,11 @@ are in memory at a time, and of each sample what the next layer reads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -33,7 +34,8 @@ def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, tit
     """
     scheme = program.recipe.quantize
     assert scheme is not None
-    collector = _Collector(program, title, scheme.weights.solver == "gptq", -(-ROWS // count), scheme.scaling == "mbq")
+    moments, weigh = scheme.weights.solver == "gptq", scheme.scaling == "mbq"
+    collector = _Collector(program, title, count, moments, -(-ROWS // count), weigh)
     if not collector.restore():
         flows = collector.flows(samples, count)
         for name in list(flows):
@@ -86,6 +88,7 @@ class _Flow:
 class _Collector:
     program: Program
     title: str
+    count: int
     moments: bool
     keep: int
     weigh: bool
@@ -169,13 +172,18 @@ class _Collector:
         self.growing[site].add(value, self.keep, *marks)
 
     def restore(self) -> bool:
-        """Take up what a stopped compile has found on all samples; whether there is such a thing."""
-        kept = self.program.checkpoint.load(self.title)
-        if kept is None:
+        """Take up what a stopped compile has found on all samples; whether all of it is there."""
+        with self.program.checkpoint.found(self.title) as kept:
+            if kept is None:
+                return False
+            kept.fits({})
+            blocks = kept.read(dict[Literal["blocks"], list[str]])["blocks"]
+        done = self._restore_gradients() if self.weigh else self.count
+        held = [self._restore(name) for name in blocks]
+        if done < self.count or None in held:
             return False
-        self._restore_gradients()
-        for name in kept[1]["blocks"]:
-            self.found.inputs.update(self._restore(name) or {})
+        for statistics in held:
+            self.found.inputs.update(statistics or {})
         return True
 
     def finish(self) -> None:
@@ -191,15 +199,25 @@ class _Collector:
         self.program.checkpoint.save(f"{self.title} {block}", tensors, {"sites": list(self.growing)})
 
     def _restore(self, block: str) -> dict[str, InputStatistics] | None:
-        kept = self.program.checkpoint.load(f"{self.title} {block}")
-        if kept is None:
-            return None
-        tensors, facts = kept
+        with self.program.checkpoint.found(f"{self.title} {block}") as kept:
+            if kept is None:
+                return None
+            found = {}
+            for site in kept.read(dict[Literal["sites"], list[str]])["sites"]:
+                names = [name for name in kept.tensors if name.startswith(f"{site}/")]
+                held = {name.removeprefix(f"{site}/"): kept.tensors.pop(name) for name in names}
+                found[site] = InputStatistics.checked(held, self.widths[site], self.moments)
+            kept.fits({})
+            return found
+
+    @functools.cached_property
+    def widths(self) -> dict[str, int]:
+        """Channels of every activation stub, by site."""
         return {
-            site: InputStatistics.of_tensors(
-                {name.removeprefix(f"{site}/"): each for name, each in tensors.items() if name.startswith(f"{site}/")}
-            )
-            for site in facts["sites"]
+            fact.site: int(node.meta["val"].shape[-1])
+            for graph in self.program.graphs.values()
+            for node in graph.nodes
+            if (fact := stub_fact(node)) is not None and fact.role == "activation"
         }
 
     def _save_gradients(self, samples: int) -> None:
@@ -209,13 +227,19 @@ class _Collector:
 
     def _restore_gradients(self) -> int:
         """From the checkpoint; the number of samples that they are of."""
-        kept = self.program.checkpoint.load(f"{self.title} gradients")
-        if kept is None:
-            return 0
-        for name, tensor in kept[0].items():
-            kind, site = name.split("/", 1)
-            (self.gradients.visual if kind == "visual" else self.gradients.text)[site] = tensor
-        return kept[1]["samples"]
+        with self.program.checkpoint.found(f"{self.title} gradients") as kept:
+            if kept is None:
+                return 0
+            sites = {name.partition("/")[2] for name in kept.tensors} & set(self.widths)
+            names = {kind: {f"{kind}/{site}": site for site in sites} for kind in ("visual", "text")}
+            dtype = next((tensor.dtype for tensor in kept.tensors.values() if tensor.is_floating_point()), None)
+            kept.fits({name: ((2,), dtype or torch.float32) for held in names.values() for name in held})
+            samples = kept.read(dict[Literal["samples"], int])["samples"]
+            if not 0 < samples <= self.count:
+                raise ValueError(f"it is of {samples} samples")
+            self.gradients.visual.update({site: kept.tensors[name] for name, site in names["visual"].items()})
+            self.gradients.text.update({site: kept.tensors[name] for name, site in names["text"].items()})
+            return samples
 
 
 def _check_finite(found: dict[str, InputStatistics]) -> None:

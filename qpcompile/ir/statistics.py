@@ -86,6 +86,19 @@ class InputStatistics:
         tokens = int(held["tokens"])
         return cls(held["largest"], held.get("moments"), held["total"], held["rows"], held["visual"], tokens)
 
+    @classmethod
+    def checked(cls, held: dict[str, torch.Tensor], channels: int, moments: bool) -> InputStatistics:
+        """What `tensors` gave, of an input of so many channels; ValueError for anything else."""
+        empty = cls.empty(channels, moments, torch.device("meta")).tensors()
+        if set(held) != set(empty):
+            raise ValueError(f"statistics have {sorted(empty)}, not {sorted(held)}")
+        kept = len(held["rows"]) if held["rows"].ndim else 0
+        for name, expected in empty.items():
+            shape = (kept, *expected.shape[1:]) if name in ("rows", "visual") else tuple(expected.shape)
+            if held[name].dtype != expected.dtype or tuple(held[name].shape) != shape or kept > ROWS:
+                raise ValueError(f"{name} of {channels} channels is {held[name].dtype}{list(held[name].shape)}")
+        return cls.of_tensors(held)
+
     @property
     def mean(self) -> torch.Tensor:
         """The mean token, f32[C]."""

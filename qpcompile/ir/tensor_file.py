@@ -24,21 +24,37 @@ class TensorFile:
                 self._file.write(_bytes_of(tensor.detach().cpu().contiguous()))
             self._file.flush()
         except OSError as error:
-            raise OutputError(
-                f"what a large model's calibration finds cannot be written: {error.strerror or error}",
-                where=tempfile.gettempdir(),
-                do="set TMPDIR to a folder with room for about twice the model's 16-bit weights, or solver: rtn",
-            ) from error
+            raise _lost(f"cannot be written: {error.strerror or error}") from error
 
     def read(self) -> dict[str, torch.Tensor]:
-        """The tensors, anew with every call."""
+        """The tensors, anew with every call. Raises OutputError where the disk does not give them back."""
         tensors = {}
-        self._file.seek(0)
-        for name, shape, dtype, device in self._layout:
-            tensor = torch.empty(shape, dtype=dtype)
-            self._file.readinto(_bytes_of(tensor))
-            tensors[name] = tensor.to(device)
+        try:
+            self._file.seek(0)
+            for name, shape, dtype, device in self._layout:
+                tensor = torch.empty(shape, dtype=dtype)
+                if self._file.readinto(_bytes_of(tensor)) != tensor.nbytes:
+                    raise _lost("is not all there any more")
+                tensors[name] = tensor.to(device)
+        except OSError as error:
+            raise _lost(f"cannot be read again: {error.strerror or error}") from error
         return tensors
+
+
+def _lost(why: str) -> OutputError:
+    return OutputError(
+        f"what a large model's calibration finds {why}",
+        where=_folder(),
+        do="set TMPDIR to a folder with room for about twice the model's 16-bit weights, or solver: rtn",
+    )
+
+
+def _folder() -> str:
+    """The folder for temporary files; looking for one fails where no disk has room."""
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        return "TMPDIR"
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
