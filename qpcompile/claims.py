@@ -155,6 +155,8 @@ def _take(claim: Claim, made: list[Path]) -> int:
     """Make what is written aside and lock it; what a dead process left there goes first."""
     for _ in range(_TRIES):
         _make_folders(claim.target.parent, made)
+        # Where no file can be opened any more, nothing is made that could not be locked.
+        os.close(os.open(claim.target.parent, os.O_RDONLY))
         try:
             if claim.kind == "folder":
                 claim.aside.mkdir()

@@ -55,8 +55,7 @@ Data = Annotated[
 ]
 MODEL_HELP = "Folder or hub name of a transformers model."
 ARTIFACT_HELP = "Folder written by `qpcompile compile`."
-# Pictures of a data folder that a report draws kept tokens on.
-DRAWN = 4
+DRAWN = 4  # pictures of a data folder that a report draws kept tokens on
 
 
 def print_version(asked: bool) -> None:
@@ -188,12 +187,12 @@ def inspect_command(
     """Show what was decided, what was quantized and which graphs run."""
     with told_as_text(debug), nullcontext() if report is None else claimed(report, "file") as page:
         compiled = load_artifact(artifact)
+        if page is not None:
+            write_report(compiled, page, data)
         if graph is not None:
             typer.echo(compiled.graph_text(graph), nl=False)
         elif page is None:
             terminal.show_model(compiled)
-        if page is not None:
-            write_report(compiled, page, data)
 
 
 @app.command(
