@@ -65,7 +65,7 @@ def test_second_claim_is_refused_until_the_first_ends(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_another_process_is_refused_while_the_first_lives_and_what_it_left_is_removed(
+def test_what_a_living_process_writes_stays_and_what_a_dead_one_left_goes(
     name: str, tmp_path: Path
 ) -> None:
     target, held = tmp_path / "out", []

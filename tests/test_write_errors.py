@@ -127,7 +127,7 @@ def test_no_more_files_can_be_open(writer: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_file_that_may_not_grow(writer: str, tmp_path: Path) -> None:
-    with limited(resource.RLIMIT_FSIZE, 1), pytest.raises(OutputError, match="File too large|os error 27"):
+    with limited(resource.RLIMIT_FSIZE, 1), pytest.raises(OutputError, match=r"File too large|os error 27"):
         WRITERS[writer](str(tmp_path / "out"))
     assert os.listdir(tmp_path) == []
 
@@ -157,7 +157,7 @@ def test_no_two_numbers_contradict_each_other(tmp_path: Path) -> None:
 
 
 def test_what_is_about_another_file_says_which(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="No such file or directory: .*/gone"), staged_folder(tmp_path / "out"):
+    with pytest.raises(OutputError, match=r"No such file or directory: .*/gone"), staged_folder(tmp_path / "out"):
         (tmp_path / "gone").read_bytes()
 
 
