@@ -5,7 +5,7 @@ STAMP := .venv/installed
 
 NEWEST := .venv-newest
 
-.PHONY: demo test test-slow test-asan test-newest test-newest-short newest test-gpu bench bench-gpu lint docs clean
+.PHONY: demo test test-slow test-asan test-newest test-newest-short newest test-gpu reliability bench bench-gpu lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -38,6 +38,13 @@ newest:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet torch==2.13.0
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[onnx,dev]"
+
+# Kills, two compiles at once, threads, memory, disks: half an hour; see tests/reliability/README.md.
+reliability: $(STAMP)
+	$(BIN)/python tests/reliability/kills.py
+	$(BIN)/python tests/reliability/two_compiles.py
+	$(BIN)/python tests/reliability/load.py
+	$(BIN)/python tests/reliability/accidents.py
 
 # Whole answers on one CPU core; see tests/bench/cpu.py for OpenVINO's environment.
 bench: $(STAMP)

@@ -65,9 +65,7 @@ def test_second_claim_is_refused_until_the_first_ends(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_what_a_living_process_writes_stays_and_what_a_dead_one_left_goes(
-    name: str, tmp_path: Path
-) -> None:
+def test_what_a_living_process_writes_stays_and_what_a_dead_one_left_goes(name: str, tmp_path: Path) -> None:
     target, held = tmp_path / "out", []
 
     def work() -> None:

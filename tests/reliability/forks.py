@@ -31,11 +31,11 @@ from qpcompile.recipe import Recipe  # noqa: E402
 
 DONE, REFUSED, BARE = 0, 10, 20
 COUNT = 3
-# Every pass has something to do, and the long ones write into the folder of progress.
+# Calibration, training, sensitivity, cuts and GPTQ: all that writes into a folder of progress, but for the search of
+# `joint`, which takes as long as all the rest.
 SETTINGS = (
-    "tokens.method=joint",
-    "tokens.keep=0.25",
-    "tokens.keep_of=mean",
+    "tokens.method=quota",
+    "tokens.keep=0.3",
     "quantize.transform=flatquant",
     "quantize.smooth=null",
     "quantize.training.epochs=1",

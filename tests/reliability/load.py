@@ -1,7 +1,7 @@
 """A compiled model under load: python tests/reliability/load.py
 
-    threads       every answer of several threads that ask one compiled model is that of a thread alone
-    memory        the slope of resident memory over answers, after warming up, is below 10 KB an answer
+threads       every answer of several threads that ask one compiled model is that of a thread alone
+memory        the slope of resident memory over answers, after warming up, is below 10 KB an answer
 """
 
 from __future__ import annotations
