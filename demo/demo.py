@@ -26,11 +26,11 @@ from rich.table import Table
 
 import qpcompile
 from qpcompile.capture.data_folder import Question, question_inputs, read_questions
+from qpcompile.capture.load import load_model
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.emit.onnx_runner import OnnxVLM, Steps, text_positions
 from qpcompile.evaluate.accuracy import Generate, Score, accuracy, on_numpy
 from qpcompile.evaluate.footprint import cache_footprint, decoder_linear_bytes
-from qpcompile.pipeline import load_model
 from qpcompile.terminal import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]

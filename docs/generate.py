@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from qpcompile.capture.capture import capture
+from qpcompile.capture.load import load_model
 from qpcompile.capture.samples import Samples
 from qpcompile.inspect.graph_svg import layer_svg
 from qpcompile.inspect.layer_nodes import layer_text
@@ -26,7 +27,7 @@ from qpcompile.inspect.tables import pass_purposes
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL
 from qpcompile.ir.text import graph_text
-from qpcompile.pipeline import load_model, passes
+from qpcompile.pipeline import passes
 from qpcompile.plan import Layer, Plan
 from qpcompile.recipe import Recipe, preset_names
 

@@ -359,7 +359,7 @@ def open_model(source: str) -> tuple[Any, Any]:
     """(something with `generate`, processor) of a compiled folder or of a transformers model."""
     if not is_artifact(source):
         quiet_libraries()
-        from qpcompile.pipeline import load_model
+        from qpcompile.capture.load import load_model
 
         return load_model(source)
     compiled = load_artifact(source)

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig
 
 from qpcompile.capture.data_folder import read_questions
-from qpcompile.errors import CalibrationError, ModelError, PlanError
+from qpcompile.capture.load import read_config
+from qpcompile.errors import CalibrationError, PlanError
 from qpcompile.pipeline import needs_samples, passes
 from qpcompile.recipe import Recipe
 
@@ -29,7 +27,7 @@ class Forecast:
 
 def forecast(model: str | PathLike[str], recipe: Recipe, data: Path | None) -> Forecast:
     """Look ahead. Raises the errors that a compile would raise from what is known without weights."""
-    config = _config(model)
+    config = read_config(model)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     _check_candidates(recipe, layers)
     samples = min(len(read_questions(data)), recipe.calibration.samples) if data else 0
@@ -43,17 +41,6 @@ def forecast(model: str | PathLike[str], recipe: Recipe, data: Path | None) -> F
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     words = f"{name}, {layers or '?'} decoder layers"
     return Forecast(words, samples, tuple((item.name, EXPECT[item.name](recipe, samples)) for item in passes((), 0)))
-
-
-def _config(model: str | PathLike[str]) -> Any:
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{model} has no configuration that transformers reads: {str(error).strip().splitlines()[0]}",
-            where=str(model),
-            do="give a folder or a hub name that transformers.AutoModelForImageTextToText loads",
-        ) from error
 
 
 def _check_candidates(recipe: Recipe, layers: int | None) -> None:

@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qpcompile.capture.capture import capture
 from qpcompile.capture.chat import about_picture, chat_inputs
+from qpcompile.capture.load import load_model, load_processor
 from qpcompile.capture.samples import Samples, Source
+from qpcompile.capture.weights import check_model
 from qpcompile.claims import held_folder
 from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.errors import CalibrationError, ModelError
+from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.pass_manager import Pass, Step, run_passes
 from qpcompile.ir.program import Program
@@ -121,8 +123,10 @@ def _compile(
     progress: Path | None,
 ) -> CompiledVLM:
     """What `compile` does once the folder of progress is its own."""
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, (str, PathLike)):
         model, processor = load_model(model, processor)
+    else:
+        check_model(model)
     samples = None
     if calibration is not None:
         samples = Samples(calibration, processor, recipe.calibration.samples, recipe.calibration.seed)
@@ -193,24 +197,11 @@ def needs_samples(recipe: Recipe) -> list[str]:
     return needs
 
 
-def load_model(source: str | PathLike[str], processor: Any = None) -> tuple[PreTrainedModel, Any]:
-    """The model and the processor in a folder or under a hub name; code from the hub is never run."""
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(source).eval()
-        return model, processor or AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{source} does not load as an image-text-to-text model: {str(error).strip().splitlines()[0]}",
-            where=str(source),
-            do="give a folder or a hub name that transformers.AutoModelForImageTextToText loads",
-        ) from error
-
-
 def blank_sample(model: Any, processor: Any) -> dict[str, Any]:
     """A white picture and a short prompt, to trace a model with that comes without samples."""
     folder = model.name_or_path
     if processor is None and folder and Path(folder).is_dir():
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = load_processor(folder)
     if processor is None:
         raise CalibrationError(
             "there is nothing to trace the model with: neither samples nor a processor",

@@ -154,7 +154,7 @@ def test_dry_run_prints_every_pass_and_compiles_nothing(monkeypatch: pytest.Monk
         pytest.fail("a dry run loaded a model")
 
     monkeypatch.setattr(COMPILE, loads)
-    monkeypatch.setattr("qpcompile.pipeline.AutoModelForImageTextToText.from_pretrained", loads)
+    monkeypatch.setattr("qpcompile.capture.load.AutoModelForImageTextToText.from_pretrained", loads)
     result = invoke("compile", MODEL, "--recipe", "quota-30", "--data", DATA, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "LlavaForConditionalGeneration, 8 decoder layers" in result.output
@@ -272,7 +272,7 @@ def test_eval_prints_the_share_of_right_answers(monkeypatch: pytest.MonkeyPatch)
         asked.extend([generate, processor, len(exam.questions), exam.batch_size, exam.max_new_tokens])
         return [question.answer for question in exam.questions[:3]] + ["wrong"]
 
-    monkeypatch.setattr("qpcompile.pipeline.load_model", lambda source: (SimpleNamespace(generate="G"), "P"))
+    monkeypatch.setattr("qpcompile.capture.load.load_model", lambda source: (SimpleNamespace(generate="G"), "P"))
     monkeypatch.setattr("qpcompile.evaluate.evaluation.ask", answers)
     result = invoke("eval", MODEL, "--data", DATA, "--limit", "4", "--batch-size", "2", "--max-new-tokens", "8")
     assert result.exit_code == 0 and "accuracy 0.7500 (3 of 4)" in result.output

@@ -15,8 +15,8 @@ import pytest
 
 import qpcompile
 from qpcompile.capture.data_folder import Question, read_questions
+from qpcompile.capture.load import load_model
 from qpcompile.evaluate.accuracy import accuracy
-from qpcompile.pipeline import load_model
 
 TESTBED = Path(__file__).parent / "testbed"
 SEED, QUESTIONS = 7, 1000

@@ -12,11 +12,11 @@ import torch
 
 import qpcompile
 from qpcompile.capture.data_folder import question_inputs, read_questions
+from qpcompile.capture.load import load_model
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.ir.program import VISION, Graph
 from qpcompile.ir.pruners.pruner import INPUT
 from qpcompile.ir.run import VISUAL_SCORES, Machine
-from qpcompile.pipeline import load_model
 
 TESTBED = Path(__file__).parent / "testbed"
 SHARES = {"visionzip": 10 / 64, "prumerge_plus": 3 / 4}

@@ -18,10 +18,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from qpcompile.capture.chat import Conversation, chat_inputs
+from qpcompile.capture.load import load_model
 from qpcompile.capture.picture import read_picture
 from qpcompile.emit.compiled import load
 from qpcompile.errors import CalibrationError, ModelError
-from qpcompile.pipeline import compile, load_model
+from qpcompile.pipeline import compile
 from qpcompile.progress import track
 
 MAX_NEW_TOKENS = 1024

@@ -18,12 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from qpcompile.capture.capture import capture
+from qpcompile.capture.load import load_model
 from qpcompile.capture.samples import Samples
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.pass_manager import Step
 from qpcompile.ir.program import Program
-from qpcompile.pipeline import blank_sample, compile_captured, load_model, needs_samples
+from qpcompile.pipeline import blank_sample, compile_captured, needs_samples
 from qpcompile.plan import LayerFacts
 from qpcompile.recipe import Recipe
 

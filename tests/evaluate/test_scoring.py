@@ -12,8 +12,8 @@ import torch
 from transformers import AutoProcessor
 
 from qpcompile.capture.data_folder import Question, question_inputs
+from qpcompile.capture.load import load_model
 from qpcompile.evaluate.scoring import choose, named_choice, right_answers
-from qpcompile.pipeline import load_model
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 PICTURE = TESTBED / "calibration" / "llava" / "00000.png"

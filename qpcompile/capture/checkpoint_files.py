@@ -1,0 +1,129 @@
+"""The files of a checkpoint's folder, looked at before transformers reads them: each defect is named with its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from qpcompile.errors import ModelError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What transformers reads of a folder beside the weights.
+SETTINGS = (
+    CONFIG,
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "tokenizer.model",
+)
+FLOATS = {"F64", "F32", "F16", "BF16"}
+WHOLE_NUMBERS = {"I64", "I32", "I16", "BOOL"}
+POINTER = b"version https://git-lfs"
+AGAIN = "download or copy the file again"
+FULL_PRECISION = "give the full-precision checkpoint that it was made from: the compile quantizes it itself"
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raise ModelError that names the first file of a checkpoint that is missing, empty, damaged or quantized."""
+    try:
+        for name in SETTINGS:
+            if _there(folder / name):
+                _check_file(folder / name)
+        for path in _weight_files(folder):
+            _check_file(path)
+    except OSError as error:
+        where = str(error.filename or folder)
+        raise ModelError(
+            f"a file of the model cannot be read: {error.strerror or error}", where=where, do="check its permissions"
+        ) from error
+
+
+def _there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files that transformers would read, in its order of preference."""
+    if _there(folder / SINGLE):
+        return [folder / SINGLE]
+    if _there(folder / INDEX):
+        _check_file(folder / INDEX)
+        return _shards(folder / INDEX)
+    return [folder / name for name in PICKLED if _there(folder / name)]
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that cannot hold what its name says."""
+    if not path.is_file():
+        raise ModelError(f"{path.name} is no file, or a link that leads nowhere", where=str(path), do=AGAIN)
+    with path.open("rb") as file:
+        start = file.read(len(POINTER))
+    if not start:
+        raise ModelError(f"{path.name} is empty", where=str(path), do=AGAIN)
+    if start == POINTER:
+        raise ModelError(
+            f"{path.name} is a pointer of git-lfs, not the file itself",
+            where=str(path),
+            do="run `git lfs pull` in the folder, or download the file",
+        )
+    if path.suffix == ".safetensors":
+        _check_safetensors(path)
+    elif path.suffix == ".json" and not isinstance(_read_json(path), dict):
+        raise ModelError(f"{path.name} holds no JSON object", where=str(path), do=AGAIN)
+
+
+def _check_safetensors(path: Path) -> None:
+    """Refuse a file whose header does not fit its size, and codes that would be taken for weights.
+
+    transformers converts whatever number type a file has to the model's: integers or 8-bit floats without the scales
+    that belong to them become wrong weights. The tensors themselves are not read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelError(f"{path.name} is damaged or cut short: {error}", where=str(path), do=AGAIN) from error
+    for name, kind in kinds.items():
+        if kind not in FLOATS and (kind not in WHOLE_NUMBERS or name.endswith(".weight")):
+            raise ModelError(
+                f"the checkpoint is quantized already: {name} is of {kind}", where=str(path), do=FULL_PRECISION
+            )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files in an index, which must lie beside it."""
+    content = _read_json(index)
+    table = content.get("weight_map") if isinstance(content, dict) and "metadata" in content else None
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise ModelError(f"{index.name} has no metadata or no table of files (weight_map)", where=str(index), do=AGAIN)
+    names = sorted(set(table.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(
+                f"{index.name} names {name!r}, which lies outside the folder",
+                where=str(index),
+                do="use file names only",
+            )
+        if not _there(index.parent / name):
+            raise ModelError(f"{name} is missing: {index.name} names it", where=str(index), do=AGAIN)
+    return [index.parent / name for name in names]
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} is not JSON: {error}", where=str(path), do=AGAIN) from error
