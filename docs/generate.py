@@ -30,6 +30,7 @@ from qpcompile.ir.text import graph_text
 from qpcompile.pipeline import passes
 from qpcompile.plan import Layer, Plan
 from qpcompile.recipe import Recipe, preset_names
+from qpcompile.schema_text import numeral
 
 DOCS = Path(__file__).resolve().parent
 TESTBED = DOCS.parent / "tests" / "testbed"
@@ -49,6 +50,10 @@ RECIPE_HEAD = f"""{NOTE}
 A recipe is one YAML file. Every key is optional; unknown keys, wrong types and impossible values are refused before
 anything is loaded, in one error that names each key. `--set tokens.keep=0.5` on the command line, or
 `Recipe.load("quota-30").with_overrides(["tokens.keep=0.5"])` in Python, changes single keys of a preset.
+
+Files are read with limits, since they may come from anyone: 65,536 bytes, 16 levels, values of 1,000 characters;
+anchors, aliases, merge keys and tags are refused. Numbers are bounded where more asks for what no machine computes or
+no number type holds.
 """
 
 GRAPHS_HEAD = f"""{NOTE}
@@ -145,7 +150,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _values(field: FieldInfo) -> str:
     """Type and bounds of a key: `number, > 0, ≤ 1`."""
     bounds = [
-        f"{sign} {getattr(item, name):g}"
+        f"{sign} {numeral(getattr(item, name))}"
         for item in field.metadata
         for name, sign in SIGNS.items()
         if hasattr(item, name)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qpcompile.capture.data_folder import read_questions
 from qpcompile.capture.load import read_config
-from qpcompile.errors import CalibrationError, PlanError
+from qpcompile.errors import CalibrationError
+from qpcompile.ir.pruners.pruner import check_layers
 from qpcompile.pipeline import needs_samples, passes
 from qpcompile.recipe import Recipe
 
@@ -29,7 +30,7 @@ def forecast(model: str | PathLike[str], recipe: Recipe, data: Path | None) -> F
     """Look ahead. Raises the errors that a compile would raise from what is known without weights."""
     config = read_config(model)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    _check_candidates(recipe, layers)
+    check_layers(recipe, layers)
     samples = min(len(read_questions(data)), recipe.calibration.samples) if data else 0
     needs = needs_samples(recipe)
     if not samples and (data or needs):
@@ -41,17 +42,6 @@ def forecast(model: str | PathLike[str], recipe: Recipe, data: Path | None) -> F
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     words = f"{name}, {layers or '?'} decoder layers"
     return Forecast(words, samples, tuple((item.name, EXPECT[item.name](recipe, samples)) for item in passes((), 0)))
-
-
-def _check_candidates(recipe: Recipe, layers: int | None) -> None:
-    chosen = recipe.tokens.candidate_layers
-    if recipe.tokens.method == "none" or chosen == "auto" or layers is None or chosen[-1] < layers - 1:
-        return
-    raise PlanError(
-        f"layer {chosen[-1]} cannot be cut behind: this model's last layer is {layers - 1}",
-        where="tokens.candidate_layers",
-        do=f"name layers from 0 to {layers - 2}",
-    )
 
 
 def _stubs(recipe: Recipe, samples: int) -> str:

@@ -29,6 +29,7 @@ from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.pass_manager import Pass, Step, run_passes
 from qpcompile.ir.program import Program
+from qpcompile.ir.pruners.pruner import check_layers
 from qpcompile.ir.pruners.table import PRUNERS
 from qpcompile.ir.recompute import check_decode
 from qpcompile.passes.calibrate import Calibrate
@@ -148,6 +149,7 @@ def compile_captured(
     program: Program, processor: Any, samples: Samples | None, after: Callable[[Step, Program], None] | None = None
 ) -> CompiledVLM:
     """All passes that have not run yet, by the recipe that `program` holds; it becomes the compiled model's own."""
+    check_layers(program.recipe, len(program.layers))
     listed = passes(samples or (), len(samples) if samples else 0)
     steps = run_passes(program, [item for item in listed if item.name not in program.history], after)
     program.facts["steps"] = [*program.facts.get("steps", ()), *steps]

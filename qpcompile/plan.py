@@ -17,6 +17,8 @@ from qpcompile.recipe import Recipe
 from qpcompile.recipe_schema import Section
 from qpcompile.schema_text import impossible, problems
 
+_DO = "save the compiled model again, or copy its plan again: a compile writes it"
+
 
 class Layer(Section):
     """One decoder layer."""
@@ -155,7 +157,9 @@ class Plan(Section):
             return handler(data)
         except ValidationError as error:
             lines = problems(cls, error, data)
-            raise PlanError("\n  ".join(["the plan contradicts itself or its format:", *lines])) from error
+            raise PlanError(
+                "\n  ".join(["the plan contradicts itself or its format:", *lines]), where=cls.__name__, do=_DO
+            ) from error
 
     def changed(self, **parts: Any) -> "Plan":
         """A copy with other parts, sorted and checked as a new plan is."""
@@ -186,15 +190,18 @@ class Plan(Section):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str | None = None) -> "Plan":
         """The plan of plain dicts, lists and scalars; `where` names its origin in errors."""
+        if not isinstance(data, Mapping):
+            raise PlanError(f"a mapping is needed, got {type(data).__name__}", where=where or "plan", do=_DO)
         try:
             return cls.model_validate(dict(data))
         except (PlanError, RecipeError) as error:
-            raise PlanError(error.what, where=where, do=error.do) from error.__cause__
+            raise PlanError(error.what, where=where or error.where, do=_DO) from error.__cause__
 
     @classmethod
     def from_yaml(cls, text: str, *, where: str = "plan text") -> "Plan":
         """The plan written in `text`; `where` names its origin in errors."""
-        return cls.from_dict(yaml_text.parse_mapping(text, lambda what: PlanError(what, where=where)), where=where)
+        data = yaml_text.parse_mapping(text, lambda what: PlanError(what, where=where, do=_DO), most=yaml_text.LARGE)
+        return cls.from_dict(data, where=where)
 
 
 def _contradictions(plan: Plan) -> dict[str, str]:

@@ -1,13 +1,19 @@
 """The sections of a recipe: every key with its type, its bounds and its meaning; `tokens` is in token_scheme.py."""
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qpcompile.schema_text import impossible
 
 Scope = Literal["vision", "projector", "language"]
+
+# Bounds beyond which a number asks for what no machine computes or no number type holds; keys say which.
+MOST_SAMPLES = 1_000_000
+MOST_SEED = 2**63 - 1
+WIDEST = 65536
+MOST_PATTERNS, LONGEST_PATTERN = 1000, 500
 
 
 class Section(BaseModel):
@@ -24,7 +30,10 @@ class WeightScheme(Section):
         default="channel", description="One scale per output channel, or one per group of inputs of an output channel."
     )
     group_size: int = Field(
-        default=128, ge=1, description="Inputs that share a scale; read with granularity group only."
+        default=128,
+        ge=1,
+        le=WIDEST,
+        description="Inputs that share a scale; read with granularity group only. No linear is wider than the bound.",
     )
     symmetric: bool = Field(default=True, description="Codes -8..7 around zero. The kernels take no weight zero point.")
     solver: Literal["gptq", "rtn"] = Field(
@@ -32,7 +41,11 @@ class WeightScheme(Section):
         description="gptq corrects later columns for the rounding of earlier ones; rtn rounds to nearest.",
     )
     damping: float = Field(
-        default=0.01, gt=0, le=1, description="gptq: share of the mean Hessian diagonal that is added to the diagonal."
+        default=0.01,
+        ge=1e-9,
+        le=1,
+        description="gptq: share of the mean Hessian diagonal that is added to the diagonal. Less than the bound "
+        "vanishes in rounding.",
     )
     clip_search: bool = Field(
         default=True, description="Search each scale for the least squared error, not the full range."
@@ -56,13 +69,19 @@ class ActivationScheme(Section):
         "and for text tokens.",
     )
     group_size: int = Field(
-        default=128, ge=1, description="Channels that share a scale; read with granularity group only."
+        default=128,
+        ge=1,
+        le=WIDEST,
+        description="Channels that share a scale; read with granularity group only. No linear is wider than the bound.",
     )
     symmetric: bool = Field(
         default=True, description="Codes -8..7 around zero. The kernels take no activation zero point."
     )
     clip_ratio: float = Field(
-        default=1.0, gt=0, le=1, description="The largest magnitude kept, as a share of the true one."
+        default=1.0,
+        ge=0.01,
+        le=1,
+        description="The largest magnitude kept, as a share of the true one. Below 0.01 most codes are ends.",
     )
     clip_search: bool = Field(
         default=False,
@@ -79,12 +98,23 @@ class ActivationScheme(Section):
 class TrainingScheme(Section):
     """How a learned change of basis is trained, block by block; read with transform rotation and flatquant only."""
 
-    samples: int = Field(default=32, ge=1, description="Calibration samples that are trained on, the first of them.")
-    epochs: int = Field(
-        default=8, ge=0, description="Times that each block sees each sample; 0 keeps what a transform begins with."
+    samples: int = Field(
+        default=32, ge=1, le=MOST_SAMPLES, description="Calibration samples that are trained on, the first of them."
     )
-    batch: int = Field(default=4, ge=1, description="Samples per step.")
-    learning_rate: float = Field(default=5e-3, gt=0, description="Adam's first step size; it falls by a cosine.")
+    epochs: int = Field(
+        default=8,
+        ge=0,
+        le=10_000,
+        description="Times that each block sees each sample; 0 keeps what a transform begins with. The bound is weeks.",
+    )
+    batch: int = Field(default=4, ge=1, le=MOST_SAMPLES, description="Samples per step.")
+    learning_rate: float = Field(
+        default=5e-3,
+        ge=1e-12,
+        le=1,
+        description="Adam's first step size; it falls by a cosine. A step of 1 is as large as the entries it trains, "
+        "one of 1e-12 is lost in rounding.",
+    )
 
 
 class CacheScheme(Section):
@@ -153,9 +183,10 @@ class QuantizeScheme(Section):
         min_length=1,
         description="Components that are quantized.",
     )
-    ignore: tuple[str, ...] = Field(
+    ignore: tuple[Annotated[str, Field(max_length=LONGEST_PATTERN)], ...] = Field(
         default=("lm_head",),
         strict=False,
+        max_length=MOST_PATTERNS,
         description="Linears left as they are: a module name or its last parts, or `re:` and a regular expression "
         "matched from the start of the name. A pattern that matches nothing is an error.",
     )
@@ -175,7 +206,7 @@ class QuantizeScheme(Section):
                 raise ValueError("an empty pattern")
             try:
                 re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return patterns
 

@@ -6,11 +6,15 @@ The words come from the model's JSON schema, so that they cannot drift from what
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
+from qpcompile.yaml_text import short
+
+MOST, LINE, VALUE = 900, 250, 80
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -36,8 +40,15 @@ def allowed(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
         return _allowed_list(node, root)
     if kind == "boolean":
         return "true | false"
-    bounds = [f"{sign} {node[word]:g}" for word, sign in _BOUNDS.items() if word in node]
+    if kind == "string" and "maxLength" in node:
+        return f"string of at most {node['maxLength']} characters"
+    bounds = [f"{sign} {numeral(node[word])}" for word, sign in _BOUNDS.items() if word in node]
     return " ".join([kind, " and ".join(bounds)]).strip()
+
+
+def numeral(value: float) -> str:
+    """Integers in full, fractions as short as they can be."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _allowed_list(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
@@ -45,7 +56,8 @@ def _allowed_list(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
     if "prefixItems" in node:
         return f"[{', '.join(allowed(item, root) for item in node['prefixItems'])}]"
     items = allowed(node.get("items", {}), root)
-    return f"list of ({items})" if " | " in items else f"list of {items}"
+    most = f", {node['maxItems']} at most" if "maxItems" in node else ""
+    return f"list of ({items}){most}" if " | " in items else f"list of {items}{most}"
 
 
 def section(node: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -57,15 +69,29 @@ def section(node: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, An
 
 
 def problems(model: type[BaseModel], error: ValidationError, data: Any) -> list[str]:
-    """One line per wrong key of `data`, in the order found: its path, what was given, what is allowed."""
-    schema = model.model_json_schema()
+    """One line per wrong key of `data`, in the order found: its path, what was given, what is allowed.
+
+    Lines beyond `MOST` characters in all are counted, not written: a text of garbage has thousands.
+    """
+    schema = _schema(model)
+    details = error.errors(include_url=False, include_input=False)
     lines: dict[str, str] = {}
-    for detail in error.errors(include_url=False):
+    length = 0
+    for seen, detail in enumerate(details, 1):
         for path, text in _explain(schema, detail, data):
             # A union complains once per option, and a list about its length after a wrong item: the first says it.
             if path not in lines and not any(known.startswith(f"{path}.") for known in lines):
-                lines[path] = f"{path}: {text}"
+                lines[path] = f"{short(path, LINE)}: {short(text, LINE)}"
+                length += len(lines[path])
+        if length > MOST and seen < len(details):
+            return [*lines.values(), f"... and {len(details) - seen} more"]
     return list(lines.values())
+
+
+@cache
+def _schema(model: type[BaseModel]) -> Mapping[str, Any]:
+    """A model's JSON schema, which takes longer to write than all else here."""
+    return model.model_json_schema()
 
 
 def _explain(schema: Mapping[str, Any], detail: Mapping[str, Any], data: Any) -> list[tuple[str, str]]:
@@ -79,9 +105,10 @@ def _explain(schema: Mapping[str, Any], detail: Mapping[str, Any], data: Any) ->
         reasons = detail["ctx"]["reasons"].values()
         return [(".".join(key), f"{_given(data, key)}: {why}") for key, why in zip(full, reasons, strict=True)]
     if kind == "extra_forbidden":
-        return [(".".join([*path, str(loc[-1])]), _unknown(str(loc[-1]), list(section(node, schema)["properties"])))]
+        key = short(str(loc[-1]), VALUE)
+        return [(".".join([*path, _plain(key)]), _unknown(key, list(section(node, schema)["properties"])))]
     if kind == "invalid_key":
-        return [(".".join([*path, str(detail["input"])]), "a key must be text")]
+        return [(".".join([*path, _plain(short(str(loc[-1]), VALUE))]), "a key must be text")]
     why = f" ({detail['msg'].removeprefix('Value error, ')})" if kind == "value_error" else ""
     return [(".".join(path), f"{_given(data, path)}; allowed: {allowed(node, schema)}{why}")]
 
@@ -115,8 +142,16 @@ def _given(data: Any, path: Sequence[str]) -> str:
             data = data[int(part)]
         else:
             return "not given"
-    text = json.dumps(data.model_dump(mode="json") if isinstance(data, BaseModel) else data, default=str)
-    return f"given {text if len(text) <= 80 else text[:77] + '...'}"
+    try:
+        text = json.dumps(data.model_dump(mode="json") if isinstance(data, BaseModel) else data, default=str)
+    except (ValueError, RecursionError, TypeError):  # a value inside itself, huge integers, keys that are no text
+        text = f"a {type(data).__name__} that cannot be shown"
+    return f"given {short(text, VALUE)}"
+
+
+def _plain(key: str) -> str:
+    """A key as it is, or in quotes where it would break the line it is written in."""
+    return key if key.isprintable() else json.dumps(key)
 
 
 def _unknown(key: str, known: list[str]) -> str:

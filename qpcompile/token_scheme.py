@@ -9,24 +9,31 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from qpcompile.recipe_schema import Section
+from qpcompile.recipe_schema import MOST_SAMPLES, MOST_SEED, WIDEST, Section
 from qpcompile.schema_text import impossible
 
-LayerList = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+MOST_LAYERS = 10_000
+LARGEST_WEIGHT, LEAST_WEIGHT = 1e6, 1e-6
+LayerList = Annotated[tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...], Field(strict=False, min_length=1)]
 
 
 class ScoreWeights(Section):
-    """Weights of the four terms of a visual token's score."""
+    """Weights of the four terms of a visual token's score; sums stay far from the ends of float32."""
 
-    inter: float = Field(default=0.45, ge=0, description="Attention from text queries.")
-    magnitude: float = Field(default=0.25, ge=0, description="L2 norm of the hidden state.")
-    intra: float = Field(default=0.10, ge=0, description="Attention from visual queries.")
-    residual: float = Field(default=0.20, ge=0, description="L2 error of rounding the hidden state to 4 bits.")
+    inter: float = Field(default=0.45, ge=0, le=LARGEST_WEIGHT, description="Attention from text queries.")
+    magnitude: float = Field(default=0.25, ge=0, le=LARGEST_WEIGHT, description="L2 norm of the hidden state.")
+    intra: float = Field(default=0.10, ge=0, le=LARGEST_WEIGHT, description="Attention from visual queries.")
+    residual: float = Field(
+        default=0.20, ge=0, le=LARGEST_WEIGHT, description="L2 error of rounding the hidden state to 4 bits."
+    )
 
     @model_validator(mode="after")
     def _some_term(self) -> Self:
-        if not any((self.inter, self.magnitude, self.intra, self.residual)):
+        largest = max(self.inter, self.magnitude, self.intra, self.residual)
+        if largest == 0:
             raise impossible({"inter": "all four weights are 0, so every token would score the same"})
+        if largest < LEAST_WEIGHT:
+            raise impossible({"inter": f"all four weights are below {LEAST_WEIGHT:g}: scores would vanish in float32"})
         return self
 
 
@@ -57,7 +64,10 @@ class RiskScheme(Section):
         description="complex: half the rounding error by groups, half the range of a token's channels.",
     )
     group_size: int = Field(
-        default=128, ge=1, description="Channels that share a scale in the rounding error; at most the width counts."
+        default=128,
+        ge=1,
+        le=WIDEST,
+        description="Channels that share a scale in the rounding error; at most the width counts.",
     )
     alpha: float = Field(
         default=0.55, ge=0, le=1, description="Share of the method's own score; the rest is the risk's."
@@ -97,21 +107,31 @@ class TokenScheme(Section):
         "like them, behind the second layer; cdpruner, qapruner (with risk), divprune and trim choose before the "
         "decoder.",
     )
-    keep: float = Field(default=1.0, gt=0, le=1, description="Share of visual tokens that stays; see keep_of.")
+    keep: float = Field(
+        default=1.0,
+        ge=1e-6,
+        le=1,
+        description="Share of visual tokens that stays; see keep_of. Ratios are stored in millionths.",
+    )
     keep_of: Literal["final", "mean"] = Field(
         default="final", description="keep is the share behind the last cut, or the mean over decoder layers."
     )
     multiple_of: int = Field(
         default=1,
         ge=1,
+        le=WIDEST,
         description="Behind every cut, tokens of a prompt, text included, are as many as keep asks for or the next "
-        "multiple of this: 64 fills the tiles of GPU kernels. Rows of a batch count from the longest one.",
+        "multiple of this: 64 fills the tiles of GPU kernels. Rows of a batch count from the longest one. A multiple "
+        "longer than every prompt drops nothing.",
     )
     candidate_layers: Literal["auto"] | LayerList = Field(
         default="auto",
-        description="Decoder layers after which tokens are cut, from 0, strictly increasing; auto profiles them.",
+        description="Decoder layers after which tokens are cut, from 0, strictly increasing; auto profiles them. The "
+        "model's own number of layers is checked as soon as it is known.",
     )
-    max_candidates: int = Field(default=5, ge=1, description="auto: cut after at most so many neighbouring layers.")
+    max_candidates: int = Field(
+        default=5, ge=1, le=MOST_LAYERS, description="auto: cut after at most so many neighbouring layers."
+    )
     concentration_floor: float = Field(
         default=0.5,
         ge=0,
@@ -121,7 +141,9 @@ class TokenScheme(Section):
     iqr_ceiling: float = Field(
         default=0.5,
         ge=0,
-        description="auto: skip first layers whose mass varies (interquartile range) more than this x median.",
+        le=1000,
+        description="auto: skip first layers whose mass varies (interquartile range) more than this x median. "
+        "1000 skips none.",
     )
     cosine_ceiling: float = Field(
         default=0.5,
@@ -132,11 +154,22 @@ class TokenScheme(Section):
     tail_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="auto: never cut in this last share of the layers."
     )
-    trial_samples: int = Field(default=128, ge=1, description="joint: samples that schedules are tried on, at most.")
-    temperature: float = Field(
-        default=1.25, gt=0, description="Higher spreads the drops evenly, lower favours robust layers."
+    trial_samples: int = Field(
+        default=128, ge=1, le=MOST_SAMPLES, description="joint: samples that schedules are tried on, at most."
     )
-    eta: float = Field(default=1e-6, gt=0, description="Added to the norm that sensitivity is divided by.")
+    temperature: float = Field(
+        default=1.25,
+        ge=1e-3,
+        le=1e3,
+        description="Higher spreads the drops evenly, lower favours robust layers. At the bounds one layer "
+        "takes all, or all take the same.",
+    )
+    eta: float = Field(
+        default=1e-6,
+        ge=1e-30,
+        le=1,
+        description="Added to the norm that sensitivity is divided by, so that it is never 0 in float32.",
+    )
     sensitivity_of: Literal["output", "delta"] = Field(
         default="output", description="Sensitivity of a layer's output, or of what the layer adds to its input."
     )
@@ -162,8 +195,9 @@ class TokenScheme(Section):
     sink_ratio: float | None = Field(
         default=None,
         gt=1,
+        le=1e6,
         description="quota: leave channels whose largest magnitude over the visual tokens is more than this x that of "
-        "the median channel out of magnitude and residual; null: none.",
+        "the median channel out of magnitude and residual; null: none. No channel is larger than the bound.",
     )
     normalize: Literal["percentile", "mad", "rank"] = Field(
         default="percentile", description="How each term becomes 0..1 over the current visual tokens of a sample."
@@ -212,7 +246,9 @@ class TokenScheme(Section):
     compact_scored_layer: bool = Field(
         default=True, description="Also drop the cut tokens from the cache of the layer that scored them."
     )
-    seed: int = Field(default=0, ge=0, description="method random: seed of the draw.")
+    seed: int = Field(
+        default=0, ge=0, le=MOST_SEED, description="method random: seed of the draw. Generators take 63 bits."
+    )
 
     @field_validator("candidate_layers")
     @classmethod

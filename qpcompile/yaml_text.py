@@ -1,32 +1,81 @@
-"""Mappings in and out of YAML text: safe tags only, no key twice, floats as YAML 1.2 spells them.
+"""Mappings in and out of YAML text: plain values only, no key twice, floats as YAML 1.2 spells them, bounded work.
 
-PyYAML follows YAML 1.1, where `1e-6` is a string and a repeated key silently replaces the first one.
+PyYAML follows YAML 1.1, where `1e-6` is a string and a repeated key silently replaces the first one. Aliases, merge
+keys and long integers let a short text ask for unbounded time and memory: nothing here needs them, all are refused.
 """
 
+import os
 import re
+import stat
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qpcompile.errors import QPCompileError
 
+SMALL = 64 * 1024
+"""Most bytes of what people write: twenty times a recipe with every key."""
+LARGE = 1024 * 1024
+"""Most bytes of what a compile writes: several times the plan of a decoder with a hundred layers."""
+DEEPEST = 16
+LONGEST = 1000
+DIGITS = 40
+SHOWN = 200
+
 # PyYAML lets the last three escape on texts such as `0b_`, `!!bool x` and `!!timestamp x`.
 _MISTAKES = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$")
+_MERGE = "tag:yaml.org,2002:merge"
+_INT = "tag:yaml.org,2002:int"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads `1e-6` as a number and refuses a repeated key."""
+    """SafeLoader that also reads `1e-6` as a number, refuses a repeated key, and stops before work that explodes."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise _refusal("anchors and aliases (& and *) are not read; write the value out", event)
+        if event.tag is not None:
+            raise _refusal("tags (!) are not read; write a plain value", event)
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST:
+            raise _refusal(f"a value of {len(event.value)} characters; {LONGEST} are read at most", event)
+        if self.depth >= DEEPEST:
+            raise _refusal(f"more than {DEEPEST} levels of nesting", event)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if key.tag == _MERGE:
+                raise _refusal("merge keys (<<) are not read; write the keys out", key)
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+                    raise _refusal(f"key {short(repr(key.value))} twice", key)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """An integer of bounded length: Python refuses, or takes long over, thousands of digits."""
+        if len(node.value) > DIGITS:
+            raise _refusal(f"an integer of {len(node.value)} characters; {DIGITS} are read at most", node)
+        return self.construct_yaml_int(node)
+
+
+def _refusal(problem: str, place: Any) -> yaml.YAMLError:
+    """PyYAML's error for a defect at an event or a node."""
+    return yaml.constructor.ConstructorError(None, None, problem, place.start_mark)
+
+
+_Loader.add_constructor(_INT, _Loader.construct_int)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -41,19 +90,46 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def parse(text: str, refuse: Callable[[str], QPCompileError]) -> Any:
-    """The value of YAML text; what is wrong with it goes through `refuse` and is raised."""
+def short(text: str, most: int = SHOWN) -> str:
+    """The text itself, or its beginning: messages stay readable whatever was given."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def read(path: Path, refuse: Callable[[str], QPCompileError], most: int = SMALL) -> str:
+    """The text of a file of at most `most` bytes; `refuse` makes the error of what is wrong, as in "cannot be read"."""
+    try:
+        # A pipe would wait for a writer, and a device has no end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise refuse("cannot be read: a folder, a pipe or a device, not a file")
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise refuse(f"has more than {most} bytes, which is more than is read")
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise refuse(f"cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise refuse(f"cannot be read: byte {error.start} is not UTF-8 text") from error
+    except ValueError as error:  # a path with a null byte
+        raise refuse(f"cannot be read: {error}") from error
+
+
+def parse(text: str, refuse: Callable[[str], QPCompileError], most: int = SMALL) -> Any:
+    """The value of YAML text of at most `most` characters; what is wrong goes through `refuse` and is raised."""
+    if len(text) > most:
+        raise refuse(f"not valid YAML: {len(text)} characters; {most} are read at most")
     try:
         return yaml.load(text, Loader=_Loader)
     except _MISTAKES as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise refuse(f"not valid YAML: {place}{getattr(error, 'problem', None) or error}") from error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise refuse(f"not valid YAML: {place}{short(problem)}") from error
 
 
-def parse_mapping(text: str, refuse: Callable[[str], QPCompileError]) -> dict[str, Any]:
+def parse_mapping(text: str, refuse: Callable[[str], QPCompileError], most: int = SMALL) -> dict[str, Any]:
     """The mapping of YAML text; anything else is refused."""
-    value = parse(text, refuse)
+    value = parse(text, refuse, most)
     if not isinstance(value, dict):
         raise refuse(f"a mapping of keys is needed at the top, got {type(value).__name__}")
     return value

@@ -48,14 +48,14 @@ QUANTIZE = st.none() | st.fixed_dictionaries(
 TOKENS = st.fixed_dictionaries(
     {"method": st.sampled_from(["random", "quota"])},
     optional={
-        "keep": st.floats(0, 1, exclude_min=True),
+        "keep": st.floats(1e-6, 1),
         "candidate_layers": st.just("auto") | st.sets(st.integers(0, 40), min_size=1).map(sorted),
-        "temperature": st.floats(1e-9, 1e9),
-        "eta": st.floats(1e-300, 1),
+        "temperature": st.floats(1e-3, 1e3),
+        "eta": st.floats(1e-30, 1),
         "weights": st.fixed_dictionaries({"inter": st.floats(1e-5, 1e5)}),
         "normalize": st.sampled_from(["percentile", "mad", "rank"]),
         "intra_mean": st.booleans(),
-        "seed": st.integers(0, 2**70),
+        "seed": st.integers(0, 2**63 - 1),
     },
 )
 RECIPES = st.fixed_dictionaries({}, optional={"quantize": QUANTIZE, "tokens": TOKENS})
@@ -171,11 +171,11 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
         "  version: given 2; allowed: 1\n"
         '  tokens.method: given "fastvv"; allowed: none | joint | quota | random | fastv | pyramiddrop | sparsevlm '
         "| vtw | random_input | visionzip | prumerge_plus | dart | cdpruner | qapruner | divprune | trim\n"
-        "  tokens.keep: given 0; allowed: number > 0 and <= 1\n"
-        "  tokens.candidate_layers: given [3, 2]; allowed: auto | list of integer >= 0 "
+        "  tokens.keep: given 0; allowed: number >= 1e-06 and <= 1\n"
+        "  tokens.candidate_layers: given [3, 2]; allowed: auto | list of integer >= 0 and < 10000 "
         "(layers must be strictly increasing)\n"
         "  tokens.percentiles: given [1]; allowed: [number, number]\n"
-        "  tokens.seed: given true; allowed: integer >= 0\n"
+        "  tokens.seed: given true; allowed: integer >= 0 and <= 9223372036854775807\n"
         "  tokens.keeep: unknown key; did you mean keep or keep_of?\n"
         "  calibration: given null; allowed: a section with the keys samples, seed, after_cuts\n"
         "  quantise: unknown key; did you mean quantize?\n"
@@ -187,7 +187,7 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tokens: {method: quota, keep: 1.01}", "tokens.keep: given 1.01; allowed: number > 0 and <= 1"),
+        ("tokens: {method: quota, keep: 1.01}", "tokens.keep: given 1.01; allowed: number >= 1e-06 and <= 1"),
         ("tokens: {method: quota, keep: .nan}", "tokens.keep: given NaN"),
         ("tokens: {keep: '0.5'}", 'tokens.keep: given "0.5"'),
         ("tokens: {candidate_layers: []}", "tokens.candidate_layers: given []"),
@@ -222,12 +222,54 @@ def test_bad_value_is_refused_with_what_is_allowed(text: str, said: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("quantize.training.learning_rate=1e300", "number >= 1e-12 and <= 1"),
+        ("quantize.weights.group_size=65537", "integer >= 1 and <= 65536"),
+        ("quantize.weights.damping=1e-300", "number >= 1e-09 and <= 1"),
+        ("quantize.activations.clip_ratio=1e-300", "number >= 0.01 and <= 1"),
+        ("quantize.ignore=['" + "x" * 501 + "']", "string of at most 500 characters"),
+        (f"quantize.ignore=[{', '.join(['x'] * 1001)}]", "list of string of at most 500 characters, 1000 at most"),
+        ("tokens.multiple_of=1000000000000000000000000000000", "integer >= 1 and <= 65536"),
+        ("tokens.trial_samples=18446744073709551616", "integer >= 1 and <= 1000000"),
+        ("tokens.seed=9223372036854775808", "integer >= 0 and <= 9223372036854775807"),
+        ("tokens.candidate_layers=[1, 10000]", "integer >= 0 and < 10000"),
+        ("tokens.weights.inter=1e308", "number >= 0 and <= 1e+06"),
+        ("tokens.temperature=1e-300", "number >= 0.001 and <= 1000"),
+        ("tokens.keep=1e-300", "number >= 1e-06 and <= 1"),
+        ("tokens.keep=1e400", "number >= 1e-06 and <= 1"),
+        ("calibration.samples=1000001", "integer >= 1 and <= 1000000"),
+    ],
+)
+def test_numbers_beyond_any_use_are_refused(setting: str, allowed: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load("quota-30").with_overrides([setting])
+    assert f"{setting.partition('=')[0]}" in caught.value.what and allowed in caught.value.what
+    assert caught.value.where and caught.value.do
+
+
+def test_sources_that_are_no_recipe(tmp_path: Path) -> None:
+    for source in (3, None, {"version": 1}, "", ".", "nul\0", "n" * 5000, tmp_path / ("n" * 300), "quota_30.yaml"):
+        with pytest.raises(RecipeError) as caught:
+            Recipe.load(source)  # pyright: ignore[reportArgumentType]
+        error = caught.value
+        assert error.what and error.where and error.do and len(str(error)) < 1000
+    assert "did you mean quota-30" in str(caught.value)
+    with pytest.raises(RecipeError, match="a mapping is needed, got list"):
+        Recipe.from_dict([1])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("tokens: {keep: 0.5}", "tokens.keep: given 0.5: method is none, which keeps every token"),
         (
             "tokens: {weights: {inter: 0, magnitude: 0, intra: 0, residual: 0}}",
             "tokens.weights.inter: given 0: all four",
+        ),
+        (
+            "tokens: {weights: {inter: 1e-9, magnitude: 0, intra: 0, residual: 0}}",
+            "tokens.weights.inter: given 1e-09: all four weights are below 1e-06",
         ),
         ("quantize: {weights: {bits: 16}, transform: none}", "quantize.activations.bits: not given: 4-bit inputs"),
         ("quantize: {weights: {bits: 16}, activations: {bits: 16}}", "quantize.transform: not given: it serves 4-bit"),

@@ -61,3 +61,28 @@ def test_one_line_per_wrong_place() -> None:
         f'items.1.size: given "{"x" * 76}...; allowed: integer >= 1 and < 9',
         "wrd: unknown key; did you mean word or words?",
     ]
+
+
+def test_garbage_is_counted_not_listed() -> None:
+    data = {f"key{number}": 1 for number in range(5000)}
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate(data)
+    lines = problems(Outer, caught.value, data)
+    assert lines[0].startswith("key0: unknown key") and sum(map(len, lines)) < 1500
+    assert lines[-1] == f"... and {5000 - len(lines) + 1} more"
+
+
+def test_values_that_cannot_be_shown() -> None:
+    circle: list[object] = []
+    circle.append(circle)
+    data = {"flag": circle, "word": 10**5000, "pair": 1, "k" * 5000: 1, "line\nbreak": 1}
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate(data)
+    lines = problems(Outer, caught.value, data)
+    assert lines[:3] == [
+        "flag: given a list that cannot be shown; allowed: true | false",
+        "word: given a int that cannot be shown; allowed: a | b",
+        "pair: given 1; allowed: [integer, number]",
+    ]
+    assert lines[3].startswith("kkk") and len(lines[3]) < 400
+    assert lines[4].startswith('"line\\nbreak": unknown key')

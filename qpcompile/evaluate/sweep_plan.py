@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -31,11 +32,11 @@ from pydantic import Field, ValidationError, model_validator
 from qpcompile import yaml_text
 from qpcompile.errors import RecipeError
 from qpcompile.recipe import Recipe
-from qpcompile.recipe_schema import Section
+from qpcompile.recipe_schema import MOST_SAMPLES, MOST_SEED, Section
 from qpcompile.schema_text import impossible, problems
 
 Share = Annotated[float, Field(gt=0, le=1)]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST_SEED)], ...], Field(strict=False, min_length=1)]
 Overrides = Annotated[tuple[str, ...], Field(strict=False)]
 ALL_TOKENS = 1.0
 
@@ -47,7 +48,7 @@ class Bed(Section):
     model: str = Field(min_length=1, description="Folder or hub name.")
     data: str = Field(min_length=1, description="Folder of the questions.")
     calibration: str = Field(min_length=1, description="Folder that samples are drawn from.")
-    batch_size: int = Field(default=16, ge=1, description="Questions asked at once.")
+    batch_size: int = Field(default=16, ge=1, le=MOST_SAMPLES, description="Questions asked at once.")
 
 
 class Setting(Section):
@@ -82,7 +83,9 @@ class SweepPlan(Section):
         strict=False,
         description="Overrides that make a share of tokens, with {share} replaced.",
     )
-    samples: int | None = Field(default=None, ge=1, description="Calibration samples of a draw; null: the recipe's.")
+    samples: int | None = Field(
+        default=None, ge=1, le=MOST_SAMPLES, description="Calibration samples of a draw; null: the recipe's."
+    )
     quantizers: dict[str, Setting] = Field(min_length=1, description="Name -> how numbers are stored.")
     pruners: dict[str, Setting] = Field(min_length=1, description="Name -> how tokens are chosen.")
     reference: str | None = Field(default=None, description="The pruner others are compared with.")
@@ -114,16 +117,15 @@ class SweepPlan(Section):
     @classmethod
     def load(cls, path: Path) -> SweepPlan:
         """The plan in a YAML file; RecipeError that names every wrong key."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the plan cannot be read: {error}", where=str(path), do="give a YAML file") from error
-        data = yaml_text.parse_mapping(text, lambda what: RecipeError(what, where=str(path)))
+        where, do = yaml_text.short(str(path)), "write the plan as the harness page of the documentation shows"
+        refuse = partial(RecipeError, where=where, do=do)
+        text = yaml_text.read(path, lambda what: refuse(f"the plan {what}"))
+        data = yaml_text.parse_mapping(text, refuse)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             lines = "\n  ".join(["the plan has keys that cannot be used:", *problems(cls, error, data)])
-            raise RecipeError(lines, where=str(path), do="see docs: harness") from error
+            raise refuse(lines) from error
 
 
 @dataclass(frozen=True)

@@ -232,11 +232,24 @@ def cut_layers(program: Program, otherwise: tuple[int, ...]) -> tuple[int, ...]:
     """The recipe's `candidate_layers`, or `otherwise` where it says auto; checked against the model's depth."""
     asked = program.recipe.tokens.candidate_layers
     layers = otherwise if asked == "auto" else asked
-    last = program.layers[-1].index
-    if layers[-1] >= last:
+    _check_last(layers[-1], program.layers[-1].index)
+    return layers
+
+
+def check_layers(recipe: Recipe, layers: int | None) -> None:
+    """Raise PlanError for `candidate_layers` that a decoder of so many layers lacks, before anything is measured.
+
+    layers: None where the model does not say; the pruner checks again.
+    """
+    asked = recipe.tokens.candidate_layers
+    if recipe.tokens.method != "none" and asked != "auto" and layers is not None:
+        _check_last(asked[-1], layers - 1)
+
+
+def _check_last(layer: int, last: int) -> None:
+    if layer >= last:
         raise PlanError(
-            f"layer {layers[-1]} cannot be cut behind: this model's last layer is {last}",
+            f"layer {layer} cannot be cut behind: this model's last layer is {last}",
             where="tokens.candidate_layers",
             do=f"name layers from 0 to {last - 1}",
         )
-    return layers
