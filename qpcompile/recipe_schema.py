@@ -15,6 +15,11 @@ MOST_SEED = 2**63 - 1
 WIDEST = 65536
 MOST_PATTERNS, LONGEST_PATTERN = 1000, 500
 
+# Python's matcher tries every way to share a name among repeats: ever more with their number, most where they nest.
+REPEATS = 4
+_REPEAT = re.compile(r"(?<!\\)[*+{]")
+_NESTED = re.compile(r"\)[*+{]")
+
 
 class Section(BaseModel):
     """A frozen group of keys: nothing unknown, nothing converted, no NaN."""
@@ -188,7 +193,8 @@ class QuantizeScheme(Section):
         strict=False,
         max_length=MOST_PATTERNS,
         description="Linears left as they are: a module name or its last parts, or `re:` and a regular expression "
-        "matched from the start of the name. A pattern that matches nothing is an error.",
+        "matched from the start of the name, with at most 4 repeats (`*`, `+`, `{`), none of a group. A pattern that "
+        "matches nothing is an error.",
     )
 
     @field_validator("scope")
@@ -204,6 +210,8 @@ class QuantizeScheme(Section):
         for pattern in patterns:
             if not pattern.removeprefix("re:"):
                 raise ValueError("an empty pattern")
+            if pattern.startswith("re:") and (len(_REPEAT.findall(pattern)) > REPEATS or _NESTED.search(pattern)):
+                raise ValueError(f"more than {REPEATS} repeats, or a repeated group: matching might not end")
             try:
                 re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
             except (re.error, OverflowError, RecursionError) as error:

@@ -154,3 +154,22 @@ def test_bad_stored_plan_names_its_file(text: str) -> None:
     with pytest.raises(PlanError) as caught:
         Plan.from_yaml(text, where="out/plan.yaml")
     assert caught.value.where == "out/plan.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a [*a]", "anchors and aliases"),
+        ("[" * 3000, "levels of nesting"),
+        ("- 1", "a mapping of keys is needed"),
+        ("recipe: {tokens: {keep: 3}}", "tokens.keep: given 3"),
+        ("recipe: {}\nversion: 2", "version: given 2"),
+        ("recipe: {}\nlayers: [{index: 1, name: a}]", "indices must be 0, 1, 2"),
+        ("a: 1\n" * 300_000, "characters; 1048576 are read at most"),
+    ],
+)
+def test_texts_that_are_no_plan_are_refused_in_full(text: str, said: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan.from_yaml(text, where="plan.yaml")
+    error = caught.value
+    assert said in error.what and error.where == "plan.yaml" and error.do and len(str(error)) < 1500

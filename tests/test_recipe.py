@@ -208,6 +208,8 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
         ("quantize: {ignore: lm_head}", 'quantize.ignore: given "lm_head"; allowed: list of string'),
         ("quantize: {ignore: ['re:(']}", "'re:(' is no regular expression"),
         ("quantize: {ignore: ['re:']}", "an empty pattern"),
+        ("quantize: {ignore: ['re:(a+)+$']}", "more than 4 repeats, or a repeated group"),
+        ("quantize: {ignore: ['re:.*.*.*.*.*x']}", "more than 4 repeats, or a repeated group"),
         ("quantize: 4", "quantize: given 4; allowed: a section with the keys weights, activations, kv_cache"),
         ("1: 2", "1: a key must be text"),
         ("tokens: {keep: 1.0, keep: 0.5}", "not valid YAML: line 1, column 21: key 'keep' twice"),
@@ -312,6 +314,7 @@ def test_impossible_combination_is_refused_with_the_reason(text: str, said: str)
         "quantize: {weights: {bits: 16}, activations: {bits: 16}, transform: none}",
         "quantize: {weights: {bits: 16}, activations: {bits: 16}, kv_cache: {bits: 16}, transform: none, head_bits: 8}",
         "tokens: {eta: 1e-6}",
+        "quantize: {ignore: ['re:.*layers[.](0|1)[.][a-z]+[.]w{2}.*', 're:a(b)?']}",
     ],
 )
 def test_unusual_but_possible_combination_is_taken(text: str) -> None:

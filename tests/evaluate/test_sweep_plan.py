@@ -89,3 +89,21 @@ def test_every_rung_is_a_recipe(bits: str) -> None:
 )
 def test_grid_of_tokens(width: int, height: int, count: int, grid: tuple[int, int] | None) -> None:
     assert token_grid(width, height, count) == grid
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: &a [*a]", "anchors and aliases"),
+        (b"\xff\xfe", "the plan cannot be read: byte 0 is not UTF-8 text"),
+        (b"#" * 70_000, "the plan has more than 65536 bytes"),
+        (b"beds: 3", "the plan has keys that cannot be used"),
+        (TEXT.replace("[0, 1]", "[9223372036854775808]").encode(), "seeds.0: given 9223372036854775808"),
+    ],
+)
+def test_files_that_are_no_plan_are_refused_in_full(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "plan.yaml").write_bytes(content)
+    for source, words in ((tmp_path / "plan.yaml", said), (tmp_path, "the plan cannot be read")):
+        with pytest.raises(RecipeError) as caught:
+            SweepPlan.load(source)
+        assert words in caught.value.what and caught.value.where and caught.value.do
