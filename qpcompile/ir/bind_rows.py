@@ -29,6 +29,7 @@ from qpcompile.ir.operators import (
     SILU_MUL_QUANTIZE,
 )
 from qpcompile.ir.program import Graph
+from qpcompile.ir.sizes import value_type
 from qpcompile.ir.text import value_types
 from qpcompile.kernels.native_rows import Kind, RowPlan
 
@@ -73,11 +74,11 @@ class _Joiner:
 
     def dtype(self, node: Any) -> str:
         """The type of a node's elements, as printed; empty where it is no tensor."""
-        return self.types.get(node, "").partition("[")[0]
+        return value_type(self.types.get(node, "")).dtype
 
     def channels(self, node: Any) -> int:
         """The last axis of a node, 0 where it is not known."""
-        last = self.types[node].rpartition("]")[0].rpartition("[")[2].split(", ")[-1]
+        *_, last = value_type(self.types[node]).sizes or ("",)
         return int(last) if last.isdecimal() else 0
 
     def join_fused(self, node: fx.Node) -> None:

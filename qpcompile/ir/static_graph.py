@@ -16,7 +16,6 @@ of a token is its position, as before. What counts slots in another way is refus
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from qpcompile.ir.growing import appends
 from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV8_READ
 from qpcompile.ir.program import Graph
 from qpcompile.ir.run import ALIVE, KEPT, SEEN
+from qpcompile.ir.sizes import size_expression, value_type
 from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import DTYPES, target_text, value_types
 
@@ -129,13 +129,13 @@ class _Lengths:
 
     def sizes(self, node: Any) -> list[sympy.Expr]:
         """The sizes of a node's tensors, one after the other; of a number, and of what is no node, none."""
-        found = re.findall(r"\[(.*?)\]", self.types.get(node, ""))
-        return [sympy.sympify(size) for shape in found for size in shape.split(", ") if size]
+        tensors = value_type(self.types.get(node, "")).tensors
+        return [size_expression(size) for tensor in tensors for size in tensor.sizes]
 
     def number(self, node: fx.Node) -> sympy.Expr | None:
         """What a node that is a number counts, where that is tokens."""
-        kind, _, text = self.types.get(node, "").partition(" ")
-        value: Any = sympy.sympify(text) if kind == "int" else None
+        kind = value_type(self.types.get(node, ""))
+        value = size_expression(kind.number) if kind.kind == "int" else None
         return value if value is not None and self.counts(value) else None
 
     def counts(self, size: sympy.Expr) -> bool:
@@ -263,7 +263,7 @@ def _closed(graph: Graph, lengths: _Lengths, mask: fx.Node | None, is_open: fx.N
     """A mask that closes what `is_open` does not hold."""
     if mask is None:
         return is_open
-    dtype = lengths.types[mask].partition("[")[0]
+    dtype = value_type(lengths.types[mask]).dtype
     if dtype == "bool":
         return graph.module.graph.call_function(aten.bitwise_and.Tensor, (mask, is_open))
     least = torch.finfo(FLOATS[dtype]).min

@@ -27,6 +27,7 @@ from qpcompile.ir.bind_rows import IS_ROWS
 from qpcompile.ir.edit import aten, get_tensor, is_call
 from qpcompile.ir.growing import GrowingCaches
 from qpcompile.ir.program import Graph
+from qpcompile.ir.sizes import value_type
 from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import target_text, value_types
 from qpcompile.kernels import native
@@ -268,7 +269,7 @@ def _obstacle(node: fx.Node, types: dict[fx.Node, str], caches: GrowingCaches, p
         return f"{target_text(node.target)} reads a cache before a token is appended to it"
     if is_call(node, aten.add.Tensor):
         alike = len({types.get(each, "") for each in (node, *node.args)}) == 1 and len(node.args) == 2  # type: ignore[arg-type]
-        known = alike and not node.kwargs and types[node].partition("[")[0] in ("f32", "bf16")
+        known = alike and not node.kwargs and value_type(types[node]).dtype in ("f32", "bf16")
     else:
         known = appends or IS_ROWS in node.meta or node.target in (*KERNELS, *VIEWS, operator.getitem)
     return "" if known else f"{target_text(node.target)} in the layers has no kernel in C for a decode step"
@@ -278,9 +279,9 @@ def _growing_axis(node: fx.Node, kind: str, inside: Collection[fx.Node]) -> int:
     """The axis along which a value of the front is longer on every step, 0 where there is none."""
     if kind == "int B":
         return 0
-    sizes = kind.rpartition("]")[0].rpartition("[")[2].split(", ")
-    growing = [place for place, size in enumerate(sizes) if not size.isdecimal() and size != "B"]
+    found = value_type(kind)
+    growing = [place for place, size in enumerate(found.sizes) if not size.isdecimal() and size != "B"]
     masks = all(is_call(user, attention_kv4) and user.args[5] is node for user in node.users if user in inside)
-    if "[" not in kind or len(growing) > 1 or (growing and not masks):
+    if not found.is_tensor or len(growing) > 1 or (growing and not masks):
         raise CannotTapeError(f"the layers read a value of type {kind or 'unknown'} that is another on every step")
     return growing[0] if growing else 0

@@ -87,6 +87,11 @@ def symbol_examples(graph: Graph) -> dict[str, int]:
     return {str(name): int(known[symbol]) for symbol, name in _symbol_names(graph).items() if symbol in known}
 
 
+def printed_type(value: Any) -> str:
+    """The printed type of a value whose sizes are numbers."""
+    return _type(value, {})
+
+
 def module_path(node: fx.Node) -> str | None:
     """The dotted name of the innermost module a node was traced in; None where that is not known."""
     names = [name for name, _ in node.meta.get("nn_module_stack", {}).values() if name != _NO_SCOPE]

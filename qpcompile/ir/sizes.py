@@ -1,0 +1,245 @@
+"""Printed types read back: `f32[B, S0, 48]`, `int S0-1`, `(i8[B, 48], f32[B, 1])`. Nothing is evaluated but arithmetic.
+
+    type    =  ""  |  dtype "[" [size {", " size}] "]"  |  kind " " size  |  "(" type {", " type} ")"
+    kind    =  "int" | "float" | "bool"
+    size    =  a size expression as sympy prints it, without spaces: names, numbers, + - * / // % ** and comparisons,
+               parentheses, and functions by name (`Max(B,1)`)
+
+Functions are names and no more: `Max(B,1)` equals `Max(B,1)` and depends on `B`, and nobody computes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from qpcompile.ir.text import DTYPES
+
+# Of a type, and of one size in it.
+MOST_CHARACTERS, MOST_OF_SIZE = 2000, 300
+_MOST_DIGITS = 20
+_MOST_POWER = 8
+_MOST_DEPTH = 40
+_NUMBERS = ("int", "float", "bool")
+_TENSORS = {
+    *DTYPES.values(),
+    *(str(kind).removeprefix("torch.") for kind in vars(torch).values() if isinstance(kind, torch.dtype)),
+}
+_TOKEN = re.compile(
+    rf"(?P<number>\d{{1,{_MOST_DIGITS}}}(?:\.\d{{1,{_MOST_DIGITS}}})?(?:e[+-]?\d{{1,3}})?)(?![\w.])"
+    r"|(?P<name>[A-Za-z_]\w{0,63})|(?P<sign>\*\*|//|<=|>=|==|!=|[-+*/%()<>&|~,])",
+    re.ASCII,
+)
+_Operation = Callable[[sympy.Expr, sympy.Expr], sympy.Expr]
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """What a printed type says.
+
+    kind: the dtype of a tensor, `int`, `float` or `bool` of a number, `tuple`, or "" where nothing is known.
+    is_tensor: tells a tensor of bools from a bool. sizes: of a tensor, as text. number: of a number, as text.
+    """
+
+    kind: str = ""
+    is_tensor: bool = False
+    sizes: tuple[str, ...] = ()
+    number: str = ""
+    parts: tuple[ValueType, ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of a tensor; "" of anything else."""
+        return self.kind if self.is_tensor else ""
+
+    @property
+    def tensors(self) -> tuple[ValueType, ...]:
+        """The tensors in it, in order."""
+        return (self,) if self.is_tensor else tuple(tensor for part in self.parts for tensor in part.tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def value_type(text: str) -> ValueType:
+    """The type printed as `text`. Raises ValueError for text that is no printed type."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"a type of {len(text)} characters; at most {MOST_CHARACTERS} are read")
+    found, rest = _type(text, 0)
+    if rest:
+        raise ValueError(f"{text!r} is no type of a value")
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def size_expression(text: str) -> sympy.Expr:
+    """The expression printed as `text`; symbols know nothing but their names. Raises ValueError for any other text."""
+    if len(text) > MOST_OF_SIZE:
+        raise ValueError(f"a size of {len(text)} characters; at most {MOST_OF_SIZE} are read")
+    return _Sizes(text).whole()
+
+
+def _type(text: str, depth: int) -> tuple[ValueType, str]:
+    """The type at the start of a text, and the text after it."""
+    if depth > _MOST_DEPTH:
+        raise ValueError("a type is nested too deep")
+    if text.startswith("("):
+        return _tuple(text, depth)
+    word = re.match(r"\w*", text, re.ASCII)
+    kind = word[0] if word else ""
+    rest = text[len(kind) :]
+    if rest.startswith("[") and kind in _TENSORS:
+        inside, closed, after = rest[1:].partition("]")
+        sizes = tuple(inside.split(", ")) if inside else ()
+        for size in sizes:
+            size_expression(size)
+        if closed:
+            return ValueType(kind, True, sizes), after
+    elif rest.startswith(" ") and kind in _NUMBERS:
+        number = rest[1:] if depth == 0 else re.split(r", |\)$", rest[1:])[0]
+        size_expression(number)
+        return ValueType(kind, number=number), rest[1 + len(number) :]
+    elif not kind:
+        return ValueType(), text
+    raise ValueError(f"{text[:80]!r} is no type of a value")
+
+
+def _tuple(text: str, depth: int) -> tuple[ValueType, str]:
+    parts: list[ValueType] = []
+    rest = text[1:]
+    while not rest.startswith(")"):
+        if parts:
+            if not rest.startswith(", "):
+                raise ValueError(f"{text[:80]!r} is no type of a value")
+            rest = rest[2:]
+        part, after = _type(rest, depth + 1)
+        if len(after) == len(rest) and not after.startswith((")", ", ")):
+            raise ValueError(f"{text[:80]!r} is no type of a value")
+        parts.append(part)
+        rest = after
+    return ValueType("tuple", parts=tuple(parts)), rest[1:]
+
+
+class _Sizes:
+    """A recursive-descent parser: one method per level of precedence, the loosest first."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.place = 0
+        self.depth = 0
+        self.kind, self.word = "", ""
+        self._next()
+
+    def whole(self) -> sympy.Expr:
+        """The expression of the whole text."""
+        found = self._compared()
+        if self.kind:
+            raise self._refusal()
+        return found
+
+    def _next(self) -> None:
+        match = _TOKEN.match(self.text, self.place)
+        if match is None and self.place < len(self.text):
+            raise self._refusal()
+        self.kind, self.word = (str(match.lastgroup), match[0]) if match else ("", "")
+        self.place = match.end() if match else self.place
+
+    def _take(self, *signs: str) -> str:
+        """The sign that stands here, where it is one of `signs`."""
+        if self.kind != "sign" or self.word not in signs:
+            return ""
+        sign = self.word
+        self._next()
+        return sign
+
+    def _compared(self) -> sympy.Expr:
+        found = self._sum()
+        while sign := self._take("<", ">", "<=", ">=", "==", "!=", "&", "|"):
+            found = sympy.Function(f"compare {sign}")(found, self._sum())
+        return found
+
+    def _sum(self) -> sympy.Expr:
+        found = self._product()
+        while sign := self._take("+", "-"):
+            other = self._product()
+            found = found + other if sign == "+" else found - other
+        return found
+
+    def _product(self) -> sympy.Expr:
+        found = self._signed()
+        while sign := self._take("*", "//", "/", "%"):
+            found = _PRODUCTS[sign](found, self._signed())
+        return found
+
+    def _signed(self) -> sympy.Expr:
+        sign = self._take("-", "+", "~")
+        if not sign:
+            return self._power()
+        inner = self._deeper(self._signed)
+        return {"-": -inner, "+": inner}.get(sign, sympy.Function("not")(inner))
+
+    def _power(self) -> sympy.Expr:
+        base = self._atom()
+        if not self._take("**"):
+            return base
+        power = self._deeper(self._signed)
+        # Only what a product of sizes prints: a tower of powers would be a number that fills the memory.
+        if not (power.is_Integer and 0 < power <= _MOST_POWER and base.free_symbols and not base.has(sympy.Pow)):
+            raise self._refusal()
+        return base**power
+
+    def _atom(self) -> sympy.Expr:
+        kind, word = self.kind, self.word
+        if kind == "number":
+            self._next()
+            return sympy.Integer(int(word)) if word.isdecimal() else sympy.Float(word)
+        if kind == "name":
+            self._next()
+            return sympy.Function(word)(*self._arguments()) if self.word == "(" else sympy.Symbol(word)
+        if self.word == "(":
+            found = self._arguments()
+            return found[0] if len(found) == 1 else sympy.Function("tuple")(*found)
+        raise self._refusal()
+
+    def _arguments(self) -> list[sympy.Expr]:
+        self._take("(")
+        found = [self._deeper(self._compared)]
+        while self._take(","):
+            found.append(self._deeper(self._compared))
+        if not self._take(")"):
+            raise self._refusal()
+        return found
+
+    def _deeper(self, level: Callable[[], sympy.Expr]) -> sympy.Expr:
+        self.depth += 1
+        if self.depth > _MOST_DEPTH:
+            raise ValueError("a size is nested too deep")
+        found = level()
+        self.depth -= 1
+        return found
+
+    def _refusal(self) -> ValueError:
+        return ValueError(f"{self.text[:80]!r} is no size")
+
+
+def _divide(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
+    if right == 0:
+        raise ValueError("a size is divided by 0")
+    return left / right
+
+
+def _remainder(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
+    if right == 0:
+        raise ValueError("a size is divided by 0")
+    return sympy.Mod(left, right)
+
+
+_PRODUCTS: dict[str, _Operation] = {
+    "*": lambda left, right: left * right,
+    "/": _divide,
+    "//": lambda left, right: sympy.floor(_divide(left, right)),
+    "%": _remainder,
+}

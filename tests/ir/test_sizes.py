@@ -1,0 +1,101 @@
+"""Printed types come back as what was printed, and text that is anything else is refused and never evaluated."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._sympy.functions import FloorDiv
+
+from qpcompile.ir.sizes import size_expression, value_type
+
+B, S0, S1 = (sympy.Symbol(name, integer=True, positive=True) for name in ("B", "S0", "S1"))
+NUMBERS = st.integers(1, 2**40).map(sympy.Integer)
+SIZES = st.recursive(
+    NUMBERS | st.sampled_from([B, S0, S1]),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map(lambda pair: pair[0] + pair[1]),
+        st.tuples(inner, inner).map(lambda pair: pair[0] - pair[1]),
+        st.tuples(inner, NUMBERS).map(lambda pair: pair[0] * pair[1]),
+        st.tuples(inner, NUMBERS).map(lambda pair: FloorDiv(*pair)),
+        st.tuples(inner, NUMBERS).map(lambda pair: sympy.Mod(*pair)),
+        st.tuples(inner, inner).map(lambda pair: sympy.Max(*pair)),
+    ),
+    max_leaves=6,
+)
+
+
+def printed(size: sympy.Expr) -> str:
+    """As a size stands in a printed type."""
+    return str(size).replace(" ", "")
+
+
+@given(size=SIZES)
+def test_what_the_printer_writes_is_read(size: sympy.Expr) -> None:
+    text = printed(size)
+    if len(text) <= 300:
+        found = size_expression(text)
+        assert set(map(str, found.free_symbols)) == set(map(str, size.free_symbols))
+        assert value_type(f"f32[{text}, 48]").sizes == (text, "48")
+
+
+@given(size=SIZES, values=st.tuples(st.integers(1, 99), st.integers(1, 99), st.integers(1, 99)))
+def test_arithmetic_is_that_of_the_size(size: sympy.Expr, values: tuple[int, int, int]) -> None:
+    text = printed(size)
+    if len(text) <= 300 and "Max" not in text and "Mod" not in text:
+        by_name = dict(zip(("B", "S0", "S1"), values, strict=True))
+        read = size_expression(text)
+        left, right = (
+            each.subs([(symbol, by_name[str(symbol)]) for symbol in each.free_symbols]) for each in (read, size)
+        )
+        assert left == right
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "sizes"),
+    [
+        ("", "", ()),
+        ("f32[]", "f32", ()),
+        ("bool[B, 1, S0, S0]", "bool", ("B", "1", "S0", "S0")),
+        ("i64[B, S1-(((650000*S1+999999)//1000000))]", "i64", ("B", "S1-(((650000*S1+999999)//1000000))")),
+    ],
+)
+def test_tensors(text: str, kind: str, sizes: tuple[str, ...]) -> None:
+    found = value_type(text)
+    assert (found.dtype, found.sizes) == (kind, sizes)
+
+
+def test_numbers_and_tuples() -> None:
+    pair = value_type("(i8[B, 48], f32[B, 1])")
+    assert [part.dtype for part in pair.tensors] == ["i8", "f32"] and pair.dtype == ""
+    assert value_type("int S0+1").number == "S0+1" and value_type("bool S0>3").kind == "bool"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f32[__import__('os')]",
+        "int S0.x",
+        "int lambda:1",
+        "int 9**9**9",
+        "int S0**9",
+        "int S0//0",
+        "int S0%0",
+        "int " + "(" * 60 + "S0" + ")" * 60,
+        "int 1" + "0" * 30,
+        "int " + "+".join(["S0"] * 200),
+        "f32[B, S0",
+        "f32[B,S0]",
+        "f32[B]]",
+        "x32[B]",
+        "(f32[B]",
+        "((",
+        "int ",
+        "int\nS0",
+        "f32[B, S0] # more",
+    ],
+)
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        value_type(text)
