@@ -1,4 +1,4 @@
-"""Graphs in and out of JSON text: names of operators from a fixed list of places, never code.
+"""Graphs in and out of JSON text: operators of a fixed list (allowed_operators.py), names of one grammar, never code.
 
     {"format": 1, "name": "prefill", "owner": "model.language_model", "inputs": [...], "outputs": [...], ...,
      "nodes": [
@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import keyword
 import math
 import operator
 import re
@@ -26,20 +25,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpcompile.errors import ArtifactError, ExportError
+from qpcompile.emit import json_text, names
+from qpcompile.emit.allowed_operators import OPERATORS
+from qpcompile.errors import ArtifactError, ExportError, QPCompileError
 from qpcompile.ir import operators
 from qpcompile.ir.edit import set_tensor
 from qpcompile.ir.facts import QuantizedFact, StubFact, quantized_fact, set_fact, stub_fact
+from qpcompile.ir.prepare import CAUSAL, MASK_AXES, TABLE, TABLES
 from qpcompile.ir.program import Graph
-from qpcompile.ir.text import TYPE, module_path, target_text, value_labels, value_types
+from qpcompile.ir.sizes import value_type
+from qpcompile.ir.text import TYPE, module_path, printed_type, target_text, value_labels, value_types
 from qpcompile.ir.value_types import example_sizes
 
 FORMAT = 1
 NAMESPACES = {"aten": torch.ops.aten, "qpcompile": operators.ours}
-# The one operator of another package that graphs of transformers models hold, and the module that defines it.
-EXPERTS, EXPERTS_MODULE = "transformers::grouped_mm_fallback", "transformers.integrations.moe"
-# Operators that reach outside the graph.
-REFUSED = frozenset({"aten::from_file", "aten::save", "aten::warn", "aten::_print"})
+# The module that defines the one operator of another package that graphs of transformers models hold.
+EXPERTS_MODULE = "transformers.integrations.moe"
+MOST_NODES = 100_000
 _SIZES = (
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.neg),
     *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem),
@@ -47,13 +49,19 @@ _SIZES = (
     *(torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_ite),
 )
 SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {target_text(function): function for function in _SIZES}
+# What a node of each kind has to have and may have.
+REQUIRED = {
+    "input": {"label", "op", "type"},
+    "weight": {"label", "op", "type", "key"},
+    "call": {"label", "op", "type", "target", "args"},
+}
+KEYS = {kind: needed | {"fact"} for kind, needed in REQUIRED.items()}
+KEYS["call"] |= {"kwargs", "module"}
 KINDS = {"placeholder": "input", "get_attr": "weight", "call_function": "call"}
 FACTS = {"quantized": QuantizedFact, "stub": StubFact}
 Labels = dict[fx.Node, str]
 _AGAIN = "save the model again with this version, or load it with the one that saved it"
-_OPERATOR = re.compile(r"([a-z]\w*)::(\w+)\.(\w+)", re.ASCII)
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?", re.ASCII)
-_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d{1,3})?", re.ASCII)
 
 
 def write_graph(graph: Graph, keys: Mapping[str, str]) -> str:
@@ -84,12 +92,11 @@ def read_graph(text: str, tensors: Mapping[str, torch.Tensor], where: str) -> Gr
     Raises ArtifactError for an operator outside the list, a reference to nothing, or any other text.
     """
     try:
-        data = json.loads(text)
-        if data["format"] != FORMAT:
-            raise _refused(f"the graph has format {data['format']}, this version reads {FORMAT}", where)
-        return _Reader(tensors, where).graph(data)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise _refused(f"this is not a graph: {type(error).__name__}: {error}", where) from error
+        return _Reader(tensors, where).graph(json_text.parse(text))
+    except QPCompileError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+        raise _refused(f"this is not a graph: {type(error).__name__}: {str(error)[:300]}", where) from error
 
 
 def _node(node: fx.Node, labels: Labels, types: Labels, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -109,6 +116,10 @@ def _node(node: fx.Node, labels: Labels, types: Labels, keys: Mapping[str, str])
     if fact is not None:
         kind = next(kind for kind, form in FACTS.items() if isinstance(fact, form))
         entry["fact"] = {"kind": kind, **dataclasses.asdict(fact)}
+    try:
+        value_type(types[node])
+    except ValueError as error:
+        raise ExportError(str(error), where=node.name, do="report the model family") from error
     return {**entry, "type": types[node]}
 
 
@@ -116,19 +127,15 @@ def _target(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         text = f"{target._schema.name}.{target._overloadname}"
-        if _allowed(target._schema.name):
+        if text in OPERATORS:
             return text
     elif (text := target_text(target)) in SIZE_FUNCTIONS:
         return text
     raise ExportError(
-        f"the operator {text} cannot be saved: a saved graph holds operators of {', '.join(NAMESPACES)} only",
+        f"the operator {text} cannot be saved: it is not on the list of operators that a saved graph may hold",
         where=node.name,
         do="report the model family",
     )
-
-
-def _allowed(name: str) -> bool:
-    return name not in REFUSED and (name.split("::")[0] in NAMESPACES or name == EXPERTS)
 
 
 def _encode(value: Any, labels: Labels) -> Any:
@@ -160,9 +167,12 @@ class _Reader:
         self.made = fx.Graph()
         self.values: dict[str, fx.Node] = {}
 
-    def graph(self, data: dict[str, Any]) -> Graph:
-        for entry in data["nodes"]:
+    def graph(self, data: Any) -> Graph:
+        self._check_head(data)
+        *nodes, last = data["nodes"]
+        for entry in nodes:
             self._add(entry)
+        self._output(last, len(data["outputs"]))
         self.made.lint()
         graph = Graph(
             name=data["name"],
@@ -173,63 +183,114 @@ class _Reader:
             returns=data["returns"],
             constants=data["constants"],
         )
-        inputs = sum(node.op == "placeholder" for node in graph.nodes)
-        returned = [node.args[0] for node in graph.nodes if node.op == "output"]
-        if inputs != len(graph.inputs) or [_count(values) for values in returned] != [len(graph.outputs)]:
+        if sum(node.op == "placeholder" for node in graph.nodes) != len(graph.inputs):
             raise _refused("the graph's inputs or outputs do not match their names", self.where)
         return graph
 
+    def _check_head(self, data: Any) -> None:
+        """What stands before the nodes."""
+        head = ("format", "name", "owner", "inputs", "outputs", "returns", "constants", "nodes")
+        if not isinstance(data, dict) or sorted(data) != sorted(head):
+            raise _refused(f"this is not a graph: it has not the keys {', '.join(head)}", self.where)
+        if data["format"] != FORMAT:
+            raise _refused(f"the graph has format {data['format']!r:.80}, this version reads {FORMAT}", self.where)
+        inputs, outputs, nodes = data["inputs"], data["outputs"], data["nodes"]
+        checks = {
+            "name": names.is_path(data["name"]),
+            "owner": data["owner"] == "" or names.is_path(data["owner"]),
+            "inputs": names.are_paths(inputs),
+            "outputs": names.are_paths(outputs),
+            "returns": names.are_paths(outputs) and _is_template(data["returns"], frozenset(outputs)),
+            "constants": _are_constants(data["constants"]),
+            "nodes": isinstance(nodes, list) and all(isinstance(entry, dict) for entry in nodes),
+        }
+        for key, fine in checks.items():
+            if not fine:
+                raise _refused(f"the graph's {key} are not what a compile writes: {data[key]!r:.80}", self.where)
+        if not 0 < len(nodes) <= MOST_NODES:
+            raise _refused(f"the graph has {len(nodes)} nodes; 1 to {MOST_NODES} are read", self.where)
+
+    def _output(self, entry: dict[str, Any], count: int) -> None:
+        """The last node: a tuple of values, one per name."""
+        values = self._decode(entry["args"]) if entry.get("op") == "output" and entry.keys() == {"op", "args"} else None
+        if (
+            not isinstance(values, tuple)
+            or len(values) != count
+            or not all(isinstance(each, fx.Node) for each in values)
+        ):
+            raise _refused("the graph's inputs or outputs do not match their names", self.where)
+        self.made.output(values)
+
     def _add(self, entry: dict[str, Any]) -> None:
-        if entry["op"] == "output":
-            self.made.output(self._decode(entry["args"]))
-            return
-        label = entry["label"]
+        kind, label = entry["op"], entry.get("label", "")
+        if kind not in KEYS or not REQUIRED[kind] <= entry.keys() <= KEYS[kind]:
+            raise _refused(f"this is not a graph: there is no node {entry!r:.80}", self.where)
+        if not names.is_weight(label) if kind == "weight" else not names.is_value(label):
+            raise _refused(f"{label!r:.80} is no name of a {'weight' if kind == 'weight' else 'value'}", self.where)
         if label in self.values:
             raise _refused(f"the value {label} is defined twice", self.where)
-        # Names become Python identifiers in the text torch makes of a graph, so they are ours, not the file's.
-        if entry["op"] == "input":
-            node = self.made.placeholder(f"v{len(self.values)}")
-        elif entry["op"] == "weight":
-            node = self._weight(label, entry["key"])
-        elif entry["op"] == "call":
-            args = tuple(self._decode(value) for value in entry["args"])
-            kwargs = {self._keyword(key): self._decode(value) for key, value in entry.get("kwargs", {}).items()}
-            target = self._operator(entry["target"])
-            node = self.made.create_node("call_function", target, args, kwargs, f"v{len(self.values)}")
-        else:
-            raise _refused(f"there is no kind of node called {entry['op']!r}", self.where)
-        node.meta[TYPE] = str(entry["type"])
+        node = {"input": self._input, "weight": self._weight, "call": self._call}[kind](entry)
+        node.meta[TYPE] = self._type(entry["type"], node)
         if "module" in entry:
-            node.meta["nn_module_stack"] = _stack(str(entry["module"]))
+            node.meta["nn_module_stack"] = self._stack(entry["module"])
         if "fact" in entry:
             set_fact(node, _fact(entry["fact"]))
         self.values[label] = node
 
-    def _weight(self, label: str, key: str) -> fx.Node:
-        name = label.removeprefix("@")
-        if not label.startswith("@") or not _NAME.fullmatch(name):
-            raise _refused(f"{label!r} is no name of a weight", self.where)
-        if key not in self.tensors:
-            raise _refused(f"the tensor {key} is not stored", self.where)
+    def _type(self, text: Any, node: fx.Node) -> str:
+        if not isinstance(text, str):
+            raise _refused(f"{text!r:.80} is no type of a value", self.where)
+        value_type(text)
+        if text and "val" in node.meta and text != printed_type(node.meta["val"]):
+            raise _refused(
+                f"the weight {node.target} is {printed_type(node.meta['val'])}, the graph says {text}", self.where
+            )
+        return text
+
+    # Names become Python identifiers in the text torch makes of a graph, so they are ours, not the file's.
+    def _input(self, entry: dict[str, Any]) -> fx.Node:
+        return self.made.placeholder(f"v{len(self.values)}")
+
+    def _call(self, entry: dict[str, Any]) -> fx.Node:
+        args = tuple(self._decode(value) for value in self._list(entry["args"]))
+        kwargs = {key: self._decode(value) for key, value in entry.get("kwargs", {}).items()}
+        target = self._operator(entry["target"])
+        problem = _bad_call(target, args, kwargs)
+        if problem:
+            raise _refused(f"{entry['target']} is called wrongly: {problem}", self.where)
+        return self.made.create_node("call_function", target, args, kwargs, f"v{len(self.values)}")
+
+    def _list(self, value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise _refused(f"this is not a graph: {value!r:.80} is no list", self.where)
+        return value
+
+    def _weight(self, entry: dict[str, Any]) -> fx.Node:
+        name, key = entry["label"].removeprefix("@"), entry["key"]
+        if not isinstance(key, str) or key not in self.tensors:
+            raise _refused(f"the tensor {key!r:.80} is not stored", self.where)
         set_tensor(self.root, name, self.tensors[key])
         node = self.made.get_attr(name)
         node.meta["val"] = self.tensors[key]
         return node
 
-    def _keyword(self, key: str) -> str:
-        if not (key.isascii() and key.isidentifier()) or keyword.iskeyword(key):
-            raise _refused(f"{key!r} is no argument name", self.where)
-        return key
+    def _stack(self, path: Any) -> dict[str, tuple[str, str]]:
+        """A module stack as tracing leaves it: every module on the way to `path`."""
+        if path != "" and not names.is_path(path):
+            raise _refused(f"{path!r:.80} is no name of a module", self.where)
+        parts = path.split(".")
+        prefixes = ["", *(".".join(parts[: length + 1]) for length in range(len(parts)))] if path else [""]
+        return {prefix: (prefix, "") for prefix in prefixes}
 
-    def _operator(self, text: str) -> Callable[..., Any]:
+    def _operator(self, text: Any) -> Callable[..., Any]:
+        if not isinstance(text, str) or text not in OPERATORS | SIZE_FUNCTIONS.keys():
+            raise _refused(f"the operator {text!r:.80} is not one that a saved graph may hold", self.where)
         if text in SIZE_FUNCTIONS:
             return SIZE_FUNCTIONS[text]
-        match = _OPERATOR.fullmatch(text)
-        if match is None or not _allowed(f"{match[1]}::{match[2]}"):
-            raise _refused(f"the operator {text!r} is not one that a saved graph may hold", self.where)
-        namespace, name, overload = match.groups()
+        namespace, _, rest = text.partition("::")
         if namespace not in NAMESPACES:
             importlib.import_module(EXPERTS_MODULE)
+        name, _, overload = rest.partition(".")
         packet = getattr(NAMESPACES.get(namespace, torch.ops.transformers), name, None)
         found = getattr(packet, overload, None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
         if not isinstance(found, torch._ops.OpOverload):
@@ -240,41 +301,88 @@ class _Reader:
         if isinstance(value, list):
             return [self._decode(item) for item in value]
         if not isinstance(value, dict):
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise _refused(f"the number {value!r:.80} has more than 64 bits", self.where)
             return value
         ((kind, content),) = value.items()
         if kind == "ref":
-            if content not in self.values:
-                raise _refused(f"the value {content!r} is used before it is defined", self.where)
+            if not isinstance(content, str) or content not in self.values:
+                raise _refused(f"the value {content!r:.80} is used before it is defined", self.where)
             return self.values[content]
         if kind == "tuple":
-            return tuple(self._decode(item) for item in content)
+            return tuple(self._decode(item) for item in self._list(content))
         return self._constant(kind, content)
 
-    def _constant(self, kind: str, content: str) -> Any:
-        if kind == "float" and content in ("inf", "-inf", "nan"):
-            return float(content)
-        if kind == "device" and _DEVICE.fullmatch(content):
-            return torch.device(content)
+    def _constant(self, kind: str, content: Any) -> Any:
         types = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
-        if kind in types and isinstance(found := getattr(torch, content, None), types[kind]):
-            return found
-        raise _refused(f"{ {kind: content} } is no argument", self.where)
+        if isinstance(content, str) and content.isidentifier() and kind in types:
+            if isinstance(found := getattr(torch, content, None), types[kind]):
+                return found
+        elif kind == "float" and content in ("inf", "-inf", "nan"):
+            return float(content)
+        elif kind == "device" and isinstance(content, str) and _DEVICE.fullmatch(content):
+            return torch.device(content)
+        raise _refused(f"{ {kind: content}!r:.80} is no argument", self.where)
 
 
-def _stack(path: str) -> dict[str, tuple[str, str]]:
-    """A module stack as tracing leaves it: every module on the way to `path`."""
-    names = path.split(".")
-    prefixes = ["", *(".".join(names[: length + 1]) for length in range(len(names)))] if path else [""]
-    return {prefix: (prefix, "") for prefix in prefixes}
+def _is_template(shape: Any, outputs: frozenset[str]) -> bool:
+    """Whether `shape` is what `structure.template` makes of a result with these outputs."""
+    if isinstance(shape, dict):
+        return all(names.is_path(key) and _is_template(item, outputs) for key, item in shape.items())
+    if isinstance(shape, list):
+        return all(_is_template(item, outputs) for item in shape)
+    return shape is None or (isinstance(shape, str) and shape in outputs)
 
 
-def _count(values: Any) -> int:
-    return len(values) if isinstance(values, tuple) else -1
+def _are_constants(constants: Any) -> bool:
+    """Whether `constants` are arguments a component was traced with, and facts of ours about its masks."""
+    if not isinstance(constants, dict) or not all(names.is_path(key) for key in constants):
+        return False
+    own = {TABLE: (None, *TABLES), MASK_AXES: (2, 4), CAUSAL: (True, False)}
+    if any(key in constants and constants[key] not in allowed for key, allowed in own.items()):
+        return False
+    return all(value is None or isinstance(value, (bool, int, float, str, list)) for value in constants.values())
+
+
+def _bad_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What is wrong with the arguments of a call, as far as names and numbers of them say; "" for nothing."""
+    if not isinstance(target, torch._ops.OpOverload):
+        if target is operator.getitem:
+            fine = len(args) == 2 and isinstance(args[0], fx.Node) and isinstance(args[1], int) and not kwargs
+            return "" if fine else "it takes a value and the number of a part of it"
+        # On sizes: text and lists mean something else to these functions, a repetition that fills the memory.
+        fine = not kwargs and all(_is_number(each) for each in args)
+        return "" if fine else "it takes numbers and values that are no lists"
+    if target._schema.is_mutable and not (args and isinstance(args[0], fx.Node) and args[0].op == "call_function"):
+        return "it changes what is not the graph's own"
+    known = target._schema.arguments
+    places = [argument for argument in known if not argument.kwarg_only]
+    given = {argument.name for argument in places[: len(args)]}
+    if len(args) > len(places):
+        return f"{len(args)} arguments for {len(places)} places"
+    if unknown := sorted(kwargs.keys() - {argument.name for argument in known}):
+        return f"it has no argument {unknown[0]!r:.80}"
+    if twice := sorted(given & kwargs.keys()):
+        return f"{twice[0]} is given twice"
+    needed = [each.name for each in known if not each.has_default_value() and each.name not in given | kwargs.keys()]
+    return f"{needed[0]} is not given" if needed else ""
+
+
+def _is_number(value: Any) -> bool:
+    """Whether an argument is a number, or a value that is no list."""
+    if isinstance(value, fx.Node) and isinstance(value.target, torch._ops.OpOverload):
+        returned = [str(each.type) for each in value.target._schema.returns]
+        return len(returned) == 1 and not returned[0].startswith("List")
+    return isinstance(value, (fx.Node, bool, int, float))
 
 
 def _fact(data: dict[str, Any]) -> QuantizedFact | StubFact:
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "kind"}
-    return FACTS[data["kind"]](**fields)
+    fact = FACTS[data["kind"]](**fields)
+    texts = [*fact.sites, fact.kernel] if isinstance(fact, QuantizedFact) else [fact.site, fact.role]
+    if not all(isinstance(text, str) and len(text) <= names.MOST_CHARACTERS for text in texts):
+        raise ValueError(f"{data!r:.80} is no fact about a node")
+    return fact
 
 
 def _refused(what: str, where: str) -> ArtifactError:
