@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
 
+from qpcompile.emit import json_text
+from qpcompile.emit.agreement import check_agreement, check_counts
+from qpcompile.emit.chat_template import check_templates
+from qpcompile.emit.folder import AGAIN, files, read_text, reading
 from qpcompile.emit.graph_json import read_graph, write_graph
-from qpcompile.emit.manifest import read_manifest, refuse_files, write_manifest
+from qpcompile.emit.manifest import Manifest, read_manifest, refuse_files, write_manifest
 from qpcompile.emit.model_card import model_card
+from qpcompile.emit.settings import CONFIG, check_settings, class_of, read_config, write_config
 from qpcompile.emit.weights import StoredTensors, read_weights, stored_tensors, total_bytes, write_weights
-from qpcompile.errors import ArtifactError, ExportError, PlanError, RecipeError
+from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.files import staged_folder
-from qpcompile.ir.host import empty_host, fill_host
-from qpcompile.ir.program import STAGES, Layer, Program
+from qpcompile.ir.host import empty_host, fill_host, host_tensors
+from qpcompile.ir.program import Layer, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.ir.value_types import check_values
 from qpcompile.kernels.rules import described
@@ -49,7 +53,7 @@ def save(program: Program, processor: Any, folder: str | PathLike[str]) -> None:
             _write(graphs / f"{name}.txt", graph_text(graph))
         write_weights(stored.tensors, out)
         _write(out / "README.md", model_card(program, total_bytes(stored)))
-        refuse_files(out, ExportError)
+        _refuse_unreadable(out)
         write_manifest(out, _facts(program, processor, stored))
 
 
@@ -58,37 +62,42 @@ def load(folder: Path) -> tuple[Program, Any]:
 
     Raises ArtifactError naming the file that is missing, altered, of another version, or must not be loaded.
     """
-    facts = read_manifest(folder)
-    tensors = read_weights(folder)
-    try:
-        recipe = Recipe.from_yaml(_read(folder / "recipe.yaml"), where="recipe.yaml")
-        plan = Plan.from_yaml(_read(folder / "plan.yaml"), where="plan.yaml")
-        graphs = {
-            name: read_graph(_read(folder / "graph" / f"{name}.json"), tensors, f"graph/{name}.json")
-            for name in facts["graphs"]
-        }
-        host = _host(folder, facts, {name: tensors[key] for name, key in facts["host"].items()})
-        layers = tuple(Layer(index, name) for index, name in enumerate(facts["layers"]))
-        stage = STAGES[STAGES.index(facts["stage"])]
-    except (KeyError, TypeError, ValueError, RecipeError, PlanError) as error:
-        raise ArtifactError(
-            f"the artifact contradicts itself: {type(error).__name__}: {error}",
-            where=str(folder),
-            do="save the model again with this version",
-        ) from error
-    for graph in graphs.values():
-        check_values(graph)
-    program = Program(graphs, host, layers, recipe, plan, stage, history=list(facts["history"]))
-    return program, _processor(folder) if facts["processor"] else None
+    with reading("the artifact", folder):
+        manifest = read_manifest(folder)
+        check_settings(folder, list(manifest.files))
+        check_templates(folder, list(manifest.files))
+        tensors = read_weights(folder, manifest.files)
+        program = _program(folder, manifest, tensors)
+        for graph in program.graphs.values():
+            check_values(graph)
+        check_agreement(program, manifest)
+        return program, _processor(folder, manifest.processor)
+
+
+def _program(folder: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> Program:
+    recipe = Recipe.from_yaml(read_text(folder / "recipe.yaml"), where="recipe.yaml")
+    plan = Plan.from_yaml(read_text(folder / "plan.yaml"), where="plan.yaml")
+    graphs = {
+        name: read_graph(
+            read_text(folder / "graph" / f"{name}.json", json_text.MOST_BYTES), tensors, f"graph/{name}.json"
+        )
+        for name in manifest.graphs
+    }
+    missing = [key for key in manifest.host.values() if key not in tensors]
+    if missing:
+        raise ArtifactError(f"the tensor {missing[0]!r:.80} is not stored", where="manifest.json, host", do=AGAIN)
+    host = _host(folder, manifest, {name: tensors[key] for name, key in manifest.host.items()})
+    layers = tuple(Layer(index, name) for index, name in enumerate(manifest.layers))
+    return Program(graphs, host, layers, recipe, plan, manifest.stage, history=list(manifest.history))
 
 
 def _write_settings(program: Program, processor: Any, out: Path) -> None:
     """Everything that is neither a graph nor a tensor."""
     host: Any = program.host
-    _model_class(type(host).__name__, ExportError)
+    class_of(type(host).__name__, PreTrainedModel, ExportError, CONFIG)
     config = copy.deepcopy(host.config)
     config.architectures = [type(host).__name__]
-    config.save_pretrained(out)
+    write_config(config, out)
     host.generation_config.save_pretrained(out)
     if processor is not None:
         processor.save_pretrained(out)
@@ -97,6 +106,16 @@ def _write_settings(program: Program, processor: Any, out: Path) -> None:
     # Passes may have changed the plan without its checks; what could not be loaded again is not written.
     Plan.from_yaml(plan, where="the plan of the program")
     _write(out / "plan.yaml", plan)
+
+
+def _refuse_unreadable(out: Path) -> None:
+    """Whatever a load would refuse is not written."""
+    refuse_files(out, ExportError)
+    try:
+        check_settings(out, files(out))
+        check_templates(out, files(out))
+    except ArtifactError as error:
+        raise ExportError(f"the model could not be loaded again: {error.what}", where=error.where) from error
 
 
 def _facts(program: Program, processor: Any, stored: StoredTensors) -> dict[str, Any]:
@@ -117,62 +136,37 @@ def _facts(program: Program, processor: Any, stored: StoredTensors) -> dict[str,
     }
 
 
-def _host(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
-    model_class = _model_class(facts["model_class"], ArtifactError)
-    config: Any = model_class.config_class
-    config = config.from_pretrained(folder, local_files_only=True)
-    config._attn_implementation = facts["attention"]
-    dtype = getattr(torch, facts["dtype"])
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{facts['dtype']} is no type of numbers")
+def _host(folder: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
+    model_class = class_of(manifest.model_class, PreTrainedModel, ArtifactError, CONFIG)
+    config = read_config(model_class.config_class, folder)  # type: ignore[arg-type]
+    check_counts(config, len(manifest.layers))
+    config._attn_implementation = manifest.attention
     host = empty_host(model_class, config)
-    _check_host(host, tensors)
-    host = fill_host(host, tensors, dtype)
+    own = host_tensors(host, set())
+    for name, tensor in tensors.items():
+        wanted = own.get(name)
+        if wanted is None or wanted.shape != tensor.shape or wanted.is_floating_point() != tensor.is_floating_point():
+            is_there = "no such tensor" if wanted is None else described(wanted)
+            raise ArtifactError(
+                f"the weight {name} is {described(tensor)}; by config.json the host has {is_there}",
+                where="manifest.json, host",
+                do=AGAIN,
+            )
+    host = fill_host(host, tensors, getattr(torch, manifest.dtype))
     host.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return host
 
 
-def _check_host(host: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse weights that are not of the sizes that config.json gives them."""
-    for name, parameter in host.named_parameters(remove_duplicate=False):
-        tensor = tensors.get(name, parameter)
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            raise ArtifactError(
-                f"the weight {name} is {described(tensor)}; config.json makes it {described(parameter)}",
-                where="manifest.json, host",
-                do="save the model again; do not use this folder",
-            )
-
-
-def _model_class(name: str, error: type[ArtifactError] | type[ExportError]) -> type[PreTrainedModel]:
-    """The class of this name in transformers; never code that came with a model."""
-    found = getattr(transformers, name, None) if name.isidentifier() else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise error(
-            f"transformers {transformers.__version__} has no model class {name}",
-            where="config.json",
-            do="use a model family that is part of transformers, and the version the model was saved with",
-        )
-    return found
-
-
-def _processor(folder: Path) -> Any:
-    try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"the processor cannot be loaded: {error}",
-            where=str(folder / "processor_config.json"),
-            do="save the model again with its processor",
-        ) from error
+def _processor(folder: Path, name: str | None) -> Any:
+    if name is None:
+        return None
+    do = "save the model again with its processor"
+    with reading("the processor", folder / "processor_config.json", do):
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if type(processor).__name__ != name:
+            raise ValueError(f"it is a {type(processor).__name__}, manifest.json says {name}")
+    return processor
 
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"the file cannot be read: {error}", where=str(path), do="save the model again") from error

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qpcompile.emit import artifact
+from qpcompile.emit.folder import reading
 from qpcompile.emit.folder_kind import refuse_onnx_folder
 from qpcompile.emit.pickled import from_files, to_files
 from qpcompile.emit.weights import stored_tensors, total_bytes
@@ -190,11 +191,14 @@ class CompiledVLM:
 def load(folder: str | PathLike[str]) -> CompiledVLM:
     """The compiled model saved in `folder`; nothing in it is executed.
 
-    Raises ArtifactError for a folder that is incomplete, altered, of another version, or holds a pickle.
+    Raises ArtifactError for a folder that is incomplete, altered, of another version, contradicts itself, or holds what
+    no compile writes.
     """
     tell_newer()
     refuse_onnx_folder(Path(folder))
-    return CompiledVLM(*artifact.load(Path(folder)))
+    program, processor = artifact.load(Path(folder))
+    with reading("the artifact", folder):
+        return CompiledVLM(program, processor)
 
 
 def _unpickled(files: dict[str, bytes], device: str, cuda_graphs: bool) -> CompiledVLM:

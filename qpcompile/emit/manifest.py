@@ -9,12 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, ValidationError
+
+from qpcompile.emit import names
+from qpcompile.emit.folder import AGAIN, files, read_json, read_text, reading
+from qpcompile.emit.json_text import MOST_BYTES
 from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.files import sha256
+from qpcompile.ir.program import STAGES
+from qpcompile.plan import LeftOut, Site
+from qpcompile.recipe_schema import Section
+from qpcompile.schema_text import problems
 from qpcompile.versions import RECORDED, package_versions
 
 NAME = "manifest.json"
@@ -24,51 +32,74 @@ SUFFIXES = frozenset({".json", ".jsonl", ".yaml", ".txt", ".md", ".jinja", ".saf
 # What may lie beside it and is never read: a report, pictures for the model card, files of git and of the hub.
 BESIDE = frozenset({".html", ".md", ".png", ".svg", ".jpg", ".pdf", ".csv"})
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".h5", ".msgpack"})
-_PATH = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
+_PATH = re.compile(r"[\w-][\w.-]{0,199}(/[\w-][\w.-]{0,199}){0,4}", re.ASCII)
 _PICKLE_PROTOCOL = re.compile(rb"\x80[\x02-\x05]")
-_AGAIN = "get the folder again from where it was saved, or save the model again"
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$", max_length=names.MOST_CHARACTERS)]
+Dotted = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=names.MOST_CHARACTERS)]
+Key = Annotated[str, Field(min_length=1, max_length=2 * names.MOST_CHARACTERS)]
+
+
+class FileEntry(Section):
+    """One file that belongs to the artifact."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Hash of its bytes.")
+    bytes: int = Field(ge=0, description="How many they are.")
+
+
+class Manifest(Section):
+    """What the other files do not say. Every key is checked against them."""
+
+    format: Literal["qpcompile"] = Field(description="Whose folder this is.")
+    format_version: Literal[1] = Field(description="How it is written.")
+    versions: dict[Name, Annotated[str, Field(max_length=80)]] = Field(description="Packages that wrote it.")
+    model_class: Name = Field(description="Class of the host in transformers.")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(description="Floating-point type of the model.")
+    attention: Literal["sdpa", "eager"] = Field(description="How the host makes masks.")
+    processor: Name | None = Field(description="Class of the processor; null where the model came without one.")
+    stage: str = Field(json_schema_extra={"enum": list(STAGES)}, description="How far the compile went.")
+    history: tuple[Name, ...] = Field(strict=False, max_length=100, description="The passes that ran.")
+    layers: tuple[Dotted, ...] = Field(strict=False, max_length=4096, description="Modules of the decoder's layers.")
+    graphs: tuple[Name, ...] = Field(strict=False, min_length=1, max_length=20, description="Names of the graphs.")
+    host: dict[Dotted, Key] = Field(description="Stored tensor of each tensor of the host.")
+    sites: tuple[Site, ...] = Field(strict=False, description="Everything that was quantized.")
+    left_out: tuple[LeftOut, ...] = Field(strict=False, description="Everything in scope that was not.")
+    files: dict[str, FileEntry] = Field(description="What belongs to the folder.")
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """List and hash every file of the folder, with `facts` beside them."""
-    paths = list(_files(folder))
-    files = {path: {"sha256": sha256(folder / path), "bytes": (folder / path).stat().st_size} for path in paths}
+    """List and hash every file of the folder, with `facts` beside them. Raises ExportError for facts no load takes."""
+    listed = {
+        path: {"sha256": sha256(folder / path), "bytes": (folder / path).stat().st_size}
+        for path in files(folder, ExportError)
+    }
     content = {
         "format": "qpcompile",
         "format_version": FORMAT,
         "versions": package_versions(RECORDED),
         **facts,
-        "files": files,
+        "files": listed,
     }
-    text = json.dumps({**content, "digest": _digest(content)}, indent=2) + "\n"
-    (folder / NAME).write_text(text, encoding="utf-8", newline="\n")
+    _checked(content, folder, ExportError)
+    (folder / NAME).write_text(_text(content), encoding="utf-8", newline="\n")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest, after every file it lists was found unaltered and no file beside them could be taken for one."""
     content = _parse(folder)
-    version = content.get("format_version")
-    if content.get("format") != "qpcompile" or version != FORMAT:
-        raise ArtifactError(
-            f"the artifact has format version {version}, this version of qpcompile reads {FORMAT}",
-            where=str(folder / NAME),
-            do="load it with the version that saved it, or compile the model again",
-        )
-    if content.pop("digest", None) != _digest(content):
-        raise _altered(folder / NAME, "does not match its own digest")
-    files = content["files"]
-    for path in _files(folder):
-        if path not in files and path != NAME:
+    manifest = _checked(content, folder, ArtifactError)
+    for path in (found := files(folder)):
+        if path not in manifest.files and path != NAME:
             _refuse_stranger(folder, path)
-    for path, entry in files.items():
-        _check_file(folder, path, entry)
+    for path, entry in manifest.files.items():
+        _check_file(folder, path, entry, frozenset(found))
     refuse_files(folder, ArtifactError)
-    return content
+    return manifest
 
 
 def refuse_files(folder: Path, error: type[ArtifactError] | type[ExportError]) -> None:
     """Refuse pickles, by name and by content, and kinds of files that an artifact does not hold."""
-    for path in _files(folder):
+    for path in files(folder, error):
         suffix = Path(path).suffix.lower()
         if suffix in PICKLES or _pickled(folder / path):
             raise error(
@@ -83,33 +114,61 @@ def refuse_files(folder: Path, error: type[ArtifactError] | type[ExportError]) -
 
 
 def _parse(folder: Path) -> dict[str, Any]:
+    """What the manifest says, if it is what was written to the last byte."""
     path = folder / NAME
-    if not path.is_file():
-        what = "there is no such folder" if not folder.is_dir() else f"the folder has no {NAME}: it is no saved model"
+    with reading("the folder", folder):
+        is_folder, is_file = folder.is_dir(), path.is_file()
+    if not is_file:
+        what = f"the folder has no {NAME}: it is no saved model" if is_folder else "there is no such folder"
         raise ArtifactError(what, where=str(folder), do="name a folder that save_pretrained of a compiled model wrote")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _altered(path, f"cannot be read: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("files", {}), dict):
+    files(folder)
+    content = read_json(path)
+    if not isinstance(content, dict):
         raise _altered(path, "is no list of files")
+    version = content.get("format_version")
+    if content.get("format") != "qpcompile" or version != FORMAT:
+        raise ArtifactError(
+            f"the artifact has format version {version!r:.40}, this version of qpcompile reads {FORMAT}",
+            where=str(path),
+            do="load it with the version that saved it, or compile the model again",
+        )
+    digest = content.pop("digest", None)
+    if digest != _digest(content) or read_text(path, MOST_BYTES) != _text(content):
+        raise _altered(path, "does not match its own digest, or is not written as a manifest is")
     return content
 
 
-def _check_file(folder: Path, path: str, entry: dict[str, Any]) -> None:
+def _checked(content: dict[str, Any], folder: Path, error: type[ArtifactError] | type[ExportError]) -> Manifest:
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as problem:
+        lines = problems(Manifest, problem, content)
+        raise error(
+            "\n  ".join([f"{NAME} cannot be used:", *lines[:10]]), where=str(folder / NAME), do=AGAIN
+        ) from problem
+    unknown = [name for name in manifest.graphs if not names.is_graph(name)]
+    if unknown or len(set(manifest.graphs)) < len(manifest.graphs) or manifest.stage not in STAGES:
+        what = f"a graph called {unknown[0]!r}" if unknown else f"a graph twice, or the stage {manifest.stage!r:.80}"
+        raise error(f"{NAME} cannot be used: it names {what}", where=str(folder / NAME), do=AGAIN)
+    return manifest
+
+
+def _check_file(folder: Path, path: str, entry: FileEntry, found: frozenset[str]) -> None:
     if not _PATH.fullmatch(path):
-        raise _altered(folder / NAME, f"lists a file outside the folder: {path!r}")
+        raise _altered(folder / NAME, f"lists a file outside the folder: {path!r:.200}")
     target = folder / path
-    if not target.is_file():
-        raise ArtifactError("a file of the artifact is missing", where=str(target), do=_AGAIN)
-    if target.stat().st_size != entry["bytes"] or sha256(target) != entry["sha256"]:
+    if path not in found:
+        raise ArtifactError("a file of the artifact is missing", where=str(target), do=AGAIN)
+    with reading("the file", target):
+        same = target.stat().st_size == entry.bytes and sha256(target) == entry.sha256
+    if not same:
         raise _altered(target, "is not the file that was saved")
 
 
 def _refuse_stranger(folder: Path, path: str) -> None:
     """A file the manifest does not list is let be only if nothing would ever read it."""
     suffix = Path(path).suffix.lower()
-    if suffix in BESIDE and not _pickled(folder / path):
+    if suffix in BESIDE and not Path(path).name.startswith(".") and not _pickled(folder / path):
         return
     pickle = suffix in PICKLES or _pickled(folder / path)
     raise ArtifactError(
@@ -119,22 +178,15 @@ def _refuse_stranger(folder: Path, path: str) -> None:
     )
 
 
-def _files(folder: Path) -> Iterator[str]:
-    """Paths of all files below the folder, sorted; those of git and the hub's cache (dotted names) only if pickles."""
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if (path.is_file() or path.is_symlink()) and (not hidden or path.suffix.lower() in PICKLES):
-            yield relative.as_posix()
-
-
 def _pickled(path: Path) -> bool:
     """Whether a file begins as a pickle or as the zip archive that torch.save makes."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
+    with reading("the file", path), path.open("rb") as file:
         start = file.read(4)
     return bool(_PICKLE_PROTOCOL.match(start)) or start == b"PK\x03\x04"
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps({**content, "digest": _digest(content)}, indent=2) + "\n"
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -142,4 +194,4 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _altered(path: Path, what: str) -> ArtifactError:
-    return ArtifactError(f"{path.name} {what}", where=str(path), do=_AGAIN)
+    return ArtifactError(f"{path.name} {what}", where=str(path), do=AGAIN)

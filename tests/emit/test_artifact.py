@@ -16,9 +16,9 @@ from transformers import AutoProcessor
 
 import qpcompile
 from qpcompile.emit.compiled import CompiledVLM, load
-from qpcompile.emit.manifest import _digest
 from qpcompile.errors import ArtifactError, ExportError, OutputError
 from qpcompile.recipe import Recipe
+from tests.artifacts import rehash
 from tests.families import llava
 
 Case = dict[str, torch.Tensor]
@@ -163,9 +163,7 @@ def rewrite(**changes: Any) -> Callable[[Path], None]:
     """Change keys of the manifest and give it the digest that fits."""
 
     def damage(folder: Path) -> None:
-        content = json.loads((folder / "manifest.json").read_text()) | changes
-        content.pop("digest")
-        (folder / "manifest.json").write_text(json.dumps({**content, "digest": _digest(content)}))
+        rehash(folder, **changes)
 
     return damage
 
@@ -207,8 +205,8 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "extra settings": (put("adapter_config.json", b"{}"), r"does not belong[\s\S]*adapter_config\.json"),
     "file outside": (rewrite(files=OUTSIDE), "lists a file|does not belong"),
     "foreign model class": (rewrite(model_class="AutoModel"), "no model class AutoModel"),
-    "unknown stage": (rewrite(stage="magic"), "contradicts itself"),
-    "unknown graph": (rewrite(graphs=["../vision"]), r"cannot be read"),
+    "unknown stage": (rewrite(stage="magic"), "the stage 'magic'"),
+    "unknown graph": (rewrite(graphs=["../vision"]), r"manifest\.json cannot be used"),
 }
 
 

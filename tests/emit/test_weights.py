@@ -30,7 +30,7 @@ TENSORS = {
 @pytest.mark.parametrize("limit", [1, 30, 10**9])
 def test_tensors_of_every_type_come_back(tmp_path: Path, limit: int) -> None:
     write_weights(TENSORS, tmp_path, limit)
-    read = read_weights(tmp_path)
+    read = read_weights(tmp_path, [path.name for path in tmp_path.iterdir()])
     assert sorted(read) == sorted(TENSORS)
     for key, tensor in TENSORS.items():
         assert read[key].dtype == tensor.dtype
@@ -50,8 +50,8 @@ def test_files_stay_below_the_limit(tmp_path: Path) -> None:
 def test_index_that_names_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     write_weights(TENSORS, tmp_path)
     (tmp_path / INDEX).write_text((tmp_path / INDEX).read_text().replace("c.scalar", "c.vector"))
-    with pytest.raises(ArtifactError, match=r"no file holds the tensor c\.vector"):
-        read_weights(tmp_path)
+    with pytest.raises(ArtifactError, match="does not hold the tensors that the index says"):
+        read_weights(tmp_path, [path.name for path in tmp_path.iterdir()])
 
 
 def graph(name: str, owner: str, **weights: torch.Tensor) -> Graph:
