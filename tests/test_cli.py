@@ -98,7 +98,6 @@ def test_help_names_every_command() -> None:
         ("compile", MODEL, "--trust-remote-code"),
         ("run", "out", "--question", "what?"),
         ("run", "out", "--image", "no-such.png", "--question", "what?"),
-        ("run", "out", "--image", Path(__file__), "--question", "what?"),
         ("eval", MODEL),
         ("eval", MODEL, "--data", DATA, "--batch-size", "0"),
         ("fly",),
