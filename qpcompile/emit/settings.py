@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from qpcompile.emit import names
 from qpcompile.emit.folder import AGAIN, read_json
+from qpcompile.emit.json_text import MOST_BYTES
 from qpcompile.errors import ArtifactError, ExportError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -74,6 +75,9 @@ def check_settings(folder: Path, files: list[str]) -> None:
     """Refuse settings that a compile does not write. Raises ArtifactError naming the file and the setting."""
     for path in files:
         name = path.rsplit("/", 1)[-1]
+        size = (folder / path).stat().st_size
+        if size > MOST_BYTES and not name.endswith(".safetensors"):
+            raise _refused(f"the file has {size} bytes; at most {MOST_BYTES} are read", path)
         if not path.endswith(".json") or name in _TABLES or path.startswith("graph/"):
             continue
         data = read_json(folder / path)

@@ -1,6 +1,6 @@
 """Damage an artifact folder in N ways with the hashes it had, and in N with hashes that agree again; load each and ask.
 
-    python tests/reliability/damage_artifact.py --count 2000 --seed 0            # an hour or two on one core
+    python tests/reliability/damage_artifact.py --count 1000 --seed 0            # and --seed 1 beside it: about an hour
     python tests/reliability/damage_artifact.py --case 17 --rehash --keep out/   # one folder, to look at
 
 Every folder is loaded in a process of its own, forked from one that has everything imported, so that crashes and hangs
