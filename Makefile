@@ -39,12 +39,13 @@ newest:
 	$(NEWEST)/bin/python -m pip install --quiet torch==2.13.0
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[onnx,dev]"
 
-# Kills, two compiles at once, threads, memory, disks: half an hour; see tests/reliability/README.md.
+# Kills, two compiles at once, threads, memory, disks, damaged folders: an hour and a half; see tests/reliability/README.md.
 reliability: $(STAMP)
 	$(BIN)/python tests/reliability/kills.py
 	$(BIN)/python tests/reliability/two_compiles.py
 	$(BIN)/python tests/reliability/load.py
 	$(BIN)/python tests/reliability/accidents.py
+	$(BIN)/python tests/reliability/damage_artifact.py
 
 # Whole answers on one CPU core; see tests/bench/cpu.py for OpenVINO's environment.
 bench: $(STAMP)

@@ -7,13 +7,17 @@ import copy
 import json
 import os
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import artifacts
-from artifacts import MANIFEST
+# As a script this folder is on the path, but not the ones above.
+sys.path[1:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+import artifacts  # noqa: E402
+from artifacts import MANIFEST  # noqa: E402
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 # Files whose content is the model's, or what it is asked with: changed, they are another model.
