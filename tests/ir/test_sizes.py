@@ -44,7 +44,7 @@ def test_what_the_printer_writes_is_read(size: sympy.Expr) -> None:
 def test_arithmetic_is_that_of_the_size(size: sympy.Expr, values: tuple[int, int, int]) -> None:
     text = printed(size)
     if len(text) <= 300 and "Max" not in text and "Mod" not in text:
-        by_name = dict(zip(("B", "S0", "S1"), values, strict=True))
+        by_name: dict[str, int] = dict(zip(("B", "S0", "S1"), values, strict=True))
         read = size_expression(text)
         left, right = (
             each.subs([(symbol, by_name[str(symbol)]) for symbol in each.free_symbols]) for each in (read, size)
