@@ -57,6 +57,7 @@ def test_one_root() -> None:
         "CaptureError",
         "CalibrationError",
         "PlanError",
+        "InputError",
         "KernelError",
         "ArtifactError",
         "ExportError",

@@ -17,7 +17,6 @@ from qpcompile.progress import track
 
 # (**model inputs, max_new_tokens=...) -> i64[B, S + T], prompt and answer, as a tensor or an array.
 Generate = Callable[..., Any]
-RUNNER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,13 @@ def answer(generate: Generate, processor: Any, questions: Sequence[Question], ma
 def on_numpy(runner: Any) -> Generate:
     """`generate` of an ONNX runner, which takes and returns arrays, for inputs that are tensors.
 
-    The runner is greedy and knows four inputs; the others only repeat what these say.
+    Inputs that the runner would drop are refused by it.
     """
 
     def generate(*, max_new_tokens: int, do_sample: bool = False, **inputs: torch.Tensor) -> Any:
         if do_sample:
             raise ValueError("the ONNX runner is greedy: do_sample must be False")
-        arrays = {name: inputs[name].numpy() for name in RUNNER_INPUTS if name in inputs}
+        arrays = {name: value.numpy() for name, value in inputs.items()}
         return runner.generate(**arrays, max_new_tokens=max_new_tokens)
 
     return generate

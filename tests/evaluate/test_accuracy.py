@@ -87,7 +87,7 @@ def test_runner_takes_and_returns_arrays(processor: Any, questions: list[Questio
     assert all(isinstance(array, np.ndarray) for array in seen[0].values())
 
 
-def test_inputs_the_runner_does_not_know_are_left_out() -> None:
+def test_the_runner_is_given_every_input() -> None:
     seen: dict[str, Any] = {}
 
     class Runner:
@@ -96,7 +96,7 @@ def test_inputs_the_runner_does_not_know_are_left_out() -> None:
 
     one = torch.ones(1, 2)
     on_numpy(Runner())(input_ids=one, mm_token_type_ids=one, image_grid_thw=one, max_new_tokens=1, do_sample=False)
-    assert set(seen) == {"input_ids", "image_grid_thw", "max_new_tokens"}
+    assert set(seen) == {"input_ids", "mm_token_type_ids", "image_grid_thw", "max_new_tokens"}
     with pytest.raises(ValueError, match="greedy"):
         on_numpy(Runner())(input_ids=one, max_new_tokens=1, do_sample=True)
 
