@@ -40,7 +40,7 @@ TENSORS = [("gates_f32", "made"), *((case, name) for case in READ for name in op
 SIZES = [("gates_f32", "kind"), *((case, name) for case in READ for name in sizes(case) if name not in FREE)]
 
 
-def refused(case: str, level: int | None = None, **changed: Any) -> str:
+def refused(case: str, changed: dict[str, Any], level: int | None = None) -> str:
     """The message for a call whose arguments are changed; what it would have written is as it was."""
     symbol, arguments = CALLS[case]
     given = arguments() | changed
@@ -65,9 +65,9 @@ def test_a_tensor_of_another_count_is_refused_by_name(case: str, name: str) -> N
     first = "x" if name == "sum" else name  # which all others of a sum are compared with
     for level in LEVELS:
         shorter = tensor[:-1].clone() if tensor.dim() == 4 else tensor.flatten()[:-1].clone()
-        assert refused(case, level, **{name: shorter}).startswith(f"qp_{symbol}: {first}")
+        assert refused(case, {name: shorter}, level).startswith(f"qp_{symbol}: {first}")
         nothing = tensor.new_empty([0] * tensor.dim() if tensor.dim() == 4 else [0])
-        assert refused(case, level, **{name: nothing}).startswith(f"qp_{symbol}: {first}")
+        assert refused(case, {name: nothing}, level).startswith(f"qp_{symbol}: {first}")
 
 
 @pytest.mark.parametrize(("case", "name"), TENSORS)
@@ -77,11 +77,11 @@ def test_a_tensor_of_another_type_is_refused_by_name(case: str, name: str) -> No
     for dtype in (torch.float64, torch.float16, torch.int64, torch.complex64, torch.bool):
         if ((symbol, name) == ("attention_kv4", "mask") and dtype == torch.bool) or dtype == tensor.dtype:
             continue
-        message = refused(case, **{name: tensor.to(dtype)})
+        message = refused(case, {name: tensor.to(dtype)})
         # Where a type is that of another operand, either may be named.
         assert message.startswith(f"qp_{symbol}: ") and " is " in message
     if name not in OPTIONAL:
-        assert "missing" in refused(case, **{name: None})
+        assert "missing" in refused(case, {name: None})
 
 
 @pytest.mark.parametrize(("case", "name"), SIZES)
@@ -89,21 +89,20 @@ def test_a_size_that_its_tensors_do_not_have_is_refused(case: str, name: str) ->
     value = CALLS[case][1]()[name]
     symbol = native.name_of(CALLS[case][0])
     for size in (-1, -(2**62), 2**40, 2**62, 2**63 - 1, *([] if name in ROOMY else [value + 1])):
-        assert refused(case, **{name: size}).startswith(f"qp_{symbol}: ")
+        assert refused(case, {name: size}).startswith(f"qp_{symbol}: ")
     with pytest.raises(KernelError, match=f"qp_{symbol}: a size does not fit"):
         make(CALLS[case][0], CALLS[case][1]() | {name: 10**30})
     if name in ("columns", "groups", "key_heads", "channels", "scale_groups", "weight_groups"):
-        refused(case, **{name: 0})
+        refused(case, {name: 0})
 
 
 def test_a_message_says_what_is_there_and_what_is_needed() -> None:
-    message = refused(
-        "linear_w4a4", scale=torch.rand(40), tokens=150, q=native_calls._i8(150, 64), y=torch.rand(150, 5)
-    )
+    many = {"tokens": 150, "q": native_calls._i8(150, 64), "y": torch.zeros(150, 5)}
+    message = refused("linear_w4a4", many | {"scale": torch.rand(40)})
     assert message == "qp_linear_w4a4: scale has 40 numbers, 300 are needed"
-    message = refused("linear_w4a4", scale=torch.rand(3, 2).bfloat16())
+    message = refused("linear_w4a4", {"scale": torch.rand(3, 2).bfloat16()})
     assert message == "qp_linear_w4a4: scale is bfloat16, not float32"
-    assert refused("append", at=5) == "qp_append: at is 5, which does not fit the other arguments"
+    assert refused("append", {"at": 5}) == "qp_append: at is 5, which does not fit the other arguments"
 
 
 @pytest.mark.parametrize("case", READ)
@@ -111,16 +110,15 @@ def test_gaps_and_odd_places_are_refused(case: str) -> None:
     for name in operands(case):
         tensor = CALLS[case][1]()[name]
         if tensor.itemsize > 1:
-            raw = torch.empty(tensor.nbytes + tensor.itemsize, dtype=torch.uint8)
-            odd = torch.frombuffer(raw.numpy(), dtype=torch.uint8, offset=1, count=tensor.nbytes)
-            odd = torch.frombuffer(memoryview(odd.numpy()), dtype=tensor.dtype).view(tensor.shape)
+            raw = bytearray(tensor.nbytes + 1)
+            odd = torch.frombuffer(raw, dtype=tensor.dtype, count=tensor.numel(), offset=1).view(tensor.shape)
             odd.copy_(tensor)
-            assert "does not lie in memory" in refused(case, **{name: odd})
+            assert "does not lie in memory" in refused(case, {name: odd})
         wide = torch.stack([tensor, tensor], -1)[..., 0]
         if tensor.numel() > 1 and not (
             native.name_of(CALLS[case][0]) == "attention_kv4" and name.endswith(("s", "e", "k"))
         ):
-            assert "lie" in refused(case, **{name: wide})
+            assert "lie" in refused(case, {name: wide})
 
 
 def test_a_tape_stops_where_its_room_ends() -> None:

@@ -126,8 +126,8 @@ def fill(x: Tensor, value: float) -> Tensor:
 
 def odd_place(x: Tensor) -> Tensor:
     """x where no element of its size should lie."""
-    raw = torch.zeros(x.nbytes + 1, dtype=torch.uint8).numpy()
-    moved = torch.frombuffer(memoryview(raw)[1:], dtype=x.dtype, count=x.numel()) if x.numel() else x.flatten()
+    raw = bytearray(x.nbytes + 1)
+    moved = torch.frombuffer(raw, dtype=x.dtype, count=x.numel(), offset=1) if x.numel() else x.flatten()
     return moved.copy_(x.flatten()).view(x.shape)
 
 

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from build import ROOT, build, environment
+from asan_tree import ROOT, build, environment
 
 KERNELS = (
     *("native", "native_cells", "native_tape", "linear", "linear_w4a4", "linear_w8a16", "attention_kv4", "kv4_write"),
     *("rope", "hadamard", "kronecker", "quantize_int4", "rmsnorm_quantize", "layernorm_quantize", "silu_mul_quantize"),
 )
-ON_C = "not onnx and not export and not triton and not contrib"
+ON_C = "not onnx and not export and not triton and not contrib and not past_the_caches"
 PLANTED = """
 import ctypes, torch
 from qpcompile.kernels import native
