@@ -59,7 +59,7 @@ def _front(tensor: Tensor | None) -> Cells:
         return 0, 0, NOTHING
     if not tensor.is_cpu:
         raise _LayoutError(f"lies on {tensor.device}, not on the CPU")
-    count = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
+    count = int(tensor.untyped_storage().nbytes()) // tensor.itemsize - int(tensor.storage_offset())
     return tensor.data_ptr(), count, ELEMENTS.get(tensor.dtype, OTHER)
 
 

@@ -110,7 +110,7 @@ class BoundGraphs:
             raise KernelError(
                 f"{type(error).__name__}: {error}",
                 where=f"the graph {graph.name}",
-                do="compile the model again if it came from a folder: its graphs and tensors do not belong together",
+                do="compile again, if it came from a folder: its graphs and tensors do not belong together",
             ) from error
         return dict(zip(graph.outputs, results, strict=True))
 
