@@ -32,7 +32,7 @@ from qpcompile.files import staged_folder
 from qpcompile.ir.host import empty_host, fill_host, host_tensors
 from qpcompile.ir.program import Layer, Program
 from qpcompile.ir.text import graph_text
-from qpcompile.ir.value_types import check_values
+from qpcompile.ir.value_types import check_graphs
 from qpcompile.kernels.rules import described
 from qpcompile.plan import Plan
 from qpcompile.recipe import Recipe
@@ -68,8 +68,7 @@ def load(folder: Path) -> tuple[Program, Any]:
         check_templates(folder, list(manifest.files))
         tensors = read_weights(folder, manifest.files)
         program = _program(folder, manifest, tensors)
-        for graph in program.graphs.values():
-            check_values(graph)
+        check_graphs(program.graphs)
         check_agreement(program, manifest)
         return program, _processor(folder, manifest.processor)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qpcompile.errors import ArtifactError, KernelError
 from qpcompile.ir.edit import get_tensor
 from qpcompile.ir.operators import RULES
-from qpcompile.ir.program import Graph
+from qpcompile.ir.program import DECODE, PREFILL, Graph
+from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import DTYPES, module_path, symbol_examples, target_text, value_labels, value_types
 
 SIZE = "size."
+_AGAIN = "save the model again; do not use this folder"
 _CPU = torch.device("cpu")
 _MOST_CHARACTERS = 4000
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -50,6 +52,39 @@ def example_sizes(graph: Graph) -> dict[str, int]:
 def check_values(graph: Graph) -> None:
     """Raise ArtifactError, naming graph, value and operand, unless every operator fits and every type is true."""
     _Deriver(graph).run()
+
+
+def check_graphs(graphs: Mapping[str, Graph]) -> None:
+    """`check_values` on every graph, and decode takes the cache that prefill leaves and leaves one like it.
+
+    Raises ArtifactError naming graph, value and operand.
+    """
+    for graph in graphs.values():
+        check_values(graph)
+    if missing := [name for name in (PREFILL, DECODE) if name not in graphs]:
+        raise ArtifactError(f"there is no {missing[0]} graph", where="manifest.json, graphs", do=_AGAIN)
+    prefill, decode = graphs[PREFILL], graphs[DECODE]
+    left, kept = _types(prefill, prefill.outputs), _types(decode, decode.outputs)
+    for path, taken in _types(decode, decode.inputs).items():
+        for name, other in (("prefill", left.get(path, "nothing")), ("decode", kept.get(path, "nothing"))):
+            if _fixed(other) != _fixed(taken):
+                raise ArtifactError(
+                    f"{path} enters decode as {taken[:80]}, {name} leaves {other[:80]}",
+                    where="graph/decode.json",
+                    do=_AGAIN,
+                )
+
+
+def _types(graph: Graph, paths: Sequence[str]) -> dict[str, str]:
+    """Recorded types of the cache among inputs or outputs, by path."""
+    types, of = value_types(graph), graph.placeholder if paths is graph.inputs else graph.result
+    return {path: types[of(path)] for path in paths if path.startswith(f"{CACHE}.")}
+
+
+def _fixed(text: str) -> tuple[str, list[str]]:
+    """The type of a tensor's elements, and its sizes with nothing for those that are symbolic."""
+    kind, _, sizes = text.removesuffix("]").partition("[")
+    return kind, [size if size.isdecimal() else "" for size in _COMMA.split(sizes)]
 
 
 class _Deriver:
@@ -162,9 +197,7 @@ class _Deriver:
     def _refused(self, node: fx.Node, what: str, operator: str | None = None) -> ArtifactError:
         path = module_path(node)
         place = [f"graph/{self.graph.name}.json, {self.labels[node]}", path, operator]
-        return ArtifactError(
-            what, where=": ".join(part for part in place if part), do="save the model again; do not use this folder"
-        )
+        return ArtifactError(what, where=": ".join(part for part in place if part), do=_AGAIN)
 
 
 def _evaluated(tree: ast.expr, sizes: Mapping[str, int]) -> int:
