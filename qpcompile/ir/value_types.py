@@ -26,6 +26,7 @@ from qpcompile.errors import ArtifactError, KernelError
 from qpcompile.ir.edit import get_tensor
 from qpcompile.ir.operators import RULES
 from qpcompile.ir.program import DECODE, PREFILL, Graph
+from qpcompile.ir.sizes import ValueType, value_type
 from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import DTYPES, module_path, symbol_examples, target_text, value_labels, value_types
 
@@ -41,7 +42,7 @@ _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mod: lambda left, right: left % right,
 }
 _CALLS: dict[str, Callable[..., int]] = {"Max": max, "Min": min}
-_COMMA = re.compile(r", (?![^\[(]*[\])])")
+_NOTHING = "nothing"
 
 
 def example_sizes(graph: Graph) -> dict[str, int]:
@@ -66,7 +67,7 @@ def check_graphs(graphs: Mapping[str, Graph]) -> None:
     prefill, decode = graphs[PREFILL], graphs[DECODE]
     left, kept = _types(prefill, prefill.outputs), _types(decode, decode.outputs)
     for path, taken in _types(decode, decode.inputs).items():
-        for name, other in (("prefill", left.get(path, "nothing")), ("decode", kept.get(path, "nothing"))):
+        for name, other in (("prefill", left.get(path, _NOTHING)), ("decode", kept.get(path, _NOTHING))):
             if _fixed(other) != _fixed(taken):
                 raise ArtifactError(
                     f"{path} enters decode as {taken[:80]}, {name} leaves {other[:80]}",
@@ -83,8 +84,8 @@ def _types(graph: Graph, paths: Sequence[str]) -> dict[str, str]:
 
 def _fixed(text: str) -> tuple[str, list[str]]:
     """The type of a tensor's elements, and its sizes with nothing for those that are symbolic."""
-    kind, _, sizes = text.removesuffix("]").partition("[")
-    return kind, [size if size.isdecimal() else "" for size in _COMMA.split(sizes)]
+    kind = value_type("" if text == _NOTHING else text)
+    return kind.dtype, [size if size.isdecimal() else "" for size in kind.sizes]
 
 
 class _Deriver:
@@ -137,17 +138,22 @@ class _Deriver:
             raise self._refused(node, f"{type(error).__name__}: {str(error)[:300]}", target_text(target)) from error
 
     def _input(self, node: fx.Node) -> Tensor:
-        match = re.fullmatch(r"(\w+)\[(.*)\]", self.types[node])
-        dtype = next((kind for kind, name in DTYPES.items() if match and name == match[1]), None)
-        if match is None or dtype is None:
+        kind = self._recorded(node)
+        dtype = next((dtype for dtype, name in DTYPES.items() if name == kind.dtype), None)
+        if dtype is None:
             raise self._refused(node, f"an input cannot be {self.types[node][:80]!r}")
-        self.sizes |= {
-            name: self.examples[name] for name in re.findall(r"[A-Za-z_]\w*", match[2]) if name in self.examples
-        }
-        shape = [self._size(text) for text in _COMMA.split(match[2]) if text]
+        names = re.findall(r"[A-Za-z_]\w*", " ".join(kind.sizes))
+        self.sizes |= {name: self.examples[name] for name in names if name in self.examples}
+        shape = [self._size(text) for text in kind.sizes]
         if any(size is None or size < 0 for size in shape):
             raise self._refused(node, f"the graph has no example of the sizes in {self.types[node][:80]!r}")
         return torch.empty(shape, dtype=dtype)  # type: ignore[arg-type]
+
+    def _recorded(self, node: fx.Node) -> ValueType:
+        try:
+            return value_type(self.types[node])
+        except ValueError as error:
+            raise self._refused(node, str(error)) from error
 
     def _one(self, value: Any) -> Any:
         """The one object for a tensor of this type; the same for those in a tuple."""
@@ -157,21 +163,19 @@ class _Deriver:
 
     def _compare(self, node: fx.Node) -> None:
         """Refuse a recorded type that is not that of the value."""
-        text = self.types[node]
-        if text and not self._fits(self.values[node], text):
-            raise self._refused(node, f"it is recorded as {text[:80]} and is {_shown(self.values[node])}")
+        if not self._fits(self.values[node], self._recorded(node)):
+            raise self._refused(node, f"it is recorded as {self.types[node][:80]} and is {_shown(self.values[node])}")
 
-    def _fits(self, value: Any, text: str) -> bool:
+    def _fits(self, value: Any, kind: ValueType) -> bool:
+        if not kind.kind:
+            return True
         if isinstance(value, (list, tuple)):
-            parts = _COMMA.split(text[1:-1]) if text[0] + text[-1] == "()" and len(text) > 2 else []
-            return len(parts) == len(value) and all(map(self._fits, value, parts))
+            return len(kind.parts) == len(value) and all(map(self._fits, value, kind.parts))
         if isinstance(value, Tensor):
-            kind, bracket, sizes = text.removesuffix("]").partition("[")
-            own = _COMMA.split(sizes) if sizes else []
-            same = kind == DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch.")) and len(own) == value.dim()
-            return bool(bracket) and same and all(map(self._is_size, own, value.shape))
+            same = kind.dtype == DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+            return same and len(kind.sizes) == value.dim() and all(map(self._is_size, kind.sizes, value.shape))
         if isinstance(value, int) and not isinstance(value, bool):
-            return text.startswith("int ") and self._is_size(text.removeprefix("int "), value)
+            return kind.kind == "int" and not kind.is_tensor and self._is_size(kind.number, value)
         return True
 
     def _is_size(self, text: str, size: int) -> bool:

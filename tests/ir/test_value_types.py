@@ -89,10 +89,10 @@ BENT: dict[str, tuple[Callable[[Graph], None], str]] = {
     "another length": (lambda graph: retype(graph, LINEAR_W8A16, "f32[B, S0+1, 5]"), r"recorded as .*S0\+1"),
     "another rank": (lambda graph: retype(graph, LINEAR_W8A16, "f32[B, 5]"), "recorded as"),
     "a tensor for two": (lambda graph: retype(graph, QUANTIZE_INT4, "i8[B, S0+S1, 5]"), "recorded as"),
-    "no such type": (lambda graph: retype(graph, LINEAR_W8A16, "q7[B, S0, 5]"), "recorded as"),
+    "no such type": (lambda graph: retype(graph, LINEAR_W8A16, "q7[B, S0, 5]"), "is no type of a value"),
     "no example sizes": (lose_sizes, "no example of the sizes"),
-    "brackets": (huge_size, "no example of the sizes"),
-    "code": (code_as_size, "no example of the sizes"),
+    "brackets": (huge_size, "a size of|nested too deep|no size"),
+    "code": (code_as_size, "is no size|no type"),
 }
 
 
