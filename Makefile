@@ -46,6 +46,8 @@ reliability: $(STAMP)
 	$(BIN)/python tests/reliability/load.py
 	$(BIN)/python tests/reliability/accidents.py
 	$(BIN)/python tests/reliability/damage_artifact.py
+	$(BIN)/python tests/reliability/damage_onnx.py
+	$(BIN)/python tests/reliability/mutate_recipes.py
 
 # Whole answers on one CPU core; see tests/bench/cpu.py for OpenVINO's environment.
 bench: $(STAMP)

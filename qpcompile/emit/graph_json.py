@@ -1,6 +1,6 @@
 """Graphs in and out of JSON text: operators of a fixed list (allowed_operators.py), names of one grammar, never code.
 
-    {"format": 1, "name": "prefill", "owner": "model.language_model", "inputs": [...], "outputs": [...], ...,
+    {"format": 2, "name": "prefill", "owner": "model.language_model", "inputs": [...], "outputs": [...], ...,
      "nodes": [
       {"label": "%0", "op": "input", "type": "f32[B, S0, 48]"},
       {"label": "@norm.weight", "op": "weight", "key": "model.language_model.norm.weight", "type": "f32[48]"},
@@ -37,7 +37,7 @@ from qpcompile.ir.sizes import value_type
 from qpcompile.ir.text import TYPE, module_path, printed_type, target_text, value_labels, value_types
 from qpcompile.ir.value_types import example_sizes
 
-FORMAT = 1
+FORMAT = 2
 NAMESPACES = {"aten": torch.ops.aten, "qpcompile": operators.ours}
 # The module that defines the one operator of another package that graphs of transformers models hold.
 EXPERTS_MODULE = "transformers.integrations.moe"

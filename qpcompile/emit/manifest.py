@@ -26,7 +26,7 @@ from qpcompile.schema_text import problems
 from qpcompile.versions import RECORDED, package_versions
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 # What an artifact may hold. A sentencepiece vocabulary (.model) is data that no text form exists for.
 SUFFIXES = frozenset({".json", ".jsonl", ".yaml", ".txt", ".md", ".jinja", ".safetensors", ".model"})
 # What may lie beside it and is never read: a report, pictures for the model card, files of git and of the hub.
@@ -51,7 +51,7 @@ class Manifest(Section):
     """What the other files do not say. Every key is checked against them."""
 
     format: Literal["qpcompile"] = Field(description="Whose folder this is.")
-    format_version: Literal[1] = Field(description="How it is written.")
+    format_version: Literal[2] = Field(description="How it is written.")
     versions: dict[Name, Annotated[str, Field(max_length=80)]] = Field(description="Packages that wrote it.")
     model_class: Name = Field(description="Class of the host in transformers.")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(description="Floating-point type of the model.")

@@ -196,7 +196,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing file": (lambda folder: (folder / "plan.yaml").unlink(), r"missing[\s\S]*plan\.yaml"),
     "missing manifest": (lambda folder: (folder / "manifest.json").unlink(), r"no manifest\.json"),
     "missing folder": (lambda folder: shutil.rmtree(folder), "no such folder"),
-    "other version": (rewrite(format_version=2), "format version 2, this version of qpcompile reads 1"),
+    "other version": (rewrite(format_version=1), "format version 1, this version of qpcompile reads 2"),
     "no version": (rewrite(format=None), "format version"),
     "pickle": (put("pytorch_model.bin", PICKLE), r"pickle[\s\S]*pytorch_model\.bin"),
     "pickle under another name": (put("notes.md", PICKLE), r"pickle[\s\S]*notes\.md"),

@@ -146,7 +146,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
         "not written as a manifest is",
     ),
     "key twice in the manifest": (
-        lambda folder: replace(folder, MANIFEST, (folder / MANIFEST).read_text().replace("{", '{"format": 1,', 1)),
+        lambda folder: replace(folder, MANIFEST, (folder / MANIFEST).read_text().replace("{", '{"format": 2,', 1)),
         "stands in it twice",
     ),
     "deep manifest": (lambda folder: replace(folder, MANIFEST, "[" * 100_000), "nested too deep"),
