@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
-from qpcompile.errors import CalibrationError, CaptureError, InputError, PlanError
+from qpcompile.errors import CalibrationError, CaptureError, InputError, KernelError, PlanError
 from qpcompile.ir.arguments import keyword_arguments, refuse_unknown, split_flags
 from qpcompile.ir.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.ir.kv_cache import CompiledCache
@@ -92,14 +92,15 @@ class Machine:
                 answer = self.host.generate(**settled, **{CACHE_ARGUMENT: cache})
             except torch.OutOfMemoryError:
                 raise
-            except REFUSALS as error:
+            except (KernelError, *REFUSALS) as error:
                 # Once a prompt has run, what fails is no longer the prompt's fault.
-                if self._began:
+                if self._began or (isinstance(error, KernelError) and not isinstance(error.__cause__, REFUSALS)):
                     raise
                 raise InputError(
                     f"the model does not take these inputs: {first_line(error)}",
                     where=f"generate, given {', '.join(sorted(inputs))}",
-                    do="build the inputs with the model's own processor, one picture for each picture in the text",
+                    do="build the inputs with the model's own processor, one picture for each picture in the text; if "
+                    "those fail as well, compile the model again",
                 ) from error
         if not keeps_cache and isinstance(answer, ModelOutput):
             return type(answer)(**{name: value for name, value in answer.items() if value is not cache})

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_report_and_onnx_are_handed_on(compiled_llava: CompiledVLM, monkeypatch:
     calls: list[tuple[Any, str]] = []
     for name, function in (("qpcompile.inspect.report", "write_report"), ("qpcompile.emit.onnx", "export_onnx")):
         module = ModuleType(name)
-        setattr(module, function, lambda compiled, path, *rest: calls.append((compiled, path.name)))
+        setattr(module, function, lambda compiled, path, *rest: calls.append((compiled, Path(path).name)))
         monkeypatch.setitem(sys.modules, name, module)
     compiled_llava.report("out.html")
     compiled_llava.export_onnx("out-onnx")
