@@ -94,15 +94,15 @@ def test_type_that_is_not_the_tensors_is_refused(saved: Path, tmp_path: Path, ki
     folder = Path(shutil.copytree(saved, tmp_path / "out"))
     suffix, change, _ = BENT[kind]
     bend(folder, suffix, change, tell=False)
-    with pytest.raises(ArtifactError, match="it is recorded as") as error:
+    with pytest.raises(ArtifactError, match=rf"the weight \S*{suffix} is .*, the graph says") as error:
         load(folder)
-    assert ".json, @" in str(error.value.where)
+    assert str(error.value.where).startswith("graph/")
 
 
 def test_bent_tensor_of_the_host_is_refused_by_name(saved: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "out"))
     name = bend(folder, "embed_tokens.weight", lambda each: each[:, :24], tell=False)
-    with pytest.raises(ArtifactError, match=r"is f32\[99, 24\]; config.json makes it f32\[99, 48\]") as error:
+    with pytest.raises(ArtifactError, match=r"is f32\[99, 24\]; by config.json the host has f32\[99, 48\]") as error:
         load(folder)
     assert name in error.value.what
 
