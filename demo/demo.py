@@ -192,7 +192,7 @@ def onnx_bytes(path: Path) -> int:
 def onnx_cache(runner: OnnxVLM, inputs: dict[str, Any]) -> int:
     """Bytes at the end of one answer, as the graphs pass them on."""
     ids, mask, pixels = (inputs[name].numpy() for name in ("input_ids", "attention_mask", "pixel_values"))
-    answer = runner.generate(ids, mask, pixels, max_new_tokens=ANSWER_TOKENS)[0, ids.shape[1] :]
+    answer = runner.generate(ids, ANSWER_TOKENS, attention_mask=mask, pixel_values=pixels)[0, ids.shape[1] :]
     steps = Steps(runner, mask, text_positions(mask))
     steps.prefill(ids, runner.encode(pixels))
     for token in answer[:-1]:

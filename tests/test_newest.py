@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def test_compile_save_load_and_answer(tmp_path: Path) -> None:
     compiled = qpcompile.compile(folder, "none", calibration=BEDS / "calibration" / "llava")
     compiled.save_pretrained(tmp_path / "out")
     loaded = qpcompile.load(tmp_path / "out")
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
     question = read_questions(BEDS / "calibration" / "llava")[0]
     inputs = question_inputs(processor, [question])
     settings = {"max_new_tokens": NEW, "do_sample": False}

@@ -46,9 +46,10 @@ def tokenizer(special: list[str], *, adds_bos: bool = False, plain: tuple[str, .
         padding_side="right",
         extra_special_tokens=names,
     )
-    added: list[str | AddedToken] = [AddedToken(name, special=True) for name in special]
-    found.add_tokens(added, special_tokens=True)
-    found.add_tokens([*(AddedToken(name, special=False, normalized=False) for name in plain)])
+    for name in special:
+        found.add_tokens(AddedToken(name, special=True), special_tokens=True)
+    for name in plain:
+        found.add_tokens(AddedToken(name, special=False, normalized=False))
     return found
 
 
