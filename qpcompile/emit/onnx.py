@@ -132,10 +132,11 @@ def export_onnx(
             onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
             _check_graph(aside / f"{name}.onnx")
         _write_texts(program, aside)
+        _write_manifest(aside, CHANGES if fast else EXACT)
         if (batches := list(check)) and not isinstance(compiled, Program):
             found = compare(compiled.generate, aside, batches)
             (aside / "check.json").write_text(json.dumps(found.to_dict(fast), indent=2) + "\n", encoding="utf-8")
-        _write_manifest(aside, CHANGES if fast else EXACT)
+            _write_manifest(aside, CHANGES if fast else EXACT)
 
 
 def build_models(program: Program, fast: bool = False) -> dict[str, ir.Model]:
@@ -238,7 +239,7 @@ def _write_texts(program: Program, folder: Path) -> None:
 
 
 def _write_manifest(folder: Path, numbers: Sequence[str]) -> None:
-    """The manifest comes last and names all files."""
+    """The manifest names all other files, and is written again where one joins them."""
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -246,7 +247,9 @@ def _write_manifest(folder: Path, numbers: Sequence[str]) -> None:
         "numbers": list(numbers),
         "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(folder.iterdir())
+            if path.name != MANIFEST
         },
     }
     manifest["digest"] = digest(manifest)

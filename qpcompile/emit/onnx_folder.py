@@ -27,14 +27,15 @@ NEW_FOLDER = "get the folder again from where it was exported, or export the mod
 OPERATORS = frozenset(
     (
         "Abs", "Add", "And", "ArgMax", "ArgMin", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
-        "Cast", "CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "CumSum",
-        "DequantizeLinear", "Div", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements",
-        "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "LayerNormalization", "Less",
-        "LessOrEqual", "Log", "Loop", "MatMul", "MatMulInteger", "Max", "Min", "Mod", "Mul", "Neg", "NonZero", "Not",
-        "Or", "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin",
-        "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Round", "ScatterElements", "ScatterND",
-        "Shape", "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh",
-        "Tile", "TopK", "Transpose", "Trilu", "Unique", "Unsqueeze", "Where", "Xor",
+        "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConcatFromSequence", "Constant", "ConstantOfShape", "Conv",
+        "Cos", "CumSum", "DequantizeLinear", "Div", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather",
+        "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "If",
+        "LayerNormalization", "Less", "LessOrEqual", "Log", "Loop", "MatMul", "MatMulInteger", "Max", "Min", "Mod",
+        "Mul", "Neg", "NonZero", "Not", "Or", "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceL2",
+        "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape",
+        "Round", "ScatterElements", "ScatterND", "SequenceEmpty", "SequenceInsert", "Shape", "Sigmoid", "Sign", "Sin",
+        "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "TopK", "Transpose", "Trilu",
+        "Unique", "Unsqueeze", "Where", "Xor",
     )
 )
 # fmt: on

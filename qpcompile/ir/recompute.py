@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qpcompile.errors import InvariantError
+from qpcompile.errors import InputError, InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, calls, layer_of
 from qpcompile.ir.generation_options import plain_settings
@@ -65,7 +65,7 @@ def check_decode(program: Program, machine: Machine, sample: dict[str, Any]) -> 
         if answer.cache.seen != prompt + STEPS:
             raise _defect(program, f"the cache holds {answer.cache.seen} tokens of {prompt + STEPS}", STEPS)
         stepwise, whole = answer.stepwise(), answer.recompute(sample)
-    except (ValueError, IndexError, RuntimeError, TypeError) as error:
+    except (InputError, ValueError, IndexError, RuntimeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _defect(program, f"{type(error).__name__}: {reason}", len(answer.logits)) from error
     _compare(program, stepwise.float(), whole.float(), _rounds(program))

@@ -158,7 +158,7 @@ def test_hostile_text_is_refused(entry: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 9}, "format 9, this version reads 1"),
+        ({"format": 9}, "format 9, this version reads 2"),
         ({"outputs": ["a"]}, "the graph's returns are not"),
         ({"inputs": []}, "do not match their names"),
         ({"nodes": []}, "the graph has 0 nodes"),
