@@ -21,7 +21,7 @@ def attention_received(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: f
         return _received(q, k, scale)
     y = q.new_empty(q.shape[2])
     for index in equal_lengths(cu_seqlens):
-        # Contiguous: some BLAS libraries add up in another order where strides differ, as those of one segment alone do.
+        # Contiguous: some BLAS libraries add up in an order that depends on strides, and one segment alone has others.
         queries, keys = (each[0, :, index].transpose(0, 1).contiguous() for each in (q, k))
         y[index] = _received(queries, keys, scale)
     return y.unsqueeze(0)
