@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import os
 import subprocess
 import tempfile
@@ -144,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin(0)
     torch.set_num_threads(1)
     made = writers(asked.writers)
+    # Another user may not read the interpreter's own folder: what the report imports when it is written is here before.
+    importlib.import_module("qpcompile.inspect.report")
     with tempfile.TemporaryDirectory() as folder:
         work, log = Path(folder), Path(folder) / "log"
         work.chmod(0o755)
