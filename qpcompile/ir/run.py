@@ -60,7 +60,6 @@ class Machine:
         self.valid: torch.Tensor | None = None
         self.seen_by_tower: dict[str, list[torch.Tensor]] = {}
         self._turn = threading.RLock()
-        self._began = False
         self._bind()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,14 +86,15 @@ class Machine:
         caches = [settled.pop(name, None) for name in CACHES]
         cache = next((given for given in caches if given is not None), CompiledCache(len(self.program.layers)))
         with self._turn:
-            self.seen_by_tower, self._began = {}, False
+            self.seen_by_tower, before = {}, cache.seen
             try:
                 answer = self.host.generate(**settled, **{CACHE_ARGUMENT: cache})
             except torch.OutOfMemoryError:
                 raise
             except (KernelError, *REFUSALS) as error:
-                # Once a prompt has run, what fails is no longer the prompt's fault.
-                if self._began or (isinstance(error, KernelError) and not isinstance(error.__cause__, REFUSALS)):
+                # Once the decoder has seen the prompt, what fails is no longer the prompt's fault.
+                ours = isinstance(error, KernelError) and not isinstance(error.__cause__, REFUSALS)
+                if ours or cache.seen > before:
                     raise
                 raise InputError(
                     f"the model does not take these inputs: {first_line(error)}",
@@ -117,9 +117,7 @@ class Machine:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._see(kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
-            answer = original(self.host, *args, **kwargs)
-            self._began = True
-            return answer
+            return original(self.host, *args, **kwargs)
 
         self.host.forward = functools.partial(forward)
         functools.update_wrapper(self.host.forward, original.__get__(self.host))
