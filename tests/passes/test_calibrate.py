@@ -108,4 +108,4 @@ def test_refusals() -> None:
     broken = {**cases["one"], "pixel_values": cases["one"]["pixel_values"] * torch.nan}
     with pytest.raises(CalibrationError, match="not finite") as error:
         Calibrate([broken], 1).run(program)
-    assert error.value.where is not None and "vision" in error.value.where
+    assert "pixel_values has values that are not finite" in error.value.what
