@@ -13,12 +13,12 @@ order than one over a single row. In float32 that is the last bits. Where someth
 compared by their distance relative to their spread, `|y - z| / |z - mean(z)|`:
 
 - nothing rounded: each step within `EXACT`;
-- rounded: the mean over the steps within `ROUNDED`, several times what was measured on trained and on random models;
+- rounded: the mean over the steps within `ROUNDED`, chosen with room: on the LLaVA testbed in W4A4 the distance is 0 in
+  float32 and at most 0.01 in bfloat16;
 - the greedy tokens are equal, unless the recomputed logits of the two are nearer to each other than the allowed
   distance: then either of them is the greedy one.
 
-A cache that is ignored, a token that is not appended or one at a wrong position moves the logits of trained models by
-a third of their spread and more.
+The tests ignore the cache, leave a token out and shift a position, and each is found.
 
 What the host derives from token ids is taken from the answer (embeddings, 4-D masks), what it counts is derived anew on
 the longer prompt (positions, 2-D masks), so that a host that counts wrongly is seen.
