@@ -112,37 +112,29 @@ def compile(
     tell_newer()
     recipe = Recipe.load(recipe)
     with nullcontext() if resume is None else held_folder(resume) as progress:
-        return _compile(model, recipe, processor, calibration, after, progress)
+        if isinstance(model, (str, PathLike)):
+            model, processor = load_model(model, processor)
+        else:
+            check_model(model)
+        samples = _samples(calibration, processor, recipe)
+        program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
+        # From here on the graphs hold the weights, and those that a pass replaces are freed unless the caller has them.
+        del model
+        if progress is not None:
+            program.checkpoint = Checkpoint.open(progress, checkpoint_key(program, samples))
+        return compile_captured(program, processor, samples, after)
 
 
-def _compile(
-    model: PreTrainedModel | str | PathLike[str],
-    recipe: Recipe,
-    processor: Any,
-    calibration: Source | None,
-    after: Callable[[Step, Program], None] | None,
-    progress: Path | None,
-) -> CompiledVLM:
-    """What `compile` does once the folder of progress is its own."""
-    if isinstance(model, (str, PathLike)):
-        model, processor = load_model(model, processor)
-    else:
-        check_model(model)
-    samples = None
+def _samples(calibration: Source | None, processor: Any, recipe: Recipe) -> Samples | None:
     if calibration is not None:
-        samples = Samples(calibration, processor, recipe.calibration.samples, recipe.calibration.seed)
-    elif needs := needs_samples(recipe):
+        return Samples(calibration, processor, recipe.calibration.samples, recipe.calibration.seed)
+    if needs := needs_samples(recipe):
         raise CalibrationError(
             f"this recipe measures on samples, and none were given: {'; '.join(needs)}",
             where="calibration",
             do="pass calibration=..., or take the settings named above out of the recipe",
         )
-    program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
-    # From here on the graphs hold the weights: those that a pass replaces are gone, unless the caller has the model.
-    del model
-    if progress is not None:
-        program.checkpoint = Checkpoint.open(progress, checkpoint_key(program, samples))
-    return compile_captured(program, processor, samples, after)
+    return None
 
 
 def compile_captured(

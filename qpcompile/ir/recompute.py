@@ -13,8 +13,8 @@ order than one over a single row. In float32 that is the last bits. Where someth
 compared by their distance relative to their spread, `|y - z| / |z - mean(z)|`:
 
 - nothing rounded: each step within `EXACT`;
-- rounded: the mean over the steps within `ROUNDED`, chosen with room: on the LLaVA testbed in W4A4 the distance is 0 in
-  float32 and at most 0.01 in bfloat16;
+- rounded: the mean over the steps within `ROUNDED`, chosen with room: the first testbed in W4A4 is 0 apart in float32
+  and at most 0.01 in bfloat16;
 - the greedy tokens are equal, unless the recomputed logits of the two are nearer to each other than the allowed
   distance: then either of them is the greedy one.
 

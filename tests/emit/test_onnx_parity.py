@@ -60,7 +60,8 @@ def test_a_difference_is_found_with_its_margin(monkeypatch: pytest.MonkeyPatch, 
         return SimpleNamespace(sequences=torch.cat([ids, torch.tensor([[1, 0], [1, 0]])], dim=1), logits=logits)
 
     class Runner:
-        def __init__(self, *_: Any) -> None: ...
+        def __init__(self, *_: Any) -> None:
+            self.generation: dict[str, Any] = {}
 
         def generate(self, **_: Any) -> Any:
             return torch.cat([ids, torch.tensor([[1, 0], [1, 2]])], dim=1).numpy()
