@@ -1,18 +1,26 @@
-"""What `qpcompile::quantize_int4` may be given."""
+"""What `qpcompile::quantize_int4` may be given, and the operators that compute its input themselves."""
 
-from qpcompile.kernels.rules import Rule, count, grouped, number
+from __future__ import annotations
 
-RULE = Rule(
-    "qpcompile::quantize_int4",
-    {
-        "x": "f[..., C]",
-        "group_size": count(),
-        "clip_ratio": number(0, 1, above=True),
-    },
-    relations=(grouped("C"),),
-    gives=(
-        "i8[..., C]",
-        "f32[..., groups(C, group_size)]",
-    ),
-    empty="...",
-)
+from collections.abc import Mapping
+
+from qpcompile.kernels.rules import FLAG, Rule, Scalar, count, grouped, number
+
+
+def quantizing(name: str, operands: Mapping[str, str | Scalar]) -> Rule:
+    """The rule of an operator with these operands, over channels C, whose result is quantized to 4 bits."""
+    return Rule(
+        name,
+        {**operands, "group_size": count(), "clip_ratio": number(0, 1, above=True)},
+        relations=(grouped("C"),),
+        gives=("i8[..., C]", "f32[..., groups(C, group_size)]"),
+        empty="...",
+    )
+
+
+def transforming(name: str, operands: Mapping[str, str | Scalar]) -> Rule:
+    """The same for a result that may be scaled and rotated before it is quantized."""
+    return quantizing(name, {**operands, "transform_scale": "f32[C]?", "rotate": FLAG})
+
+
+RULE = quantizing("qpcompile::quantize_int4", {"x": "f[..., C]"})

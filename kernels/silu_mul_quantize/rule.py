@@ -1,21 +1,5 @@
 """What `qpcompile::silu_mul_quantize` may be given."""
 
-from qpcompile.kernels.rules import FLAG, Rule, count, grouped, number
+from qpcompile.kernels.quantize_int4.rule import transforming
 
-RULE = Rule(
-    "qpcompile::silu_mul_quantize",
-    {
-        "gate": "f[..., C]",
-        "up": "=gate[..., C]",
-        "transform_scale": "f32[C]?",
-        "rotate": FLAG,
-        "group_size": count(),
-        "clip_ratio": number(0, 1, above=True),
-    },
-    relations=(grouped("C"),),
-    gives=(
-        "i8[..., C]",
-        "f32[..., groups(C, group_size)]",
-    ),
-    empty="...",
-)
+RULE = transforming("qpcompile::silu_mul_quantize", {"gate": "f[..., C]", "up": "=gate[..., C]"})
