@@ -5,15 +5,21 @@
     size    =  a size expression as sympy prints it, without spaces: names, numbers, + - * / // % ** and comparisons,
                parentheses, and functions by name (`Max(B,1)`)
 
-Functions are names and no more: `Max(B,1)` equals `Max(B,1)` and depends on `B`, and nobody computes it.
+One parser reads a size in two ways. As an expression (`size_expression`), functions are names and no more: `Max(B,1)`
+equals `Max(B,1)` and depends on `B`. As a number (`size_number`), names stand for given sizes and a few functions are
+computed.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import sympy
 import torch
@@ -35,7 +41,19 @@ _TOKEN = re.compile(
     r"|(?P<name>[A-Za-z_]\w{0,63})|(?P<sign>\*\*|//|<=|>=|==|!=|[-+*/%()<>&|~,])",
     re.ASCII,
 )
-_Operation = Callable[[sympy.Expr, sympy.Expr], sympy.Expr]
+_PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
+    "*": operator.mul,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+_COMPUTED: dict[str, Callable[..., Any]] = {
+    "Max": max,
+    "Min": min,
+    "floor": math.floor,
+    "ceiling": math.ceil,
+    "Mod": operator.mod,
+}
 
 
 @dataclass(frozen=True)
@@ -77,9 +95,33 @@ def value_type(text: str) -> ValueType:
 @functools.lru_cache(maxsize=4096)
 def size_expression(text: str) -> sympy.Expr:
     """The expression printed as `text`; symbols know nothing but their names. Raises ValueError for any other text."""
-    if len(text) > MOST_OF_SIZE:
-        raise ValueError(f"a size of {len(text)} characters; at most {MOST_OF_SIZE} are read")
-    return _Sizes(text).whole()
+    return _Sizes(text, _number, sympy.Symbol, lambda name, inner: sympy.Function(name)(*inner)).whole()
+
+
+def size_number(text: str, sizes: Mapping[str, int]) -> int | None:
+    """The number that a printed size stands for, None where it has a name that `sizes` lacks.
+
+    Raises ValueError for text that is no size, and for a size that is no whole number.
+    """
+
+    def call(name: str, inner: list[Fraction]) -> Fraction:
+        if name not in _COMPUTED:
+            raise ValueError(f"{name} of sizes is not computed")
+        return Fraction(_COMPUTED[name](*inner))
+
+    try:
+        found = _Sizes(text, Fraction, lambda name: Fraction(sizes[name]), call).whole()
+    except KeyError:
+        return None
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f"{text[:80]!r} is no size: {error}") from error
+    if found.denominator != 1:
+        raise ValueError(f"{text[:80]!r} is {found}, which is no whole number")
+    return int(found)
+
+
+def _number(word: str) -> sympy.Expr:
+    return sympy.Integer(int(word)) if word.isdecimal() else sympy.Float(word)
 
 
 def _type(text: str, depth: int) -> tuple[ValueType, str]:
@@ -124,17 +166,26 @@ def _tuple(text: str, depth: int) -> tuple[ValueType, str]:
 
 
 class _Sizes:
-    """A recursive-descent parser: one method per level of precedence, the loosest first."""
+    """A recursive-descent parser: one method per level of precedence, the loosest first.
 
-    def __init__(self, text: str) -> None:
+    number, name, call: what a number, a name, and a function of values stand for; arithmetic is that of the values.
+    """
+
+    def __init__(
+        self, text: str, number: Callable[[str], Any], name: Callable[[str], Any], call: Callable[[str, list[Any]], Any]
+    ) -> None:
+        if len(text) > MOST_OF_SIZE:
+            raise ValueError(f"a size of {len(text)} characters; at most {MOST_OF_SIZE} are read")
         self.text = text
+        self.number, self.name, self.call = number, name, call
         self.place = 0
         self.depth = 0
+        self.powers = 0
         self.kind, self.word = "", ""
         self._next()
 
-    def whole(self) -> sympy.Expr:
-        """The expression of the whole text."""
+    def whole(self) -> Any:
+        """The value of the whole text."""
         found = self._compared()
         if self.kind:
             raise self._refusal()
@@ -155,56 +206,62 @@ class _Sizes:
         self._next()
         return sign
 
-    def _compared(self) -> sympy.Expr:
+    def _compared(self) -> Any:
         found = self._sum()
         while sign := self._take("<", ">", "<=", ">=", "==", "!=", "&", "|"):
-            found = sympy.Function(f"compare {sign}")(found, self._sum())
+            found = self.call(f"compare {sign}", [found, self._sum()])
         return found
 
-    def _sum(self) -> sympy.Expr:
+    def _sum(self) -> Any:
         found = self._product()
         while sign := self._take("+", "-"):
             other = self._product()
             found = found + other if sign == "+" else found - other
         return found
 
-    def _product(self) -> sympy.Expr:
+    def _product(self) -> Any:
         found = self._signed()
-        while sign := self._take("*", "//", "/", "%"):
-            found = _PRODUCTS[sign](found, self._signed())
+        while sign := self._take(*_PRODUCTS):
+            other = self._signed()
+            if sign != "*" and other == 0:
+                raise ValueError("a size is divided by 0")
+            found = _PRODUCTS[sign](found, other)
         return found
 
-    def _signed(self) -> sympy.Expr:
+    def _signed(self) -> Any:
         sign = self._take("-", "+", "~")
         if not sign:
             return self._power()
         inner = self._deeper(self._signed)
-        return {"-": -inner, "+": inner}.get(sign, sympy.Function("not")(inner))
+        return self.call("not", [inner]) if sign == "~" else -inner if sign == "-" else inner
 
-    def _power(self) -> sympy.Expr:
+    def _power(self) -> Any:
+        powers = self.powers
         base = self._atom()
         if not self._take("**"):
             return base
-        power = self._deeper(self._signed)
         # Only what a product of sizes prints: a tower of powers would be a number that fills the memory.
-        if not (power.is_Integer and 0 < power <= _MOST_POWER and base.free_symbols and not base.has(sympy.Pow)):
+        power = int(self.word) if self.kind == "number" and self.word.isdecimal() else 0
+        if self.powers > powers or not 0 < power <= _MOST_POWER:
             raise self._refusal()
+        self.powers += 1
+        self._next()
         return base**power
 
-    def _atom(self) -> sympy.Expr:
+    def _atom(self) -> Any:
         kind, word = self.kind, self.word
         if kind == "number":
             self._next()
-            return sympy.Integer(int(word)) if word.isdecimal() else sympy.Float(word)
+            return self.number(word)
         if kind == "name":
             self._next()
-            return sympy.Function(word)(*self._arguments()) if self.word == "(" else sympy.Symbol(word)
+            return self.call(word, self._arguments()) if self.word == "(" else self.name(word)
         if self.word == "(":
             found = self._arguments()
-            return found[0] if len(found) == 1 else sympy.Function("tuple")(*found)
+            return found[0] if len(found) == 1 else self.call("tuple", found)
         raise self._refusal()
 
-    def _arguments(self) -> list[sympy.Expr]:
+    def _arguments(self) -> list[Any]:
         self._take("(")
         found = [self._deeper(self._compared)]
         while self._take(","):
@@ -213,7 +270,7 @@ class _Sizes:
             raise self._refusal()
         return found
 
-    def _deeper(self, level: Callable[[], sympy.Expr]) -> sympy.Expr:
+    def _deeper(self, level: Callable[[], Any]) -> Any:
         self.depth += 1
         if self.depth > _MOST_DEPTH:
             raise ValueError("a size is nested too deep")
@@ -223,23 +280,3 @@ class _Sizes:
 
     def _refusal(self) -> ValueError:
         return ValueError(f"{self.text[:80]!r} is no size")
-
-
-def _divide(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
-    if right == 0:
-        raise ValueError("a size is divided by 0")
-    return left / right
-
-
-def _remainder(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
-    if right == 0:
-        raise ValueError("a size is divided by 0")
-    return sympy.Mod(left, right)
-
-
-_PRODUCTS: dict[str, _Operation] = {
-    "*": lambda left, right: left * right,
-    "/": _divide,
-    "//": lambda left, right: sympy.floor(_divide(left, right)),
-    "%": _remainder,
-}

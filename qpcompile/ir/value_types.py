@@ -13,9 +13,8 @@ Sizes are those of the sample that the graph was traced with: `Graph.constants` 
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,22 +25,13 @@ from qpcompile.errors import ArtifactError, KernelError
 from qpcompile.ir.edit import get_tensor
 from qpcompile.ir.operators import RULES
 from qpcompile.ir.program import DECODE, PREFILL, Graph
-from qpcompile.ir.sizes import ValueType, value_type
+from qpcompile.ir.sizes import ValueType, size_number, value_type
 from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import DTYPES, module_path, symbol_examples, target_text, value_labels, value_types
 
 SIZE = "size."
 _AGAIN = "save the model again; do not use this folder"
 _CPU = torch.device("cpu")
-_MOST_CHARACTERS = 4000
-_BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: lambda left, right: left + right,
-    ast.Sub: lambda left, right: left - right,
-    ast.Mult: lambda left, right: left * right,
-    ast.FloorDiv: lambda left, right: left // right,
-    ast.Mod: lambda left, right: left % right,
-}
-_CALLS: dict[str, Callable[..., int]] = {"Max": max, "Min": min}
 _NOTHING = "nothing"
 
 
@@ -186,37 +176,16 @@ class _Deriver:
         return wanted is None or wanted == size
 
     def _size(self, text: str) -> int | None:
-        """The number that a printed size stands for, or None where a symbol in it is not known yet."""
-        if text.isdecimal() and len(text) < 20:
-            return int(text)
-        if len(text) > _MOST_CHARACTERS:
-            return -1
+        """The number that a printed size stands for, None where a symbol in it is not known yet, -1 for no size."""
         try:
-            return _evaluated(ast.parse(text, mode="eval").body, self.sizes)
-        except KeyError:
-            return None
-        except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+            return size_number(text, self.sizes)
+        except ValueError:
             return -1
 
     def _refused(self, node: fx.Node, what: str, operator: str | None = None) -> ArtifactError:
         path = module_path(node)
         place = [f"graph/{self.graph.name}.json, {self.labels[node]}", path, operator]
         return ArtifactError(what, where=": ".join(part for part in place if part), do=_AGAIN)
-
-
-def _evaluated(tree: ast.expr, sizes: Mapping[str, int]) -> int:
-    """The value of a size expression: whole numbers, names, + - * // %, Max and Min."""
-    if isinstance(tree, ast.Constant) and type(tree.value) is int:
-        return tree.value
-    if isinstance(tree, ast.Name):
-        return sizes[tree.id]
-    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
-        return -_evaluated(tree.operand, sizes)
-    if isinstance(tree, ast.BinOp) and type(tree.op) in _BINARY:
-        return _BINARY[type(tree.op)](_evaluated(tree.left, sizes), _evaluated(tree.right, sizes))
-    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in _CALLS and not tree.keywords:
-        return _CALLS[tree.func.id](*(_evaluated(each, sizes) for each in tree.args))
-    raise ValueError("no size")
 
 
 def _key(value: Any) -> Any:
