@@ -24,6 +24,7 @@ from qpcompile.capture.load import load_model, load_processor
 from qpcompile.capture.samples import Samples, Source
 from qpcompile.capture.weights import check_model
 from qpcompile.claims import held_folder
+from qpcompile.emit.chat_template import check_processor
 from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
@@ -105,7 +106,8 @@ def compile(
         resume: a folder for what the long passes find; a compile that was stopped goes on from what lies there. One
             compile works in it at a time.
 
-    Raises CalibrationError where the recipe measures something and there are no samples to measure it on,
+    Raises CalibrationError where the recipe measures something and there are no samples to measure it on, ExportError
+    for a processor whose chat template no artifact may hold,
     OutputError for a folder of progress that another compile works in, that is damaged or that is of something else,
     and InvariantError where the compiled model does not decode as it recomputes (qpcompile/ir/recompute.py).
     """
@@ -116,6 +118,7 @@ def compile(
             model, processor = load_model(model, processor)
         else:
             check_model(model)
+        check_processor(processor)
         samples = _samples(calibration, processor, recipe)
         program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
         # From here on the graphs hold the weights, and those that a pass replaces are freed unless the caller has them.

@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 
 from qpcompile.emit.folder import AGAIN, read_json, read_text
 from qpcompile.emit.template_size import TemplateWalk, Unbounded
-from qpcompile.errors import ArtifactError
+from qpcompile.errors import ArtifactError, ExportError
 
 MOST_CHARACTERS = 100_000
 TEMPLATE = "chat_template"
@@ -53,6 +53,20 @@ def check_template(text: str, where: str) -> None:
         raise _refused(f"line {error.line}: {error}", where) from error
     except (TemplateError, RecursionError, ValueError, OverflowError) as error:
         raise _refused(f"it is no template: {type(error).__name__}: {str(error)[:200]}", where) from error
+
+
+def check_processor(processor: Any) -> None:
+    """Refuse a processor whose template no artifact may hold, before anything is computed. Raises ExportError."""
+    for part in (processor, getattr(processor, "tokenizer", None)):
+        for text in _texts_of({TEMPLATE: getattr(part, TEMPLATE, None)}):
+            try:
+                check_template(text, type(part).__name__)
+            except ArtifactError as error:
+                raise ExportError(
+                    f"{error.what}; no artifact may hold it",
+                    where=error.where,
+                    do=f"set {TEMPLATE} of the {type(part).__name__} to a simpler one: without tools, say",
+                ) from error
 
 
 def _templates(folder: Path, path: str) -> Iterator[str]:

@@ -6,13 +6,16 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import nodes as jinja
 
-# What a caller's text or list counts; turns of nested loops, and the size of one value, that are let through.
-GIVEN, MOST_TURNS, MOST_SIZE, MOST_PRINTED, MOST_STEPS = 1, 10**5, 5 * 10**8, 10**9, 20_000
+from qpcompile.emit.template_macros import goes_down, makes_namespace, sets_outer
+from qpcompile.emit.template_values import Scope, Size, Turn
+
+# Turns of nested loops, and the size of one value, that are let through.
+MOST_TURNS, MOST_SIZE, MOST_PRINTED, MOST_STEPS = 10**5, 5 * 10**8, 10**9, 20_000
 MOST_LOOPS, MOST_CALLS = 6, 8
 # Filters and methods that give no more than they are given, one argument added to another.
 _FILTERS = (
@@ -38,42 +41,19 @@ class Unbounded(Exception):
         self.line = line
 
 
-@dataclass(frozen=True)
-class Size:
-    """plain: how large. carry: how often what the turn of the loop began with is in it. number: surely no text."""
-
-    plain: float = GIVEN
-    carry: float = 0
-    number: bool = False
-
-    def __add__(self, other: Size) -> Size:
-        return Size(self.plain + other.plain, self.carry + other.carry, self.number and other.number)
-
-    def __or__(self, other: Size) -> Size:
-        """The larger of two that may both be."""
-        return Size(max(self.plain, other.plain), max(self.carry, other.carry), self.number and other.number)
-
-    def times(self, factor: float) -> Size:
-        """So often the same."""
-        return Size(self.plain * factor, self.carry * factor, self.number)
-
-
-Scope = dict[str, Size]
-
-
 class TemplateWalk:
     """One walk over a template. `state` holds the attributes of all namespaces: what outlives a turn of a loop."""
 
     def __init__(self) -> None:
         self.state: Scope = {}
+        self.turn = Turn()
         self.spaces: set[str] = set()
         self.macros: dict[str, jinja.Macro] = {}
-        self.calls: list[str] = []
+        self.calls: list[jinja.Macro] = []
         self.turns = 1.0
         self.loops = 0
         self.steps = 0
         self.printed = Size(0)
-        self.looped: list[str] = []
         self.recursive = self.nested = 0
 
     def run(self, template: jinja.Template) -> None:
@@ -82,6 +62,8 @@ class TemplateWalk:
         # A macro that goes down what it is given comes to an end; what a template builds may be too deep for that.
         if self.recursive and self.nested:
             raise Unbounded("a macro calls itself, and lists are made of values", self.recursive)
+        if self.recursive and (line := sets_outer(template)):
+            raise Unbounded("a macro calls itself, and a macro sets what outlives its call", line)
 
     def _body(self, body: list[jinja.Node], scope: Scope) -> None:
         for node in body:
@@ -105,9 +87,8 @@ class TemplateWalk:
 
     def _on_assign(self, node: jinja.Assign, scope: Scope) -> None:
         size = self.size(node.node, scope)
-        made = node.node.node if isinstance(node.node, jinja.Call) else None
-        if isinstance(made, jinja.Name) and made.name == "namespace" and isinstance(node.target, jinja.Name):
-            self.spaces.add(node.target.name)
+        if name := makes_namespace(node):
+            self.spaces.add(name)
         else:
             self._bind(node.target, size, scope)
 
@@ -130,7 +111,8 @@ class TemplateWalk:
                     scope[name] = scope[name] | own[name] if name in scope else own[name]
 
     def _on_macro(self, node: jinja.Macro, scope: Scope) -> None:
-        self.macros[node.name] = node
+        if self.macros.setdefault(node.name, node) is not node:
+            raise Unbounded(f"the macro {node.name} is there twice", node.lineno)
 
     def _on_continue(self, node: jinja.Continue, scope: Scope) -> None:
         """Ends a turn early."""
@@ -149,10 +131,9 @@ class TemplateWalk:
         inner = {name: replace(size, carry=math.inf if size.carry else 0) for name, size in scope.items()}
         self._bind(node.target, over, inner)
         inner["loop"] = over
-        names = [node.target, *node.target.find_all(jinja.Name)]
-        self.looped += [name.name for name in names if isinstance(name, jinja.Name)]
         if node.test is not None:
             self.size(node.test, inner)
+        outer, self.turn = self.turn, Turn()
         # Twice, because what was a number before the loop may be a text after its first turn.
         for _ in range(2):
             self.state = {name: Size(0, 1, size.number) for name, size in self.state.items()}
@@ -160,12 +141,20 @@ class TemplateWalk:
             self._body(node.body, dict(inner))
             self.turns /= turns
         self.loops -= 1
-        grown = max((size.plain for size in self.state.values()), default=0)
         if any(size.carry > 1 for size in self.state.values()):
             raise Unbounded("a value grows by itself on every turn of a loop", node.lineno)
         # Turns as many as an outer turn began with add what grows by itself there.
-        largest = self._largest(before) + Size(grown * turns, over.carry * grown if grown else 0)
-        self.state = {name: replace(self._kept(largest, node), number=size.number) for name, size in self.state.items()}
+        turn, self.turn = self.turn, outer
+        added = self._largest(turn.grown).plain if turn.grown else 0
+        # A value is at most the largest before the loop or the largest fresh one, and what every turn adds.
+        largest = self._largest(before) | self._largest(turn.fresh)
+        largest = self._kept(largest + Size(added * turns, over.carry * added if added else 0), node)
+        after = {name: before[name] | turn.fresh[name] if name in before else turn.fresh[name] for name in turn.fresh}
+        after |= dict.fromkeys(turn.grown, largest)
+        for name in after:
+            self.turn.sets(name, largest if name in turn.grown else turn.fresh[name])
+            after[name] = replace(after[name], number=self.state[name].number)
+        self.state = before | after
         self._body(node.else_, dict(scope))
 
     def _bind(self, target: jinja.Node, size: Size, scope: Scope) -> None:
@@ -178,6 +167,7 @@ class TemplateWalk:
         elif isinstance(target, jinja.NSRef):
             if size.carry > 1:
                 raise Unbounded(f"{target.attr} grows by itself on every turn of a loop", target.lineno)
+            self.turn.sets(target.attr, size)
             self.state[target.attr] = size | self.state[target.attr] if target.attr in self.state else size
         else:
             raise Unbounded(f"{type(target).__name__.lower()} is not set", target.lineno)
@@ -326,6 +316,7 @@ class TemplateWalk:
             return Size(1)
         if name == "strftime_now" and len(arguments) == 1 and isinstance(arguments[0], jinja.Const):
             return Size(min(len(str(arguments[0].value)), _MOST_FORMAT) * _ESCAPED)
+        self.nested += name == "dict"
         total = self._all(arguments, scope)
         if name not in ("range", "dict", "raise_exception"):
             raise Unbounded(f"a call of {name or 'a value'} is not read", node.lineno)
@@ -363,30 +354,18 @@ class TemplateWalk:
             return inner
         raise Unbounded(f"{name} is not read with these arguments", node.lineno)
 
-    def _is_part(self, node: Any, inside: bool = False) -> bool:
-        """Whether an expression is a part of what a loop goes over, or of another value: always less than the whole."""
-        if isinstance(node, jinja.Name):
-            return inside or node.name in self.looped
-        if isinstance(node, (jinja.Getattr, jinja.Getitem)):
-            return self._is_part(node.node, True)
-        if isinstance(node, jinja.Filter):
-            return self._is_part(node.node, inside)
-        if isinstance(node, jinja.Call) and isinstance(node.node, jinja.Getattr) and node.node.attr == "get":
-            return self._is_part(node.node.node, True)
-        return False
-
     def _macro(self, macro: jinja.Macro, arguments: list[Any], node: jinja.Call, scope: Scope) -> Size:
-        if macro.name in self.calls and arguments and self._is_part(arguments[0]):
+        if self.calls and macro is self.calls[-1] and goes_down(macro, node):
             self.recursive = node.lineno
             return self._all([*arguments, *macro.defaults], scope).times(_ESCAPED)
-        if macro.name in self.calls or len(self.calls) >= MOST_CALLS:
+        if macro in self.calls or len(self.calls) >= MOST_CALLS:
             raise Unbounded(f"the macro {macro.name} calls itself, or calls too many", node.lineno)
         sizes = [self.size(each, scope) for each in node.args]
         rest = replace(self._all([*(pair.value for pair in node.kwargs), *macro.defaults], scope), number=False)
         inner = dict(scope)
         for place, argument in enumerate(macro.args):
             self._bind(argument, sizes[place] if place < len(sizes) else rest, inner)
-        self.calls.append(macro.name)
+        self.calls.append(macro)
         found = self._printed(macro.body, inner)
         self.calls.pop()
         return found
