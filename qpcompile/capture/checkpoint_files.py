@@ -42,7 +42,7 @@ def refuse_damaged(folder: Path) -> None:
         for name in SETTINGS:
             if _there(folder / name):
                 _check_file(folder / name)
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             _check_file(path)
     except OSError as error:
         where = str(error.filename or folder)
@@ -55,7 +55,7 @@ def _there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weight files that transformers would read, in its order of preference."""
     if _there(folder / SINGLE):
         return [folder / SINGLE]

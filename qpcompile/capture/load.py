@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from qpcompile.capture.checkpoint_files import refuse_damaged
+from qpcompile.capture.config_sizes import refuse_counts, refuse_larger, tensor_shapes
 from qpcompile.capture.foreign import MERGE, refuse_foreign_config, refuse_foreign_folder
 from qpcompile.capture.weights import check_model
 from qpcompile.errors import ModelError
@@ -49,9 +50,13 @@ def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, 
     config = read_config(source)
     auto: Any = AutoModelForImageTextToText
     try:
+        if Path(source).is_dir():
+            refuse_larger(config, tensor_shapes(Path(source)), str(source))
         model, found = auto.from_pretrained(
             source, config=config, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
         )
+    except ModelError:
+        raise
     except Exception as error:
         _refuse_damaged_snapshot(source)
         raise _does_not_load(source, error) from error
@@ -72,6 +77,8 @@ def read_config(source: Source) -> Any:
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source)
         refuse_foreign_config(raw, str(source))
+        if Path(source).is_dir():
+            refuse_counts(raw, tensor_shapes(Path(source)), str(source))
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(f"a model of type {config.model_type!r} does not answer questions about pictures")

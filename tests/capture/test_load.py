@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,27 @@ def refused(source: Any) -> ModelError:
     error = caught.value
     assert error.what and error.where and error.do and len(str(error)) < 1500
     return error
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value"),
+    [
+        ("text_config", "num_hidden_layers", 10**7),
+        ("vision_config", "num_hidden_layers", 10**7),
+        ("text_config", "hidden_size", 10**9),
+        ("text_config", "vocab_size", 10**9),
+        ("vision_config", "image_size", 10**6),
+    ],
+)
+def test_config_of_a_far_larger_model_is_refused_at_once(folder: Path, part: str, setting: str, value: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change_config(folder, **{part: config[part] | {setting: value}})
+    started = time.monotonic()
+    assert f"{part}.{setting} is {value}" in refused(folder).what
+    assert time.monotonic() - started < 5
 
 
 # Tensors
