@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,37 @@ def test_without_a_folder_nothing_is_kept() -> None:
     with kept.found("a") as found:
         assert found is None
     assert not kept.due()
+
+
+def kinds(folder: Path) -> list[Path]:
+    """One file of every kind: "calibrate", "calibrate projector" and "calibrate prefill layer 2" are three."""
+    files = sorted(folder.glob("*.safetensors"))
+    return list({re.sub(r"\S*\d\S*", "", path.stem): path for path in files}.values())
+
+
+def test_deleted_statistics_are_measured_again(tmp_path: Path) -> None:
+    def calibrated(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        program = fresh(changed_recipe("w4a4kv4", "quantize.scaling=mbq", "quantize.smooth=null"))
+        program.checkpoint = checkpoint
+        run_passes(program, passes(Stopping(), COUNT)[:3])
+        inputs = program.facts["calibration"].inputs
+        return {f"{site} {name}": each for site, found in inputs.items() for name, each in found.tensors().items()}
+
+    whole = calibrated(Checkpoint.open(tmp_path, "key"))
+    for path in (tmp_path / f"calibrate {part}.safetensors" for part in ("gradients", "prefill layer 2")):
+        path.unlink()
+        found = calibrated(Checkpoint.open(tmp_path, "key"))
+        assert path.is_file() and list(found) == list(whole), path
+        assert all(torch.equal(found[name], whole[name]) for name in whole), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [TRAINED, MEASURED], ids=["trained", "measured"])
+def test_what_a_deleted_file_held_is_found_again(settings: tuple[str, ...], tmp_path: Path) -> None:
+    whole = uninterrupted(settings)
+    compiled(Stopping(), settings, Checkpoint.open(tmp_path, "key"))
+    for path in kinds(tmp_path):
+        path.unlink()
+        found = compiled(Stopping(), settings, Checkpoint.open(tmp_path, "key"))
+        assert found.plan == whole.plan and path.is_file(), path
+        assert all(torch.equal(each, tensors(whole)[name]) for name, each in tensors(found).items()), path

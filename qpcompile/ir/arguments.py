@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from qpcompile.errors import CaptureError
+from qpcompile.errors import CaptureError, InputError
 from qpcompile.ir.program import Graph
+from qpcompile.ir.sizes import value_type
 from qpcompile.ir.structure import named_tensors
+from qpcompile.ir.text import DTYPES, TYPE
 
 # Flags of a call that choose what is returned; they are not data. A graph's `constants` hold the traced ones.
 FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
@@ -30,6 +32,9 @@ ABSENT: dict[str, Any] = {
     "output_attentions": False,
     "output_router_logits": False,
 }
+Kinds = dict[str, tuple[torch.dtype, int]]
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _DO = (
     "leave the argument out; where transformers itself gives it, install a version of transformers that "
     "`qpcompile doctor` calls tested, or compile the model again with a sample that has the argument"
@@ -70,6 +75,48 @@ def refuse_unknown(graph: Graph, flags: Mapping[str, Any], data: Mapping[str, An
             _refuse_other(graph, name, value)
     for name, value in flags.items():
         _refuse_other(graph, name, value)
+
+
+def input_kinds(graph: Graph) -> Kinds:
+    """Type and number of axes of each input of a graph, where they are known."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    kinds: Kinds = {}
+    for path, node in zip(graph.inputs, placeholders, strict=True):
+        traced, printed = node.meta.get("val"), value_type(node.meta.get(TYPE, ""))
+        if isinstance(traced, torch.Tensor):
+            kinds[path] = (traced.dtype, traced.ndim)
+        elif printed.is_tensor:
+            kinds[path] = (_DTYPES[printed.dtype], len(printed.sizes))
+    return kinds
+
+
+def fitted(graph: Graph, kinds: Kinds, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a call, with whole numbers in the width that the graph was traced with.
+
+    Floating-point ones may have any type: `prepare` gives them the model's. Raises InputError that names an input of
+    another number of axes, or of another kind of numbers.
+    """
+    given = dict(tensors)
+    for path, tensor in tensors.items():
+        dtype, axes = kinds.get(path, (tensor.dtype, tensor.ndim))
+        if tensor.ndim == axes and tensor.dtype != dtype and dtype in _WHOLE and tensor.dtype in (*_WHOLE, torch.bool):
+            given[path] = tensor.to(dtype)
+        elif tensor.ndim != axes or (tensor.dtype != dtype and not _floats(tensor.dtype, dtype)):
+            raise InputError(
+                f"{path} is {_kind(tensor.dtype)} with {tensor.ndim} axes; {graph.name} was traced with {_kind(dtype)} "
+                f"and {axes}",
+                where=path,
+                do="build the inputs with the model's own processor, or compile with a sample of this kind",
+            )
+    return given
+
+
+def _floats(*types: torch.dtype) -> bool:
+    return all(each.is_floating_point for each in types)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _refuse_other(graph: Graph, name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 
 from qpcompile.errors import CalibrationError, CaptureError, InputError, KernelError, PlanError
-from qpcompile.ir.arguments import keyword_arguments, refuse_unknown, split_flags
+from qpcompile.ir.arguments import Kinds, fitted, input_kinds, keyword_arguments, refuse_unknown, split_flags
 from qpcompile.ir.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.model_inputs import check_inputs, vocabulary_size
@@ -59,6 +59,7 @@ class Machine:
         self.visual: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
         self.seen_by_tower: dict[str, list[torch.Tensor]] = {}
+        self.kinds: dict[str, Kinds] = {}
         self._turn = threading.RLock()
         self._bind()
 
@@ -176,11 +177,16 @@ class Machine:
         return answer
 
     def _known(self, graph: Graph, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The tensors of a call by input path. Raises CaptureError for what the graph was not traced with."""
+        """The tensors of a call by input path.
+
+        Raises CaptureError for what the graph was not traced with, InputError for tensors of another kind.
+        """
         flags, data = split_flags(arguments)
         data = prepare(self.host.get_submodule(graph.owner), data, graph.constants.get(TABLE))
         refuse_unknown(graph, flags, data)
-        return dict(named_tensors(data))
+        if graph.name not in self.kinds:
+            self.kinds[graph.name] = input_kinds(graph)
+        return fitted(graph, self.kinds[graph.name], dict(named_tensors(data)))
 
     def marks(self, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens of the prompt are visual, and which are no padding: bool[B, S] each."""

@@ -31,6 +31,10 @@ def with_mask(change: Callable[[torch.Tensor], Any]) -> Callable[[Case], Any]:
     return lambda case: case | {"attention_mask": change(case["attention_mask"])}
 
 
+def with_positions(change: Callable[[torch.Tensor], Any]) -> Callable[[Case], Any]:
+    return lambda case: case | {"position_ids": change(torch.arange(case["input_ids"].shape[1]).expand(2, -1))}
+
+
 def poisoned(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """One pixel of this value."""
 
@@ -58,7 +62,11 @@ WRONG: dict[str, tuple[Callable[[Case], Any], str]] = {
     "picture alone": (with_ids(replaced(IMAGE, 5)), "does not take these inputs.*do not match"),
     "one picture less": (with_pixels(lambda pixels: pixels[:1]), "does not take these inputs.*do not match"),
     "larger picture": (with_pixels(lambda pixels: torch.zeros(2, 3, 64, 64)), "does not take these inputs"),
-    "bytes for pixels": (with_pixels(lambda pixels: pixels.to(torch.uint8)), "does not take these inputs"),
+    "bytes for pixels": (with_pixels(lambda pixels: pixels.to(torch.uint8)), "pixel_values is uint8 .*float32"),
+    "pixels of one picture": (with_pixels(lambda pixels: pixels[0]), "pixel_values is float32 with 3 axes.* and 4"),
+    "pixels of batches": (with_pixels(lambda pixels: pixels[None]), "pixel_values is float32 with 5 axes"),
+    "positions that are no whole numbers": (with_positions(lambda ids: ids.float()), "position_ids is float32"),
+    "positions without rows": (with_positions(lambda ids: ids[0]), "position_ids is int64 with 1 axes"),
     "negative id": (with_ids(lambda ids: ids - 3), "has token -3; this model's are 0 to 98"),
     "large id": (with_ids(replaced(1, 99)), "has token 99"),
     "float ids": (with_ids(lambda ids: ids.float()), r"input_ids is float32\[2, 30\]"),
@@ -113,6 +121,7 @@ ODD: dict[str, Callable[[Case], Any]] = {
     "double pixels": with_pixels(lambda pixels: pixels.double()),
     "half pixels": with_pixels(lambda pixels: pixels.bfloat16()),
     "own positions": lambda case: case | {"position_ids": torch.arange(case["input_ids"].shape[1]).expand(2, -1) * 2},
+    "short positions": with_positions(lambda ids: ids.int()),
     "the model's own layer": lambda case: case | {"vision_feature_layer": -2},
     "nothing at all": lambda case: {},
 }
