@@ -244,6 +244,8 @@ def eval_command(
             else:
                 asked = Examiner(source, exam, calibration, kept)
                 rows = recipe_rows(asked, recipes or [], overrides or [], seeds or [])
+            if kept is not None:
+                kept.write_tables()
         terminal.show_rows(rows)
         if out is not None:
             note(f"rows are in {shown(out)}: rows.csv, rows.json, rows/")
@@ -310,7 +312,9 @@ def search_command(
 
         exam = Exam(str(data), questions, "choice", batch_size, max_new_tokens)
         with held_folder(out):
-            found = search(Examiner(model, exam, calibration, RowFolder(out)), asked, accuracy, note)
+            kept = RowFolder(out)
+            found = search(Examiner(model, exam, calibration, kept), asked, accuracy, note)
+            kept.write_tables()
             write_search(found, out)
         best = found.best
         typer.echo(f"{shown(out / 'recipe.yaml')}: {best.bits}, {best.row.mean_visual_tokens:.1f} mean tokens, "

@@ -91,6 +91,10 @@ class RowFolder:
         """Keep a new row, and write the table over all rows again."""
         write_new_file(self.folder / "rows" / f"{row.id}.json", _json(row.model_dump(mode="json")))
         self.rows[row.id] = row
+        self.write_tables()
+
+    def write_tables(self) -> None:
+        """The table over all rows, once more: a run that stopped between a row and its table has left an older one."""
         rows = [row.model_dump(mode="json") for row in self.rows.values()]
         replace_file(self.folder / "rows.json", _json(rows))
         replace_file(self.folder / "rows.csv", _csv(rows))

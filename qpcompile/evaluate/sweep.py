@@ -42,6 +42,7 @@ def sweep(plan: SweepPlan, out: Path, say: Callable[[str], None]) -> list[Result
         results.append(_result(examiners[cell.bed.name], cell))
         if is_new:
             say(f"{clock.tick()}  {cell.name}: {_words(results[-1])}")
+    kept.write_tables()
     return results
 
 

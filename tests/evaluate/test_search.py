@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from qpcompile.errors import PlanError
+from qpcompile.errors import OutputError, PlanError
+from qpcompile.evaluate.bootstrap import Interval
 from qpcompile.evaluate.rows import Row
-from qpcompile.evaluate.search import LADDER, SHARES, Found, front, search, write_search
+from qpcompile.evaluate.search import LADDER, SHARES, Found, Trial, front, search, write_search
 from qpcompile.recipe import Recipe
+from tests.evaluate.full_disk import contents, fill
 
 ASKED = 200
 
@@ -82,3 +84,29 @@ def test_front_and_files(tmp_path: Path) -> None:
     assert Recipe.load(tmp_path / "recipe.yaml") == found.best.recipe
     assert (tmp_path / "search.md").read_text().count("chosen") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "search.md", "pareto.png", "pareto.svg"}
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_full_disk_leaves_whole_files(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial("W4A4KV4", 0.6, Recipe.load("quota-30"), row(0.98, 0.6), Interval(0.98, 0.97, 0.99))
+    found = Found((trial,), trial, 0.97)
+    write_search(found, tmp_path / "whole")
+    with monkeypatch.context() as full, pytest.raises(OutputError, match="disk is full") as caught:
+        fill(full, after)
+        write_search(found, tmp_path / "out")
+    whole, left = contents(tmp_path / "whole"), contents(tmp_path / "out")
+    assert left == {name: whole[name] for name in left} and len(left) == after
+    assert caught.value.where and caught.value.do
+    write_search(found, tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
+def test_full_disk_ends_a_search() -> None:
+    class Full(Curve):
+        def row(self, name: str, recipe: Recipe | None) -> Row:
+            if recipe is not None and recipe.tokens.keep < 1:
+                raise OutputError("the disk is full")
+            return super().row(name, recipe)
+
+    with pytest.raises(OutputError, match="disk is full"):
+        find(Full(), 0.97)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
 
+from qpcompile.errors import OutputError, PlanError
 from qpcompile.evaluate import tables
 from qpcompile.evaluate.figures import ablation_figure, figure_bytes, profile_figure, profiles, retention_figure
 from qpcompile.evaluate.groups import full_precision, groups
-from qpcompile.evaluate.rows import Row
-from qpcompile.evaluate.sweep import Result
+from qpcompile.evaluate.rows import Row, RowFolder
+from qpcompile.evaluate.sweep import Result, _result
 from qpcompile.evaluate.sweep_plan import BASE, SweepPlan, cells
 from qpcompile.evaluate.sweep_report import write_sweep
+from tests.evaluate.full_disk import contents, fill
 
 PLAN = """
 version: 1
@@ -134,3 +137,49 @@ def test_a_sweep_leaves_files(plan: SweepPlan, results: list[Result], tmp_path: 
 
 def test_full_precision_is_the_models_own(results: list[Result]) -> None:
     assert full_precision(groups(results), "one").rows[0].name == "full"
+
+
+@pytest.mark.parametrize("after", [0, 7])
+def test_full_disk_leaves_whole_files(
+    plan: SweepPlan, results: list[Result], after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(plan, results, tmp_path / "whole", "a command")
+    with monkeypatch.context() as full, pytest.raises(OutputError, match="disk is full"):
+        fill(full, after)
+        write_sweep(plan, results, tmp_path / "out", "a command")
+    whole, left = contents(tmp_path / "whole"), contents(tmp_path / "out")
+    assert left == {name: whole[name] for name in left} and len(left) == after < len(whole)
+
+
+class _Stub:
+    """An examiner that fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def row(self, name: str, recipe: object) -> Row:
+        raise self.error
+
+
+def test_full_disk_says_nothing_of_a_recipe(plan: SweepPlan) -> None:
+    cell = next(iter(cells(plan)))
+    assert _result(_Stub(PlanError("too few")), cell).error == "too few"  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match="full"):
+        _result(_Stub(OutputError("the disk is full")), cell)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("after", range(3))
+def test_full_disk_loses_no_row(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = row("1", "1" * 10, 100, low=False), row("2", "1" * 10, 50, low=True)
+    RowFolder(tmp_path).add(first)
+    with monkeypatch.context() as full, pytest.raises(OutputError, match="disk is full"):
+        fill(full, after)
+        RowFolder(tmp_path).add(second)
+    again = RowFolder(tmp_path)
+    assert list(again.rows) == ["1", "2"][: 1 + (after > 0)]
+    if "2" not in again.rows:
+        again.add(second)
+    # A sweep that goes on and finds every row computed.
+    again.write_tables()
+    assert [line["id"] for line in json.loads((tmp_path / "rows.json").read_text())] == ["1", "2"]
+    assert sorted(contents(tmp_path)) == ["rows.csv", "rows.json", "rows/1.json", "rows/2.json"]

@@ -1,0 +1,27 @@
+"""A disk that gets full, for tests of what writes several files."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+
+def fill(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """So many files are written whole; of the next one a half, and then there is no room."""
+    left, write = [after], Path.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        if left[0] > 0:
+            left[0] -= 1
+            return write(path, data)
+        write(path, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
