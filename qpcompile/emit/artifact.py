@@ -26,6 +26,7 @@ from qpcompile.emit.graph_json import read_graph, write_graph
 from qpcompile.emit.manifest import Manifest, read_manifest, refuse_files, write_manifest
 from qpcompile.emit.model_card import model_card
 from qpcompile.emit.settings import CONFIG, check_settings, class_of, read_config, write_config
+from qpcompile.emit.tokenizer_file import check_tokenizers
 from qpcompile.emit.weights import StoredTensors, read_weights, stored_tensors, total_bytes, write_weights
 from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.files import staged_folder
@@ -66,6 +67,7 @@ def load(folder: Path) -> tuple[Program, Any]:
         manifest = read_manifest(folder)
         check_settings(folder, list(manifest.files))
         check_templates(folder, list(manifest.files))
+        check_tokenizers(folder, list(manifest.files))
         tensors = read_weights(folder, manifest.files)
         program = _program(folder, manifest, tensors)
         check_graphs(program.graphs)
@@ -113,6 +115,7 @@ def _refuse_unreadable(out: Path) -> None:
     try:
         check_settings(out, files(out))
         check_templates(out, files(out))
+        check_tokenizers(out, files(out))
     except ArtifactError as error:
         raise ExportError(f"the model could not be loaded again: {error.what}", where=error.where) from error
 

@@ -181,6 +181,11 @@ HARMS: dict[str, tuple[Harm, str]] = {
         "leads",
     ),
     "file for the tokenizer": (put("tokenizer_config.json", "vocab_file", value="/etc/passwd"), "leads to code"),
+    "padding of the tokenizer": (put("tokenizer.json", "padding", value={"strategy": {"Fixed": 10**12}}), "pads to"),
+    "endless expression of the tokenizer": (
+        put("tokenizer.json", "pre_tokenizer", value={"type": "Split", "pattern": {"Regex": "(a+)+$"}}),
+        "repeats what has repeats",
+    ),
     "unknown processor": (put("processor_config.json", "processor_class", value="os"), "no class os"),
     "unknown tokenizer": (put("tokenizer_config.json", "tokenizer_class", value="PreTrainedModel"), "no class"),
     "another processor": (facts(processor="Qwen2VLProcessor"), "manifest.json says Qwen2VLProcessor"),
