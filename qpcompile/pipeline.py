@@ -26,6 +26,7 @@ from qpcompile.capture.weights import check_model
 from qpcompile.claims import held_folder
 from qpcompile.emit.chat_template import check_processor
 from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.emit.tokenizer_file import check_tokenizer
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.pass_manager import Pass, Step, run_passes
@@ -107,7 +108,7 @@ def compile(
             compile works in it at a time.
 
     Raises CalibrationError where the recipe measures something and there are no samples to measure it on, ExportError
-    for a processor whose chat template no artifact may hold,
+    for a processor whose chat template or tokenizer no artifact may hold,
     OutputError for a folder of progress that another compile works in, that is damaged or that is of something else,
     and InvariantError where the compiled model does not decode as it recomputes (qpcompile/ir/recompute.py).
     """
@@ -119,6 +120,7 @@ def compile(
         else:
             check_model(model)
         check_processor(processor)
+        check_tokenizer(processor)
         samples = _samples(calibration, processor, recipe)
         program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
         # From here on the graphs hold the weights, and those that a pass replaces are freed unless the caller has them.

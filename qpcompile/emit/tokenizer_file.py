@@ -8,13 +8,14 @@ after the other without an end, and padding has a most.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qpcompile.emit.folder import AGAIN, read_json
-from qpcompile.errors import ArtifactError
+from qpcompile.errors import ArtifactError, ExportError
 
 TOKENIZER = "tokenizer.json"
 MOST_PATTERN, MOST_REPEATS, MOST_TIMES = 4000, 3, 1000
@@ -35,6 +36,17 @@ def check_tokenizers(folder: Path, files: list[str]) -> None:
     for path in files:
         if path.rpartition("/")[2] == TOKENIZER and (problem := tokenizer_problem(read_json(folder / path))):
             raise ArtifactError(f"the tokenizer cannot be used: {problem}", where=path, do=AGAIN)
+
+
+def check_tokenizer(processor: Any) -> None:
+    """Refuse a processor whose tokenizer no artifact may hold, before anything is computed. Raises ExportError."""
+    rules = getattr(getattr(processor, "tokenizer", None), "backend_tokenizer", None)
+    if rules is not None and (problem := tokenizer_problem(json.loads(rules.to_str()))):
+        raise ExportError(
+            f"the tokenizer cannot be used: {problem}; no artifact may hold it",
+            where=type(processor.tokenizer).__name__,
+            do="give a processor whose tokenizer has simpler rules",
+        )
 
 
 def tokenizer_problem(data: Any) -> str:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoProcessor
 
-from qpcompile.emit.tokenizer_file import check_tokenizers, pattern_problem, tokenizer_problem
-from qpcompile.errors import ArtifactError
+import qpcompile
+from qpcompile.emit.tokenizer_file import check_tokenizer, check_tokenizers, pattern_problem, tokenizer_problem
+from qpcompile.errors import ArtifactError, ExportError
+from tests.families import llava
 
 TESTBEDS = Path(__file__).resolve().parents[1] / "testbed"
 # The forms in which byte-level tokenizers split words, numbers, signs and spaces.
@@ -68,3 +72,13 @@ def test_files_are_read_wherever_they_lie(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="pads to") as caught:
         check_tokenizers(tmp_path, ["config.json", "part/tokenizer.json"])
     assert caught.value.where == "part/tokenizer.json" and caught.value.do
+
+
+def test_compile_refuses_an_unbounded_tokenizer_before_it_begins() -> None:
+    processor = AutoProcessor.from_pretrained(TESTBEDS / "llava")
+    check_tokenizer(processor)
+    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    model, cases = llava()
+    with pytest.raises(ExportError, match="repeats what has repeats") as caught:
+        qpcompile.compile(model, "none", processor=processor, calibration=[cases["one"]])
+    assert caught.value.where and caught.value.do
