@@ -19,6 +19,9 @@ NEW_TOKENS = 9
 # Sums in another order; the logits are of order 1. A wrong mask, position or window changes them by 0.01 and more.
 TOLERANCE = 2e-5
 ROOT = Path(__file__).resolve().parent.parent
+# One of each kind by default: plain, positions of three axes, windows, a tower with resampling. The others with -m slow.
+KINDS = ("llava", "qwen2_5_vl", "gemma3", "idefics3")
+ALL = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 
 
 def answer(model: PreTrainedModel | Machine, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +62,7 @@ def check_one_token_axis(program: Program) -> None:
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_captured_family_answers_as_the_model(name: str) -> None:
     model, cases = FAMILIES[name]()
     program = capture(model, cases["one"], Recipe.load("none"))
@@ -71,7 +74,7 @@ def test_captured_family_answers_as_the_model(name: str) -> None:
 
 @pytest.mark.families
 def test_capture_leaves_the_model_as_it_was() -> None:
-    model, cases = FAMILIES["mistral3"]()
+    model, cases = FAMILIES["llava"]()
     before = answer(model, cases["pictures"])
     state = {key: value.clone() for key, value in model.state_dict().items()}
     capture(model, cases["padded"], Recipe.load("none"))

@@ -73,8 +73,9 @@ def tensors(program: Program) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("settings", "at"),
     [
-        *((TRAINED, at) for at in (2, 5, 7)),
+        *((TRAINED, at) for at in (2, 7)),
         (MEASURED, 7),
+        pytest.param(TRAINED, 5, marks=pytest.mark.slow),
         *(pytest.param(MEASURED, at, marks=pytest.mark.slow) for at in (2, 5)),
     ],
 )

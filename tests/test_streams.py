@@ -109,7 +109,11 @@ def test_signals_leave_nothing_half_written(number: signal.Signals, tmp_path: Pa
     (tmp_path / "script.py").write_text(SCRIPT)
     given = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "script.py"), "wait", str(tmp_path)]
-    with subprocess.Popen(command, env=given, stderr=subprocess.PIPE, text=True) as process:
+    # A test that is run in the background would hand on that it ignores the signal.
+    heard = signal.signal(number, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=given, stderr=subprocess.PIPE, text=True)
+    signal.signal(number, heard)
+    with process:
         while not (tmp_path / "ready").exists():
             time.sleep(0.02)
         process.send_signal(number)

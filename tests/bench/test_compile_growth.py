@@ -18,6 +18,7 @@ def test_growth_is_that_of_a_layer() -> None:
     assert growth(sizes, more) == "3.0 s, 1.00 GiB (0.50 of its weights)"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_line_for_each_size_and_pass() -> None:
     shape = {"width": 64, "inner": 96, "heads": 2, "vocabulary": 1000, "tokens": 28}

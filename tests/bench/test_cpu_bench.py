@@ -167,6 +167,7 @@ def test_a_folder_is_made_again_when_its_sources_change(tmp_path: Path, monkeypa
     assert len({before, changed, make.key()}) == 3
 
 
+@pytest.mark.slow
 def test_profile_names_graphs_operators_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = SHAPES["tiny-A"]
     sample = model_inputs(shape, {"prompt": 1})

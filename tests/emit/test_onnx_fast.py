@@ -120,6 +120,7 @@ def test_cut_and_quantized_prompts_are_answered(quota: tuple[Program, dict[str, 
             assert likeness > 0.9, (name, likeness)
 
 
+@pytest.mark.slow
 def test_half_precision_with_shifts_in_front_of_codes(tmp_path: Path) -> None:
     # What is subtracted from activations is float32 and would carry its type through the graph.
     model, cases = llava(**WIDE_HEADS)

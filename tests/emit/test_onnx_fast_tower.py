@@ -116,7 +116,7 @@ def test_parts_are_cut_out_before_axes_move(perm: tuple[int, ...], dim: int) -> 
         np.testing.assert_array_equal(found, wanted.numpy())
 
 
-@pytest.mark.parametrize("family", [qwen2_vl, qwen2_5_vl])
+@pytest.mark.parametrize("family", [pytest.param(qwen2_vl, marks=pytest.mark.slow), qwen2_5_vl])
 def test_towers_of_any_size(family: Callable[..., tuple[Any, Cases]], tmp_path: Path) -> None:
     """Pictures that fill their windows and that do not, one and several: the model's own tokens."""
     model, cases = family(**WIDE_QWEN)

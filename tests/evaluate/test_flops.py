@@ -89,6 +89,7 @@ def test_the_decoder_formula_counts_what_runs(program: Program) -> None:
     assert total == pytest.approx(formula, rel=0.01)
 
 
+@pytest.mark.slow
 def test_quantized_linears_count_like_others() -> None:
     """A compiled tower counts the products of the captured one."""
     bench = Workbench(str(TESTBED / "llava"), TESTBED / "calibration" / "llava")

@@ -44,6 +44,7 @@ def test_every_preset_compiles_as_it_does_alone(bench: Workbench, name: str) -> 
     assert_same(bench.compile(recipe), alone)
 
 
+@pytest.mark.slow
 def test_another_seed_is_measured_anew() -> None:
     bench = Workbench(str(TESTBED / "llava"), TESTBED / "calibration" / "llava")
     recipe = Recipe.load("w4a4kv4").with_overrides([*FEW, "quantize.transform=hadamard"])

@@ -89,12 +89,10 @@ def same_caches(left: CompiledCache | None, right: CompiledCache | None) -> None
 
 
 QUOTA = "tokens.candidate_layers=[0,1]"
-MODELS = [
-    ("llava", "quota-30", QUOTA, "quantize.kv_cache.bits=4"),
+MODELS = [("llava", "quota-30", QUOTA, "quantize.kv_cache.bits=4")]
+MORE_MODELS = [
     # Windows and masks that the host makes.
     ("gemma3", "none"),
-]
-MORE_MODELS = [
     ("llava", "none"),
     ("qwen2_5_vl", "w4a4kv4"),
     ("qwen2_5_vl", "quota-30", QUOTA, "quantize.kv_cache.bits=16", "tokens.compact_scored_layer=false"),
@@ -201,6 +199,7 @@ def test_only_so_many_steps_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     same_answers(growing(made).generate(**cases["longer"], **SETTINGS), found, exact=True)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_has_the_same_static_graph(tmp_path: Path) -> None:
     """It has printed types in place of values."""
     made, _ = compiled(*MORE_MODELS[2])

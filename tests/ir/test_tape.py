@@ -56,7 +56,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
 
 @compiled_c
-@pytest.mark.parametrize(("family", "dtype"), [(llava, torch.float32), (qwen2_5_vl, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [(llava, torch.float32), pytest.param(qwen2_5_vl, torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_answers_have_the_same_bits(
     family: Any, dtype: torch.dtype, replays: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
