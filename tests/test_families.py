@@ -19,7 +19,7 @@ NEW_TOKENS = 9
 # Sums in another order; the logits are of order 1. A wrong mask, position or window changes them by 0.01 and more.
 TOLERANCE = 2e-5
 ROOT = Path(__file__).resolve().parent.parent
-# One of each kind by default: plain, positions of three axes, windows, a tower with resampling. The others with -m slow.
+# By default plain, positions of three axes, windows, and a tower with resampling. The others with -m slow.
 KINDS = ("llava", "qwen2_5_vl", "gemma3", "idefics3")
 ALL = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 

@@ -300,7 +300,7 @@ def main() -> None:
     """Print the seed and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--count", type=int, default=4000, help="folders, half of them with true hashes")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--inputs", type=Path)
     options = parser.parse_args()
