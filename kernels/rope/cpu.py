@@ -5,8 +5,10 @@ from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.rope import reference
+from qpcompile.kernels.rope.rule import RULE
 
 
+@RULE.checked
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: f[..., D], cos, sin: f[..., D], broadcast to x -> x.dtype[..., D]."""
     readable = native.takes(x, cos, sin) and x.dim() in (3, 4)
