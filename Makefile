@@ -18,9 +18,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile -m "slow and not gpu" --timeout 7200
 
-# The kernels in C under AddressSanitizer and UBSan, their tests and a fuzzer of all operators. make test-asan CALLS=20000
+# The kernels in C under AddressSanitizer and UBSan, their tests and a fuzzer of all operators. make test-asan CALLS=50000
 # runs it longer, SEED=7 makes the calls of a run again. Needs gcc; no other build of the library is touched.
-CALLS ?= 600
+CALLS ?= 5000
 test-asan: $(STAMP)
 	$(BIN)/python tests/sanitized/run.py $(CALLS) $(SEED)
 

@@ -24,7 +24,7 @@ NAMES = {dtype: name for name, dtype in TYPES.items()}
 FLOATS = frozenset(TYPES[name] for name in ("f16", "bf16", "f32", "f64"))
 _SETS = {"f": FLOATS, "i": frozenset({torch.int32, torch.int64})}
 _TENSOR = re.compile(
-    r"(?:=(?P<like>[\w+]+)|(?P<types>[\w|]+))\[(?P<leading>~?\.{3})?(?:, )?(?P<sizes>.*)\](?P<optional>\??)"
+    r"(?:=(?P<like>[\w+]+)|(?P<types>[\w|]+))\[(?P<leading>[~*]?\.{3})?(?:, )?(?P<sizes>.*)\](?P<optional>\??)"
 )
 _COMMA = re.compile(r", (?![^(]*\))")
 # A size that is made of named ones.
@@ -62,8 +62,8 @@ class Size:
 class Form:
     """A tensor as a rule writes it.
 
-    leading: "...", "~..." (broadcasts to that) or "". like: the operand whose type it has, or ""; for results also
-    "x+weight", the type of their sum.
+    leading: "...", "~..." (broadcasts to that), "*..." (any) or "". like: the operand whose type it has, or ""; for
+    results also "x+weight", the type of their sum.
     """
 
     text: str

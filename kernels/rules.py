@@ -12,7 +12,7 @@ None; several forms of one operand are a tuple:
 
     types   f (f16, bf16, f32, f64), i (i32, i64), f32, u8, ..., several with |; =name for the type of that operand
     sizes   a number; a name, which is one number wherever it stands; N|1; ceil(K/2); A*c; groups(C, group_size)
-    ...     leading sizes, the same wherever they stand; ~... sizes that broadcast to them
+    ...     leading sizes, the same wherever they stand; ~... sizes that broadcast to them; *... any
 
 Any other operand is a `Scalar`. A named size is at least 1 unless `empty` names it: no rows in, no rows out.
 
@@ -26,7 +26,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ from qpcompile.errors import KernelError
 from qpcompile.kernels.rule_text import FLOATS, NAMES, Form, Size, read_form
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 Sizes = dict[str, Any]
 """Named sizes, whole numbers by operand, types by operand, and the leading sizes as a tuple called `...`."""
 MOST_KNOWN = 1024
@@ -62,19 +64,23 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
     return Scalar(" ".join(words), accepts)
 
 
-def count(least: int = 0) -> Scalar:
-    """A whole number of at least `least`; a symbolic one is judged by its example value."""
+def count(least: int = 0, most: float = math.inf) -> Scalar:
+    """A whole number from `least` to `most`; a symbolic one is judged by its example value."""
 
     def accepts(value: Any) -> bool:
         whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-        return whole and ((known := example(value)) is None or known >= least)
+        return whole and ((known := example(value)) is None or least <= known <= most)
 
-    return Scalar(f"a whole number of at least {least}", accepts)
+    return Scalar(f"a whole number of at least {least}" + (f" and at most {most}" if most < math.inf else ""), accepts)
 
 
 def one_of(*values: Any) -> Scalar:
     """One of these values."""
-    return Scalar(f"one of {', '.join(map(repr, values))}", lambda value: value in values)
+
+    def accepts(value: Any) -> bool:
+        return any(value.__class__ is each.__class__ and value == each for each in values)
+
+    return Scalar(f"one of {', '.join(map(repr, values))}", accepts)
 
 
 def numbers(length: int) -> Scalar:
@@ -88,7 +94,7 @@ def numbers(length: int) -> Scalar:
 
 
 FLAG = Scalar("True or False", lambda value: isinstance(value, bool))
-FLOAT_TYPE = Scalar("one of f16, bf16, f32, f64", lambda value: value in FLOATS)
+FLOAT_TYPE = Scalar("one of f16, bf16, f32, f64", lambda value: isinstance(value, torch.dtype) and value in FLOATS)
 
 
 @dataclass(frozen=True)
@@ -160,13 +166,26 @@ class Rule:
         Raises KernelError that names the operator and the operand, what it is and what it must be.
         """
         key = _key(arguments)
-        if key is None:
-            self.sizes(*arguments)
-        elif key not in self.known:
-            self.sizes(*arguments)
+        try:
+            if key in self.known:
+                return
+        except TypeError:  # what should have been a number has no hash
+            key = None
+        self.sizes(*arguments)
+        if key is not None:
             if len(self.known) == MOST_KNOWN:
                 self.known.clear()
             self.known.add(key)
+
+    def checked(self, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        """`function`, which takes the operator's arguments, with `check` before it."""
+
+        @functools.wraps(function)
+        def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            self.check(*(self.arguments(args, kwargs) if kwargs else args))
+            return function(*args, **kwargs)
+
+        return run
 
     def sizes(self, *arguments: Any) -> Sizes:
         """What the names stand for with these arguments. Raises as `check`."""
@@ -283,7 +302,8 @@ def _key(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         elif each.__class__ is list:
             parts.append(tuple(each))
         else:
-            parts.append(each)
+            # Python finds 1, 1.0 and True equal.
+            parts += (each.__class__, each)
     return tuple(parts)
 
 
@@ -315,6 +335,8 @@ def _choice(forms: tuple[Form, ...]) -> str:
 
 def _leading(kind: str, given: tuple[Any, ...], sizes: Sizes) -> str:
     """What is wrong with the leading sizes of a tensor; empty where nothing is."""
+    if kind == "*...":
+        return ""
     wanted = sizes.setdefault("...", given)
     if wanted is given:
         return ""

@@ -4,15 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpcompile.errors import KernelError
 from qpcompile.kernels import native
+from qpcompile.kernels.attention.rule import RULE
 
 # Below these sizes laying out keys for the tiles costs more than it saves.
 QUERIES, KEYS = 16, 32
 
 
+@RULE.checked
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """q: f[B, Hq, S, D], k, v: f[B, Hkv, T, D], mask: bool or f, broadcast to [B, Hq, S, T] -> q.dtype[B, Hq, S, D]."""
+    """q: f[B, Hq, S, D], k, v: f[B, Hkv, T, D], mask: bool or f, broadcast to [B, Hq, S, T] -> q.dtype[B, Hq, S, D].
+
+    Raises KernelError for other operands, also for no heads: torch divides by their number, and the process ends.
+    """
     alike = k.dtype == v.dtype == q.dtype and k.shape == v.shape
     if alike and on_tiles(q, k.shape[2], mask, scale):
         return _on_tiles(q, k, v, mask, scale)
@@ -20,22 +24,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The same by torch, with gradients."""
+    """The same by torch, with gradients, on operands that were checked."""
     grouped = q.shape[1] != k.shape[1]
-    if grouped:
-        check_heads(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-
-
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse heads that cannot be shared out: torch divides by their number, and with none the process ends."""
-    heads = [each.shape[-3] if each.dim() > 2 else 0 for each in (q, k, v)]
-    if 0 in heads[1:] or heads[0] % heads[1] or heads[0] % heads[2]:
-        raise KernelError(
-            f"attention got queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)}",
-            where="kernels/attention",
-            do="give them as [batch, heads, tokens, head size], the heads of keys and values dividing those of queries",
-        )
 
 
 def on_tiles(q: Tensor, keys: int, mask: Tensor | None, scale: float) -> bool:

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from qpcompile.errors import KernelError
 from qpcompile.kernels import native
-from qpcompile.kernels.attention.cpu import attention, check_heads, on_tiles
+from qpcompile.kernels.attention.cpu import attention, on_tiles
 from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
 from qpcompile.kernels.attention_kv4.reference import front, tokens_outside
+from qpcompile.kernels.attention_kv4.rule import RULE
 from qpcompile.kernels.kv4_read.cpu import kv4_read
 from qpcompile.kernels.sums import wide_type
 
 FEW_ROWS = 8
 
 
+@RULE.checked
 def attention_kv4(
     q: Tensor,
     k_codes: Tensor,
@@ -100,7 +102,6 @@ def _attend_to_values(
     wide = wide_type(q)
     k = kv4_read(k_codes, k_affine, head_dim, wide)
     v = kv4_read(v_codes, v_affine, head_dim, wide)
-    check_heads(q, k, v)
     if mask is None:
         return F.scaled_dot_product_attention(q.to(wide), k, v, scale=scale, enable_gqa=True)
     allowed, bias = split_mask(mask)

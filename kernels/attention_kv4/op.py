@@ -25,7 +25,6 @@ def attention_kv4(
     mask: f or bool [B | 1, 1 | Hq, Sq, S]; None lets every query see every key. A row that sees no key is 0.
     filled: i64[1], how many keys there are; what lies behind them is neither read nor seen. None: all S.
     """
-    RULE.check(q, k_codes, k_affine, v_codes, v_affine, mask, scale, filled)
     return cpu.attention_kv4(q, k_codes, k_affine, v_codes, v_affine, mask, scale, filled)
 
 

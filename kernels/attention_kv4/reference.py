@@ -7,6 +7,7 @@ Source: FlatQuant, attention on dequantized keys and values (arXiv 2410.09426).
 
 from torch import Tensor
 
+from qpcompile.errors import KernelError
 from qpcompile.kernels.attention_kv4.masking import masked_softmax
 from qpcompile.kernels.kv4_read.reference import kv4_read
 from qpcompile.kernels.sums import wide_type
@@ -46,7 +47,16 @@ def tokens_outside(y: Tensor) -> Tensor:
 def front(
     k_codes: Tensor, k_affine: Tensor, v_codes: Tensor, v_affine: Tensor, mask: Tensor | None, filled: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The first `filled: i64[1]` keys and values, and what the mask says of them."""
-    count = int(filled)
+    """The first `filled: i64[1]` keys and values, and what the mask says of them.
+
+    Raises KernelError where there are not so many.
+    """
+    count, room = int(filled), k_codes.shape[2]
+    if not 0 <= count <= room:
+        raise KernelError(
+            f"filled is {count}, but there is room for {room} keys",
+            where="qpcompile::attention_kv4, operand filled",
+            do="give the number of keys that the cache holds",
+        )
     k_codes, k_affine, v_codes, v_affine = (part[:, :, :count] for part in (k_codes, k_affine, v_codes, v_affine))
     return k_codes, k_affine, v_codes, v_affine, mask if mask is None else mask[..., :count]

@@ -81,7 +81,8 @@ def decode_kernel(
     """
     keys = S
     if FILLED:
-        keys = tl.minimum(tl.load(filled_ptr), S).to(tl.int32)
+        # Refusing a count would take a copy to the host.
+        keys = tl.maximum(tl.minimum(tl.load(filled_ptr), S), 0).to(tl.int32)
     blocks = tl.cdiv(keys, KEYS)
     split_size = tl.cdiv(blocks, tl.maximum(tl.minimum(blocks, most_splits), 1)) * KEYS
     group, split = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -6,7 +6,7 @@ The size of a piece depends on one segment alone, so that a picture gets the sam
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.segment_attention.blocks import equal_lengths
+from qpcompile.kernels.segment_attention.blocks import check_segments, equal_lengths
 
 # Scores held at once, 8 MiB of float32.
 PIECE = 1 << 21
@@ -19,6 +19,7 @@ def attention_received(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: f
         return _attention(q[:, :, :1], k, scale)[:, :, 0].mean(dim=1)
     if cu_seqlens is None:
         return _received(q, k, scale)
+    check_segments(cu_seqlens, q.shape[2])
     y = q.new_empty(q.shape[2])
     for index in equal_lengths(cu_seqlens):
         # Contiguous: some BLAS libraries add up in an order that depends on strides, and one segment alone has others.

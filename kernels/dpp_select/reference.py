@@ -62,4 +62,4 @@ def pick_row(unit: Tensor, index: Tensor) -> Tensor:
 
 def largest_turn(counted: Tensor, budget: Tensor) -> int:
     """How many turns the row with the largest budget takes."""
-    return int(torch.minimum(budget, counted.sum(1)).max()) if len(budget) else 0
+    return max(0, int(torch.minimum(budget, counted.sum(1)).max())) if len(budget) else 0

@@ -13,7 +13,7 @@ WHERE = "qpcompile::fuse_risk"
 def fuse_risk(scores: Tensor, risk: Tensor, counted: Tensor, alpha: float, dynamic: bool, minmax: bool) -> Tensor:
     """scores, risk: f32[B, S], counted: bool[B, S], alpha: 0..1 -> f32[B, S]."""
     RULE.check(scores, risk, counted, alpha, dynamic, minmax)
-    return reference.fuse_risk(scores, risk, counted, alpha, dynamic, minmax)
+    return reference.fuse_risk(scores, risk, counted, alpha, dynamic, minmax).contiguous()
 
 
 @fuse_risk.register_fake

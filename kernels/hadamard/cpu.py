@@ -4,10 +4,12 @@ from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.hadamard import reference
+from qpcompile.kernels.hadamard.rule import RULE
 from qpcompile.kernels.native_rows import RowPlan
 from qpcompile.kernels.sums import by_rows
 
 
+@RULE.checked
 def hadamard(x: Tensor, scale: Tensor | None) -> Tensor:
     """x: f[..., C], scale: f32[C] -> x.dtype[..., C]."""
     return (_native if native.takes(x, scale) else _torch)(x, scale)

@@ -4,10 +4,12 @@ from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.kronecker import reference
+from qpcompile.kernels.kronecker.rule import RULE
 from qpcompile.kernels.native_rows import RowPlan
 from qpcompile.kernels.sums import by_rows
 
 
+@RULE.checked
 def kronecker(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """x: f[..., A*c], scale: f32[A*c], left: f32[A, A], right: f32[c, c] -> x.dtype[..., A*c]."""
     reference.check_factors(x.shape[-1], left, right)

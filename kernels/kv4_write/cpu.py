@@ -5,8 +5,10 @@ from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.kv4_write import reference
+from qpcompile.kernels.kv4_write.rule import RULE
 
 
+@RULE.checked
 def kv4_write(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: f[B, H, S, D] -> codes: u8[B, H, S, ceil(D / 2)], affine: f32[B, H, S, 2]."""
     return (_native if native.takes(x) else reference.kv4_write)(x)

@@ -11,7 +11,7 @@ from qpcompile.kernels.kv8_read.rule import RULE
 def kv8_read(codes: Tensor, affine: Tensor, dtype: torch.dtype) -> Tensor:
     """codes: u8[B, H, S, D], affine: f32[B, H, S, 2] -> dtype[B, H, S, D]."""
     RULE.check(codes, affine, dtype)
-    return reference.kv8_read(codes, affine, dtype)
+    return reference.kv8_read(codes, affine, dtype).contiguous()
 
 
 @kv8_read.register_kernel("cuda")

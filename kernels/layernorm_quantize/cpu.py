@@ -7,11 +7,13 @@ from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.hadamard.reference import transform
+from qpcompile.kernels.layernorm_quantize.rule import RULE
 from qpcompile.kernels.native_rows import RowPlan
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.sums import by_rows, wide_type
 
 
+@RULE.checked
 def layernorm_quantize(
     x: Tensor,
     weight: Tensor,

@@ -8,18 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpcompile.kernels import native
+from qpcompile.kernels.linear.rule import RULE
 
 FEW_ROWS = 8
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: f[..., K], weight: f[N, K], bias: f[N] -> f[..., N]."""
-    rows = x.reshape(-1, x.shape[-1])
-    half = x.dtype == weight.dtype == torch.bfloat16 and native.takes(x, weight)
+@RULE.checked
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input: f[..., K], weight: f[N, K], bias: f[N] -> f[..., N]."""
+    rows, sizes = input.reshape(-1, input.shape[-1]), (*input.shape[:-1], len(weight))
+    half = input.dtype == torch.bfloat16 and native.takes(input, weight)
     if half and bias is None and 0 < len(rows) <= FEW_ROWS and weight.is_contiguous():
-        return _native(rows, weight).view(*x.shape[:-1], len(weight))
+        return _native(rows, weight).view(sizes)
     # torch copies the whole weight for an x of three axes and one row in half precision; not for two axes.
-    return F.linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
+    return F.linear(rows, weight, bias).view(sizes)
 
 
 def _native(rows: Tensor, weight: Tensor, level: int | None = None) -> Tensor:

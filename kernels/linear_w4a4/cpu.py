@@ -21,6 +21,7 @@ from torch import Tensor
 from qpcompile.kernels import native
 from qpcompile.kernels.linear_w4a4.packing import unpack_int4
 from qpcompile.kernels.linear_w4a4.reference import linear_codes
+from qpcompile.kernels.linear_w4a4.rule import RULE
 
 FEW_TOKENS = 16
 """The most tokens that vector instructions multiply the packed weight with, where there are no tiles."""
@@ -28,6 +29,7 @@ FEW_BEFORE_TILES = 8
 """The same where there are: 16 rows of a tile are then half empty."""
 
 
+@RULE.checked
 def linear_w4a4(
     q: Tensor,
     scale: Tensor,

@@ -5,10 +5,12 @@ from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.linear_w8a16 import reference
+from qpcompile.kernels.linear_w8a16.rule import RULE
 
 FEW_ROWS = 32
 
 
+@RULE.checked
 def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """x: f[..., K], weight: i8[N, K], weight_scale: f32[N, 1], bias: f[N] -> x.dtype[..., N]."""
     rows = x.reshape(-1, x.shape[-1])

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from qpcompile.kernels.merge_tokens.rule import RULE
 
+
+@RULE.checked
 def merge_tokens(
     hidden: Tensor, keys: Tensor, weights: Tensor, targets: Tensor, sources: Tensor, nearest: int
 ) -> Tensor:

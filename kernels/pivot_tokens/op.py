@@ -15,7 +15,7 @@ def pivot_tokens(
 ) -> Tensor:
     """hidden: f[B, S, C], keys: f[B, H, S, D], visual, valid: bool[B, S], budget: i64[B] -> f32[B, S]."""
     RULE.check(hidden, keys, visual, valid, budget, visual_pivots, text_pivots)
-    return reference.pivot_tokens(hidden, keys, visual, valid, budget, visual_pivots, text_pivots)
+    return reference.pivot_tokens(hidden, keys, visual, valid, budget, visual_pivots, text_pivots).contiguous()
 
 
 @pivot_tokens.register_fake

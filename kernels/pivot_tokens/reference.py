@@ -28,12 +28,14 @@ def pivot_tokens(
     own = torch.minimum(budget, counted.sum(1))
     first, second = own.clamp(max=visual_pivots), text.sum(1).clamp(max=text_pivots)
     left, pivots = own - first, (first + second).clamp(min=1)
-    ordinals = [(_nth(size, counted, slot), slot, slot < first) for slot in range(visual_pivots)]
-    ordinals += [(_nth(size, text, slot), first + slot, slot < second) for slot in range(text_pivots)]
+    # There are no more pivots than tokens, however many are asked for.
+    visual_slots, text_slots = (range(min(pivots, size.shape[1])) for pivots in (visual_pivots, text_pivots))
+    ordinals = [(_nth(size, counted, slot), slot, slot < first) for slot in visual_slots]
+    ordinals += [(_nth(size, text, slot), first + slot, slot < second) for slot in text_slots]
 
     unit = unit_rows(hidden)
     score = torch.zeros_like(size)
-    for index, _, exists in ordinals[:visual_pivots]:
+    for index, _, exists in ordinals[: len(visual_slots)]:
         score = score.scatter(1, index, torch.where(exists[:, None], 2.0, score.gather(1, index)))
     for index, ordinal, exists in ordinals:
         share = torch.where(exists, left // pivots + (ordinal < left % pivots), 0)
@@ -47,4 +49,4 @@ def pivot_tokens(
 def _nth(size: Tensor, among: Tensor, slot: int) -> Tensor:
     """i64[B, 1]: the index of the entry number `slot` in falling order, of those that are among."""
     order = torch.where(among, size, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return order[:, min(slot, size.shape[1] - 1), None]
+    return order[:, slot, None]

@@ -2,6 +2,8 @@
 
 from qpcompile.kernels.rules import Relation, Rule, count
 
+MOST_PIVOTS = 256
+"""Of each kind: every pivot is a step of its own, and some nodes more in an ONNX graph."""
 RULE = Rule(
     "qpcompile::pivot_tokens",
     {
@@ -10,8 +12,8 @@ RULE = Rule(
         "visual": "bool[B, S]",
         "valid": "bool[B, S]",
         "budget": "i64[B]",
-        "visual_pivots": count(),
-        "text_pivots": count(),
+        "visual_pivots": count(0, MOST_PIVOTS),
+        "text_pivots": count(0, MOST_PIVOTS),
     },
     relations=(
         Relation(

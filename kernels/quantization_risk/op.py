@@ -13,7 +13,7 @@ WHERE = "qpcompile::quantization_risk"
 def quantization_risk(features: Tensor, counted: Tensor, metric: str, group_size: int) -> Tensor:
     """features: f[B, S, C], counted: bool[B, S], metric: one of METRICS -> f32[B, S] in 0..1."""
     RULE.check(features, counted, metric, group_size)
-    return reference.quantization_risk(features, counted, metric, group_size)
+    return reference.quantization_risk(features, counted, metric, group_size).contiguous()
 
 
 @quantization_risk.register_fake

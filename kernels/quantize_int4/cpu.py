@@ -12,8 +12,10 @@ from torch import Tensor
 from qpcompile.kernels import native
 from qpcompile.kernels.native_rows import RowPlan
 from qpcompile.kernels.quantize_int4.reference import HIGHEST, LOWEST, int4_scale, split_groups
+from qpcompile.kernels.quantize_int4.rule import RULE
 
 
+@RULE.checked
 def quantize_int4(x: Tensor, group_size: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
     """x: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
     return (_native if native.takes(x) else _torch)(x, group_size, clip_ratio)

@@ -16,4 +16,4 @@ from qpcompile.kernels.quantize_int4.reference import HIGHEST, LOWEST
 def quantize_int4_static(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x: f[..., C], scale: f32[1] or f32[..., 1] -> q: i8[..., C], scale: f32[..., 1], one per token."""
     codes = torch.clamp(torch.round(x.float() / scale), LOWEST, HIGHEST).to(torch.int8)
-    return codes, scale.expand(*x.shape[:-1], 1).contiguous().clone()
+    return codes.contiguous(), scale.expand(*x.shape[:-1], 1).contiguous().clone()

@@ -5,12 +5,14 @@ from torch import Tensor
 
 from qpcompile.kernels import native
 from qpcompile.kernels.rope import reference
+from qpcompile.kernels.rope.rule import RULE
 
 
+@RULE.checked
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: f[..., D], cos, sin: f[..., D], broadcast to x -> x.dtype[..., D]."""
     readable = native.takes(x, cos, sin) and x.dim() in (3, 4)
-    return (_native if readable else reference.rope)(x, cos, sin)
+    return _native(x, cos, sin) if readable else reference.rope(x, cos, sin).contiguous()
 
 
 def _native(x: Tensor, cos: Tensor, sin: Tensor, level: int | None = None) -> Tensor:

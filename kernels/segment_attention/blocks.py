@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qpcompile.errors import KernelError
 from qpcompile.kernels.attention.cpu import fused
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
@@ -25,6 +26,7 @@ def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, attend: Attend = fused
 ) -> Tensor:
     """Shapes as in reference.py; `attend` is what computes one segment, or several of one length."""
+    check_segments(cu_seqlens, q.shape[2])
     if cu_seqlens.numel() == 2:
         return attend(q, k, v, None, scale)
     packed = [each.squeeze(0).transpose(0, 1) for each in (q, k, v)]
@@ -33,6 +35,16 @@ def segment_attention(
         rows, keys, values = (each[index].transpose(1, 2) for each in packed)
         y[index] = attend(rows, keys, values, None, scale).transpose(1, 2)
     return y.transpose(0, 1).unsqueeze(0)
+
+
+def check_segments(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise KernelError unless the segments cover so many tokens in order."""
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((cu_seqlens.diff() < 0).any()):
+        raise KernelError(
+            f"segments {cu_seqlens.tolist()[:8]}... do not cover {tokens} tokens in order",
+            where="kernels/segment_attention, operand cu_seqlens",
+            do="give cumulative lengths that start at 0 and end at the number of tokens",
+        )
 
 
 def equal_lengths(cu_seqlens: Tensor) -> list[Tensor]:

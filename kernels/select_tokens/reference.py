@@ -13,6 +13,6 @@ from torch import Tensor
 
 def select_tokens(scores: Tensor, keep: int, quota: Tensor) -> tuple[Tensor, Tensor]:
     """scores: f32[B, S], quota: i64[B] -> index: i64[B, keep] ascending, valid: bool[B, keep]."""
-    ranked = torch.argsort(scores, dim=1, descending=True, stable=True)[:, :keep]
+    ranked = torch.argsort(scores.contiguous(), dim=1, descending=True, stable=True)[:, :keep]
     index, rank = torch.sort(ranked, dim=1)
     return index, rank < quota[:, None]

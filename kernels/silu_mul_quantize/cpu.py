@@ -8,9 +8,11 @@ from qpcompile.kernels import native
 from qpcompile.kernels.hadamard.reference import transform
 from qpcompile.kernels.native_rows import RowPlan
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
+from qpcompile.kernels.silu_mul_quantize.rule import RULE
 from qpcompile.kernels.sums import by_rows, wide_type
 
 
+@RULE.checked
 def silu_mul_quantize(
     gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, group_size: int, clip_ratio: float
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from qpcompile.kernels.simulate_qvlm.rule import RULE
 def simulate_qvlm(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """x: f[..., C], low and high: f32[C] -> x.dtype[..., C]."""
     RULE.check(x, low, high)
-    return reference.simulate_qvlm(x, low, high)
+    return reference.simulate_qvlm(x, low, high).contiguous()
 
 
 @simulate_qvlm.register_fake

@@ -16,7 +16,7 @@ def spread_tokens(scores: Tensor, counted: Tensor, budget: Tensor, share: float)
     2 for the best, 1 for the spread ones, 0 for the rest. Plain torch on every device.
     """
     RULE.check(scores, counted, budget, share)
-    return reference.spread_tokens(scores, counted, budget, share)
+    return reference.spread_tokens(scores, counted, budget, share).contiguous()
 
 
 @spread_tokens.register_fake

@@ -13,7 +13,7 @@ WHERE = "qpcompile::text_relevance"
 def text_relevance(hidden: Tensor, visual: Tensor, valid: Tensor, sign: int) -> Tensor:
     """hidden: f[B, S, C], visual, valid: bool[B, S], sign: 1 or -1 -> f32[B, S] in 0..1."""
     RULE.check(hidden, visual, valid, sign)
-    return reference.text_relevance(hidden, visual, valid, sign)
+    return reference.text_relevance(hidden, visual, valid, sign).contiguous()
 
 
 @text_relevance.register_fake

@@ -14,6 +14,7 @@ from qpcompile.kernels import native
 from qpcompile.kernels.attention.cpu import on_tiles
 from qpcompile.kernels.attention_kv4.masking import split_mask
 from qpcompile.kernels.token_scores import reference
+from qpcompile.kernels.token_scores.rule import RULE
 
 # Scores held at once, 8 MiB of float32: near the size of a cache, and pieces short enough to skip later keys.
 PIECE = 1 << 21
@@ -74,6 +75,7 @@ def _weighted_parts(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     return (chosen[:, :, None] * shares[:, None]).flatten(2), parts.flatten(1, 2)
 
 
+@RULE.checked
 def token_scores(
     hidden: Tensor,
     rounded: Tensor,

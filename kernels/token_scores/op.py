@@ -40,8 +40,7 @@ def token_scores(
     Visual tokens get the weighted sum, other valid tokens +inf, padding -inf. Terms and options: see reference.py.
     """
     settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
-    RULE.check(hidden, rounded, q, k, mask, scale, visual, valid, queries, *settings)
-    return cpu.token_scores(hidden, rounded, q, k, mask, scale, visual, valid, queries, *settings)
+    return cpu.token_scores(hidden, rounded, q, k, mask, scale, visual, valid, queries, *settings).contiguous()
 
 
 @token_scores.register_kernel("cuda")
@@ -71,7 +70,7 @@ def _(
     settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
     tensors = (hidden, rounded, q, k, mask, scale, visual, valid, queries)
     RULE.check(*tensors, *settings)
-    return reference.token_scores(*tensors, *settings, mass_of=triton.attention_mass)
+    return reference.token_scores(*tensors, *settings, mass_of=triton.attention_mass).contiguous()
 
 
 @token_scores.register_fake

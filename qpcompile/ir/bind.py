@@ -40,6 +40,7 @@ from qpcompile.ir.operators import (
     RMSNORM,
     RMSNORM_QUANTIZE,
     ROPE,
+    RULES,
     SEGMENT_ATTENTION,
     SILU_MUL_QUANTIZE,
 )
@@ -71,7 +72,7 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     LAYERNORM_QUANTIZE: layernorm_quantize,
     LINEAR_W8A16: linear_w8a16,
     QUANTIZE_INT4: quantize_int4,
-    RMSNORM: rmsnorm,
+    RMSNORM: RULES[RMSNORM].checked(rmsnorm),
     RMSNORM_QUANTIZE: rmsnorm_quantize,
     ROPE: rope,
     SEGMENT_ATTENTION: segment_attention,
@@ -106,7 +107,7 @@ class BoundGraphs:
         except torch.OutOfMemoryError:
             raise
         except UNFIT as error:
-            # Kernels are called without the operators' checks: here torch itself found what does not belong together.
+            # The kernels check their operands, torch's own operators do so here.
             raise KernelError(
                 f"{type(error).__name__}: {error}",
                 where=f"the graph {graph.name}",

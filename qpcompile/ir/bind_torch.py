@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpcompile.ir.edit import aten
-from qpcompile.kernels.attention.cpu import attention, check_heads
+from qpcompile.kernels.attention.cpu import attention
+from qpcompile.kernels.attention.rule import TORCH_RULE
 from qpcompile.kernels.linear.cpu import linear
 
 
@@ -28,13 +29,18 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Arguments of torch.nn.functional.scaled_dot_product_attention, by their names there."""
-    if dropout_p or is_causal:
-        if enable_gqa:
-            check_heads(q, k, v)
+    """Arguments of torch.nn.functional.scaled_dot_product_attention, by their places there."""
+    if dropout_p or is_causal or not _by_heads(q, k, v):
+        TORCH_RULE.check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
     return attention(q, k, v, attn_mask, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these are laid out as kernels/attention takes them; torch broadcasts any leading sizes."""
+    four_axes = q.dim() == k.dim() == v.dim() == 4
+    return four_axes and q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1]
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:

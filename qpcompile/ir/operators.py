@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qpcompile.kernels.attention.rule import TORCH_RULE as ATTENTION_RULE
 from qpcompile.kernels.attention_kv4 import op as _attention_kv4
 from qpcompile.kernels.attention_received import op as _attention_received
 from qpcompile.kernels.dpp_select import op as _dpp_select
@@ -16,6 +17,7 @@ from qpcompile.kernels.kv4_write import op as _kv4_write
 from qpcompile.kernels.kv8_read import op as _kv8_read
 from qpcompile.kernels.kv8_write import op as _kv8_write
 from qpcompile.kernels.layernorm_quantize import op as _layernorm_quantize
+from qpcompile.kernels.linear.rule import RULE as LINEAR_RULE
 from qpcompile.kernels.linear_w4a4 import op as _linear_w4a4
 from qpcompile.kernels.linear_w4a16 import op as _linear_w4a16
 from qpcompile.kernels.linear_w8a16 import op as _linear_w8a16
@@ -107,10 +109,9 @@ SIMULATE_KIVI = ours.simulate_kivi.default
 SIMULATE_QVLM = ours.simulate_qvlm.default
 TOKEN_SCORES = ours.token_scores.default
 
-# Ours, and those of torch's that would repeat an operand where it is too short.
+# Ours, and those of torch's that would repeat an operand where it is too short, or divide by no heads.
 RULES: dict[object, Rule] = {
     **{getattr(ours, rule.name.removeprefix("qpcompile::")).default: rule for rule in (each.RULE for each in MODULES)},
-    torch.ops.aten.linear.default: Rule(
-        "aten::linear", {"input": "f[..., K]", "weight": "=input[N, K]", "bias": "=input[N]?"}, empty="..."
-    ),
+    torch.ops.aten.linear.default: LINEAR_RULE,
+    torch.ops.aten.scaled_dot_product_attention.default: ATTENTION_RULE,
 }

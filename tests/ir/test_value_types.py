@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from programs import traced
 from torch import Tensor, nn
 
@@ -16,6 +17,14 @@ from qpcompile.ir.program import Graph
 from qpcompile.ir.text import TYPE, value_types
 from qpcompile.ir.value_types import check_values, example_sizes
 from qpcompile.kernels.linear_w8a16.reference import quantize_rows
+
+
+class Heads(nn.Module):
+    """Grouped attention, whose heads torch divides."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
 
 
 class Step(nn.Module):
@@ -39,7 +48,13 @@ class Step(nn.Module):
 @pytest.fixture
 def graph() -> Graph:
     """The step as it is read from a file: types are text."""
-    made = traced(Step(), {"x": torch.randn(2, 3, 4), "past": torch.randn(2, 7, 5)}, outputs=("longer", "mask", "q"))
+    return as_read(
+        traced(Step(), {"x": torch.randn(2, 3, 4), "past": torch.randn(2, 7, 5)}, outputs=("longer", "mask", "q"))
+    )
+
+
+def as_read(made: Graph) -> Graph:
+    """The graph with types as text."""
     made.constants |= example_sizes(made)
     types = value_types(made)
     for node in made.nodes:
@@ -113,4 +128,16 @@ def test_a_symbol_of_the_inside_is_what_it_was_first(graph: Graph) -> None:
     check_values(graph)
     retype(graph, QUANTIZE_INT4, "(i8[B, S9, 5], f32[B, S9, 1])")
     with pytest.raises(ArtifactError, match="recorded as"):
+        check_values(graph)
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_heads_that_torch_would_divide_by_are_refused_before_it_is_asked(heads: int) -> None:
+    inputs = {"q": torch.randn(2, 3, 4, 8), "k": torch.randn(2, 3, 2, 8)}
+    graph = as_read(traced(Heads(), inputs, outputs=("y",)))
+    check_values(graph)
+    for node in graph.nodes:
+        if node.op != "output":
+            node.meta[TYPE] = node.meta[TYPE].replace(", 2, ", f", {heads}, ")
+    with pytest.raises(ArtifactError, match="aten::scaled_dot_product_attention, operand key"):
         check_values(graph)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpcompile.errors import KernelError
+from qpcompile.ir.bind_torch import attend
+from qpcompile.ir.operators import RULES
 from qpcompile.kernels import native
 from qpcompile.kernels.attention import cpu, reference
 
@@ -127,5 +129,43 @@ def test_the_rest_is_torchs(change: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_heads_that_cannot_be_shared_out_are_refused(heads: tuple[int, int, int]) -> None:
     """torch divides by the number of key heads: with none it ends the process."""
     q, k, v = (torch.randn(1, count, 3, 8) for count in heads)
-    with pytest.raises(KernelError, match="attention got queries"):
+    with pytest.raises(KernelError) as error:
         cpu.attention(q, k, v, None, 0.3)
+    assert error.value.where in {f"kernels/attention, operand {name}" for name in "qkv"}
+    # The same as torch's operator, as a graph has it: with the rest by name or left out, with any leading sizes.
+    rule = RULES[torch.ops.aten.scaled_dot_product_attention.default]
+    for tensors in ((q, k, v), (q[0], k[0], v[0]), (q[None], k[None], v[None])):
+        with pytest.raises(KernelError, match=r"H[qkv]"):
+            rule.check(*rule.arguments(tensors, {"enable_gqa": True}))
+    with pytest.raises(KernelError):
+        attend(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def test_torchs_operator_takes_other_leading_sizes() -> None:
+    rule = RULES[torch.ops.aten.scaled_dot_product_attention.default]
+    q, few, mask = torch.randn(2, 3, 4, 5, 8), torch.randn(4, 7, 8), torch.ones(5, 7, dtype=torch.bool)
+    rule.check(*rule.arguments((q, few, few, mask), {"scale": 0.3}))
+    assert torch.equal(attend(q, few, few, mask), F.scaled_dot_product_attention(q, few, few, mask))
+    assert torch.equal(attend(q[:, 0], few, few), F.scaled_dot_product_attention(q[:, 0], few, few))
+
+
+@pytest.mark.parametrize(
+    ("operand", "given"),
+    [
+        ("mask", torch.ones(6, 7, dtype=torch.bool)),
+        ("mask", torch.zeros(5, 7).double()),
+        ("mask", torch.ones(5, 7, dtype=torch.int64)),
+        ("k", torch.randn(1, 2, 7, 9)),
+        ("v", torch.randn(1, 2, 8, 8)),
+        ("v", torch.randn(1, 2, 7, 8).double()),
+        ("q", torch.randn(1, 5, 8)),
+        ("q", None),
+        ("scale", float("nan")),
+    ],
+)
+def test_the_operand_is_named(operand: str, given: Any) -> None:
+    keys = torch.randn(1, 2, 7, 8)
+    call: dict[str, Any] = {"q": torch.randn(1, 4, 5, 8), "k": keys, "v": keys, "mask": None, "scale": 0.3}
+    cpu.attention(**call)
+    with pytest.raises(KernelError):
+        cpu.attention(**call | {operand: given})

@@ -96,6 +96,28 @@ def test_a_size_that_its_tensors_do_not_have_is_refused(case: str, name: str) ->
         refused(case, {name: 0})
 
 
+EMPTY = [(case, name) for case in READ for name in ("columns", "size") if name in CALLS[case][1]()]
+
+
+@pytest.mark.parametrize(("case", "name"), [each for each in EMPTY if each[0] not in ("append", "unpack_int4")])
+def test_nothing_to_sum_over_is_refused_where_tensors_agree(case: str, name: str) -> None:
+    """What such a size is the width of is empty too: no place in memory to read a row from."""
+    symbol, arguments = CALLS[case]
+    wide = arguments()[name]
+    empty = {
+        key: value.new_empty((*value.shape[:-1], 0))
+        for key, value in arguments().items()
+        if isinstance(value, Tensor) and value.shape[-1] in (wide, (wide + 1) // 2)
+    }
+    if symbol == "rope":
+        make(symbol, arguments() | empty | {name: 0})
+    else:
+        assert (
+            refused(case, empty | {name: 0})
+            == f"qp_{native.name_of(symbol)}: {name} is 0, which does not fit the other arguments"
+        )
+
+
 def test_a_message_says_what_is_there_and_what_is_needed() -> None:
     many = {"tokens": 150, "q": native_calls._i8(150, 64), "y": torch.zeros(150, 5)}
     message = refused("linear_w4a4", many | {"scale": torch.rand(40)})
@@ -168,7 +190,7 @@ def test_operands_of_a_bound_linear_are_refused() -> None:
         q, scale = native_calls._i8(rows, 64), torch.ones(scales, 1)
         with pytest.raises(KernelError, match="scale has"):
             linear._from_packed(q, scale, weight, ones, None, torch.float32)
-    with pytest.raises(KernelError, match="weight_scale is bfloat16"):
+    with pytest.raises(KernelError, match="weight_scale is bf16"):
         linear.linear_w4a4(native_calls._i8(1, 64), torch.ones(1, 1), weight, ones.bfloat16(), None, torch.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from qpcompile.errors import KernelError
 from qpcompile.ir.operators import MODULES, ours
+from qpcompile.kernels.attention_kv4.reference import attention_kv4
 from qpcompile.kernels.quantize_int4.reference import quantize_int4
 from qpcompile.kernels.rules import Rule, differ
 
@@ -28,8 +30,13 @@ SCALARS: dict[type, tuple[Any, ...]] = {
     str: ("", "nothing"),
     list: ([], [1.0], [1.0, 2.0, float("nan"), 1.0]),
 }
-# Operators that read what is in these tensors before they decide.
-BY_CONTENT = {"segment_attention"}
+# Operators that read what is in a tensor before they decide: where segments end, how many keys there are.
+BY_CONTENT = {"segment_attention", "attention_received", "attention_kv4"}
+ON_CPU = {
+    name: getattr(importlib.import_module(f"qpcompile.kernels.{name}.cpu"), name)
+    for name in RULES
+    if importlib.util.find_spec(f"qpcompile.kernels.{name}.cpu")
+}
 
 
 def bent_tensor(tensor: Tensor) -> Iterator[Tensor]:
@@ -66,7 +73,7 @@ def outcome(function: Any, *arguments: Any) -> list[tuple[torch.dtype, tuple[int
 
 
 def check_agreement(name: str, arguments: tuple[Any, ...]) -> bool:
-    """Rule, fake kernel and operator refuse alike or give alike; returns whether they give."""
+    """Rule, fake kernel, operator and CPU function refuse alike or give alike; returns whether they give."""
     operator = getattr(ours, name).default
     promised = outcome(RULES[name].results, *arguments)
     with FakeTensorMode() as mode:
@@ -74,6 +81,8 @@ def check_agreement(name: str, arguments: tuple[Any, ...]) -> bool:
         assert outcome(operator, *fakes) == promised
     found = outcome(operator, *arguments)
     assert found == promised or (name in BY_CONTENT and found is None)
+    if name in ON_CPU:
+        assert outcome(ON_CPU[name], *arguments) == found
     return found is not None
 
 
@@ -107,14 +116,26 @@ def test_several_bent_operands(data: st.DataObject) -> None:
     check_agreement(name, tuple(arguments))
 
 
+def steps(tensor: Tensor) -> list[int]:
+    """Strides of the axes along which there is more than one number: views later in a graph count with them."""
+    return [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_layout_does_not_matter(name: str) -> None:
-    """Every second number of a tensor twice as large is that tensor."""
+    """Every second number of a tensor twice as large is that tensor; results lie as the fake kernel says."""
     valid = CALLS[name]()
     spread = [torch.stack([each, each], dim=-1)[..., 0] if isinstance(each, Tensor) else each for each in valid]
-    results = [getattr(ours, name).default(*arguments) for arguments in (valid, spread)]
-    for one, other in zip(*[[each] if isinstance(each, Tensor) else each for each in results], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    turned = [each.mT.contiguous().mT if isinstance(each, Tensor) and each.dim() > 1 else each for each in valid]
+    results = [getattr(ours, name).default(*arguments) for arguments in (valid, spread, turned)]
+    with FakeTensorMode() as mode:
+        results.append(
+            getattr(ours, name).default(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in turned))
+        )
+    for one, *others, fake in zip(*[[each] if isinstance(each, Tensor) else each for each in results], strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert steps(others[-1]) == steps(fake)
 
 
 def edit(name: str, **changes: Any) -> tuple[Any, ...]:
@@ -160,6 +181,7 @@ REFUSED = {
     "a clip ratio of 0": ("quantize_int4", {"clip_ratio": 0.0}, "clip_ratio"),
     "groups of minus 1": ("quantize_int4", {"group_size": -1}, "group_size"),
     "more tokens than there are": ("select_tokens", {"keep": S + 1}, "keep"),
+    "pivots without end": ("pivot_tokens", {"visual_pivots": 2**40}, "visual_pivots"),
 }
 
 
@@ -169,6 +191,55 @@ def test_the_operand_is_named(name: str, changes: dict[str, Any], blamed: str) -
         with pytest.raises(KernelError) as error:
             call(*edit(name, **changes))
         assert error.value.where == f"qpcompile::{name}, operand {blamed}"
+
+
+@pytest.mark.parametrize("name", ["pivot_tokens", "token_scores", "attention_kv4", "kv4_read", "linear_w4a4"])
+def test_any_python_value_is_refused_by_name(name: str) -> None:
+    """Also one that Python finds equal to a right one, or that has no hash."""
+    valid = CALLS[name]()
+    for function in (RULES[name].check, *([ON_CPU[name]] if name in ON_CPU else [])):
+        function(*valid)
+        for place, value in enumerate(valid):
+            likes = [float(value), value == 1] if type(value) is int else [int(value)] if type(value) is bool else []
+            for other in (*likes, {}, [[1.0]], object()):
+                with pytest.raises(KernelError, match=RULES[name].names[place]):
+                    function(*valid[:place], other, *valid[place + 1 :])
+
+
+@pytest.mark.parametrize("filled", [-1, -(2**63), S + 1, 2**40])
+def test_keys_that_are_not_there_are_refused(filled: int) -> None:
+    for rows in (1, 12):
+        call = edit("attention_kv4", q=real(B, H, rows, D), filled=torch.tensor([filled]))
+        for function in (ours.attention_kv4.default, ON_CPU["attention_kv4"], attention_kv4):
+            with pytest.raises(KernelError, match=f"filled is {filled}"):
+                function(*call)
+
+
+@pytest.mark.parametrize("segments", [[0, 2], [1, S], [0, 4, 2, S], [0, S + 1], [0, 2**40, S], [-(2**63), S]])
+def test_segments_that_do_not_cover_the_tokens_are_refused(segments: list[int]) -> None:
+    ends = torch.tensor(segments)
+    q, k = real(1, H, S, D), real(1, H // 2, S, D)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (ours.attention_received.default, (q, k, ends, 0.3, False)),
+        (ours.segment_attention.default, (q, k, k, ends, 0.3)),
+        (ON_CPU["segment_attention"], (q, k, k, ends, 0.3)),
+    ]
+    for function, call in calls:
+        with pytest.raises(KernelError, match="do not cover"):
+            function(*call)
+
+
+def test_budgets_and_pivots_beyond_the_tokens_are_all_or_none() -> None:
+    for name in ("dpp_select", "farthest_tokens", "pivot_tokens", "spread_tokens"):
+        operator = getattr(ours, name).default
+        below = ((-(2**62), 0), (-1, 0)) if name in ("dpp_select", "farthest_tokens") else ()
+        for much, same in ((S + 1, S), (2**40, S), *below):
+            found, expected = (operator(*edit(name, budget=torch.full((B,), each))) for each in (much, same))
+            assert torch.equal(found, expected), (name, much)
+    many, all_there = (
+        ours.pivot_tokens.default(*edit("pivot_tokens", visual_pivots=each, text_pivots=each)) for each in (256, S)
+    )
+    assert torch.equal(many, all_there)
 
 
 def test_symbolic_sizes_are_compared_by_their_examples_without_a_guard() -> None:

@@ -281,13 +281,33 @@ def token_scores(draw: Draw) -> Arguments:
 def linear(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
     x = _f(draw, rows, channels)
-    return {"x": x, "weight": torch.randn(draw.choice((1, 40, 65)), channels).to(x.dtype), "bias": None}
+    return {"input": x, "weight": torch.randn(draw.choice((1, 40, 65)), channels).to(x.dtype), "bias": None}
 
 
 def attention(draw: Draw) -> Arguments:
     tokens = draw.choice((1, 20, 40))
     tensors = {name: torch.randn(1, heads, tokens, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
     return {**tensors, "mask": draw.choice((None, _flags(1, 1, tokens, tokens))), "scale": 0.3}
+
+
+def attend(draw: Draw) -> Arguments:
+    """Of torch's own operator, in its forms: any leading sizes, causal, groups of heads."""
+    grouped = draw.random() < 0.5
+    tokens, leading = draw.choice((1, 5)), draw.choice(((), (2,), (1, 3)))
+    sizes = {"q": 4, "k": 2 if grouped else 4, "v": 2 if grouped else 4}
+    tensors = {name: torch.randn(*leading, heads, tokens, 8) for name, heads in sizes.items()}
+    options = {"is_causal": draw.random() < 0.3, "scale": draw.choice((None, 0.3)), "enable_gqa": grouped}
+    return {**tensors, "attn_mask": draw.choice((None, _flags(tokens, tokens))), "dropout_p": 0.0, **options}
+
+
+def conv2d(draw: Draw) -> Arguments:
+    """Patches that were cut apart before, or a picture."""
+    side = draw.choice((4, 9))
+    return {
+        "x": torch.randn(3, 2, side, side),
+        "weight": torch.randn(5, 2, 4, 4),
+        "bias": draw.choice((None, torch.randn(5))),
+    }
 
 
 OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
@@ -302,3 +322,5 @@ OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
 """By the name of an operator in the namespace `qpcompile`."""
 DIRECT: dict[str, Callable[[Draw], Arguments]] = {"linear": linear, "attention": attention}
 """What the CPU runs without an operator of ours."""
+BOUND: dict[str, Callable[[Draw], Arguments]] = {"attend": attend, "conv2d": conv2d}
+"""What a bound graph runs for torch's operators; it names torch's own errors."""

@@ -1,0 +1,14 @@
+"""What `aten::linear` may be given: torch would repeat an operand that is too short."""
+
+from qpcompile.kernels.rules import Rule
+
+RULE = Rule(
+    "aten::linear",
+    {
+        "input": "f[..., K]",
+        "weight": "=input[N, K]",
+        "bias": "=input[N]?",
+    },
+    gives=("=input[..., N]",),
+    empty="...",
+)
