@@ -4,8 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 NEWEST := .venv-newest
+LOWEST := .venv-lowest
 
-.PHONY: demo test test-slow test-asan test-newest test-newest-short newest test-gpu reliability bench bench-gpu lint docs clean
+.PHONY: demo test test-slow test-asan test-newest test-newest-short newest test-lowest lowest test-gpu reliability bench \
+  bench-gpu lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -28,7 +30,8 @@ test-asan: $(STAMP)
 # so that a release of today is seen. The short form is one compile, save, load and answer of a testbed.
 test-newest: newest
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -ra -n 2 --dist loadfile -m "not gpu" --timeout 7200 \
-	  tests/test_versions.py tests/test_families.py tests/test_promises.py tests/test_cli.py tests/emit/test_artifact.py
+	  tests/test_versions.py tests/test_families.py tests/test_promises.py tests/test_cli.py tests/emit/test_artifact.py \
+  tests/test_presets.py
 
 test-newest-short: newest
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -ra -m "not gpu" tests/test_versions.py tests/test_newest.py
@@ -38,6 +41,18 @@ newest:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet torch==2.13.0
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[onnx,dev]"
+
+# The other end of the ranges: the lowest versions that pyproject.toml allows, by constraints-lowest.txt.
+test-lowest: lowest
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -ra -n 2 --dist loadfile -m "not gpu" --timeout 7200 \
+	  tests/test_versions.py tests/test_newest.py tests/test_recipe.py tests/test_cli.py tests/test_promises.py \
+	  tests/emit/test_artifact.py tests/emit/test_onnx.py tests/emit/test_onnx_runner.py tests/capture/test_picture.py \
+	  tests/inspect tests/kernels/test_triton_interpreter.py
+
+lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt torch==2.13.0
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[onnx,triton,dev]"
 
 # Kills, two compiles at once, threads, memory, disks, damaged folders: an hour and a half; see tests/reliability/README.md.
 reliability: $(STAMP)
@@ -70,7 +85,7 @@ docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv $(NEWEST) build dist out .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv $(NEWEST) $(LOWEST) build dist out .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first: it is the largest download, and a failure there says so plainly.

@@ -43,19 +43,19 @@ TESTED: dict[str, Tested] = {
     "transformers": Tested("5.23.0", "5.24.0", below="5.25", answers=True),
     "safetensors": Tested("0.8.0", "0.8.0", answers=True),
     "numpy": Tested("2.0.0", "2.4.6", answers=True),
-    "pillow": Tested("10.0.0", "13.0.0", answers=True),
+    "pillow": Tested("10.3.0", "13.0.0", answers=True),
     "pydantic": Tested("2.11.0", "2.14.4"),
     "pyyaml": Tested("6.0.1", "6.0.4"),
     "typer": Tested("0.19.0", "0.29.2"),
     "rich": Tested("13.0.0", "15.0.0"),
-    "matplotlib": Tested("3.8.0", "3.11.2"),
+    "matplotlib": Tested("3.8.4", "3.11.2"),
     "psutil": Tested("5.9.0", "7.2.2"),
     "jinja2": Tested("3.1.6", "3.1.6"),
     "onnx": Tested("1.23.0", "1.23.2", extra="onnx", answers=True),
     "onnxscript": Tested("0.7.0", "0.7.2", extra="onnx", answers=True),
     "onnx-ir": Tested("1.0.0", "1.1.0", extra="onnx", answers=True),
     "onnxruntime": Tested("1.31.0", "1.32.0", extra="onnx", answers=True),
-    "triton": Tested("3.6.0", "3.9.0", extra="triton", answers=True),
+    "triton": Tested("3.7.1", "3.9.0", extra="triton", answers=True),
 }
 # What an artifact and a row of results say they were made with.
 RECORDED = ("qpcompile", "torch", "transformers", "safetensors")

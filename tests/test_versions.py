@@ -43,6 +43,12 @@ def test_the_pinned_versions_are_within_what_was_tested() -> None:
         assert versions.verdict(name, pinned[name]) == "tested", name
 
 
+def test_the_lowest_pinned_versions_are_the_lowest_declared() -> None:
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = [line for line in lines if not line.startswith("#")]
+    assert sorted(pinned) == sorted(f"{name}=={tested.oldest}" for name, tested in TESTED.items())
+
+
 @pytest.fixture
 def anew() -> None:
     """As if nothing had been told in this process."""

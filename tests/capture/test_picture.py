@@ -36,7 +36,11 @@ def greys(image: Image.Image) -> list[int]:
 
 
 def saved(path: Path, image: Image.Image, **options: Any) -> Path:
-    image.save(path, **options)
+    if path.suffix == ".pgm":  # not every Pillow writes 16 bits there; all read them
+        values = np.asarray(image)
+        path.write_bytes(b"P5 %d %d 65535\n" % image.size + values.astype(">u2").tobytes())
+    else:
+        image.save(path, **options)
     return path
 
 
@@ -206,7 +210,8 @@ def test_colours(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr"])
 def test_the_ordinary_kinds_are_those_of_transformers(tmp_path: Path, mode: str) -> None:
-    path = saved(tmp_path / "a.tiff", scene().convert(mode))
+    # Packed: an unpacked TIFF of YCbCr is one that only Pillow 13 writes so that Pillow reads it.
+    path = saved(tmp_path / "a.tiff", scene().convert(mode), compression="tiff_lzw")
     np.testing.assert_array_equal(np.asarray(read_picture(path)), np.asarray(load_image(str(path))))
 
 

@@ -7,15 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from programs import captured, fresh
+from families import FAMILIES
+from programs import captured, changed_recipe, fresh
 from torch import Tensor
 
+import qpcompile
 from qpcompile.errors import InvariantError
 from qpcompile.ir import recompute
+from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
+from qpcompile.ir.pruners.table import PRUNERS
 from qpcompile.ir.recompute import EXACT, ROUNDED, STEPS, check_decode
 from qpcompile.ir.run import Machine, execute_graph
 from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT
+from qpcompile.pipeline import passes
 from qpcompile.recipe import Recipe
 
 Tensors = dict[str, Tensor]
@@ -61,28 +66,84 @@ def test_a_cache_that_nobody_reads_is_found(machine: Machine) -> None:
         check(machine)
 
 
-def test_a_wrong_position_is_found(machine: Machine) -> None:
-    def late(given: dict[str, Any]) -> dict[str, Any]:
-        step = given["inputs_embeds"].shape[1] == 1
-        return {**given, "position_ids": given["position_ids"] + 1} if step else given
+def late(given: dict[str, Any]) -> dict[str, Any]:
+    """Decode steps a position further than they are."""
+    step = given["inputs_embeds"].shape[1] == 1
+    return {**given, "position_ids": given["position_ids"] + 1} if step else given
 
+
+def not_appended(graph: Graph, feeds: Tensors) -> Tensors:
+    """A decode step that leaves in the new token's slot what the slot before holds."""
+    results = execute_graph(graph, feeds)
+    for path, each in results.items():
+        if graph.name == DECODE and path.startswith(CACHE):
+            results[path] = torch.cat([each[:, :, :-1], each[:, :, -2:-1]], dim=2)
+    return results
+
+
+def test_a_wrong_position_is_found(machine: Machine) -> None:
     called(machine, late)
     with pytest.raises(InvariantError, match=r"logits are .* of their spread off"):
         check(machine)
 
 
 def test_a_token_that_is_not_appended_is_found(machine: Machine) -> None:
-    def execute(graph: Graph, feeds: Tensors) -> Tensors:
-        results = execute_graph(graph, feeds)
-        for path, each in results.items():
-            if graph.name == DECODE and path.startswith(CACHE):
-                # The new token's slot holds what the slot before holds.
-                results[path] = torch.cat([each[:, :, :-1], each[:, :, -2:-1]], dim=2)
-        return results
-
-    machine.execute = execute
+    machine.execute = not_appended
     with pytest.raises(InvariantError, match=r"logits are .* of their spread off"):
         check(machine)
+
+
+# Where rounding hides small differences
+
+RTN = (
+    *("quantize.weights.solver=rtn", "quantize.smooth=null", "quantize.center=null"),
+    "quantize.activations.clip_search=false",
+)
+Rounded = tuple[Machine, dict[str, Any]]
+
+
+def half_precision(family: str, recipe: Recipe) -> Rounded:
+    """A family's random model in bfloat16, compiled, which ends with the check; and its first sample."""
+    model, cases = FAMILIES[family]()
+    samples = [
+        {key: each.bfloat16() if each.is_floating_point() else each for key, each in cases[name].items()}
+        for name in ("one", "longer")
+    ]
+    return qpcompile.compile(model.bfloat16(), recipe, calibration=samples).machine, samples[0]
+
+
+@pytest.fixture(params=["half precision", "codes"])
+def rounded(request: pytest.FixtureRequest) -> Rounded:
+    if request.param == "half precision":
+        return half_precision("llava", Recipe.load("none"))
+    program, sample = fresh(changed_recipe("w4a4kv4", *RTN)), captured()[1]["one"]
+    run_passes(program, passes((), 0))
+    return Machine(program), sample
+
+
+def test_defects_are_found_where_values_are_rounded(rounded: Rounded) -> None:
+    machine, sample = rounded
+    check_decode(machine.program, machine, sample)
+    machine.execute, own = not_appended, machine.execute
+    with pytest.raises(InvariantError, match=r"logits are .* off|of the tokens decoded is .* off"):
+        check_decode(machine.program, machine, sample)
+    machine.execute = own
+    called(machine, late)
+    with pytest.raises(InvariantError, match=r"logits are .* off|of the tokens decoded is .* off"):
+        check_decode(machine.program, machine, sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["none", "w4a4kv4"])
+@pytest.mark.parametrize("method", ["none", *PRUNERS])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_every_method_passes_in_bfloat16(family: str, method: str, preset: str) -> None:
+    recipe = changed_recipe(preset, *(RTN if preset != "none" else ()))
+    layers = [0] if method in ("fastv", "vtw", "dart") else [0, 1]
+    if method != "none":
+        cut = [f"tokens.method={method}", "tokens.keep=0.4", f"tokens.candidate_layers={layers}"]
+        recipe = recipe.with_overrides(cut)
+    half_precision(family, recipe)
 
 
 def test_a_decode_that_fails_is_a_defect_too(machine: Machine) -> None:
@@ -98,7 +159,7 @@ def test_a_decode_that_fails_is_a_defect_too(machine: Machine) -> None:
 
 def compare(found: Tensor, expected: Tensor, rounded: bool) -> None:
     program: Program = fresh(Recipe.load("none"))
-    recompute._compare(program, found, expected, rounded)
+    recompute._compare(program, found, expected, rounded, ROUNDED if rounded else EXACT)
 
 
 def test_a_tie_is_no_defect_and_another_token_is() -> None:

@@ -1,0 +1,63 @@
+"""Every preset on both testbeds, all the way, with whatever versions are installed; `make test-newest` runs it too.
+
+python -m pytest -m slow tests/test_presets.py        about twenty minutes on one core
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qpcompile
+from qpcompile.capture.data_folder import question_inputs, read_questions
+from qpcompile.capture.load import load_model
+from qpcompile.recipe import Recipe, preset_names
+
+BEDS = Path(__file__).resolve().parent / "testbed"
+# Little is measured and trained: whether it works is asked here, how well in test_testbed_accuracy.py.
+BRIEF = ("calibration.samples=2",)
+BRIEF_TRAINING = ("quantize.training.samples=2", "quantize.training.epochs=1")
+NEW = 6
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@functools.cache
+def questions(bed: str) -> dict[str, Any]:
+    """Two of a testbed's questions as one batch."""
+    _, processor = load_model(BEDS / bed)
+    return question_inputs(processor, read_questions(BEDS / "calibration" / bed)[-2:])
+
+
+def answer(model: Any, bed: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greedy answer: ids i64[2, S + new], and logits f32[2, new, V]."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    result = model.generate(**questions(bed), **options)
+    return result.sequences, torch.stack(result.logits, dim=1)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
+def test_compile_answer_save_load_and_answer_again(tmp_path: Path, bed: str, preset: str) -> None:
+    """`compile` itself ends with the check that decoding is recomputing on the kept tokens."""
+    recipe = Recipe.load(preset).with_overrides(BRIEF)
+    if recipe.quantize is not None:
+        recipe = recipe.with_overrides(BRIEF_TRAINING)
+    model, processor = load_model(BEDS / bed)
+    expected = answer(model, bed)
+    compiled = qpcompile.compile(model, recipe, processor=processor, calibration=BEDS / "calibration" / bed)
+    found = answer(compiled, bed)
+    compiled.save_pretrained(tmp_path / "out")
+    again = answer(qpcompile.load(tmp_path / "out"), bed)
+    assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
+    assert found[1].isfinite().all()
+    # Full precision is told by equal tokens; 4 bits and pruned tokens by the first ones being other logits.
+    changed = (found[1][:, 0] - expected[1][:, 0]).abs().max()
+    if recipe.quantize is None and recipe.tokens.method == "none":
+        assert torch.equal(found[0], expected[0]) and changed < 1e-4
+    else:
+        assert changed > 1e-3
