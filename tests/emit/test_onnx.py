@@ -185,7 +185,8 @@ def test_sizes_that_vary_have_names(plain: Path) -> None:
 def test_folder_stands_alone(tiny_llava: tuple[Any, Cases], compiled_llava: CompiledVLM, plain: Path) -> None:
     """The runner in the folder, in a process where only numpy and onnxruntime can be imported."""
     case = tiny_llava[1]["padded"]
-    np.savez(plain.parent / "inputs.npz", allow_pickle=False, **arrays(case))
+    given: dict[str, Any] = {**arrays(case)}
+    np.savez(plain.parent / "inputs.npz", **given)
     blocker = """
 import runpy, sys
 class Block:

@@ -256,7 +256,8 @@ def exported(place: Path) -> tuple[Path, Path]:
 
     model, cases = llava()
     export_onnx(capture(model, cases["one"], Recipe.load("none")), place / "whole")
-    np.savez(place / "in.npz", allow_pickle=False, **{name: value.numpy() for name, value in cases["one"].items()})
+    given: dict[str, Any] = {name: value.numpy() for name, value in cases["one"].items()}
+    np.savez(place / "in.npz", **given)
     return place / "whole", place / "in.npz"
 
 
