@@ -25,7 +25,7 @@ from qpcompile.emit.folder import AGAIN, files, read_text, reading
 from qpcompile.emit.graph_json import read_graph, write_graph
 from qpcompile.emit.manifest import Manifest, read_manifest, refuse_files, write_manifest
 from qpcompile.emit.model_card import model_card
-from qpcompile.emit.settings import CONFIG, check_settings, class_of, read_config, write_config
+from qpcompile.emit.settings import CONFIG, check_settings, class_of, leave_out_leads, read_config, write_config
 from qpcompile.emit.tokenizer_file import check_tokenizers
 from qpcompile.emit.weights import StoredTensors, read_weights, stored_tensors, total_bytes, write_weights
 from qpcompile.errors import ArtifactError, ExportError
@@ -101,7 +101,9 @@ def _write_settings(program: Program, processor: Any, out: Path) -> None:
     write_config(config, out)
     host.generation_config.save_pretrained(out)
     if processor is not None:
+        class_of(type(processor).__name__, object, ExportError, "the processor")
         processor.save_pretrained(out)
+    leave_out_leads(out)
     _write(out / "recipe.yaml", program.recipe.to_yaml())
     plan = program.plan.to_yaml()
     # Passes may have changed the plan without its checks; what could not be loaded again is not written.

@@ -1,11 +1,13 @@
 """Settings in an artifact that transformers reads: config, generation settings, processor and tokenizer files.
 
 transformers takes them from publishers it trusts: some name a file, a hub repository or a class, others say how much
-to allocate. What a compile never writes is refused here, before transformers sees it.
+to allocate. What a compile never writes is refused here, before transformers sees it. Checkpoints do have such settings
+(where a part came from, code beside the weights): a compile leaves them out, as nothing of an artifact needs them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,11 +35,14 @@ _CONFIGS = (CONFIG, GENERATION)
 _TABLES = frozenset({INDEX, "manifest.json", "tokenizer.json", "vocab.json", "added_tokens.json"})
 # Settings that lead to code, a file or a repository.
 _LEADS = re.compile(
-    r"auto_map|audio_tokenizer|quantization_config|custom_\w+|trust_remote_code|\w*name_or_path|gguf_file"
+    r"auto_map|audio_tokenizer|quantization_config|custom_\w+|trust_remote_code|\w*name_or_path|gguf_file|use_pretrained\w*"
     r"|_?(attn|experts)_implementation\w*|use_kernels|kernel_config|adapter\w*|peft_config|assistant_model|vocab_file"
     r"|tokenizer_file|merges_file|spm_file|\w+_(file|path|dir|folder|url|repo|repo_id)",
     re.ASCII,
 )
+# The only ones whose text may have slashes, as paths and addresses do: tokens, templates, numbered labels; and tags.
+_FREE = re.compile(r"(chat_)?template|content|stop_strings|\d+|\w*(token|prompt|prefix|suffix|format)s?", re.ASCII)
+_SLASH, _TAG = re.compile(r"[/\\\\]"), re.compile(r"</?[^<>/\\\\]*>")
 # Settings that name a class, and what they must be derived from.
 _CLASSES = {
     "tokenizer_class": transformers.PreTrainedTokenizerBase,
@@ -58,6 +63,20 @@ def write_config(config: PreTrainedConfig, folder: Path) -> None:
     for part in _parts(config):
         setattr(part, MARKED, dict(MARK))
     config.save_pretrained(folder)
+
+
+def leave_out_leads(folder: Path) -> None:
+    """Rewrite settings that were just saved without those that lead to code or to another file.
+
+    An audio tokenizer is part of its processor: it stays, to be refused.
+    """
+    for path in folder.glob("*.json"):
+        if path.name in _TABLES:
+            continue
+        data = read_json(path)
+        kept = _without_leads(data)
+        if kept != data:
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
@@ -117,6 +136,30 @@ def _unmarked(data: dict[str, Any]) -> dict[str, Any]:
     return {key: _unmarked(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
+def _without_leads(value: Any) -> Any:
+    """Settings without those that lead to code or to another file, at every level."""
+    if isinstance(value, list):
+        return [_without_leads(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    as_it_is = (MARKED, "audio_tokenizer")
+    return {
+        key: item if key in as_it_is else _without_leads(item)
+        for key, item in value.items()
+        if key in as_it_is or not _leads(key, item)
+    }
+
+
+def _leads(key: str, value: Any) -> bool:
+    """Whether a setting may lead to code, a file or a repository: by its name, or by a text with slashes."""
+    if _LEADS.fullmatch(key):
+        return value not in (None, False)
+    texts = value if isinstance(value, list) else [value]
+    return not _FREE.fullmatch(key) and any(
+        isinstance(text, str) and _SLASH.search(_TAG.sub("", text)) for text in texts
+    )
+
+
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting with its name, those in mappings and lists too."""
     yield key, value
@@ -131,7 +174,7 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _problem(key: str, value: Any) -> str:
     """What is wrong with one setting; "" for nothing."""
     given = f"the setting {key[:80]!r} is {value!r:.80}"
-    if _LEADS.fullmatch(key) and value not in (None, False):
+    if _leads(key, value):
         return f"{given}; an artifact has no setting that leads to code or to another file"
     if key in _CLASSES and value is not None:
         class_of(value, _CLASSES[key], ArtifactError, key)

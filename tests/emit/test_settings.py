@@ -1,0 +1,94 @@
+"""Settings that transformers reads: what checkpoints say of paths is left out, what a stranger adds is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlavaConfig
+
+from qpcompile.emit.settings import check_settings, leave_out_leads, read_config, write_config
+from qpcompile.errors import ArtifactError
+
+# As configurations on a hub have them.
+PUBLISHED: dict[str, Any] = {
+    "model_type": "llava",
+    "_name_or_path": "somebody/a-model",
+    "auto_map": {"AutoConfig": "somebody/a-model--configuration.Config"},
+    "mm_vision_tower": "somebody/a-tower-336",
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "model_type": "llama",
+        "_name_or_path": "somebody/a-decoder",
+        "vocab_size": 99,
+        "rms_norm_eps": 0.5,
+    },
+    "vision_config": {"model_type": "clip_vision_model", "_name_or_path": "/home/me/tower", "patch_size": 14},
+}
+
+
+def test_a_published_configuration_is_written_without_paths_and_read_back(tmp_path: Path) -> None:
+    config = LlavaConfig.from_dict(PUBLISHED)
+    write_config(config, tmp_path)
+    leave_out_leads(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert "somebody" not in text and "/home" not in text
+    check_settings(tmp_path, ["config.json"])
+    found = read_config(LlavaConfig, tmp_path)
+    assert found.text_config.vocab_size == 99 and found.text_config.rms_norm_eps == 0.5
+    assert found.vision_config.patch_size == 14 and found.projector_hidden_act == "gelu"
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"_name_or_path": "somebody/a-decoder"},
+        {"vision_config": {"architecture": "hf-hub:somebody/a-tower"}},
+        {"anything": ["fine", "../../outside"]},
+        {"anything": {"deeper": "C:\\models"}},
+        {"use_pretrained_backbone": True},
+        {"audio_tokenizer": {"audio_tokenizer_name_or_path": "somebody"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json"])
+def test_a_setting_that_leads_elsewhere_is_refused_by_name(added: dict[str, Any], name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(added))
+    with pytest.raises(ArtifactError, match="leads to code or to another file") as caught:
+        check_settings(tmp_path, [name])
+    assert caught.value.where == name
+
+
+def test_tokens_templates_and_labels_may_have_slashes(tmp_path: Path) -> None:
+    free = {
+        "eos_token": "</s>",
+        "extra_special_tokens": ["</image>", "a/b"],
+        "added_tokens_decoder": {"7": {"content": "/"}},
+        "chat_template": "{{ '1/2' }}",
+        "id2label": {"0": "cat/dog"},
+        "end_of_image": "</img>",
+        "use_pretrained_backbone": False,
+        "_name_or_path": None,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(free))
+    check_settings(tmp_path, ["tokenizer_config.json"])
+
+
+def test_of_a_saved_tokenizer_only_what_leads_elsewhere_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["a/b--c.D", None]}, "eos_token": "</s>", "padding": "left"})
+    )
+    (tmp_path / "tokenizer.json").write_text('{"vocab": {"a/b": 0}}')
+    leave_out_leads(tmp_path)
+    assert json.loads(path.read_text()) == {"eos_token": "</s>", "padding": "left"}
+    assert (tmp_path / "tokenizer.json").read_text() == '{"vocab": {"a/b": 0}}'
+
+
+def test_an_audio_tokenizer_is_not_left_out_but_refused(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text('{"audio_tokenizer": {"name_or_path": "somebody/a-codec"}}')
+    leave_out_leads(tmp_path)
+    with pytest.raises(ArtifactError, match="audio_tokenizer"):
+        check_settings(tmp_path, ["processor_config.json"])
