@@ -44,6 +44,7 @@ def refuse_damaged(folder: Path) -> None:
                 _check_file(folder / name)
         for path in weight_files(folder):
             _check_file(path)
+        _refuse_other_places(folder)
     except OSError as error:
         where = str(error.filename or folder)
         raise ModelError(
@@ -83,6 +84,28 @@ def _check_file(path: Path) -> None:
         _check_safetensors(path)
     elif path.suffix == ".json" and not isinstance(_read_json(path), dict):
         raise ModelError(f"{path.name} holds no JSON object", where=str(path), do=AGAIN)
+
+
+def _refuse_other_places(folder: Path) -> None:
+    """Refuse settings by which transformers opens a file that is not one of the folder's own."""
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        data = _read_json(folder / name) if _there(folder / name) else {}
+        if not isinstance(data, dict):
+            continue
+        listed = data.get("fast_tokenizer_files")
+        for each in listed if isinstance(listed, list) else [listed]:
+            if each is not None and (not isinstance(each, str) or Path(each).name != each):
+                raise ModelError(
+                    f"fast_tokenizer_files names {each!r:.80}, which lies outside the folder",
+                    where=str(folder / name),
+                    do="use file names only",
+                )
+        if data.get("audio_tokenizer") is not None:
+            raise ModelError(
+                "audio_tokenizer names another model, and answers about pictures need none",
+                where=str(folder / name),
+                do="take the setting out",
+            )
 
 
 def _check_safetensors(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Every operator that a saved graph may hold, with its overload: what capture and passes emit, and pure siblings.
 
 None of them draws random numbers by default, returns memory that nobody wrote, or reaches outside the graph, and torch
-checks their indices. `copy_` alone changes what it is given, which must be the result of another node.
+checks their indices; what it does not check is refused by safe_calls.py. `copy_` alone changes what it is given, which
+must lie in memory that the graph has made.
 `python tests/emit/list_operators.py` compiles every family of the tests and says what is missing here. What a new
 family needs is added by hand, after a look at what it does.
 """

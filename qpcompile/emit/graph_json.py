@@ -27,6 +27,7 @@ from torch import fx
 
 from qpcompile.emit import json_text, names
 from qpcompile.emit.allowed_operators import OPERATORS
+from qpcompile.emit.safe_calls import bad_call
 from qpcompile.errors import ArtifactError, ExportError, QPCompileError
 from qpcompile.ir import operators
 from qpcompile.ir.edit import set_tensor
@@ -255,7 +256,7 @@ class _Reader:
         args = tuple(self._decode(value) for value in self._list(entry["args"]))
         kwargs = {key: self._decode(value) for key, value in entry.get("kwargs", {}).items()}
         target = self._operator(entry["target"])
-        problem = _bad_call(target, args, kwargs)
+        problem = bad_call(target, args, kwargs)
         if problem:
             raise _refused(f"{entry['target']} is called wrongly: {problem}", self.where)
         return self.made.create_node("call_function", target, args, kwargs, f"v{len(self.values)}")
@@ -342,38 +343,6 @@ def _are_constants(constants: Any) -> bool:
     if any(key in constants and constants[key] not in allowed for key, allowed in own.items()):
         return False
     return all(value is None or isinstance(value, (bool, int, float, str, list)) for value in constants.values())
-
-
-def _bad_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What is wrong with the arguments of a call, as far as names and numbers of them say; "" for nothing."""
-    if not isinstance(target, torch._ops.OpOverload):
-        if target is operator.getitem:
-            fine = len(args) == 2 and isinstance(args[0], fx.Node) and isinstance(args[1], int) and not kwargs
-            return "" if fine else "it takes a value and the number of a part of it"
-        # On sizes: text and lists mean something else to these functions, a repetition that fills the memory.
-        fine = not kwargs and all(_is_number(each) for each in args)
-        return "" if fine else "it takes numbers and values that are no lists"
-    if target._schema.is_mutable and not (args and isinstance(args[0], fx.Node) and args[0].op == "call_function"):
-        return "it changes what is not the graph's own"
-    known = target._schema.arguments
-    places = [argument for argument in known if not argument.kwarg_only]
-    given = {argument.name for argument in places[: len(args)]}
-    if len(args) > len(places):
-        return f"{len(args)} arguments for {len(places)} places"
-    if unknown := sorted(kwargs.keys() - {argument.name for argument in known}):
-        return f"it has no argument {unknown[0]!r:.80}"
-    if twice := sorted(given & kwargs.keys()):
-        return f"{twice[0]} is given twice"
-    needed = [each.name for each in known if not each.has_default_value() and each.name not in given | kwargs.keys()]
-    return f"{needed[0]} is not given" if needed else ""
-
-
-def _is_number(value: Any) -> bool:
-    """Whether an argument is a number, or a value that is no list."""
-    if isinstance(value, fx.Node) and isinstance(value.target, torch._ops.OpOverload):
-        returned = [str(each.type) for each in value.target._schema.returns]
-        return len(returned) == 1 and not returned[0].startswith("List")
-    return isinstance(value, (fx.Node, bool, int, float))
 
 
 def _fact(data: dict[str, Any]) -> QuantizedFact | StubFact:

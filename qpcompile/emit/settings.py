@@ -53,7 +53,7 @@ _CLASSES = {
 }
 # Settings that count modules, or repeat a computation, and the most that a real one has with room to spare.
 _COUNTS = re.compile(r"\w*(layers?|blocks?|depths?|experts?|heads?|stages?|num_beams|num_beam_groups)", re.ASCII)
-_SEQUENCES = re.compile(r"num_return_sequences|num_assistant_tokens|\w*num_frames", re.ASCII)
+_SEQUENCES = re.compile(r"num_return_sequences|num_(assistant|additional_image)_tokens|\w*num_frames", re.ASCII)
 MOST_COUNTED, MOST_SEQUENCES, MOST_NUMBER = 2048, 4096, 2**31
 MOST_TEXT = 100_000
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -106,6 +107,7 @@ CACHES = ("past_key_values", "cache")
 # A prompt with its answer, answers at once, and both together: beyond them memory ends before the answer does.
 MOST_TOKENS, MOST_ROWS, MOST_IN_ALL = 2**20, 2**12, 2**27
 # Settings that name tokens; transformers indexes logits with them.
+_RANGES = (("temperature", 1e-6, 1e6), ("length_penalty", 0, 1e3), ("repetition_penalty", 1e-6, 1e6))
 _TOKEN_IDS = ("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias")
 
 
@@ -127,6 +129,7 @@ def settle(host: Any, given: Mapping[str, Any], vocabulary: int) -> tuple[dict[s
         if name in fields and not name.startswith("_"):
             _check_setting(host, given, name, value)
     _check_sizes(given, resolved)
+    _check_numbers(given, resolved)
     _check_tokens(resolved, vocabulary)
     if resolved.stop_strings is not None and given.get("tokenizer") is None:
         raise InputError(
@@ -237,8 +240,26 @@ def _check_sizes(given: Mapping[str, Any], resolved: GenerationConfig) -> None:
         raise InputError("beam search cannot stream", where="streamer", do="leave it out, or ask for num_beams=1")
 
 
+def _check_numbers(given: Mapping[str, Any], resolved: GenerationConfig) -> None:
+    """Refuse numbers that logits cannot be divided by, or raised to, without leaving what floats hold."""
+    for name, least, most in _RANGES:
+        value = getattr(resolved, name)
+        if value is not None and not (_is_number(value) and (value == 0 or least <= abs(value) <= most)):
+            raise InputError(
+                f"{name} is {value!r:.80}", where=_source(given, name), do=f"give a number from {least:g} to {most:g}"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check_tokens(resolved: GenerationConfig, vocabulary: int) -> None:
-    for name in _TOKEN_IDS:
+    if len(set(_whole_numbers(resolved.suppress_tokens))) >= vocabulary:
+        raise InputError("suppress_tokens names every token", where="generate", do="leave some to answer with")
+    # Only this setting makes transformers index logits with the ids that end an answer.
+    ends = ("eos_token_id",) if resolved.exponential_decay_length_penalty is not None else ()
+    for name in (*_TOKEN_IDS, *ends):
         wrong = [token for token in _whole_numbers(getattr(resolved, name)) if not 0 <= token < vocabulary]
         if wrong:
             raise InputError(

@@ -225,6 +225,9 @@ class _Sizes:
             other = self._signed()
             if sign != "*" and other == 0:
                 raise ValueError("a size is divided by 0")
+            if sign == "%" and not getattr(other, "is_number", True):
+                # Dividing polynomials takes time without bound, and traced graphs take remainders of numbers alone.
+                raise ValueError("a remainder of a division by more than a number")
             found = _PRODUCTS[sign](found, other)
         return found
 

@@ -14,7 +14,7 @@ Sizes are those of the sample that the graph was traced with: `Graph.constants` 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ SIZE = "size."
 _AGAIN = "save the model again; do not use this folder"
 _CPU = torch.device("cpu")
 _NOTHING = "nothing"
+# Elements of one result at the example sizes: in all, from small operands, and as a multiple of the largest operand.
+# Beyond them a graph asks for memory or time that has nothing to do with its weights or its inputs.
+MOST_ELEMENTS, MOST_MADE, MOST_GROWTH = 2**33, 2**26, 1024
+_MOST_NUMBER = 2**63
 
 
 def example_sizes(graph: Graph) -> dict[str, int]:
@@ -121,11 +125,14 @@ class _Deriver:
         try:
             if (rule := RULES.get(target)) is not None:
                 rule.check(*rule.arguments(args, kwargs))
-            return target(*_on_cpu(args), **_on_cpu(kwargs))
+            result = target(*_on_cpu(args), **_on_cpu(kwargs))
         except KernelError as error:
             raise self._refused(node, error.what, error.where) from error
         except Exception as error:
             raise self._refused(node, f"{type(error).__name__}: {str(error)[:300]}", target_text(target)) from error
+        if problem := _too_much(result, (args, kwargs)):
+            raise self._refused(node, problem, target_text(target))
+        return result
 
     def _input(self, node: fx.Node) -> Tensor:
         kind = self._recorded(node)
@@ -186,6 +193,27 @@ class _Deriver:
         path = module_path(node)
         place = [f"graph/{self.graph.name}.json, {self.labels[node]}", path, operator]
         return ArtifactError(what, where=": ".join(part for part in place if part), do=_AGAIN)
+
+
+def _too_much(result: Any, operands: Any) -> str:
+    """What of a result is out of bounds; "" for nothing."""
+    counts = [each.numel() for each in _leaves(operands) if isinstance(each, Tensor)]
+    most = min(MOST_ELEMENTS, max(MOST_MADE, MOST_GROWTH * max(counts, default=0)))
+    for each in _leaves(result):
+        if isinstance(each, Tensor) and each.numel() > max(most, *counts, 0):
+            return f"its result {_shown(each)} has {each.numel()} elements; from these operands at most {most} are made"
+        if isinstance(each, int) and not -_MOST_NUMBER <= each < _MOST_NUMBER:
+            return "its result is a number of more than 64 bits"
+    return ""
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in nested lists, tuples and mappings."""
+    if isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+    else:
+        yield value
 
 
 def _key(value: Any) -> Any:

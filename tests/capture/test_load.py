@@ -271,6 +271,14 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (write("tokenizer.json", POINTER), "tokenizer.json is a pointer of git-lfs"),
         (write("tokenizer.json", b"{}"), "the processor of"),
         (pipe("tokenizer.json"), "tokenizer.json is no file"),
+        (
+            write("tokenizer_config.json", b'{"fast_tokenizer_files": ["../elsewhere/tokenizer.4.0.0.json"]}'),
+            "fast_tokenizer_files names '../elsewhere/tokenizer.4.0.0.json', which lies outside the folder",
+        ),
+        (
+            write("processor_config.json", b'{"audio_tokenizer": {"audio_tokenizer_name_or_path": "/elsewhere"}}'),
+            "audio_tokenizer names another model",
+        ),
         (lambda folder: (folder / "processor_config.json").unlink(), "the processor of"),
     ],
 )

@@ -197,6 +197,11 @@ def test_other_caches_and_unknown_names(tiny_llava: Tiny, compiled_llava: Compil
         ({"stop_strings": "."}, "tokenizer"),
         ({"num_beams": 2, "streamer": object()}, "stream"),
         ({"early_stopping": "sometimes"}, "early_stopping"),
+        ({"do_sample": True, "temperature": 1e-300}, "temperature is 1e-300"),
+        ({"num_beams": 2, "length_penalty": 1e300}, "length_penalty is"),
+        ({"repetition_penalty": "x"}, "repetition_penalty"),
+        ({"suppress_tokens": list(range(99))}, "suppress_tokens names every token"),
+        ({"eos_token_id": 10**9, "exponential_decay_length_penalty": (1, 1.5)}, "eos_token_id names token 1000000000"),
     ],
 )
 def test_impossible_values(

@@ -66,6 +66,13 @@ def test_size_of_unknown_names_has_no_number() -> None:
     assert size_number("2*(S0-1)**2", {"S0": 3}) == 8
 
 
+def test_remainders_of_polynomials_are_not_taken() -> None:
+    assert size_expression("(S0+7)%4") == size_expression("(S0+7)%4")
+    power = "+".join("abcdefghij")
+    with pytest.raises(ValueError, match="remainder"):
+        size_expression(f"(({power})**8)%(({power}+k)**8+1)")
+
+
 @pytest.mark.parametrize("text", ["S0/2", "S0>2", "sqrt(S0)", "S0%0", "Mod(S0,0)", "Max(S0)", "((9**8)**8)**8", "~S0"])
 def test_what_is_no_whole_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):

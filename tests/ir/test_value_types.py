@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -140,4 +141,38 @@ def test_heads_that_torch_would_divide_by_are_refused_before_it_is_asked(heads: 
         if node.op != "output":
             node.meta[TYPE] = node.meta[TYPE].replace(", 2, ", f", {heads}, ")
     with pytest.raises(ArtifactError, match="aten::scaled_dot_product_attention, operand key"):
+        check_values(graph)
+
+
+class Small(nn.Module):
+    """Sums of what is small, to be bent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1].expand(-1, 4).sum()
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (torch.ops.aten.expand.default, ([-1, 10**15],)),
+        (torch.ops.aten.repeat.default, ([1, 10**9],)),
+        (torch.ops.aten.new_ones.default, ([2 * 10**9],)),
+    ],
+    ids=str,
+)
+def test_results_without_proportion_are_refused(target: object, args: tuple[object, ...]) -> None:
+    graph = as_read(traced(Small(), {"x": torch.randn(2, 4)}))
+    node = next(iter(calls(graph, torch.ops.aten.expand.default)))
+    node.target, node.args = target, (node.args[0], *args)  # type: ignore[assignment]
+    node.meta[TYPE] = ""
+    with pytest.raises(ArtifactError, match="elements; from these operands at most"):
+        check_values(graph)
+
+
+def test_numbers_that_grow_are_refused(graph: Graph) -> None:
+    node = next(node for node in graph.nodes if node.op == "call_function")
+    with graph.module.graph.inserting_before(node):
+        number = graph.module.graph.call_function(operator.mul, (2**62, 2**62))
+    number.meta[TYPE] = ""
+    with pytest.raises(ArtifactError, match="more than 64 bits"):
         check_values(graph)
