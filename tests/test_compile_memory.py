@@ -64,6 +64,7 @@ def test_a_replaced_head_is_gone(tie: bool) -> None:
     assert made.weight_bytes("head") == 99 * (48 + 4) and ("embed" in made.program.graphs) is tie
 
 
+@pytest.mark.slow
 def test_statistics_in_files_give_the_same_program(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = compiled()
     monkeypatch.setattr(statistics, "LARGE", 0)

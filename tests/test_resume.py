@@ -74,9 +74,8 @@ def tensors(program: Program) -> dict[str, torch.Tensor]:
     ("settings", "at"),
     [
         *((TRAINED, at) for at in (2, 7)),
-        (MEASURED, 7),
         pytest.param(TRAINED, 5, marks=pytest.mark.slow),
-        *(pytest.param(MEASURED, at, marks=pytest.mark.slow) for at in (2, 5)),
+        *(pytest.param(MEASURED, at, marks=pytest.mark.slow) for at in (2, 5, 7)),
     ],
 )
 def test_stopped_anywhere_it_ends_the_same(

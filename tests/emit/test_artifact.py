@@ -96,6 +96,7 @@ def test_prefill_and_decode_share_their_tensors(saved: Path) -> None:
     assert sum("layers.0.mlp.up_proj" in key for key in stored) == 1
 
 
+@pytest.mark.slow
 def test_a_table_that_shares_the_heads_8_bits_comes_back(tmp_path: Path) -> None:
     model, cases = llava(tie_word_embeddings=True)
     recipe = Recipe.load("w4a4kv4").with_overrides(["quantize.transform=hadamard", "quantize.weights.solver=rtn"])

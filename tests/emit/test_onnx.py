@@ -333,6 +333,7 @@ FLOAT = onnx.TensorProto.FLOAT
 HEAD_ALONE = "{weights: {bits: 16}, activations: {bits: 16}, kv_cache: {bits: 16}, transform: none, head_bits: 8}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
 def test_a_table_that_shares_the_heads_8_bits(tmp_path: Path, fast: bool) -> None:
     model, cases = llava(tie_word_embeddings=True, head_dim=16)

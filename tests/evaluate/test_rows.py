@@ -104,6 +104,7 @@ def test_a_half_written_row_is_no_row(folder: Path, tmp_path: Path) -> None:
         RowFolder(tmp_path)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_rows_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     real = examiner_module.evaluate

@@ -18,6 +18,7 @@ TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 DATA = TESTBED / "calibration" / "llava"
 
 
+@pytest.mark.slow
 def test_rows_share_a_tower() -> None:
     bench, features, ran = Workbench(str(TESTBED / "llava"), DATA), SharedFeatures(), []
     inputs = question_inputs(bench.processor, read_questions(DATA)[:3])

@@ -174,6 +174,7 @@ def test_alpha_one_is_cdpruner_and_alpha_zero_the_risk_alone() -> None:
     assert {position for position in of_risk if position in own} == {int(own[i]) for i in chosen}
 
 
+@pytest.mark.slow
 def test_the_risk_changes_what_quota_and_visionzip_keep() -> None:
     _, cases, _ = captured()
     for method, more in (("quota", ("tokens.candidate_layers=[0]",)), ("visionzip", ())):

@@ -63,6 +63,7 @@ def test_residual_of_what_the_next_layer_rounds(relative: bool) -> None:
     assert kept(stream) != kept(program), "the stream loses elsewhere than what is read of it"
 
 
+@pytest.mark.slow
 def test_full_precision_scores_choose_as_without_a_quantizer() -> None:
     language = "quantize.scope=[language]"
     ratios = ("tokens.schedule=uniform", NO_RESIDUAL, *CUTS)
