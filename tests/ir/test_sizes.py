@@ -57,7 +57,7 @@ def test_arithmetic_is_that_of_the_size(size: sympy.Expr, values: tuple[int, int
 
 @given(size=SIZES, values=st.tuples(st.integers(1, 99), st.integers(1, 99), st.integers(1, 99)))
 def test_number_is_that_of_the_size(size: sympy.Expr, values: tuple[int, int, int]) -> None:
-    known = dict(zip(("B", "S0", "S1"), values, strict=True))
+    known: dict[str, int] = dict(zip(("B", "S0", "S1"), values, strict=True))
     assert size_number(printed(size), known) == size.subs([(each, known[str(each)]) for each in size.free_symbols])
 
 
