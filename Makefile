@@ -31,7 +31,7 @@ test-asan: $(STAMP)
 test-newest: newest
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -ra -n 2 --dist loadfile -m "not gpu" --timeout 7200 \
 	  tests/test_versions.py tests/test_families.py tests/test_promises.py tests/test_cli.py tests/emit/test_artifact.py \
-  tests/test_presets.py
+	  tests/test_presets.py
 
 test-newest-short: newest
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -ra -m "not gpu" tests/test_versions.py tests/test_newest.py

@@ -14,12 +14,13 @@ Sizes are those of the sample that the graph was traced with: `Graph.constants` 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from qpcompile.errors import ArtifactError, KernelError
 from qpcompile.ir.edit import get_tensor
@@ -197,23 +198,14 @@ class _Deriver:
 
 def _too_much(result: Any, operands: Any) -> str:
     """What of a result is out of bounds; "" for nothing."""
-    counts = [each.numel() for each in _leaves(operands) if isinstance(each, Tensor)]
+    counts = [each.numel() for each in tree_leaves(operands) if isinstance(each, Tensor)]
     most = min(MOST_ELEMENTS, max(MOST_MADE, MOST_GROWTH * max(counts, default=0)))
-    for each in _leaves(result):
+    for each in tree_leaves(result):
         if isinstance(each, Tensor) and each.numel() > max(most, *counts, 0):
             return f"its result {_shown(each)} has {each.numel()} elements; from these operands at most {most} are made"
         if isinstance(each, int) and not -_MOST_NUMBER <= each < _MOST_NUMBER:
             return "its result is a number of more than 64 bits"
     return ""
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """What is in nested lists, tuples and mappings."""
-    if isinstance(value, (list, tuple, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(each)
-    else:
-        yield value
 
 
 def _key(value: Any) -> Any:
