@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,13 @@ def write_config(config: PreTrainedConfig, folder: Path) -> None:
 def leave_out_leads(folder: Path) -> None:
     """Rewrite settings that were just saved without those that lead to code or to another file.
 
-    An audio tokenizer is part of its processor: it stays, to be refused.
+    What a processor may work with stays, to be refused: its audio tokenizer, and texts with slashes under other names.
     """
     for path in folder.glob("*.json"):
         if path.name in _TABLES:
             continue
         data = read_json(path)
-        kept = _without_leads(data)
+        kept = _without_leads(data, _leads if path.name == CONFIG else _leads_by_name)
         if kept != data:
             path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
@@ -136,28 +136,32 @@ def _unmarked(data: dict[str, Any]) -> dict[str, Any]:
     return {key: _unmarked(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _without_leads(value: Any) -> Any:
+def _without_leads(value: Any, leads: Callable[[str, Any], bool]) -> Any:
     """Settings without those that lead to code or to another file, at every level."""
     if isinstance(value, list):
-        return [_without_leads(item) for item in value]
+        return [_without_leads(item, leads) for item in value]
     if not isinstance(value, dict):
         return value
     as_it_is = (MARKED, "audio_tokenizer")
     return {
-        key: item if key in as_it_is else _without_leads(item)
+        key: item if key in as_it_is else _without_leads(item, leads)
         for key, item in value.items()
-        if key in as_it_is or not _leads(key, item)
+        if key in as_it_is or not leads(key, item)
     }
 
 
 def _leads(key: str, value: Any) -> bool:
     """Whether a setting may lead to code, a file or a repository: by its name, or by a text with slashes."""
     if _LEADS.fullmatch(key):
-        return value not in (None, False)
+        return _leads_by_name(key, value)
     texts = value if isinstance(value, list) else [value]
     return not _FREE.fullmatch(key) and any(
         isinstance(text, str) and _SLASH.search(_TAG.sub("", text)) for text in texts
     )
+
+
+def _leads_by_name(key: str, value: Any) -> bool:
+    return _LEADS.fullmatch(key) is not None and value not in (None, False)
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -87,6 +87,13 @@ def test_of_a_saved_tokenizer_only_what_leads_elsewhere_is_left_out(tmp_path: Pa
     assert (tmp_path / "tokenizer.json").read_text() == '{"vocab": {"a/b": 0}}'
 
 
+def test_a_text_that_a_processor_may_work_with_is_not_left_out_but_refused(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text('{"instruction": "answer yes/no"}')
+    leave_out_leads(tmp_path)
+    with pytest.raises(ArtifactError, match="instruction"):
+        check_settings(tmp_path, ["processor_config.json"])
+
+
 def test_an_audio_tokenizer_is_not_left_out_but_refused(tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").write_text('{"audio_tokenizer": {"name_or_path": "somebody/a-codec"}}')
     leave_out_leads(tmp_path)
