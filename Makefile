@@ -30,7 +30,7 @@ test-asan: $(STAMP)
 # so that a release of today is seen. The short form is one compile, save, load and answer of a testbed.
 test-newest: newest
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -ra -n 2 --dist loadfile -m "not gpu" --timeout 7200 \
-	  tests/test_versions.py tests/test_families.py tests/test_promises.py tests/test_cli.py tests/emit/test_artifact.py \
+	  tests/test_versions.py tests/test_families.py tests/test_promises.py tests/cli/test_main.py tests/emit/test_artifact.py \
 	  tests/test_presets.py
 
 test-newest-short: newest
@@ -45,7 +45,7 @@ newest:
 # The other end of the ranges: the lowest versions that pyproject.toml allows, by constraints-lowest.txt.
 test-lowest: lowest
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -ra -n 2 --dist loadfile -m "not gpu" --timeout 7200 \
-	  tests/test_versions.py tests/test_newest.py tests/test_recipe.py tests/test_cli.py tests/test_promises.py \
+	  tests/test_versions.py tests/test_newest.py tests/recipe/test_recipe.py tests/cli/test_main.py tests/test_promises.py \
 	  tests/emit/test_artifact.py tests/emit/test_onnx.py tests/emit/test_onnx_runner.py tests/capture/test_picture.py \
 	  tests/inspect tests/kernels/test_triton_interpreter.py
 

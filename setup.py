@@ -10,13 +10,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-SOURCE = "kernels/native.c"
+SOURCE = "kernels/native/native.c"
 PARTS = [SOURCE, *sorted(str(path) for path in Path("kernels").rglob("*.inc"))]
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 
 def sources_digest() -> str:
-    """What kernels/native.py compares the library with, so that one made of other sources is not used."""
+    """What kernels/native/library.py compares the library with, so that one made of other sources is not used."""
     total = hashlib.sha256()
     for part in PARTS:
         total.update(Path(part).read_bytes())

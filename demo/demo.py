@@ -27,11 +27,11 @@ from rich.table import Table
 import qpcompile
 from qpcompile.capture.data_folder import Question, question_inputs, read_questions
 from qpcompile.capture.load import load_model
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.onnx_runner import OnnxVLM, Steps, text_positions
-from qpcompile.evaluate.accuracy import Generate, Score, accuracy, on_numpy
-from qpcompile.evaluate.footprint import cache_footprint, decoder_linear_bytes
-from qpcompile.terminal import quiet_libraries
+from qpcompile.cli.terminal import quiet_libraries
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.onnx.runner.runner import OnnxVLM, Steps, text_positions
+from qpcompile.evaluate.run.accuracy import Generate, Score, accuracy, on_numpy
+from qpcompile.evaluate.run.footprint import cache_footprint, decoder_linear_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTBED = ROOT / "tests" / "testbed"
@@ -89,12 +89,11 @@ def unseen_questions(count: int, folder: Path) -> list[Question]:
 
 def save(compiled: CompiledVLM, questions: Sequence[Question], out: Path) -> None:
     """Write the artifact, the ONNX folder and the report."""
-    from qpcompile.inspect.report import write_report
 
     for name, write in (
         ("artifact", compiled.save_pretrained),
         ("onnx", compiled.export_onnx),
-        ("report.html", lambda path: write_report(compiled, path, [(q.image, q.question) for q in questions[:3]])),
+        ("report.html", lambda path: compiled.report(path, [(q.image, q.question) for q in questions[:3]])),
     ):
         begun = time.monotonic()
         write(out / name)

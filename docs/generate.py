@@ -27,10 +27,10 @@ from qpcompile.inspect.tables import pass_purposes
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL
 from qpcompile.ir.text import graph_text
-from qpcompile.pipeline import passes
-from qpcompile.plan import Layer, Plan
-from qpcompile.recipe import Recipe, preset_names
-from qpcompile.schema_text import numeral
+from qpcompile.pass_list import passes
+from qpcompile.recipe.messages import numeral
+from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.recipe import Recipe, preset_names
 
 DOCS = Path(__file__).resolve().parent
 TESTBED = DOCS.parent / "tests" / "testbed"
@@ -74,7 +74,7 @@ def recipe_page() -> str:
     """docs/recipe.md: a table per section, and the presets."""
     parts = [RECIPE_HEAD, *_sections("", Recipe), "## Presets\n"]
     for name in preset_names():
-        text = (resources.files("qpcompile") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("qpcompile.recipe") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
         parts.append(f"### `{name}`\n\n```yaml\n{text.strip()}\n```\n")
     return "\n".join(parts)
 

@@ -1,8 +1,8 @@
 """Run the samples through the full-precision graphs and collect statistics at every activation stub.
 
-All samples go through a layer before any goes through the next (qpcompile/ir/collect.py). Statistics are per group of
-linears that share an input; the prefill graph stands for the decoder, since decoding reads the same weights. Padding
-does not count.
+All samples go through a layer before any goes through the next (qpcompile/calibration/collect.py). Statistics are per
+group of linears that share an input; the prefill graph stands for the decoder, since decoding reads the same weights.
+Padding does not count.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from qpcompile.ir.collect import collect
+from qpcompile.calibration.collect import collect
+from qpcompile.calibration.statistics import Calibration
 from qpcompile.ir.program import Program
-from qpcompile.ir.statistics import Calibration
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from typing import ClassVar
 
 from torch import fx
 
-from qpcompile.ir.basis import Basis, Change, change_basis, weight_name
 from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, layer_of, tidy
-from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.shapes import value
+from qpcompile.quantization.basis import Basis, Change, change_basis, weight_name
 
 
 @dataclass(frozen=True)

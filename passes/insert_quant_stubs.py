@@ -17,13 +17,13 @@ from torch import fx
 
 from qpcompile.errors import RecipeError
 from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, tidy
-from qpcompile.ir.facts import Role, StubFact, set_fact, stub_fact
+from qpcompile.ir.node_facts import Role, StubFact, set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.ir.structure import CACHE
-from qpcompile.plan import LeftOut
-from qpcompile.recipe_schema import QuantizeScheme, matches_name
+from qpcompile.recipe.plan import LeftOut
+from qpcompile.recipe.quantize import QuantizeScheme, matches_name
 
 SCOPES = {VISION: "vision", PROJECTOR: "projector", PREFILL: "language", DECODE: "language"}
 

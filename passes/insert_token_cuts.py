@@ -9,7 +9,7 @@ N = S - (V - ceil(V * ratio)): text is always kept, so the count follows from si
 data. Rows of a batch that may keep fewer tokens than the others carry the surplus as dead slots, which later masks
 close; one prompt gives the same answer alone and in a batch. With `tokens.multiple_of: m` N is rounded up to a
 multiple of m, S at most, and every row may keep that many more: how many depends on the batch. Kept tokens keep their
-original positions, or with `position_mode: reindex` are counted anew (qpcompile/ir/positions.py).
+original positions, or with `position_mode: reindex` are counted anew (qpcompile/pruning/positions.py).
 
 Source: "QUOTA" (arXiv 2604.17320), sections 3.3 and 3.4, equations 5 to 9.
 """
@@ -23,18 +23,18 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qpcompile.ir.cut_decode import cut_decode
 from qpcompile.ir.edit import aten, first_node_of_layer, tidy
 from qpcompile.ir.liveness import Selection, gather, reduce_tokens
 from qpcompile.ir.operators import SELECT_TOKENS
-from qpcompile.ir.positions import find_positions, numbered, renumber
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
-from qpcompile.ir.pruners.pruner import Merger, Placed, Point, Pruner, TowerReader
-from qpcompile.ir.pruners.table import PRUNERS
-from qpcompile.ir.run import ALIVE, COUNT, KEPT, VALID, VISUAL
 from qpcompile.ir.shapes import add_input, add_output, new_size, propagate, token_axes, value
-from qpcompile.plan import Cut
-from qpcompile.recipe import Recipe
+from qpcompile.pruning.cut_decode import cut_decode
+from qpcompile.pruning.positions import find_positions, numbered, renumber
+from qpcompile.pruning.pruner import Merger, Placed, Point, Pruner, TowerReader
+from qpcompile.pruning.table import PRUNERS
+from qpcompile.recipe.plan import Cut
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import ALIVE, COUNT, KEPT, VALID, VISUAL
 
 # Fewer than any traced prompt has tokens: a cut may drop all of them.
 EXAMPLE_VISUAL_TOKENS = 3

@@ -20,18 +20,18 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from qpcompile.calibration.collect import run_sample
+from qpcompile.calibration.layer_profile import attention_mass, pairwise_cosine
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.collect import run_sample
 from qpcompile.ir.edit import aten, is_call, layer_of
-from qpcompile.ir.facts import stub_fact
-from qpcompile.ir.fake_quant import StubRounding
-from qpcompile.ir.profile import attention_mass, pairwise_cosine
+from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.program import PREFILL, Graph, Program
-from qpcompile.ir.run import Machine, execute_graph
 from qpcompile.ir.shapes import value as fake_value
-from qpcompile.plan import LayerFacts
 from qpcompile.progress import track
+from qpcompile.quantization.fake_quant import StubRounding
+from qpcompile.recipe.plan import LayerFacts
+from qpcompile.runtime.machine import Machine, execute_graph
 
 
 @dataclass(frozen=True)

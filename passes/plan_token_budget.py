@@ -1,6 +1,6 @@
 """Decide behind which layers visual tokens are dropped and how many stay: the materialised pruning recipe.
 
-The method (qpcompile/ir/pruners) says where and in which proportions; `tokens.keep` and `tokens.keep_of` say how many:
+The method (pruning/methods) says where and in which proportions; `tokens.keep` and `tokens.keep_of` say how many:
 
     keep_of final    the ratio behind the last cut is `keep`
     keep_of mean     the mean over decoder layers is `keep`, found by bisection, so that methods can be compared
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qpcompile.errors import PlanError
-from qpcompile.ir.budget import ratio_fraction
 from qpcompile.ir.program import Program
-from qpcompile.ir.pruners.pruner import Schedule
-from qpcompile.ir.pruners.table import PRUNERS
-from qpcompile.plan import Cut
+from qpcompile.pruning.budget import ratio_fraction
+from qpcompile.pruning.pruner import Schedule
+from qpcompile.pruning.table import PRUNERS
+from qpcompile.recipe.plan import Cut
 
 BISECTIONS = 60
 

@@ -19,15 +19,15 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from qpcompile.ir.basis import weight_name
 from qpcompile.ir.edit import add_tensor, aten, call, calls, fake_mode, get_tensor, tidy
-from qpcompile.ir.facts import QuantizedFact, set_fact
+from qpcompile.ir.node_facts import QuantizedFact, set_fact
 from qpcompile.ir.operators import LINEAR_W8A16
 from qpcompile.ir.program import EMBED, HEAD, Graph, Program
 from qpcompile.ir.shapes import new_size
 from qpcompile.kernels.linear_w8a16.reference import quantize_rows
 from qpcompile.passes.insert_quant_stubs import site_name
-from qpcompile.plan import LeftOut, Site
+from qpcompile.quantization.basis import weight_name
+from qpcompile.recipe.plan import LeftOut, Site
 
 KERNEL = str(LINEAR_W8A16.name())
 

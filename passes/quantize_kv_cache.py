@@ -21,7 +21,7 @@ from torch import fx
 from qpcompile.errors import InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, call, calls, count_up, is_call, layer_of, through_shape_ops, tidy
-from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import (
     ATTENTION_KV4,
     KV4_READ,
@@ -36,7 +36,7 @@ from qpcompile.ir.operators import (
 from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import fake_mode, value
 from qpcompile.ir.structure import CACHE
-from qpcompile.plan import Site
+from qpcompile.recipe.plan import Site
 
 Pair = tuple[fx.Node, fx.Node]
 

@@ -16,21 +16,21 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from qpcompile.calibration.statistics import Calibration
 from qpcompile.errors import CalibrationError, RecipeError
-from qpcompile.ir.basis import weight_name
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.edit import add_tensor, aten, before_cast, call, calls, drop_tensor, get_tensor, is_call, tidy
-from qpcompile.ir.facts import QuantizedFact, set_fact, stub_fact
+from qpcompile.ir.node_facts import QuantizedFact, set_fact, stub_fact
 from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANT_STUB, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
-from qpcompile.ir.solvers import output_error, solve
-from qpcompile.ir.static_scales import select_scale, static_scales
-from qpcompile.ir.statistics import Calibration
 from qpcompile.kernels.linear_w4a4.packing import pack_int4, packed_width
-from qpcompile.plan import Site
 from qpcompile.progress import track
-from qpcompile.recipe_schema import QuantizeScheme
+from qpcompile.quantization.basis import weight_name
+from qpcompile.quantization.solvers import output_error, solve
+from qpcompile.quantization.static_scales import select_scale, static_scales
+from qpcompile.recipe.plan import Site
+from qpcompile.recipe.quantize import QuantizeScheme
 
 Packed = tuple[torch.Tensor, torch.Tensor, float]
 

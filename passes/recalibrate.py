@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from qpcompile.ir.collect import collect
+from qpcompile.calibration.collect import collect
 from qpcompile.ir.program import Program
 
 

@@ -18,13 +18,13 @@ from typing import ClassVar
 
 import torch
 
-from qpcompile.ir.basis import weight_name
+from qpcompile.calibration.statistics import InputStatistics
 from qpcompile.ir.edit import calls, get_tensor
-from qpcompile.ir.facts import set_fact, stub_fact
-from qpcompile.ir.fake_quant import round_trip
+from qpcompile.ir.node_facts import set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Program
-from qpcompile.ir.statistics import InputStatistics
+from qpcompile.quantization.basis import weight_name
+from qpcompile.quantization.fake_quant import round_trip
 
 RATIOS = tuple(1 - 0.03 * step for step in range(15))
 

@@ -23,22 +23,22 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from qpcompile.calibration.collect import run_sample
 from qpcompile.errors import PlanError
-from qpcompile.ir.budget import DENOMINATOR, ratio_fraction
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.collect import run_sample
 from qpcompile.ir.edit import aten, clone
-from qpcompile.ir.facts import stub_fact
-from qpcompile.ir.fake_quant import StubRounding
-from qpcompile.ir.interpret import run_watched
+from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
-from qpcompile.ir.pruners.joint import Joint
-from qpcompile.ir.pruners.table import PRUNERS
-from qpcompile.ir.run import COUNT, VALID, VISUAL, Machine, execute_graph
-from qpcompile.ir.schedules import Shares, cut_layers_of, schedules
 from qpcompile.passes.insert_token_cuts import cut_prefill
-from qpcompile.plan import Cut
 from qpcompile.progress import track
+from qpcompile.pruning.budget import DENOMINATOR, ratio_fraction
+from qpcompile.pruning.methods.joint import Joint
+from qpcompile.pruning.schedules import Shares, cut_layers_of, schedules
+from qpcompile.pruning.table import PRUNERS
+from qpcompile.quantization.fake_quant import StubRounding
+from qpcompile.recipe.plan import Cut
+from qpcompile.runtime.interpret import run_watched
+from qpcompile.runtime.machine import COUNT, VALID, VISUAL, Machine, execute_graph
 
 # Samples whose visual tokens are counted, to build schedules of whole tokens.
 COUNTED = 8

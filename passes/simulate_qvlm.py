@@ -14,15 +14,15 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from qpcompile.calibration.statistics import Calibration
 from qpcompile.errors import CalibrationError
-from qpcompile.ir.basis import weight_name
 from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, set_tensor, tidy
-from qpcompile.ir.facts import QuantizedFact, set_fact, stub_fact
+from qpcompile.ir.node_facts import QuantizedFact, set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB, SIMULATE_QVLM
 from qpcompile.ir.program import Graph, Program
-from qpcompile.ir.statistics import Calibration
 from qpcompile.kernels.simulate_qvlm.reference import nf4
-from qpcompile.plan import Site
+from qpcompile.quantization.basis import weight_name
+from qpcompile.recipe.plan import Site
 
 KERNEL = "simulation: NF4 weights, inputs per channel, in floating point"
 

@@ -25,25 +25,25 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from qpcompile.ir.basis import weight_name
-from qpcompile.ir.batches import batches
-from qpcompile.ir.block_sums import SumsOfMatrix, SumsOfRows
-from qpcompile.ir.blocks import Block, Values, split_blocks
+from qpcompile.calibration.batches import batches
+from qpcompile.calibration.blocks import Block, Values, split_blocks
+from qpcompile.calibration.collect import run_sample
+from qpcompile.calibration.statistics import Calibration, InputStatistics
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.collect import run_sample
 from qpcompile.ir.edit import aten, before_cast, calls, get_tensor, is_call, set_tensor
-from qpcompile.ir.facts import set_fact, stub_fact
-from qpcompile.ir.fake_quant import fake_quantize
 from qpcompile.ir.heap import trim
-from qpcompile.ir.learned_transform import LearnedTransform, kronecker_rows, rounded
+from qpcompile.ir.node_facts import set_fact, stub_fact
 from qpcompile.ir.operators import KRONECKER, QUANT_STUB
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, Graph, Program
-from qpcompile.ir.run import Machine, execute_graph
-from qpcompile.ir.statistics import Calibration, InputStatistics
-from qpcompile.ir.turn import WIDE
-from qpcompile.plan import TrainedBlock
 from qpcompile.progress import track
-from qpcompile.recipe_schema import QuantizeScheme, TrainingScheme
+from qpcompile.quantization.basis import weight_name
+from qpcompile.quantization.basis_change import WIDE
+from qpcompile.quantization.block_sums import SumsOfMatrix, SumsOfRows
+from qpcompile.quantization.fake_quant import fake_quantize
+from qpcompile.quantization.learned_transform import LearnedTransform, kronecker_rows, rounded
+from qpcompile.recipe.plan import TrainedBlock
+from qpcompile.recipe.quantize import QuantizeScheme, TrainingScheme
+from qpcompile.runtime.machine import Machine, execute_graph
 
 
 @dataclass(frozen=True)

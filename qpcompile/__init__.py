@@ -6,22 +6,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qpcompile.emit.compiled import CompiledVLM, load
+    from qpcompile.compiled import CompiledVLM, load
     from qpcompile.errors import QPCompileError
     from qpcompile.pipeline import compile
-    from qpcompile.plan import Plan
-    from qpcompile.recipe import Recipe
+    from qpcompile.recipe.plan import Plan
+    from qpcompile.recipe.recipe import Recipe
 
 __all__ = ["CompiledVLM", "Plan", "QPCompileError", "Recipe", "compile", "load"]
 
 # Looked up when they are asked for: torch and transformers take seconds to import, and many commands need neither.
 _HOMES = {
-    "CompiledVLM": "qpcompile.emit.compiled",
-    "Plan": "qpcompile.plan",
+    "CompiledVLM": "qpcompile.compiled",
+    "Plan": "qpcompile.recipe.plan",
     "QPCompileError": "qpcompile.errors",
-    "Recipe": "qpcompile.recipe",
+    "Recipe": "qpcompile.recipe.recipe",
     "compile": "qpcompile.pipeline",
-    "load": "qpcompile.emit.compiled",
+    "load": "qpcompile.compiled",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m qpcompile` is the command `qpcompile`."""
 
-from qpcompile.cli import main
+from qpcompile.cli.main import main
 
 main()

@@ -1,4 +1,4 @@
-"""THE LIST: every pass of a compile, in order. Read this first.
+"""A compile from end to end; the passes it runs, in order, are listed in pass_list.py.
 
 transformers VLM --capture--> Program --passes--> Program --emit--> CompiledVLM | artifact folder | ONNX folder
                                  |  verified after every pass  |
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
@@ -24,66 +24,20 @@ from qpcompile.capture.load import load_model, load_processor
 from qpcompile.capture.samples import Samples, Source
 from qpcompile.capture.weights import check_model
 from qpcompile.claims import held_folder
-from qpcompile.emit.chat_template import check_processor
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.tokenizer_file import check_tokenizer
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.artifact.template.chat_template import check_processor
+from qpcompile.emit.artifact.tokenizer_file import check_tokenizer
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.pass_manager import Pass, Step, run_passes
+from qpcompile.ir.pass_manager import Step, run_passes
 from qpcompile.ir.program import Program
-from qpcompile.ir.pruners.pruner import check_layers
-from qpcompile.ir.pruners.table import PRUNERS
-from qpcompile.ir.recompute import check_decode
-from qpcompile.passes.calibrate import Calibrate
-from qpcompile.passes.canonicalize import Canonicalize
-from qpcompile.passes.fold_transforms import FoldTransforms
-from qpcompile.passes.fuse_kernels import FuseKernels
-from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
-from qpcompile.passes.insert_token_cuts import InsertTokenCuts
-from qpcompile.passes.measure_sensitivity import MeasureSensitivity
-from qpcompile.passes.merge_duplicates import MergeDuplicates
-from qpcompile.passes.plan_token_budget import PlanTokenBudget
-from qpcompile.passes.quantize_head import QuantizeHead
-from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
-from qpcompile.passes.quantize_weights import QuantizeWeights
-from qpcompile.passes.recalibrate import Recalibrate
-from qpcompile.passes.search_clips import SearchClips
-from qpcompile.passes.search_schedule import SearchSchedule
-from qpcompile.passes.simulate_qvlm import SimulateQvlm
-from qpcompile.passes.train_transforms import TrainTransforms
-from qpcompile.passes.widen_sums import WidenSums
-from qpcompile.plan import CalibrationUsed
-from qpcompile.recipe import Recipe
+from qpcompile.pass_list import passes
+from qpcompile.pruning.pruner import check_layers
+from qpcompile.pruning.table import PRUNERS
+from qpcompile.recipe.plan import CalibrationUsed
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.recompute import check_decode
 from qpcompile.versions import package_versions, tell_newer
-
-
-def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
-    """The passes for `count` calibration samples; what a recipe does not ask for changes nothing."""
-    return [
-        # One spelling per idea, and a mark wherever something may be quantized.
-        Canonicalize(),
-        InsertQuantStubs(),
-        # Measure, and change the basis of linear inputs so that 4 bits hold them.
-        Calibrate(samples, count),
-        FoldTransforms(),
-        SearchClips(),
-        TrainTransforms(samples, count),
-        MeasureSensitivity(samples, count),
-        SearchSchedule(samples, count),
-        # Decide how many visual tokens each layer keeps, and drop the others.
-        PlanTokenBudget(),
-        InsertTokenCuts(),
-        Recalibrate(samples, count),
-        # Make it small, then make it few operators.
-        SimulateQvlm(),
-        QuantizeWeights(),
-        QuantizeHead(),
-        QuantizeKvCache(),
-        FuseKernels(),
-        MergeDuplicates(),
-        # Make every back end come to the same codes.
-        WidenSums(),
-    ]
 
 
 def compile(
@@ -110,7 +64,7 @@ def compile(
     Raises CalibrationError where the recipe measures something and there are no samples to measure it on, ExportError
     for a processor whose chat template or tokenizer no artifact may hold,
     OutputError for a folder of progress that another compile works in, that is damaged or that is of something else,
-    and InvariantError where the compiled model does not decode as it recomputes (qpcompile/ir/recompute.py).
+    and InvariantError where the compiled model does not decode as it recomputes (qpcompile/runtime/recompute.py).
     """
     tell_newer()
     recipe = Recipe.load(recipe)

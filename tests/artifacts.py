@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qpcompile.emit.manifest import _text
+from qpcompile.emit.artifact.manifest import _text
 from qpcompile.files import sha256
 
 MANIFEST = "manifest.json"

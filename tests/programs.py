@@ -14,17 +14,17 @@ from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from qpcompile.calibration.statistics import Calibration, InputStatistics
 from qpcompile.capture.capture import capture
 from qpcompile.ir.edit import calls, clone, get_tensor
-from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Layer, Program
-from qpcompile.ir.statistics import Calibration, InputStatistics
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
-from qpcompile.plan import Layer as LayerEntry
-from qpcompile.plan import Plan
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.plan import Layer as LayerEntry
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
 
 
 @functools.cache

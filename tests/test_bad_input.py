@@ -20,11 +20,13 @@ from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import qpcompile
-from qpcompile import cli, pipeline
+from qpcompile import pipeline
+from qpcompile.calibration.collect import run_sample
 from qpcompile.capture.capture import capture
 from qpcompile.capture.data_folder import read_questions
 from qpcompile.capture.samples import Samples
-from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.cli import main as cli
+from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import (
     ArtifactError,
     CalibrationError,
@@ -35,11 +37,10 @@ from qpcompile.errors import (
     RecipeError,
 )
 from qpcompile.files import staged_folder
-from qpcompile.ir.collect import run_sample
 from qpcompile.ir.program import Program
-from qpcompile.ir.run import Machine
-from qpcompile.plan import Plan
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import Machine
 
 TESTBED = Path(__file__).resolve().parent / "testbed"
 MODEL, DATA = TESTBED / "llava", TESTBED / "calibration" / "llava"

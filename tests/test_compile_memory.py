@@ -11,8 +11,8 @@ from families import llava
 from programs import changed_recipe
 
 import qpcompile
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.ir import statistics
+from qpcompile.calibration import statistics
+from qpcompile.compiled import CompiledVLM
 
 WEIGHTS = "self_attn.q_proj", "mlp.down_proj"
 SETTINGS = ("quantize.training.epochs=1", "quantize.training.samples=1")

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 from qpcompile.capture.capture import capture
 from qpcompile.errors import PlanError
 from qpcompile.ir.edit import clone
-from qpcompile.ir.kv_cache import CompiledCache
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
-from qpcompile.ir.run import Machine
-from qpcompile.pipeline import passes
-from qpcompile.plan import Cut, Plan
-from qpcompile.plan import Layer as LayerEntry
-from qpcompile.recipe import Recipe
+from qpcompile.pass_list import passes
+from qpcompile.recipe.plan import Cut, Plan
+from qpcompile.recipe.plan import Layer as LayerEntry
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.kv_cache import CompiledCache
+from qpcompile.runtime.machine import Machine
 
 NEW_TOKENS = 4
 # Sums in another order; the logits are of order 1. A wrong token, mask or position changes them by 0.01 and more.

@@ -10,9 +10,9 @@ from programs import changed_recipe
 from qpcompile.capture.capture import capture
 from qpcompile.errors import PlanError
 from qpcompile.ir.pass_manager import run_passes
-from qpcompile.ir.pruners.pruner import INPUT
-from qpcompile.ir.run import Machine
-from qpcompile.pipeline import passes
+from qpcompile.pass_list import passes
+from qpcompile.pruning.pruner import INPUT
+from qpcompile.runtime.machine import Machine
 
 ON_THE_HOST = "does more with patches"
 REFUSED = {

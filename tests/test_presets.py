@@ -15,7 +15,7 @@ import torch
 import qpcompile
 from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.capture.load import load_model
-from qpcompile.recipe import Recipe, preset_names
+from qpcompile.recipe.recipe import Recipe, preset_names
 
 BEDS = Path(__file__).resolve().parent / "testbed"
 # Little is measured and trained: whether it works is asked here, how well in test_testbed_accuracy.py.

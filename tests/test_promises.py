@@ -15,12 +15,12 @@ from qpcompile.capture.capture import capture
 from qpcompile.ir.edit import get_tensor
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Program
-from qpcompile.ir.recompute import check_decode
-from qpcompile.ir.run import Machine
 from qpcompile.ir.text import graph_text
-from qpcompile.pipeline import passes
-from qpcompile.plan import Layer, Plan
-from qpcompile.recipe import Recipe
+from qpcompile.pass_list import passes
+from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.recompute import check_decode
 
 CUTS = (0, 1)
 NEW = 7

@@ -18,8 +18,8 @@ from qpcompile.ir import checkpoint as checkpoints
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
+from qpcompile.pass_list import passes
 from qpcompile.passes import quantize_weights
-from qpcompile.pipeline import passes
 
 COUNT = 3
 MEASURED = (

@@ -16,7 +16,7 @@ import pytest
 import qpcompile
 from qpcompile.capture.data_folder import Question, read_questions
 from qpcompile.capture.load import load_model
-from qpcompile.evaluate.accuracy import accuracy
+from qpcompile.evaluate.run.accuracy import accuracy
 
 TESTBED = Path(__file__).parent / "testbed"
 SEED, QUESTIONS = 7, 1000

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels import native
 from qpcompile.kernels.attention.cpu import attention, on_tiles
 from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
 from qpcompile.kernels.attention_kv4.reference import front, tokens_outside
 from qpcompile.kernels.attention_kv4.rule import RULE
 from qpcompile.kernels.kv4_read.cpu import kv4_read
+from qpcompile.kernels.native import library as native
 from qpcompile.kernels.sums import wide_type
 
 FEW_ROWS = 8

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from qpcompile.kernels import native
 from qpcompile.kernels.hadamard import reference
 from qpcompile.kernels.hadamard.rule import RULE
-from qpcompile.kernels.native_rows import RowPlan
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.native.rows import RowPlan
 from qpcompile.kernels.sums import by_rows
 
 

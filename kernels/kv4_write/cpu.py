@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels import native
 from qpcompile.kernels.kv4_write import reference
 from qpcompile.kernels.kv4_write.rule import RULE
+from qpcompile.kernels.native import library as native
 
 
 @RULE.checked

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpcompile.kernels import native
 from qpcompile.kernels.linear.rule import RULE
+from qpcompile.kernels.native import library as native
 
 FEW_ROWS = 8
 

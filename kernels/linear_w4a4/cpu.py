@@ -18,10 +18,10 @@ import math
 import torch
 from torch import Tensor
 
-from qpcompile.kernels import native
 from qpcompile.kernels.linear_w4a4.packing import unpack_int4
 from qpcompile.kernels.linear_w4a4.reference import linear_codes
 from qpcompile.kernels.linear_w4a4.rule import RULE
+from qpcompile.kernels.native import library as native
 
 FEW_TOKENS = 16
 """The most tokens that vector instructions multiply the packed weight with, where there are no tiles."""

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels import native
 from qpcompile.kernels.linear_w8a16 import reference
 from qpcompile.kernels.linear_w8a16.rule import RULE
+from qpcompile.kernels.native import library as native
 
 FEW_ROWS = 32
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpcompile.kernels import native
-from qpcompile.kernels.native_rows import RowPlan
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.native.rows import RowPlan
 from qpcompile.kernels.quantize_int4.reference import HIGHEST, LOWEST, int4_scale, split_groups
 from qpcompile.kernels.quantize_int4.rule import RULE
 

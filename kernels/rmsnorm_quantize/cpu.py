@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpcompile.kernels import native
 from qpcompile.kernels.hadamard.reference import transform
-from qpcompile.kernels.native_rows import RowPlan
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.native.rows import RowPlan
 from qpcompile.kernels.quantize_int4.cpu import quantize_int4
 from qpcompile.kernels.rmsnorm_quantize.rule import RULE
 from qpcompile.kernels.sums import by_rows, wide_type

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels import native
+from qpcompile.kernels.native import library as native
 from qpcompile.kernels.rope import reference
 from qpcompile.kernels.rope.rule import RULE
 

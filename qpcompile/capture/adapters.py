@@ -20,7 +20,7 @@ from qpcompile.ir.operators import SEGMENT_ATTENTION
 
 @dataclass(frozen=True)
 class Adapter:
-    """A `forward` that can be traced, and the table (qpcompile/ir/prepare.py) it takes in place of `image_sizes`."""
+    """A `forward` that can be traced, and the table (runtime/prepare.py) that it takes in place of `image_sizes`."""
 
     forward: Callable[..., Any]
     table: str
@@ -76,7 +76,7 @@ def traceable(module: torch.nn.Module) -> Iterator[None]:
     """While tracing: the replacements above, and deepstack as a plain sum.
 
     Decoders with deepstack add features to the visual rows only, through a boolean index whose result has a size
-    unknown to the graph. The features come dense (qpcompile/ir/prepare.py), so a sum is the same. Afterwards `module`
+    unknown to the graph. The features come dense (runtime/prepare.py), so a sum is the same. Afterwards `module`
     is as it was: the exporter leaves a `forward` of its own on it.
     """
     own = {key: value for key, value in vars(module).items() if key == "forward"}

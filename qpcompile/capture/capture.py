@@ -15,13 +15,13 @@ from qpcompile.capture.unread import drop_unread
 from qpcompile.capture.visual_path import visual_path
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import layer_of
-from qpcompile.ir.host import empty_host, fill_host, host_tensors
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Layer, Program
-from qpcompile.ir.run import visual_tokens
 from qpcompile.ir.structure import CACHE_ARGUMENT
-from qpcompile.plan import Layer as LayerEntry
-from qpcompile.plan import Plan
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.plan import Layer as LayerEntry
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.host import empty_host, fill_host, host_tensors
+from qpcompile.runtime.machine import visual_tokens
 
 # Which call of which component each graph is traced from.
 SOURCES = (

@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from qpcompile.errors import CaptureError, ModelError
-from qpcompile.ir.arguments import keyword_arguments
 from qpcompile.ir.structure import CACHE_ARGUMENT
+from qpcompile.runtime.arguments import keyword_arguments
 
 PROJECTORS = ("multi_modal_projector", "connector", "embed_vision")
 

@@ -24,11 +24,11 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from qpcompile.capture.adapters import attending_in_segments, table_of, traceable
 from qpcompile.capture.record import Call
 from qpcompile.errors import CaptureError
-from qpcompile.ir.arguments import FLAGS
 from qpcompile.ir.edit import get_tensor, stand_in
-from qpcompile.ir.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, template
+from qpcompile.runtime.arguments import FLAGS
+from qpcompile.runtime.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 
 # The exporter's own preparation of inputs, left out: `prepare` does it, the same way for tracing and running.
 _PRECOMPUTE = "transformers.exporters.utils.precompute_export_inputs"
@@ -92,7 +92,7 @@ def _one_token_count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
 
 
 def _mask_facts(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What has to be known to make up a mask that a call leaves out (qpcompile/ir/prepare.py)."""
+    """What has to be known to make up a mask that a call leaves out (qpcompile/runtime/prepare.py)."""
     axes = [tensor.ndim for path, tensor in tensors.items() if path.split(".")[0] == MASK]
     causal = all(getattr(part, "is_causal", True) for part in module.modules())
     return {MASK_AXES: axes[0], CAUSAL: causal} if axes else {}

@@ -13,7 +13,7 @@ import torch
 from qpcompile.errors import InputError
 from qpcompile.ir.edit import tidy
 from qpcompile.ir.program import PREFILL, VISION, Graph, Program
-from qpcompile.ir.run import Machine, execute_graph
+from qpcompile.runtime.machine import Machine, execute_graph
 
 Results = dict[str, torch.Tensor]
 

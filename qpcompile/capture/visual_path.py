@@ -15,11 +15,11 @@ import torch
 
 from qpcompile.capture.record import Recording
 from qpcompile.ir.structure import named_tensors
-from qpcompile.ir.visual_rows import OUTPUT, SKIPPED
+from qpcompile.pruning.visual_rows import OUTPUT, SKIPPED
 
 
 def visual_path(recording: Recording, ids: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
-    """Constants of the vision graph (qpcompile/ir/visual_rows.py); empty where there is no plain path.
+    """Constants of the vision graph (qpcompile/pruning/visual_rows.py); empty where there is no plain path.
 
     Args:
         ids: i64[B, S], the prompt of the recorded run.

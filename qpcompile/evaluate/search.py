@@ -19,12 +19,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from qpcompile.errors import OutputError, PlanError, QPCompileError
-from qpcompile.evaluate.bootstrap import Interval, retention
-from qpcompile.evaluate.examiner import Examiner
-from qpcompile.evaluate.figures import COLORS, GREY, STYLE, figure_bytes
-from qpcompile.evaluate.rows import FULL_PRECISION, Row
+from qpcompile.evaluate.report.figures import COLORS, GREY, STYLE, figure_bytes
+from qpcompile.evaluate.run.bootstrap import Interval, retention
+from qpcompile.evaluate.run.examiner import Examiner
+from qpcompile.evaluate.run.rows import FULL_PRECISION, Row
 from qpcompile.files import replace_file
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 
 SHARES = (0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LADDER: dict[str, tuple[str, ...]] = {

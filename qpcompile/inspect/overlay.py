@@ -20,9 +20,9 @@ from PIL import Image
 
 from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.capture.picture import read_picture
-from qpcompile.emit.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
-from qpcompile.plan import Plan
+from qpcompile.recipe.plan import Plan
+from qpcompile.runtime.machine import Machine
 
 Sample = tuple[str | PathLike[str] | Image.Image, str]
 
@@ -69,18 +69,18 @@ class Overlay:
         )
 
 
-def overlays(compiled: CompiledVLM, samples: Iterable[Sample]) -> list[Overlay]:
+def overlays(machine: Machine, processor: Any, samples: Iterable[Sample]) -> list[Overlay]:
     """Run every (picture, question) and draw what was kept.
 
     Raises CalibrationError for a picture that cannot be read and for a model without a processor.
     """
-    if compiled.processor is None:
+    if processor is None:
         raise CalibrationError(
             "sample pictures need a processor, and this model has none",
             where="report samples",
             do="compile with processor=..., or write the report without samples",
         )
-    return [_overlay(compiled, *sample, f"report sample {number}") for number, sample in enumerate(samples)]
+    return [_overlay(machine, processor, *sample, f"report sample {number}") for number, sample in enumerate(samples)]
 
 
 def token_grid(config: Any, inputs: Mapping[str, Any], count: int) -> tuple[int, int] | None:
@@ -148,14 +148,15 @@ def seen_picture(picture: Image.Image, inputs: Mapping[str, Any], processor: Any
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy(), "RGB")
 
 
-def _overlay(compiled: CompiledVLM, source: str | PathLike[str] | Image.Image, question: str, place: str) -> Overlay:
-    processor = compiled.processor
+def _overlay(
+    machine: Machine, processor: Any, source: str | PathLike[str] | Image.Image, question: str, place: str
+) -> Overlay:
     picture = read_picture(source, where=place)
     inputs = chat_inputs(processor, [about_picture(picture, question)], [place])
     ids = inputs["input_ids"][0]
-    visual = (ids == compiled.config.image_token_id).nonzero()[:, 0]
-    kept = {layer: positions[0] for layer, positions in compiled.kept_tokens(**inputs).items()}
-    answer = compiled.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, len(ids) :]
+    visual = (ids == machine.host.config.image_token_id).nonzero()[:, 0]
+    kept = {layer: positions[0] for layer, positions in machine.kept_tokens(inputs).items()}
+    answer = machine.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, len(ids) :]
     seen = seen_picture(picture, inputs, processor)
     data, width, height = _embedded(seen)
     return Overlay(
@@ -164,8 +165,8 @@ def _overlay(compiled: CompiledVLM, source: str | PathLike[str] | Image.Image, q
         picture=data,
         width=width,
         height=height,
-        grid=token_grid(compiled.config, inputs, len(visual)),
-        panels=panels(compiled.plan, kept, visual),
+        grid=token_grid(machine.host.config, inputs, len(visual)),
+        panels=panels(machine.program.plan, kept, visual),
     )
 
 

@@ -10,16 +10,17 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qpcompile.claims import claimed
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.weights import stored_tensors
+from qpcompile.emit.artifact.weights import stored_tensors
 from qpcompile.files import write_new_file
 from qpcompile.inspect.graph_svg import layer_svg
 from qpcompile.inspect.layer_nodes import layer_names, layer_nodes, layer_text
 from qpcompile.inspect.overlay import Overlay, Sample, overlays
 from qpcompile.inspect.schedule import profile_svg, schedule_svg
 from qpcompile.inspect.tables import error_tables, left_out_rows, pass_rows, settings, site_rows
-from qpcompile.ir.program import PREFILL
-from qpcompile.plan import Plan
+from qpcompile.ir.program import PREFILL, Program
+from qpcompile.ir.text import graph_text
+from qpcompile.recipe.plan import Plan
+from qpcompile.runtime.machine import Machine
 from qpcompile.versions import package_versions
 
 # The schedule is drawn for so many visual tokens where neither a sample nor the model says how many a picture has.
@@ -27,35 +28,44 @@ _UNKNOWN_VISUAL = 100
 _PACKED, _SCALE = "_packed", "_scale"
 
 
-def write_report(compiled: CompiledVLM, path: str | PathLike[str], samples: Iterable[Sample] | None = None) -> None:
+def write_report(
+    machine: Machine,
+    processor: Any,
+    path: str | PathLike[str],
+    samples: Iterable[Sample] | None = None,
+    decode_problem: str = "",
+) -> None:
     """Write the report as a new HTML file.
 
     Args:
-        compiled: what `qpcompile.compile` returned, or `qpcompile.load` (whose passes are listed without counts).
+        machine: the compiled program; one that was loaded has its passes listed without counts.
+        processor: what makes inputs of samples.
         path: the file; one that exists is refused.
         samples: (picture, question) pairs, on which kept tokens are drawn. A picture is a path or a PIL image.
+        decode_problem: why decode steps run node by node here; empty where one call of C replays them.
 
     Raises OutputError for a path that cannot be written, CalibrationError for samples that the model does not take.
     """
     with claimed(path, "file") as claim:
-        drawn = None if samples is None else overlays(compiled, samples)
-        write_new_file(claim, report_html(compiled, drawn).encode())
+        drawn = None if samples is None else overlays(machine, processor, samples)
+        write_new_file(claim, report_html(machine, drawn, decode_problem).encode())
 
 
-def report_html(compiled: CompiledVLM, drawn: list[Overlay] | None) -> str:
+def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: str) -> str:
     """The page's text; `drawn` holds the samples with what was kept of them."""
-    plan, program = compiled.plan, compiled.program
+    program, config = machine.program, machine.host.config
+    plan = program.plan
     steps = program.facts.get("steps")
     sites = site_rows(plan.sites)
     errors = [row.site.error for row in sites if row.site.error is not None]
-    visual, known = _visual_tokens(compiled, drawn)
+    visual, known = _visual_tokens(config, drawn)
     environment = Environment(
         loader=PackageLoader("qpcompile", "inspect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html.j2").render(
         version=package_versions()["qpcompile"],
-        model=_model(compiled),
-        tiles=_tiles(compiled, visual, len(sites)),
+        model=_model(machine, decode_problem),
+        tiles=_tiles(program, visual, len(sites)),
         settings=settings(plan),
         recipe=plan.recipe.to_yaml(),
         counted=steps is not None,
@@ -71,29 +81,29 @@ def report_html(compiled: CompiledVLM, drawn: list[Overlay] | None) -> str:
         error_tables=error_tables(sites),
         left_out=left_out_rows(plan.left_out),
         overlays=drawn,
-        graphs=_graphs(compiled),
+        graphs=_graphs(program),
         versions=list(plan.versions.items()),
         bits=lambda bits: "" if bits is None else str(bits),
     )
 
 
-def _model(compiled: CompiledVLM) -> dict[str, Any]:
-    config = compiled.config
+def _model(machine: Machine, decode_problem: str) -> dict[str, Any]:
+    program, config = machine.program, machine.host.config
     text = config.get_text_config()
     facts = [
         ("family", config.model_type),
-        ("decoder layers", len(compiled.plan.layers)),
+        ("decoder layers", len(program.plan.layers)),
         ("hidden width", getattr(text, "hidden_size", "")),
         ("attention heads", _heads(text)),
         ("vocabulary", getattr(text, "vocab_size", "")),
-        ("floating point", str(compiled.dtype).removeprefix("torch.")),
-        ("graphs", ", ".join(compiled.program.graphs)),
-        ("stage", compiled.program.stage),
-        ("decode steps on this machine", _decode_steps(compiled.decode_problem)),
+        ("floating point", str(machine.host.dtype).removeprefix("torch.")),
+        ("graphs", ", ".join(program.graphs)),
+        ("stage", program.stage),
+        ("decode steps on this machine", _decode_steps(decode_problem)),
     ]
     folder = Path(getattr(config, "_name_or_path", "") or "").name
     return {
-        "name": type(compiled.program.host).__name__,
+        "name": type(program.host).__name__,
         "folder": folder,
         "facts": [row for row in facts if row[1] != ""],
     }
@@ -110,24 +120,24 @@ def _heads(text: Any) -> str:
     return str(queries) if keys in (None, queries) else f"{queries}, {keys} for keys and values"
 
 
-def _tiles(compiled: CompiledVLM, visual: int, sites: int) -> list[dict[str, str]]:
-    counts = compiled.plan.visual_tokens(visual)
-    stored, full = _weight_bytes(compiled)
+def _tiles(program: Program, visual: int, sites: int) -> list[dict[str, str]]:
+    counts = program.plan.visual_tokens(visual)
+    stored, full = _weight_bytes(program)
     tiles = []
     if counts:
         tiles.append({"value": f"{counts[-1] / visual:.0%}", "label": "of the visual tokens reach the last layer"})
         tiles.append({"value": f"{sum(counts) / len(counts) / visual:.0%}", "label": "of them per layer, on average"})
     tiles.append(
-        {"value": str(sites), "label": f"quantized sites, {len(left_out_rows(compiled.plan.left_out))} left out"}
+        {"value": str(sites), "label": f"quantized sites, {len(left_out_rows(program.plan.left_out))} left out"}
     )
     share = f"{stored / full:.2f} of their size in 16 bits" if full else "no weights"
     tiles.append({"value": _megabytes(stored), "label": f"weights, {share}"})
     return tiles
 
 
-def _weight_bytes(compiled: CompiledVLM) -> tuple[int, int]:
+def _weight_bytes(program: Program) -> tuple[int, int]:
     """(bytes of all weights as stored, bytes of the same weights with 16 bits each)."""
-    tensors = stored_tensors(compiled.program).tensors
+    tensors = stored_tensors(program).tensors
     stored = sum(tensor.nbytes for tensor in tensors.values())
     full = 0
     for name, tensor in tensors.items():
@@ -143,11 +153,11 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def _visual_tokens(compiled: CompiledVLM, drawn: list[Overlay] | None) -> tuple[int, bool]:
+def _visual_tokens(config: Any, drawn: list[Overlay] | None) -> tuple[int, bool]:
     """Visual tokens of one picture, and whether that is known."""
     if drawn and drawn[0].panels[0].total:
         return drawn[0].panels[0].total, True
-    fixed = getattr(compiled.config, "image_seq_length", None)
+    fixed = getattr(config, "image_seq_length", None)
     if isinstance(fixed, int) and fixed > 0:
         return fixed, True
     return _UNKNOWN_VISUAL, False
@@ -164,13 +174,13 @@ def _schedule_note(plan: Plan, visual: int, known: bool) -> str:
     return f"Visual tokens that each layer computes on, for {size}. Text tokens are always kept."
 
 
-def _graphs(compiled: CompiledVLM) -> list[dict[str, Any]]:
+def _graphs(program: Program) -> list[dict[str, Any]]:
     """The layer in front of which tokens are cut first, and the last layer, of the prefill graph."""
-    text = compiled.graph_text(PREFILL)
+    text = graph_text(program.graphs[PREFILL])
     names = layer_names(text)
     by_index = {name.rsplit(".", 1)[-1]: name for name in names}
     chosen = {names[-1]: "the last layer"}
-    if compiled.plan.cuts and (first := by_index.get(str(compiled.plan.cuts[0].layer + 1))):
+    if program.plan.cuts and (first := by_index.get(str(program.plan.cuts[0].layer + 1))):
         chosen = {first: "with the first cut in front of it"} | chosen
     return [
         {

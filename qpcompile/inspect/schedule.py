@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from qpcompile.plan import Plan
+from qpcompile.recipe.plan import Plan
 
 # Stand-ins that matplotlib can parse, each replaced by a variable of the page.
 INK, MUTED, GRID, ACCENT, SECOND, SHADE = (f"#{digit}{digit}{digit}7{digit}7" for digit in "123456")

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qpcompile.ir.pass_manager import Step
-from qpcompile.pipeline import passes
-from qpcompile.plan import LeftOut, Plan, Site
+from qpcompile.pass_list import passes
+from qpcompile.recipe.plan import LeftOut, Plan, Site
 
 _NUMBERED = re.compile(r"^(?P<stem>.*?)\.(?P<layer>\d+)\.(?P<part>.+)$")
 

@@ -53,7 +53,7 @@ def run_passes(
                 f"{item.name} needs the stage {item.needs}, the program is {program.stage}",
                 ran=program.history[-1] if program.history else "capture",
                 before=program.history[:-1],
-                do="put the passes in the order of qpcompile/pipeline.py",
+                do="put the passes in the order of qpcompile/pass_list.py",
             )
         before = operator_counts(program)
         modified = item.run(program)

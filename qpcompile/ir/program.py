@@ -19,8 +19,8 @@ import torch
 from torch import fx
 
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.plan import Plan
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
 
 VISION, PROJECTOR, PREFILL, DECODE, HEAD, EMBED = "vision", "projector", "prefill", "decode", "head", "embed"
 STAGES = ("captured", "canonical", "stubbed", "calibrated", "transformed", "planned", "cut", "quantized", "fused")

@@ -10,7 +10,7 @@ from typing import Any
 from cpu_shapes import SHAPES, asked_inputs
 from cpu_worker import Ask, Clock, folder_mb, serve
 
-from qpcompile.emit.onnx_runner import OnnxVLM, Steps
+from qpcompile.emit.onnx.runner.runner import OnnxVLM, Steps
 
 
 def load(folder: Path, name: str, new_tokens: int) -> tuple[Ask, dict[str, Any]]:

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 import qpcompile
 from qpcompile.capture.samples import Source
-from qpcompile.evaluate.workbench import Workbench
-from qpcompile.recipe import Recipe
+from qpcompile.evaluate.run.workbench import Workbench
+from qpcompile.recipe.recipe import Recipe
 
 PRESETS = ("w4a4kv4", "quota-30")
 # Random weights have nothing to learn from, so a compile does here what takes seconds: the operators that run, and with

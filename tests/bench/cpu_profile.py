@@ -17,9 +17,9 @@ from cpu_shapes import SHAPES
 from torch import fx
 
 import qpcompile
-from qpcompile.ir.bind import BoundGraphs
 from qpcompile.ir.program import Graph
-from qpcompile.ir.run import Machine
+from qpcompile.runtime.cpu.bind import BoundGraphs
+from qpcompile.runtime.machine import Machine
 
 SHOWN = 25
 Place = tuple[str, str, str]

@@ -16,7 +16,7 @@ from typing import Any
 import onnxruntime as ort
 from cpu_shapes import SHAPES, asked_inputs
 
-from qpcompile.emit.onnx_runner import OnnxVLM, Steps
+from qpcompile.emit.onnx.runner.runner import OnnxVLM, Steps
 
 SHOWN = 14
 Place = tuple[str, str]

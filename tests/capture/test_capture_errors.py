@@ -14,7 +14,7 @@ from qpcompile.capture.capture import capture
 from qpcompile.capture.sample import two_rows
 from qpcompile.capture.trace import trace
 from qpcompile.errors import CalibrationError, CaptureError, ModelError
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 
 NONE = Recipe.load("none")
 

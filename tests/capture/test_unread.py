@@ -12,7 +12,7 @@ import qpcompile
 from qpcompile.capture.capture import capture
 from qpcompile.ir.edit import layer_of
 from qpcompile.ir.program import VISION
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 
 
 def test_layers_behind_the_features_are_gone() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qpcompile.capture.record import Call, Recording
 from qpcompile.capture.visual_path import visual_path
-from qpcompile.ir.visual_rows import OUTPUT, SKIPPED
+from qpcompile.pruning.visual_rows import OUTPUT, SKIPPED
 
 IMAGE = 9
 IDS = torch.tensor([[1, IMAGE, IMAGE, IMAGE, 2], [0, 1, 3, IMAGE, 2]])

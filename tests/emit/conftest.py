@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from qpcompile.capture.capture import capture
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.onnx import export_onnx
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.onnx.export import export_onnx
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.passes.canonicalize import Canonicalize
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 from tests.families import llava
 
 
@@ -36,5 +36,5 @@ def compiled_llava(tiny_llava: tuple[Any, dict[str, dict[str, torch.Tensor]]]) -
 def plain(compiled_llava: CompiledVLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX folder of that model, nothing quantized, nothing cut; do not change it."""
     folder = tmp_path_factory.mktemp("onnx") / "plain"
-    export_onnx(compiled_llava, folder)
+    export_onnx(compiled_llava.program, folder)
     return folder

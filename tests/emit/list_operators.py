@@ -14,13 +14,13 @@ from families import FAMILIES
 from torch import fx
 
 from qpcompile.capture.capture import capture
-from qpcompile.emit.allowed_operators import OPERATORS
-from qpcompile.emit.graph_json import SIZE_FUNCTIONS
+from qpcompile.emit.artifact.allowed_operators import OPERATORS
+from qpcompile.emit.artifact.graph_json import SIZE_FUNCTIONS
 from qpcompile.ir.program import Program
-from qpcompile.ir.pruners.table import PRUNERS
 from qpcompile.ir.text import target_text
 from qpcompile.pipeline import compile_captured
-from qpcompile.recipe import Recipe
+from qpcompile.pruning.table import PRUNERS
+from qpcompile.recipe.recipe import Recipe
 
 RTN = (
     *("quantize.transform=hadamard", "quantize.weights.solver=rtn", "quantize.smooth=null", "quantize.center=null"),

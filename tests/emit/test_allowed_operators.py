@@ -11,9 +11,9 @@ import torch
 from families import FAMILIES
 from list_operators import missing
 
-from qpcompile.emit import allowed_operators
-from qpcompile.emit.allowed_operators import OPERATORS
-from qpcompile.emit.graph_json import EXPERTS_MODULE
+from qpcompile.emit.artifact import allowed_operators
+from qpcompile.emit.artifact.allowed_operators import OPERATORS
+from qpcompile.emit.artifact.graph_json import EXPERTS_MODULE
 from qpcompile.ir.operators import MODULES
 from qpcompile.passes.canonicalize import ASSERTIONS, COPIES
 
@@ -51,7 +51,8 @@ def test_the_list_is_sorted_and_one_to_a_line() -> None:
 
 def test_what_passes_name_is_listed() -> None:
     removed = {str(operator) for operator in (*ASSERTIONS, *COPIES)}
-    texts = [path.read_text("utf-8") for folder in ("passes", "qpcompile/ir") for path in (ROOT / folder).rglob("*.py")]
+    rooms = ("passes", "qpcompile/ir", "qpcompile/runtime", "qpcompile/quantization", "qpcompile/pruning")
+    texts = [path.read_text("utf-8") for folder in rooms for path in (ROOT / folder).rglob("*.py")]
     named = {name for text in texts for name in re.findall(r"\baten\.[a-zA-Z_0-9]+\.[A-Za-z_]+", text)}
     assert len(named) > 60
     assert not {name for name in named - removed if name.replace("aten.", "aten::") not in OPERATORS}

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import qpcompile
-from qpcompile.emit.compiled import CompiledVLM, load
+from qpcompile.compiled import CompiledVLM, load
 from qpcompile.errors import ArtifactError, ExportError, OutputError
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 from tests.artifacts import rehash
 from tests.families import llava
 
@@ -133,7 +133,7 @@ def test_failed_save_leaves_nothing(
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qpcompile.emit.weights.save_file", full)
+    monkeypatch.setattr("qpcompile.emit.artifact.weights.save_file", full)
     with pytest.raises(OutputError, match="disk is full"):
         compiled_llava.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

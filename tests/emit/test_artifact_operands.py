@@ -13,12 +13,12 @@ from programs import captured, changed_recipe, fresh
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qpcompile.emit.compiled import CompiledVLM, load
-from qpcompile.emit.manifest import write_manifest
+from qpcompile.compiled import CompiledVLM, load
+from qpcompile.emit.artifact.manifest import write_manifest
 from qpcompile.errors import ArtifactError
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.text import DTYPES
-from qpcompile.pipeline import passes
+from qpcompile.pass_list import passes
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 Change = Callable[[Tensor], Tensor]

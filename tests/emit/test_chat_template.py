@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import qpcompile
-from qpcompile.emit.chat_template import check_template
+from qpcompile.emit.artifact.template.chat_template import check_template
 from qpcompile.errors import ArtifactError, ExportError
 from tests.families import llava
 

@@ -7,7 +7,6 @@ import multiprocessing
 import pickle
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +14,9 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import ExportError
-from qpcompile.ir.kv_cache import CompiledCache
+from qpcompile.runtime.kv_cache import CompiledCache
 
 Case = dict[str, torch.Tensor]
 Tiny = tuple[Any, dict[str, Case]]
@@ -181,11 +180,13 @@ def test_weight_bytes_count_shared_tensors_once(tiny_llava: Tiny, compiled_llava
 
 
 def test_report_and_onnx_are_handed_on(compiled_llava: CompiledVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, str]] = []
-    for name, function in (("qpcompile.inspect.report", "write_report"), ("qpcompile.emit.onnx", "export_onnx")):
+    calls: list[tuple[Any, ...]] = []
+    for name, function in (("qpcompile.inspect.report", "write_report"), ("qpcompile.emit.onnx.export", "export_onnx")):
         module = ModuleType(name)
-        setattr(module, function, lambda compiled, path, *rest: calls.append((compiled, Path(path).name)))
+        setattr(module, function, lambda *given: calls.append(given))
         monkeypatch.setitem(sys.modules, name, module)
     compiled_llava.report("out.html")
     compiled_llava.export_onnx("out-onnx")
-    assert calls == [(compiled_llava, "out.html"), (compiled_llava, "out-onnx")]
+    machine, program = compiled_llava.machine, compiled_llava.program
+    assert calls[0][:4] == (machine, compiled_llava.processor, "out.html", None)
+    assert calls[1][:4] == (program, "out-onnx", (), False)

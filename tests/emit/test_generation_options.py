@@ -13,9 +13,9 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import InputError
-from qpcompile.ir.generation_options import IDLE, NOTHING, REFUSED, REFUSED_ARGUMENTS, SERVED
+from qpcompile.runtime.generation_options import IDLE, NOTHING, REFUSED, REFUSED_ARGUMENTS, SERVED
 
 Case = dict[str, torch.Tensor]
 Tiny = tuple[Any, dict[str, Case]]
@@ -221,7 +221,7 @@ def test_every_setting_of_this_transformers_is_classified() -> None:
 def test_a_setting_of_a_later_transformers_is_refused(
     tiny_llava: Tiny, compiled_llava: CompiledVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qpcompile.ir.generation_options.SERVED", SERVED - {"top_h"})
+    monkeypatch.setattr("qpcompile.runtime.generation_options.SERVED", SERVED - {"top_h"})
     with pytest.raises(InputError, match=r"top_h=0\.5: this version of qpcompile does not know it"):
         compiled_llava.generate(**tiny_llava[1]["one"], **SAMPLED, top_h=0.5)
 

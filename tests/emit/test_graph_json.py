@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import fx
 
-from qpcompile.emit.graph_json import SIZE_FUNCTIONS, read_graph, write_graph
+from qpcompile.emit.artifact.graph_json import SIZE_FUNCTIONS, read_graph, write_graph
 from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.ir.edit import layer_of, set_tensor
-from qpcompile.ir.facts import QuantizedFact, quantized_fact, set_fact
+from qpcompile.ir.node_facts import QuantizedFact, quantized_fact, set_fact
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import graph_text
 

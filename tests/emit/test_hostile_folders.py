@@ -18,7 +18,7 @@ import transformers
 from artifacts import edit, read, rehash, replace
 from transformers import AutoProcessor
 
-from qpcompile.emit.compiled import CompiledVLM, load
+from qpcompile.compiled import CompiledVLM, load
 from qpcompile.errors import ArtifactError
 from tests.families import llava
 

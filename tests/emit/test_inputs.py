@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import InputError
-from qpcompile.ir.model_inputs import check_inputs
-from qpcompile.ir.run import Machine
+from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.model_inputs import check_inputs
 from tests.families import IMAGE, PAD
 
 Case = dict[str, torch.Tensor]

@@ -17,18 +17,18 @@ import pytest
 import torch
 
 from qpcompile.capture.capture import capture
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.onnx import export_onnx
-from qpcompile.emit.onnx_folder import RunnerError
-from qpcompile.emit.onnx_runner import OnnxVLM, Steps, text_positions
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.onnx.export import export_onnx
+from qpcompile.emit.onnx.runner.folder import RunnerError
+from qpcompile.emit.onnx.runner.runner import OnnxVLM, Steps, text_positions
 from qpcompile.errors import ExportError, OutputError
 from qpcompile.files import sha256
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
-from qpcompile.ir.run import Machine
-from qpcompile.pipeline import passes
-from qpcompile.plan import Layer, Plan
-from qpcompile.recipe import Recipe
+from qpcompile.pass_list import passes
+from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import Machine
 from tests.families import llava, qwen2_5_vl
 
 Cases = dict[str, dict[str, torch.Tensor]]
@@ -229,7 +229,7 @@ def test_wrong_number_of_pictures_is_refused(tiny_llava: tuple[Any, Cases], plai
 
 def test_existing_folder_is_refused(compiled_llava: CompiledVLM, plain: Path) -> None:
     with pytest.raises(OutputError, match="exists"):
-        export_onnx(compiled_llava, plain)
+        export_onnx(compiled_llava.program, plain)
 
 
 def test_inputs_nobody_can_compute_are_refused(compiled_llava: CompiledVLM, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_host_that_wants_more_than_pixels_is_refused(
 
     monkeypatch.setattr(type(compiled_llava.program.host), "get_image_features", get_image_features)
     with pytest.raises(ExportError, match="takes pictures into its tower cannot be traced") as caught:
-        export_onnx(compiled_llava, tmp_path / "folder")
+        export_onnx(compiled_llava.program, tmp_path / "folder")
     assert caught.value.where == "vision"
     assert not list(tmp_path.iterdir())
 
@@ -275,7 +275,7 @@ def test_host_that_changes_features_is_refused(
 
     monkeypatch.setattr(kind, "get_image_features", doubled)
     with pytest.raises(ExportError, match="what LlavaForConditionalGeneration does with pictures"):
-        export_onnx(compiled_llava, tmp_path / "folder")
+        export_onnx(compiled_llava.program, tmp_path / "folder")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
@@ -314,7 +314,7 @@ def test_unquantized_bfloat16_answers_as_the_module(tmp_path: Path) -> None:
 
 
 def test_missing_extra_is_named(compiled_llava: CompiledVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "qpcompile.emit.onnx", None)
+    monkeypatch.setitem(sys.modules, "qpcompile.emit.onnx.export", None)
     with pytest.raises(ExportError, match=r"qpcompile\[onnx\]"):
         compiled_llava.export_onnx(tmp_path / "folder")
     assert not list(tmp_path.iterdir())

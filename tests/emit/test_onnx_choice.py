@@ -12,12 +12,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.onnx_choice import HONOURED, NOTHING, OF_CHANCE, WITHOUT_EFFECT, Choice, unserved
-from qpcompile.emit.onnx_folder import RunnerError
-from qpcompile.emit.onnx_runner import OnnxVLM
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.onnx.runner.choice import HONOURED, NOTHING, OF_CHANCE, WITHOUT_EFFECT, Choice, unserved
+from qpcompile.emit.onnx.runner.folder import RunnerError
+from qpcompile.emit.onnx.runner.runner import OnnxVLM
 from qpcompile.errors import ExportError
-from qpcompile.ir import generation_options
+from qpcompile.runtime import generation_options
 
 Tiny = tuple[Any, dict[str, dict[str, torch.Tensor]]]
 

@@ -11,9 +11,9 @@ import torch
 from onnx_ir import serde
 from torch import fx
 
-from qpcompile.emit.onnx import OWN, TORCH
-from qpcompile.emit.onnx_translate import to_onnx
-from qpcompile.emit.onnx_wrap import Part
+from qpcompile.emit.onnx.export import OWN, TORCH
+from qpcompile.emit.onnx.translate.nodes import to_onnx
+from qpcompile.emit.onnx.wrap import Part
 
 aten = torch.ops.aten
 ours = torch.ops.qpcompile

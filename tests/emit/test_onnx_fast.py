@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from qpcompile.capture.capture import capture
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.onnx import export_onnx
-from qpcompile.emit.onnx_fast import CHANGES, EXACT, in_blocks, linear_w8, quantize_w8
-from qpcompile.emit.onnx_runner import IN_PLACE, ROOM, OnnxVLM, Steps
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.onnx.export import export_onnx
+from qpcompile.emit.onnx.fast.graphs import CHANGES, EXACT, in_blocks, linear_w8, quantize_w8
+from qpcompile.emit.onnx.runner.runner import IN_PLACE, ROOM, OnnxVLM, Steps
 from qpcompile.errors import ExportError
 from qpcompile.ir.program import Program
-from qpcompile.ir.run import Machine
 from qpcompile.kernels.linear_w8a16.reference import linear_w8a16, quantize_rows
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import Machine
 from tests.emit.test_onnx import CUTS, Cases, arrays, compiled, operators
 from tests.families import llava
 

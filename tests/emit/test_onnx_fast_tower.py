@@ -16,17 +16,17 @@ from onnxscript import evaluator
 from torch import fx
 
 from qpcompile.capture.capture import capture
-from qpcompile.emit.onnx import export_onnx
-from qpcompile.emit.onnx_fast_attention import doubled_rope
-from qpcompile.emit.onnx_fast_inputs import embedding_16, patches_in_one, rows_of_16_bits, table_16
-from qpcompile.emit.onnx_fast_ops import rope, unbind
-from qpcompile.emit.onnx_fast_segments import segment_attention
-from qpcompile.emit.onnx_record import Recorder
-from qpcompile.emit.onnx_runner import OnnxVLM
-from qpcompile.emit.onnx_wrap import Part
+from qpcompile.emit.onnx.export import export_onnx
+from qpcompile.emit.onnx.fast.attention import doubled_rope
+from qpcompile.emit.onnx.fast.inputs import embedding_16, patches_in_one, rows_of_16_bits, table_16
+from qpcompile.emit.onnx.fast.operators import rope, unbind
+from qpcompile.emit.onnx.fast.segments import segment_attention
+from qpcompile.emit.onnx.record import Recorder
+from qpcompile.emit.onnx.runner.runner import OnnxVLM
+from qpcompile.emit.onnx.wrap import Part
 from qpcompile.ir.edit import aten
 from qpcompile.kernels.segment_attention import reference
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 from tests.emit.test_onnx import Cases, arrays, operators
 from tests.families import WIDE_QWEN, qwen2_5_vl, qwen2_vl
 

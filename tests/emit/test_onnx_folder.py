@@ -15,9 +15,9 @@ from typing import Any
 import onnx
 import pytest
 
-from qpcompile.emit.onnx_folder import MANIFEST, WEIGHTS, RunnerError, check_folder, digest
-from qpcompile.emit.onnx_runner import OnnxVLM
-from qpcompile.emit.onnx_runner_file import PARTS, runner_text
+from qpcompile.emit.onnx.runner.folder import MANIFEST, WEIGHTS, RunnerError, check_folder, digest
+from qpcompile.emit.onnx.runner.runner import OnnxVLM
+from qpcompile.emit.onnx.runner_file import PARTS, runner_text
 from qpcompile.files import sha256
 
 Damage = Callable[[Path], Any]

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.onnx import export_onnx
-from qpcompile.emit.onnx_runner import OnnxVLM, Steps
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.onnx.export import export_onnx
+from qpcompile.emit.onnx.runner.runner import OnnxVLM, Steps
 from qpcompile.ir.program import Program
-from qpcompile.ir.run import Machine
+from qpcompile.runtime.machine import Machine
 from tests.emit.test_onnx import Cases, arrays, check_same_tokens, compiled
 
 BOTH, FIRST = "tokens.candidate_layers=[0, 1]", "tokens.candidate_layers=[0]"

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from qpcompile.emit.onnx_folder import RunnerError
-from qpcompile.emit.onnx_inputs import MOST_ARRAYS, check_grids, check_inputs, read_arrays
-from qpcompile.emit.onnx_runner import OnnxVLM
+from qpcompile.emit.onnx.runner.folder import RunnerError
+from qpcompile.emit.onnx.runner.inputs import MOST_ARRAYS, check_grids, check_inputs, read_arrays
+from qpcompile.emit.onnx.runner.runner import OnnxVLM
 
 Arrays = dict[str, Any]
 Tiny = tuple[Any, dict[str, dict[str, torch.Tensor]]]
@@ -173,6 +173,6 @@ def test_files_that_hold_no_inputs(tmp_path: Path, write: Callable[[Path], Any])
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "in.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("input_ids.npy", header("(1048576,)") + bytes(2**23))
-    monkeypatch.setattr("qpcompile.emit.onnx_inputs.MOST_BYTES", 2**20)
+    monkeypatch.setattr("qpcompile.emit.onnx.runner.inputs.MOST_BYTES", 2**20)
     with pytest.raises(RunnerError, match="holds too much"):
         read_arrays(tmp_path / "in.npz")

@@ -17,9 +17,9 @@ import torch
 
 import qpcompile
 from qpcompile.capture.data_folder import Question, question_inputs, read_questions
-from qpcompile.emit import onnx_check
-from qpcompile.emit.onnx_check import compare
-from qpcompile.recipe import Recipe
+from qpcompile.emit.onnx import check as onnx_check
+from qpcompile.emit.onnx.check import compare
+from qpcompile.recipe.recipe import Recipe
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 QUESTIONS, BATCH, UNSEEN_SEED = 100, 10, 77

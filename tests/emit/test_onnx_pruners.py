@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.onnx import export_onnx
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.onnx.export import export_onnx
 from tests.emit.test_onnx import Cases, check_same_tokens, compiled, operators
 
 KEEP = "tokens.keep=0.4"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
-from qpcompile.emit.onnx_runner import patch_layout, picture_positions, text_positions
+from qpcompile.emit.onnx.runner.runner import patch_layout, picture_positions, text_positions
 
 GRID = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
 

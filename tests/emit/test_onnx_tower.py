@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from qpcompile.capture.capture import capture
-from qpcompile.emit.compiled import CompiledVLM, load
-from qpcompile.emit.onnx import export_onnx
-from qpcompile.emit.onnx_runner import OnnxVLM, run
+from qpcompile.compiled import CompiledVLM, load
+from qpcompile.emit.onnx.export import export_onnx
+from qpcompile.emit.onnx.runner.runner import OnnxVLM, run
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import VISION, Program
-from qpcompile.ir.run import VISUAL_KEYS, VISUAL_SCORES
-from qpcompile.pipeline import passes
-from qpcompile.plan import Layer, Plan
-from qpcompile.recipe import Recipe
+from qpcompile.pass_list import passes
+from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import VISUAL_KEYS, VISUAL_SCORES
 from tests.families import qwen2_5_vl
 
 Cases = dict[str, dict[str, torch.Tensor]]
@@ -71,7 +71,7 @@ def test_fixed_size(
     tiny_llava: tuple[Any, Cases], compiled_llava: CompiledVLM, method: str, settings: list[str], tmp_path: Path
 ) -> None:
     model = compiled(compiled_llava.program, method, *settings)
-    export_onnx(model, tmp_path / "folder")
+    export_onnx(model.program, tmp_path / "folder")
     check_same_tokens(model, tmp_path / "folder", tiny_llava[1])
     pictures = tiny_llava[1]["padded"]["pixel_values"]
     found = run(OnnxVLM(tmp_path / "folder", threads=1).vision, {"pixel_values": pictures.numpy()})
@@ -85,7 +85,7 @@ def test_fixed_size(
 def test_any_size(qwen: tuple[Program, Cases], method: str, tmp_path: Path) -> None:
     program, cases = qwen
     model = compiled(program, method)
-    export_onnx(model, tmp_path / "folder")
+    export_onnx(model.program, tmp_path / "folder")
     check_same_tokens(model, tmp_path / "folder", cases)
 
 
@@ -97,5 +97,5 @@ def test_an_artifact_keeps_the_same_tokens(qwen: tuple[Program, Cases], tmp_path
     for case in cases.values():
         (found,), (expected,) = (each.kept_tokens(**case).values() for each in (again, model))
         assert torch.equal(found, expected)
-    export_onnx(again, tmp_path / "folder")
+    export_onnx(again.program, tmp_path / "folder")
     check_same_tokens(model, tmp_path / "folder", {"padded": cases["padded"], "longer": cases["longer"]})

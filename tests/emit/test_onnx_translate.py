@@ -12,9 +12,9 @@ import torch
 from onnx_ir import serde
 from torch import fx
 
-from qpcompile.emit.onnx import OWN, TORCH
-from qpcompile.emit.onnx_translate import axis_names, to_onnx
-from qpcompile.emit.onnx_wrap import Part
+from qpcompile.emit.onnx.export import OWN, TORCH
+from qpcompile.emit.onnx.translate.nodes import axis_names, to_onnx
+from qpcompile.emit.onnx.wrap import Part
 from qpcompile.errors import ExportError
 from qpcompile.ir import operators
 

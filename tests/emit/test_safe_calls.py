@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from qpcompile.emit.safe_calls import bad_call
+from qpcompile.emit.artifact.safe_calls import bad_call
 
 aten = torch.ops.aten
 

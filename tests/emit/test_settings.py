@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import LlavaConfig
 
-from qpcompile.emit.settings import check_settings, leave_out_leads, read_config, write_config
+from qpcompile.emit.artifact.settings import check_settings, leave_out_leads, read_config, write_config
 from qpcompile.errors import ArtifactError
 
 # As configurations on a hub have them.

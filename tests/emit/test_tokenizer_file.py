@@ -11,7 +11,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoProcessor
 
 import qpcompile
-from qpcompile.emit.tokenizer_file import check_tokenizer, check_tokenizers, pattern_problem, tokenizer_problem
+from qpcompile.emit.artifact.tokenizer_file import check_tokenizer, check_tokenizers, pattern_problem, tokenizer_problem
 from qpcompile.errors import ArtifactError, ExportError
 from tests.families import llava
 

@@ -9,12 +9,19 @@ import torch
 from safetensors import safe_open
 from torch import fx
 
-from qpcompile.emit.weights import INDEX, StoredTensors, read_weights, stored_tensors, total_bytes, write_weights
+from qpcompile.emit.artifact.weights import (
+    INDEX,
+    StoredTensors,
+    read_weights,
+    stored_tensors,
+    total_bytes,
+    write_weights,
+)
 from qpcompile.errors import ArtifactError
 from qpcompile.ir.edit import set_tensor
 from qpcompile.ir.program import Graph, Program
-from qpcompile.plan import Plan
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
 
 TENSORS = {
     "a.packed": torch.arange(12, dtype=torch.uint8).reshape(3, 4),

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qpcompile.capture.data_folder import Question, question_inputs, read_questions
 from qpcompile.errors import CalibrationError
-from qpcompile.evaluate.accuracy import Score, accuracy, on_numpy
+from qpcompile.evaluate.run.accuracy import Score, accuracy, on_numpy
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 END = 3

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpcompile.evaluate.bootstrap import difference, retention
+from qpcompile.evaluate.run.bootstrap import difference, retention
 
 # "QUOTA" (arXiv 2604.17320), tables 3 and 4: MMB, MME, GQA, POPE, SEED, SQA of full precision and of each row.
 FULL = (62.37, 1781.12, 60.45, 85.89, 64.01, 66.09)

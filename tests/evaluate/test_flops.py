@@ -12,12 +12,12 @@ from families import llava
 from torch.utils.flop_counter import FlopCounterMode
 
 from qpcompile.capture.capture import capture
-from qpcompile.evaluate.flops import OURS, Decoder, picture_flops
-from qpcompile.evaluate.workbench import Workbench
+from qpcompile.evaluate.run.flops import OURS, Decoder, picture_flops
+from qpcompile.evaluate.run.workbench import Workbench
 from qpcompile.ir.edit import aten, calls
 from qpcompile.ir.program import Graph, Program
-from qpcompile.ir.run import Machine, execute_graph
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import Machine, execute_graph
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 

@@ -9,7 +9,7 @@ import torch
 from families import LAYERS, llava
 from torch import fx
 
-from qpcompile.evaluate.footprint import cache_footprint, decoder_linear_bytes
+from qpcompile.evaluate.run.footprint import cache_footprint, decoder_linear_bytes
 from qpcompile.ir.operators import LINEAR_W4A4
 from qpcompile.ir.program import Graph
 

@@ -82,9 +82,9 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
         "lmms_eval.protocol": {"ChatMessages": Messages},
     }.items():
         monkeypatch.setitem(sys.modules, name, cast(ModuleType, SimpleNamespace(**value)))
-    monkeypatch.delitem(sys.modules, "qpcompile.evaluate.lmms_model", raising=False)
-    yield import_module("qpcompile.evaluate.lmms_model")
-    sys.modules.pop("qpcompile.evaluate.lmms_model", None)
+    monkeypatch.delitem(sys.modules, "qpcompile.evaluate.run.lmms_model", raising=False)
+    yield import_module("qpcompile.evaluate.run.lmms_model")
+    sys.modules.pop("qpcompile.evaluate.run.lmms_model", None)
 
 
 def answered(adapter: Any, docs: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -140,10 +140,10 @@ def test_the_entry_point_is_there() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [None, "w4a4kv4"])
 def test_lmms_eval_finds_our_accuracy(task: Path, tmp_path: Path, recipe: str | None) -> None:
-    from qpcompile.evaluate.data_sets import read_data
-    from qpcompile.evaluate.evaluation import Exam
-    from qpcompile.evaluate.examiner import Examiner
-    from qpcompile.recipe import Recipe
+    from qpcompile.evaluate.questions.data_sets import read_data
+    from qpcompile.evaluate.run.evaluation import Exam
+    from qpcompile.evaluate.run.examiner import Examiner
+    from qpcompile.recipe.recipe import Recipe
 
     model = str(TESTBED / "llava")
     arguments = f"pretrained={model}" + (f",recipe={recipe},calibration={DATA}" if recipe else "")

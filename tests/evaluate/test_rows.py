@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
+from qpcompile.cli.evaluate import recipe_rows, table_cells
 from qpcompile.errors import ArtifactError
-from qpcompile.evaluate import examiner as examiner_module
-from qpcompile.evaluate.data_sets import read_data
-from qpcompile.evaluate.eval_command import recipe_rows, table_cells
-from qpcompile.evaluate.evaluation import Exam
-from qpcompile.evaluate.examiner import Examiner
-from qpcompile.evaluate.rows import Row, RowFolder
-from qpcompile.recipe import Recipe
+from qpcompile.evaluate.questions.data_sets import read_data
+from qpcompile.evaluate.run import examiner as examiner_module
+from qpcompile.evaluate.run.evaluation import Exam
+from qpcompile.evaluate.run.examiner import Examiner
+from qpcompile.evaluate.run.rows import Row, RowFolder
+from qpcompile.recipe.recipe import Recipe
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 MODEL, DATA = str(TESTBED / "llava"), TESTBED / "calibration" / "llava"
@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """SIGKILL after the first row; the second run keeps that row's file and computes the others."""
     words = ["eval", MODEL, "--data", str(DATA), "--limit", "4", "--max-new-tokens", "4", "--out", str(tmp_path)]
     words += ["--recipe", "w4a4kv4", "--calibration", str(DATA), *(word for key in FAST for word in ("--set", key))]
-    command = [sys.executable, "-c", "from qpcompile.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from qpcompile.cli.main import main; main()", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (found := list((tmp_path / "rows").glob("[!.]*.json"))) and time.monotonic() < deadline:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from qpcompile.capture.load import load_model
 from qpcompile.errors import CalibrationError
-from qpcompile.evaluate.data_sets import questions_digest, read_data
-from qpcompile.evaluate.evaluation import Exam, ask
-from qpcompile.evaluate.scienceqa import INSTRUCTION, read_scienceqa
+from qpcompile.evaluate.questions.data_sets import questions_digest, read_data
+from qpcompile.evaluate.questions.scienceqa import INSTRUCTION, read_scienceqa
+from qpcompile.evaluate.run.evaluation import Exam, ask
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from qpcompile.errors import OutputError, PlanError
-from qpcompile.evaluate.bootstrap import Interval
-from qpcompile.evaluate.rows import Row
+from qpcompile.evaluate.run.bootstrap import Interval
+from qpcompile.evaluate.run.rows import Row
 from qpcompile.evaluate.search import LADDER, SHARES, Found, Trial, front, search, write_search
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 from tests.evaluate.full_disk import contents, fill
 
 ASKED = 200

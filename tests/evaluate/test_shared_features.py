@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from qpcompile.capture.data_folder import read_questions
-from qpcompile.evaluate.evaluation import question_inputs
-from qpcompile.evaluate.shared_features import SharedFeatures, tensors_digest
-from qpcompile.evaluate.workbench import Workbench
+from qpcompile.evaluate.run.evaluation import question_inputs
+from qpcompile.evaluate.run.shared_features import SharedFeatures, tensors_digest
+from qpcompile.evaluate.run.workbench import Workbench
 from qpcompile.ir.program import VISION, Graph
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 DATA = TESTBED / "calibration" / "llava"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from qpcompile.errors import RecipeError
-from qpcompile.evaluate.kept_figure import token_grid
+from qpcompile.evaluate.report.kept_figure import token_grid
 from qpcompile.evaluate.search import LADDER
-from qpcompile.evaluate.sweep_plan import BASE, SweepPlan, cells
-from qpcompile.recipe import Recipe
+from qpcompile.evaluate.sweep.plan import BASE, SweepPlan, cells
+from qpcompile.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = """

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from qpcompile.errors import OutputError, PlanError
-from qpcompile.evaluate import tables
-from qpcompile.evaluate.figures import ablation_figure, figure_bytes, profile_figure, profiles, retention_figure
-from qpcompile.evaluate.groups import full_precision, groups
-from qpcompile.evaluate.rows import Row, RowFolder
-from qpcompile.evaluate.sweep import Result, _result
-from qpcompile.evaluate.sweep_plan import BASE, SweepPlan, cells
-from qpcompile.evaluate.sweep_report import write_sweep
+from qpcompile.evaluate.report import tables
+from qpcompile.evaluate.report.figures import ablation_figure, figure_bytes, profile_figure, profiles, retention_figure
+from qpcompile.evaluate.report.groups import full_precision, groups
+from qpcompile.evaluate.report.sweep_report import write_sweep
+from qpcompile.evaluate.run.rows import Row, RowFolder
+from qpcompile.evaluate.sweep.plan import BASE, SweepPlan, cells
+from qpcompile.evaluate.sweep.sweep import Result, _result
 from tests.evaluate.full_disk import contents, fill
 
 PLAN = """

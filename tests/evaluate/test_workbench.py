@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import qpcompile
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.emit.weights import stored_tensors
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.artifact.weights import stored_tensors
 from qpcompile.errors import CalibrationError
-from qpcompile.evaluate.workbench import SENSITIVITY_KEYS, Workbench
-from qpcompile.recipe import Recipe, preset_names
-from qpcompile.token_scheme import TokenScheme
+from qpcompile.evaluate.run.workbench import SENSITIVITY_KEYS, Workbench
+from qpcompile.recipe.recipe import Recipe, preset_names
+from qpcompile.recipe.tokens import TokenScheme
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 FEW = ["calibration.samples=2"]

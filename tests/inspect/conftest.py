@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import qpcompile
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.plan import Cut, Layer, LayerFacts, LeftOut, Plan, Sensitivity, Site
-from qpcompile.recipe import Recipe
+from qpcompile.compiled import CompiledVLM
+from qpcompile.recipe.plan import Cut, Layer, LayerFacts, LeftOut, Plan, Sensitivity, Site
+from qpcompile.recipe.recipe import Recipe
 from tests.families import IMAGE, llava
 
 LAYERS = 6

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
 from qpcompile.inspect.overlay import cells_path, overlays, panels, seen_picture, token_grid
-from qpcompile.plan import Plan
+from qpcompile.recipe.plan import Plan
 
 PIXELS = torch.zeros(1, 3, 96, 96)
 
@@ -70,7 +70,7 @@ def test_patches_are_no_picture() -> None:
 
 
 def test_real_run_keeps_what_the_plan_says(compiled: CompiledVLM) -> None:
-    (drawn,) = overlays(compiled, [(Image.new("RGB", (64, 64), "red"), "what is it?")])
+    (drawn,) = overlays(compiled.machine, compiled.processor, [(Image.new("RGB", (64, 64), "red"), "what is it?")])
     assert drawn.grid == (4, 4) and drawn.picture.startswith("data:image/png;base64,")
     counts = compiled.plan.visual_tokens(16)
     assert [len(panel.kept) for panel in drawn.panels] == sorted(set(counts), reverse=True)
@@ -80,10 +80,10 @@ def test_real_run_keeps_what_the_plan_says(compiled: CompiledVLM) -> None:
 
 def test_unreadable_picture_is_named(compiled: CompiledVLM, tmp_path: object) -> None:
     with pytest.raises(CalibrationError, match="is missing") as caught:
-        overlays(compiled, [(f"{tmp_path}/absent.png", "?")])
+        overlays(compiled.machine, compiled.processor, [(f"{tmp_path}/absent.png", "?")])
     assert "absent.png" in str(caught.value)
 
 
-def test_model_without_processor_is_refused() -> None:
+def test_model_without_processor_is_refused(compiled: CompiledVLM) -> None:
     with pytest.raises(CalibrationError, match="processor"):
-        overlays(SimpleNamespace(processor=None), [])  # type: ignore[arg-type]
+        overlays(compiled.machine, None, [])

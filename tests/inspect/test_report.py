@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qpcompile.emit.compiled import CompiledVLM
+from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import OutputError
-from qpcompile.inspect.report import write_report
 from qpcompile.ir.program import Program
 
 VOID = {"meta", "br", "img", "link", "hr", "image"}
@@ -48,7 +47,7 @@ class Page(HTMLParser):
 def page(compiled: CompiledVLM, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of the tiny model with one sample picture."""
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
-    write_report(compiled, path, samples=[(Image.new("RGB", (64, 64), "red"), "what is <it>?")])
+    compiled.report(path, samples=[(Image.new("RGB", (64, 64), "red"), "what is <it>?")])
     assert os.listdir(path.parent) == ["report.html"]
     return path.read_text(encoding="utf-8")
 
@@ -86,7 +85,7 @@ def test_loaded_model_says_what_is_not_known(
 ) -> None:
     program: Program = compiled.program
     monkeypatch.setattr(program, "facts", {})
-    write_report(compiled, tmp_path / "report.html")
+    compiled.report(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "loaded from an artifact" in text and "<code>fuse_kernels</code>" in text
 
@@ -95,7 +94,7 @@ def test_existing_file_is_refused_and_left_alone(compiled: CompiledVLM, tmp_path
     path = tmp_path / "report.html"
     path.write_text("mine")
     with pytest.raises(OutputError, match="exists"):
-        write_report(compiled, path)
+        compiled.report(path)
     assert path.read_text() == "mine"
 
 
@@ -107,5 +106,5 @@ def test_interrupted_write_leaves_nothing(
 
     monkeypatch.setattr("qpcompile.files.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_report(compiled, tmp_path / "new" / "report.html")
+        compiled.report(tmp_path / "new" / "report.html")
     assert os.listdir(tmp_path) == []

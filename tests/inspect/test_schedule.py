@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from qpcompile.inspect.schedule import profile_svg, schedule_svg
-from qpcompile.plan import Plan
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
 
 
 def texts(svg: str) -> list[str]:

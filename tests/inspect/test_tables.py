@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qpcompile.inspect.tables import error_tables, left_out_rows, pass_purposes, pass_rows, settings, site_rows
 from qpcompile.ir.pass_manager import Step
-from qpcompile.plan import Plan
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
 
 
 def test_step_becomes_what_changed_in_which_graph() -> None:

@@ -70,7 +70,7 @@ def test_a_pass_too_early_does_not_run() -> None:
     with pytest.raises(InvariantError, match="late needs the stage quantized, the program is canonical") as error:
         run_passes(program_of(), [Relu(), late])
     assert error.value.ran == "relu" and not late.ran
-    assert "qpcompile/pipeline.py" in str(error.value)
+    assert "qpcompile/pass_list.py" in str(error.value)
 
 
 def test_a_pass_that_breaks_the_program_is_named() -> None:

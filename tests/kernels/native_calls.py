@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from qpcompile.kernels import native
-from qpcompile.kernels.native_cells import SIGNATURES
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.native.cells import SIGNATURES
 
 Arguments = dict[str, Any]
 AMX_AWAY = frozenset(native.AMX) if not native.library().amx else frozenset[str]()

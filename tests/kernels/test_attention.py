@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.ir.bind_torch import attend
 from qpcompile.ir.operators import RULES
-from qpcompile.kernels import native
 from qpcompile.kernels.attention import cpu, reference
+from qpcompile.kernels.native import library as native
+from qpcompile.runtime.cpu.torch_operators import attend
 
 tiles = pytest.mark.skipif(not native.library().amx, reason="this processor has no AMX tiles")
 # (batch, query heads, key heads, queries, keys, head size)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qpcompile.kernels import native
 from qpcompile.kernels.linear import cpu
+from qpcompile.kernels.native import library as native
 
 LEVELS = range(native.library().level + 1) if native.available() else []
 

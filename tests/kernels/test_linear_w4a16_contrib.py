@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnxscript import evaluator
 
-from qpcompile.emit.onnx_record import Recorder
+from qpcompile.emit.onnx.record import Recorder
 from qpcompile.kernels.linear_w4a16 import onnx as exact
 from qpcompile.kernels.linear_w4a16 import onnx_contrib
 from tests.kernels.test_linear_w4a16 import random_weight

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels import native
 from qpcompile.kernels.linear_w8a16 import cpu, op, reference
 from qpcompile.kernels.linear_w8a16 import onnx as translation
+from qpcompile.kernels.native import library as native
 
 LEVELS = range(native.library().level + 1) if native.available() else []
 SHAPES = [(1, 1, 1), (1, 1024, 67), (3, 37, 65), (8, 100, 7), (5, 64, 64), (4, 33, 4), (17, 80, 130)]

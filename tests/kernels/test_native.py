@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpcompile.kernels import native
 from qpcompile.kernels.attention_kv4 import cpu as attention_cpu
 from qpcompile.kernels.attention_kv4 import reference as attention
 from qpcompile.kernels.hadamard import cpu as hadamard_cpu
@@ -21,7 +20,8 @@ from qpcompile.kernels.layernorm_quantize import reference as layernorm
 from qpcompile.kernels.linear_w4a4 import cpu as linear_cpu
 from qpcompile.kernels.linear_w4a4 import reference as linear
 from qpcompile.kernels.linear_w4a4.packing import pack_int4, unpack_int4
-from qpcompile.kernels.native_rows import Kind, RowPlan
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.native.rows import Kind, RowPlan
 from qpcompile.kernels.quantize_int4 import cpu as quantize_cpu
 from qpcompile.kernels.quantize_int4 import reference as quantize
 from qpcompile.kernels.rmsnorm_quantize import cpu as rmsnorm_cpu

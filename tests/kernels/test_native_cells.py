@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kernels import native_calls
 from qpcompile.errors import KernelError
-from qpcompile.kernels import native
 from qpcompile.kernels.linear_w4a4 import cpu as linear
-from qpcompile.kernels.native_rows import RowPlan
-from qpcompile.kernels.native_tape import Tape
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.native.rows import RowPlan
+from qpcompile.kernels.native.tape import Tape
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.library().problem or "compiled")
 LEVELS = range(native.library().level + 1)

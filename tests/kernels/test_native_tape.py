@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qpcompile.kernels import native
 from qpcompile.kernels.kv4_write.cpu import kv4_write
-from qpcompile.kernels.native_rows import RowPlan
-from qpcompile.kernels.native_tape import Tape
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.native.rows import RowPlan
+from qpcompile.kernels.native.tape import Tape
 from qpcompile.kernels.rope.cpu import rope
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.library().problem)

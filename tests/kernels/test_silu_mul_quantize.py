@@ -8,8 +8,8 @@ import torch
 from kernels.code_agreement import assert_codes_agree
 from torch import Tensor
 
-from qpcompile.kernels import native
 from qpcompile.kernels.hadamard.reference import transform
+from qpcompile.kernels.native import library as native
 from qpcompile.kernels.quantize_int4.reference import quantize_int4
 from qpcompile.kernels.silu_mul_quantize import cpu, op, reference
 from qpcompile.kernels.silu_mul_quantize import onnx as translation

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels import native
+from qpcompile.kernels.native import library as native
 from qpcompile.kernels.token_scores import cpu, reference
 from qpcompile.kernels.token_scores.op import OVERLOAD, token_scores
 

@@ -11,10 +11,10 @@ import torch
 from families import Inputs
 from programs import captured, changed_recipe, fresh
 
+from qpcompile.calibration.statistics import Calibration
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
-from qpcompile.ir.statistics import Calibration
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs

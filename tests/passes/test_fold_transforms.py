@@ -18,7 +18,7 @@ from qpcompile.ir.operators import HADAMARD
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.passes.fold_transforms import FoldTransforms
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 
 Apply = Callable[[Program, FoldTransforms], bool]
 TOKENS = {"x": torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))}

@@ -13,7 +13,7 @@ from toy_decoder import HIDDEN, Mlp, decode_graph, prefill_graph, toy_feeds
 
 from qpcompile.errors import RecipeError
 from qpcompile.ir.edit import calls
-from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import HEAD, VISION, Graph, Program

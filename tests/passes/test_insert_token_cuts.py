@@ -19,7 +19,7 @@ from qpcompile.ir.text import graph_text
 from qpcompile.ir.verify import verify
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
-from qpcompile.plan import Cut
+from qpcompile.recipe.plan import Cut
 
 Apply = Callable[[Program, InsertTokenCuts], bool]
 ALL, HALF = (999_999, 1_000_000), (1, 2)

@@ -10,7 +10,7 @@ from qpcompile.ir.edit import calls
 from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
-from qpcompile.pipeline import passes
+from qpcompile.pass_list import passes
 
 
 def planned(order: str) -> Program:

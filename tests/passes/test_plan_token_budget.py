@@ -10,7 +10,7 @@ from programs import changed_recipe, program_of
 from qpcompile.errors import PlanError
 from qpcompile.ir.program import Program
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
-from qpcompile.plan import LayerFacts, Plan
+from qpcompile.recipe.plan import LayerFacts, Plan
 
 Apply = Callable[[Program, PlanTokenBudget], bool]
 

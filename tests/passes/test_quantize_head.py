@@ -12,18 +12,18 @@ from programs import captured, changed_recipe, fresh, program_of, relative, run,
 from torch import Tensor, nn
 
 from qpcompile.capture.capture import capture
-from qpcompile.emit.weights import stored_tensors, total_bytes
+from qpcompile.emit.artifact.weights import stored_tensors, total_bytes
 from qpcompile.ir.edit import get_tensor
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import EMBED, HEAD, Program
-from qpcompile.ir.run import Machine
 from qpcompile.ir.text import graph_text
 from qpcompile.kernels.linear_w8a16.reference import quantize_rows
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.passes.quantize_head import QuantizeHead
-from qpcompile.plan import LeftOut, Plan
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.plan import LeftOut, Plan
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import Machine
 
 Apply = Callable[[Program, QuantizeHead], bool]
 EIGHT, SIXTEEN = (changed_recipe("w4a4kv4", "quantize.ignore=[]", f"quantize.head_bits={bits}") for bits in (8, 16))

@@ -22,10 +22,10 @@ from qpcompile.ir.text import graph_text
 from qpcompile.ir.verify import verify
 from qpcompile.kernels.kv4_read.reference import kv4_read
 from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.pass_list import passes
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
 from qpcompile.passes.quantize_weights import QuantizeWeights
-from qpcompile.pipeline import passes
-from qpcompile.plan import Plan
+from qpcompile.recipe.plan import Plan
 
 Apply = Callable[[Program, QuantizeKvCache], bool]
 SETTINGS = (

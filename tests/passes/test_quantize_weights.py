@@ -13,15 +13,15 @@ from toy_decoder import HIDDEN, Mlp, decode_graph, prefill_graph
 
 from qpcompile.errors import InvariantError, RecipeError
 from qpcompile.ir.edit import aten, calls, get_tensor
-from qpcompile.ir.facts import quantized_fact
+from qpcompile.ir.node_facts import quantized_fact
 from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANTIZE_INT4
 from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.ir.verify import verify
 from qpcompile.kernels.linear_w4a4.packing import unpack_int4
 from qpcompile.passes.quantize_weights import QuantizeWeights
-from qpcompile.plan import Plan
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
 
 Apply = Callable[[Program, QuantizeWeights], bool]
 TOKENS = {"x": torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))}

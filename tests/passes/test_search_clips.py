@@ -9,14 +9,14 @@ import torch
 from programs import changed_recipe, stubbed
 from toy_decoder import decode_graph, prefill_graph
 
+from qpcompile.calibration.statistics import InputStatistics
 from qpcompile.ir.edit import calls
-from qpcompile.ir.facts import stub_fact
-from qpcompile.ir.fake_quant import round_trip
+from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB, QUANTIZE_INT4
 from qpcompile.ir.program import DECODE, PREFILL, Program
-from qpcompile.ir.statistics import InputStatistics
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.passes.search_clips import RATIOS, SearchClips, best_clip
+from qpcompile.quantization.fake_quant import round_trip
 
 Apply = Callable[[Program, SearchClips], bool]
 

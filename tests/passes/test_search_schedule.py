@@ -11,14 +11,14 @@ from programs import captured, changed_recipe, fresh
 from qpcompile.errors import PlanError
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
-from qpcompile.ir.run import Machine, execute_graph
-from qpcompile.ir.schedules import Shares, cut_layers_of, schedules
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.search_schedule import SearchSchedule
+from qpcompile.pruning.schedules import Shares, cut_layers_of, schedules
+from qpcompile.runtime.machine import Machine, execute_graph
 
 Apply = Callable[[Program, SearchSchedule], bool]
 VISUAL = 16

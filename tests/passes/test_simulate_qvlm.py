@@ -19,7 +19,7 @@ from qpcompile.ir.text import graph_text
 from qpcompile.kernels.simulate_qvlm.reference import nf4, simulate_qvlm
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.passes.simulate_qvlm import SimulateQvlm
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 
 Apply = Callable[[Program, SimulateQvlm], bool]
 TOKENS = {"x": torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))}

@@ -10,17 +10,17 @@ import torch
 from programs import captured, changed_recipe, fresh, relative
 
 from qpcompile.ir.edit import calls, get_tensor
-from qpcompile.ir.facts import stub_fact
+from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import KRONECKER, LINEAR_W4A4, QUANT_STUB
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Program
-from qpcompile.ir.run import Machine
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.fold_transforms import FoldTransforms
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.passes.train_transforms import TrainTransforms
+from qpcompile.runtime.machine import Machine
 
 Apply = Callable[[Program, TrainTransforms], bool]
 KEYS = ("quantize.training.samples=2", "quantize.training.epochs=6", "quantize.training.batch=1")

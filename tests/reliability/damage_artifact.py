@@ -36,7 +36,7 @@ from PIL import Image
 
 import qpcompile
 from qpcompile.errors import ArtifactError, QPCompileError
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 BED = ROOT / "tests" / "testbed" / "llava"

@@ -250,8 +250,8 @@ def exported(place: Path) -> tuple[Path, Path]:
     import numpy as np
 
     from qpcompile.capture.capture import capture
-    from qpcompile.emit.onnx import export_onnx
-    from qpcompile.recipe import Recipe
+    from qpcompile.emit.onnx.export import export_onnx
+    from qpcompile.recipe.recipe import Recipe
     from tests.families import llava
 
     model, cases = llava()

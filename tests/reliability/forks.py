@@ -27,7 +27,7 @@ from qpcompile.claims import claimed, held_folder  # noqa: E402
 from qpcompile.errors import QPCompileError  # noqa: E402
 from qpcompile.ir import checkpoint as checkpoints  # noqa: E402
 from qpcompile.pipeline import checkpoint_key, compile_captured  # noqa: E402
-from qpcompile.recipe import Recipe  # noqa: E402
+from qpcompile.recipe.recipe import Recipe  # noqa: E402
 
 DONE, REFUSED, BARE = 0, 10, 20
 COUNT = 3

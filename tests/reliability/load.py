@@ -18,7 +18,7 @@ from programs import captured
 from tally import Tally, begin, finish
 
 import qpcompile
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 
 SLOPE = 10_000.0  # bytes an answer
 NEW_TOKENS = 4

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qpcompile.errors import RecipeError
-from qpcompile.recipe import Recipe, preset_names
+from qpcompile.recipe.recipe import Recipe, preset_names
 
 LONGEST_SECONDS = 5.0
 LONGEST_MESSAGE = 2500
@@ -166,7 +166,9 @@ def examine(path: Path, result: Result) -> None:
 def mutate(count: int, seed: int, folder: Path) -> dict[str, Result]:
     """`count` mutated recipes; every number is a seed of its own, so that one can be made again."""
     texts = [recipe.to_yaml() for recipe in map(Recipe.load, preset_names())]
-    texts += [(resources.files("qpcompile") / "presets" / f"{name}.yaml").read_text("utf-8") for name in preset_names()]
+    texts += [
+        (resources.files("qpcompile.recipe") / "presets" / f"{name}.yaml").read_text("utf-8") for name in preset_names()
+    ]
     results = {kind: Result() for kind in KINDS}
     for number in range(count):
         chance = random.Random(f"{seed} {number}")

@@ -6,7 +6,7 @@ import pytest
 from reliability.mutate_recipes import KINDS, Result, examine, mutate
 
 from qpcompile.errors import RecipeError
-from qpcompile.recipe import Recipe
+from qpcompile.recipe.recipe import Recipe
 
 COUNT = 300
 

@@ -9,7 +9,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from qpcompile.kernels.native import sources_digest
+from qpcompile.kernels.native.library import sources_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / "asan"
@@ -30,10 +30,8 @@ def build() -> Path:
     if not library.exists() or not stamp.exists() or stamp.read_text("utf-8") != digest:
         made = library.with_suffix(".new")
         command = [COMPILER, *_flags(), *SANITIZERS, "-Wall", "-Wextra", "-Werror", "-fopenmp", "-fPIC", "-shared"]
-        subprocess.run(
-            [*command, f'-DQP_SOURCES="{digest}"', "-o", str(made), str(ROOT / "kernels" / "native.c"), "-lm"],
-            check=True,
-        )
+        source = ROOT / "kernels" / "native" / "native.c"
+        subprocess.run([*command, f'-DQP_SOURCES="{digest}"', "-o", str(made), str(source), "-lm"], check=True)
         made.replace(library)
         stamp.write_text(digest, "utf-8")
     return TREE

@@ -20,9 +20,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qpcompile.errors import KernelError
-from qpcompile.ir import bind_torch, operators
-from qpcompile.ir.bind import UNFIT
-from qpcompile.kernels import native, native_rows
+from qpcompile.ir import operators
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.native import rows as native_rows
+from qpcompile.runtime.cpu import torch_operators as bind_torch
+from qpcompile.runtime.cpu.bind import UNFIT
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernels import native_calls

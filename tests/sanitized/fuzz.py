@@ -58,7 +58,7 @@ def work(seed: int, first: int, end: int) -> None:
     from calls import chosen, ending
     from operands import Draw
 
-    from qpcompile.kernels import native
+    from qpcompile.kernels.native import library as native
 
     if not native.available():
         sys.exit(native.library().problem)

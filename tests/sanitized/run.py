@@ -17,7 +17,7 @@ KERNELS = (
 ON_C = "not onnx and not export and not triton and not contrib and not past_the_caches"
 PLANTED = """
 import ctypes, torch
-from qpcompile.kernels import native
+from qpcompile.kernels.native import library as native
 assert "asan" in str(native.library().path), native.library()
 tensor = torch.empty(40)
 ctypes.memset(tensor.data_ptr(), 0, tensor.nbytes + 4)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from qpcompile.kernels import native
+from qpcompile.kernels.native import library as native
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 BEFORE = 'print("@6 rope", flush=True); print("answered"); print("@7 rows", flush=True)\n'

@@ -11,11 +11,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import qpcompile
 from qpcompile.capture.data_folder import question_inputs, read_questions
-from qpcompile.emit.compiled import CompiledVLM
-from qpcompile.ir import static_decode
-from qpcompile.ir.kv_cache import CompiledCache
+from qpcompile.compiled import CompiledVLM
 from qpcompile.ir.program import Graph
-from qpcompile.ir.static_decode import StaticDecode
+from qpcompile.runtime.cuda import static_decode
+from qpcompile.runtime.cuda.static_decode import StaticDecode
+from qpcompile.runtime.kv_cache import CompiledCache
 
 TESTBED = Path(__file__).resolve().parents[2] / "testbed"
 CHANGES = ["quantize.weights.solver=rtn", "quantize.transform=hadamard", "calibration.samples=4"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qpcompile
-from qpcompile.probes import PROBES
+from qpcompile.cli.probes import PROBES
 
 KERNELS = sorted(path.parent.name for path in (Path(qpcompile.__file__).parent / "kernels").glob("*/triton.py"))
 

@@ -1,0 +1,172 @@
+"""The operators' C for the CPU: where the compiled library is, which instructions it may use, how it is called.
+
+kernels/native/native.c is compiled when the package is installed, if there is a C compiler, and loaded here with
+ctypes. Where it is missing or does not belong to the sources beside it, the operators run on torch, and `qpcompile
+doctor` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from ctypes import c_char_p, c_int, c_long, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.native.cells import SIGNATURES, error_of, packed
+
+MODULE = "qpcompile._native"
+LEVELS = ("portable", "avx2", "avx512")
+"""Instruction sets that the library is compiled for, the best last; the number is the place."""
+READABLE = frozenset({torch.float32, torch.bfloat16, torch.bool})
+"""The types of activations and masks that the functions read."""
+
+Function = Callable[[bytes, int, int], int]
+AMX = ("linear_w4a4_amx", "attention_amx", "attention_mass_amx", "change_tiles_amx")
+"""Functions that need AMX tiles, there where `Library.amx` says so."""
+EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append", "linear", "linear_w8a16")
+"""Functions of integers and of float32 operations alone: there is one per level. The others are there in
+float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that was made: the function with the ending of its arithmetic, where it lies, and what it was given.
+
+    tensors: what `cells` says the places of.
+    """
+
+    symbol: str
+    address: int
+    cells: bytes
+    tensors: tuple[Tensor, ...]
+
+
+_noted: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library, or the reason why there is none."""
+
+    path: Path | None
+    problem: str
+    level: int
+    threads: bool
+    amx: bool
+    functions: dict[tuple[str, int], Function]
+    """By symbol and level. They take cells (cells.py), the step of a tape and a number of threads."""
+    run_tape: Callable[..., int] | None = None
+
+
+@functools.cache
+def library() -> Library:
+    """Load the library once per process."""
+    spec = importlib.util.find_spec(MODULE)
+    if spec is None or spec.origin is None:
+        return _none("it was not compiled: no C compiler was found when the package was installed")
+    path = Path(spec.origin)
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.qp_sources.restype = ctypes.c_char_p
+        made_of = loaded.qp_sources().decode()
+    except (OSError, AttributeError) as error:
+        return _none(f"{path.name} does not load: {error}")
+    if (here := sources_digest()) and here != made_of:
+        return _none(f"{path.name} was compiled from other sources than those that lie here: install the package again")
+    best = int(loaded.qp_level())
+    amx = bool(loaded.qp_amx())
+    functions = {
+        (symbol, level): _function(loaded, symbol, LEVELS[level])
+        for name in SIGNATURES
+        if name not in AMX
+        for symbol in ([name] if name in EXACT else [f"{name}_f64", f"{name}_f32"])
+        for level in range(best + 1)
+    }
+    if amx:
+        functions |= {(name, best): _function(loaded, name.removesuffix("_amx"), "amx") for name in AMX}
+    loaded.qp_run_tape.argtypes, loaded.qp_run_tape.restype = (c_void_p, c_long, c_long, c_int, c_void_p), c_long
+    return Library(path, "", best, bool(loaded.qp_openmp()), amx, functions, loaded.qp_run_tape)
+
+
+def sources_digest() -> str:
+    """SHA-256 of the sources where they are installed too, as setup.py computes it; empty where they are not."""
+    folder = Path(__file__).parents[1]
+    parts = [folder / "native" / "native.c", *sorted(folder.rglob("*.inc"))]
+    if not parts[0].is_file():
+        return ""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.read_bytes())
+    return total.hexdigest()
+
+
+def available() -> bool:
+    """Whether the operators may use the library."""
+    return library().path is not None
+
+
+def call(symbol: str, *arguments: object, level: int | None = None) -> None:
+    """Call a function of the library with the threads that torch uses.
+
+    arguments: as SIGNATURES in cells.py names them, tensors as they are.
+
+    Raises KernelError where they do not belong together, and where the function had no memory to work in.
+    """
+    loaded = library()
+    name = name_of(symbol)
+    function = loaded.functions[symbol, loaded.level if level is None else level]
+    cells = packed(name, arguments)
+    if result := function(cells, 0, torch.get_num_threads()):
+        raise error_of(name, cells, result)
+    if (calls := _noted.get()) is not None:
+        address = ctypes.cast(function, c_void_p).value  # type: ignore[arg-type]
+        calls.append(Call(symbol, address or 0, cells, tuple(each for each in arguments if isinstance(each, Tensor))))
+
+
+@contextmanager
+def noted() -> Iterator[list[Call]]:
+    """Every call that is made inside, in order."""
+    calls: list[Call] = []
+    before = _noted.set(calls)
+    try:
+        yield calls
+    finally:
+        _noted.reset(before)
+
+
+def real(x: Tensor) -> str:
+    """The ending of functions that compute for a tensor of this type (kernels/sums.py)."""
+    return "f64" if x.dtype == torch.float32 else "f32"
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the library can read these: tensors of types it knows, on the CPU."""
+    return available() and all(tensor is None or _readable(tensor) for tensor in tensors)
+
+
+def _readable(tensor: Tensor) -> bool:
+    return tensor.dtype in READABLE and tensor.device.type == "cpu"
+
+
+def _none(problem: str) -> Library:
+    return Library(None, problem, 0, False, False, {})
+
+
+def _function(loaded: ctypes.CDLL, symbol: str, ending: str) -> Function:
+    made = getattr(loaded, f"qp_{symbol}_{ending}")
+    made.argtypes, made.restype = (c_char_p, c_long, c_int), c_long
+    return made
+
+
+def name_of(symbol: str) -> str:
+    """Of a function, without the ending of its arithmetic."""
+    return symbol.removesuffix("_f64").removesuffix("_f32")

@@ -1,0 +1,145 @@
+/* The operators' C for the CPU, compiled for several instruction sets into one library that Python calls through ctypes.
+
+   Every operator's `cpu.inc` is included once per instruction set (LEVEL), and where it computes in floating point once
+   per type of its arithmetic (REAL): double for float32 models, float for half-precision ones (kernels/sums.py). The
+   exported functions are qp_<name>[_f64 | _f32]_<level>; kernels/native/library.py chooses the level once per process. They check
+   what they are given (checks.inc), then call what computes, which does not.
+
+   Compiled with -ffp-contract=off: where the order of float32 operations is part of an operator's definition it is kept,
+   and where fused products are welcome they are written as FMA. */
+
+#include <limits.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define X86 1
+#endif
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define INLINE static inline __attribute__((always_inline, unused))
+#define ROUND_UP(n, step) (((n) + (step) - 1) / (step) * (step))
+
+typedef float float_alias __attribute__((may_alias));
+typedef uint32_t uint32_alias __attribute__((may_alias));
+
+#include "checks.inc"
+#include "calls.inc"
+
+/* What a row operator does, but for its rows: its cells, checked (rows.inc); what it has no use for is 0. */
+typedef struct {
+    long channels, group, left_size, right_size;
+    const void *weight, *bias;
+    const float *scale, *left, *right, *shift;
+    const uint16_t *tiles; /* of kronecker/amx.inc: the factors for AMX, or NULL */
+    const float *gates;    /* of silu_mul_quantize/cpu.inc: a gate's value for each bfloat16, f32[65536], or NULL */
+    double constant;
+    float clip;
+    int kind;           /* a place in rows_of, of `enum kind` */
+    int element;        /* of the rows */
+    int weight_element; /* of weight and bias */
+    int rounded;        /* BFLOAT16: what the graph rounds between its operators is rounded here too */
+} rows_plan;
+enum kind { PLAIN, RMSNORM, LAYERNORM, SILU_MUL, SILU_THEN_MUL, SIGMOID_MUL };
+
+/* To the values that bfloat16 holds, to nearest even. */
+INLINE void round_row(float *values, int element, long n) {
+    uint32_alias *bits = (uint32_alias *)values;
+    if (element == BFLOAT16)
+        for (long i = 0; i < n; i++)
+            bits[i] = (bits[i] & 0x7fffffff) > 0x7f800000 ? bits[i]
+                                                          : (bits[i] + 0x7fff + ((bits[i] >> 16) & 1)) & 0xffff0000;
+}
+
+/* The sources this library was made of, so that a stale one is noticed. */
+#ifndef QP_SOURCES
+#define QP_SOURCES ""
+#endif
+const char *qp_sources(void) { return QP_SOURCES; }
+
+/* The best level of this processor: 0 portable, 1 avx2, 2 avx512. */
+int qp_level(void) {
+#if X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+/* Runs calls in order. `step` counts the replays of a tape: with each of them a cache holds one more token, and nothing
+   else is different. Returns what the last call returned; at: which it was. */
+long qp_run_tape(const tape_call *calls, long count, long step, int threads, long *at) {
+    long result = DONE;
+    for (*at = 0; *at < count && result == DONE; ++*at) result = calls[*at].run(calls[*at].arguments, step, threads);
+    --*at;
+    return result;
+}
+
+/* 1 where the library was built with OpenMP, so that `threads` means something. */
+int qp_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#include "tiles.inc"
+#include "../kronecker/amx.inc"
+
+#define LEVEL portable
+#define VECTOR_BYTES 16
+#include "level.inc"
+#undef LEVEL
+#undef VECTOR_BYTES
+
+#if X86
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LEVEL avx2
+#define AVX2 1
+#define VECTOR_BYTES 32
+#include "level.inc"
+#undef LEVEL
+#undef AVX2
+#undef VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#endif
+#define LEVEL avx512
+#define AVX512 1
+#define VECTOR_BYTES 64
+#include "level.inc"
+#undef LEVEL
+#undef AVX512
+#undef VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
+
+#include "../linear_w4a4/amx.inc"
+#include "../attention/amx.inc"
+#include "../token_scores/amx.inc"

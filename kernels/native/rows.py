@@ -1,0 +1,123 @@
+"""The row operators in C: rows are made, their basis is changed, then they are quantized or stored, all in one call.
+
+A `RowPlan` holds everything but the rows; it is made once where weights are bound to a graph, and per call elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.hadamard.reference import factor_arrays
+from qpcompile.kernels.native.cells import ELEMENTS, OTHER
+from qpcompile.kernels.native.library import call, library
+from qpcompile.kernels.quantize_int4.reference import group_count
+
+Kind = Literal["plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul"]
+KINDS: tuple[Kind, ...] = ("plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul")
+"""In the order of rows_of in rows.inc."""
+GATES: tuple[Kind, ...] = ("silu_mul", "silu_then_mul", "sigmoid_mul")
+"""Those that begin with a function of one number, which is looked up for bfloat16."""
+
+
+class RowPlan:
+    """A row operator on tensors of one type and width, with its weights.
+
+    Args:
+        kind: what makes a row; the files `cpu.inc` of the operators say what each is.
+        dtype: of the rows, float32 or bfloat16.
+        weight, bias: f[C] of a norm.
+        constant: the epsilon of a norm, the factor of sigmoid_mul.
+        scale: f32[C], multiplied before the change of basis.
+        factors: f32[A, A] and f32[c, c] with A c = C, or True for the Hadamard rotation.
+        shift: f32[C], subtracted after it.
+        as_graph: round as the graph does between operators that are one here (half precision).
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        dtype: torch.dtype,
+        channels: int,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        constant: float = 0.0,
+        scale: Tensor | None = None,
+        factors: tuple[Tensor, Tensor] | bool = False,
+        shift: Tensor | None = None,
+        group_size: int = 0,
+        clip_ratio: float = 1.0,
+        as_graph: bool = False,
+        level: int | None = None,
+    ) -> None:
+        weight, bias = (None if each is None else each.detach().contiguous() for each in (weight, bias))
+        scale, shift = (None if each is None else each.detach().float().contiguous() for each in (scale, shift))
+        left, right = _factors(channels, factors)
+        sizes = (0, 0) if left is None or right is None else (len(left), len(right))
+        on_tiles = left is not None and dtype != torch.float32 and level is None
+        tiles = _tiles(left, right) if on_tiles else None
+        looked_up = kind in GATES and dtype == torch.bfloat16 and level is None
+        gates = _gates(kind, constant, as_graph) if looked_up else None
+        element = ELEMENTS.get(dtype, OTHER)
+        rounded = element if as_graph else ELEMENTS[torch.float32]
+        self.arguments = (
+            *(weight, bias, scale, left, right, shift, tiles, gates),
+            *(channels, group_size, *sizes, KINDS.index(kind), element, rounded),
+            *(constant, clip_ratio),
+        )
+        self.channels, self.level = channels, level
+        self.groups = group_count(channels, group_size) if group_size else 1
+        self.name = "rows_f64" if dtype == torch.float32 else "rows_f32"
+
+    def quantized(self, x: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, second: dtype[..., C] -> q: i8[..., C], scale: f32[..., G]."""
+        q = torch.empty(x.shape, dtype=torch.int8)
+        scale = torch.empty((*x.shape[:-1], self.groups), dtype=torch.float32)
+        self._run(x, second, q, scale, None)
+        return q, scale
+
+    def stored(self, x: Tensor, second: Tensor | None = None) -> Tensor:
+        """x, second: dtype[..., C] -> dtype[..., C]."""
+        y = torch.empty(x.shape, dtype=x.dtype)
+        self._run(x, second, None, None, y)
+        return y
+
+    def _run(self, x: Tensor, second: Tensor | None, q: Tensor | None, scale: Tensor | None, y: Tensor | None) -> None:
+        second = None if second is None else second.contiguous()
+        rows = math.prod(x.shape[:-1])
+        call(self.name, x.contiguous(), second, q, scale, y, rows, *self.arguments, level=self.level)
+
+
+def _factors(channels: int, given: tuple[Tensor, Tensor] | bool) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of a change of basis, those of the Hadamard rotation for True."""
+    if isinstance(given, tuple):
+        left, right = (each.detach().float().contiguous() for each in given)
+        return left, right
+    if not given:
+        return None, None
+    left, right = factor_arrays(channels)
+    return torch.from_numpy(left), torch.from_numpy(right)
+
+
+@functools.cache
+def _gates(kind: Kind, constant: float, as_graph: bool) -> Tensor:
+    """f32[65536], what a gate makes of every bfloat16, with the bits of numbers that are not looked up."""
+    gates, rounded = torch.empty(2**16), ELEMENTS[torch.bfloat16 if as_graph else torch.float32]
+    sizes = 0, 0, 0, 0, KINDS.index(kind), ELEMENTS[torch.bfloat16], rounded
+    call("gates_f32", gates, *[None] * 8, *sizes, constant, 0.0)
+    return gates
+
+
+def _tiles(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """These factors as kronecker/amx.inc multiplies by them; None where the processor has no tiles."""
+    if not library().amx or left is None or right is None:
+        return None
+    rows, depth, columns = -len(left) // 16 * -16, -len(left) // 32 * -32, -len(right) // 32 * -32
+    tiles = torch.empty(2 * (rows * depth + columns * columns), dtype=torch.bfloat16)
+    call("change_tiles_amx", left, right, tiles, len(left), len(right))
+    return tiles

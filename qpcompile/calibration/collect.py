@@ -1,0 +1,252 @@
+"""Run samples through the graphs and collect what flows into quantized linears: visual or text, padding left out.
+
+Layer by layer: all samples go through one layer before any goes through the next, so that the statistics of one layer
+are in memory at a time, and of each sample what the next layer reads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from qpcompile.calibration.blocks import Block, Look, Values, split_blocks
+from qpcompile.calibration.modality_ratios import ModalityGradients
+from qpcompile.calibration.statistics import ROWS, Calibration, InputStatistics
+from qpcompile.errors import CalibrationError, InputError
+from qpcompile.ir.edit import is_call
+from qpcompile.ir.node_facts import stub_fact
+from qpcompile.ir.operators import SELECT_TOKENS
+from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
+from qpcompile.progress import track
+from qpcompile.runtime.machine import Machine, execute_graph
+
+
+def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, title: str) -> Calibration:
+    """Statistics of all activation stubs on `count` samples, whose embeddings are in memory together.
+
+    Behind a token cut only tokens that are still there count. Raises CalibrationError that names the sample or site.
+    """
+    scheme = program.recipe.quantize
+    assert scheme is not None
+    moments, weigh = scheme.weights.solver == "gptq", scheme.scaling == "mbq"
+    collector = _Collector(program, title, count, moments, -(-ROWS // count), weigh)
+    if not collector.restore():
+        flows = collector.flows(samples, count)
+        for name in list(flows):
+            collector.walk(program.graphs[name], flows.pop(name))
+        collector.finish()
+    collector.found.samples = count
+    collector.found.ratios = collector.gradients.ratios()
+    return collector.found
+
+
+def run_sample(machine: Machine, sample: dict[str, Any], number: int) -> None:
+    """One prefill; what transformers complains about becomes a CalibrationError that names the sample."""
+    with _naming(number, sample):
+        machine.prefill(sample)
+
+
+@contextmanager
+def _naming(number: int, keys: Iterable[str]) -> Iterator[None]:
+    try:
+        yield
+    except (InputError, ValueError, IndexError, RuntimeError, TypeError) as error:
+        raise CalibrationError(
+            f"the model does not take this sample: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
+            where=f"calibration sample {number}, keys {sorted(keys)}",
+            do="build samples with this model's own processor, one picture for each picture in the text",
+        ) from error
+
+
+class _Reached(Exception):
+    """The decoder was called: what goes into every graph is known."""
+
+
+@dataclass
+class _Flow:
+    """One call of a graph: its inputs, then what is alive between two layers.
+
+    visual, counts: of the tokens that the decoder works on now, bool[B, S]: which are visual, and which count; None
+    where tokens are not the prompt's.
+    """
+
+    number: int
+    keys: tuple[str, ...]
+    feeds: dict[str, torch.Tensor]
+    visual: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    values: Values = field(default_factory=dict)
+
+
+@dataclass
+class _Collector:
+    program: Program
+    title: str
+    count: int
+    moments: bool
+    keep: int
+    weigh: bool
+    found: Calibration = field(default_factory=Calibration)
+    gradients: ModalityGradients = field(default_factory=ModalityGradients)
+    # The statistics of the layer that samples go through now.
+    growing: dict[str, InputStatistics] = field(default_factory=dict)
+    walked: list[str] = field(default_factory=list)
+
+    def flows(self, samples: Iterable[dict[str, Any]], count: int) -> dict[str, list[_Flow]]:
+        """Every call of every graph, up to the decoder."""
+        held: dict[str, list[_Flow]] = {}
+        latest: dict[str, Any] = {}
+
+        def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            flow = _Flow(latest["number"], latest["keys"], feeds)
+            held.setdefault(graph.name, []).append(flow)
+            if graph.name != PREFILL:
+                return execute_graph(graph, feeds)
+            flow.visual, flow.counts = machine.marks(*feeds["inputs_embeds"].shape[:2])
+            if self.weigh and flow.number >= done:
+                head = self.program.graphs.get(HEAD)
+                self.gradients.add(graph, head, feeds, flow.visual, flow.counts)
+            raise _Reached
+
+        machine = Machine(self.program, execute)
+        done = self._restore_gradients()
+        with track(f"{self.title} inputs", count) as step:
+            for number, sample in enumerate(samples):
+                latest = {"number": number, "keys": tuple(sample)}
+                with suppress(_Reached):
+                    run_sample(machine, sample, number)
+                if self.weigh and number >= done and (number + 1 == count or self.program.checkpoint.due()):
+                    self._save_gradients(number + 1)
+                step()
+        machine.execute = execute_graph
+        return held
+
+    def walk(self, graph: Graph, flows: list[_Flow]) -> None:
+        """All calls of one graph, a layer at a time."""
+        entry, blocks = split_blocks(graph)
+        with track(f"{self.title} {graph.name}", len(blocks)) as step, torch.no_grad():
+            for flow in flows:
+                with _naming(flow.number, flow.keys):
+                    flow.values = entry.run(flow.feeds, self._look(flow), plain=False)
+                flow.feeds = {}
+            for block in blocks:
+                self._through(block, flows)
+                step()
+
+    def _through(self, block: Block, flows: list[_Flow]) -> None:
+        """All calls through one layer, and its statistics onto the shelf: found now, or by a compile that stopped."""
+        kept = self._restore(block.name)
+        for flow in flows:
+            with _naming(flow.number, flow.keys):
+                flow.values = block.run(flow.values, self._look(flow, adds=kept is None), plain=False)
+        _check_finite(self.growing)
+        if kept is None:
+            self._save(block.name)
+        self.found.inputs.update(self.growing if kept is None else kept)
+        self.walked.append(block.name)
+        self.growing = {}
+
+    def _look(self, flow: _Flow, adds: bool = True) -> Look:
+        def look(node: fx.Node, value: Any) -> Any:
+            if is_call(node, SELECT_TOKENS) and flow.visual is not None:
+                index, flow.counts = value
+                flow.visual = flow.visual.gather(1, index)
+            fact = stub_fact(node)
+            if adds and fact is not None and fact.role == "activation":
+                self._add(fact.site, value, flow)
+            return value
+
+        return look
+
+    def _add(self, site: str, value: torch.Tensor, flow: _Flow) -> None:
+        if site not in self.growing:
+            self.growing[site] = InputStatistics.empty(value.shape[-1], self.moments, value.device)
+        of_tokens = flow.counts is not None and value.shape[:-1] == flow.counts.shape
+        marks = (flow.visual, flow.counts) if of_tokens else (None, None)
+        self.growing[site].add(value, self.keep, *marks)
+
+    def restore(self) -> bool:
+        """Take up what a stopped compile has found on all samples; whether all of it is there."""
+        with self.program.checkpoint.found(self.title) as kept:
+            if kept is None:
+                return False
+            kept.fits({})
+            blocks = kept.read(dict[Literal["blocks"], list[str]])["blocks"]
+        done = self._restore_gradients() if self.weigh else self.count
+        held = [self._restore(name) for name in blocks]
+        if done < self.count or None in held:
+            return False
+        for statistics in held:
+            self.found.inputs.update(statistics or {})
+        return True
+
+    def finish(self) -> None:
+        """Into the checkpoint: that all samples have been through all layers."""
+        self.program.checkpoint.save(self.title, {}, {"blocks": self.walked})
+
+    def _save(self, block: str) -> None:
+        tensors = {
+            f"{site}/{name}": tensor
+            for site, statistics in self.growing.items()
+            for name, tensor in statistics.tensors().items()
+        }
+        self.program.checkpoint.save(f"{self.title} {block}", tensors, {"sites": list(self.growing)})
+
+    def _restore(self, block: str) -> dict[str, InputStatistics] | None:
+        with self.program.checkpoint.found(f"{self.title} {block}") as kept:
+            if kept is None:
+                return None
+            found = {}
+            for site in kept.read(dict[Literal["sites"], list[str]])["sites"]:
+                names = [name for name in kept.tensors if name.startswith(f"{site}/")]
+                held = {name.removeprefix(f"{site}/"): kept.tensors.pop(name) for name in names}
+                found[site] = InputStatistics.checked(held, self.widths[site], self.moments)
+            kept.fits({})
+            return found
+
+    @functools.cached_property
+    def widths(self) -> dict[str, int]:
+        """Channels of every activation stub, by site."""
+        return {
+            fact.site: int(node.meta["val"].shape[-1])
+            for graph in self.program.graphs.values()
+            for node in graph.nodes
+            if (fact := stub_fact(node)) is not None and fact.role == "activation"
+        }
+
+    def _save_gradients(self, samples: int) -> None:
+        sums = {"visual": self.gradients.visual, "text": self.gradients.text}
+        tensors = {f"{kind}/{site}": tensor for kind, found in sums.items() for site, tensor in found.items()}
+        self.program.checkpoint.save(f"{self.title} gradients", tensors, {"samples": samples})
+
+    def _restore_gradients(self) -> int:
+        """From the checkpoint; the number of samples that they are of."""
+        with self.program.checkpoint.found(f"{self.title} gradients") as kept:
+            if kept is None:
+                return 0
+            sites = {name.partition("/")[2] for name in kept.tensors} & set(self.widths)
+            names = {kind: {f"{kind}/{site}": site for site in sites} for kind in ("visual", "text")}
+            dtype = next((tensor.dtype for tensor in kept.tensors.values() if tensor.is_floating_point()), None)
+            kept.fits({name: ((2,), dtype or torch.float32) for held in names.values() for name in held})
+            samples = kept.read(dict[Literal["samples"], int])["samples"]
+            if not 0 < samples <= self.count:
+                raise ValueError(f"it is of {samples} samples")
+            self.gradients.visual.update({site: kept.tensors[name] for name, site in names["visual"].items()})
+            self.gradients.text.update({site: kept.tensors[name] for name, site in names["text"].items()})
+            return samples
+
+
+def _check_finite(found: dict[str, InputStatistics]) -> None:
+    for site, statistics in found.items():
+        if not torch.isfinite(statistics.largest).all():
+            raise CalibrationError(
+                "calibration produced numbers that are not finite",
+                where=site,
+                do="check the samples and the model's weights for NaN and infinity",
+            )

@@ -1,0 +1,197 @@
+"""Running statistics of what flows into linears: memory depends on the model, never on the data.
+
+Of a 7B they are 0.7 GB a layer, more than its weights: second moments of 4,096 and 11,008 channels, and rows. What is
+finished therefore lies on a `Shelf`, most of it in files.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qpcompile.calibration.tensor_file import TensorFile
+
+# Tokens of each site that are kept as they are, to try roundings on.
+ROWS = 512
+# Bytes from which the statistics of one input go into a file.
+LARGE = 2**22
+# Rows of a matrix that are in float64 at a time, where a few more bytes for each count.
+STRIP = 4096
+
+
+@dataclass
+class InputStatistics:
+    """Of the input of some linears.
+
+    largest: f32[C], largest magnitude per channel; moments: f32[C, C], sum x x^T, or None; total: f32[C], sum x;
+    rows: f32[R, C], up to ROWS of the tokens themselves; visual: bool[R], which of them are visual tokens.
+    """
+
+    largest: torch.Tensor
+    moments: torch.Tensor | None
+    total: torch.Tensor
+    rows: torch.Tensor
+    visual: torch.Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, channels: int, moments: bool, device: torch.device | None = None) -> InputStatistics:
+        """Nothing seen yet."""
+        zeros = functools.partial(torch.zeros, device=device)
+        square = zeros(channels, channels) if moments else None
+        marks = zeros(0, dtype=torch.bool)
+        return cls(zeros(channels), square, zeros(channels), zeros(0, channels), marks)
+
+    def add(
+        self,
+        x: torch.Tensor,
+        keep: int = ROWS,
+        visual: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+    ) -> None:
+        """Take in x: f[..., C]; up to `keep` of its tokens, evenly spaced, are kept as they are.
+
+        visual, counts: bool[...], which tokens are visual (None: all), and which count at all (None: all).
+        """
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        marks = rows.new_ones(len(rows), dtype=torch.bool) if visual is None else visual.reshape(-1)
+        if counts is not None:
+            rows, marks = rows[counts.reshape(-1)], marks[counts.reshape(-1)]
+        if not rows.shape[0]:
+            return
+        self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
+        if self.moments is not None:
+            self.moments += rows.T @ rows
+        self.total += rows.sum(dim=0)
+        self.tokens += rows.shape[0]
+        count = min(keep, rows.shape[0], ROWS - self.rows.shape[0])
+        if count > 0:
+            chosen = torch.arange(count, device=rows.device) * rows.shape[0] // count
+            self.rows = torch.cat([self.rows, rows[chosen]])
+            self.visual = torch.cat([self.visual, marks[chosen]])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it, by field; `moments` only where there are any."""
+        held = {name: getattr(self, name) for name in ("largest", "total", "rows", "visual")}
+        moments = {} if self.moments is None else {"moments": self.moments}
+        return {**held, **moments, "tokens": torch.tensor(self.tokens)}
+
+    @classmethod
+    def of_tensors(cls, held: dict[str, torch.Tensor]) -> InputStatistics:
+        """What `tensors` gave."""
+        tokens = int(held["tokens"])
+        return cls(held["largest"], held.get("moments"), held["total"], held["rows"], held["visual"], tokens)
+
+    @classmethod
+    def checked(cls, held: dict[str, torch.Tensor], channels: int, moments: bool) -> InputStatistics:
+        """What `tensors` gave, of an input of so many channels; ValueError for anything else."""
+        empty = cls.empty(channels, moments, torch.device("meta")).tensors()
+        if set(held) != set(empty):
+            raise ValueError(f"statistics have {sorted(empty)}, not {sorted(held)}")
+        kept = len(held["rows"]) if held["rows"].ndim else 0
+        for name, expected in empty.items():
+            shape = (kept, *expected.shape[1:]) if name in ("rows", "visual") else tuple(expected.shape)
+            if held[name].dtype != expected.dtype or tuple(held[name].shape) != shape or kept > ROWS:
+                raise ValueError(f"{name} of {channels} channels is {held[name].dtype}{list(held[name].shape)}")
+        return cls.of_tensors(held)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean token, f32[C]."""
+        return self.total / max(self.tokens, 1)
+
+    def transformed(self, matrix: torch.Tensor) -> InputStatistics:
+        """Statistics of `matrix @ x`, matrix: f[C, C]; the largest magnitudes are no longer known and become NaN."""
+        wide = matrix.double()
+        moments = None if self.moments is None else _carried(wide, self.moments)
+        total, rows = (wide @ self.total.double()).float(), (self.rows.double() @ wide.T).float()
+        return self._moved(moments, total, rows)
+
+    def turned(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> InputStatistics:
+        """What `transformed` gives, for a matrix too large to be there: rows applies it, f64[N, C] -> f64[N, C]."""
+        moments = self.moments
+        if moments is not None:
+            half = torch.cat([rows(moments[part].double()) for part in strips(len(moments))])
+            # A X A^T of a symmetric X is symmetric: its rows are its columns.
+            moments = torch.cat([rows(half[:, part].T.contiguous()).float() for part in strips(len(half))])
+        return self._moved(moments, rows(self.total.double()[None])[0].float(), rows(self.rows.double()).float())
+
+    def shifted(self, shift: torch.Tensor) -> InputStatistics:
+        """Statistics of `x - shift`, shift: f[C]; the largest magnitudes are no longer known and become NaN."""
+        away, total, moments = shift.double(), self.total.double(), None
+        if self.moments is not None:
+            moments = torch.empty_like(self.moments)
+            for part in strips(len(away)):
+                less = self.moments[part].double() - torch.outer(total[part], away) - torch.outer(away[part], total)
+                moments[part] = (less + self.tokens * torch.outer(away[part], away)).float()
+        rows = (self.rows.double() - away).float()
+        total = (total - self.tokens * away).float()
+        return self._moved(moments, total, rows)
+
+    def _moved(self, moments: torch.Tensor | None, total: torch.Tensor, rows: torch.Tensor) -> InputStatistics:
+        unknown = torch.full_like(self.largest, torch.nan)
+        return InputStatistics(unknown, moments, total, rows, self.visual, self.tokens)
+
+
+def strips(rows: int) -> list[slice]:
+    """The rows of a large matrix a few at a time, for whoever would need it whole in float64."""
+    return [slice(start, start + STRIP) for start in range(0, rows, STRIP)]
+
+
+def _carried(matrix: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """matrix: f64[C, C], moments: f32[C, C] -> matrix moments matrix^T, f32[C, C]."""
+    made = torch.empty_like(moments)
+    for part in strips(len(matrix)):
+        half = torch.cat([matrix[part] @ moments[:, columns].double() for columns in strips(len(moments))], dim=1)
+        made[part] = (half @ matrix.T).float()
+    return made
+
+
+class Shelf(MutableMapping[str, InputStatistics]):
+    """A dict of finished statistics by site: large ones are read from a file whenever they are asked for.
+
+    What lies here is never changed, only replaced; copies share it.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, InputStatistics | TensorFile] = {}
+
+    def __getitem__(self, site: str) -> InputStatistics:
+        held = self._held[site]
+        return InputStatistics.of_tensors(held.read()) if isinstance(held, TensorFile) else held
+
+    def __setitem__(self, site: str, statistics: InputStatistics) -> None:
+        tensors = statistics.tensors()
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self._held[site] = TensorFile(tensors) if size >= LARGE else statistics
+
+    def __delitem__(self, site: str) -> None:
+        del self._held[site]
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Shelf:
+        made = Shelf()
+        made._held.update(self._held)
+        return made
+
+
+@dataclass
+class Calibration:
+    """Everything the calibrate pass found: input statistics per site group, how much visual tokens matter there
+    against text (`modality_ratios`, where the recipe asks), and how many samples it saw."""
+
+    inputs: Shelf = field(default_factory=Shelf)
+    ratios: dict[str, float] = field(default_factory=dict)
+    samples: int = 0

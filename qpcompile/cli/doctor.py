@@ -1,0 +1,233 @@
+"""What can run on this machine and why the rest cannot: processor, packages, operators, presets.
+
+Operators are tried, not guessed: each runs once on small tensors, and exact ones are compared with the reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from qpcompile.cli.probes import PROBES, probe
+from qpcompile.kernels.native import library as native
+from qpcompile.recipe.recipe import Recipe, preset_names
+from qpcompile.versions import TESTED, installed, verdict
+
+CPU_INFO = Path("/proc/cpuinfo")
+# Instructions that multiply 8-bit integers and add up in 32 bits, as Linux names them (x86, then Arm).
+INTEGER = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+Speed = Literal["fast", "slow", "not at all"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package this project builds on; version None: not installed."""
+
+    name: str
+    version: str | None
+    tested: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an operator; `note` says why not, or what is special."""
+
+    runs: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class OperatorState:
+    """Every back end of one operator: reference, CPU, Triton, ONNX."""
+
+    name: str
+    backends: dict[str, Backend]
+
+
+@dataclass(frozen=True)
+class PresetState:
+    """How a recipe would run on this machine's processor."""
+
+    name: str
+    speed: Speed
+    why: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything `qpcompile doctor` prints."""
+
+    machine: dict[str, str]
+    instructions: tuple[str, ...]
+    packages: tuple[Package, ...]
+    operators: tuple[OperatorState, ...]
+    presets: tuple[PresetState, ...]
+
+
+def examine() -> Diagnosis:
+    """Look at this machine."""
+    instructions = integer_instructions()
+    packages = tuple(package_state(name, installed(name)) for name in TESTED)
+    operators = tuple(operator_state(name, packages) for name in PROBES)
+    presets = tuple(recipe_state(name, Recipe.load(name), instructions, operators) for name in preset_names())
+    return Diagnosis(machine(instructions), instructions, packages, operators, presets)
+
+
+def machine(instructions: tuple[str, ...]) -> dict[str, str]:
+    """Label -> what this machine has."""
+    gpu = "none that torch sees"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        gpu = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+    return {
+        "processor": f"{platform.machine()}, {psutil.cpu_count(logical=True)} logical cores",
+        "integer instructions": ", ".join(instructions) or "none known",
+        "operators in C": native_state(native.library()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "GPU": gpu,
+        "python": platform.python_version(),
+    }
+
+
+def native_state(loaded: native.Library) -> str:
+    """Whether operators on the processor are the compiled ones, and why not."""
+    if loaded.path is None:
+        return f"none, torch's are used: {loaded.problem}"
+    parts = [f"compiled, {native.LEVELS[loaded.level]}"]
+    parts += ["AMX tiles"] if loaded.amx else []
+    parts += [] if loaded.threads else ["on one thread: built without OpenMP"]
+    return ", ".join(parts)
+
+
+def integer_instructions(cpuinfo: str | None = None) -> tuple[str, ...]:
+    """Those of INTEGER that the processor has; `cpuinfo`: the text of /proc/cpuinfo, read where None."""
+    if cpuinfo is None:
+        cpuinfo = CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.is_file() else ""
+    flags: set[str] = set()
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            flags |= set(value.split())
+    return tuple(name for name in INTEGER if name in flags)
+
+
+def package_state(name: str, version: str | None) -> Package:
+    """A package against the range of versions it was tested in."""
+    return Package(name, version, str(TESTED[name]), verdict(name, version))
+
+
+def operator_state(name: str, packages: tuple[Package, ...]) -> OperatorState:
+    """Try an operator on every back end there is for it."""
+    versions = {package.name: package.version for package in packages}
+    failure = probe(name, torch.device("cpu"))
+    own_path = _has_file(name, "cpu")
+    backends = {
+        "reference": Backend(True),
+        "cpu": Backend(not failure, failure or ("" if own_path else "runs the reference")),
+        "triton": _triton(name, versions["triton"]),
+        "onnx": _onnx(name, [package for package in ONNX_PACKAGES if versions[package] is None]),
+    }
+    return OperatorState(name, backends)
+
+
+def recipe_state(
+    name: str, recipe: Recipe, instructions: tuple[str, ...], operators: tuple[OperatorState, ...]
+) -> PresetState:
+    """How a recipe would run on the processor, with the operators tried before."""
+    states = {state.name: state.backends["cpu"] for state in operators}
+    needed = needed_operators(recipe)
+    if broken := [operator for operator in needed if not states[operator].runs]:
+        return PresetState(name, "not at all", f"{broken[0]}: {states[broken[0]].note}")
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16:
+        return PresetState(name, "fast", "float products, as the model itself runs them")
+    if scheme.activations.bits == 16:
+        why = "weights are unpacked and multiplied as floats on every call: saves memory, not time"
+        return PresetState(name, "slow", why)
+    if not instructions:
+        return PresetState(name, "slow", f"the processor has none of {', '.join(INTEGER)}: 8-bit products are emulated")
+    return PresetState(name, "fast", f"integer products on {instructions[0]}")
+
+
+RISK = ("quantization_risk", "fuse_risk")
+CHOOSES_BY: dict[str, tuple[str, ...]] = {
+    "cdpruner": ("text_relevance", "dpp_select"),
+    "dart": ("pivot_tokens",),
+    "divprune": ("farthest_tokens",),
+    "joint": ("text_relevance", "dpp_select", "token_scores"),
+    "prumerge_plus": ("attention_received", "spread_tokens", "merge_tokens"),
+    "qapruner": ("text_relevance", *RISK, "dpp_select"),
+    "random": (),
+    "random_input": (),
+    "trim": ("text_relevance",),
+    "visionzip": ("attention_received", "spread_tokens", "merge_tokens"),
+    "vtw": (),
+}
+"""Operators that a method of pruning chooses tokens by, where it is not `token_scores`."""
+
+
+def needed_operators(recipe: Recipe) -> list[str]:
+    """Operators that graphs of this recipe may hold."""
+    needed = ["rmsnorm", "rope"]
+    if recipe.tokens.method != "none":
+        needed += [*CHOOSES_BY.get(recipe.tokens.method, ("token_scores",)), "select_tokens"]
+    if recipe.tokens.risk.fuse:
+        needed += RISK
+    scheme = recipe.quantize
+    if scheme is None:
+        return needed
+    if scheme.kv_cache.bits == 4:
+        needed += ["kv4_write", "kv4_read", "attention_kv4"]
+    if scheme.kv_cache.bits == 8:
+        needed += ["kv8_write", "kv8_read"]
+    if scheme.transform != "none":
+        needed.append("hadamard" if scheme.transform == "hadamard" else "kronecker")
+    if scheme.weights.bits == 4:
+        four = ["quantize_int4", "linear_w4a4", "rmsnorm_quantize", "layernorm_quantize", "silu_mul_quantize"]
+        needed += four if scheme.activations.bits == 4 else ["linear_w4a16"]
+    if scheme.head_bits == 8:
+        needed.append("linear_w8a16")
+    return needed
+
+
+def recipe_warning(recipe: Recipe) -> str | None:
+    """What to say before a compile whose result would be slow here, or not run; None where all is well."""
+    packages = tuple(package_state(name, installed(name)) for name in TESTED)
+    operators = tuple(operator_state(name, packages) for name in needed_operators(recipe))
+    state = recipe_state("this recipe", recipe, integer_instructions(), operators)
+    return None if state.speed == "fast" else f"this recipe runs {state.speed} on this machine: {state.why}"
+
+
+def _has_file(operator: str, name: str) -> bool:
+    return importlib.util.find_spec(f"qpcompile.kernels.{operator}.{name}") is not None
+
+
+def _triton(operator: str, version: str | None) -> Backend:
+    checks: list[tuple[Callable[[], bool], str]] = [
+        (lambda: _has_file(operator, "triton"), "no kernel of its own: torch's operators on a GPU"),
+        (lambda: version is not None, "triton is not installed: pip install qpcompile[triton]"),
+        (torch.cuda.is_available, "torch sees no CUDA device"),
+    ]
+    for check, reason in checks:
+        if not check():
+            return Backend(False, reason)
+    failure = probe(operator, torch.device("cuda"))
+    return Backend(not failure, failure)
+
+
+def _onnx(operator: str, missing: list[str]) -> Backend:
+    if not _has_file(operator, "onnx"):
+        return Backend(False, "never left in a finished graph")
+    if missing:
+        return Backend(False, f"{', '.join(missing)} not installed: pip install qpcompile[onnx]")
+    return Backend(True)

@@ -1,0 +1,189 @@
+"""What a compile would do, pass by pass, told from the recipe and the model's configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from qpcompile.capture.data_folder import read_questions
+from qpcompile.capture.load import read_config
+from qpcompile.errors import CalibrationError
+from qpcompile.pass_list import passes
+from qpcompile.pipeline import needs_samples
+from qpcompile.pruning.pruner import check_layers
+from qpcompile.recipe.recipe import Recipe
+
+NOTHING = "nothing to do for this recipe"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A compile before it is run: the model in words, samples that would be used, (pass, what it would do)."""
+
+    model: str
+    samples: int
+    steps: tuple[tuple[str, str], ...]
+
+
+def forecast(model: str | PathLike[str], recipe: Recipe, data: Path | None) -> Forecast:
+    """Look ahead. Raises the errors that a compile would raise from what is known without weights."""
+    config = read_config(model)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    check_layers(recipe, layers)
+    samples = min(len(read_questions(data)), recipe.calibration.samples) if data else 0
+    needs = needs_samples(recipe)
+    if not samples and (data or needs):
+        raise CalibrationError(
+            "there is no calibration sample" if data else f"this recipe measures on samples: {'; '.join(needs)}",
+            where=str(data) if data else "--data",
+            do="give a data folder with at least one line in data.jsonl",
+        )
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    words = f"{name}, {layers or '?'} decoder layers"
+    return Forecast(words, samples, tuple((item.name, EXPECT[item.name](recipe, samples)) for item in passes((), 0)))
+
+
+def _stubs(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None:
+        return NOTHING
+    ignored = f"; ignored: {', '.join(scheme.ignore)}" if scheme.ignore else ""
+    return f"mark linears and the cache in {', '.join(scheme.scope)}{ignored}"
+
+
+def _calibrate(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16 or not samples:
+        return NOTHING
+    more = " and second moments for gptq" if scheme.weights.solver == "gptq" else ""
+    return f"{samples} samples: ranges{more} at every linear input"
+
+
+def _transforms(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None:
+        return NOTHING
+    parts = [f"smooth by {scheme.smooth}"] if scheme.smooth is not None else []
+    parts += ["rotate by Hadamard matrices"] if scheme.transform != "none" else []
+    parts += ["centre inputs"] if scheme.center is not None else []
+    parts += ["rotate queries and keys"] if scheme.kv_cache.bits != 16 and scheme.kv_cache.rotate else []
+    return ", ".join(parts) or NOTHING
+
+
+def _clips(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16 or not scheme.activations.clip_search:
+        return NOTHING
+    return "a clip ratio for every quantized input, by search"
+
+
+def _training(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.transform not in ("rotation", "flatquant") or not samples:
+        return NOTHING
+    used = min(samples, scheme.training.samples)
+    return f"{scheme.transform}, block by block, on {used} samples, {scheme.training.epochs} epochs"
+
+
+def _behind_cuts(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.tokens.method == "none" or not recipe.recalibrates or not samples:
+        return NOTHING
+    return f"{samples} samples once more, on the tokens that each layer still has"
+
+
+def _sensitivity(recipe: Recipe, samples: int) -> str:
+    if recipe.tokens.method == "none" or not samples:
+        return NOTHING
+    return f"{samples} samples, each layer twice: as it is and quantized; attention mass and redundancy per layer"
+
+
+def _schedule(recipe: Recipe, samples: int) -> str:
+    if recipe.tokens.method != "joint" or not samples:
+        return NOTHING
+    tried = min(samples, recipe.tokens.trial_samples)
+    return f"{tried} samples, schedules with a mean of {recipe.tokens.keep:g}, quantized; the worse half goes, twice"
+
+
+def _budget(recipe: Recipe, samples: int) -> str:
+    tokens = recipe.tokens
+    if tokens.method == "none":
+        return NOTHING
+    layers = "chosen by the profile" if tokens.candidate_layers == "auto" else str(list(tokens.candidate_layers))
+    return f"{tokens.method}: keep {tokens.keep:g} of the visual tokens in the end, cut behind layers {layers}"
+
+
+def _cuts(recipe: Recipe, samples: int) -> str:
+    if recipe.tokens.method == "none":
+        return NOTHING
+    return "score, select and gather behind the chosen layers, in prefill; caches of their own length in decode"
+
+
+def _simulation(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.quantize.simulation != "qvlm":
+        return NOTHING
+    return "Q-VLM's quantizer in floating point, in place of integer operators"
+
+
+def _weights(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16 or scheme.simulation != "none":
+        return NOTHING
+    per = "channel" if scheme.weights.granularity == "channel" else f"group of {scheme.weights.group_size}"
+    inputs = f"{scheme.activations.bits}-bit inputs" if scheme.activations.bits == 4 else "float inputs"
+    return f"int4 by {scheme.weights.solver}, one scale per {per}, for {inputs}"
+
+
+def _head(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.quantize.head_bits == 16:
+        return NOTHING
+    return "int8, one scale per output channel, for float inputs; a table of embeddings with its matrix reads the same"
+
+
+def _cache(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.quantize.kv_cache.bits == 16:
+        return NOTHING
+    bits = recipe.quantize.kv_cache.bits
+    return f"keys and values in {bits} bits, one scale per token and head, after rotary positions"
+
+
+def _fuse(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16 or scheme.activations.bits == 16:
+        return NOTHING
+    return "norm + quantize and silu * up + quantize become one operator each"
+
+
+def _merge(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None and recipe.tokens.method == "none":
+        return NOTHING
+    return "what cuts and caches compute twice is computed once"
+
+
+def _widen(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.quantize.activations.bits == 16:
+        return NOTHING
+    return "on the CPU, sums in front of quantizers in float64: the same codes on every back end"
+
+
+EXPECT: dict[str, Callable[[Recipe, int], str]] = {
+    "canonicalize": lambda recipe, samples: "one spelling per idea: linear, norm, attention",
+    "insert_quant_stubs": _stubs,
+    "calibrate": _calibrate,
+    "fold_transforms": _transforms,
+    "search_clips": _clips,
+    "train_transforms": _training,
+    "measure_sensitivity": _sensitivity,
+    "search_schedule": _schedule,
+    "plan_token_budget": _budget,
+    "insert_token_cuts": _cuts,
+    "recalibrate": _behind_cuts,
+    "simulate_qvlm": _simulation,
+    "quantize_weights": _weights,
+    "quantize_head": _head,
+    "quantize_kv_cache": _cache,
+    "fuse_kernels": _fuse,
+    "merge_duplicates": _merge,
+    "widen_sums": _widen,
+}

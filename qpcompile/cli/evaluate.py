@@ -1,0 +1,62 @@
+"""The command `qpcompile eval` with recipes or an output folder: rows, their retention, one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from qpcompile.errors import CalibrationError
+from qpcompile.evaluate.run.bootstrap import retention
+from qpcompile.evaluate.run.examiner import Examiner
+from qpcompile.evaluate.run.rows import FULL_PRECISION, Row
+from qpcompile.recipe.recipe import Recipe
+
+HEADS = ("row", "seed", "%", "% of full precision", "tokens", "FLOPs %", "MB", "KV kB")
+HEADS_MEAN = """tokens: visual tokens, mean over decoder layers; FLOPs: of those with all tokens in every layer;
+MB: all weights; KV: the cache of one answer"""
+
+
+def seeded(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with another draw of calibration samples, and of tokens where it draws tokens."""
+    return recipe.with_overrides([f"calibration.seed={seed}", f"tokens.seed={seed}"])
+
+
+def recipe_rows(
+    examiner: Examiner, recipes: Sequence[str], overrides: Iterable[str], seeds: Sequence[int]
+) -> list[Row]:
+    """Full precision, then every recipe with every seed; no seed: the recipe's own."""
+    overrides = list(overrides)
+    if len(seeds) > 1 and examiner.calibration is None:
+        raise CalibrationError(
+            "several seeds draw from a calibration folder, and none is named", where="--seed", do="add --calibration"
+        )
+    asked = [(name, Recipe.load(name).with_overrides(overrides)) for name in recipes]
+    rows = [examiner.row(FULL_PRECISION, None)]
+    words = ", ".join(overrides)
+    for seed in seeds or (None,):
+        for name, recipe in asked:
+            named = f"{name} {words}".strip()
+            rows.append(examiner.row(named, recipe if seed is None else seeded(recipe, seed)))
+    return rows
+
+
+def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """One line per row under HEADS; retention where a row of the same questions is full precision."""
+    full = next((row for row in rows if row.recipe is None), None)
+    return [_cells(row, full) for row in rows]
+
+
+def _cells(row: Row, full: Row | None) -> tuple[str, ...]:
+    kept = "-"
+    if full is not None and full.correct and row.recipe is not None:
+        found = retention(row.marks, full.marks)
+        kept = f"{100 * found.estimate:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})"
+    return (
+        row.name,
+        "-" if row.seed is None else str(row.seed),
+        f"{100 * row.accuracy:.2f}",
+        kept,
+        f"{row.mean_visual_tokens:.1f}",
+        f"{100 * row.flops_share:.1f}",
+        f"{row.weight_bytes / 1e6:.2f}",
+        f"{row.kv_bytes / 1e3:.1f}",
+    )

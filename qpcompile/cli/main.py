@@ -1,0 +1,393 @@
+"""The command `qpcompile`: compile, run, export, inspect, eval, sweep, search, doctor.
+
+Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 128 + the signal that stopped it: 130
+for Ctrl-C, 143 for SIGTERM, 129 where the terminal went away.
+
+torch and transformers take seconds to import: commands do it when their arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qpcompile.capture.chat import about_picture, chat_inputs
+from qpcompile.capture.data_folder import first_pictures
+from qpcompile.capture.picture import read_picture
+from qpcompile.claims import Claim, claimed, held_folder, refuse_places
+from qpcompile.cli import terminal
+from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
+from qpcompile.emit.artifact.folder_kind import refuse_onnx_folder
+from qpcompile.errors import ArtifactError
+from qpcompile.evaluate.questions.data_sets import read_data
+from qpcompile.evaluate.run.rows import RowFolder, Scoring
+from qpcompile.evaluate.sweep.plan import SweepPlan
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.write_errors import shown
+
+if TYPE_CHECKING:
+    from qpcompile.compiled import CompiledVLM
+    from qpcompile.evaluate.run.evaluation import Exam
+    from qpcompile.ir.pass_manager import Step
+    from qpcompile.ir.program import Program
+
+app = typer.Typer(
+    help="Compile vision-language models: 4-bit weights, activations and KV cache, and the visual tokens to keep.",
+    epilog="Start with: qpcompile doctor",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a preset, or path of a YAML file.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", "-d", help="Calibration folder: pictures and data.jsonl.", show_default=False)
+]
+MODEL_HELP = "Folder or hub name of a transformers model."
+ARTIFACT_HELP = "Folder written by `qpcompile compile`."
+DRAWN = 4  # pictures of a data folder that a report draws kept tokens on
+
+
+def print_version(asked: bool) -> None:
+    """`--version`: the installed version and nothing else."""
+    if asked:
+        typer.echo(metadata.version("qpcompile"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """What stands in front of a command."""
+
+
+@app.command(
+    "compile",
+    epilog="Examples:\n\n"
+    "qpcompile compile MODEL --recipe quota-30 --data photos/ --output out/ --report report.html\n\n"
+    "qpcompile compile MODEL --recipe w4a4kv4 --set quantize.weights.solver=rtn --data photos/ --output out/\n\n"
+    "qpcompile compile MODEL --recipe quota-30 --data photos/ --dry-run",
+)
+def compile_command(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    recipe: RecipeName = "quota-30",
+    overrides: Overrides = None,
+    data: Data = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder for the compiled model.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of passes; loads no weights.")] = False,
+    report: Annotated[Path | None, typer.Option("--report", help="New HTML file with everything to see.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Folder for progress: a compile that was stopped goes on from it.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compile a model by a recipe and write it to a new folder."""
+    with told_as_text(debug):
+        asked = Recipe.load(recipe).with_overrides(overrides or [])
+        if output is None and not dry_run:
+            raise typer.BadParameter(
+                "name a folder for the compiled model, or ask for --dry-run", param_hint="--output"
+            )
+        refuse_places({"output": output, "report": report}, {"resume": resume})
+        quiet_libraries()
+        from qpcompile.cli.doctor import recipe_warning
+        from qpcompile.cli.dry_run import forecast
+
+        expected = forecast(model, asked, data)
+        if warning := recipe_warning(asked):
+            note(f"note: {warning}")
+        if dry_run:
+            terminal.show_forecast(expected)
+            return
+        assert output is not None
+        with claimed(output, "folder") as folder, nullcontext() if report is None else claimed(report, "file") as page:
+            compiled = compile_told(model, asked, data, resume)
+            compiled.save_pretrained(folder)
+            note(f"wrote {shown(output)}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
+            if page is not None:
+                write_report(compiled, page, data)
+
+
+@app.command("run", epilog='Example:\n\nqpcompile run out/ --image photo.png --question "what color is the star?"')
+def run_command(
+    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
+    image: Annotated[Path, typer.Option("--image", "-i", help="Picture.", exists=True, dir_okay=False)],
+    question: Annotated[str, typer.Option("--question", "-q", help="Question about the picture.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    debug: Debug = False,
+) -> None:
+    """Answer one question about one picture."""
+    with told_as_text(debug):
+        picture = read_picture(image, where="--image")
+        compiled = load_artifact(artifact)
+        processor = need_processor(compiled.processor, artifact)
+        inputs = chat_inputs(processor, [about_picture(picture, question)], [f"--image {image}, --question"])
+        tokens = compiled.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        typer.echo(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
+
+
+@app.command(
+    "export",
+    epilog="Examples:\n\nqpcompile export out/ --output out-onnx/\n\n"
+    "qpcompile export MODEL --recipe quota-30 --data photos/ --output out-onnx/",
+)
+def export_command(
+    source: Annotated[
+        str, typer.Argument(metavar="ARTIFACT_OR_MODEL", help="Compiled folder, or a model to compile first.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for graphs and runner.")],
+    recipe: RecipeName = "none",
+    overrides: Overrides = None,
+    data: Data = None,
+    fast: Annotated[bool, typer.Option("--fast", help="onnxruntime's own operators: faster, other numbers.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write graphs for onnxruntime, with a runner beside them that needs no torch.
+
+    Recipe and data are read for a model only: a compiled folder has its own.
+    """
+    with told_as_text(debug):
+        with claimed(output, "folder") as folder:
+            if is_artifact(source):
+                compiled = load_artifact(source)
+            else:
+                compiled = compile_told(source, Recipe.load(recipe).with_overrides(overrides or []), data)
+            compiled.export_onnx(folder, fast=fast)
+        note(f"wrote {shown(output)}; try: python {shown(output)}/runner.py --help")
+
+
+@app.command(
+    "inspect",
+    epilog="Examples:\n\nqpcompile inspect out/\n\nqpcompile inspect out/ --graph prefill | less\n\n"
+    "qpcompile inspect out/ --data photos/ --report report.html",
+)
+def inspect_command(
+    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
+    graph: Annotated[str | None, typer.Option("--graph", "-g", help="Print this graph: prefill, decode, ...")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write the report to this new HTML file.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Folder of pictures that the report draws kept tokens on.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show what was decided, what was quantized and which graphs run."""
+    with told_as_text(debug), nullcontext() if report is None else claimed(report, "file") as page:
+        compiled = load_artifact(artifact)
+        if page is not None:
+            write_report(compiled, page, data)
+        if graph is not None:
+            typer.echo(compiled.graph_text(graph), nl=False)
+        elif page is None:
+            terminal.show_model(compiled)
+
+
+@app.command(
+    "eval",
+    epilog="Examples:\n\nqpcompile eval out/ --data unseen/ --batch-size 16\n\n"
+    "qpcompile eval MODEL --data unseen/ --recipe w4a4kv4 --recipe quota-30 --calibration photos/ --out rows/\n\n"
+    "qpcompile eval MODEL --data scienceqa/ --split test --recipe quota-30 --seed 0 --seed 1 --calibration photos/ "
+    "--set calibration.samples=64 --out rows/",
+)
+def eval_command(
+    source: Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="Compiled folder, or a model.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Folder with data.jsonl, or ScienceQA's layout.")],
+    recipes: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help="Compile by this preset or file; repeatable.")
+    ] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", min=0, help="Calibration draw; repeatable.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Folder that samples are drawn from.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for rows; what is there stays.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many questions only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    scoring: Annotated[
+        Scoring, typer.Option(help="Questions with choices: the most probable choice, or the one the text names.")
+    ] = "choice",
+    split: Annotated[str, typer.Option(help="ScienceQA: which split.")] = "test",
+    debug: Debug = False,
+) -> None:
+    """Share of questions answered right: of a model, an artifact, or of many recipes side by side."""
+    with told_as_text(debug):
+        questions = read_data(data, split)[:limit]
+        quiet_libraries()
+        from qpcompile.cli.evaluate import recipe_rows
+        from qpcompile.evaluate.run.evaluation import Exam
+        from qpcompile.evaluate.run.examiner import Examiner, artifact_row
+
+        exam = Exam(str(data), questions, scoring, batch_size, max_new_tokens)
+        if not recipes and out is None:
+            ask_once(source, exam)
+            return
+        with nullcontext() if out is None else held_folder(out) as folder:
+            kept = None if folder is None else RowFolder(folder)
+            if is_artifact(source):
+                if recipes:
+                    raise typer.BadParameter("a compiled folder has its own recipe", param_hint="--recipe")
+                rows = [artifact_row(source, *open_model(source), exam, kept)]
+            else:
+                asked = Examiner(source, exam, calibration, kept)
+                rows = recipe_rows(asked, recipes or [], overrides or [], seeds or [])
+            if kept is not None:
+                kept.write_tables()
+        terminal.show_rows(rows)
+        if out is not None:
+            note(f"rows are in {shown(out)}: rows.csv, rows.json, rows/")
+
+
+def ask_once(source: str, exam: Exam) -> None:
+    """Ask everything and print the share of right answers."""
+    from qpcompile.evaluate.questions.scoring import right_answers
+    from qpcompile.evaluate.run.evaluation import ask
+
+    model, processor = open_model(source)
+    started = time.monotonic()
+    answers = ask(model.generate, processor, exam, "answer")
+    correct = sum(right_answers(exam.questions, answers))
+    note(f"{time.monotonic() - started:.1f} s, batches of {exam.batch_size}")
+    typer.echo(f"accuracy {correct / len(answers):.4f} ({correct} of {len(answers)})")
+
+
+@app.command("sweep", epilog="Example:\n\nqpcompile sweep docs/results/llava.yaml --out build/sweep/")
+def sweep_command(
+    plan: Annotated[Path, typer.Argument(help="YAML file: testbeds, quantizers, pruners, shares, ablations.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, tables, figures; what is there stays.")],
+    debug: Debug = False,
+) -> None:
+    """Every pruner with every quantizer at matched visual tokens: rows, tables, figures. Killed, it goes on."""
+    with told_as_text(debug):
+        asked = SweepPlan.load(plan)
+        quiet_libraries()
+        from qpcompile.evaluate.report.sweep_report import write_sweep
+        from qpcompile.evaluate.sweep.sweep import sweep
+
+        with held_folder(out):
+            results = sweep(asked, out, note)
+            write_sweep(asked, results, out, f"qpcompile sweep {shown(plan)} --out {shown(out)}")
+        note(f"wrote {shown(out)}: tables.md, tables.csv, figures/, rows.csv, rows.json, rows/")
+
+
+@app.command(
+    "search",
+    epilog="Example:\n\n"
+    "qpcompile search MODEL --accuracy 0.97 --recipe quota-30 --data heldout/ --calibration photos/ --out found/",
+)
+def search_command(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
+    accuracy: Annotated[float, typer.Option(min=0, max=1, help="Share of full precision's accuracy to keep.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Questions to choose on; report on others.")],
+    calibration: Annotated[Path, typer.Option("--calibration", help="Folder that samples are drawn from.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, recipe and plot; what is there stays.")],
+    recipe: RecipeName = "quota-30",
+    overrides: Overrides = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many questions only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    debug: Debug = False,
+) -> None:
+    """The recipe with the fewest tokens and bits that keeps the accuracy you name."""
+    with told_as_text(debug):
+        asked = Recipe.load(recipe).with_overrides(overrides or [])
+        questions = read_data(data)[:limit]
+        quiet_libraries()
+        from qpcompile.evaluate.run.evaluation import Exam
+        from qpcompile.evaluate.run.examiner import Examiner
+        from qpcompile.evaluate.search import search, write_search
+
+        exam = Exam(str(data), questions, "choice", batch_size, max_new_tokens)
+        with held_folder(out):
+            kept = RowFolder(out)
+            found = search(Examiner(model, exam, calibration, kept), asked, accuracy, note)
+            kept.write_tables()
+            write_search(found, out)
+        best = found.best
+        typer.echo(f"{shown(out / 'recipe.yaml')}: {best.bits}, {best.row.mean_visual_tokens:.1f} mean tokens, "
+                   f"{100 * best.kept.estimate:.1f} % of full precision")  # fmt: skip
+
+
+@app.command("doctor", epilog="Example:\n\nqpcompile doctor")
+def doctor_command(debug: Debug = False) -> None:
+    """Tell what can run on this machine, and why the rest cannot."""
+    with told_as_text(debug):
+        quiet_libraries()
+        from qpcompile.cli.doctor import examine
+
+        terminal.show_diagnosis(examine())
+
+
+def compile_told(model: str, recipe: Recipe, data: Path | None, resume: Path | None = None) -> CompiledVLM:
+    """A compile that says on stderr what each pass did."""
+    quiet_libraries()
+    from qpcompile.pipeline import compile
+
+    started = time.monotonic()
+
+    def after(step: Step, program: Program) -> None:
+        note(f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}")
+
+    return compile(model, recipe, calibration=data, after=after, resume=resume)
+
+
+def load_artifact(folder: str | Path) -> CompiledVLM:
+    """The compiled model in a folder."""
+    quiet_libraries()
+    from qpcompile.compiled import load
+
+    return load(folder)
+
+
+def is_artifact(source: str | Path) -> bool:
+    """Whether a folder looks like one of ours, be it damaged."""
+    folder = Path(source)
+    refuse_onnx_folder(folder)
+    return (folder / "manifest.json").is_file() or (folder / "graph").is_dir()
+
+
+def open_model(source: str) -> tuple[Any, Any]:
+    """(something with `generate`, processor) of a compiled folder or of a transformers model."""
+    if not is_artifact(source):
+        quiet_libraries()
+        from qpcompile.capture.load import load_model
+
+        return load_model(source)
+    compiled = load_artifact(source)
+    return compiled, need_processor(compiled.processor, source)
+
+
+def need_processor(processor: Any, source: str | Path) -> Any:
+    """The processor, or an error that says how a compiled model gets one."""
+    if processor is None:
+        raise ArtifactError(
+            "the compiled model has no processor, so pictures and questions cannot be turned into inputs",
+            where=str(source),
+            do="compile with processor=..., or from the folder of a model that has one",
+        )
+    return processor
+
+
+def write_report(compiled: CompiledVLM, page: Claim, data: Path | None) -> None:
+    """The report of a compiled model, with kept tokens drawn on the first pictures of a data folder."""
+    compiled.report(page, first_pictures(data, DRAWN) if data else None)
+    note(f"wrote {shown(page)}")
+
+
+def main() -> None:
+    """The console script."""
+    with terminal.standing_streams(), terminal.stopped_by_signals():
+        app()

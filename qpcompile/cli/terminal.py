@@ -1,0 +1,254 @@
+"""How the command line talks: tables and notes, and errors as what, where and what to do."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qpcompile.errors import OutputError, QPCompileError
+from qpcompile.versions import tell_newer
+
+if TYPE_CHECKING:
+    from qpcompile.cli.doctor import Diagnosis
+    from qpcompile.cli.dry_run import Forecast
+    from qpcompile.compiled import CompiledVLM
+    from qpcompile.evaluate.run.rows import Row
+    from qpcompile.recipe.plan import Plan, Site
+
+FAILED, INTERRUPTED = 1, 130
+
+
+class Stopped(BaseException):
+    """A signal asks the process to end; no Exception, so that nothing but tidying up comes in between."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def told_as_text(debug: bool) -> Iterator[None]:
+    """Errors of ours become text and exit code 1, signals 128 + their number; with `debug` the traceback comes first.
+
+    What is printed is printed when the block ends, so that a full disk behind stdout is an error too.
+    """
+    try:
+        with _results():
+            yield
+    except KeyboardInterrupt:
+        _complain("interrupted; no file was left half-written")
+        raise typer.Exit(INTERRUPTED) from None
+    except Stopped as stopped:
+        _complain(f"stopped by {signal.Signals(stopped.number).name}; no file was left half-written")
+        raise typer.Exit(128 + stopped.number) from None
+    except QPCompileError as error:
+        if debug:
+            typer.echo(traceback.format_exc(), err=True)
+        text = str(error) if debug else f"{error}\n  more: --debug shows the traceback"
+        _complain(f"error: {text}")
+        raise typer.Exit(FAILED) from None
+
+
+@contextmanager
+def _results() -> Iterator[None]:
+    """What goes wrong with stdout is an error of ours, but for a reader that has gone, which is none."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has what it wanted. Python would complain about what is left when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(FAILED) from None
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(
+            f"the results cannot be written: {error.strerror}", where="stdout", do="send them to a place with room"
+        ) from error
+
+
+@contextmanager
+def standing_streams() -> Iterator[None]:
+    """All three standard streams are there and take every character, whatever the caller left open.
+
+    A closed one would be reused for the next file, and what libraries print would land in that.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    yield
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block by an exception, so that what is half done is tidied up.
+
+    A signal that the caller has set to be ignored (nohup) stays so.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def quiet_libraries() -> None:
+    """Progress of ours as log lines where there is no terminal; no bars and no warnings of transformers.
+
+    Says on one line if a library is newer than any that was tested.
+
+    Imports transformers, which takes a second.
+    """
+    log = logging.getLogger("qpcompile")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tell_newer()
+
+
+def note(text: str) -> None:
+    """A line that is no result: to stderr."""
+    typer.echo(text, err=True)
+
+
+def _complain(text: str) -> None:
+    typer.secho(text, fg="red", err=True)
+
+
+def console() -> Console:
+    """Where results go; made when needed, so that a replaced stdout is respected."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def table(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    """A plain table."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for head in heads:
+        made.add_column(head, overflow="fold")
+    for row in rows:
+        made.add_row(*map(escape, row))
+    return made
+
+
+def show_forecast(forecast: Forecast) -> None:
+    """The plan of passes."""
+    rows = [(str(number), name, words) for number, (name, words) in enumerate(forecast.steps, 1)]
+    out = console()
+    out.print(f"model: {forecast.model}", markup=False)
+    out.print(f"calibration samples: {forecast.samples or 'none'}")
+    out.print(table("passes", ("", "pass", "what it would do"), rows))
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    """What can run on this machine."""
+    out = console()
+    out.print(table("machine", ("", ""), list(diagnosis.machine.items())))
+    packages = [(item.name, item.version or "-", item.tested, item.verdict) for item in diagnosis.packages]
+    out.print(table("packages", ("package", "installed", "tested", ""), packages))
+    operators = [
+        (state.name, *("yes" if backend.runs else "no" for backend in state.backends.values()))
+        for state in diagnosis.operators
+    ]
+    out.print(table("operators", ("operator", *diagnosis.operators[0].backends), operators))
+    for reason, places in _reasons(diagnosis).items():
+        out.print(f"  {reason}: {', '.join(places)}", markup=False)
+    presets = [(state.name, state.speed, state.why) for state in diagnosis.presets]
+    out.print(table("presets on the processor", ("preset", "runs", "why"), presets))
+    out.print("Compiled models run on the processor; on a GPU the operators run on their own.")
+
+
+def _reasons(diagnosis: Diagnosis) -> dict[str, list[str]]:
+    """Why something does not run, or is special -> operators, each reason once per back end."""
+    reasons: dict[str, list[str]] = {}
+    for state in diagnosis.operators:
+        for name, backend in state.backends.items():
+            if backend.note:
+                reasons.setdefault(f"{name}: {backend.note}", []).append(state.name)
+    return reasons
+
+
+def show_model(compiled: CompiledVLM) -> None:
+    """A compiled model on one screen: graphs, decisions, quantized sites, what was left out."""
+    plan, graphs = compiled.plan, compiled.program.graphs
+    out = console()
+    facts = [
+        ("model", type(compiled.program.host).__name__),
+        ("decoder layers", str(len(plan.layers))),
+        ("weights", f"{compiled.weight_bytes() / 1e6:.2f} MB in all"),
+        ("calibration", f"{plan.calibration.samples} samples" if plan.calibration.samples else "none"),
+        ("compiled with", ", ".join(f"{name} {version}" for name, version in plan.versions.items()) or "-"),
+    ]
+    out.print(table("model", ("", ""), facts))
+    sizes = [
+        (name, graph.owner or "-", str(len(graph.nodes)), f"{compiled.weight_bytes(name) / 1e6:.2f} MB")
+        for name, graph in graphs.items()
+    ]
+    out.print(table("graphs", ("graph", "module", "nodes", "weights"), sizes))
+    if plan.cuts:
+        out.print(table("visual tokens", ("cut behind layer", "share kept", "fraction"), _cuts(plan)))
+    else:
+        out.print("visual tokens: all are kept in every layer")
+    if plan.sites:
+        kinds = Counter((site.graph, _bits(site), site.kernel) for site in plan.sites)
+        rows = [(graph, bits, kernel, str(count)) for (graph, bits, kernel), count in sorted(kinds.items())]
+        out.print(table("quantized sites", ("graph", "bits", "kernel", "sites"), rows))
+    if plan.left_out:
+        why = Counter((item.graph, item.reason) for item in plan.left_out)
+        rows = [(graph, reason, str(count)) for (graph, reason), count in sorted(why.items())]
+        out.print(table("left out", ("graph", "reason", "sites"), rows))
+
+
+def show_rows(rows: Sequence[Row]) -> None:
+    """Results side by side."""
+    from qpcompile.cli.evaluate import HEADS, HEADS_MEAN, table_cells
+
+    out = console()
+    out.print(table("results, 95 % intervals by paired bootstrap", HEADS, table_cells(rows)))
+    out.print(HEADS_MEAN)
+
+
+def _cuts(plan: Plan) -> list[tuple[str, ...]]:
+    return [(str(cut.layer), f"{cut.ratio:.4f}", f"{cut.numerator}/{cut.denominator}") for cut in plan.cuts]
+
+
+def _bits(site: Site) -> str:
+    if site.cache_bits is not None:
+        return f"KV{site.cache_bits}"
+    return f"W{site.weight_bits}A{site.activation_bits}"

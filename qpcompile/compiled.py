@@ -1,0 +1,203 @@
+"""A compiled VLM: what `qpcompile.compile` returns and `qpcompile.load` gives back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpcompile.emit.artifact import artifact
+from qpcompile.emit.artifact.folder import reading
+from qpcompile.emit.artifact.folder_kind import refuse_onnx_folder
+from qpcompile.emit.artifact.pickled import from_files, to_files
+from qpcompile.emit.artifact.weights import stored_tensors, total_bytes
+from qpcompile.errors import ExportError, InputError
+from qpcompile.ir.program import Program
+from qpcompile.ir.text import graph_text
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.cpu.bind import BoundGraphs
+from qpcompile.runtime.cuda.static_decode import StaticDecode, cuda_graph
+from qpcompile.runtime.devices import move
+from qpcompile.runtime.machine import Machine
+from qpcompile.versions import tell_newer
+
+
+class CompiledVLM:
+    """A program that answers: transformers' generation loop around the compiled graphs.
+
+    `processor` turns pictures and text into inputs, where the model came with one; `program` holds the graphs.
+    """
+
+    def __init__(self, program: Program, processor: Any = None) -> None:
+        self.program = program
+        self.processor = processor
+        self._bind(cuda_graphs=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the files of its artifact: whoever loads it gets the same answers, on the same kind of device."""
+        return _unpickled, (to_files(self.program, self.processor), str(self.device), self._cuda_graphs)
+
+    def __copy__(self) -> CompiledVLM:
+        """A second name for the same graphs; pickle's way would load them again."""
+        return self._with(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledVLM:
+        return self._with(copy.deepcopy(self.__dict__, memo))
+
+    def _with(self, state: dict[str, Any]) -> CompiledVLM:
+        made = object.__new__(type(self))
+        made.__dict__.update(state)
+        return made
+
+    def _bind(self, cuda_graphs: bool) -> None:
+        self._cuda_graphs = cuda_graphs
+        self._graphs = BoundGraphs(self.program)
+        captured = cuda_graphs and self.program.host.device.type == "cuda"  # type: ignore[union-attr]
+        self.machine = Machine(self.program, self._graphs, StaticDecode(self.program, cuda_graph) if captured else None)
+
+    @property
+    def plan(self) -> Plan:
+        """What the compile decided."""
+        return self.program.plan
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was asked."""
+        return self.program.recipe
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the transformers model."""
+        return self.machine.host.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The settings `generate` uses where it is given no others."""
+        return self.machine.host.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs of `generate` must be."""
+        return self.machine.host.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the model."""
+        return self.machine.host.dtype
+
+    @property
+    def decode_problem(self) -> str:
+        """Why no call of C replays decode steps here; empty where one does. Says nothing of CUDA graphs."""
+        return self._graphs.decode_problem
+
+    def to(self, device: torch.device | str | int, cuda_graphs: bool = False) -> CompiledVLM:
+        """Move all weights to a device, each once; returns this model. The inputs of `generate` must be there too.
+
+        Args:
+            device: what torch calls a device.
+            cuda_graphs: on a CUDA device, decode in steps of fixed sizes that are captured once and replayed
+                (runtime/cuda/static_decode.py) in place of operator by operator with caches that grow. Off unless
+                asked for, because no GPU has captured them yet.
+        """
+        move(self.program, torch.device(device))
+        self._bind(cuda_graphs)
+        return self
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """What `model.generate` of transformers takes and returns. Of calls from several threads one runs at a time.
+
+        Args:
+            inputs: i64[B, S] prompt tokens, as an alternative to `input_ids`.
+            kwargs: the processor's outputs and any generation settings (`max_new_tokens`, `streamer`, ...).
+        """
+        return self.machine.generate(**({} if inputs is None else {"inputs": inputs}), **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: `forward` of the transformers model runs a layer stack that a compiled model does not have."""
+        raise InputError(
+            "a compiled model is not called; its graphs are run by generate",
+            where="CompiledVLM.__call__",
+            do="call compiled.generate(**inputs); it returns logits with output_logits and return_dict_in_generate",
+        )
+
+    def kept_tokens(self, **inputs: Any) -> dict[int, torch.Tensor]:
+        """Which tokens of the prompt go on after each cut layer.
+
+        Args:
+            inputs: what `generate` takes, without generation settings.
+        Returns:
+            layer -> i64[B, N], positions in the prompt, ascending; -1 in slots of a row that hold no token.
+        """
+        return self.machine.kept_tokens(inputs)
+
+    def graph_text(self, stage: str) -> str:
+        """The printed graph of one component: "vision", "projector", "prefill", "decode" or "head"."""
+        graphs = self.program.graphs
+        if stage not in graphs:
+            raise ExportError(f"this model has no graph called {stage!r}", do=f"name one of {', '.join(graphs)}")
+        return graph_text(graphs[stage])
+
+    def weight_bytes(self, stage: str | None = None) -> int:
+        """Bytes of all weights, each counted once; or of the weights that one graph reads."""
+        return total_bytes(stored_tensors(self.program), stage)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the artifact folder; `qpcompile.load` reads it back. A folder that exists is refused."""
+        artifact.save(self.program, self.processor, folder)
+
+    def export_onnx(
+        self, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = (), fast: bool = False
+    ) -> None:
+        """Write graphs for onnxruntime with a runner beside them. Needs the extra `onnx`.
+
+        Args:
+            folder: a folder that does not exist yet.
+            check: inputs of `generate` that both sides answer; `check.json` then says where the answers differ.
+            fast: onnxruntime's own operators, several times as fast, whose numbers are not the module's: activations
+                and cache have 8 bits; `manifest.json` and docs/numerics.md say what changes.
+        """
+        try:
+            # Imported here because onnx is an optional dependency.
+            from qpcompile.emit.onnx.export import export_onnx
+        except ModuleNotFoundError as error:
+            raise ExportError(
+                f"the package {error.name} is not installed",
+                where="export_onnx",
+                do='install the extra: pip install "qpcompile[onnx]"',
+            ) from error
+        export_onnx(self.program, folder, check, fast, self.generate)
+
+    def report(self, path: str | PathLike[str], samples: Any = None) -> None:
+        """Write the report, one self-contained HTML file.
+
+        Args:
+            path: a file that does not exist yet.
+            samples: (picture, question) pairs whose kept tokens are drawn; a picture is a path or a PIL image.
+        """
+        # Imported here because whoever only generates needs neither templates nor figures.
+        from qpcompile.inspect.report import write_report
+
+        write_report(self.machine, self.processor, path, samples, self.decode_problem)
+
+
+def load(folder: str | PathLike[str]) -> CompiledVLM:
+    """The compiled model saved in `folder`; nothing in it is executed.
+
+    Raises ArtifactError for a folder that is incomplete, altered, of another version, contradicts itself, or holds what
+    no compile writes.
+    """
+    tell_newer()
+    refuse_onnx_folder(Path(folder))
+    program, processor = artifact.load(Path(folder))
+    with reading("the artifact", folder):
+        return CompiledVLM(program, processor)
+
+
+def _unpickled(files: dict[str, bytes], device: str, cuda_graphs: bool) -> CompiledVLM:
+    compiled = CompiledVLM(*from_files(files))
+    return compiled if str(compiled.device) == device else compiled.to(device, cuda_graphs)

@@ -1,0 +1,92 @@
+"""What the files of an artifact say of one another: each fact that stands in two of them has to be the same in both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from qpcompile.emit.artifact.folder import AGAIN
+from qpcompile.emit.artifact.manifest import Manifest
+from qpcompile.errors import ArtifactError
+from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
+from qpcompile.ir.structure import CACHE
+from qpcompile.ir.text import DTYPES, TYPE
+from qpcompile.runtime.machine import ALIVE, KEPT
+
+EMBEDS = "inputs_embeds"
+
+
+def check_counts(config: PreTrainedConfig, layers: int) -> None:
+    """Refuse a configuration of another decoder before anything is allocated by it."""
+    text: Any = config.get_text_config()
+    if text.num_hidden_layers != layers:
+        raise ArtifactError(
+            f"the decoder has {text.num_hidden_layers!r:.40} layers, manifest.json lists {layers}",
+            where="config.json",
+            do=AGAIN,
+        )
+
+
+def check_agreement(program: Program, manifest: Manifest) -> None:
+    """Refuse a program whose parts contradict one another. Raises ArtifactError with the first contradiction."""
+    for where, what in _contradictions(program, manifest):
+        raise ArtifactError(f"the artifact contradicts itself: {what}", where=where, do=AGAIN)
+
+
+def _contradictions(program: Program, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong there)."""
+    plan = program.plan
+    if list(manifest.layers) != [layer.name for layer in plan.layers]:
+        yield "manifest.json, layers", "plan.yaml has other layers"
+    if manifest.sites != plan.sites:
+        yield "manifest.json, sites", "plan.yaml has other sites"
+    if manifest.left_out != plan.left_out:
+        yield "manifest.json, left_out", "plan.yaml leaves out other sites"
+    if plan.recipe != program.recipe:
+        yield "plan.yaml, recipe", "recipe.yaml asks for something else"
+    for name in (VISION, PREFILL, DECODE):
+        if name not in program.graphs:
+            yield "manifest.json, graphs", f"there is no {name} graph"
+            return
+    for name, graph in program.graphs.items():
+        yield from ((f"graph/{name}.json", what) for what in _of_graph(name, graph, program))
+    yield from _of_cache(program)
+    embeds = _type(program.graphs[PREFILL], EMBEDS)
+    if embeds and embeds.partition("[")[0] != DTYPES[getattr(torch, manifest.dtype)]:
+        yield "manifest.json, dtype", f"the decoder takes {embeds}"
+
+
+def _of_graph(name: str, graph: Graph, program: Program) -> Iterator[str]:
+    if graph.name != name:
+        yield f"it holds the graph {graph.name}"
+    modules = dict(program.host.named_modules())
+    if graph.owner not in modules:
+        yield f"the model has no module {graph.owner}"
+    cuts = {str(cut.layer) for cut in program.plan.cuts}
+    for path in (*graph.inputs, *graph.outputs):
+        root, _, rest = path.partition(".")
+        layer = rest.partition(".")[0]
+        if root == CACHE and not (layer.isdecimal() and int(layer) < len(program.layers)):
+            yield f"{path} belongs to no layer"
+        elif root in (KEPT, ALIVE) and layer not in cuts:
+            yield f"{path} belongs to no cut of plan.yaml"
+
+
+def _of_cache(program: Program) -> Iterator[tuple[str, str]]:
+    """What prefill leaves in the cache is what decode takes and leaves."""
+    prefill, decode = program.graphs[PREFILL], program.graphs[DECODE]
+    left, taken, kept = (
+        {name for name in names if name.partition(".")[0] == CACHE}
+        for names in (prefill.outputs, decode.inputs, decode.outputs)
+    )
+    if left != taken or left != kept:
+        odd = sorted(left ^ taken) or sorted(left ^ kept)
+        yield "graph/decode.json", f"prefill and decode disagree on the cache: {odd[0]}"
+
+
+def _type(graph: Graph, path: str) -> str:
+    """The printed type of an input; "" where the graph has none of that name."""
+    return str(graph.placeholder(path).meta[TYPE]) if path in graph.inputs else ""

@@ -1,0 +1,198 @@
+"""Settings in an artifact that transformers reads: config, generation settings, processor and tokenizer files.
+
+transformers takes them from publishers it trusts: some name a file, a hub repository or a class, others say how much
+to allocate. What a compile never writes is refused here, before transformers sees it. Checkpoints do have such settings
+(where a part came from, code beside the weights): a compile leaves them out, as nothing of an artifact needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+from qpcompile.emit.artifact import names
+from qpcompile.emit.artifact.folder import AGAIN, read_json
+from qpcompile.emit.artifact.json_text import MOST_BYTES
+from qpcompile.errors import ArtifactError, ExportError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+INDEX = "model.safetensors.index.json"
+# A quantization that transformers refuses by quoting it, whichever class is asked to load the folder or a part of it.
+MARKED = "quantization_config"
+MARK = {
+    "quant_method": "quanto",
+    "weights": "a model compiled by qpcompile: load this folder with qpcompile.load(folder)",
+}
+_CONFIGS = (CONFIG, GENERATION)
+# Files in JSON that are no settings.
+_TABLES = frozenset({INDEX, "manifest.json", "tokenizer.json", "vocab.json", "added_tokens.json"})
+# Settings that lead to code, a file or a repository.
+_LEADS = re.compile(
+    r"auto_map|audio_tokenizer|quantization_config|custom_\w+|trust_remote_code|\w*name_or_path|gguf_file|use_pretrained\w*"
+    r"|_?(attn|experts)_implementation\w*|use_kernels|kernel_config|adapter\w*|peft_config|assistant_model|vocab_file"
+    r"|tokenizer_file|merges_file|spm_file|\w+_(file|path|dir|folder|url|repo|repo_id)",
+    re.ASCII,
+)
+# The only ones whose text may have slashes, as paths and addresses do: tokens, templates, numbered labels; and tags.
+_FREE = re.compile(r"(chat_)?template|content|stop_strings|\d+|\w*(token|prompt|prefix|suffix|format)s?", re.ASCII)
+_SLASH, _TAG = re.compile(r"[/\\\\]"), re.compile(r"</?[^<>/\\\\]*>")
+# Settings that name a class, and what they must be derived from.
+_CLASSES = {
+    "tokenizer_class": transformers.PreTrainedTokenizerBase,
+    "processor_class": transformers.ProcessorMixin,
+    "image_processor_type": object,
+    "video_processor_type": object,
+    "feature_extractor_type": object,
+}
+# Settings that count modules, or repeat a computation, and the most that a real one has with room to spare.
+_COUNTS = re.compile(r"\w*(layers?|blocks?|depths?|experts?|heads?|stages?|num_beams|num_beam_groups)", re.ASCII)
+_SEQUENCES = re.compile(r"num_return_sequences|num_(assistant|additional_image)_tokens|\w*num_frames", re.ASCII)
+MOST_COUNTED, MOST_SEQUENCES, MOST_NUMBER = 2048, 4096, 2**31
+MOST_TEXT = 100_000
+
+
+def write_config(config: PreTrainedConfig, folder: Path) -> None:
+    """config.json, marked so that plain transformers refuses the folder instead of making random weights."""
+    for part in _parts(config):
+        setattr(part, MARKED, dict(MARK))
+    config.save_pretrained(folder)
+
+
+def leave_out_leads(folder: Path) -> None:
+    """Rewrite settings that were just saved without those that lead to code or to another file.
+
+    What a processor may work with stays, to be refused: its audio tokenizer, and texts with slashes under other names.
+    """
+    for path in folder.glob("*.json"):
+        if path.name in _TABLES:
+            continue
+        data = read_json(path)
+        kept = _without_leads(data, _leads if path.name == CONFIG else _leads_by_name)
+        if kept != data:
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+def read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
+    """The configuration in config.json without its mark, which artifacts of earlier versions do not have."""
+    data = read_json(folder / CONFIG)
+    if not isinstance(data, dict):
+        raise _refused("config.json is no mapping", CONFIG)
+    data = _unmarked(data)
+    if data.get("model_type") != config_class.model_type:
+        raise _refused(f"the model type is {data.get('model_type')!r:.80}, not {config_class.model_type}", CONFIG)
+    return config_class.from_dict(data)
+
+
+def check_settings(folder: Path, files: list[str]) -> None:
+    """Refuse settings that a compile does not write. Raises ArtifactError naming the file and the setting."""
+    for path in files:
+        name = path.rsplit("/", 1)[-1]
+        size = (folder / path).stat().st_size
+        if size > MOST_BYTES and not name.endswith(".safetensors"):
+            raise _refused(f"the file has {size} bytes; at most {MOST_BYTES} are read", path)
+        if not path.endswith(".json") or name in _TABLES or path.startswith("graph/"):
+            continue
+        data = read_json(folder / path)
+        if not isinstance(data, dict):
+            raise _refused("settings are a mapping of names to values", path)
+        if path == CONFIG:
+            data = _unmarked(data)
+        for key, value in _settings(data):
+            if problem := _problem(key, value):
+                raise _refused(problem, path)
+
+
+def class_of(name: Any, base: type, error: type[ArtifactError] | type[ExportError], where: str) -> Any:
+    """The class of this name in transformers, derived from `base`; never code that came with a model."""
+    found = getattr(transformers, name, None) if names.is_class(name) and not name.startswith("_") else None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        kind = "model class" if base is transformers.PreTrainedModel else "class"
+        raise error(
+            f"transformers {transformers.__version__} has no {kind} {name!s:.80}",
+            where=where,
+            do="use a model family that is part of transformers, and the version the model was saved with",
+        )
+    return found
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration and those in it."""
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
+def _unmarked(data: dict[str, Any]) -> dict[str, Any]:
+    """Settings without our own mark, at every level."""
+    kept = {key: value for key, value in data.items() if key != MARKED or value != MARK}
+    return {key: _unmarked(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _without_leads(value: Any, leads: Callable[[str, Any], bool]) -> Any:
+    """Settings without those that lead to code or to another file, at every level."""
+    if isinstance(value, list):
+        return [_without_leads(item, leads) for item in value]
+    if not isinstance(value, dict):
+        return value
+    as_it_is = (MARKED, "audio_tokenizer")
+    return {
+        key: item if key in as_it_is else _without_leads(item, leads)
+        for key, item in value.items()
+        if key in as_it_is or not leads(key, item)
+    }
+
+
+def _leads(key: str, value: Any) -> bool:
+    """Whether a setting may lead to code, a file or a repository: by its name, or by a text with slashes."""
+    if _LEADS.fullmatch(key):
+        return _leads_by_name(key, value)
+    texts = value if isinstance(value, list) else [value]
+    return not _FREE.fullmatch(key) and any(
+        isinstance(text, str) and _SLASH.search(_TAG.sub("", text)) for text in texts
+    )
+
+
+def _leads_by_name(key: str, value: Any) -> bool:
+    return _LEADS.fullmatch(key) is not None and value not in (None, False)
+
+
+def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting with its name, those in mappings and lists too."""
+    yield key, value
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _settings(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _settings(item, key)
+
+
+def _problem(key: str, value: Any) -> str:
+    """What is wrong with one setting; "" for nothing."""
+    given = f"the setting {key[:80]!r} is {value!r:.80}"
+    if _leads(key, value):
+        return f"{given}; an artifact has no setting that leads to code or to another file"
+    if key in _CLASSES and value is not None:
+        class_of(value, _CLASSES[key], ArtifactError, key)
+    if key == "dtype" and value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
+        return f"{given}, which is no type of numbers"
+    if isinstance(value, str) and len(value) > MOST_TEXT:
+        return f"the setting {key[:80]!r} is a text of {len(value)} characters; {MOST_TEXT} are read"
+    if isinstance(value, int):
+        most = MOST_COUNTED if _COUNTS.fullmatch(key) else MOST_SEQUENCES if _SEQUENCES.fullmatch(key) else MOST_NUMBER
+        # `model_max_length` is 1e30 where a tokenizer knows none.
+        if abs(value) > most and key != "model_max_length":
+            return f"{given}; at most {most} is read"
+    return ""
+
+
+def _refused(what: str, path: str) -> ArtifactError:
+    return ArtifactError(what, where=path, do=AGAIN)

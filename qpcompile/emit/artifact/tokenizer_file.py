@@ -1,0 +1,130 @@
+"""tokenizer.json of an artifact: what its rules may cost is bounded before the tokenizer is made.
+
+Its regular expressions run in a library that goes back and tries again: `(a+)+$` takes 2**n steps on n letters. Here an
+expression is read once, without being run: repeats inside repeats and references back are refused, and so are more than
+a few repeats after one another, which cost a power of the text's length. Replacements may lengthen a text, but not one
+after the other without an end, and padding has a most.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qpcompile.emit.artifact.folder import AGAIN, read_json
+from qpcompile.errors import ArtifactError, ExportError
+
+TOKENIZER = "tokenizer.json"
+MOST_PATTERN, MOST_REPEATS, MOST_TIMES = 4000, 3, 1000
+MOST_GROWTH, MOST_PADDING = 1000, 2**20
+# In the order in which they work; the model and its vocabulary run no rules of their own.
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_TOKEN = re.compile(
+    r"(?P<back>\\(?:[1-9]|[kg][<'{]))"
+    r"|(?P<class>\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\\\[\]])*\])"
+    r"|(?P<open>\((?:\?(?:<[=!]|P?<\w+>|[=!>:]|[a-zA-Z-]+:|[a-zA-Z-]+(?=\)))?)?)"
+    r"|(?P<close>\))|(?P<bar>\|)|(?P<repeat>[*+?]|\{\d*,?\d*\})[?+]?|(?P<plain>\\.|.)",
+    re.DOTALL,
+)
+
+
+def check_tokenizers(folder: Path, files: list[str]) -> None:
+    """Refuse tokenizers whose work is not bounded. Raises ArtifactError naming the file and the rule."""
+    for path in files:
+        if path.rpartition("/")[2] == TOKENIZER and (problem := tokenizer_problem(read_json(folder / path))):
+            raise ArtifactError(f"the tokenizer cannot be used: {problem}", where=path, do=AGAIN)
+
+
+def check_tokenizer(processor: Any) -> None:
+    """Refuse a processor whose tokenizer no artifact may hold, before anything is computed. Raises ExportError."""
+    rules = getattr(getattr(processor, "tokenizer", None), "backend_tokenizer", None)
+    if rules is not None and (problem := tokenizer_problem(json.loads(rules.to_str()))):
+        raise ExportError(
+            f"the tokenizer cannot be used: {problem}; no artifact may hold it",
+            where=type(processor.tokenizer).__name__,
+            do="give a processor whose tokenizer has simpler rules",
+        )
+
+
+def tokenizer_problem(data: Any) -> str:
+    """What is wrong with a tokenizer, "" for nothing."""
+    if not isinstance(data, dict):
+        return "it is no mapping"
+    for number in _numbers(data.get("padding")):
+        if number > MOST_PADDING:
+            return f"it pads to {number} tokens; at most {MOST_PADDING} are read"
+    for part in _PARTS:
+        growth = 1.0
+        for rule in _rules(data.get(part)):
+            pattern, content = rule.get("pattern"), rule.get("content")
+            expression = pattern.get("Regex") if isinstance(pattern, dict) else None
+            if isinstance(expression, str) and (problem := pattern_problem(expression)):
+                return f"{part}: the expression {expression[:80]!r} {problem}"
+            if isinstance(content, str):
+                replaced = pattern.get("String") if isinstance(pattern, dict) else None
+                growth *= max(1.0, len(content) / max(1, len(replaced) if isinstance(replaced, str) else 1))
+        if growth > MOST_GROWTH:
+            return f"{part}: its replacements make a text {growth:.3g} times as long"
+    return ""
+
+
+def pattern_problem(expression: str) -> str:
+    """Why the work of a regular expression is not bounded, "" where it is."""
+    if len(expression) > MOST_PATTERN:
+        return f"has {len(expression)} characters; at most {MOST_PATTERN} are read"
+    # Of each group that is open: repeats without an end in this branch, the most in one before, and whether there is
+    # more than one way through it. Of the group that has just been closed: the same.
+    branch, most, ways = [0], [0], [False]
+    repeats, has_ways = 0, False
+    for token in _TOKEN.finditer(expression):
+        kind = str(token.lastgroup)
+        if kind == "back":
+            return "refers back to what it has found"
+        if kind == "repeat":
+            times = _times(token["repeat"])
+            if times > MOST_REPEATS and has_ways:
+                return "repeats what has repeats or choices"
+            branch[-1] += int(times > MOST_TIMES) + repeats * (int(min(times, MOST_REPEATS + 1)) - 1)
+            ways[-1] = ways[-1] or token["repeat"][0] != "{" or "," in token["repeat"]
+        repeats, has_ways = 0, False
+        if kind == "open":
+            branch, most, ways = [*branch, 0], [*most, 0], [*ways, False]
+        elif kind == "bar":
+            most[-1], branch[-1], ways[-1] = max(most[-1], branch[-1]), 0, True
+        elif kind == "close" and len(branch) > 1:
+            repeats, has_ways = max(most.pop(), branch.pop()), ways.pop()
+            branch[-1] += repeats
+            ways[-1] = ways[-1] or has_ways
+        if branch[-1] > MOST_REPEATS:
+            return f"has more than {MOST_REPEATS} repeats after one another"
+    return ""
+
+
+def _times(repeat: str) -> float:
+    """How often at most."""
+    if repeat in ("*", "+"):
+        return float("inf")
+    if repeat == "?":
+        return 1
+    low, comma, high = repeat[1:-1].partition(",")
+    return float(high) if high else float("inf") if comma else float(low or 1)
+
+
+def _rules(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in a part, in order."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _rules(inner)
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)

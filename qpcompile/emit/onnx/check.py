@@ -1,0 +1,89 @@
+"""Whether an ONNX folder answers as the compiled module does; where not, by how much the module preferred its token.
+
+Codes are made of sums that both sides round alike (kernels/sums.py), so answers differ only where one value in some
+10^8 is rounded the other way and the answer hangs on it, or where two tokens tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpcompile.emit.onnx.runner.runner import OnnxVLM
+
+TAKES = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first token of an answer in which onnxruntime differs; `margin` is how far ahead the module's token was."""
+
+    row: int
+    step: int
+    module: int
+    onnx: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many answers were compared, and those that differ."""
+
+    answers: int
+    different: tuple[Difference, ...]
+
+    def to_dict(self, fast: bool = False) -> dict[str, Any]:
+        """Plain values, with the reason in words; `fast` says that the folder's numbers are not the module's."""
+        why = (
+            "the folder's numbers are other ones, see manifest.json"
+            if fast
+            else "a 4-bit code or a near tie rounded the other way"
+        )
+        different = [asdict(each) for each in self.different]
+        return {"answers": self.answers, "different": different, "why": why if different else ""}
+
+
+def compare(
+    generate: Callable[..., Any], folder: Path, batches: Iterable[dict[str, Any]], new_tokens: int = 8
+) -> Comparison:
+    """Ask both sides the same.
+
+    Args:
+        generate: the compiled module's.
+        folder: the exported folder.
+        batches: what `generate` takes.
+        new_tokens: how long answers may be.
+    """
+    runner = OnnxVLM(folder, torch.get_num_threads())
+    runner.generation = {**runner.generation, "do_sample": False}
+    answers, different = 0, list[Difference]()
+    for batch in batches:
+        start = batch["input_ids"].shape[1]
+        made = generate(
+            **batch, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        given = {name: _array(value) for name, value in batch.items() if name in TAKES}
+        found = torch.from_numpy(runner.generate(**given, max_new_tokens=new_tokens))[:, start:]
+        logits = torch.stack(made.logits, dim=1)
+        for row, (own, other) in enumerate(zip(made.sequences[:, start:], found, strict=True)):
+            if (difference := _first(answers + row, own, other, logits[row])) is not None:
+                different.append(difference)
+        answers += len(found)
+    return Comparison(answers, tuple(different))
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """The tensor for the runner, which knows no half precision."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+
+def _first(row: int, own: torch.Tensor, other: torch.Tensor, logits: torch.Tensor) -> Difference | None:
+    """own, other: i64[T], T may differ after the end of all rows; logits: f[T, V] of the module."""
+    for step, (left, right) in enumerate(zip(own.tolist(), other.tolist(), strict=False)):
+        if left != right:
+            return Difference(row, step, left, right, float(logits[step, left] - logits[step, right]))
+    return None

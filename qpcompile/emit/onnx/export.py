@@ -1,0 +1,266 @@
+"""A program becomes an ONNX folder that onnxruntime and numpy run on their own.
+
+    vision.onnx   prefill.onnx   decode.onnx   weights.data    the graphs; weights they share are stored once
+    runner.py     config.json    generation_config.json        what generates
+    recipe.yaml   plan.yaml      manifest.json                 what was asked, what was decided, what every file is
+
+Writing the same program twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, RemoveUnusedNodesPass
+
+from qpcompile.emit.onnx.check import compare
+from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
+from qpcompile.emit.onnx.fast.graphs import CHANGES, EXACT, fast_parts
+from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
+from qpcompile.emit.onnx.runner import runner as onnx_runner
+from qpcompile.emit.onnx.runner.choice import Choice
+from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph, digest
+from qpcompile.emit.onnx.runner_file import runner_text
+from qpcompile.emit.onnx.translate import aten as onnx_aten
+from qpcompile.emit.onnx.translate import aten_shape as onnx_aten_shape
+from qpcompile.emit.onnx.translate.nodes import OPSET, Feeds, results, to_onnx
+from qpcompile.emit.onnx.weights import DATA, save_models
+from qpcompile.emit.onnx.wrap import Part, language, vision
+from qpcompile.errors import ExportError
+from qpcompile.files import sha256, staged_folder
+from qpcompile.ir import operators
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
+from qpcompile.kernels.attention_kv4.onnx import attention_kv4
+from qpcompile.kernels.attention_received.onnx import attention_received
+from qpcompile.kernels.dpp_select.onnx import dpp_select
+from qpcompile.kernels.farthest_tokens.onnx import farthest_tokens
+from qpcompile.kernels.fuse_risk.onnx import fuse_risk
+from qpcompile.kernels.hadamard.onnx import hadamard
+from qpcompile.kernels.kronecker.onnx import kronecker
+from qpcompile.kernels.kv4_read.onnx import kv4_read
+from qpcompile.kernels.kv4_write.onnx import kv4_write
+from qpcompile.kernels.kv8_read.onnx import kv8_read
+from qpcompile.kernels.kv8_write.onnx import kv8_write
+from qpcompile.kernels.layernorm_quantize.onnx import layernorm_quantize
+from qpcompile.kernels.linear_w4a4 import onnx as linear_w4a4
+from qpcompile.kernels.linear_w4a16 import onnx as linear_w4a16
+from qpcompile.kernels.linear_w4a16 import onnx_contrib
+from qpcompile.kernels.linear_w8a16.onnx import linear_w8a16
+from qpcompile.kernels.merge_tokens.onnx import merge_tokens
+from qpcompile.kernels.pivot_tokens.onnx import pivot_tokens
+from qpcompile.kernels.quantization_risk.onnx import quantization_risk
+from qpcompile.kernels.quantize_int4.onnx import quantize_int4
+from qpcompile.kernels.quantize_int4_static.onnx import quantize_int4_static
+from qpcompile.kernels.rmsnorm.onnx import rmsnorm
+from qpcompile.kernels.rmsnorm_quantize.onnx import rmsnorm_quantize
+from qpcompile.kernels.rope.onnx import rope
+from qpcompile.kernels.segment_attention.onnx import segment_attention
+from qpcompile.kernels.select_tokens.onnx import select_tokens
+from qpcompile.kernels.silu_mul_quantize.onnx import silu_mul_quantize
+from qpcompile.kernels.spread_tokens.onnx import spread_tokens
+from qpcompile.kernels.text_relevance.onnx import text_relevance
+from qpcompile.kernels.token_scores.onnx import token_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from os import PathLike
+
+# Every translation there is: torch's operators, then this project's own.
+TORCH = onnx_aten.table() | onnx_aten_shape.table()
+OWN = {
+    operators.ATTENTION_KV4: attention_kv4,
+    operators.ATTENTION_RECEIVED: attention_received,
+    operators.DPP_SELECT: dpp_select,
+    operators.FARTHEST_TOKENS: farthest_tokens,
+    operators.FUSE_RISK: fuse_risk,
+    operators.HADAMARD: hadamard,
+    operators.KRONECKER: kronecker,
+    operators.KV4_READ: kv4_read,
+    operators.KV4_WRITE: kv4_write,
+    operators.KV8_READ: kv8_read,
+    operators.KV8_WRITE: kv8_write,
+    operators.LAYERNORM_QUANTIZE: layernorm_quantize,
+    operators.LINEAR_W4A16: linear_w4a16.linear_w4a16,
+    operators.LINEAR_W4A4: linear_w4a4.linear_w4a4,
+    operators.LINEAR_W8A16: linear_w8a16,
+    operators.MERGE_TOKENS: merge_tokens,
+    operators.PIVOT_TOKENS: pivot_tokens,
+    operators.QUANTIZATION_RISK: quantization_risk,
+    operators.QUANTIZE_INT4: quantize_int4,
+    operators.QUANTIZE_INT4_STATIC: quantize_int4_static,
+    operators.RMSNORM: rmsnorm,
+    operators.RMSNORM_QUANTIZE: rmsnorm_quantize,
+    operators.ROPE: rope,
+    operators.SEGMENT_ATTENTION: segment_attention,
+    operators.SELECT_TOKENS: select_tokens,
+    operators.SILU_MUL_QUANTIZE: silu_mul_quantize,
+    operators.SPREAD_TOKENS: spread_tokens,
+    operators.TEXT_RELEVANCE: text_relevance,
+    operators.TOKEN_SCORES: token_scores,
+}
+LOWERINGS = (linear_w4a4.lower, linear_w4a16.lower)
+CLEAN_UP = (InlinePass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
+PACKAGES = ("qpcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+def export_onnx(
+    program: Program,
+    folder: str | PathLike[str],
+    check: Iterable[dict[str, Any]] = (),
+    fast: bool = False,
+    generate: Callable[..., Any] | None = None,
+) -> None:
+    """Write the ONNX folder; it appears whole or not at all.
+
+    `check` is what `generate`, of the same program, and the folder are both asked; `check.json` says where they differ.
+    With `fast` the graphs are those of emit/onnx/fast/graphs.py, whose numbers are not the module's.
+
+    Raises OutputError if `folder` exists and ExportError if the model cannot be written as ONNX, or the runner has
+    no code for its inputs.
+    """
+    _check_supported(program)
+    _check_settings(program)
+    with staged_folder(folder) as aside:
+        models = build_models(program, fast)
+        save_models(models, aside)
+        for name in models:
+            onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
+            _check_graph(aside / f"{name}.onnx")
+        _write_texts(program, aside)
+        _write_manifest(aside, CHANGES if fast else EXACT)
+        if (batches := list(check)) and generate is not None:
+            found = compare(generate, aside, batches)
+            (aside / "check.json").write_text(json.dumps(found.to_dict(fast), indent=2) + "\n", encoding="utf-8")
+            _write_manifest(aside, CHANGES if fast else EXACT)
+
+
+def build_models(program: Program, fast: bool = False) -> dict[str, ir.Model]:
+    """The three graphs of a program."""
+    parts = {VISION: vision(program), PREFILL: language(program, PREFILL), DECODE: language(program, DECODE)}
+    for name, part in parts.items():
+        _check_inputs(name, part)
+    if fast:
+        parts = fast_parts(program, parts)
+    pictures = [vision_example(program, sizes) for sizes in SIZES]
+    models = {VISION: _model(VISION, parts[VISION], pictures, fast)}
+    said = results(parts[VISION], pictures[0])
+    prompts = [prefill_example(program, sizes, said) for sizes in SIZES]
+    models[PREFILL] = _model(PREFILL, parts[PREFILL], prompts, fast)
+    tokens = [decode_example(program, prompt, results(parts[PREFILL], prompt)) for prompt in prompts]
+    models[DECODE] = _model(DECODE, parts[DECODE], tokens, fast)
+    return models
+
+
+def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.Model:
+    model = to_onnx(name, part, (examples[0], examples[1]), (TORCH, OWN | FAST if fast else OWN))
+    if fast:
+        model.metadata_props[onnx_runner.IN_PLACE] = "past_key_values" if name == DECODE else ""
+        (onnx_contrib.lower_few_rows if name == DECODE else onnx_contrib.lower_many_rows)(model)
+    for lower in LOWERINGS:
+        lower(model)
+    shapes = [value.shape for value in model.graph.outputs]
+    for clean in CLEAN_UP:
+        clean(model)
+    # Merging equal nodes keeps the names of outputs, not of their sizes.
+    for value, shape in zip(model.graph.outputs, shapes, strict=True):
+        value.shape = shape
+    return model
+
+
+def _check_supported(program: Program) -> None:
+    missing = [name for name in (VISION, PREFILL, DECODE, HEAD) if name not in program.graphs]
+    if missing:
+        raise ExportError(
+            f"the program has no {', '.join(missing)} graph",
+            where=type(program.host).__name__,
+            do="use the compiled module: this family is not split in the way an ONNX folder is",
+        )
+    host: Any = program.host
+    if getattr(host.config, "image_token_id", None) is None:
+        raise ExportError(
+            "the tokens that pictures take the place of have no id of their own",
+            where=f"{type(host).__name__}, config.image_token_id",
+            do="use the compiled module: this family cannot be written as an ONNX folder yet",
+        )
+
+
+def _check_settings(program: Program) -> None:
+    """Settings stored with the model count in the runner as well: those that it cannot honour are refused here."""
+    host: Any = program.host
+    settings = json.loads(host.generation_config.to_json_string(use_diff=False))
+    try:
+        Choice.read(settings, host.config.get_text_config().vocab_size, "generation_config")
+    except RunnerError as error:
+        raise ExportError(
+            error.what,
+            where="compiled.generation_config",
+            do="use the compiled module, or set what is named to None in compiled.generation_config before the export",
+        ) from error
+
+
+def _check_graph(path: Path) -> None:
+    """The runner lets only listed operators through; what it would refuse is not written."""
+    try:
+        check_graph(path, (path.parent / DATA).stat().st_size)
+    except RunnerError as error:
+        raise ExportError(
+            error.what, where=path.name, do="report it: emit/onnx/runner/folder.py lacks an operator"
+        ) from error
+
+
+def _check_inputs(name: str, part: Part) -> None:
+    known = onnx_runner.VISION_INPUTS if name == VISION else onnx_runner.LANGUAGE_INPUTS
+    unknown = [path for path in part.inputs if path not in known and path.split(".")[0] not in onnx_runner.STATE]
+    if unknown:
+        raise ExportError(
+            f"the {name} graph takes inputs that the ONNX runner cannot compute: {', '.join(unknown)}",
+            where=name,
+            do="use the compiled module: the ONNX runner has no code for this family",
+        )
+
+
+def _write_texts(program: Program, folder: Path) -> None:
+    """Everything in the folder that is text, but for the manifest."""
+    # Some families store the id of image tokens under another name; the runner looks for one.
+    host: Any = program.host
+    config = host.config.to_dict() | {"image_token_id": host.config.image_token_id}
+    texts = {
+        "runner.py": runner_text(),
+        "config.json": json.dumps(config, indent=2, sort_keys=True, default=str) + "\n",
+        "generation_config.json": host.generation_config.to_json_string(use_diff=False),
+        "recipe.yaml": program.recipe.to_yaml(),
+        "plan.yaml": program.plan.to_yaml(),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _write_manifest(folder: Path, numbers: Sequence[str]) -> None:
+    """The manifest names all other files, and is written again where one joins them."""
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "opset": OPSET,
+        "numbers": list(numbers),
+        "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(folder.iterdir())
+            if path.name != MANIFEST
+        },
+    }
+    manifest["digest"] = digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,201 @@
+"""A part of a program as onnxruntime runs it fastest: `export_onnx(..., fast=True)`. The numbers change, as told here.
+
+    linear layers on 4-bit codes     %q, %s = quantize_int4(%x); linear_w4a4(%q, %s, W)  ->  linear_w4a16(%x, W)
+                                     with the same 4-bit weights; activations are rounded to 8 bits where they are used
+    the head                         linear(%x, W)  ->  linear_w8(%x, W'), 8-bit weights in blocks of 128
+                                     linear_w8a16(%x, W)  ->  linear_w8(%x, W), the same 8-bit weights
+    token embeddings                 embedding(W, %ids)  ->  embedding_16, 16 bits per number
+    sums in float64                  are float32 again
+    attention in prefill             on keys and values that nobody has rounded
+    a cache of 4 or 8 bits           is 8 bits, with one scale per channel of a head, taken from the prompt
+    attention of a tower             within segments, in onnxruntime's operator (segments.py)
+    attention in decode              cat(%past, %new) and what reads it  ->  cached_attention, which appends in place
+
+All edits are on the part alone, whose nodes are copies; weights are shared with the program, which stays as it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.emit.onnx.edit import calls, put
+from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
+from qpcompile.emit.onnx.fast.attention import append_in_place, float_keys, rotary_in_one
+from qpcompile.emit.onnx.fast.inputs import patches_in_one, tokens_in_16_bits
+from qpcompile.emit.onnx.wrap import Part
+from qpcompile.ir.edit import aten, get_tensor, is_call, set_tensor
+from qpcompile.ir.operators import (
+    HADAMARD,
+    LAYERNORM_QUANTIZE,
+    LINEAR_W4A4,
+    LINEAR_W4A16,
+    LINEAR_W8A16,
+    QUANTIZE_INT4,
+    QUANTIZE_INT4_STATIC,
+    RMSNORM,
+    RMSNORM_QUANTIZE,
+    SILU_MUL_QUANTIZE,
+)
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
+from qpcompile.ir.shapes import value
+
+Tensor = torch.Tensor
+
+# What an exported folder says of its numbers.
+EXACT = ("the compiled module's; of a float32 model code for code, with float64 sums in front of quantizers",)
+CHANGES = (
+    "weights are the compiled model's 4-bit weights; in front of them activations have 8 bits, one scale per token in "
+    "prefill and one per 128 channels of a token in decode, in place of the recipe's",
+    "the head has the module's 8-bit weights, or 8-bit weights in blocks of 128 where the module's has 16 bits and the "
+    "recipe quantizes anything; activations have 8 bits in front of both",
+    "token embeddings are float16, or bfloat16 where the model's are, if the recipe quantizes anything and they have "
+    "no 8-bit codes already",
+    "a 4-bit or 8-bit cache has 8 bits, one scale per channel of a head for all prompts of a batch: 1.5 times the "
+    "prompt's largest value; prefill attends to keys and values before they are rounded",
+    "sums are float32, but for those of the pruners themselves",
+)
+
+HEAD_BLOCK = 128
+
+
+def fast_parts(program: Program, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The graphs of a folder for speed, made of those that are exact, which are spent.
+
+    Raises ExportError where a cache cannot grow in place.
+    """
+    picture = vision_example(program, SIZES[0])
+    said = _note_values(parts[VISION], picture)
+    prompt = prefill_example(program, SIZES[0], said)
+    token = decode_example(program, prompt, _note_values(parts[PREFILL], prompt))
+    _note_values(parts[DECODE], token)
+    return {name: _fast_part(program, name, part) for name, part in parts.items()}
+
+
+class _Noting(fx.Interpreter):
+    """Leaves the type and sizes of every value in its node, and the masks as they are."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        if isinstance(found, Tensor):
+            n.meta["val"] = found if found.dtype == torch.bool else found.to("meta")
+        return found
+
+
+def _note_values(part: Part, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        returned = _Noting(part.module).run(*[example[path] for path in part.inputs])
+    return dict(zip(part.outputs, returned, strict=True))
+
+
+def _fast_part(program: Program, name: str, part: Part) -> Part:
+    scheme = program.recipe.quantize
+    _narrow(part)
+    _float_activations(part)
+    if scheme is not None:
+        _head_in_8_bits(part)
+        tokens_in_16_bits(part)
+    patches_in_one(part)
+    rotary_in_one(part)
+    small_cache = scheme is not None and scheme.kv_cache.bits != 16
+    part = append_in_place(part, small_cache) if name == DECODE else float_keys(part, small_cache)
+    part.module.graph.eliminate_dead_code()
+    part.module.graph.lint()
+    part.module.recompile()
+    return part
+
+
+def _narrow(part: Part) -> None:
+    """Undo what the pass `widen_sums` did: no cast to float64 is left."""
+    for node in calls(part, aten.to.dtype):
+        source = node.args[0]
+        tensor = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if node.args[1] == torch.float64 and isinstance(tensor, Tensor) and tensor.is_floating_point():
+            node.replace_all_uses_with(source)  # type: ignore[arg-type]
+
+
+def _float_activations(part: Part) -> None:
+    """Linear layers read what was quantized for them."""
+    sources: dict[fx.Node, fx.Node | None] = {}
+    for node in calls(part, LINEAR_W4A4):
+        codes, _, weight, weight_scale, bias, dtype = node.args
+        pair = codes.args[0] if is_call(codes, operator.getitem) else None
+        if not isinstance(pair, fx.Node):
+            continue
+        if pair not in sources:
+            sources[pair] = _unquantized(part, pair)
+        if (source := sources[pair]) is not None:
+            if dtype != torch.float32:
+                # Scales and shifts of activations are float32: what stood in front of the quantizer may be wider.
+                source = put(part, node, aten.to.dtype, source, dtype, like=node)
+            new = put(part, node, LINEAR_W4A16, source, weight, weight_scale, bias, like=node)
+            new.meta["val"] = value(node)
+            node.replace_all_uses_with(new)
+
+
+def _unquantized(part: Part, pair: fx.Node) -> fx.Node | None:
+    """What a quantizer makes codes of; None where the node is no quantizer that is known."""
+    args = pair.args
+    if is_call(pair, QUANTIZE_INT4, QUANTIZE_INT4_STATIC):
+        return args[0]  # type: ignore[return-value]
+    if is_call(pair, RMSNORM_QUANTIZE):
+        x, weight, eps, scale, rotate, *_ = args
+        y = put(part, pair, RMSNORM, x, weight, eps, like=pair)
+    elif is_call(pair, LAYERNORM_QUANTIZE):
+        x, weight, bias, eps, scale, rotate, *_ = args
+        assert isinstance(x, fx.Node)
+        y = put(part, pair, aten.layer_norm.default, x, [value(x).shape[-1]], weight, bias, eps, like=pair)
+    elif is_call(pair, SILU_MUL_QUANTIZE):
+        gate, up, scale, rotate, *_ = args
+        y = put(part, pair, aten.mul.Tensor, put(part, pair, aten.silu.default, gate, like=pair), up, like=pair)
+    else:
+        return None
+    if rotate:
+        return put(part, pair, HADAMARD, y, scale, like=pair)
+    return y if scale is None else put(part, pair, aten.mul.Tensor, y, scale, like=pair)
+
+
+def linear_w8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x: f[..., K], codes: u8[N, B, 128], zero at 128, scale: f32[N, B] -> f[..., N], B blocks of 128 inputs."""
+    weight = ((codes.float() - 128) * scale[..., None]).flatten(1)[:, : x.shape[-1]]
+    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+def quantize_w8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight: f[N, K] -> codes and scale of `linear_w8`; a block that K does not fill ends in zeros."""
+    wide = weight.detach().float()
+    wide = torch.nn.functional.pad(wide, (0, -wide.shape[1] % HEAD_BLOCK)).unflatten(1, (-1, HEAD_BLOCK))
+    scale = wide.abs().amax(-1) / 127
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (torch.round(wide / scale[..., None]) + 128).to(torch.uint8), scale
+
+
+def in_blocks(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """codes: i8[N, K], scale: f32[N, 1] of `linear_w8a16` -> those of `linear_w8`; a last block ends in zeros."""
+    moved = torch.nn.functional.pad(codes.view(torch.uint8) ^ 128, (0, -codes.shape[1] % HEAD_BLOCK), value=128)
+    blocks = moved.unflatten(1, (-1, HEAD_BLOCK))
+    return blocks, scale.repeat(1, blocks.shape[1])
+
+
+def _head_in_8_bits(part: Part) -> None:
+    for node in calls(part, aten.linear.default, LINEAR_W8A16):
+        x, weight, *rest = node.args
+        if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).startswith(f"{HEAD}.")):
+            continue
+        tensor = get_tensor(part.module, str(weight.target))
+        if node.target is LINEAR_W8A16:
+            scale, *bias = rest
+            assert isinstance(scale, fx.Node)
+            made = in_blocks(tensor, get_tensor(part.module, str(scale.target)))
+        else:
+            made, bias = quantize_w8(tensor), rest
+        names = (f"{weight.target}_blocks", f"{weight.target}_block_scale")
+        for name, each in zip(names, made, strict=True):
+            set_tensor(part.module, name, each)
+        with part.module.graph.inserting_before(node):
+            stored = [part.module.graph.get_attr(name) for name in names]
+        node.replace_all_uses_with(put(part, node, linear_w8, x, *stored, bias[0] if bias else None, like=node))

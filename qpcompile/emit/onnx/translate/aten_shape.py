@@ -1,0 +1,262 @@
+"""ATen operators in plain ONNX operators: shapes, slices, indices, new tensors and sizes as numbers.
+
+The conventions are those of aten.py. A size that varies is a scalar i64 value, any other a Python number.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset21
+
+from qpcompile.emit.onnx.translate.aten import Translation
+from qpcompile.emit.onnx.translate.types import Fact, cast
+from qpcompile.errors import ExportError
+
+op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
+aten = torch.ops.aten
+
+
+def _reshape(out: Fact, x: Any, shape: Any) -> Any:
+    sizes = list(shape)
+    varying = [index for index, size in enumerate(sizes) if isinstance(size, ir.Value)]
+    if len(varying) == 1 and -1 not in sizes:
+        sizes[varying[0]] = -1
+    return op.Reshape(x, sizes)
+
+
+def _flatten(out: Fact, x: Any, first: int = 0, last: int = -1) -> Any:
+    rank = len(x.shape)
+    first, last = first % rank, last % rank
+    return op.Reshape(x, [*_sizes(x, 0, first), -1, *_sizes(x, last + 1, rank)])
+
+
+def _unflatten(out: Fact, x: Any, dim: int, sizes: Sequence[Any]) -> Any:
+    rank = len(x.shape)
+    dim %= rank
+    return _reshape(out, x, [*_sizes(x, 0, dim), *sizes, *_sizes(x, dim + 1, rank)])
+
+
+def _sizes(x: Any, first: int, last: int) -> list[Any]:
+    return [size_of(x, axis) for axis in range(first, last)]
+
+
+def size_of(x: Any, axis: int) -> Any:
+    """The size of an axis: a number where it is known, else a scalar i64 value."""
+    axis %= len(x.shape)
+    known = x.shape[axis]
+    return known if isinstance(known, int) else op.Squeeze(op.Shape(x, start=axis, end=axis + 1), [0])
+
+
+def _transpose(_: Fact, x: Any, first: int, second: int) -> Any:
+    order = list(range(len(x.shape)))
+    order[first], order[second] = order[second], order[first]
+    return op.Transpose(x, perm=order)
+
+
+def _permute(_: Fact, x: Any, dims: Sequence[int]) -> Any:
+    return op.Transpose(x, perm=[dim % len(dims) for dim in dims])
+
+
+def _unsqueeze(_: Fact, x: Any, dim: int) -> Any:
+    return op.Unsqueeze(x, [dim])
+
+
+def _squeeze(_: Fact, x: Any, dim: int) -> Any:
+    return op.Squeeze(x, [dim]) if x.shape[dim] == 1 else x
+
+
+def _expand(out: Fact, x: Any, sizes: Sequence[Any], **named: Any) -> Any:
+    # ONNX broadcasts both ways, so 1 keeps a size as -1 does in torch.
+    return op.Expand(x, [1 if isinstance(size, int) and size == -1 else size for size in sizes])
+
+
+def _repeat(_: Fact, x: Any, times: Sequence[Any]) -> Any:
+    return op.Tile(op.Reshape(x, [*[1] * (len(times) - len(x.shape)), *_sizes(x, 0, len(x.shape))]), list(times))
+
+
+def _repeat_interleave(out: Fact, x: Any, repeats: int, dim: int, **named: Any) -> Any:
+    rank = len(x.shape)
+    dim %= rank
+    wide = op.Expand(op.Unsqueeze(x, [dim + 1]), [1] * (dim + 1) + [repeats] + [1] * (rank - dim - 1))
+    return op.Reshape(wide, [*_sizes(x, 0, dim), -1, *_sizes(x, dim + 1, rank)])
+
+
+def _slice(_: Fact, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    begin, stop = 0 if start is None else start, 2**63 - 1 if end is None else end
+    if (begin, stop, step) == (0, 2**63 - 1, 1):
+        return x
+    return op.Slice(x, [begin], [stop], [dim], [step])
+
+
+def _select(_: Fact, x: Any, dim: int, index: Any) -> Any:
+    return op.Gather(x, index, axis=dim)
+
+
+def _cat(out: Fact, parts: Sequence[Any], dim: int = 0) -> Any:
+    # torch lets a vector without elements, an empty cache, join tensors of any rank.
+    full = [cast(part, out.dtype) for part in parts if list(part.shape) != [0]]
+    return op.Concat(*full, axis=dim) if len(full) > 1 else full[0]
+
+
+def _stack(out: Fact, parts: Sequence[Any], dim: int = 0) -> Any:
+    return op.Concat(*(op.Unsqueeze(cast(part, out.dtype), [dim]) for part in parts), axis=dim)
+
+
+def _split_with_sizes(_: Fact, x: Any, sizes: Sequence[int], dim: int = 0) -> Any:
+    ends = list(accumulate(sizes))
+    return tuple(op.Slice(x, [end - size], [end], [dim], [1]) for size, end in zip(sizes, ends, strict=True))
+
+
+def _split(_: Fact, x: Any, size: int, dim: int = 0) -> Any:
+    return _pieces(x, size, dim)
+
+
+def _chunk(_: Fact, x: Any, count: int, dim: int = 0) -> Any:
+    return _pieces(x, -(-_known(x, dim) // count), dim)
+
+
+def _pieces(x: Any, size: int, dim: int) -> Any:
+    total = _known(x, dim)
+    return tuple(op.Slice(x, [at], [min(at + size, total)], [dim], [1]) for at in range(0, total, size))
+
+
+def _unbind(_: Fact, x: Any, dim: int = 0) -> Any:
+    return tuple(op.Gather(x, index, axis=dim) for index in range(_known(x, dim)))
+
+
+def _known(x: Any, dim: int) -> int:
+    size = x.shape[dim]
+    if not isinstance(size, int):
+        raise ExportError("a tensor is cut into a number of pieces that varies", do="report this family")
+    return size
+
+
+def _gather(_: Fact, x: Any, dim: int, index: Any, **named: Any) -> Any:
+    return op.GatherElements(x, index, axis=dim)
+
+
+def _index_select(_: Fact, x: Any, dim: int, index: Any) -> Any:
+    return op.Gather(x, index, axis=dim)
+
+
+def _index(_: Fact, x: Any, indices: Sequence[Any]) -> Any:
+    """x[i], x[:, i] or x[i, j, ...] with indices that broadcast."""
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    leading = len(given) == 1 or given[-1][0] == len(given) - 1
+    if not leading or any(index.dtype == ir.DataType.BOOL for _, index in given):
+        raise ExportError("a tensor is indexed by a mask, or on axes that do not come first", do="report this family")
+    if len(given) == 1:
+        return op.Gather(x, given[0][1], axis=given[0][0])
+    wide = [cast(index, torch.int64) for _, index in given]
+    shape = op.Shape(reduce(lambda left, right: op.Add(left, right), wide))
+    spread = [op.Unsqueeze(op.Expand(index, shape), [-1]) for index in wide]
+    return op.GatherND(x, op.Concat(*spread, axis=-1))
+
+
+def _identity(_: Fact, x: Any, *rest: Any, **named: Any) -> Any:
+    return x
+
+
+def _to(out: Fact, x: Any, *rest: Any, **named: Any) -> Any:
+    return cast(x, out.dtype)
+
+
+def _arange(out: Fact, start: Any, end: Any = None, step: Any = 1, **named: Any) -> Any:
+    bounds = (0, start) if end is None else (start, end)
+    return op.Range(*(cast(bound, out.dtype) for bound in (*bounds, step)))
+
+
+def _full(out: Fact, sizes: Sequence[Any], value: Any) -> Any:
+    value = cast(value, out.dtype)
+    return op.Expand(value, list(sizes)) if len(sizes) else value
+
+
+def _filled(value: float) -> Translation:
+    return lambda out, sizes, **named: _full(out, sizes, value)
+
+
+def _new_filled(value: float) -> Translation:
+    return lambda out, x, sizes, **named: _full(out, sizes, value)
+
+
+def _filled_like(value: float) -> Translation:
+    return lambda out, x, **named: op.Expand(cast(value, out.dtype), op.Shape(x))
+
+
+def _pad(out: Fact, x: Any, pads: Sequence[Any], value: float = 0) -> Any:
+    axes = [-1 - index for index in range(len(pads) // 2)]
+    return op.Pad(x, [*pads[0::2], *pads[1::2]], cast(value, out.dtype), axes)
+
+
+def _number(name: str) -> Translation:
+    """Arithmetic on sizes that vary."""
+
+    def translate(_: Any, left: Any, right: Any) -> Any:
+        # Sizes are never negative, so division towards zero is the floor.
+        return getattr(op, _NUMBERS[name])(cast(left, torch.int64), cast(right, torch.int64))
+
+    return translate
+
+
+_NUMBERS = {"add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "Div", "mod": "Mod"}
+
+
+def table() -> dict[Any, Translation]:
+    """Operator overload or Python operator -> translation."""
+    copies = (aten.contiguous, aten.clone, aten.detach, aten.detach_, aten.lift_fresh_copy, aten.alias, aten.dropout)
+    casts = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
+    return {
+        **{getattr(operator, name): _number(name) for name in _NUMBERS},
+        **{packet.default: _identity for packet in copies},
+        **dict.fromkeys(casts, _to),
+        operator.getitem: lambda _, values, index: values[index],
+        torch.sym_max: lambda _, a, b: op.Max(cast(a, torch.int64), cast(b, torch.int64)),
+        torch.sym_min: lambda _, a, b: op.Min(cast(a, torch.int64), cast(b, torch.int64)),
+        aten.sym_size.int: lambda _, x, axis: size_of(x, axis),
+        aten.view.default: _reshape,
+        aten.reshape.default: _reshape,
+        aten._unsafe_view.default: _reshape,
+        aten.flatten.using_ints: _flatten,
+        aten.unflatten.int: _unflatten,
+        aten.transpose.int: _transpose,
+        aten.permute.default: _permute,
+        aten.t.default: lambda _, x: op.Transpose(x, perm=[1, 0]),
+        aten.unsqueeze.default: _unsqueeze,
+        aten.squeeze.dim: _squeeze,
+        aten.expand.default: _expand,
+        aten.repeat.default: _repeat,
+        aten.repeat_interleave.self_int: _repeat_interleave,
+        aten.slice.Tensor: _slice,
+        aten.select.int: _select,
+        aten.cat.default: _cat,
+        aten.stack.default: _stack,
+        aten.split_with_sizes.default: _split_with_sizes,
+        aten.split.Tensor: _split,
+        aten.chunk.default: _chunk,
+        aten.unbind.int: _unbind,
+        aten.gather.default: _gather,
+        aten.index_select.default: _index_select,
+        aten.index.Tensor: _index,
+        aten.arange.default: _arange,
+        aten.arange.start: _arange,
+        aten.arange.start_step: _arange,
+        aten.full.default: lambda out, sizes, value, **named: _full(out, sizes, value),
+        aten.scalar_tensor.default: lambda out, value, **named: cast(value, out.dtype),
+        aten.ones.default: _filled(1),
+        aten.zeros.default: _filled(0),
+        aten.new_ones.default: _new_filled(1),
+        aten.new_zeros.default: _new_filled(0),
+        aten.new_full.default: lambda out, x, sizes, value, **named: _full(out, sizes, value),
+        aten.ones_like.default: _filled_like(1),
+        aten.zeros_like.default: _filled_like(0),
+        aten.full_like.default: lambda out, x, value, **named: op.Expand(cast(value, out.dtype), op.Shape(x)),
+        aten.constant_pad_nd.default: _pad,
+        aten.pad.default: lambda out, x, pads, mode="constant", value=0, **named: _pad(out, x, pads, value or 0),
+    }

@@ -1,0 +1,166 @@
+"""What a host does between a vision tower for pictures of one size and its projector, as a small graph.
+
+    pixel_values -> [tower graph] -> choose a layer, drop the class token, ... -> [projector graph] -> image features
+
+The middle is the host's own code, traced from what the tower returns to what the projector takes. What the host does
+after the projector must not change the numbers, only split them by picture; that is checked on random pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_flatten
+
+from qpcompile.errors import ExportError, QPCompileError
+from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.structure import named_tensors, rebuild
+from qpcompile.runtime.arguments import keyword_arguments
+
+PICTURES = "pixel_values"
+Answer = Callable[[dict[str, torch.Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The graph from tower to projector (None without a projector) and which output holds the image features."""
+
+    between: Graph | None
+    features: str
+
+
+def host_chain(program: Program) -> Chain | None:
+    """The chain of a tower whose pictures have one size, or None where the host does something else."""
+    shape = picture_shape(program)
+    tower, projector = program.graphs[VISION], program.graphs.get(PROJECTOR)
+    if shape is None or tower.inputs != (PICTURES,):
+        return None
+    host: Any = program.host
+    try:
+        return _chain(program, tower, projector, shape)
+    except QPCompileError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"the way {type(host).__name__} takes pictures into its tower cannot be traced: {error}",
+            where=VISION,
+            do="use the compiled module: this family cannot be written as an ONNX folder yet",
+        ) from error
+
+
+def _chain(program: Program, tower: Graph, projector: Graph | None, shape: tuple[int, int, int]) -> Chain | None:
+    host: Any = program.host
+    pictures = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(host.dtype)
+    with torch.no_grad():
+        returned = tower({PICTURES: pictures})
+        between = None if projector is None else _trace(program, projector, returned)
+        candidates = returned if projector is None or between is None else projector(between(returned))
+        with _answering(host, {VISION: tower} | ({PROJECTOR: projector} if projector else {})):
+            found = host.get_image_features(pictures)
+    wanted = _rows(getattr(found, "pooler_output", found))
+    for name, value in candidates.items():
+        if value.ndim > 1 and value.flatten(0, -2).shape == wanted.shape and torch.equal(value.flatten(0, -2), wanted):
+            return Chain(between, name)
+    return None
+
+
+def picture_shape(program: Program) -> tuple[int, int, int] | None:
+    """Channels, height and width of the pictures of a tower that takes one size."""
+    host: Any = program.host
+    config = host.config.vision_config
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(config, "num_channels", 3), height, width
+
+
+def _rows(features: Any) -> torch.Tensor:
+    parts = [features] if isinstance(features, torch.Tensor) else list(features)
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
+def _trace(program: Program, projector: Graph, returned: dict[str, torch.Tensor]) -> Graph:
+    """From the tower's results to the projector's inputs."""
+    tower = program.graphs[VISION]
+    module = _Between(program.host, tower, projector, picture_shape(program) or (0, 0, 0))
+    args = tuple(returned[path] for path in tower.outputs)
+    shapes = tuple({0: torch.export.Dim.AUTO} for _ in args)
+    exported = torch.export.export(module, args, dynamic_shapes=(shapes,), strict=False).module(check_guards=False)
+    exported.graph.set_codegen(CodeGen())
+    output = next(node for node in reversed(exported.graph.nodes) if node.op == "output")
+    values, _ = tree_flatten(output.args[0])
+    output.args = (tuple(values),)
+    return Graph("between", fx.GraphModule(exported, exported.graph), tower.outputs, projector.inputs, "")
+
+
+class _Reached(Exception):
+    """Carries what the projector was called with out of the host's code."""
+
+    def __init__(self, feeds: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.feeds = feeds
+
+
+class _Between(torch.nn.Module):
+    """The host's code, given the tower's results, up to the call of the projector."""
+
+    def __init__(self, host: torch.nn.Module, tower: Graph, projector: Graph, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        # In a tuple, so that the host's own tensors do not become this module's.
+        self.held = (host, tower, projector)
+        self.shape = shape
+
+    def forward(self, *returned: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        host, tower, projector = self.held
+        results = dict(zip(tower.outputs, returned, strict=True))
+        pictures = returned[0].new_zeros(returned[0].shape[0], *self.shape)
+
+        def stop(feeds: dict[str, torch.Tensor]) -> Any:
+            raise _Reached(feeds)
+
+        calls = {tower.owner: lambda feeds: rebuild(tower.returns, results), projector.owner: stop}
+        with _replaced(host, calls):
+            try:
+                host.get_image_features(pictures)  # type: ignore[operator]
+            except _Reached as reached:
+                return tuple(reached.feeds[path] for path in projector.inputs)
+        return ()
+
+
+@contextmanager
+def _answering(host: torch.nn.Module, graphs: Mapping[str, Graph]) -> Iterator[None]:
+    """For a while, the components of the host run their graphs."""
+
+    def run(graph: Graph) -> Answer:
+        return lambda feeds: rebuild(graph.returns, graph({name: feeds[name] for name in graph.inputs}))
+
+    with _replaced(host, {graph.owner: run(graph) for graph in graphs.values()}):
+        yield
+
+
+@contextmanager
+def _replaced(host: torch.nn.Module, answers: Mapping[str, Answer]) -> Iterator[None]:
+    """For a while, calls of the host's modules are answered by functions of their named tensors."""
+    modules: dict[str, Any] = {name: host.get_submodule(name) for name in answers}
+    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    for name, module in modules.items():
+        module.forward = _forward(module, answers[name])
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            if before[name] is None:
+                del module.forward
+            else:
+                module.forward = before[name]
+
+
+def _forward(module: torch.nn.Module, answer: Answer) -> Callable[..., Any]:
+    return lambda *args, **kwargs: answer(dict(named_tensors(keyword_arguments(module, args, kwargs))))

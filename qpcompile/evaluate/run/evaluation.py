@@ -1,0 +1,259 @@
+"""One row: a model under a recipe answers all questions, and what that takes is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpcompile.capture.data_folder import Question, check_questions, question_inputs
+from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.artifact.weights import stored_tensors
+from qpcompile.evaluate.questions.data_sets import folder_digest, questions_digest
+from qpcompile.evaluate.questions.scoring import choose, right_answers
+from qpcompile.evaluate.run.accuracy import Generate, answer
+from qpcompile.evaluate.run.flops import Decoder
+from qpcompile.evaluate.run.footprint import cache_footprint
+from qpcompile.evaluate.run.rows import Row, Scoring, row_id
+from qpcompile.progress import track
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.versions import package_versions
+
+# Questions asked one at a time to measure the cache, and those whose kept tokens are noted.
+CACHES_MEASURED, KEPT_NOTED = 8, 4
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What is asked, and how."""
+
+    data: str
+    questions: Sequence[Question]
+    scoring: Scoring = "choice"
+    batch_size: int = 16
+    max_new_tokens: int = 16
+
+    @cached_property
+    def digest(self) -> str:
+        """Which questions they are."""
+        return questions_digest(self.questions)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Sizes of one question's prompt: tokens, and operations of tower and projector."""
+
+    visual: int
+    text: int
+    picture_flops: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is examined. `plan` is None for a transformers model, which computes in full precision."""
+
+    generate: Generate
+    processor: Any
+    config: Any
+    plan: Plan | None
+    weight_bytes: int
+    cache_bytes: Callable[[dict[str, Any], int], int]
+    kept: Callable[[dict[str, Any]], Mapping[int, torch.Tensor]] = field(default=lambda inputs: {})
+
+    @classmethod
+    def full_precision(cls, model: Any, processor: Any) -> Subject:
+        """A transformers model; its bytes are counted as fp16."""
+
+        def cache_bytes(inputs: dict[str, Any], tokens: int) -> int:
+            return cache_footprint(model.generate, inputs, tokens).fp16
+
+        weights = sum(2 * parameter.numel() for parameter in model.parameters())
+        return cls(model.generate, processor, model.config, None, weights, cache_bytes)
+
+    @classmethod
+    def compiled(cls, compiled: CompiledVLM, processor: Any) -> Subject:
+        """A compiled model; codes and scales count as stored, what is left in floating point as fp16."""
+
+        def cache_bytes(inputs: dict[str, Any], tokens: int) -> int:
+            compiled.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+            assert compiled.machine.last is not None
+            tensors = compiled.machine.last.tensors
+            return sum(_bytes(tensor, name.endswith((".key", ".value"))) for name, tensor in tensors.items())
+
+        stored = stored_tensors(compiled.program).tensors
+        weights = sum(_bytes(tensor, not name.endswith("_scale")) for name, tensor in stored.items())
+
+        def kept(inputs: dict[str, Any]) -> Mapping[int, torch.Tensor]:
+            return compiled.kept_tokens(**inputs) if compiled.plan.cuts else {}
+
+        return cls(compiled.generate, processor, compiled.config, compiled.plan, weights, cache_bytes, kept)
+
+
+def model_digest(source: str) -> str:
+    """Hash of a model's folder; of a hub name, the name."""
+    folder = Path(source)
+    return folder_digest(folder) if folder.is_dir() else source
+
+
+def identity(model: str, recipe: Recipe | None, exam: Exam, calibration: str | None) -> str:
+    """The id of a row; its seed is the recipe's.
+
+    Args:
+        model: what `model_digest` says.
+        calibration: hash of the questions that samples are drawn from.
+    """
+    return row_id(
+        {
+            "model": model,
+            "recipe": None if recipe is None else recipe.to_yaml(),
+            "calibration": None if recipe is None else calibration,
+            "data": exam.digest,
+            "scoring": exam.scoring,
+            "max_new_tokens": exam.max_new_tokens,
+            "versions": package_versions(),
+        }
+    )
+
+
+def evaluate(
+    subject: Subject,
+    exam: Exam,
+    prompts: Sequence[Prompt],
+    *,
+    name: str,
+    model: str,
+    id: str,
+    compile_seconds: float = 0.0,
+) -> Row:
+    """Ask everything and measure. `prompts` holds the sizes of every question's prompt, in order."""
+    started = time.monotonic()
+    answers = ask(subject.generate, subject.processor, exam, name)
+    seconds = time.monotonic() - started
+    right = right_answers(exam.questions, answers)
+    plan = subject.plan
+    layers = subject.config.get_text_config().num_hidden_layers
+    seen = [plan.visual_tokens(prompt.visual, prompt.text) if plan else (prompt.visual,) * layers for prompt in prompts]
+    decoder = Decoder.of(subject.config)
+    flops = [p.picture_flops + decoder.prompt(counts, p.text) for p, counts in zip(prompts, seen, strict=True)]
+    whole = [p.picture_flops + decoder.prompt((p.visual,) * layers, p.text) for p in prompts]
+    some = [question_inputs(subject.processor, [question]) for question in exam.questions[:CACHES_MEASURED]]
+    return Row(
+        id=id,
+        name=name,
+        model=model,
+        data=exam.data,
+        data_sha256=exam.digest,
+        recipe=plan.recipe.to_dict() if plan else None,
+        seed=plan.recipe.calibration.seed if plan and plan.calibration.samples else None,
+        calibration_samples=plan.calibration.samples if plan else 0,
+        calibration_sha256=plan.calibration.sha256 if plan else None,
+        scoring=exam.scoring,
+        versions=package_versions(),
+        source=source_digest(),
+        questions=len(right),
+        correct=sum(right),
+        accuracy=sum(right) / len(right),
+        right="".join("1" if mark else "0" for mark in right),
+        answers=tuple(answers),
+        visual_tokens=_mean([prompt.visual for prompt in prompts]),
+        mean_visual_tokens=_mean([sum(counts) / len(counts) for counts in seen]),
+        final_visual_tokens=_mean([counts[-1] for counts in seen]),
+        flops=_mean(flops),
+        flops_share=sum(flops) / sum(whole),
+        weight_bytes=subject.weight_bytes,
+        kv_bytes=_mean([subject.cache_bytes(inputs, exam.max_new_tokens) for inputs in some]),
+        compile_seconds=compile_seconds,
+        answer_seconds=seconds,
+        plan=_plan(plan),
+        kept=tuple(_kept(subject, inputs) for inputs in some[:KEPT_NOTED]),
+    )
+
+
+def prompt_sizes(
+    exam: Exam, processor: Any, image_token: int, picture_flops: Callable[[dict[str, Any]], int]
+) -> list[Prompt]:
+    """Sizes of every question's prompt. `picture_flops` is asked once per size of picture."""
+    known: dict[str, int] = {}
+    sizes = []
+    with track("prompt sizes", len(exam.questions)) as step:
+        for question in exam.questions:
+            inputs = question_inputs(processor, [question])
+            key = str(
+                {k: tuple(v.shape) for k, v in inputs.items() if "pixel" in k} | {"grid": inputs.get("image_grid_thw")}
+            )
+            if key not in known:
+                known[key] = picture_flops(inputs)
+            visual = int((inputs["input_ids"] == image_token).sum())
+            sizes.append(Prompt(visual, inputs["input_ids"].numel() - visual, known[key]))
+            step()
+    return sizes
+
+
+def source_digest() -> str:
+    """Hash of the package's Python files, 12 hex digits."""
+    total = hashlib.sha256()
+    root = Path(str(resources.files("qpcompile")))
+    for folder in (root, root / "passes", root / "kernels"):
+        for path in sorted(folder.rglob("*.py")):
+            total.update(path.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def ask(generate: Generate, processor: Any, exam: Exam, name: str) -> list[str]:
+    """One answer per question, in order, asked in batches; `name` is what the progress bar says."""
+    check_questions(processor, exam.questions)
+    answers: list[str] = []
+    with track(name, len(exam.questions)) as step:
+        for batch in _batches(exam):
+            if exam.scoring == "choice" and batch[0].choices:
+                answers += choose(generate, processor, batch)
+            else:
+                answers += answer(generate, processor, batch, exam.max_new_tokens)
+            for _ in batch:
+                step()
+    return answers
+
+
+def _batches(exam: Exam) -> list[list[Question]]:
+    """Neighbours that are scored in the same way."""
+    batches: list[list[Question]] = []
+    for question in exam.questions:
+        if not batches or len(batches[-1]) == exam.batch_size or bool(batches[-1][0].choices) != bool(question.choices):
+            batches.append([])
+        batches[-1].append(question)
+    return batches
+
+
+def _kept(subject: Subject, inputs: dict[str, Any]) -> dict[str, list[int]]:
+    """Layer -> raster indices of the visual tokens that go on behind its cut."""
+    visual = (inputs["input_ids"][0] == subject.config.image_token_id).nonzero()[:, 0].tolist()
+    raster = {position: index for index, position in enumerate(visual)}
+    return {
+        str(layer): [raster[position] for position in positions[0].tolist() if position in raster]
+        for layer, positions in subject.kept(inputs).items()
+    }
+
+
+def _plan(plan: Plan | None) -> dict[str, Any]:
+    """What a plan decided and measured about tokens."""
+    if plan is None:
+        return {}
+    whole = plan.to_dict()
+    return {key: whole[key] for key in ("candidate_layers", "facts", "sensitivity", "cuts")}
+
+
+def _bytes(tensor: torch.Tensor, as_half: bool) -> int:
+    """As stored, or two bytes a number for floating point."""
+    return 2 * tensor.numel() if as_half and tensor.is_floating_point() else tensor.nbytes
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

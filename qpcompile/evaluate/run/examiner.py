@@ -1,0 +1,99 @@
+"""Rows on demand: what is in the output folder already is read, what is not is compiled, asked and kept."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from pathlib import Path
+
+from qpcompile.capture.data_folder import read_questions
+from qpcompile.compiled import CompiledVLM
+from qpcompile.evaluate.questions.data_sets import questions_digest
+from qpcompile.evaluate.run.evaluation import Exam, Prompt, Subject, evaluate, identity, model_digest, prompt_sizes
+from qpcompile.evaluate.run.flops import picture_flops
+from qpcompile.evaluate.run.rows import Row, RowFolder
+from qpcompile.evaluate.run.shared_features import SharedFeatures
+from qpcompile.evaluate.run.workbench import Workbench
+from qpcompile.recipe.recipe import Recipe
+
+
+class Examiner:
+    """One model, one set of questions, many recipes. Nothing is loaded before it is needed.
+
+    Args:
+        source: folder or hub name of a transformers model.
+        exam: what is asked.
+        calibration: folder that samples are drawn from, or None for recipes that need none.
+        kept: where rows are kept; None keeps none.
+    """
+
+    def __init__(self, source: str, exam: Exam, calibration: Path | None, kept: RowFolder | None = None) -> None:
+        self.source, self.exam, self.calibration, self.kept = source, exam, calibration, kept
+        self.features = SharedFeatures()
+        self._digest = None if calibration is None else questions_digest(read_questions(calibration))
+
+    def id(self, recipe: Recipe | None) -> str:
+        """The id of a recipe's row; None is full precision."""
+        return identity(self._model, recipe, self.exam, self._digest)
+
+    def known(self, recipe: Recipe | None) -> Row | None:
+        """The row if it was computed before."""
+        return None if self.kept is None else self.kept.get(self.id(recipe))
+
+    def row(self, name: str, recipe: Recipe | None) -> Row:
+        """The row of a recipe; of the model itself where it is None."""
+        found = self.known(recipe)
+        if found is not None:
+            return found.model_copy(update={"name": name})
+        bench, started = self.bench, time.monotonic()
+        if recipe is None:
+            subject = Subject.full_precision(bench.model, bench.processor)
+        else:
+            compiled = bench.compile(recipe)
+            self.features.serve(compiled)
+            subject = Subject.compiled(compiled, bench.processor)
+        seconds = time.monotonic() - started
+        prompts = self.prompts
+        row = evaluate(
+            subject,
+            self.exam,
+            prompts,
+            name=name,
+            model=self.source,
+            id=self.id(recipe),
+            compile_seconds=seconds if recipe is not None else 0.0,
+        )
+        if self.kept is not None:
+            self.kept.add(row)
+        return row
+
+    @cached_property
+    def _model(self) -> str:
+        return model_digest(self.source)
+
+    @cached_property
+    def bench(self) -> Workbench:
+        """The model, loaded and ready to be compiled."""
+        return Workbench(self.source, self.calibration)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """Sizes of all prompts, measured on the captured graphs."""
+        program, _ = self.bench.captured(Recipe())
+        token = self.bench.model.config.image_token_id
+        return prompt_sizes(self.exam, self.bench.processor, token, lambda inputs: picture_flops(program, inputs))
+
+
+def artifact_row(source: str, compiled: CompiledVLM, processor: object, exam: Exam, kept: RowFolder | None) -> Row:
+    """The row of a compiled folder."""
+    id = identity(model_digest(source), compiled.recipe, exam, None)
+    if kept is not None and (found := kept.get(id)):
+        return found
+    token = compiled.config.image_token_id
+    # Counting binds the host to a machine of its own; afterwards it is the model's again.
+    prompts = prompt_sizes(exam, processor, token, lambda inputs: picture_flops(compiled.program, inputs))
+    subject = Subject.compiled(CompiledVLM(compiled.program, processor), processor)
+    row = evaluate(subject, exam, prompts, name=Path(source).name, model=source, id=id)
+    if kept is not None:
+        kept.add(row)
+    return row

@@ -1,0 +1,64 @@
+"""Visual features that rows share: the vision tower runs once for all recipes that leave it the same.
+
+Recipes that differ in their tokens alone have equal towers, and the same questions show them the same pictures; the
+tower is the larger part of an answer on small models. Kept are the features of one tower, the latest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from qpcompile.compiled import CompiledVLM
+from qpcompile.ir.program import VISION, Graph
+from qpcompile.ir.text import graph_text
+
+
+class SharedFeatures:
+    """See the module's docstring. Memory: what the vision graph gives for all pictures that were asked about."""
+
+    def __init__(self) -> None:
+        self._tower = ""
+        self._kept: dict[str, dict[str, torch.Tensor]] = {}
+
+    def serve(self, compiled: CompiledVLM) -> None:
+        """Let this model's vision graph answer from what was computed before, and remember what it computes."""
+        graphs, execute = compiled.program.graphs, compiled.machine.execute
+        if VISION not in graphs:
+            return
+        tower = graph_digest(graphs[VISION])
+        if tower != self._tower:
+            self._tower, self._kept = tower, {}
+
+        def remembering(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            if graph.name != VISION:
+                return execute(graph, feeds)
+            key = tensors_digest({name: feeds[name] for name in graph.inputs})
+            if key not in self._kept:
+                self._kept[key] = execute(graph, feeds)
+            return dict(self._kept[key])
+
+        compiled.machine.execute = remembering
+
+
+def graph_digest(graph: Graph) -> str:
+    """Hash of what a graph computes: its text and its tensors."""
+    tensors = dict(graph.module.state_dict())
+    return hashlib.sha256((graph_text(graph) + tensors_digest(tensors)).encode()).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of names, types, shapes and contents."""
+    total = hashlib.sha256()
+    for part in _parts(tensors):
+        total.update(part)
+    return total.hexdigest()
+
+
+def _parts(tensors: Mapping[str, torch.Tensor]) -> Iterable[bytes | memoryview]:
+    for name, tensor in tensors.items():
+        held = tensor.detach().cpu().contiguous()
+        yield f"{name} {held.dtype} {list(held.shape)}".encode()
+        yield held.flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,135 @@
+"""One model with its calibration data, compiled by many recipes: what they share is done once.
+
+A compile here gives the plan and the bytes that `qpcompile.compile` gives. Shared are the captured graphs of a draw of
+samples; the program as it is after the passes that do not look at `tokens`, for recipes that differ in nothing else;
+and the sensitivity of layers, for recipes that differ only in what is decided from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from qpcompile.capture.capture import capture
+from qpcompile.capture.load import load_model
+from qpcompile.capture.samples import Samples
+from qpcompile.compiled import CompiledVLM
+from qpcompile.errors import CalibrationError
+from qpcompile.ir.pass_manager import Step
+from qpcompile.ir.program import Program
+from qpcompile.pipeline import blank_sample, compile_captured, needs_samples
+from qpcompile.recipe.plan import LayerFacts
+from qpcompile.recipe.recipe import Recipe
+
+# The last pass that reads nothing under `tokens`.
+SHARED_UP_TO = "train_transforms"
+# Keys under `tokens` that measure_sensitivity reads.
+SENSITIVITY_KEYS = ("eta", "sensitivity_of", "sensitivity_input")
+
+
+class Workbench:
+    """See the module's docstring.
+
+    Args:
+        source: folder or hub name of a transformers model.
+        calibration: data folder, or None for recipes that need no samples.
+    """
+
+    def __init__(self, source: str, calibration: Path | None) -> None:
+        self.source, self.calibration = source, calibration
+        self.model: PreTrainedModel
+        self.model, self.processor = load_model(source)
+        self._captured: tuple[int, int, Program] | None = None
+        self._shared: tuple[str, Program] | None = None
+        self._sensitivity: dict[str, Sensitivity] = {}
+
+    def captured(self, recipe: Recipe) -> tuple[Program, Samples | None]:
+        """A program of its own with this recipe, whose weights are the model's; and the samples the recipe draws."""
+        samples = None
+        asked = recipe.calibration
+        if self.calibration is not None:
+            samples = Samples(self.calibration, self.processor, asked.samples, asked.seed)
+        if self._captured is None or self._captured[:2] != (asked.samples, asked.seed):
+            self._shared = None
+            self._sensitivity.clear()
+            first = next(iter(samples)) if samples else blank_sample(self.model, self.processor)
+            self._captured = asked.samples, asked.seed, capture(self.model, first, recipe)
+        return _copy(self._captured[2], recipe), samples
+
+    def compile(self, recipe: Recipe) -> CompiledVLM:
+        """What `qpcompile.compile` makes of the model and this recipe."""
+        program, samples = self.captured(recipe)
+        if samples is None and (needs := needs_samples(recipe)):
+            raise CalibrationError(
+                f"this recipe measures on samples, and none were given: {'; '.join(needs)}",
+                where="calibration",
+                do="name a calibration folder, or take the settings named above out of the recipe",
+            )
+        if samples is not None:
+            program = self._recall(program)
+        return compile_captured(program, self.processor, samples, self._remember)
+
+    def _recall(self, program: Program) -> Program:
+        """The program as far as earlier compiles have brought it."""
+        recipe = program.recipe
+        if self._shared is not None and self._shared[0] == _without_tokens(recipe):
+            program = _copy(self._shared[1], recipe)
+        if (found := self._sensitivity.get(_sensitivity_key(recipe))) is not None and recipe.tokens.method != "none":
+            program.facts["deviations"] = copy.deepcopy(found.deviations)
+            program.plan = program.plan.changed(facts=found.facts)
+        return program
+
+    def _remember(self, step: Step, program: Program) -> None:
+        """After a pass: keep what later compiles can start from, before later passes change it."""
+        assert self._captured is not None
+        if step.name == SHARED_UP_TO:
+            # A host that has run is bound to this program: the copy gets one that has not.
+            apart = dataclasses.replace(program, host=self._captured[2].host)
+            self._shared = _without_tokens(program.recipe), _copy(apart, program.recipe)
+        if step.name == "measure_sensitivity" and "deviations" in program.facts:
+            found = Sensitivity(copy.deepcopy(program.facts["deviations"]), program.plan.facts)
+            self._sensitivity[_sensitivity_key(program.recipe)] = found
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the pass measure_sensitivity found: layer -> deviations, and the facts of the plan."""
+
+    deviations: dict[int, list[float]]
+    facts: tuple[LayerFacts, ...]
+
+
+def _without_tokens(recipe: Recipe) -> str:
+    """All of a recipe but its `tokens`, as text."""
+    return json.dumps({key: value for key, value in recipe.to_dict().items() if key != "tokens"}, sort_keys=True)
+
+
+def _sensitivity_key(recipe: Recipe) -> str:
+    """All of a recipe that measure_sensitivity reads, as text."""
+    tokens = recipe.to_dict()["tokens"]
+    return _without_tokens(recipe) + json.dumps({key: tokens[key] for key in SENSITIVITY_KEYS}, sort_keys=True)
+
+
+def _copy(program: Program, recipe: Recipe) -> Program:
+    """A program with this recipe that can be changed without changing the original; tensors are shared.
+
+    Passes replace tensors of graphs, they never write into one.
+    """
+    modules = [program.host, *(graph.module for graph in program.graphs.values())]
+    made = copy.deepcopy(program, {id(tensor): tensor for tensor in _tensors(modules)})
+    made.recipe = recipe
+    made.plan = made.plan.changed(recipe=recipe)
+    return made
+
+
+def _tensors(modules: list[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()

@@ -1,0 +1,86 @@
+"""Compute all rows of a sweep in one process, then its tables and figures. Killed, it goes on where it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpcompile.errors import OutputError, QPCompileError
+from qpcompile.evaluate.questions.data_sets import read_data
+from qpcompile.evaluate.run.evaluation import Exam
+from qpcompile.evaluate.run.examiner import Examiner
+from qpcompile.evaluate.run.rows import Row, RowFolder
+from qpcompile.evaluate.sweep.plan import Bed, Cell, SweepPlan, cells
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row and where it belongs; or why there is none."""
+
+    cell: Cell
+    row: Row | None
+    error: str = ""
+
+
+def sweep(plan: SweepPlan, out: Path, say: Callable[[str], None]) -> list[Result]:
+    """All rows of a plan, in `out`; `say` is told of each row and of the time left.
+
+    A recipe that this package refuses (a share that a method's layers cannot reach, say) is a result without a row.
+    """
+    kept = RowFolder(out)
+    examiners = {bed.name: _examiner(plan, bed, kept) for bed in plan.beds}
+    asked = list(cells(plan))
+    # Equal recipes under different names, such as an ablation's base, are one row.
+    ids = {examiners[cell.bed.name].id(cell.recipe) for cell in asked}
+    clock = _Clock(len(ids - set(kept.rows)))
+    say(f"{len(asked)} places in tables, {len(ids)} rows, {clock.missing} of them to compute")
+    results = []
+    for cell in asked:
+        is_new = examiners[cell.bed.name].known(cell.recipe) is None
+        results.append(_result(examiners[cell.bed.name], cell))
+        if is_new:
+            say(f"{clock.tick()}  {cell.name}: {_words(results[-1])}")
+    kept.write_tables()
+    return results
+
+
+def _result(examiner: Examiner, cell: Cell) -> Result:
+    try:
+        return Result(cell, examiner.row(cell.name, cell.recipe))
+    except OutputError:
+        raise  # a full disk says nothing about a recipe
+    except QPCompileError as error:
+        return Result(cell, None, error.what)
+
+
+def _words(result: Result) -> str:
+    if result.row is None:
+        return f"not possible: {result.error}"
+    return f"{100 * result.row.accuracy:.1f} %, {result.row.mean_visual_tokens:.1f} tokens"
+
+
+def _examiner(plan: SweepPlan, bed: Bed, kept: RowFolder) -> Examiner:
+    questions = read_data(Path(bed.data))[: plan.questions]
+    exam = Exam(bed.data, questions, "choice", bed.batch_size, plan.max_new_tokens)
+    return Examiner(bed.model, exam, Path(bed.calibration), kept)
+
+
+@dataclass
+class _Clock:
+    """Rows done and the time that the others will take."""
+
+    missing: int
+    done: int = 0
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+
+    def tick(self) -> str:
+        """Count one row; how far it is."""
+        self.done += 1
+        each = (time.monotonic() - self.started) / self.done
+        left = each * (self.missing - self.done)
+        return f"[{self.done} of {self.missing}, {each:.0f} s a row, {left / 60:.0f} min left]"

@@ -1,0 +1,74 @@
+"""Compute a value of a graph once more at an earlier place, or with some of what it depends on exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from torch import fx
+
+from qpcompile.ir.edit import call
+from qpcompile.ir.node_facts import set_fact, stub_fact
+from qpcompile.ir.program import Graph
+from qpcompile.ir.shapes import value
+
+
+def compute_again(
+    graph: Graph,
+    target: fx.Node,
+    before: fx.Node,
+    known: dict[fx.Node, fx.Node],
+    anew: Callable[[fx.Node], bool],
+    bypass: Collection[object] = (),
+) -> fx.Node:
+    """What stands for `target` before the node `before`.
+
+    Of everything `target` is made from, nodes in `known` are replaced as it says, nodes for which `anew` holds are
+    copied, and all others serve as they are. Copies are added to `known`, so that a second call shares them. Calls of
+    an operator in `bypass` are replaced by their first argument.
+    """
+    for node in needed_for(graph, target, lambda each: each not in known and anew(each)):
+        if node.target in bypass:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            known[node] = known.get(source, source)
+            continue
+        known[node] = _copy(graph, node, before, known)
+    return known.get(target, target)
+
+
+def readers_of(graph: Graph, sources: Collection[fx.Node], border: fx.Node | None = None) -> set[fx.Node]:
+    """The `sources`, and every node whose value depends on one of them other than through the node `border`."""
+    found = set(sources)
+    for node in graph.nodes:
+        if node is not border and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def needed_for(graph: Graph, target: fx.Node, follow: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The operators and tensors that `target` is made of, itself included, in the order of the graph.
+
+    The search goes up through nodes for which `follow` holds and ends at the others.
+    """
+    found: set[fx.Node] = set()
+    waiting = [target]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node.op in ("call_function", "get_attr") and follow(node):
+            found.add(node)
+            waiting += node.all_input_nodes
+    return [node for node in graph.nodes if node in found]
+
+
+def _copy(graph: Graph, node: fx.Node, before: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    if node.op == "get_attr":
+        with graph.module.graph.inserting_before(before):
+            copy = graph.module.graph.get_attr(str(node.target))
+        copy.meta["val"] = value(node)
+        return copy
+    args, kwargs = (fx.map_arg(part, lambda each: known.get(each, each)) for part in (node.args, node.kwargs))
+    copy = call(graph, before, node.target, *args, like=node, **kwargs)  # type: ignore[misc]
+    if fact := stub_fact(node):
+        copy.meta["val"] = value(node)
+        set_fact(copy, fact)
+    return copy

@@ -1,0 +1,49 @@
+"""DART: a few pivot tokens, and the tokens least like them, so that what is dropped has a duplicate.
+
+Source: DART (arXiv 2502.11494), section 4, with the settings of its code: behind the decoder's second layer, pivots by
+the L1 norm of that layer's keys, 4 among visual tokens and 4 among the text behind them. Ours: cosines are of the
+residual stream, without the decoder's last norm, and what is left of a budget is dealt evenly (kernels/pivot_tokens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from qpcompile.ir.operators import PIVOT_TOKENS
+from qpcompile.ir.program import Program
+from qpcompile.pruning.pruner import Point, Schedule, one_layer
+from qpcompile.recipe.recipe import Recipe
+
+SECOND_LAYER = 1
+
+
+@dataclass(frozen=True)
+class Dart:
+    """See the module's docstring."""
+
+    visual_pivots: int = 4
+    text_pivots: int = 4
+
+    def profiles(self, recipe: Recipe) -> bool:
+        """Nothing is measured."""
+        return False
+
+    def schedule(self, program: Program) -> Schedule:
+        """One cut, behind the second layer or the one that the recipe names."""
+        return Schedule((one_layer(program, SECOND_LAYER),), lambda keep: (keep,))
+
+    def scores(self, point: Point) -> fx.Node:
+        """2 for pivots, 1 for the tokens least like one, 0 for those that go."""
+        chosen = point.call(
+            PIVOT_TOKENS,
+            point.hidden(),
+            point.attention().key,
+            point.visual,
+            point.alive,
+            point.share(point.visual),
+            self.visual_pivots,
+            self.text_pivots,
+        )
+        return point.only_visual(chosen)

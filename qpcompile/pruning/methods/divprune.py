@@ -1,0 +1,21 @@
+"""DivPrune: visual tokens that are as far from each other as can be. Source: DivPrune (arXiv 2503.02175), section 3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from qpcompile.ir.operators import FARTHEST_TOKENS
+from qpcompile.pruning.before_decoder import BeforeDecoder, counted_tokens
+from qpcompile.pruning.pruner import Point
+
+
+@dataclass(frozen=True)
+class DivPrune(BeforeDecoder):
+    """See the module's docstring. All pictures of a prompt are one set."""
+
+    def scores(self, point: Point) -> fx.Node:
+        """Earlier picks are higher."""
+        budget = point.share(point.visual)
+        return point.only_visual(point.call(FARTHEST_TOKENS, point.hidden(), counted_tokens(point), budget))

@@ -1,0 +1,36 @@
+"""FastV: one cut behind an early layer, by the attention that the last token pays there.
+
+    score_i = 1/H sum_h A^h[last, i]        of layer K-1, behind which keep * V tokens stay
+
+Source: "FastV" (arXiv 2403.06764), section 4, with K = 2. Both variants of its code are `tokens.position_mode`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from qpcompile.ir.program import Program
+from qpcompile.pruning.pruner import Point, Schedule, one_layer
+from qpcompile.pruning.queries import attention_from, last
+from qpcompile.recipe.recipe import Recipe
+
+LAYER = 1
+
+
+@dataclass(frozen=True)
+class FastV:
+    """See the module's docstring."""
+
+    def profiles(self, recipe: Recipe) -> bool:
+        """The layer is fixed."""
+        return False
+
+    def schedule(self, program: Program) -> Schedule:
+        """One cut, behind the second layer unless the recipe names another."""
+        return Schedule((one_layer(program, LAYER),), lambda keep: (keep,))
+
+    def scores(self, point: Point) -> fx.Node:
+        """Attention from the last token, in the layer in front of the cut."""
+        return attention_from(point, last(point), point.attention())

@@ -1,0 +1,60 @@
+"""PruMerge+: tokens that the vision tower attends to, evenly spaced others, and every kept token takes up neighbours.
+
+    kept     the tokens with the highest attention received (one softmax over all heads joined), and evenly spaced ones
+    x_i   <- x_i + sum of a_j x_j over the 32 other tokens j with the closest keys, a = attention shares of the prompt
+
+Source: "LLaVA-PruMerge" (arXiv 2403.15388), section 3, and its released code. The count there depends on the picture
+(outliers of the attention), here it is the recipe's: a quarter for outliers and the rest spaced, as a step of a third
+of the outliers' spacing gives. Ours too: the layer is the one whose output the model uses, tokens are cut and merged
+behind the projector, shares sum to 1 over the visual tokens of a prompt, and the extra token that the source appends
+for all dropped ones is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from qpcompile.ir.edit import aten
+from qpcompile.ir.operators import MERGE_TOKENS
+from qpcompile.ir.program import Program
+from qpcompile.pruning.methods.visionzip import spread_scores
+from qpcompile.pruning.pruner import INPUT, Point, Schedule
+from qpcompile.pruning.tower import add_tower_outputs
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import VISUAL_KEYS, VISUAL_SCORES
+
+SPACED = 3 / 4
+NEIGHBOURS = 32
+
+
+@dataclass(frozen=True)
+class PruMergePlus:
+    """See the module's docstring."""
+
+    def profiles(self, recipe: Recipe) -> bool:
+        """Nothing is measured."""
+        return False
+
+    def schedule(self, program: Program) -> Schedule:
+        """One cut before the decoder."""
+        return Schedule((INPUT,), lambda keep: (keep,))
+
+    def read_tower(self, program: Program) -> None:
+        """Attention and keys of all heads side by side."""
+        add_tower_outputs(program, joined_heads=True)
+
+    def scores(self, point: Point) -> fx.Node:
+        """2 for the most attended tokens, 1 for the spaced ones, 0 for those that go."""
+        return spread_scores(point, SPACED)
+
+    def merge(self, point: Point, scores: fx.Node) -> fx.Node:
+        """Every kept token with its neighbours' attention-weighted sum."""
+        attention, keys = (point.graph.placeholder(path) for path in (VISUAL_SCORES, VISUAL_KEYS))
+        visual = point.call(aten.bitwise_and.Tensor, point.visual, point.alive)
+        stays = point.call(aten.bitwise_and.Tensor, visual, point.call(aten.gt.Scalar, scores, 0.0))
+        counted = point.call(aten.where.ScalarOther, visual, attention, 0.0)
+        total = point.call(aten.sum.dim_IntList, counted, [1], True)
+        shares = point.call(aten.div.Tensor, counted, point.call(aten.clamp_min.default, total, 1e-12))
+        return point.call(MERGE_TOKENS, point.hidden(), keys, shares, stays, visual, NEIGHBOURS)

@@ -1,0 +1,132 @@
+"""QUOTA: a schedule by sensitivity, and scores of attention, magnitude and quantization residual.
+
+Source: "QUOTA" (arXiv 2604.17320), section 3.2 (equations 2 to 5) and 3.3 (equations 6 to 8); the thresholds of the
+candidate rule are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from qpcompile.ir.edit import aten, calls, layer_of
+from qpcompile.ir.node_facts import stub_fact
+from qpcompile.ir.operators import TOKEN_SCORES
+from qpcompile.ir.program import Program
+from qpcompile.pruning.budget import candidate_layers, drop_shares, keep_ratios, normalize_sensitivity, sensitivity
+from qpcompile.pruning.pruner import Point, Schedule, cut_layers
+from qpcompile.pruning.queries import QUERIES
+from qpcompile.pruning.risk import with_risk
+from qpcompile.recipe.plan import Sensitivity
+from qpcompile.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Quota:
+    """See the module's docstring."""
+
+    def profiles(self, recipe: Recipe) -> bool:
+        """Only where the layers to cut behind are found by measuring."""
+        return recipe.tokens.candidate_layers == "auto"
+
+    def schedule(self, program: Program) -> Schedule:
+        """Candidate layers, and drops shared among them by how robust they are to quantization."""
+        return sensitivity_schedule(program)
+
+    def scores(self, point: Point) -> fx.Node:
+        """The weighted sum of the four metrics, and the risk of quantization where the recipe asks for it."""
+        tokens = point.recipe.tokens
+        weights = tokens.weights
+        # A stage-wise order scores with what is known without the quantizer (table 3 of the paper).
+        residual = weights.residual if point.recipe.order == "joint" else 0.0
+        attention = point.attention()
+        rounding = rounding_of(point)
+        tensors = [point.hidden(), rounding.value, attention.query, attention.key]
+        if tokens.scores_of == "full_precision":
+            tensors = [point.unquantized(tensor) for tensor in tensors]
+        scores = point.call(
+            TOKEN_SCORES,
+            *tensors,
+            attention.mask,
+            attention.scale,
+            point.visual,
+            point.alive,
+            QUERIES[tokens.queries](point),
+            [weights.inter, weights.magnitude, weights.intra, residual],
+            tokens.normalize,
+            *tokens.percentiles,
+            tokens.intra_mean,
+            rounding.rotate,
+            rounding.group_size,
+            rounding.clip_ratio,
+            tokens.residual_relative,
+            tokens.sink_ratio or 0.0,
+        )
+        return with_risk(point, scores)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """What residual is measured on, f[B, N, C], and how it is rounded there."""
+
+    value: fx.Node
+    rotate: bool
+    group_size: int
+    clip_ratio: float
+
+
+def rounding_of(point: Point) -> _Rounding:
+    """The residual stream, or the tensor that the next layer's first linear rounds; with the recipe's quantizer."""
+    scheme, tokens = point.recipe.quantize, point.recipe.tokens
+    group_size, clip_ratio = (0, 1.0)
+    if scheme is not None and scheme.activations.bits == 4:
+        group_size, clip_ratio = scheme.activations.kernel_group, scheme.activations.clip_ratio
+    if tokens.residual_of == "stream":
+        return _Rounding(
+            point.hidden(), point.rotate and tokens.residual_space == "transformed", group_size, clip_ratio
+        )
+    linears = calls(point.graph, aten.linear.default)
+    source = next(node.args[0] for node in linears if layer_of(node) == point.layer + 1)
+    assert isinstance(source, fx.Node)
+    if fact := stub_fact(source):
+        clip_ratio = clip_ratio if fact.clip is None else fact.clip
+        source = source.args[0]
+        assert isinstance(source, fx.Node)
+    # Folded and online changes of basis are in this tensor already.
+    return _Rounding(point.early(source), False, group_size, clip_ratio)
+
+
+def sensitivity_schedule(program: Program) -> Schedule:
+    """QUOTA's candidate layers and ratios."""
+    tokens = program.recipe.tokens
+    layers = cut_layers(program, (0,)) if tokens.candidate_layers != "auto" else _profiled(program)
+    # Without samples, in a stage-wise order and in a uniform schedule, all layers count as equally sensitive.
+    deviations = program.facts.get("deviations", {})
+    if not deviations or program.recipe.order != "joint" or tokens.schedule == "uniform":
+        deviations = {layer: [0.0] for layer in layers}
+    table = [list(sample) for sample in zip(*[deviations[layer] for layer in layers], strict=True)]
+    raw = sensitivity(table)
+    normalized = normalize_sensitivity(raw, *tokens.sensitivity_percentiles, tokens.sensitivity_clip)
+    shares = drop_shares(normalized, tokens.temperature)
+    found = [
+        Sensitivity(layer=layer, raw=one, normalized=other)
+        for layer, one, other in zip(layers, raw, normalized, strict=True)
+    ]
+    return Schedule(layers, lambda keep: keep_ratios(shares, keep), tuple(found))
+
+
+def _profiled(program: Program) -> tuple[int, ...]:
+    """The candidate layers of the calibration run's profile."""
+    tokens = program.recipe.tokens
+    facts = program.plan.facts[:-1]
+    return candidate_layers(
+        [fact.mass_median for fact in facts],
+        [fact.mass_iqr for fact in facts],
+        [fact.cosine for fact in facts],
+        concentration_floor=tokens.concentration_floor,
+        iqr_ceiling=tokens.iqr_ceiling,
+        cosine_ceiling=tokens.cosine_ceiling,
+        tail_fraction=tokens.tail_fraction,
+        max_candidates=tokens.max_candidates,
+    )

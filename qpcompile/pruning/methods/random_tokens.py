@@ -1,0 +1,51 @@
+"""Random tokens on QUOTA's schedule: the baseline that every other method has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from qpcompile.ir.edit import aten
+from qpcompile.ir.program import Program
+from qpcompile.pruning.methods.quota import sensitivity_schedule
+from qpcompile.pruning.pruner import INPUT, Point, Schedule
+from qpcompile.recipe.recipe import Recipe
+
+PRIME, FACTOR = 1048573, 2654435761
+
+
+@dataclass(frozen=True)
+class RandomTokens:
+    """See the module's docstring. `before_decoder` cuts once, in front of layer 0, as pre-decoder methods do."""
+
+    before_decoder: bool = False
+
+    def profiles(self, recipe: Recipe) -> bool:
+        """The schedule is QUOTA's, so it is measured where that is."""
+        return not self.before_decoder and recipe.tokens.candidate_layers == "auto"
+
+    def schedule(self, program: Program) -> Schedule:
+        """QUOTA's, or one cut before the decoder."""
+        return Schedule((INPUT,), lambda keep: (keep,)) if self.before_decoder else sensitivity_schedule(program)
+
+    def scores(self, point: Point) -> fx.Node:
+        """A hash of position and seed: the same on every back end.
+
+        Positions are counted from the first token of each row, so that padding does not change the draw.
+        """
+        position = point.call(aten.cumsum.default, point.valid, 1)
+        if point.kept is not None:
+            position = point.call(aten.gather.default, position, 1, point.kept)
+        shifted = point.call(aten.add.Tensor, position, point.recipe.tokens.seed * 7919 + 1)
+        mixed = _modulo(point, shifted, FACTOR)
+        # x^5 is one-to-one modulo this prime and, unlike x itself, spreads neighbours unevenly.
+        square = _modulo(point, mixed, mixed)
+        score = _modulo(point, _modulo(point, square, square), mixed)
+        return point.only_visual(point.call(aten.to.dtype, score, torch.float32))
+
+
+def _modulo(point: Point, left: fx.Node, right: fx.Node | int) -> fx.Node:
+    """left * right modulo the largest prime below 2^20, which float32 holds exactly."""
+    return point.call(aten.remainder.Scalar, point.call(aten.mul.Tensor, left, right), PRIME)

@@ -1,0 +1,24 @@
+"""TRIM: visual tokens by their similarity with the question, to a static count.
+
+Source: TRIM (arXiv 2409.10994), section 3. Softmax keeps the order of the similarities, so the highest of these are
+chosen. Ours: the cosine is a stand-in for CLIP's (kernels/text_relevance), the count is the recipe's rather than that
+of outliers, and the mean of the dropped tokens is not appended: it would be a token without a position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from qpcompile.pruning.before_decoder import BeforeDecoder, text_relevance
+from qpcompile.pruning.pruner import Point
+
+
+@dataclass(frozen=True)
+class Trim(BeforeDecoder):
+    """See the module's docstring."""
+
+    def scores(self, point: Point) -> fx.Node:
+        """The relevance itself."""
+        return point.only_visual(text_relevance(point))

@@ -1,0 +1,255 @@
+"""What a pruning method is: where it drops visual tokens, how many stay there, and how it scores them.
+
+    class Method:
+        def schedule(self, program) -> Schedule      the layers to cut behind, and their keep ratios
+        def scores(self, point) -> fx.Node           f32[B, N] at one of them: the highest stay
+
+The cut itself (top-k, gather of everything alive, caches) is the same for every method: passes/insert_token_cuts.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import floor
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import fx
+
+from qpcompile.errors import PlanError
+from qpcompile.ir.attention import Attention, read_attention
+from qpcompile.ir.edit import aten, call, calls, layer_of
+from qpcompile.ir.operators import QUANT_STUB
+from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.rematerialize import compute_again, readers_of
+from qpcompile.ir.shapes import same, value
+from qpcompile.recipe.plan import Cut, Sensitivity
+from qpcompile.recipe.recipe import Recipe
+
+INPUT = -1
+"""The "layer" in front of the decoder: a cut behind it drops tokens before layer 0."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Layers to cut behind, ascending (INPUT for the decoder's input), and the keep ratio behind each.
+
+    `ratios` maps the final keep ratio to one ratio per layer: never increasing from layer to layer, increasing in its
+    argument. `sensitivity` is what the ratios rest on, for the plan.
+    """
+
+    layers: tuple[int, ...]
+    ratios: Callable[[float], tuple[float, ...]]
+    sensitivity: tuple[Sensitivity, ...] = ()
+
+    def mean(self, keep: float, depth: int) -> float:
+        """Mean over `depth` decoder layers of the share of visual tokens that a layer computes on."""
+        starts = [layer + 1 for layer in self.layers]
+        spans = [after - start for start, after in zip(starts, [*starts[1:], depth], strict=True)]
+        return (starts[0] + sum(span * ratio for span, ratio in zip(spans, self.ratios(keep), strict=True))) / depth
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the prefill graph where tokens are dropped, and what a method may read there.
+
+    New nodes go before `before`. `layer` is the last layer that sees all N current tokens. `visual` and `alive` are
+    bool[B, N] nodes, `kept` the original positions i64[B, N] (None: none was dropped yet), `valid` the bool[B, S] of
+    the whole prompt, `prompt_visual` its visual tokens. `full_precision` holds what was computed without quantization
+    so far, for later cuts. `surplus`: how many more than their share may stay, an int node (None: none).
+    """
+
+    graph: Graph
+    before: fx.Node
+    cut: Cut
+    recipe: Recipe
+    visual: fx.Node
+    alive: fx.Node
+    kept: fx.Node | None
+    valid: fx.Node
+    length: torch.SymInt
+    prompt_visual: fx.Node
+    full_precision: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    surplus: fx.Node | None = None
+
+    @property
+    def layer(self) -> int:
+        """The last layer that sees all current tokens."""
+        return self.cut.layer
+
+    @property
+    def rotate(self) -> bool:
+        """Whether the inputs of linears are rotated before they are quantized."""
+        return self.recipe.quantize is not None and self.recipe.quantize.transform == "hadamard"
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node at this place."""
+        return call(self.graph, self.before, target, *args, **kwargs)
+
+    def hidden(self) -> fx.Node:
+        """The residual stream f[B, N, C]: the last such value defined before this place that is read behind it."""
+        width = value(self.graph.placeholder("inputs_embeds")).shape[2]
+        nodes = self.graph.nodes
+        border = nodes.index(self.before)
+        after = set(nodes[border:])
+        for node in reversed(nodes[:border]):
+            shape = getattr(value(node), "shape", ()) if "val" in node.meta else ()
+            if len(shape) == 3 and same(shape[1], self.length) and shape[2] == width and after & set(node.users):
+                return node
+        raise PlanError(
+            "no residual stream crosses this layer",
+            where=f"{self.graph.name}, {self.before.name}",
+            do="report this family",
+        )
+
+    def replace_hidden(self, hidden: fx.Node) -> None:
+        """What is read behind this place as the residual stream is `hidden: f[B, N, C]` from now on."""
+        old, nodes = self.hidden(), self.graph.nodes
+        behind = set(nodes[nodes.index(self.before) :])
+        for user in list(old.users):
+            if user in behind:
+                user.replace_input_with(old, hidden)
+
+    def share(self, visual: fx.Node) -> fx.Node:
+        """ceil(V * ratio), i64[B]: how many of the V tokens that `visual: bool[B, S]` marks in a row may stay.
+
+        With a surplus that many more, but no more than there still are.
+        """
+        own = self.call(aten.sum.dim_IntList, visual, [1])
+        scaled = self.call(aten.mul.Tensor, own, self.cut.numerator)
+        raised = self.call(aten.add.Tensor, scaled, self.cut.denominator - 1)
+        share = self.call(aten.div.Tensor_mode, raised, self.cut.denominator, rounding_mode="floor")
+        if self.surplus is None:
+            return share
+        there = self.call(aten.sum.dim_IntList, self.call(aten.bitwise_and.Tensor, self.visual, self.alive), [1])
+        return self.call(aten.minimum.default, self.call(aten.add.Tensor, share, self.surplus), there)
+
+    def attention(self, layer: int | None = None) -> Attention:
+        """What the attention of a layer reads (default: of the last layer before this place).
+
+        Queries and keys of the layer behind this place are computed here too, for all current tokens.
+        """
+        read = read_attention(attention_node(self.graph, self.layer if layer is None else layer))
+        return replace(read, query=self.early(read.query), key=self.early(read.key))
+
+    def early(self, node: fx.Node) -> fx.Node:
+        """A value as it is at this place, where the graph computes it only behind: all current tokens, copied nodes."""
+        nodes = self.graph.nodes
+        behind = set(nodes[nodes.index(self.before) :])
+        return compute_again(self.graph, node, self.before, {}, lambda each: each in behind)
+
+    def unquantized(self, node: fx.Node) -> fx.Node:
+        """A value as it is when nothing in the decoder is rounded: everything it rests on is computed twice."""
+        stubs = list(calls(self.graph, QUANT_STUB))
+        touched = readers_of(self.graph, stubs)
+        known = self.full_precision
+        return compute_again(self.graph, node, self.before, known, touched.__contains__, bypass=(QUANT_STUB,))
+
+    def only_visual(self, scores: fx.Node) -> fx.Node:
+        """`scores` of visual tokens, +inf for text, which is never dropped, -inf for padding."""
+        text = self.call(aten.where.ScalarOther, self.visual, scores, float("inf"))
+        return self.call(aten.where.ScalarOther, self.alive, text, float("-inf"))
+
+
+class Pruner(Protocol):
+    """One method."""
+
+    def profiles(self, recipe: Recipe) -> bool:
+        """Whether the schedule rests on layers measured on samples (passes/measure_sensitivity.py)."""
+        ...
+
+    def schedule(self, program: Program) -> Schedule:
+        """Where this method cuts; raises PlanError for layers that the model does not have."""
+        ...
+
+    def scores(self, point: Point) -> fx.Node:
+        """f32[B, N]: what stays has the highest scores; text +inf, padding -inf."""
+        ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A method that does not cut in front of the first operator of the layer behind."""
+
+    def place(self, graph: Graph, layer: int) -> fx.Node:
+        """The node of the prefill graph in front of which the cut behind `layer` is made."""
+        ...
+
+
+@runtime_checkable
+class TowerReader(Protocol):
+    """A method that also reads the vision tower."""
+
+    def read_tower(self, program: Program) -> None:
+        """Make the vision graph say what the method reads (qpcompile/pruning/tower.py), before the first cut."""
+        ...
+
+
+@runtime_checkable
+class Merger(Protocol):
+    """A method that does not only drop tokens: those that stay take something up."""
+
+    def merge(self, point: Point, scores: fx.Node) -> fx.Node:
+        """The residual stream f[B, N, C] to go on with before the drop; `scores` as the method gave them."""
+        ...
+
+
+def attention_node(graph: Graph, layer: int) -> fx.Node:
+    """The one attention over tokens of a layer; PlanError where there is none, or several."""
+    found = [node for node in calls(graph, aten.scaled_dot_product_attention.default) if layer_of(node) == layer]
+    if len(found) != 1:
+        raise PlanError(
+            f"layer {layer} has {len(found)} attention nodes over tokens, scoring needs exactly one",
+            where=graph.name,
+            do="choose other tokens.candidate_layers, or tokens.method random",
+        )
+    return found[0]
+
+
+def layers_after(parts: Sequence[float], depth: int) -> tuple[int, ...]:
+    """Layers to cut behind, ascending, so that about these parts of the depth have run; fewer where they coincide.
+
+    Half a layer is rounded up, and at least one layer runs before the first cut and behind the last.
+    """
+    runs = (max(1, floor(part * depth + 0.5)) for part in parts)
+    return tuple(sorted({min(run, depth - 1) - 1 for run in runs}))
+
+
+def one_layer(program: Program, otherwise: int) -> int:
+    """The recipe's only candidate layer, or `otherwise` where it says auto; PlanError for several."""
+    layer, *more = cut_layers(program, (min(otherwise, len(program.layers) - 2),))
+    if more:
+        raise PlanError(
+            f"{program.recipe.tokens.method} cuts once, {len(more) + 1} layers are named",
+            where="tokens.candidate_layers",
+            do="name one layer, or write auto",
+        )
+    return layer
+
+
+def cut_layers(program: Program, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+    """The recipe's `candidate_layers`, or `otherwise` where it says auto; checked against the model's depth."""
+    asked = program.recipe.tokens.candidate_layers
+    layers = otherwise if asked == "auto" else asked
+    _check_last(layers[-1], program.layers[-1].index)
+    return layers
+
+
+def check_layers(recipe: Recipe, layers: int | None) -> None:
+    """Raise PlanError for `candidate_layers` that a decoder of so many layers lacks, before anything is measured.
+
+    layers: None where the model does not say; the pruner checks again.
+    """
+    asked = recipe.tokens.candidate_layers
+    if recipe.tokens.method != "none" and asked != "auto" and layers is not None:
+        _check_last(asked[-1], layers - 1)
+
+
+def _check_last(layer: int, last: int) -> None:
+    if layer >= last:
+        raise PlanError(
+            f"layer {layer} cannot be cut behind: this model's last layer is {last}",
+            where="tokens.candidate_layers",
+            do=f"name layers from 0 to {last - 1}",
+        )

@@ -1,0 +1,65 @@
+"""What a stub's value becomes once it is quantized: the numerics of the operators, in floating point."""
+
+from __future__ import annotations
+
+import torch
+
+from qpcompile.ir.node_facts import StubFact
+from qpcompile.kernels.kv4_read.reference import kv4_read
+from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.kv8_read.reference import kv8_read
+from qpcompile.kernels.kv8_write.reference import kv8_write
+from qpcompile.kernels.linear_w4a4.packing import pack_int4, unpack_int4
+from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.recipe.quantize import QuantizeScheme
+
+
+class StubRounding:
+    """`fake_quantize` for one recipe over many samples: a weight, which is always the same, is rounded once.
+
+    It is kept in 4 bits: all weights rounded, in 16 bits, would be a second copy of the model.
+    """
+
+    def __init__(self, scheme: QuantizeScheme) -> None:
+        self.scheme = scheme
+        # Packed codes, and a scale for each row or group.
+        self._weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, x: torch.Tensor, fact: StubFact) -> torch.Tensor:
+        """x: f[...], the value of the stub with this fact."""
+        if fact.role != "weight":
+            return fake_quantize(x, fact, self.scheme)
+        if self.scheme.weights.bits == 16:
+            return x
+        if fact.site not in self._weights:
+            codes, scale = quantize_int4(x, self.scheme.weights.kernel_group)
+            self._weights[fact.site] = pack_int4(codes), scale
+        packed, scale = self._weights[fact.site]
+        return _widened(unpack_int4(packed, x.shape[1]), scale, x.dtype)
+
+
+def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> torch.Tensor:
+    """x: f[...] as the 4-bit operators will see it; unchanged where the recipe keeps 16 bits."""
+    if fact.role == "activation":
+        if scheme.activations.bits == 16:
+            return x
+        clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
+        return round_trip(x, scheme.activations.kernel_group, clip)
+    if fact.role == "weight":
+        return x if scheme.weights.bits == 16 else round_trip(x, scheme.weights.kernel_group, 1.0)
+    if scheme.kv_cache.bits == 16:
+        return x
+    if scheme.kv_cache.bits == 8:
+        return kv8_read(*kv8_write(x), x.dtype)
+    codes, affine = kv4_write(x)
+    return kv4_read(codes, affine, x.shape[-1], x.dtype)
+
+
+def round_trip(x: torch.Tensor, group_size: int, clip_ratio: float) -> torch.Tensor:
+    """x: f[..., C] through 4-bit codes and back."""
+    return _widened(*quantize_int4(x, group_size, clip_ratio), x.dtype)
+
+
+def _widened(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    wide = codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
+    return wide.flatten(-2).to(dtype)

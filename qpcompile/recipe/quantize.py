@@ -1,0 +1,270 @@
+"""The sections of a recipe: every key with its type, its bounds and its meaning; `tokens` is in tokens.py."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from qpcompile.recipe.messages import impossible
+
+Scope = Literal["vision", "projector", "language"]
+
+# Bounds beyond which a number asks for what no machine computes or no number type holds; keys say which.
+MOST_SAMPLES = 1_000_000
+MOST_SEED = 2**63 - 1
+WIDEST = 65536
+MOST_PATTERNS, LONGEST_PATTERN = 1000, 500
+
+# Python's matcher tries every way to share a name among repeats: ever more with their number, most where they nest.
+REPEATS = 4
+_REPEAT = re.compile(r"(?<!\\)[*+{]")
+_NESTED = re.compile(r"\)[*+{]")
+
+
+class Section(BaseModel):
+    """A frozen group of keys: nothing unknown, nothing converted, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class WeightScheme(Section):
+    """How linear weights are stored."""
+
+    bits: Literal[4, 16] = Field(default=4, description="4 packs two weights in a byte; 16 leaves weights as they are.")
+    granularity: Literal["channel", "group"] = Field(
+        default="channel", description="One scale per output channel, or one per group of inputs of an output channel."
+    )
+    group_size: int = Field(
+        default=128,
+        ge=1,
+        le=WIDEST,
+        description="Inputs that share a scale; read with granularity group only. No linear is wider than the bound.",
+    )
+    symmetric: bool = Field(default=True, description="Codes -8..7 around zero. The kernels take no weight zero point.")
+    solver: Literal["gptq", "rtn"] = Field(
+        default="gptq",
+        description="gptq corrects later columns for the rounding of earlier ones; rtn rounds to nearest.",
+    )
+    damping: float = Field(
+        default=0.01,
+        ge=1e-9,
+        le=1,
+        description="gptq: share of the mean Hessian diagonal that is added to the diagonal. Less than the bound "
+        "vanishes in rounding.",
+    )
+    clip_search: bool = Field(
+        default=True, description="Search each scale for the least squared error, not the full range."
+    )
+
+    @property
+    def kernel_group(self) -> int:
+        """The group size as the operators take it: 0 means one scale per output channel."""
+        return self.group_size if self.granularity == "group" else 0
+
+
+class ActivationScheme(Section):
+    """How the inputs of linears are quantized, each token on its own, when the model runs."""
+
+    bits: Literal[4, 16] = Field(
+        default=4, description="4 multiplies integers; 16 leaves the inputs of linears as they are."
+    )
+    granularity: Literal["token", "group", "modality"] = Field(
+        default="token",
+        description="One scale per token, or per group of channels of a token, or two fixed by calibration: for visual "
+        "and for text tokens.",
+    )
+    group_size: int = Field(
+        default=128,
+        ge=1,
+        le=WIDEST,
+        description="Channels that share a scale; read with granularity group only. No linear is wider than the bound.",
+    )
+    symmetric: bool = Field(
+        default=True, description="Codes -8..7 around zero. The kernels take no activation zero point."
+    )
+    clip_ratio: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=1,
+        description="The largest magnitude kept, as a share of the true one. Below 0.01 most codes are ends.",
+    )
+    clip_search: bool = Field(
+        default=False,
+        description="Search a clip ratio for each site, for the least output error on calibration tokens; read with "
+        "4-bit inputs only.",
+    )
+
+    @property
+    def kernel_group(self) -> int:
+        """The group size as the operators take it: 0 means one scale per token."""
+        return self.group_size if self.granularity == "group" else 0
+
+
+class TrainingScheme(Section):
+    """How a learned change of basis is trained, block by block; read with transform rotation and flatquant only."""
+
+    samples: int = Field(
+        default=32, ge=1, le=MOST_SAMPLES, description="Calibration samples that are trained on, the first of them."
+    )
+    epochs: int = Field(
+        default=8,
+        ge=0,
+        le=10_000,
+        description="Times that each block sees each sample; 0 keeps what a transform begins with. The bound is weeks.",
+    )
+    batch: int = Field(default=4, ge=1, le=MOST_SAMPLES, description="Samples per step.")
+    learning_rate: float = Field(
+        default=5e-3,
+        ge=1e-12,
+        le=1,
+        description="Adam's first step size; it falls by a cosine. A step of 1 is as large as the entries it trains, "
+        "one of 1e-12 is lost in rounding.",
+    )
+
+
+class CacheScheme(Section):
+    """How keys (after rotary positions) and values are stored, before attention reads them."""
+
+    bits: Literal[4, 8, 16] = Field(
+        default=4, description="4 packs two cache entries in a byte; 8 takes a byte each; 16 leaves the cache as it is."
+    )
+    granularity: Literal["token-head", "kivi"] = Field(
+        default="token-head",
+        description="One scale and zero per token and head; kivi simulates, in floating point, keys per channel over "
+        "32 tokens and values per token, in the cache alone.",
+    )
+    symmetric: bool = Field(
+        default=False, description="The cache kernels store unsigned codes with a zero point, only."
+    )
+    rotate: bool = Field(
+        default=True, description="Rotate queries and keys by an orthogonal matrix first: same products."
+    )
+
+
+class QuantizeScheme(Section):
+    """What is stored and computed in 4 bits."""
+
+    weights: WeightScheme = Field(default=WeightScheme(), description="Weights of linears.")
+    activations: ActivationScheme = Field(default=ActivationScheme(), description="Inputs of linears.")
+    kv_cache: CacheScheme = Field(default=CacheScheme(), description="Keys and values of the decoder.")
+    head_bits: Literal[8, 16] = Field(
+        default=16,
+        description="8 stores the language head, which never has 4 bits, with one scale per output channel; its inputs "
+        "stay as they are. A table of token embeddings that shares its matrix is read in the same 8 bits. 16 leaves "
+        "both as they are.",
+    )
+    simulation: Literal["none", "qvlm"] = Field(
+        default="none",
+        description="qvlm rounds weights to NF4 and inputs per channel over tokens, in floating point: a comparison "
+        "that no integer operator runs.",
+    )
+    transform: Literal["none", "hadamard", "rotation", "flatquant"] = Field(
+        default="hadamard",
+        description="Change of basis of the inputs of linears that spreads outlier channels: hadamard is a fixed "
+        "rotation; rotation is learned from it, layer by layer; flatquant learns any invertible one.",
+    )
+    training: TrainingScheme = Field(default=TrainingScheme(), description="Training of a learned transform.")
+    smooth: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Strength of the per-channel scaling moved from inputs to weights before the rotation; null: none.",
+    )
+    scaling: Literal["none", "awq", "mbq"] = Field(
+        default="none",
+        description="Search the per-channel scaling for the least output error instead of taking a strength: awq; "
+        "mbq weighs visual and text tokens by their gradients.",
+    )
+    center: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Subtract the mean of an input, put back through the bias, where it holds more than this share of "
+        "the input's energy; null: nowhere. Read with 4-bit weights only.",
+    )
+    scope: tuple[Scope, ...] = Field(
+        default=("vision", "projector", "language"),
+        strict=False,
+        min_length=1,
+        description="Components that are quantized.",
+    )
+    ignore: tuple[Annotated[str, Field(max_length=LONGEST_PATTERN)], ...] = Field(
+        default=("lm_head",),
+        strict=False,
+        max_length=MOST_PATTERNS,
+        description="Linears left as they are: a module name or its last parts, or `re:` and a regular expression "
+        "matched from the start of the name, with at most 4 repeats (`*`, `+`, `{`), none of a group. A pattern that "
+        "matches nothing is an error.",
+    )
+
+    @field_validator("scope")
+    @classmethod
+    def _scope_once(cls, scope: tuple[Scope, ...]) -> tuple[Scope, ...]:
+        if len(set(scope)) < len(scope):
+            raise ValueError("a component is listed twice")
+        return scope
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if not pattern.removeprefix("re:"):
+                raise ValueError("an empty pattern")
+            if pattern.startswith("re:") and (len(_REPEAT.findall(pattern)) > REPEATS or _NESTED.search(pattern)):
+                raise ValueError(f"more than {REPEATS} repeats, or a repeated group: matching might not end")
+            try:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
+
+    @model_validator(mode="after")
+    def _kernels_exist(self) -> Self:
+        reasons = _refusals(self)
+        if reasons:
+            raise impossible(reasons)
+        return self
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """Whether an `ignore` pattern means the module `name` (dotted path)."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
+    """Key -> why no kernel can run this combination."""
+    weights, activations, cache = scheme.weights, scheme.activations, scheme.kv_cache
+    reasons: dict[str, str] = {}
+    if {weights.bits, activations.bits, cache.bits, scheme.head_bits} == {16}:
+        reasons["weights.bits"] = "nothing is quantized; write `quantize: null`"
+    if not weights.symmetric:
+        reasons["weights.symmetric"] = "no linear kernel takes a weight zero point; write true"
+    if not activations.symmetric:
+        reasons["activations.symmetric"] = "no linear kernel takes an activation zero point; write true"
+    if cache.symmetric:
+        reasons["kv_cache.symmetric"] = "the cache kernels are asymmetric only; write false"
+    if weights.bits == 16 and activations.bits == 4:
+        reasons["activations.bits"] = "4-bit inputs multiply 4-bit weights only; set weights.bits to 4 or this to 16"
+    if weights.bits == 16 and scheme.transform != "none":
+        reasons["transform"] = "it serves 4-bit linears and weights.bits is 16; write none"
+    if weights.bits == 16 and scheme.smooth is not None:
+        reasons["smooth"] = "it serves 4-bit linears and weights.bits is 16; write null"
+    if scheme.head_bits == 8 and "language" not in scheme.scope:
+        reasons["head_bits"] = "the head belongs to language, which is not in scope; write 16"
+    if scheme.simulation != "none" and (weights.bits, activations.bits) != (4, 4):
+        reasons["simulation"] = "it stands for 4-bit weights and activations; set both to 4, or write none"
+    if cache.granularity == "kivi" and cache.bits == 16:
+        reasons["kv_cache.granularity"] = "nothing is rounded at 16 bits; write token-head"
+    if activations.granularity == "modality" and activations.bits == 16:
+        reasons["activations.granularity"] = "nothing is scaled at 16 bits; write token"
+    if scheme.scaling != "none" and scheme.smooth is not None:
+        reasons["smooth"] = f"scaling {scheme.scaling} searches what smooth fixes; write null"
+    if weights.bits == 16 and scheme.scaling != "none":
+        reasons["scaling"] = "it serves 4-bit linears and weights.bits is 16; write none"
+    if weights.kernel_group and activations.bits == 4 and activations.kernel_group not in (0, weights.kernel_group):
+        reasons["activations.group_size"] = (
+            f"must equal weights.group_size ({weights.group_size}) when both are grouped"
+        )
+    return reasons

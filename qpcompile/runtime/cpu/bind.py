@@ -1,0 +1,175 @@
+"""The graphs of a program as the CPU runs them: kernels called directly, without torch's dispatcher in between.
+
+Where the kernels in C are compiled (kernels/native/library.py), chains of operators on rows become one call
+(row_chains.py) and linears read their weight in 4 bits. Where they are not, it is unpacked once, since torch would do
+it on every call:
+
+    %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
+      -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
+
+Outside decode steps, residual adds are fused into the preceding linear's epilogue (residual_epilogue.py). Decode steps
+on 4-bit caches are replayed by one call of C (tape.py).
+
+The program itself is not touched: what is saved, exported and reported keeps its 4 bits. An unpacked weight takes one
+byte more per parameter in memory, shared between prefill and decode. The same numbers bit for
+bit, but for the order of sums in torch_operators.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.errors import KernelError
+from qpcompile.ir.edit import calls, get_tensor, set_tensor
+from qpcompile.ir.operators import (
+    ATTENTION_KV4,
+    HADAMARD,
+    KRONECKER,
+    KV4_WRITE,
+    LAYERNORM_QUANTIZE,
+    LINEAR_W4A4,
+    LINEAR_W8A16,
+    QUANTIZE_INT4,
+    RMSNORM,
+    RMSNORM_QUANTIZE,
+    ROPE,
+    RULES,
+    SEGMENT_ATTENTION,
+    SILU_MUL_QUANTIZE,
+)
+from qpcompile.ir.program import DECODE, Graph, Program
+from qpcompile.kernels.attention_kv4.cpu import attention_kv4
+from qpcompile.kernels.hadamard.cpu import hadamard
+from qpcompile.kernels.kronecker.cpu import kronecker
+from qpcompile.kernels.kv4_write.cpu import kv4_write
+from qpcompile.kernels.layernorm_quantize.cpu import layernorm_quantize
+from qpcompile.kernels.linear_w4a4.cpu import linear_unpacked, linear_w4a4
+from qpcompile.kernels.linear_w4a4.packing import unpack_int4
+from qpcompile.kernels.linear_w8a16.cpu import linear_w8a16
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.quantize_int4.cpu import quantize_int4
+from qpcompile.kernels.rmsnorm.reference import rmsnorm
+from qpcompile.kernels.rmsnorm_quantize.cpu import rmsnorm_quantize
+from qpcompile.kernels.rope.cpu import rope
+from qpcompile.kernels.segment_attention.cpu import segment_attention
+from qpcompile.kernels.silu_mul_quantize.cpu import silu_mul_quantize
+from qpcompile.runtime.cpu.row_chains import join_rows
+from qpcompile.runtime.cpu.tape import TapedDecode
+from qpcompile.runtime.cpu.torch_operators import FASTER
+from qpcompile.runtime.growing_cache import GrowingCaches, grow_in_place
+from qpcompile.runtime.residual_epilogue import join_residuals
+
+# What these operators do on the CPU; the way through torch's dispatcher costs as much as a kernel on one token.
+KERNELS: dict[Any, Callable[..., Any]] = {
+    **FASTER,
+    ATTENTION_KV4: attention_kv4,
+    HADAMARD: hadamard,
+    KRONECKER: kronecker,
+    KV4_WRITE: kv4_write,
+    LAYERNORM_QUANTIZE: layernorm_quantize,
+    LINEAR_W8A16: linear_w8a16,
+    QUANTIZE_INT4: quantize_int4,
+    RMSNORM: RULES[RMSNORM].checked(rmsnorm),
+    RMSNORM_QUANTIZE: rmsnorm_quantize,
+    ROPE: rope,
+    SEGMENT_ATTENTION: segment_attention,
+    SILU_MUL_QUANTIZE: silu_mul_quantize,
+}
+Codes = dict[int, torch.Tensor]
+UNFIT = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError)
+"""What Python and torch raise for operands that do not belong together."""
+
+
+class BoundGraphs:
+    """Runs the graphs of one program: `bound(graph, feeds)` is what `graph(feeds)` is, sooner."""
+
+    def __init__(self, program: Program) -> None:
+        codes: Codes = {}
+        caches = GrowingCaches()
+        self.modules: dict[str, fx.GraphModule | TapedDecode] = {}
+        for name, graph in program.graphs.items():
+            bound = _bound(graph, codes, caches)
+            self.modules[name] = TapedDecode(bound, caches) if name == DECODE else bound.module
+
+    @property
+    def decode_problem(self) -> str:
+        """Why decode steps run node by node; empty where they are replayed by one call of C (tape.py)."""
+        decode = self.modules.get(DECODE)
+        return decode.problem if isinstance(decode, TapedDecode) else "there is no decode graph"
+
+    def __call__(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        try:
+            with torch.no_grad():
+                results = self.modules[graph.name](*[feeds[name] for name in graph.inputs])
+        except torch.OutOfMemoryError:
+            raise
+        except UNFIT as error:
+            # The kernels check their operands, torch's own operators do so here.
+            raise KernelError(
+                f"{type(error).__name__}: {error}",
+                where=f"the graph {graph.name}",
+                do="compile again, if it came from a folder: its graphs and tensors do not belong together",
+            ) from error
+        return dict(zip(graph.outputs, results, strict=True))
+
+
+def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
+    """The graph as a module of its own on the same tensors; `codes` holds what was unpacked, by place in memory."""
+    own = fx.Graph()
+    own.output(own.graph_copy(graph.module.graph, {}))
+    module = fx.GraphModule(graph.module, own)
+    bound = Graph(graph.name, module, graph.inputs, graph.outputs, graph.owner)
+    tensors = [get_tensor(module, str(node.target)) for node in own.nodes if node.op == "get_attr"]
+    elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
+    grow_in_place(bound, caches, packed_codes=elsewhere)
+    # Decode steps on the CPU are replayed (tape.py), where a sum is a call of its own.
+    if elsewhere or graph.name != DECODE:
+        join_residuals(bound)
+    if elsewhere:
+        module.recompile()
+        return bound
+    for node in list(calls(bound, LINEAR_W4A4)):
+        if native.available():
+            node.target = linear_w4a4
+        elif node.args[2].op == "get_attr":  # type: ignore[union-attr]
+            _unpack(module, node, codes)
+    if native.available():
+        join_rows(bound)
+    for node in calls(bound, *KERNELS):
+        node.target = KERNELS[node.target]
+    own.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return bound
+
+
+def _unpack(module: fx.GraphModule, linear: fx.Node, codes: Codes) -> None:
+    """Bind one linear to its unpacked weight."""
+    source = linear.args[2]
+    assert isinstance(source, fx.Node)
+    packed = get_tensor(module, str(source.target))
+    if packed.data_ptr() not in codes:
+        codes[packed.data_ptr()] = unpack_int4(packed, 2 * packed.shape[1])
+    name = f"{source.target}_codes"
+    set_tensor(module, name, codes[packed.data_ptr()])
+    with module.graph.inserting_before(linear):
+        linear.update_arg(2, module.graph.get_attr(name))
+    linear.target = _linear
+
+
+def _linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """linear_w4a4 on codes: i8[N, 2 ceil(K / 2)], whose last column is padding where K is odd."""
+    y = linear_unpacked(q, scale, codes[:, : q.shape[-1]], weight_scale, bias, dtype)
+    return y if residual is None else y + residual

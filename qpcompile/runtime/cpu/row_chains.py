@@ -1,0 +1,208 @@
+"""Chains of row operators in a bound graph become one call of C each (kernels/native/rows.py).
+
+    %a = to.dtype(%x, f64); %b = to.dtype(@w, f64); %n = rmsnorm(%a, %b, eps); %y = to.dtype(%n, f32)
+    %k = kronecker(%y, @scale, @left, @right);  %c = sub(%k, @shift);  %q = quantize_int4(%c, group, clip)
+      -> %q = rows(%x)
+
+Every part but the quantizer is optional. A chain is joined only where nobody else reads what lies inside it, and rounds
+where the graph rounds: float32 models get the bits that the operators one by one would give, half-precision models the
+same but for the order of sums and, in layer norms, a product where there was a quotient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.ir.edit import aten, calls, get_tensor, is_call
+from qpcompile.ir.operators import (
+    HADAMARD,
+    KRONECKER,
+    LAYERNORM_QUANTIZE,
+    QUANTIZE_INT4,
+    RMSNORM,
+    RMSNORM_QUANTIZE,
+    SILU_MUL_QUANTIZE,
+)
+from qpcompile.ir.program import Graph
+from qpcompile.ir.sizes import value_type
+from qpcompile.ir.text import value_types
+from qpcompile.kernels.native.rows import Kind, RowPlan
+
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+# Marks the nodes that are one call of C on rows.
+IS_ROWS = "is_rows"
+FUSED: dict[Any, tuple[Kind, tuple[str, ...]]] = {
+    RMSNORM_QUANTIZE: ("rmsnorm", ("weight", "constant")),
+    LAYERNORM_QUANTIZE: ("layernorm", ("weight", "bias", "constant")),
+    SILU_MUL_QUANTIZE: ("silu_mul", ()),
+}
+"""The kind of rows of an operator that the compiler joined, and what its arguments between rows and transform are."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What makes the rows of a chain: their kind, the nodes they are made of, and arguments of a RowPlan."""
+
+    kind: Kind
+    sources: tuple[Any, ...]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def join_rows(graph: Graph) -> None:
+    """Join every chain of a bound graph; its dead nodes are left for the caller to remove."""
+    joiner = _Joiner(graph.module, value_types(graph))
+    for node in list(calls(graph, *FUSED)):
+        joiner.join_fused(node)
+    for node in list(calls(graph, QUANTIZE_INT4)):
+        joiner.join_quantizer(node)
+    for node in list(calls(graph, KRONECKER, HADAMARD)):
+        joiner.join(node, Rows("plain", (node.args[0],)), joiner.change(node))
+    for node in list(graph.nodes):
+        joiner.join(node, joiner.rows(node), {})
+
+
+@dataclass(frozen=True)
+class _Joiner:
+    module: fx.GraphModule
+    types: dict[fx.Node, str]
+    """As printed (`f32[B, 1, 64]`): graphs of an artifact know no more of their values."""
+
+    def dtype(self, node: Any) -> str:
+        """The type of a node's elements, as printed; empty where it is no tensor."""
+        return value_type(self.types.get(node, "")).dtype
+
+    def channels(self, node: Any) -> int:
+        """The last axis of a node, 0 where it is not known."""
+        *_, last = value_type(self.types[node]).sizes or ("",)
+        return int(last) if last.isdecimal() else 0
+
+    def join_fused(self, node: fx.Node) -> None:
+        """An operator that the compiler joined already, on its weights."""
+        kind, names = FUSED[node.target]
+        count = 2 if kind == "silu_mul" else 1
+        every: tuple[Any, ...] = node.args
+        sources, norm, tail = every[:count], every[count : count + len(names)], every[count + len(names) :]
+        scale, rotate, group_size, clip_ratio = tail
+        rows = Rows(kind, sources, dict(zip(names, norm, strict=True)))
+        change = {"scale": scale, "factors": rotate, "group_size": group_size, "clip_ratio": clip_ratio}
+        if (plan := self.plan(rows, change, as_graph=False)) is not None:
+            _replace(node, plan.quantized, sources)
+
+    def join_quantizer(self, node: fx.Node) -> None:
+        """A quantizer with what makes its rows and changes their basis."""
+        change: dict[str, Any] = {}
+        every: tuple[Any, ...] = node.args
+        x, group_size, clip_ratio = every
+        if is_call(x, aten.sub.Tensor) and self.is_inner(x) and not x.kwargs and self.is_vector(x.args[1]):
+            change["shift"], x = x.args[1], x.args[0]
+        if is_call(x, KRONECKER, HADAMARD) and self.is_inner(x) and (found := self.change(x)) is not None:
+            change, x = change | found, x.args[0]
+        rows = (self.rows(x) if isinstance(x, fx.Node) and self.is_inner(x) else None) or Rows("plain", (x,))
+        plan = self.plan(rows, change | {"group_size": group_size, "clip_ratio": clip_ratio})
+        if plan is not None:
+            _replace(node, plan.quantized, rows.sources)
+
+    def join(self, node: fx.Node, rows: Rows | None, change: dict[str, Any] | None) -> None:
+        """Rows that are stored."""
+        if rows is not None and change is not None and (plan := self.plan(rows, change)) is not None:
+            _replace(node, plan.stored, rows.sources)
+
+    def plan(self, rows: Rows, change: dict[str, Any], as_graph: bool = True) -> RowPlan | None:
+        """None where the C has no such rows: other types, or weights that the graph computes."""
+        dtype, channels = self.dtype(rows.sources[0]), self.channels(rows.sources[0])
+        arguments = {name: self.tensor(each) for name, each in (rows.arguments | change).items()}
+        known = not any(isinstance(each, fx.Node) for each in arguments.values())
+        if dtype not in TYPES or not channels or not known or any(self.dtype(each) != dtype for each in rows.sources):
+            return None
+        return RowPlan(rows.kind, TYPES[dtype], channels, **arguments, as_graph=as_graph)
+
+    def change(self, node: fx.Node) -> dict[str, Any] | None:
+        """The change of basis of a node kronecker or hadamard; None where its factors are computed in the graph."""
+        scale, *factors = (self.tensor(each) for each in node.args[1:])
+        if any(isinstance(each, fx.Node) for each in (scale, *factors)) or self.dtype(node) not in TYPES:
+            return None
+        return {"scale": scale, "factors": tuple(factors) or True}
+
+    def rows(self, node: fx.Node) -> Rows | None:
+        """How a node makes rows out of others, nobody else reading what lies inside; None where C has no such kind."""
+        inner, wide = self.inside(node)
+        if is_call(inner, RMSNORM, aten.layer_norm.default):
+            return self.norm(inner, wide)
+        return self.gate(node) if is_call(node, aten.mul.Tensor) else None
+
+    def norm(self, node: fx.Node, wide: bool) -> Rows | None:
+        """A norm over the last axis with its weights: widened from float32, or in bfloat16."""
+        every: tuple[Any, ...] = node.args
+        if is_call(node, RMSNORM):
+            x, weight, eps = every
+            weights = {"weight": weight}
+        else:
+            x, _, weight, bias, eps = (*every, *(None, None, 1e-5)[len(every) - 2 :])[:5]
+            weights = {"weight": weight, "bias": bias}
+            if len(every[1]) != 1:
+                return None
+        x, *tensors = [self.narrow(each, wide) for each in (x, *weights.values())]
+        alike = all(self.dtype(each) == ("f32" if wide else "bf16") for each in (x, *tensors))
+        if not alike or any(each.op != "get_attr" for each in tensors):
+            return None
+        kind: Kind = "rmsnorm" if len(weights) == 1 else "layernorm"
+        return Rows(kind, (x,), dict(zip(weights, tensors, strict=True)) | {"constant": eps})
+
+    def gate(self, node: fx.Node) -> Rows | None:
+        """silu(gate) * up and x * sigmoid(constant * x)."""
+        for left, right in (node.args, node.args[::-1]):
+            if self.types.get(left, "") != self.types[node] or self.types.get(right, "") != self.types[node]:  # type: ignore[arg-type]
+                continue
+            function, wide = self.inside(right)  # type: ignore[arg-type]
+            if not self.is_inner(right) or not is_call(function, aten.silu.default, aten.sigmoid.default):
+                continue
+            x: Any = self.narrow(function.args[0], wide)
+            if self.types.get(x, "") != self.types[node]:
+                continue
+            if function.target is aten.silu.default:
+                return Rows("silu_then_mul", (x, left))
+            if is_call(x, aten.mul.Tensor) and x.args[0] is left and isinstance(x.args[1], float):
+                return Rows("sigmoid_mul", (left,), {"constant": x.args[1]})
+        return None
+
+    def inside(self, node: fx.Node) -> tuple[fx.Node, bool]:
+        """(the float64 node that `node` rounds to float32, True), or the node itself where it is in bfloat16."""
+        inner: Any = node.args[0] if is_call(node, aten.to.dtype) and self.dtype(node) == "f32" else None
+        if inner is not None and self.dtype(inner) == "f64" and self.is_inner(inner):
+            return inner, True
+        return node, False
+
+    def narrow(self, node: Any, wide: bool) -> Any:
+        """What a cast to float64 was made of; the node itself where nothing was widened."""
+        return node.args[0] if wide and is_call(node, aten.to.dtype) else node
+
+    def is_inner(self, node: Any) -> bool:
+        """Whether one node alone reads a node."""
+        return isinstance(node, fx.Node) and len(node.users) == 1
+
+    def is_vector(self, node: Any) -> bool:
+        """Whether a node is a weight f32[C]."""
+        tensor = self.tensor(node)
+        return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.dim() == 1
+
+    def tensor(self, node: Any) -> Any:
+        """The tensor that a node reads off the module; anything else as it is."""
+        if isinstance(node, (tuple, list)):
+            return tuple(self.tensor(each) for each in node)
+        known = isinstance(node, fx.Node) and node.op == "get_attr"
+        return get_tensor(self.module, str(node.target)) if known else node
+
+
+def _replace(node: fx.Node, function: Callable[..., Any], sources: tuple[Any, ...]) -> None:
+    """`node` becomes function(*sources)."""
+
+    def rows(*tensors: torch.Tensor) -> Any:
+        return function(*tensors)
+
+    node.target, node.args, node.kwargs = rows, sources, {}
+    node.meta[IS_ROWS] = True

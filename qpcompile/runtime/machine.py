@@ -1,0 +1,260 @@
+"""Run a program: transformers' own code on the host, the graphs wherever it would call a component."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.utils.generic import ModelOutput
+
+from qpcompile.errors import CalibrationError, CaptureError, InputError, KernelError, PlanError
+from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, rebuild
+from qpcompile.runtime.arguments import Kinds, fitted, input_kinds, keyword_arguments, refuse_unknown, split_flags
+from qpcompile.runtime.generation_options import CACHES, first_line, plain_settings, settle
+from qpcompile.runtime.kv_cache import CompiledCache
+from qpcompile.runtime.model_inputs import check_inputs, vocabulary_size
+from qpcompile.runtime.prepare import TABLE, absent_inputs, prepare
+
+Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+Decode = Callable[[CompiledCache, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+# Slots of a row that hold no token: padding, or a row that kept fewer tokens than another.
+NO_TOKEN = -1
+VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
+KEPT, ALIVE = "kept", "alive"
+# How transformers and torch say that inputs do not fit.
+REFUSALS = (ValueError, IndexError, TypeError, RuntimeError, KeyError, AttributeError)
+# What a vision graph says of each visual token besides its features, for methods that prune by it.
+VISUAL_SCORES, VISUAL_KEYS = "visual_scores", "visual_keys"
+
+
+def execute_graph(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run a graph as it is."""
+    with torch.no_grad():
+        return graph(feeds)
+
+
+def visual_tokens(config: Any) -> torch.Tensor:
+    """The ids that pictures take the place of: i64[n]."""
+    tokens = [getattr(config, key, None) for key in ("image_token_id", "video_token_id")]
+    return torch.tensor([token for token in tokens if token is not None], dtype=torch.int64)
+
+
+class Machine:
+    """A program bound to its host: `host.generate(...)` runs the graphs.
+
+    `execute` runs one graph; passes that measure give their own. `decode` runs a step of the decoder on a cache of its
+    own making and lengthens it; without it that is a graph like the others. `last` is the cache of the latest prefill.
+    One answer at a time: what a prompt's tokens are is known between the host's calls, so other threads wait.
+    """
+
+    def __init__(self, program: Program, execute: Execute = execute_graph, decode: Decode | None = None) -> None:
+        self.program = program
+        self.execute = execute
+        self.decode = decode
+        self.host: Any = program.host
+        self.last: CompiledCache | None = None
+        self.visual: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None
+        self.seen_by_tower: dict[str, list[torch.Tensor]] = {}
+        self.kinds: dict[str, Kinds] = {}
+        self._turn = threading.RLock()
+        self._bind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The host's forward knows its machine, so that copies of programs copy it too.
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=threading.RLock())
+
+    def generate(self, **inputs: Any) -> Any:
+        """`host.generate` with a cache of ours. Raises InputError for what it cannot serve, before anything runs."""
+        return self._answer(inputs)
+
+    def prefill(self, inputs: dict[str, Any]) -> CompiledCache:
+        """Run the prompt once; returns the cache it left. Settings stored with the model play no part."""
+        cache = CompiledCache(len(self.program.layers))
+        self._answer({**inputs, **plain_settings(self.host), CACHE_ARGUMENT: cache})
+        return cache
+
+    def kept_tokens(self, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
+        """Which tokens of the prompt go on after each cut layer: layer -> i64[B, N], NO_TOKEN in slots without one."""
+        cache = self.prefill(inputs)
+        return {layer: kept.masked_fill(~cache.alive[layer], NO_TOKEN) for layer, kept in sorted(cache.kept.items())}
+
+    def _answer(self, inputs: dict[str, Any]) -> Any:
+        """Check everything, then run; what transformers refuses of the prompt becomes an InputError."""
+        settled, keeps_cache = settle(self.host, inputs, vocabulary_size(self.host))
+        settled = check_inputs(self.host, settled)
+        caches = [settled.pop(name, None) for name in CACHES]
+        cache = next((given for given in caches if given is not None), CompiledCache(len(self.program.layers)))
+        with self._turn:
+            self.seen_by_tower, before = {}, cache.seen
+            try:
+                answer = self.host.generate(**settled, **{CACHE_ARGUMENT: cache})
+            except torch.OutOfMemoryError:
+                raise
+            except (KernelError, *REFUSALS) as error:
+                # Once the decoder has seen the prompt, what fails is no longer the prompt's fault.
+                ours = isinstance(error, KernelError) and not isinstance(error.__cause__, REFUSALS)
+                if ours or cache.seen > before:
+                    raise
+                raise InputError(
+                    f"the model does not take these inputs: {first_line(error)}",
+                    where=f"generate, given {', '.join(sorted(inputs))}",
+                    do="build the inputs with the model's own processor, one picture for each picture in the text; if "
+                    "those fail as well, compile the model again",
+                ) from error
+        if not keeps_cache and isinstance(answer, ModelOutput):
+            return type(answer)(**{name: value for name, value in answer.items() if value is not cache})
+        return answer
+
+    def _bind(self) -> None:
+        graphs = self.program.graphs
+        for name in (VISION, PROJECTOR, HEAD, EMBED):
+            if name in graphs:
+                self._replace(graphs[name].owner, functools.partial(self._component, graphs[name]))
+        self._replace(graphs[PREFILL].owner, self._language)
+        original = type(self.host).forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._see(kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
+            return original(self.host, *args, **kwargs)
+
+        self.host.forward = functools.partial(forward)
+        functools.update_wrapper(self.host.forward, original.__get__(self.host))
+
+    def _replace(self, name: str, function: Callable[..., Any]) -> None:
+        module = self.host.get_submodule(name) if name else self.host
+        module.forward = function
+
+    def _see(self, input_ids: torch.Tensor | None, attention_mask: Any) -> None:
+        """Remember which tokens of the prompt are visual, and which are padding."""
+        if input_ids is None or input_ids.shape[-1] == 1:
+            return
+        self.visual = torch.isin(input_ids, visual_tokens(self.host.config).to(input_ids.device))
+        is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
+        self.valid = attention_mask.bool() if is_flat else torch.ones_like(self.visual)
+
+    def _component(self, graph: Graph, *args: Any, **kwargs: Any) -> Any:
+        module = self.host.get_submodule(graph.owner)
+        feeds = self._known(graph, keyword_arguments(module, args, kwargs))
+        results = self.execute(graph, _pick(graph, feeds))
+        for name in (VISUAL_SCORES, VISUAL_KEYS):
+            if name in results:
+                self.seen_by_tower.setdefault(name, []).append(results.pop(name))
+        return rebuild(graph.returns, results)
+
+    def _language(self, **kwargs: Any) -> Any:
+        cache = kwargs.pop(CACHE_ARGUMENT, None)
+        if cache is None:
+            cache = CompiledCache(len(self.program.layers))
+        if not isinstance(cache, CompiledCache):
+            raise CaptureError(
+                f"a compiled model cannot use a {type(cache).__name__}",
+                where=CACHE_ARGUMENT,
+                do=f"leave {CACHE_ARGUMENT} out: generate makes the cache this model was compiled for",
+            )
+        new = kwargs["inputs_embeds"].shape[1]
+        graph = self.program.graphs[DECODE if cache.seen else PREFILL]
+        if cache.seen and new != 1:
+            raise CaptureError(
+                f"{new} tokens were given on top of a cache of {cache.seen}",
+                where="decode",
+                do="give the whole prompt at once: decoding goes token by token",
+            )
+        feeds = self._known(graph, kwargs)
+        feeds |= absent_inputs(graph, feeds, cache.seen)
+        if cache.seen and self.decode is not None:
+            results = self.decode(cache, feeds)
+        else:
+            feeds |= self._token_feeds(cache, new, feeds)
+            results = self.execute(graph, _pick(graph, feeds))
+            self._store(cache, results, new)
+        self.last = cache
+        answer = rebuild(graph.returns, results)
+        answer.pop(CACHE, None)
+        answer[CACHE_ARGUMENT] = cache if kwargs.get("use_cache", True) else None
+        return answer
+
+    def _known(self, graph: Graph, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors of a call by input path.
+
+        Raises CaptureError for what the graph was not traced with, InputError for tensors of another kind.
+        """
+        flags, data = split_flags(arguments)
+        data = prepare(self.host.get_submodule(graph.owner), data, graph.constants.get(TABLE))
+        refuse_unknown(graph, flags, data)
+        if graph.name not in self.kinds:
+            self.kinds[graph.name] = input_kinds(graph)
+        return fitted(graph, self.kinds[graph.name], dict(named_tensors(data)))
+
+    def marks(self, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens of the prompt are visual, and which are no padding: bool[B, S] each."""
+        if self.visual is None or self.valid is None or self.visual.shape != (batch, length):
+            nothing = torch.zeros(batch, length, dtype=torch.bool, device=self.host.device)
+            return nothing, ~nothing
+        return self.visual, self.valid
+
+    def _token_feeds(self, cache: CompiledCache, new: int, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch, device = feeds["inputs_embeds"].shape[0], feeds["inputs_embeds"].device
+        extra = dict(cache.tensors)
+        if feeds.get("attention_mask") is None:
+            extra["attention_mask"] = torch.ones(batch, cache.seen + new, dtype=torch.long, device=device)
+        if not cache.seen:
+            visual, extra[VALID] = self.marks(batch, new)
+            extra[VISUAL] = visual
+            extra[COUNT] = torch.arange(int(visual.sum(dim=1).min()), device=device)
+            if VISUAL_SCORES in self.program.graphs[PREFILL].inputs:
+                extra |= self._tower_feeds(visual)
+        extra[SEEN] = torch.arange(cache.seen, device=device)
+        for layer in cache.kept:
+            cache.append(layer, new)
+            extra[f"{KEPT}.{layer}"], extra[f"{ALIVE}.{layer}"] = cache.kept[layer], cache.alive[layer]
+        return extra
+
+    def _tower_feeds(self, visual: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the tower said since the last prompt, at the places of the visual tokens; zeros elsewhere."""
+        dense: dict[str, torch.Tensor] = {}
+        empty = torch.zeros(0, device=visual.device)
+        # A prompt without pictures has keys of width 1, which nobody reads.
+        for name, nothing in ((VISUAL_SCORES, empty), (VISUAL_KEYS, empty[:, None])):
+            rows = torch.cat(self.seen_by_tower.get(name, [nothing]))
+            if len(rows) != int(visual.sum()):
+                raise PlanError(
+                    f"the vision tower scored {len(rows)} tokens, the prompt has {int(visual.sum())} visual ones",
+                    where=name,
+                    do="choose a tokens.method that does not read the vision tower, or report this family",
+                )
+            dense[name] = rows.new_zeros(*visual.shape, *rows.shape[1:])
+            dense[name][visual] = rows
+        self.seen_by_tower = {}
+        return dense
+
+    def _store(self, cache: CompiledCache, results: dict[str, torch.Tensor], new: int) -> None:
+        """Put what a graph returned into the cache."""
+        for name in [name for name in results if name.split(".")[0] in (CACHE, KEPT, ALIVE)]:
+            kind, *rest = name.split(".")
+            if kind == CACHE:
+                cache.tensors[name] = results.pop(name)
+            else:
+                group = cache.kept if kind == KEPT else cache.alive
+                group[int(rest[0])] = results.pop(name)
+        cache.seen += new
+
+
+def _pick(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    missing = [name for name in graph.inputs if name not in feeds]
+    if missing:
+        raise CalibrationError(
+            f"the {graph.name} graph was traced with inputs that this call does not have: {', '.join(missing)}",
+            where=f"{graph.name}, given {', '.join(sorted(feeds)) or 'nothing'}",
+            do="compile with a calibration sample of the same kind as the inputs you run",
+        )
+    return {name: feeds[name] for name in graph.inputs}

@@ -1,0 +1,355 @@
+"""Decoding with the cache against recomputing: the check that ends every compile.
+
+One sample is answered greedily, token by token, as a user's answer will be. Then the prompt and those tokens go through
+the prefill graph at once, without a cache: the cuts keep what they kept for the answer (`kept.l` of its cache), every
+token at its original position. Step t of the answer and row t of the recomputation have to agree.
+
+    answer       prefill(prompt) -> y0    decode(t0, cache) -> y1    decode(t1, cache) -> y2   ...
+    recomputed   prefill(prompt + t0 + t1 + ..., kept tokens forced) -> y0, y1, y2, ...
+
+What is exact and what is not. The same values are computed, but a matrix product over many rows adds up in another
+order than one over a single row. In float32 that is the last bits. Where something is rounded on the way (bfloat16,
+4-bit activations or caches) a last bit can become another code, and its step is seen in the logits. So logits are
+compared by their distance relative to their spread, `|y - z| / |z - mean(z)|`:
+
+- nothing rounded: each step within `EXACT`;
+- half precision: the mean over the steps within `LAST_BIT` times what the recomputation moves by when every embedding
+  moves by one last bit, which says how much of a difference rounding makes in this model. Tiny random models of
+  several families: 0.001 to 0.005 apart, 0.006 to 0.01 moved;
+- 4-bit activations or caches: the mean within `ROUNDED`. There one last bit becomes another code, then as much as
+  any: the same tiny models move by 0.15 to 0.2, though most of them are 0 apart. So what the first layer stored of
+  the new tokens is compared too, before differences have grown: within `STORED`, codes by the share that differs;
+- the greedy tokens are equal, unless the recomputed logits of the two are nearer to each other than the allowed
+  distance: then either of them is the greedy one.
+
+The tests ignore the cache, leave a token out and shift a position, and each is found.
+
+What the host derives from token ids is taken from the answer (embeddings, 4-D masks), what it counts is derived anew on
+the longer prompt (positions, 2-D masks), so that a host that counts wrongly is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qpcompile.errors import InputError, InvariantError
+from qpcompile.ir.attention import read_attention
+from qpcompile.ir.edit import aten, calls, layer_of
+from qpcompile.ir.operators import ATTENTION_KV4, SELECT_TOKENS
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT
+from qpcompile.runtime.generation_options import plain_settings
+from qpcompile.runtime.kv_cache import CompiledCache
+from qpcompile.runtime.machine import ALIVE, KEPT, Machine, execute_graph, visual_tokens
+from qpcompile.runtime.prepare import MASK
+
+Tensors = dict[str, Tensor]
+# Tokens that are decoded with the cache.
+STEPS = 4
+EXACT, LAST_BIT, ROUNDED = 1e-2, 4.0, 0.25
+# A position that is off by one turns keys of 128 channels by 0.2; 4-bit codes that a last bit changes are few in 1,000.
+STORED = 0.1
+SDPA = aten.scaled_dot_product_attention.default
+
+
+def check_decode(program: Program, machine: Machine, sample: dict[str, Any]) -> None:
+    """Answer `sample` with the cache and without, on the machine that users will get.
+
+    sample: what `generate` takes; the first row of it counts where it has several.
+    Raises InvariantError where the two disagree: the compiled model must not be used.
+    """
+    answer = _Answer(program, machine)
+    try:
+        answer.ask(sample)
+        prompt = sample["input_ids"].shape[1]
+        if answer.cache.seen != prompt + STEPS:
+            raise _defect(program, f"the cache holds {answer.cache.seen} tokens of {prompt + STEPS}", STEPS)
+        stepwise = answer.stepwise()
+        answer.recompute(sample)
+        whole, moved = (answer.head(hidden).float() for hidden in (answer.again, answer.moved))
+        stored = list(answer.stored())
+    except (InputError, ValueError, IndexError, RuntimeError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _defect(program, f"{type(error).__name__}: {reason}", len(answer.logits)) from error
+    rounded = _half(program) or _codes(program)
+    _compare(program, stepwise.float(), whole, rounded, _allowed(program, whole, moved))
+    allowed = STORED if rounded else EXACT
+    for path, found, expected in stored:
+        far = _apart(found, expected)
+        if not far <= allowed:
+            what = f"what the first layer stored of new tokens, {path}, is {far:.2g} off, {allowed:g} allowed"
+            raise _defect(program, what, STEPS)
+
+
+def _half(program: Program) -> bool:
+    return program.host.dtype != torch.float32
+
+
+def _codes(program: Program) -> bool:
+    """Whether values become codes of a few bits between a token's input and its logits."""
+    scheme = program.recipe.quantize
+    return scheme is not None and (scheme.activations.bits < 16 or scheme.kv_cache.bits < 16)
+
+
+def _allowed(program: Program, whole: Tensor, moved: Tensor) -> float:
+    """The distance of logits that is no defect; whole, moved: f32[T, V], recomputed as it is and from moved inputs."""
+    if _codes(program):
+        return ROUNDED
+    noise = float(_distances(moved, whole).mean()) if _half(program) else 0.0
+    return min(max(EXACT, LAST_BIT * noise), ROUNDED)
+
+
+def _distances(found: Tensor, expected: Tensor) -> Tensor:
+    """f32[T]: how far two f32[T, V] are from each other, by the spread of the second; infinite where not finite."""
+    distance = (found - expected).norm(dim=1) / _spread(expected)
+    return torch.where(distance.isfinite(), distance, torch.inf)
+
+
+def _spread(logits: Tensor) -> Tensor:
+    return (logits - logits.mean(dim=1, keepdim=True)).norm(dim=1).clamp(min=1e-30)
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """How far stored tensors are from each other: the share of codes that differ, or a distance by the norm."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not found.is_floating_point():
+        return float((found != expected).float().mean())
+    return float((found - expected).double().norm() / expected.double().norm().clamp(min=1e-30))
+
+
+def _compare(program: Program, found: Tensor, expected: Tensor, rounded: bool, allowed: float) -> None:
+    """found, expected: f32[T, V], logits with the cache and without. rounded: the mean of the steps counts."""
+    spread, distance = _spread(expected), _distances(found, expected)
+    step = int(distance.argmax())
+    far = distance.mean() if rounded else distance.max()
+    if far > allowed:
+        raise _defect(program, f"logits are {float(distance[step]):.2g} of their spread off, {allowed:g} allowed", step)
+    own, other = found.argmax(dim=1, keepdim=True), expected.argmax(dim=1, keepdim=True)
+    gap = (expected.gather(1, other) - expected.gather(1, own))[:, 0]
+    # Two logits, each off by what a single one is off at the most allowed distance, times three.
+    margin = 6 * allowed * spread / expected.shape[1] ** 0.5
+    for step in (gap > margin).nonzero()[:, 0].tolist():
+        raise _defect(program, f"the greedy token is {int(own[step])}, recomputed {int(other[step])}", step)
+
+
+def _defect(program: Program, what: str, step: int) -> InvariantError:
+    return InvariantError(
+        f"decoding with the cache is not recomputing on the kept tokens: {what}",
+        where=f"token {step} of an answer to the first sample",
+        ran=program.history[-1] if program.history else "capture",
+        before=program.history[:-1],
+        do="do not use this model: report it with the output of `qpcompile doctor`, which says whether the versions of "
+        "torch and transformers are tested ones",
+    )
+
+
+class _Reached(Exception):
+    """The longer prompt has been through the prefill graph."""
+
+
+@dataclass
+class _Answer:
+    """One answer, step by step, and what has to be known of it to compute it again."""
+
+    program: Program
+    machine: Machine
+    # What the decoder took and gave in the prefill and in each step, caches left out.
+    feeds: list[Tensors] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    pictures: list[Tensors] = field(default_factory=list)
+    cache: CompiledCache = field(default_factory=lambda: CompiledCache(0))
+    # What the head reads and what is stored of prompt and answer recomputed at once; then from moved embeddings.
+    again: Tensor = field(default_factory=lambda: torch.empty(0))
+    moved: Tensor = field(default_factory=lambda: torch.empty(0))
+    whole: Tensors = field(default_factory=dict)
+
+    def ask(self, sample: dict[str, Any]) -> None:
+        """Decode STEPS tokens after the first one."""
+        settings = plain_settings(self.program.host)
+        settings |= {"max_new_tokens": STEPS + 1, "min_new_tokens": STEPS + 1}
+        self.cache = CompiledCache(len(self.program.layers))
+        with self._executing(self._note):
+            self.machine.generate(**{**sample, **settings, CACHE_ARGUMENT: self.cache})
+
+    def stepwise(self) -> Tensor:
+        """Logits of each step, f[T, V]; hidden states where the program has no head."""
+        return torch.cat([step[:1, -1] for step in self.logits or self.hidden])
+
+    def recompute(self, sample: dict[str, Any]) -> None:
+        """Compute the longer prompt at once."""
+        with self._executing(self._forced), suppress(_Reached):
+            self.machine.prefill(self._longer(sample))
+
+    def stored(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, decoded, recomputed) of what the first layer stored of the first row's new tokens: [1, H, T, ...]."""
+        first = min(int(path.split(".")[1]) for path in self.whole)
+        for path, tensor in self.whole.items():
+            if int(path.split(".")[1]) == first:
+                yield path, self.cache.tensors[path][:1, :, -STEPS:], tensor[:1, :, -STEPS:]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of the answer's steps, f[T, V], from what the head reads."""
+        rows = hidden[:, -len(self.feeds) :]
+        head = self.program.graphs.get(HEAD)
+        if head is None or not self.logits:
+            return rows[0]
+        with torch.no_grad():
+            return head({head.inputs[0]: rows})[head.outputs[0]][0]
+
+    @contextmanager
+    def _executing(self, execute: Any) -> Iterator[None]:
+        own = self.machine.execute
+        self._own, self.machine.execute = own, execute
+        try:
+            yield
+        finally:
+            self.machine.execute, self.machine.last = own, None
+
+    def _note(self, graph: Graph, feeds: Tensors) -> Tensors:
+        results = self._own(graph, feeds)
+        if graph.name in (PREFILL, DECODE):
+            self.feeds.append({path: each.clone() for path, each in feeds.items() if not _state(path)})
+            self.hidden.append(results[_hidden(graph)].clone())
+        elif graph.name == HEAD:
+            self.logits.append(results[graph.outputs[0]].clone())
+        elif graph.name in (VISION, PROJECTOR):
+            self.pictures.append(dict(results))
+        return results
+
+    def _forced(self, graph: Graph, feeds: Tensors) -> Tensors:
+        if graph.name in (VISION, PROJECTOR):
+            return self.pictures.pop(0)
+        if graph.name != PREFILL:
+            return execute_graph(graph, feeds)
+        whole = {path: self._whole_feed(path, feeds[path]) for path in graph.inputs}
+        results = self._run(graph, whole)
+        self.again = self.moved = results[_hidden(graph)]
+        self.whole = {path: each for path, each in results.items() if path.startswith(f"{CACHE}.")}
+        if _half(self.program) and not _codes(self.program):
+            moved = {path: _last_bits(each) if _of_tokens(each) else each for path, each in whole.items()}
+            self.moved = self._run(graph, moved)[_hidden(graph)]
+        raise _Reached
+
+    def _run(self, graph: Graph, feeds: Tensors) -> Tensors:
+        with torch.no_grad():
+            results = _Whole(self.program, graph, self.cache, len(self.feeds) - 1).run(*feeds.values())
+        return dict(zip(graph.outputs, results, strict=True))
+
+    def _longer(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The prompt and as many tokens of text as were decoded; which ones does not matter."""
+        ids = sample["input_ids"]
+        new = len(self.feeds) - 1
+        text = ids[0][~torch.isin(ids[0], visual_tokens(self.program.host.config).to(ids.device))]
+        fill: dict[str, int] = {"input_ids": int(text[-1]), MASK: 1}
+        longer = dict(sample)
+        for key, tensor in sample.items():
+            if isinstance(tensor, Tensor) and tensor.shape == ids.shape and not tensor.is_floating_point():
+                longer[key] = torch.cat([tensor, tensor.new_full((len(ids), new), fill.get(key, 0))], dim=1)
+        return longer
+
+    def _whole_feed(self, path: str, derived: Tensor) -> Tensor:
+        """What the prefill graph takes for all tokens: from the answer where it follows from the tokens themselves."""
+        parts = [step.get(path) for step in self.feeds]
+        present = [part for part in parts if part is not None]
+        if len(present) < len(parts):
+            return derived
+        if path.split(".")[0] == MASK and derived.ndim == 4:
+            return _joined_masks(derived, present)
+        return torch.cat(present, dim=1) if _of_tokens(derived) else derived
+
+
+def _of_tokens(feed: Tensor) -> bool:
+    """Whether a feed has a vector per token: f[B, S, C]."""
+    return feed.is_floating_point() and feed.ndim == 3
+
+
+def _last_bits(values: Tensor) -> Tensor:
+    """Every value with its last bit moved, up or down by a fixed draw."""
+    signs = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(0)).to(values.device) * 2 - 1
+    return (values.double() * (1 + signs * (torch.finfo(values.dtype).eps / 2))).to(values.dtype)
+
+
+def _joined_masks(like: Tensor, parts: list[Tensor]) -> Tensor:
+    """4-D masks of a prompt and of steps, [B, 1, 1, keys] each, as one [B, 1, S, S]; closed wherever none has a say."""
+    closed = 0 if like.dtype == torch.bool else torch.finfo(like.dtype).min
+    whole = torch.full_like(like, closed)
+    row = 0
+    for part in parts:
+        whole[..., row : row + part.shape[2], : part.shape[3]] = part
+        row += part.shape[2]
+    return whole
+
+
+def _state(path: str) -> bool:
+    return path.split(".")[0] in (CACHE, KEPT, ALIVE)
+
+
+def _hidden(graph: Graph) -> str:
+    """The output that the head reads."""
+    return next(path for path in graph.outputs if not _state(path))
+
+
+class _Whole(fx.Interpreter):
+    """The prefill graph on the prompt and `new` decoded tokens, its cuts keeping what the answer's cache has."""
+
+    def __init__(self, program: Program, graph: Graph, cache: CompiledCache, new: int) -> None:
+        super().__init__(graph.module, garbage_collect_values=True)
+        self.new, self.cache = new, cache
+        self.forced: dict[fx.Node, Any] = {}
+        before = torch.arange(cache.seen, device=program.host.device)[None]  # type: ignore[arg-type]
+        for node, layer in zip(calls(graph, SELECT_TOKENS), sorted(cache.kept), strict=True):
+            kept = cache.kept[layer]
+            index = torch.searchsorted(before.expand(len(kept), -1).contiguous(), kept)
+            self.forced[node] = index, cache.alive[layer]
+            if isinstance(count := node.args[1], fx.Node):
+                self.forced[count] = kept.shape[1]
+            before = kept
+        compacts = program.recipe.tokens.compact_scored_layer
+        self.compacted = {layer: kept for layer, kept in cache.kept.items() if compacts and layer >= 0}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, or give what is forced; new tokens see in a scored layer what its cache holds."""
+        if n in self.forced:
+            return self.forced[n]
+        layer = layer_of(n) if n.target in (SDPA, ATTENTION_KV4) else None
+        if layer not in self.compacted:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target == ATTENTION_KV4:
+            args = (*args[:5], self._narrowed(args[5], args[0], args[1], layer, False), *args[6:])
+            return n.target(*args, **kwargs)  # type: ignore[operator]
+        read = read_attention(n)
+        query, key, held = (self.env[node] for node in (read.query, read.key, read.value))
+        mask = self._narrowed(None if read.mask is None else self.env[read.mask], query, key, layer, read.causal)
+        options = {name: value for name, value in kwargs.items() if name in ("scale", "enable_gqa")}
+        return SDPA(query, key, held, mask, 0.0, False, **options)
+
+    def _narrowed(self, mask: Tensor | None, query: Tensor, key: Tensor, layer: int, causal: bool) -> Tensor:
+        """The mask of a scored layer, with all but the kept tokens closed to the new ones: [B, 1 | H, S, S]."""
+        total, kept = key.shape[2], self.compacted[layer]
+        if mask is None:
+            mask = torch.ones(total, total, dtype=torch.bool, device=query.device)
+            mask = (mask.tril() if causal else mask)[None, None]
+        here = torch.zeros(len(kept), total, dtype=torch.bool, device=query.device)
+        here.scatter_(1, self._places(kept, layer, total), self.cache.alive[layer])
+        mask = mask.expand(max(len(mask), len(kept)), -1, -1, -1).clone()
+        closed = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask[:, :, -self.new :] = mask[:, :, -self.new :].masked_fill(~here[:, None, None], closed)
+        return mask
+
+    def _places(self, kept: Tensor, layer: int, total: int) -> Tensor:
+        """Where the kept tokens stand among those that the layer works on."""
+        earlier = [each for each in self.cache.kept if each < layer]
+        if not earlier:
+            return kept
+        before = self.cache.kept[max(earlier)]
+        assert before.shape[1] == total
+        return torch.searchsorted(before, kept)

@@ -1,0 +1,100 @@
+"""Rounding to 4 bits, to nearest and with GPTQ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qpcompile.quantization.solvers import output_error, solve
+from qpcompile.recipe.quantize import WeightScheme
+
+
+def scheme(**settings: Any) -> WeightScheme:
+    return WeightScheme(**{"solver": "rtn", "clip_search": False, **settings})
+
+
+def correlated(channels: int, seed: int = 0) -> torch.Tensor:
+    """Second moments of inputs that share a few directions."""
+    made = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, 4, generator=made) @ torch.randn(4, channels, generator=made)
+    x = x + 0.1 * torch.randn(400, channels, generator=made)
+    return x.T @ x
+
+
+def test_nearest_by_hand() -> None:
+    weight = torch.tensor([[7.0, -7.0, 3.4, 0.5], [0.7, 0.15, -0.05, 0.0]])
+    codes, scale = solve(weight, None, scheme())
+    assert scale.flatten().tolist() == pytest.approx([1.0, 0.1])
+    assert codes.dtype == torch.int8
+    assert codes[0].tolist() == [7, -7, 3, 0]  # halves go to even
+    assert codes[1].tolist()[0] == 7 and codes[1].tolist()[3] == 0
+
+
+def test_groups_have_scales_of_their_own() -> None:
+    weight = torch.tensor([[7.0, 1.0, 0.07, 0.01]])
+    codes, scale = solve(weight, None, scheme(granularity="group", group_size=2))
+    assert scale.shape == (1, 2) and scale.flatten().tolist() == pytest.approx([1.0, 0.01])
+    assert codes.tolist() == [[7, 1, 7, 1]]
+
+
+def test_rows_of_zeros_have_scale_one() -> None:
+    codes, scale = solve(torch.zeros(2, 4), None, scheme())
+    assert codes.eq(0).all() and scale.eq(1).all()
+    assert output_error(torch.zeros(2, 4), codes, scale, None) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_clip_search_never_does_worse(seed: int) -> None:
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(seed)) ** 3
+    errors = [output_error(weight, *solve(weight, None, scheme(clip_search=search)), None) for search in (False, True)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("channels", [5, 48, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_gptq_does_better_on_correlated_inputs(channels: int, seed: int) -> None:
+    weight = torch.randn(16, channels, generator=torch.Generator().manual_seed(seed))
+    moments = correlated(channels, seed)
+    nearest = output_error(weight, *solve(weight, moments, scheme()), moments)
+    gptq = output_error(weight, *solve(weight, moments, scheme(solver="gptq")), moments)
+    assert gptq < nearest
+
+
+def test_gptq_is_nearest_on_inputs_without_correlation() -> None:
+    weight = torch.randn(6, 150, generator=torch.Generator().manual_seed(0))
+    found, _ = solve(weight, torch.eye(150) * 3, scheme(solver="gptq"))
+    nearest, _ = solve(weight, None, scheme())
+    assert torch.equal(found, nearest)
+
+
+def test_gptq_without_moments_rounds_to_nearest() -> None:
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(solve(weight, None, scheme(solver="gptq"))[0], solve(weight, None, scheme())[0])
+
+
+def test_gptq_by_hand() -> None:
+    # Two equal inputs: what rounding the first weight loses, the second one takes over.
+    weight = torch.tensor([[0.4, 7.0, 0.3]])
+    moments = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    codes, scale = solve(weight, moments, scheme(solver="gptq", damping=0.001))
+    assert scale.item() == 1.0 and codes.tolist() == [[0, 7, 1]]
+
+
+def test_inputs_that_never_fire_do_no_harm() -> None:
+    moments = correlated(8)
+    moments[3], moments[:, 3] = 0, 0
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    codes, scale = solve(weight, moments, scheme(solver="gptq"))
+    assert codes[:, 3].eq(0).all() and scale.isfinite().all()
+    assert solve(weight, torch.zeros(8, 8), scheme(solver="gptq"))[0].shape == (4, 8)
+
+
+def test_error_is_that_of_the_outputs() -> None:
+    made = torch.Generator().manual_seed(2)
+    weight, x = torch.randn(5, 12, generator=made), torch.randn(90, 12, generator=made)
+    codes, scale = solve(weight, None, scheme())
+    rounded = codes * scale
+    expected = ((weight - rounded) @ x.T).norm() / (weight @ x.T).norm()
+    assert output_error(weight, codes, scale, x.T @ x) == pytest.approx(float(expected), rel=1e-4)
