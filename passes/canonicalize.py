@@ -9,7 +9,6 @@ Exact: every value a graph returns is bit-equal before and after.
 
 from __future__ import annotations
 
-import gc
 import operator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -52,8 +51,6 @@ class Canonicalize:
     def run(self, program: Program) -> bool:
         """Returns whether any graph changed."""
         changed = [canonicalize(graph) for graph in program.graphs.values()]
-        # Traces, and graphs that were replaced, are cycles: they would hold weights that later passes replace.
-        gc.collect()
         return any(changed)
 
 

@@ -6,6 +6,7 @@ transformers VLM --capture--> Program --passes--> Program --emit--> CompiledVLM 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable
@@ -102,8 +103,13 @@ def compile_captured(
     """All passes that have not run yet, by the recipe that `program` holds; it becomes the compiled model's own."""
     check_layers(program.recipe, len(program.layers))
     listed = passes(samples or (), len(samples) if samples else 0)
-    steps = run_passes(program, [item for item in listed if item.name not in program.history], after)
-    program.facts["steps"] = [*program.facts.get("steps", ()), *steps]
+    steps = program.facts.setdefault("steps", [])
+    for item in listed:
+        if item.name not in program.history:
+            steps += run_passes(program, [item], after)
+        if item.gives == "canonical":
+            # Traces, and graphs that were replaced, are cycles: they would hold weights that later passes replace.
+            gc.collect()
     # The passes have walked over the samples: their digest is known by now.
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
     program.plan = program.plan.changed(calibration=used, versions=package_versions())
