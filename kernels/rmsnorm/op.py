@@ -17,3 +17,6 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     RULE.check(x, weight, eps)
     return torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+OVERLOAD = torch.ops.qpcompile.rmsnorm.default

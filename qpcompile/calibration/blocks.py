@@ -19,12 +19,8 @@ import torch
 from torch import fx
 
 from qpcompile.ir.edit import get_tensor, is_call, layer_of
-from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB, RMSNORM, SEGMENT_ATTENTION
+from qpcompile.ir.operators import QUANT_STUB, SPECS
 from qpcompile.ir.program import Graph
-from qpcompile.kernels.hadamard.reference import hadamard
-from qpcompile.kernels.kronecker.reference import kronecker
-from qpcompile.kernels.rmsnorm.reference import rmsnorm
-from qpcompile.kernels.segment_attention.blocks import segment_attention
 
 Values = dict[fx.Node, Any]
 # Gets a node and the value it gave; returns the value to go on with.
@@ -32,11 +28,7 @@ Look = Callable[[fx.Node, Any], Any]
 
 # Our operators in plain torch, which gradients pass through.
 PLAIN: Mapping[object, Callable[..., Any]] = {
-    HADAMARD: hadamard,
-    KRONECKER: kronecker,
-    QUANT_STUB: lambda x: x,
-    RMSNORM: rmsnorm,
-    SEGMENT_ATTENTION: segment_attention,
+    spec.overload: spec.differentiable for spec in SPECS if spec.differentiable is not None
 }
 
 

@@ -4,10 +4,13 @@ None of them draws random numbers by default, returns memory that nobody wrote, 
 checks their indices; what it does not check is refused by safe_calls.py. `copy_` alone changes what it is given, which
 must lie in memory that the graph has made.
 `python tests/emit/list_operators.py` compiles every family of the tests and says what is missing here. What a new
-family needs is added by hand, after a look at what it does.
+family needs is added by hand, after a look at what it does. The project's own are those
+with a record (kernels/spec.py).
 """
 
 from __future__ import annotations
+
+from qpcompile.ir.operators import SPECS
 
 OPERATORS = frozenset(
     {
@@ -244,38 +247,6 @@ OPERATORS = frozenset(
         "aten::where.self",
         "aten::zeros.default",
         "aten::zeros_like.default",
-        "qpcompile::attention_kv4.default",
-        "qpcompile::attention_received.default",
-        "qpcompile::dpp_select.default",
-        "qpcompile::farthest_tokens.default",
-        "qpcompile::fuse_risk.default",
-        "qpcompile::hadamard.default",
-        "qpcompile::kronecker.default",
-        "qpcompile::kv4_read.default",
-        "qpcompile::kv4_write.default",
-        "qpcompile::kv8_read.default",
-        "qpcompile::kv8_write.default",
-        "qpcompile::layernorm_quantize.default",
-        "qpcompile::linear_w4a16.default",
-        "qpcompile::linear_w4a4.default",
-        "qpcompile::linear_w8a16.default",
-        "qpcompile::merge_tokens.default",
-        "qpcompile::pivot_tokens.default",
-        "qpcompile::quant_stub.default",
-        "qpcompile::quantization_risk.default",
-        "qpcompile::quantize_int4.default",
-        "qpcompile::quantize_int4_static.default",
-        "qpcompile::rmsnorm.default",
-        "qpcompile::rmsnorm_quantize.default",
-        "qpcompile::rope.default",
-        "qpcompile::segment_attention.default",
-        "qpcompile::select_tokens.default",
-        "qpcompile::silu_mul_quantize.default",
-        "qpcompile::simulate_kivi.default",
-        "qpcompile::simulate_qvlm.default",
-        "qpcompile::spread_tokens.default",
-        "qpcompile::text_relevance.default",
-        "qpcompile::token_scores.default",
         "transformers::grouped_mm_fallback.default",
     }
-)
+) | {f"{spec.rule.name}.default" for spec in SPECS}

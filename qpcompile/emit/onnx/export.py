@@ -33,38 +33,9 @@ from qpcompile.emit.onnx.weights import DATA, save_models
 from qpcompile.emit.onnx.wrap import Part, language, vision
 from qpcompile.errors import ExportError
 from qpcompile.files import sha256, staged_folder
-from qpcompile.ir import operators
+from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
-from qpcompile.kernels.attention_kv4.onnx import attention_kv4
-from qpcompile.kernels.attention_received.onnx import attention_received
-from qpcompile.kernels.dpp_select.onnx import dpp_select
-from qpcompile.kernels.farthest_tokens.onnx import farthest_tokens
-from qpcompile.kernels.fuse_risk.onnx import fuse_risk
-from qpcompile.kernels.hadamard.onnx import hadamard
-from qpcompile.kernels.kronecker.onnx import kronecker
-from qpcompile.kernels.kv4_read.onnx import kv4_read
-from qpcompile.kernels.kv4_write.onnx import kv4_write
-from qpcompile.kernels.kv8_read.onnx import kv8_read
-from qpcompile.kernels.kv8_write.onnx import kv8_write
-from qpcompile.kernels.layernorm_quantize.onnx import layernorm_quantize
-from qpcompile.kernels.linear_w4a4 import onnx as linear_w4a4
-from qpcompile.kernels.linear_w4a16 import onnx as linear_w4a16
 from qpcompile.kernels.linear_w4a16 import onnx_contrib
-from qpcompile.kernels.linear_w8a16.onnx import linear_w8a16
-from qpcompile.kernels.merge_tokens.onnx import merge_tokens
-from qpcompile.kernels.pivot_tokens.onnx import pivot_tokens
-from qpcompile.kernels.quantization_risk.onnx import quantization_risk
-from qpcompile.kernels.quantize_int4.onnx import quantize_int4
-from qpcompile.kernels.quantize_int4_static.onnx import quantize_int4_static
-from qpcompile.kernels.rmsnorm.onnx import rmsnorm
-from qpcompile.kernels.rmsnorm_quantize.onnx import rmsnorm_quantize
-from qpcompile.kernels.rope.onnx import rope
-from qpcompile.kernels.segment_attention.onnx import segment_attention
-from qpcompile.kernels.select_tokens.onnx import select_tokens
-from qpcompile.kernels.silu_mul_quantize.onnx import silu_mul_quantize
-from qpcompile.kernels.spread_tokens.onnx import spread_tokens
-from qpcompile.kernels.text_relevance.onnx import text_relevance
-from qpcompile.kernels.token_scores.onnx import token_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -72,38 +43,10 @@ if TYPE_CHECKING:
 
 # Every translation there is: torch's operators, then this project's own.
 TORCH = onnx_aten.table() | onnx_aten_shape.table()
-OWN = {
-    operators.ATTENTION_KV4: attention_kv4,
-    operators.ATTENTION_RECEIVED: attention_received,
-    operators.DPP_SELECT: dpp_select,
-    operators.FARTHEST_TOKENS: farthest_tokens,
-    operators.FUSE_RISK: fuse_risk,
-    operators.HADAMARD: hadamard,
-    operators.KRONECKER: kronecker,
-    operators.KV4_READ: kv4_read,
-    operators.KV4_WRITE: kv4_write,
-    operators.KV8_READ: kv8_read,
-    operators.KV8_WRITE: kv8_write,
-    operators.LAYERNORM_QUANTIZE: layernorm_quantize,
-    operators.LINEAR_W4A16: linear_w4a16.linear_w4a16,
-    operators.LINEAR_W4A4: linear_w4a4.linear_w4a4,
-    operators.LINEAR_W8A16: linear_w8a16,
-    operators.MERGE_TOKENS: merge_tokens,
-    operators.PIVOT_TOKENS: pivot_tokens,
-    operators.QUANTIZATION_RISK: quantization_risk,
-    operators.QUANTIZE_INT4: quantize_int4,
-    operators.QUANTIZE_INT4_STATIC: quantize_int4_static,
-    operators.RMSNORM: rmsnorm,
-    operators.RMSNORM_QUANTIZE: rmsnorm_quantize,
-    operators.ROPE: rope,
-    operators.SEGMENT_ATTENTION: segment_attention,
-    operators.SELECT_TOKENS: select_tokens,
-    operators.SILU_MUL_QUANTIZE: silu_mul_quantize,
-    operators.SPREAD_TOKENS: spread_tokens,
-    operators.TEXT_RELEVANCE: text_relevance,
-    operators.TOKEN_SCORES: token_scores,
-}
-LOWERINGS = (linear_w4a4.lower, linear_w4a16.lower)
+FORMS = {spec.overload: spec.onnx() for spec in SPECS if spec.onnx is not None}
+OWN = {overload: form.translation for overload, form in FORMS.items()}
+# No graph holds placeholders of two operators (a recipe has one number of bits of activations): any order will do.
+LOWERINGS = tuple(form.lower for form in FORMS.values() if form.lower is not None)
 CLEAN_UP = (InlinePass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
 PACKAGES = ("qpcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 

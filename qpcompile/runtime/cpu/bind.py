@@ -25,38 +25,11 @@ from torch import fx
 
 from qpcompile.errors import KernelError
 from qpcompile.ir.edit import calls, get_tensor, set_tensor
-from qpcompile.ir.operators import (
-    ATTENTION_KV4,
-    HADAMARD,
-    KRONECKER,
-    KV4_WRITE,
-    LAYERNORM_QUANTIZE,
-    LINEAR_W4A4,
-    LINEAR_W8A16,
-    QUANTIZE_INT4,
-    RMSNORM,
-    RMSNORM_QUANTIZE,
-    ROPE,
-    RULES,
-    SEGMENT_ATTENTION,
-    SILU_MUL_QUANTIZE,
-)
+from qpcompile.ir.operators import LINEAR_W4A4, SPECS
 from qpcompile.ir.program import DECODE, Graph, Program
-from qpcompile.kernels.attention_kv4.cpu import attention_kv4
-from qpcompile.kernels.hadamard.cpu import hadamard
-from qpcompile.kernels.kronecker.cpu import kronecker
-from qpcompile.kernels.kv4_write.cpu import kv4_write
-from qpcompile.kernels.layernorm_quantize.cpu import layernorm_quantize
-from qpcompile.kernels.linear_w4a4.cpu import linear_unpacked, linear_w4a4
+from qpcompile.kernels.linear_w4a4.cpu import linear_unpacked
 from qpcompile.kernels.linear_w4a4.packing import unpack_int4
-from qpcompile.kernels.linear_w8a16.cpu import linear_w8a16
 from qpcompile.kernels.native import library as native
-from qpcompile.kernels.quantize_int4.cpu import quantize_int4
-from qpcompile.kernels.rmsnorm.reference import rmsnorm
-from qpcompile.kernels.rmsnorm_quantize.cpu import rmsnorm_quantize
-from qpcompile.kernels.rope.cpu import rope
-from qpcompile.kernels.segment_attention.cpu import segment_attention
-from qpcompile.kernels.silu_mul_quantize.cpu import silu_mul_quantize
 from qpcompile.runtime.cpu.row_chains import join_rows
 from qpcompile.runtime.cpu.tape import TapedDecode
 from qpcompile.runtime.cpu.torch_operators import FASTER
@@ -66,18 +39,7 @@ from qpcompile.runtime.residual_epilogue import join_residuals
 # What these operators do on the CPU; the way through torch's dispatcher costs as much as a kernel on one token.
 KERNELS: dict[Any, Callable[..., Any]] = {
     **FASTER,
-    ATTENTION_KV4: attention_kv4,
-    HADAMARD: hadamard,
-    KRONECKER: kronecker,
-    KV4_WRITE: kv4_write,
-    LAYERNORM_QUANTIZE: layernorm_quantize,
-    LINEAR_W8A16: linear_w8a16,
-    QUANTIZE_INT4: quantize_int4,
-    RMSNORM: RULES[RMSNORM].checked(rmsnorm),
-    RMSNORM_QUANTIZE: rmsnorm_quantize,
-    ROPE: rope,
-    SEGMENT_ATTENTION: segment_attention,
-    SILU_MUL_QUANTIZE: silu_mul_quantize,
+    **{spec.overload: spec.cpu for spec in SPECS if spec.cpu is not None},
 }
 Codes = dict[int, torch.Tensor]
 UNFIT = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError)
@@ -132,13 +94,12 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
     if elsewhere:
         module.recompile()
         return bound
-    for node in list(calls(bound, LINEAR_W4A4)):
-        if native.available():
-            node.target = linear_w4a4
-        elif node.args[2].op == "get_attr":  # type: ignore[union-attr]
-            _unpack(module, node, codes)
     if native.available():
         join_rows(bound)
+    else:
+        for node in list(calls(bound, LINEAR_W4A4)):
+            if node.args[2].op == "get_attr":  # type: ignore[union-attr]
+                _unpack(module, node, codes)
     for node in calls(bound, *KERNELS):
         node.target = KERNELS[node.target]
     own.eliminate_dead_code()

@@ -24,20 +24,18 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpcompile.ir.edit import aten, get_tensor, is_call
+from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import Graph
 from qpcompile.ir.sizes import value_type
 from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import target_text, value_types
 from qpcompile.kernels.attention_kv4.cpu import attention_kv4
-from qpcompile.kernels.kv4_write.cpu import kv4_write
-from qpcompile.kernels.linear_w4a4.cpu import linear_w4a4
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.native.tape import Tape
-from qpcompile.kernels.rope.cpu import rope
 from qpcompile.runtime.cpu.row_chains import IS_ROWS
 from qpcompile.runtime.growing_cache import GrowingCaches
 
-KERNELS: tuple[Any, ...] = (attention_kv4, kv4_write, linear_w4a4, rope)
+KERNELS: tuple[Any, ...] = tuple(spec.cpu for spec in SPECS if spec.taped)
 VIEWS: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.unsqueeze.default)
 COMPUTES_NOTHING = frozenset({"empty", "view", "transpose", "unsqueeze", "expand", "slice", "alias", "as_strided"})
 """Operators of torch that make room for numbers, or look at them in another way."""
