@@ -1,39 +1,19 @@
-"""All pruning methods by the name a recipe gives them."""
+"""All pruning methods by the name a recipe gives them: METHODS of each file in methods/."""
 
 from __future__ import annotations
 
-from qpcompile.pruning.methods.cdpruner import CdPruner
-from qpcompile.pruning.methods.dart import Dart
-from qpcompile.pruning.methods.divprune import DivPrune
-from qpcompile.pruning.methods.fastv import FastV
-from qpcompile.pruning.methods.joint import Joint
-from qpcompile.pruning.methods.prumerge import PruMergePlus
-from qpcompile.pruning.methods.pyramid_drop import PyramidDrop
-from qpcompile.pruning.methods.quota import Quota
-from qpcompile.pruning.methods.random_tokens import RandomTokens
-from qpcompile.pruning.methods.sparse_vlm import SparseVLM
-from qpcompile.pruning.methods.trim import Trim
-from qpcompile.pruning.methods.visionzip import VisionZip
-from qpcompile.pruning.methods.withdraw import Withdraw
+import pkgutil
+from importlib import import_module
+
+import qpcompile.pruning.methods as methods
 from qpcompile.pruning.pruner import Pruner
 
-PRUNERS: dict[str, Pruner] = {
-    # In the decoder, behind the layers of a schedule.
-    "quota": Quota(),
-    "random": RandomTokens(),
-    "fastv": FastV(),
-    "pyramiddrop": PyramidDrop(),
-    "sparsevlm": SparseVLM(),
-    "vtw": Withdraw(),
-    "dart": Dart(),
-    # Both.
-    "joint": Joint(),
-    # Before the decoder.
-    "random_input": RandomTokens(before_decoder=True),
-    "visionzip": VisionZip(),
-    "prumerge_plus": PruMergePlus(),
-    "cdpruner": CdPruner(),
-    "qapruner": CdPruner(risk=True),
-    "divprune": DivPrune(),
-    "trim": Trim(),
-}
+
+def read_methods() -> dict[str, Pruner]:
+    """The methods of all files, sorted by file."""
+    names = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
+    modules = [import_module(f"{methods.__name__}.{name}") for name in names]
+    return {name: pruner for module in modules for name, pruner in module.METHODS.items()}
+
+
+PRUNERS: dict[str, Pruner] = read_methods()

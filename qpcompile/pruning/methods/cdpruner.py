@@ -17,7 +17,7 @@ from torch import fx
 
 from qpcompile.ir.operators import DPP_SELECT
 from qpcompile.pruning.before_decoder import BeforeDecoder, counted_tokens, text_relevance
-from qpcompile.pruning.pruner import Point
+from qpcompile.pruning.pruner import Point, Pruner
 from qpcompile.pruning.risk import fuse_risk
 
 
@@ -34,3 +34,6 @@ class CdPruner(BeforeDecoder):
             relevance = fuse_risk(point, relevance, minmax=False)
         budget = point.share(point.visual)
         return point.only_visual(point.call(DPP_SELECT, point.hidden(), relevance, counted_tokens(point), budget))
+
+
+METHODS: dict[str, Pruner] = {"cdpruner": CdPruner(), "qapruner": CdPruner(risk=True)}

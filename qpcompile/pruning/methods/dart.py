@@ -13,7 +13,7 @@ from torch import fx
 
 from qpcompile.ir.operators import PIVOT_TOKENS
 from qpcompile.ir.program import Program
-from qpcompile.pruning.pruner import Point, Schedule, one_layer
+from qpcompile.pruning.pruner import Point, Pruner, Schedule, one_layer
 from qpcompile.recipe.recipe import Recipe
 
 SECOND_LAYER = 1
@@ -47,3 +47,6 @@ class Dart:
             self.text_pivots,
         )
         return point.only_visual(chosen)
+
+
+METHODS: dict[str, Pruner] = {"dart": Dart()}

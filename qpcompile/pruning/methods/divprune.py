@@ -8,7 +8,7 @@ from torch import fx
 
 from qpcompile.ir.operators import FARTHEST_TOKENS
 from qpcompile.pruning.before_decoder import BeforeDecoder, counted_tokens
-from qpcompile.pruning.pruner import Point
+from qpcompile.pruning.pruner import Point, Pruner
 
 
 @dataclass(frozen=True)
@@ -19,3 +19,6 @@ class DivPrune(BeforeDecoder):
         """Earlier picks are higher."""
         budget = point.share(point.visual)
         return point.only_visual(point.call(FARTHEST_TOKENS, point.hidden(), counted_tokens(point), budget))
+
+
+METHODS: dict[str, Pruner] = {"divprune": DivPrune()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from qpcompile.ir.program import Program
-from qpcompile.pruning.pruner import Point, Schedule, one_layer
+from qpcompile.pruning.pruner import Point, Pruner, Schedule, one_layer
 from qpcompile.pruning.queries import attention_from, last
 from qpcompile.recipe.recipe import Recipe
 
@@ -34,3 +34,6 @@ class FastV:
     def scores(self, point: Point) -> fx.Node:
         """Attention from the last token, in the layer in front of the cut."""
         return attention_from(point, last(point), point.attention())
+
+
+METHODS: dict[str, Pruner] = {"fastv": FastV()}

@@ -43,3 +43,6 @@ class Joint:
         if point.layer == INPUT:
             return self.in_front.scores(point)
         return attention_from(point, QUERIES[point.recipe.tokens.queries](point), point.attention())
+
+
+METHODS: dict[str, Pruner] = {"joint": Joint()}

@@ -20,7 +20,7 @@ from qpcompile.ir.edit import aten
 from qpcompile.ir.operators import MERGE_TOKENS
 from qpcompile.ir.program import Program
 from qpcompile.pruning.methods.visionzip import spread_scores
-from qpcompile.pruning.pruner import INPUT, Point, Schedule
+from qpcompile.pruning.pruner import INPUT, Point, Pruner, Schedule
 from qpcompile.pruning.tower import add_tower_outputs
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import VISUAL_KEYS, VISUAL_SCORES
@@ -58,3 +58,6 @@ class PruMergePlus:
         total = point.call(aten.sum.dim_IntList, counted, [1], True)
         shares = point.call(aten.div.Tensor, counted, point.call(aten.clamp_min.default, total, 1e-12))
         return point.call(MERGE_TOKENS, point.hidden(), keys, shares, stays, visual, NEIGHBOURS)
+
+
+METHODS: dict[str, Pruner] = {"prumerge_plus": PruMergePlus()}

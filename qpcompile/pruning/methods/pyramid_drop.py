@@ -20,7 +20,7 @@ from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, is_call, layer_of
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.rematerialize import needed_for, readers_of
-from qpcompile.pruning.pruner import Point, Schedule, attention_node, cut_layers, layers_after
+from qpcompile.pruning.pruner import Point, Pruner, Schedule, attention_node, cut_layers, layers_after
 from qpcompile.pruning.queries import attention_from, last
 from qpcompile.recipe.recipe import Recipe
 
@@ -67,3 +67,6 @@ class PyramidDrop:
     def scores(self, point: Point) -> fx.Node:
         """Attention from the last token, in the layer behind the cut."""
         return attention_from(point, last(point), point.attention(point.layer + 1))
+
+
+METHODS: dict[str, Pruner] = {"pyramiddrop": PyramidDrop()}

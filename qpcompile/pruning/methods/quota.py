@@ -15,7 +15,7 @@ from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
 from qpcompile.pruning.budget import candidate_layers, drop_shares, keep_ratios, normalize_sensitivity, sensitivity
-from qpcompile.pruning.pruner import Point, Schedule, cut_layers
+from qpcompile.pruning.pruner import Point, Pruner, Schedule, cut_layers
 from qpcompile.pruning.queries import QUERIES
 from qpcompile.pruning.risk import with_risk
 from qpcompile.recipe.plan import Sensitivity
@@ -130,3 +130,6 @@ def _profiled(program: Program) -> tuple[int, ...]:
         tail_fraction=tokens.tail_fraction,
         max_candidates=tokens.max_candidates,
     )
+
+
+METHODS: dict[str, Pruner] = {"quota": Quota()}

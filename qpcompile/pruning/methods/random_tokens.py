@@ -10,7 +10,7 @@ from torch import fx
 from qpcompile.ir.edit import aten
 from qpcompile.ir.program import Program
 from qpcompile.pruning.methods.quota import sensitivity_schedule
-from qpcompile.pruning.pruner import INPUT, Point, Schedule
+from qpcompile.pruning.pruner import INPUT, Point, Pruner, Schedule
 from qpcompile.recipe.recipe import Recipe
 
 PRIME, FACTOR = 1048573, 2654435761
@@ -49,3 +49,6 @@ class RandomTokens:
 def _modulo(point: Point, left: fx.Node, right: fx.Node | int) -> fx.Node:
     """left * right modulo the largest prime below 2^20, which float32 holds exactly."""
     return point.call(aten.remainder.Scalar, point.call(aten.mul.Tensor, left, right), PRIME)
+
+
+METHODS: dict[str, Pruner] = {"random": RandomTokens(), "random_input": RandomTokens(before_decoder=True)}

@@ -17,7 +17,7 @@ import numpy as np
 from torch import fx
 
 from qpcompile.ir.program import Program
-from qpcompile.pruning.pruner import Point, Schedule, cut_layers, layers_after
+from qpcompile.pruning.pruner import Point, Pruner, Schedule, cut_layers, layers_after
 from qpcompile.pruning.queries import attention_from, raters
 from qpcompile.recipe.recipe import Recipe
 
@@ -51,3 +51,6 @@ def list_ratios(keep: float, cuts: int) -> tuple[float, ...]:
     places = np.linspace(0, len(known) - 1, cuts) if cuts > 1 else [len(known) - 1]
     ratios = [float(np.interp(place, range(len(known)), known)) for place in places]
     return (*ratios[:-1], keep)
+
+
+METHODS: dict[str, Pruner] = {"sparsevlm": SparseVLM()}

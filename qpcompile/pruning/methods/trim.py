@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from qpcompile.pruning.before_decoder import BeforeDecoder, text_relevance
-from qpcompile.pruning.pruner import Point
+from qpcompile.pruning.pruner import Point, Pruner
 
 
 @dataclass(frozen=True)
@@ -22,3 +22,6 @@ class Trim(BeforeDecoder):
     def scores(self, point: Point) -> fx.Node:
         """The relevance itself."""
         return point.only_visual(text_relevance(point))
+
+
+METHODS: dict[str, Pruner] = {"trim": Trim()}

@@ -19,7 +19,7 @@ from qpcompile.ir.edit import aten
 from qpcompile.ir.operators import MERGE_TOKENS, SPREAD_TOKENS
 from qpcompile.ir.program import Program
 from qpcompile.pruning.before_decoder import counted_tokens
-from qpcompile.pruning.pruner import INPUT, Point, Schedule
+from qpcompile.pruning.pruner import INPUT, Point, Pruner, Schedule
 from qpcompile.pruning.risk import with_risk
 from qpcompile.pruning.tower import add_tower_outputs
 from qpcompile.recipe.recipe import Recipe
@@ -67,3 +67,6 @@ def spread_scores(point: Point, share: float) -> fx.Node:
         share if asked is None else asked,
     )
     return point.only_visual(marks)
+
+
+METHODS: dict[str, Pruner] = {"visionzip": VisionZip()}

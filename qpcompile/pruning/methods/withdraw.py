@@ -16,7 +16,7 @@ from torch import fx
 from qpcompile.errors import PlanError
 from qpcompile.ir.edit import aten
 from qpcompile.ir.program import Program
-from qpcompile.pruning.pruner import Point, Schedule, one_layer
+from qpcompile.pruning.pruner import Point, Pruner, Schedule, one_layer
 from qpcompile.recipe.recipe import Recipe
 
 
@@ -51,3 +51,6 @@ class Withdraw:
         """All visual tokens alike: none stays."""
         nothing = point.call(aten.to.dtype, point.visual, torch.float32)
         return point.only_visual(nothing)
+
+
+METHODS: dict[str, Pruner] = {"vtw": Withdraw()}
