@@ -33,9 +33,9 @@ SPECIAL = [IMAGE, VIDEO, VISION_START, VISION_END]
 TYPES = ("token_type_ids", "mm_token_type_ids")
 Answer = tuple[torch.Tensor, torch.Tensor]
 
-# By default the two that are least alike: positions of three axes and features added inside the decoder; windows and a
-# picture that attends both ways. Plain ones are in test_promises.py, the others with -m slow.
-KINDS = ("qwen3_vl", "gemma3")
+# By default the one with most of its own: positions of three axes, features added inside the decoder. Plain ones are in
+# test_promises.py, the others with -m slow.
+KINDS = ("qwen3_vl",)
 ALL = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 
 

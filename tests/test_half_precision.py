@@ -12,14 +12,18 @@ import qpcompile
 
 
 @pytest.mark.families
-def test_bfloat16_is_compiled_saved_and_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings", [["quantize.transform=hadamard"], pytest.param([], marks=pytest.mark.slow, id="trained")]
+)
+def test_bfloat16_is_compiled_saved_and_answers(settings: list[str], tmp_path: Path) -> None:
     model, cases = llava()
     model = model.bfloat16()
     cases = {
         name: {key: value.bfloat16() if value.is_floating_point() else value for key, value in case.items()}
         for name, case in cases.items()
     }
-    compiled = qpcompile.compile(model, "w4a4kv4", calibration=[cases["one"], cases["longer"]])
+    recipe = qpcompile.Recipe.load("w4a4kv4").with_overrides(settings)
+    compiled = qpcompile.compile(model, recipe, calibration=[cases["one"], cases["longer"]])
     assert compiled.dtype == torch.bfloat16
     assert {site.kernel for site in compiled.plan.sites if site.weight_bits == 4} == {"qpcompile::linear_w4a4"}
     compiled.save_pretrained(tmp_path / "out")

@@ -97,7 +97,8 @@ def test_stopped_anywhere_it_ends_the_same(
 
 def test_what_was_solved_is_not_solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, cases, _ = captured()
-    recipe = changed_recipe("w4a4kv4", "quantize.activations.clip_search=false")
+    keys = ("quantize.activations.clip_search=false", "quantize.transform=hadamard")
+    recipe = changed_recipe("w4a4kv4", *keys)
     samples = [cases["one"]]
     first = qpcompile.compile(model, recipe, calibration=samples, resume=tmp_path / "progress")
 

@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_what_a_row_holds(folder: Path) -> None:
     rows = list(RowFolder(folder).rows.values())
     full = next(row for row in rows if row.recipe is None)
@@ -58,6 +59,7 @@ def test_what_a_row_holds(folder: Path) -> None:
         assert row.versions.keys() == {"qpcompile", "torch", "transformers"} and row.plan["cuts"]
 
 
+@pytest.mark.slow
 def test_files_say_the_same(folder: Path) -> None:
     rows = RowFolder(folder).rows
     assert {row["id"] for row in json.loads((folder / "rows.json").read_text())} == set(rows)
@@ -68,6 +70,7 @@ def test_files_say_the_same(folder: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examiner_module, "evaluate", lambda *_, **__: pytest.fail("computed again"))
     rows = recipe_rows(Examiner(MODEL, exam(), DATA, RowFolder(folder)), ["quota-30"], FAST, [1, 0])
@@ -93,6 +96,7 @@ def test_an_id_depends_on_all_that_matters(tmp_path: Path) -> None:
     assert Examiner(str(elsewhere), exam(), DATA).id(recipe) == here.id(recipe)
 
 
+@pytest.mark.slow
 def test_a_half_written_row_is_no_row(folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     rows.mkdir()

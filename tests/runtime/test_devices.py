@@ -21,7 +21,7 @@ CHANGES = ["quantize.weights.solver=rtn", "quantize.transform=hadamard", "tokens
 Calls = list[tuple[Graph, dict[str, torch.Tensor]]]
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def compiled(request: pytest.FixtureRequest) -> tuple[CompiledVLM, Calls]:
     """A model with cuts and a 4-bit cache, and one call of each of its graphs."""
     model, cases = {"llava": llava, "qwen2_5_vl": qwen2_5_vl}[request.param]()
