@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from qpcompile.calibration.collect import collect
-from qpcompile.calibration.statistics import Calibration
+from qpcompile.calibration.statistics import CALIBRATION, Calibration
 from qpcompile.ir.program import Program
 
 
@@ -27,10 +27,10 @@ class Calibrate:
     gives: ClassVar[str] = "calibrated"
 
     def run(self, program: Program) -> bool:
-        """Fills `program.facts["calibration"]`; the graphs stay as they are."""
+        """Fills `program.measured[CALIBRATION]`; the graphs stay as they are."""
         scheme = program.recipe.quantize
         if scheme is None or scheme.weights.bits == 16 or not self.count:
-            program.facts["calibration"] = Calibration()
+            program.measured[CALIBRATION] = Calibration()
         else:
-            program.facts["calibration"] = collect(program, self.samples, self.count, self.name)
+            program.measured[CALIBRATION] = collect(program, self.samples, self.count, self.name)
         return False

@@ -21,6 +21,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, layer_of, tidy
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB
@@ -47,7 +48,7 @@ class FoldTransforms:
         # Prefill and decode have one owner and one set of weights: what prefill finds holds for both.
         for owner in dict.fromkeys(graph.owner for graph in graphs):
             owned = [graph for graph in graphs if graph.owner == owner]
-            basis = change_basis(owned, scheme, program.facts["calibration"])
+            basis = change_basis(owned, scheme, program.measured[CALIBRATION])
             for graph in owned:
                 changed |= _apply(graph, basis, scheme.kv_cache.bits != 16 and scheme.kv_cache.rotate)
         return changed

@@ -29,6 +29,7 @@ from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import value as fake_value
 from qpcompile.progress import track
+from qpcompile.pruning.budget import DEVIATIONS
 from qpcompile.quantization.fake_quant import StubRounding
 from qpcompile.recipe.plan import LayerFacts
 from qpcompile.runtime.machine import Machine, execute_graph
@@ -45,9 +46,9 @@ class MeasureSensitivity:
     gives: ClassVar[str] = "transformed"
 
     def run(self, program: Program) -> bool:
-        """Fills `program.facts["deviations"]` and `program.plan.facts`; nothing to do where no token is dropped
+        """Fills `program.measured[DEVIATIONS]` and `program.plan.facts`; nothing to do where no token is dropped
         or an earlier compile has measured."""
-        if program.recipe.tokens.method == "none" or not self.count or "deviations" in program.facts:
+        if program.recipe.tokens.method == "none" or not self.count or DEVIATIONS in program.measured:
             return False
         layers = [layer.index for layer in program.layers]
         table = {layer: LayerRows() for layer in layers}
@@ -70,7 +71,7 @@ class MeasureSensitivity:
                         program.checkpoint.save(self.name, {}, {"samples": number + 1, "layers": facts})
                 step()
         machine.execute = execute_graph  # the host keeps the machine: what this pass holds goes
-        program.facts["deviations"] = {layer: rows.deviations for layer, rows in table.items()}
+        program.measured[DEVIATIONS] = {layer: rows.deviations for layer, rows in table.items()}
         program.plan = program.plan.changed(facts=tuple(rows.facts(layer) for layer, rows in table.items()))
         return False
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qpcompile.calibration.statistics import Calibration
+from qpcompile.calibration.statistics import CALIBRATION, Calibration
 from qpcompile.errors import CalibrationError, RecipeError
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.edit import add_tensor, aten, before_cast, call, calls, drop_tensor, get_tensor, is_call, tidy
@@ -50,7 +50,7 @@ class QuantizeWeights:
             return False
         sites: dict[str, dict[str, Site]] = {name: {} for name in program.graphs}
         quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-        calibration, places = program.facts["calibration"], _places(program)
+        calibration, places = program.measured[CALIBRATION], _places(program)
         with track("quantize_weights", sum(map(len, places.values()))) as step:
             for readers in places.values():
                 # In prefill and decode at once: then the wide weight is gone.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from qpcompile.calibration.collect import collect
+from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.ir.program import Program
 
 
@@ -28,12 +29,12 @@ class Recalibrate:
     gives: ClassVar[str] = "cut"
 
     def run(self, program: Program) -> bool:
-        """Replaces `program.facts["calibration"]`; the graphs stay as they are."""
+        """Replaces `program.measured[CALIBRATION]`; the graphs stay as they are."""
         scheme = program.recipe.quantize
         if scheme is None or scheme.weights.bits == 16 or not self.count or not program.plan.cuts:
             return False
         if program.recipe.recalibrates:
-            ratios = program.facts["calibration"].ratios
-            program.facts["calibration"] = collect(program, self.samples, self.count, self.name)
-            program.facts["calibration"].ratios = ratios
+            ratios = program.measured[CALIBRATION].ratios
+            program.measured[CALIBRATION] = collect(program, self.samples, self.count, self.name)
+            program.measured[CALIBRATION].ratios = ratios
         return False

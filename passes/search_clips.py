@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from qpcompile.calibration.statistics import InputStatistics
+from qpcompile.calibration.statistics import CALIBRATION, InputStatistics
 from qpcompile.ir.edit import calls, get_tensor
 from qpcompile.ir.node_facts import set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
@@ -42,7 +42,7 @@ class SearchClips:
         scheme = program.recipe.quantize
         if scheme is None or not scheme.activations.clip_search or 16 in (scheme.weights.bits, scheme.activations.bits):
             return False
-        inputs, found = program.facts["calibration"].inputs, dict[str, float]()
+        inputs, found = program.measured[CALIBRATION].inputs, dict[str, float]()
         for graph in program.graphs.values():
             for stub in list(calls(graph, QUANT_STUB)):
                 fact = stub_fact(stub)

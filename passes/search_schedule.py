@@ -33,7 +33,7 @@ from qpcompile.passes.insert_token_cuts import cut_prefill
 from qpcompile.progress import track
 from qpcompile.pruning.budget import DENOMINATOR, ratio_fraction
 from qpcompile.pruning.methods.joint import Joint
-from qpcompile.pruning.schedules import Shares, cut_layers_of, schedules
+from qpcompile.pruning.schedules import SCHEDULE, Shares, cut_layers_of, schedules
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.quantization.fake_quant import StubRounding
 from qpcompile.recipe.plan import Cut
@@ -57,9 +57,9 @@ class SearchSchedule:
     gives: ClassVar[str] = "transformed"
 
     def run(self, program: Program) -> bool:
-        """Fills `program.facts["schedule"]`; the graphs stay as they are."""
+        """Fills `program.measured[SCHEDULE]`; the graphs stay as they are."""
         tokens = program.recipe.tokens
-        if tokens.method == "none" or not isinstance(PRUNERS[tokens.method], Joint) or "schedule" in program.facts:
+        if tokens.method == "none" or not isinstance(PRUNERS[tokens.method], Joint) or SCHEDULE in program.measured:
             return False
         if tokens.keep_of != "mean":
             raise PlanError(
@@ -82,7 +82,7 @@ class SearchSchedule:
                         program.checkpoint.save(self.name, {}, facts)
                 step()
         trials.machine.execute = execute_graph  # the host keeps the machine: what this pass holds goes
-        program.facts["schedule"] = trials.best()
+        program.measured[SCHEDULE] = trials.best()
         # Graphs of trials are cycles, which would hold weights that later passes replace.
         del trials
         gc.collect()

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from qpcompile.calibration.statistics import Calibration
+from qpcompile.calibration.statistics import CALIBRATION, Calibration
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, set_tensor, tidy
 from qpcompile.ir.node_facts import QuantizedFact, set_fact, stub_fact
@@ -46,7 +46,7 @@ class SimulateQvlm:
             for stub in list(calls(graph, QUANT_STUB)):
                 fact = stub_fact(stub)
                 if fact is not None and fact.role == "activation":
-                    sites += _replace(graph, stub, fact.site, program.facts["calibration"], rounded)
+                    sites += _replace(graph, stub, fact.site, program.measured[CALIBRATION], rounded)
             tidy(graph)
         program.plan = program.plan.changed(sites=(*program.plan.sites, *sites))
         return bool(sites)

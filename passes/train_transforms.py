@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from qpcompile.calibration.batches import batches
 from qpcompile.calibration.blocks import Block, Values, split_blocks
 from qpcompile.calibration.collect import run_sample
-from qpcompile.calibration.statistics import Calibration, InputStatistics
+from qpcompile.calibration.statistics import CALIBRATION, Calibration, InputStatistics
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.edit import aten, before_cast, calls, get_tensor, is_call, set_tensor
 from qpcompile.ir.heap import trim
@@ -106,7 +106,7 @@ def _train_graph(program: Program, graph: Graph, fed: list[_Batch], scheme: Quan
         for block in blocks:
             with torch.no_grad():
                 behind = [block.run(batch.values) for batch in fed]
-            training = _Training(graph, block, scheme, program.facts["calibration"])
+            training = _Training(graph, block, scheme, program.measured[CALIBRATION])
             if training.sites and block.results:
                 before, after = training.restore(program.checkpoint) or training.run(program.checkpoint, fed, behind)
                 if after < before:

@@ -30,7 +30,7 @@ from qpcompile.emit.artifact.template.chat_template import check_processor
 from qpcompile.emit.artifact.tokenizer_file import check_tokenizer
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.pass_manager import Step, run_passes
+from qpcompile.ir.pass_manager import STEPS, Step, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import check_layers
@@ -103,13 +103,14 @@ def compile_captured(
     """All passes that have not run yet, by the recipe that `program` holds; it becomes the compiled model's own."""
     check_layers(program.recipe, len(program.layers))
     listed = passes(samples or (), len(samples) if samples else 0)
-    steps = program.facts.setdefault("steps", [])
+    steps = [*(program.measured.get(STEPS) or ())]
     for item in listed:
         if item.name not in program.history:
             steps += run_passes(program, [item], after)
         if item.gives == "canonical":
             # Traces, and graphs that were replaced, are cycles: they would hold weights that later passes replace.
             gc.collect()
+    program.measured[STEPS] = steps
     # The passes have walked over the samples: their digest is known by now.
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
     program.plan = program.plan.changed(calibration=used, versions=package_versions())

@@ -14,7 +14,7 @@ from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from qpcompile.calibration.statistics import Calibration, InputStatistics
+from qpcompile.calibration.statistics import CALIBRATION, Calibration, InputStatistics
 from qpcompile.capture.capture import capture
 from qpcompile.ir.edit import calls, clone, get_tensor
 from qpcompile.ir.node_facts import stub_fact
@@ -127,7 +127,7 @@ def stubbed(*graphs: Graph, recipe: Recipe, layers: int = 1) -> Program:
                 rows = torch.randn(64, int(stub.meta["val"].shape[-1]), generator=made)
                 found.inputs[fact.site] = InputStatistics.empty(rows.shape[1], moments=True)
                 found.inputs[fact.site].add(rows * torch.linspace(0.2, 3, rows.shape[1]))
-    program.facts["calibration"] = found
+    program.measured[CALIBRATION] = found
     program.stage = "calibrated"
     return program
 

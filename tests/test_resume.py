@@ -13,6 +13,7 @@ import torch
 from programs import captured, changed_recipe, fresh
 
 import qpcompile
+from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.errors import OutputError
 from qpcompile.ir import checkpoint as checkpoints
 from qpcompile.ir.checkpoint import Checkpoint
@@ -149,7 +150,7 @@ def test_deleted_statistics_are_measured_again(tmp_path: Path) -> None:
         program = fresh(changed_recipe("w4a4kv4", "quantize.scaling=mbq", "quantize.smooth=null"))
         program.checkpoint = checkpoint
         run_passes(program, passes(Stopping(), COUNT)[:3])
-        inputs = program.facts["calibration"].inputs
+        inputs = program.measured[CALIBRATION].inputs
         return {f"{site} {name}": each for site, found in inputs.items() for name, each in found.tensors().items()}
 
     whole = calibrated(Checkpoint.open(tmp_path, "key"))

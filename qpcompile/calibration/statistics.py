@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qpcompile.calibration.tensor_file import TensorFile
+from qpcompile.ir.measurements import Measurement
 
 # Tokens of each site that are kept as they are, to try roundings on.
 ROWS = 512
@@ -195,3 +196,6 @@ class Calibration:
     inputs: Shelf = field(default_factory=Shelf)
     ratios: dict[str, float] = field(default_factory=dict)
     samples: int = 0
+
+
+CALIBRATION: Measurement[Calibration] = Measurement("calibration")

@@ -17,6 +17,7 @@ from qpcompile.inspect.layer_nodes import layer_names, layer_nodes, layer_text
 from qpcompile.inspect.overlay import Overlay, Sample, overlays
 from qpcompile.inspect.schedule import profile_svg, schedule_svg
 from qpcompile.inspect.tables import error_tables, left_out_rows, pass_rows, settings, site_rows
+from qpcompile.ir.pass_manager import STEPS
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.recipe.plan import Plan
@@ -55,7 +56,7 @@ def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: s
     """The page's text; `drawn` holds the samples with what was kept of them."""
     program, config = machine.program, machine.host.config
     plan = program.plan
-    steps = program.facts.get("steps")
+    steps = program.measured.get(STEPS)
     sites = site_rows(plan.sites)
     errors = [row.site.error for row in sites if row.site.error is not None]
     visual, known = _visual_tokens(config, drawn)

@@ -11,6 +11,7 @@ import torch
 
 from qpcompile.errors import InvariantError
 from qpcompile.ir.heap import trim
+from qpcompile.ir.measurements import Measurement
 from qpcompile.ir.program import STAGES, Program
 from qpcompile.ir.verify import verify
 
@@ -39,6 +40,9 @@ class Step:
     after: dict[str, dict[str, int]]
 
 
+STEPS: Measurement[list[Step]] = Measurement("steps")
+
+
 def run_passes(
     program: Program, passes: Sequence[Pass], after: Callable[[Step, Program], None] | None = None
 ) -> list[Step]:
@@ -56,7 +60,11 @@ def run_passes(
                 do="put the passes in the order of qpcompile/pass_list.py",
             )
         before = operator_counts(program)
-        modified = item.run(program)
+        try:
+            modified = item.run(program)
+        except Exception as error:
+            error.add_note(f"in the pass {item.name}, after {', '.join(program.history) or 'capture'}")
+            raise
         trim()
         program.history.append(item.name)
         program.stage = max(program.stage, item.gives, key=STAGES.index)

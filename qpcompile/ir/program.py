@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from qpcompile.ir.checkpoint import Checkpoint
+from qpcompile.ir.measurements import Measurements
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 
@@ -87,7 +88,7 @@ class Program:
     recipe: Recipe
     plan: Plan
     stage: str = "captured"
-    facts: dict[str, Any] = field(default_factory=dict)
+    measured: Measurements = field(default_factory=Measurements)
     history: list[str] = field(default_factory=list)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 

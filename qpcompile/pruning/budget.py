@@ -21,10 +21,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qpcompile.errors import PlanError
+from qpcompile.ir.measurements import Measurement
 
 # A ratio is stored in millionths: a graph can multiply and divide it in int64 for up to 9e12 visual tokens, and
 # ten-thousandths would already miss one of the paper's counts (230.009 of 576 is 231 tokens).
 DENOMINATOR = 1_000_000
+
+DEVIATIONS: Measurement[dict[int, list[float]]] = Measurement("deviations")
+"""Of each layer, one number for each calibration sample."""
 
 
 def relative_deviation(quantized: ArrayLike, full: ArrayLike, eta: float = 1e-6) -> float:

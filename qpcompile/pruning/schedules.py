@@ -16,8 +16,10 @@ from math import floor
 import numpy as np
 
 from qpcompile.errors import PlanError
+from qpcompile.ir.measurements import Measurement
 
 Shares = tuple[float, ...]
+SCHEDULE: Measurement[Shares] = Measurement("schedule")
 
 HEADS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 PLACES = 8

@@ -12,6 +12,8 @@ from PIL import Image
 
 from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import OutputError
+from qpcompile.ir.measurements import Measurements
+from qpcompile.ir.pass_manager import STEPS
 from qpcompile.ir.program import Program
 
 VOID = {"meta", "br", "img", "link", "hr", "image"}
@@ -66,7 +68,7 @@ def test_every_decision_is_on_the_page(page: str, compiled: CompiledVLM) -> None
         assert f"<code>{site.name}</code>" in page and f"<code>{site.kernel}</code>" in page
     for place in plan.left_out:
         assert place.reason in page
-    for step in compiled.program.facts["steps"]:
+    for step in compiled.program.measured[STEPS]:
         assert f"<code>{step.name}</code>" in page
     for cut in plan.cuts:
         assert f"{cut.numerator} / {cut.denominator}" in page
@@ -84,7 +86,7 @@ def test_loaded_model_says_what_is_not_known(
     compiled: CompiledVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program: Program = compiled.program
-    monkeypatch.setattr(program, "facts", {})
+    monkeypatch.setattr(program, "measured", Measurements())
     compiled.report(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "loaded from an artifact" in text and "<code>fuse_kernels</code>" in text

@@ -11,7 +11,7 @@ import torch
 from families import Inputs
 from programs import captured, changed_recipe, fresh
 
-from qpcompile.calibration.statistics import Calibration
+from qpcompile.calibration.statistics import CALIBRATION, Calibration
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
@@ -60,7 +60,7 @@ def test_statistics_are_those_of_the_model(apply: Apply) -> None:
     samples = [cases["one"], cases["longer"]]
     program = marked()
     assert not apply(program, Calibrate(samples, 2))
-    found = program.facts["calibration"]
+    found = program.measured[CALIBRATION]
     assert found.samples == 2
     for site, rows in eager_inputs(samples).items():
         statistics = found.inputs[site]
@@ -86,14 +86,14 @@ def test_samples_are_streamed(apply: Apply) -> None:
     program = marked("quantize.weights.solver=rtn")
     Calibrate(stream, 2).run(program)
     assert stream.taken == 2
-    assert all(statistics.moments is None for statistics in program.facts["calibration"].inputs.values())
+    assert all(statistics.moments is None for statistics in program.measured[CALIBRATION].inputs.values())
 
 
 @pytest.mark.parametrize("recipe", ["none", "prune-30"])
 def test_nothing_to_do(apply: Apply, recipe: str) -> None:
     program = marked(recipe=recipe)
     assert not apply(program, Calibrate([], 0))
-    assert program.facts["calibration"] == Calibration()
+    assert program.measured[CALIBRATION] == Calibration()
 
 
 def test_refusals() -> None:

@@ -18,6 +18,7 @@ from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.passes.measure_sensitivity import LayerRows, MeasureSensitivity
+from qpcompile.pruning.budget import DEVIATIONS
 
 Apply = Callable[[Program, MeasureSensitivity], bool]
 CACHE_ONLY = (
@@ -71,7 +72,7 @@ def test_profile_is_that_of_the_model(apply: Apply) -> None:
         count = tokens.shape[0]
         cosine = (pairs.sum() - count) / (count * (count - 1))
         assert facts.cosine == pytest.approx(float(cosine), abs=1e-5)
-    assert program.facts["deviations"] == {layer: [0.0] for layer in range(3)}
+    assert program.measured[DEVIATIONS] == {layer: [0.0] for layer in range(3)}
 
 
 @pytest.mark.parametrize(
@@ -102,13 +103,13 @@ def test_deviation_of_one_quantized_part(of: str, source: str) -> None:
             full = hidden[number + 1] - (hidden[number] if of == "delta" else 0)
             expected = float((moved - hidden[number + 1]).norm() / full.norm())
             assert expected > 1e-3
-            assert program.facts["deviations"][number] == [pytest.approx(expected, rel=1e-3)]
+            assert program.measured[DEVIATIONS][number] == [pytest.approx(expected, rel=1e-3)]
 
 
 def test_nothing_to_do(apply: Apply) -> None:
     program = ready("none")
     assert not apply(program, MeasureSensitivity([], 0))
-    assert program.plan.facts == () and "deviations" not in program.facts
+    assert program.plan.facts == () and DEVIATIONS not in program.measured
 
 
 def test_rows_become_medians_and_ranges() -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from programs import captured, changed_recipe, fresh
 
+from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.ir.edit import calls
 from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.pass_list import passes
+from qpcompile.pruning.budget import DEVIATIONS
 
 
 def planned(order: str) -> Program:
@@ -38,9 +40,9 @@ def test_stage_wise_orders_leave_the_quantizer_out(order: str) -> None:
     ratios = [cut.ratio for cut in program.plan.cuts]
     assert ratios == pytest.approx([0.75, 0.5])
     assert all(weights[3] == 0.0 and sum(weights) > 0 for weights in score_weights(program))
-    deviations = torch.tensor(list(program.facts["deviations"].values()))
+    deviations = torch.tensor(list(program.measured[DEVIATIONS].values()))
     assert bool((deviations == 0).all()) == (order == "prune_then_quantize")
-    tokens = {site.tokens for name, site in program.facts["calibration"].inputs.items() if "language_model" in name}
+    tokens = {site.tokens for name, site in program.measured[CALIBRATION].inputs.items() if "language_model" in name}
     assert (len(tokens) > 1) == (order == "prune_then_quantize"), "statistics behind the cuts"
 
 

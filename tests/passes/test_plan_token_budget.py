@@ -10,6 +10,7 @@ from programs import changed_recipe, program_of
 from qpcompile.errors import PlanError
 from qpcompile.ir.program import Program
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
+from qpcompile.pruning.budget import DEVIATIONS
 from qpcompile.recipe.plan import LayerFacts, Plan
 
 Apply = Callable[[Program, PlanTokenBudget], bool]
@@ -24,7 +25,7 @@ def measured(*settings: str, layers: int = 6) -> Program:
     program.plan = program.plan.changed(
         facts=tuple(LayerFacts(layer=i, mass_median=mass, mass_iqr=0.01, cosine=cosine) for i, mass, cosine in facts)
     )
-    program.facts["deviations"] = {layer: [0.9 - 0.1 * layer, 0.5, 0.8 - 0.1 * layer] for layer in range(layers)}
+    program.measured[DEVIATIONS] = {layer: [0.9 - 0.1 * layer, 0.5, 0.8 - 0.1 * layer] for layer in range(layers)}
     return program
 
 
@@ -64,7 +65,7 @@ def test_nothing_to_do(apply: Apply, settings: list[str]) -> None:
 
 def test_without_samples_all_layers_weigh_the_same(apply: Apply) -> None:
     program = measured("tokens.candidate_layers=[0, 1, 2]", "tokens.keep=0.4")
-    del program.facts["deviations"]
+    del program.measured[DEVIATIONS]
     apply(program, PlanTokenBudget())
     assert [round(cut.ratio, 6) for cut in program.plan.cuts] == [0.8, 0.6, 0.4]
 

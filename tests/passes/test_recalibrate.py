@@ -9,6 +9,7 @@ import torch
 from families import IMAGE
 from programs import captured, changed_recipe, fresh
 
+from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
 from qpcompile.passes.calibrate import Calibrate
@@ -36,9 +37,9 @@ def cut(*settings: str, sample: str = "one") -> Program:
 def test_only_kept_tokens_count(apply: Apply) -> None:
     _, cases, _ = captured()
     program = cut("calibration.after_cuts=true")
-    before = program.facts["calibration"].inputs
+    before = program.measured[CALIBRATION].inputs
     assert not apply(program, Recalibrate([cases["one"]], 1))
-    after = program.facts["calibration"].inputs
+    after = program.measured[CALIBRATION].inputs
     assert before.keys() == after.keys()
     length, visual = cases["one"]["input_ids"].shape[1], int((cases["one"]["input_ids"] == IMAGE).sum())
     assert after[f"{LAYERS}.0.mlp.down_proj"].tokens == length
@@ -53,7 +54,7 @@ def test_stage_wise_order_recalibrates(apply: Apply) -> None:
     _, cases, _ = captured()
     program = cut("order=prune_then_quantize")
     Recalibrate([cases["one"]], 1).run(program)
-    tokens = {program.facts["calibration"].inputs[f"{LAYERS}.{layer}.mlp.down_proj"].tokens for layer in (0, 1)}
+    tokens = {program.measured[CALIBRATION].inputs[f"{LAYERS}.{layer}.mlp.down_proj"].tokens for layer in (0, 1)}
     assert len(tokens) == 2
 
 
@@ -61,9 +62,9 @@ def test_stage_wise_order_recalibrates(apply: Apply) -> None:
 def test_nothing_to_do(apply: Apply, settings: tuple[str, ...]) -> None:
     _, cases, _ = captured()
     program = cut(*settings)
-    before = program.facts["calibration"]
+    before = program.measured[CALIBRATION]
     assert not apply(program, Recalibrate([cases["one"]], 1))
-    assert program.facts["calibration"] is before
+    assert program.measured[CALIBRATION] is before
 
 
 def test_padding_does_not_count() -> None:
@@ -72,5 +73,5 @@ def test_padding_does_not_count() -> None:
     assert not bool(batch["attention_mask"].all()), "the batch has padding"
     program = fresh(changed_recipe("w4a4kv4"))
     run_passes(program, [Canonicalize(), InsertQuantStubs(), Calibrate([batch], 1)])
-    found = program.facts["calibration"].inputs[f"{LAYERS}.1.mlp.down_proj"]
+    found = program.measured[CALIBRATION].inputs[f"{LAYERS}.1.mlp.down_proj"]
     assert found.tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()

@@ -17,7 +17,7 @@ from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.search_schedule import SearchSchedule
-from qpcompile.pruning.schedules import Shares, cut_layers_of, schedules
+from qpcompile.pruning.schedules import SCHEDULE, Shares, cut_layers_of, schedules
 from qpcompile.runtime.machine import Machine, execute_graph
 
 Apply = Callable[[Program, SearchSchedule], bool]
@@ -52,7 +52,7 @@ def next_token(program: Program, sample: dict[str, torch.Tensor]) -> torch.Tenso
 def cost(shares: Shares, sample: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
     """KL between `expected`, of the model with all tokens, and the model with the schedule, cut by the passes."""
     program = ready(*JOINT)
-    program.facts["schedule"] = shares
+    program.measured[SCHEDULE] = shares
     PlanTokenBudget().run(program)
     assert [(cut.layer, pytest.approx(cut.ratio)) for cut in program.plan.cuts] == list(cut_layers_of(shares))
     InsertTokenCuts().run(program)
@@ -64,7 +64,7 @@ def test_the_cheapest_schedule_is_found(apply: Apply) -> None:
     sample = captured()[1]["one"]
     program = ready(*JOINT)
     assert not apply(program, SearchSchedule([sample], 1))
-    best = program.facts["schedule"]
+    best = program.measured[SCHEDULE]
     tried = schedules(0.5, 3, VISUAL)
     assert best in tried
     expected = next_token(ready(), sample)
@@ -84,7 +84,7 @@ def test_the_plan_has_the_mean_that_was_asked_for(apply: Apply) -> None:
 def test_only_joint_pays_for_it(apply: Apply) -> None:
     program = ready("tokens.method=cdpruner", "tokens.keep=0.5")
     apply(program, SearchSchedule([captured()[1]["one"]], 1))
-    assert "schedule" not in program.facts
+    assert SCHEDULE not in program.measured
 
 
 def test_a_final_share_is_refused() -> None:

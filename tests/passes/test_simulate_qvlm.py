@@ -11,6 +11,7 @@ from programs import changed_recipe, run, stubbed, traced
 from torch import nn
 from toy_decoder import HIDDEN, decode_graph, prefill_graph
 
+from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.edit import calls, get_tensor
 from qpcompile.ir.operators import LINEAR_W4A4, SIMULATE_QVLM
@@ -70,7 +71,7 @@ return y = %4
 def test_numbers() -> None:
     module, graph = Two(), traced(Two(), TOKENS)
     program = stubbed(graph, recipe=recipe())
-    (statistics,) = program.facts["calibration"].inputs.values()
+    (statistics,) = program.measured[CALIBRATION].inputs.values()
     SimulateQvlm().run(program)
     given = simulate_qvlm(TOKENS["x"], statistics.rows.amin(dim=0), statistics.rows.amax(dim=0))
     expected = given @ nf4(module.first.weight).T + module.first.bias + given @ nf4(module.second.weight).T
@@ -97,6 +98,6 @@ def test_nothing_to_do(apply: Apply) -> None:
 
 def test_unknown_ranges_are_refused() -> None:
     program = stubbed(traced(Two(), TOKENS), recipe=recipe())
-    program.facts["calibration"].inputs.clear()
+    program.measured[CALIBRATION].inputs.clear()
     with pytest.raises(CalibrationError, match="ranges of an input"):
         SimulateQvlm().run(program)

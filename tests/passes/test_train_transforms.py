@@ -9,6 +9,7 @@ import pytest
 import torch
 from programs import captured, changed_recipe, fresh, relative
 
+from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.ir.edit import calls, get_tensor
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import KRONECKER, LINEAR_W4A4, QUANT_STUB
@@ -94,12 +95,12 @@ def test_decode_gets_what_prefill_gets() -> None:
 def test_statistics_move_with_the_basis() -> None:
     program = folded("flatquant", "quantize.center=0")
     training().run(program)
-    found = program.facts["calibration"].inputs
+    found = program.measured[CALIBRATION].inputs
     again = fresh(program.recipe)
     again.graphs = program.graphs
     _, cases, _ = captured()
     Calibrate([cases["one"], cases["longer"]], 2).run(again)
-    for site, statistics in again.facts["calibration"].inputs.items():
+    for site, statistics in again.measured[CALIBRATION].inputs.items():
         assert relative(found[site].moments, statistics.moments) < 1e-2, site
 
 

@@ -10,7 +10,7 @@ import torch
 from programs import changed_recipe, relative, stubbed
 from toy_decoder import decode_graph, prefill_graph, toy_feeds
 
-from qpcompile.calibration.statistics import InputStatistics
+from qpcompile.calibration.statistics import CALIBRATION, InputStatistics
 from qpcompile.ir.edit import clone, get_tensor, set_tensor
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.program import PREFILL, Graph, Program
@@ -40,8 +40,8 @@ def measured(*settings: str) -> Program:
     recipe = changed_recipe("w4a4kv4", "quantize.ignore=[]", "quantize.center=null", *settings)
     program = stubbed(prefill_graph(gated=True), decode_graph(gated=True), recipe=recipe, layers=2)
     for site, rows in inputs_of(program.graphs[PREFILL]).items():
-        program.facts["calibration"].inputs[site] = InputStatistics.empty(rows.shape[1], moments=True)
-        program.facts["calibration"].inputs[site].add(rows)
+        program.measured[CALIBRATION].inputs[site] = InputStatistics.empty(rows.shape[1], moments=True)
+        program.measured[CALIBRATION].inputs[site].add(rows)
     return program
 
 
@@ -50,7 +50,7 @@ def measured(*settings: str) -> Program:
 def test_statistics_move_with_the_data(transform: str, smooth: str) -> None:
     program = measured(f"quantize.transform={transform}", f"quantize.smooth={smooth}")
     FoldTransforms().run(program)
-    calibration = program.facts["calibration"]
+    calibration = program.measured[CALIBRATION]
     for site, rows in inputs_of(program.graphs[PREFILL]).items():
         assert relative(calibration.inputs[site].moments, rows.T @ rows) < 1e-4, site
 
@@ -69,7 +69,7 @@ def test_smoothing_goes_into_norms_and_products() -> None:
     program = measured("quantize.transform=none", "quantize.smooth=0.5")
     scheme = program.recipe.quantize
     assert scheme is not None
-    basis = change_basis([program.graphs[PREFILL]], scheme, program.facts["calibration"])
+    basis = change_basis([program.graphs[PREFILL]], scheme, program.measured[CALIBRATION])
     assert not basis.nodes, "nothing is left to do online"
     changed = {name.removeprefix("layers.0.") for name in basis.tensors if name.startswith("layers.0")}
     linears = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
@@ -88,7 +88,7 @@ def test_centre_takes_the_mean_away_and_gives_it_back(transform: str) -> None:
     assert relative(graph(FEEDS)["hidden"][:, 1:], before[:, 1:]) < 1e-4
     for site, rows in inputs_of(graph).items():
         assert rows.mean(dim=0).abs().max() < 1e-4 * rows.abs().max(), site
-        moments = program.facts["calibration"].inputs[site].moments
+        moments = program.measured[CALIBRATION].inputs[site].moments
         assert relative(moments, rows.T @ rows) < 1e-3, site
 
 
@@ -96,7 +96,7 @@ def test_no_centre_where_the_mean_is_small() -> None:
     program = measured("quantize.center=0.99")
     scheme = program.recipe.quantize
     assert scheme is not None
-    basis = change_basis([program.graphs[PREFILL]], scheme, program.facts["calibration"])
+    basis = change_basis([program.graphs[PREFILL]], scheme, program.measured[CALIBRATION])
     assert not basis.biases and all(change.shift is None for change in basis.nodes.values())
 
 
@@ -121,14 +121,14 @@ def test_a_weight_is_replaced_in_all_graphs_and_gone() -> None:
     del own
     scheme = program.recipe.quantize
     assert scheme is not None
-    basis = change_basis([graph, other], scheme, program.facts["calibration"])
+    basis = change_basis([graph, other], scheme, program.measured[CALIBRATION])
     assert name in basis.tensors and weight() is None
     assert get_tensor(other.module, name) is get_tensor(graph.module, name)
 
 
 def test_unused_channels_keep_their_scale() -> None:
     program = measured("quantize.transform=none", "quantize.smooth=0.5", "quantize.kv_cache.bits=16")
-    program.facts["calibration"].inputs["model.layers.0.mlp.down_proj"].largest[3] = 0
+    program.measured[CALIBRATION].inputs["model.layers.0.mlp.down_proj"].largest[3] = 0
     before = get_tensor(program.graphs[PREFILL].module, "layers.0.mlp.down_proj.weight").detach().clone()
     FoldTransforms().run(program)
     after = get_tensor(program.graphs[PREFILL].module, "layers.0.mlp.down_proj.weight")

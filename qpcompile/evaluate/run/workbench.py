@@ -25,6 +25,7 @@ from qpcompile.errors import CalibrationError
 from qpcompile.ir.pass_manager import Step
 from qpcompile.ir.program import Program
 from qpcompile.pipeline import blank_sample, compile_captured, needs_samples
+from qpcompile.pruning.budget import DEVIATIONS
 from qpcompile.recipe.plan import LayerFacts
 from qpcompile.recipe.recipe import Recipe
 
@@ -82,7 +83,7 @@ class Workbench:
         if self._shared is not None and self._shared[0] == _without_tokens(recipe):
             program = _copy(self._shared[1], recipe)
         if (found := self._sensitivity.get(_sensitivity_key(recipe))) is not None and recipe.tokens.method != "none":
-            program.facts["deviations"] = copy.deepcopy(found.deviations)
+            program.measured[DEVIATIONS] = copy.deepcopy(found.deviations)
             program.plan = program.plan.changed(facts=found.facts)
         return program
 
@@ -93,8 +94,8 @@ class Workbench:
             # A host that has run is bound to this program: the copy gets one that has not.
             apart = dataclasses.replace(program, host=self._captured[2].host)
             self._shared = _without_tokens(program.recipe), _copy(apart, program.recipe)
-        if step.name == "measure_sensitivity" and "deviations" in program.facts:
-            found = Sensitivity(copy.deepcopy(program.facts["deviations"]), program.plan.facts)
+        if step.name == "measure_sensitivity" and DEVIATIONS in program.measured:
+            found = Sensitivity(copy.deepcopy(program.measured[DEVIATIONS]), program.plan.facts)
             self._sensitivity[_sensitivity_key(program.recipe)] = found
 
 

@@ -19,7 +19,7 @@ from qpcompile.ir.program import Program
 from qpcompile.pruning.methods.cdpruner import CdPruner
 from qpcompile.pruning.pruner import INPUT, Point, Pruner, Schedule
 from qpcompile.pruning.queries import QUERIES, attention_from
-from qpcompile.pruning.schedules import cut_layers_of
+from qpcompile.pruning.schedules import SCHEDULE, cut_layers_of
 from qpcompile.recipe.recipe import Recipe
 
 
@@ -35,7 +35,7 @@ class Joint:
 
     def schedule(self, program: Program) -> Schedule:
         """What the search found; its mean is the recipe's already."""
-        layers, ratios = zip(*cut_layers_of(program.facts["schedule"]), strict=True)
+        layers, ratios = zip(*cut_layers_of(program.measured[SCHEDULE]), strict=True)
         return Schedule(layers, lambda keep: ratios)
 
     def scores(self, point: Point) -> fx.Node:

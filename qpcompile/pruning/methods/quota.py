@@ -14,7 +14,14 @@ from qpcompile.ir.edit import aten, calls, layer_of
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
-from qpcompile.pruning.budget import candidate_layers, drop_shares, keep_ratios, normalize_sensitivity, sensitivity
+from qpcompile.pruning.budget import (
+    DEVIATIONS,
+    candidate_layers,
+    drop_shares,
+    keep_ratios,
+    normalize_sensitivity,
+    sensitivity,
+)
 from qpcompile.pruning.pruner import Point, Pruner, Schedule, cut_layers
 from qpcompile.pruning.queries import QUERIES
 from qpcompile.pruning.risk import with_risk
@@ -102,7 +109,7 @@ def sensitivity_schedule(program: Program) -> Schedule:
     tokens = program.recipe.tokens
     layers = cut_layers(program, (0,)) if tokens.candidate_layers != "auto" else _profiled(program)
     # Without samples, in a stage-wise order and in a uniform schedule, all layers count as equally sensitive.
-    deviations = program.facts.get("deviations", {})
+    deviations = program.measured.get(DEVIATIONS)
     if not deviations or program.recipe.order != "joint" or tokens.schedule == "uniform":
         deviations = {layer: [0.0] for layer in layers}
     table = [list(sample) for sample in zip(*[deviations[layer] for layer in layers], strict=True)]
