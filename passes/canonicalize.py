@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
-from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, tidy
+from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, operands, tidy
 from qpcompile.ir.operators import RMSNORM
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
@@ -109,8 +109,8 @@ def _is_no_op(node: fx.Node) -> bool:
         before, after = source.meta.get("val"), node.meta.get("val")
         return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
     if node.target is aten.slice.Tensor:
-        start, end, step = (*node.args[2:], *(None, None, 1)[max(len(node.args) - 2, 0) :])
-        return start in (0, None) and step in (1,) and (end is None or (isinstance(end, int) and end >= WHOLE))
+        start, end, step = (operands(node)[name] for name in ("start", "end", "step"))
+        return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= WHOLE))
     return False
 
 

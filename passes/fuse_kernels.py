@@ -19,8 +19,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
-from qpcompile.ir.edit import aten, call, calls, is_call, tidy
+from qpcompile.ir.edit import aten, call, calls, is_call, operands, tidy
+from qpcompile.ir.near_miss import NEAR_MISSES, NearMiss
 from qpcompile.ir.operators import (
     HADAMARD,
     LAYERNORM_QUANTIZE,
@@ -45,35 +47,63 @@ class FuseKernels:
     gives: ClassVar[str] = "fused"
 
     def run(self, program: Program) -> bool:
-        """Returns whether anything was fused."""
-        changed = False
+        """Returns whether anything was fused; fills `program.measured[NEAR_MISSES]` with what was not, and why."""
+        changed, missed = False, list[NearMiss]()
         for graph in program.graphs.values():
-            for node in list(calls(graph, QUANTIZE_INT4)):
-                changed |= _fuse(graph, node)
-            for node in list(calls(graph, aten.add.Tensor)):
-                changed |= _fuse_rope(graph, node)
+            for rewrite, operators in ((_fuse, (QUANTIZE_INT4,)), (_fuse_rope, (aten.add.Tensor,))):
+                for node in list(calls(graph, *operators)):
+                    reason = rewrite(graph, node)
+                    changed |= reason is None
+                    if reason:
+                        missed.append(NearMiss(graph.name, node.name, reason))
             tidy(graph)
+        program.measured[NEAR_MISSES] = tuple(missed)
         return changed
 
 
-def _fuse(graph: Graph, quantize: fx.Node) -> bool:
+def _fuse(graph: Graph, quantize: fx.Node) -> str | None:
+    """Fuse a quantizer with what computes its input. None where it was done, else the reason, "" where none is near."""
     x, group_size, clip_ratio = quantize.args
     assert isinstance(x, fx.Node)
     source, scale, rotate = _split_transform(x)
-    if (source is not x and len(x.users) > 1) or len(source.users) > 1:
-        return False
-    tail = (scale, rotate, group_size, clip_ratio)
-    if is_call(source, RMSNORM) and value(source).dtype in FUSED_TYPES:
-        new = call(graph, quantize, RMSNORM_QUANTIZE, *source.args, *tail, like=quantize)
-    elif (norm := _layer_norm(source)) is not None:
-        new = call(graph, quantize, LAYERNORM_QUANTIZE, *norm, *tail, like=quantize)
-    elif (factors := _silu_mul(source)) is not None:
-        new = call(graph, quantize, SILU_MUL_QUANTIZE, *factors, *tail, like=quantize)
-    else:
-        return False
+    producer = _producer(source)
+    if isinstance(producer, str):
+        return producer
+    for read in (x, source):
+        if len(read.users) > 1:
+            return f"{read.name} has another reader"
+    operator, inputs = producer
+    new = call(graph, quantize, operator, *inputs, scale, rotate, group_size, clip_ratio, like=quantize)
     quantize.replace_all_uses_with(new)
     graph.module.graph.erase_node(quantize)
-    return True
+    return None
+
+
+def _producer(source: fx.Node) -> tuple[OpOverload, Sequence[Any]] | str:
+    """(the fused operator that begins with this node, the operands it begins with), or the reason why there is none."""
+    if is_call(source, RMSNORM):
+        found = RMSNORM_QUANTIZE, source.args
+    elif is_call(source, aten.layer_norm.default):
+        norm = operands(source)
+        if len(norm["normalized_shape"]) != 1:
+            return f"{source.name} normalizes over more than the last axis"
+        if norm["weight"] is None or norm["bias"] is None:
+            return f"{source.name} has no weight or no bias"
+        found = LAYERNORM_QUANTIZE, [norm[name] for name in ("input", "weight", "bias", "eps")]
+    elif is_call(source, aten.mul.Tensor) and any(is_call(each, aten.silu.default) for each in source.args):
+        gate, up = source.args
+        if not is_call(gate, aten.silu.default) or len(gate.users) != 1:
+            gate, up = up, gate
+        if not is_call(gate, aten.silu.default) or len(gate.users) != 1:
+            return "the silu has another reader"
+        if not isinstance(up, fx.Node) or value(up).dtype != value(gate).dtype:
+            return f"{source.name} multiplies by what is no tensor of the same type"
+        found = SILU_MUL_QUANTIZE, (gate.args[0], up)
+    else:
+        return ""
+    if value(source).dtype not in FUSED_TYPES:
+        return f"{source.name} is {value(source).dtype}"
+    return found
 
 
 def _split_transform(x: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
@@ -89,32 +119,14 @@ def _split_transform(x: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
     return x, None, False
 
 
-def _layer_norm(node: fx.Node) -> tuple[Any, ...] | None:
-    """(x, weight, bias, eps) where the node is a layer norm over the last axis, with weight and bias."""
-    if not is_call(node, aten.layer_norm.default) or value(node).dtype not in FUSED_TYPES:
-        return None
-    x, shape, weight, bias, eps, *_ = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]]
-    plain = isinstance(shape, Sequence) and len(shape) == 1 and not node.kwargs
-    return (x, weight, bias, eps) if plain and weight is not None and bias is not None else None
+def _fuse_rope(graph: Graph, add: fx.Node) -> str | None:
+    """Fuse a sum if it rotates the halves of a head, with the casts around it where it does that in float32.
 
-
-def _silu_mul(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(gate, up) where the node is silu(gate) * up, both of one type, and nothing else reads the silu."""
-    if not is_call(node, aten.mul.Tensor) or value(node).dtype not in FUSED_TYPES:
-        return None
-    for gate, up in (node.args, node.args[::-1]):
-        if not is_call(gate, aten.silu.default) or len(gate.users) != 1 or not isinstance(up, fx.Node):  # type: ignore[union-attr]
-            continue
-        if value(up).dtype == value(gate).dtype:
-            return gate.args[0], up  # type: ignore[union-attr,return-value]
-    return None
-
-
-def _fuse_rope(graph: Graph, add: fx.Node) -> bool:
-    """Join one sum if it turns the halves of a head, with the casts around it where it does that in float32."""
-    found = _turned_halves(add)
-    if found is None:
-        return False
+    None where it was done, else the reason, "" where nothing is near.
+    """
+    found = _rotated_halves(add)
+    if isinstance(found, str):
+        return found
     x, cos, sin = found
     last, source = add, x
     if is_call(x, aten.to.dtype) and len(add.users) == 1:
@@ -123,42 +135,52 @@ def _fuse_rope(graph: Graph, add: fx.Node) -> bool:
         if is_call(after, aten.to.dtype) and value(after).dtype == value(before).dtype:
             last, source = after, before
     if value(source).dtype not in FUSED_TYPES or value(last).dtype != value(source).dtype:
-        return False
+        return f"{source.name} is {value(source).dtype}, {last.name} {value(last).dtype}"
     new = call(graph, last, ROPE, source, cos, sin, like=last)
     last.replace_all_uses_with(new)
-    return True
+    return None
 
 
-def _turned_halves(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(x, cos, sin) where the node is x * cos + cat(-x2, x1) * sin, x = (x1, x2) along the last axis."""
-    parts = [part for part in add.args if is_call(part, aten.mul.Tensor) and len(part.users) == 1]  # type: ignore[union-attr]
-    if len(parts) != 2 or len(add.args) != 2 or add.kwargs:
-        return None
-    (x, cos), (turned, sin) = (part.args for part in parts)  # type: ignore[union-attr]
+def _rotated_halves(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | str:
+    """(x, cos, sin) where the node is x * cos + cat(-x2, x1) * sin, x = (x1, x2) along the last axis; else why not."""
+    parts = [part for part in add.args if isinstance(part, fx.Node) and is_call(part, aten.mul.Tensor)]
+    if len(parts) != 2 or add.kwargs:
+        return ""
+    (x, cos), (turned, sin) = (part.args for part in parts)
     if not (isinstance(x, fx.Node) and isinstance(cos, fx.Node) and isinstance(sin, fx.Node)):
-        return None
-    if not isinstance(turned, fx.Node) or not is_call(turned, aten.cat.default) or len(turned.users) != 1:
-        return None
-    halves, *axis = turned.args
-    size = value(x).shape[-1]
-    if [*axis, *turned.kwargs.values()] not in ([-1], [value(x).dim() - 1]) or not isinstance(size, int) or size % 2:
-        return None
-    if not isinstance(halves, Sequence) or len(halves) != 2 or not is_call(halves[0], aten.neg.default):
-        return None
+        return ""
+    if not isinstance(turned, fx.Node) or not is_call(turned, aten.cat.default):
+        return ""
+    joined, size = operands(turned), value(x).shape[-1]
+    halves = joined["tensors"]
+    if len(halves) != 2 or not is_call(halves[0], aten.neg.default):
+        return f"{turned.name} is not (-x2, x1)"
+    for part in (*parts, turned):
+        if len(part.users) != 1:
+            return f"{part.name} has another reader"
+    if joined["dim"] not in (-1, value(x).dim() - 1) or not isinstance(size, int) or size % 2:
+        return f"{turned.name} does not join two halves of the last axis"
     if not (_is_half(halves[0].args[0], x, size // 2, size) and _is_half(halves[1], x, 0, size // 2)):
-        return None
+        return f"{turned.name} does not join the halves of {x.name}"
     tables = [value(table) for table in (cos, sin)]
-    fits = all(table.shape[-1] == size and table.dim() <= value(x).dim() for table in tables)
-    return (x, cos, sin) if fits and tables[0].dtype == tables[1].dtype and _same(value(add), value(x)) else None
+    if any(table.shape[-1] != size or table.dim() > value(x).dim() for table in tables):
+        return f"{cos.name} and {sin.name} are no tables over the last axis of {x.name}"
+    if tables[0].dtype != tables[1].dtype or not _same(value(add), value(x)):
+        return f"{add.name} is not of the type and sizes of {x.name}"
+    return x, cos, sin
 
 
 def _is_half(node: Any, x: fx.Node, start: int, stop: int) -> bool:
     """Whether a node is x[..., start:stop]."""
-    if not is_call(node, aten.slice.Tensor) or node.args[0] is not x or node.kwargs:
+    if not is_call(node, aten.slice.Tensor):
         return False
-    _, axis, first, last, *step = (*node.args, *(0, 0, value(x).shape[-1])[len(node.args) - 1 :])
-    end = min(last, value(x).shape[-1]) if isinstance(last, int) else -1
-    return axis in (-1, value(x).dim() - 1) and (first, end) == (start, stop) and step in ([], [1])
+    part, size = operands(node), value(x).shape[-1]
+    end = size if part["end"] is None else min(part["end"], size) if isinstance(part["end"], int) else -1
+    return (
+        part["input"] is x
+        and part["dim"] in (-1, value(x).dim() - 1)
+        and (part["start"] or 0, end, part["step"]) == (start, stop, 1)
+    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -13,3 +13,8 @@ def pytest_sessionstart() -> None:
     """A full collection walks every object of torch and transformers, most of a second; a test causes several."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """At exit the libraries look for what they have leaked, and everything frozen would be."""
+    gc.unfreeze()

@@ -17,6 +17,7 @@ from qpcompile.inspect.layer_nodes import layer_names, layer_nodes, layer_text
 from qpcompile.inspect.overlay import Overlay, Sample, overlays
 from qpcompile.inspect.schedule import profile_svg, schedule_svg
 from qpcompile.inspect.tables import error_tables, left_out_rows, pass_rows, settings, site_rows
+from qpcompile.ir.near_miss import NEAR_MISSES
 from qpcompile.ir.pass_manager import STEPS
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
@@ -81,6 +82,7 @@ def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: s
         worst=max(errors, default=0.0) or 1.0,
         error_tables=error_tables(sites),
         left_out=left_out_rows(plan.left_out),
+        near_misses=program.measured.get(NEAR_MISSES),
         overlays=drawn,
         graphs=_graphs(program),
         versions=list(plan.versions.items()),

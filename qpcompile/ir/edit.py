@@ -156,6 +156,13 @@ def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def operands(node: fx.Node) -> dict[str, Any]:
+    """The operands of a call of a torch operator by name, defaults filled in; torch calls `self` `input` here."""
+    found = node.normalized_arguments(node.graph.owning_module, normalize_to_only_use_kwargs=True)  # type: ignore[arg-type]
+    assert found is not None, node
+    return found.kwargs
+
+
 def calls(graph: Graph, *targets: object) -> Iterator[fx.Node]:
     """The nodes of a graph that call one of `targets`, in order."""
     return (node for node in graph.nodes if is_call(node, *targets))

@@ -14,6 +14,7 @@ from toy_decoder import HIDDEN, Mlp, Norm, decode_graph, prefill_graph, toy_feed
 
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import calls
+from qpcompile.ir.near_miss import NEAR_MISSES
 from qpcompile.ir.operators import LAYERNORM_QUANTIZE, QUANTIZE_INT4, RMSNORM_QUANTIZE, ROPE, SILU_MUL_QUANTIZE
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Graph, Program
@@ -132,10 +133,10 @@ def test_numbers_of_a_whole_decoder(apply: Apply) -> None:
 
 
 # What is left: (norms fused, products fused).
-NEAR_MISSES = {"norm read twice": (0, 1), "product read twice": (1, 0), "silu read twice": (1, 0)}
+APART = {"norm read twice": (0, 1), "product read twice": (1, 0), "silu read twice": (1, 0)}
 
 
-@pytest.mark.parametrize(("kind", "left"), NEAR_MISSES.items(), ids=list(NEAR_MISSES))
+@pytest.mark.parametrize(("kind", "left"), APART.items(), ids=list(APART))
 @pytest.mark.parametrize("transform", ["none", "hadamard"])
 def test_another_reader_keeps_them_apart(apply: Apply, kind: str, left: tuple[int, int], transform: str) -> None:
     graph = traced(NormedMlp(kind), TOKENS)
@@ -143,6 +144,8 @@ def test_another_reader_keeps_them_apart(apply: Apply, kind: str, left: tuple[in
     expected = run(graph, **TOKENS)["y"]
     apply(program, FuseKernels())
     assert fused(graph) == left and len(list(calls(graph, QUANTIZE_INT4))) == 1
+    assert [miss.graph for miss in program.measured[NEAR_MISSES]] == ["prefill"]
+    assert program.measured[NEAR_MISSES][0].reason.endswith("has another reader")
     assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
 
 
@@ -177,11 +180,21 @@ def test_a_layer_norm_is_fused(apply: Apply, transform: str) -> None:
     assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
 
 
-@pytest.mark.parametrize("kind", ["norm read twice", "no weight", "no bias"])
-def test_other_layer_norms_stay_apart(apply: Apply, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("norm read twice", "has another reader"),
+        ("no weight", "has no weight or no bias"),
+        ("no bias", "has no weight or no bias"),
+    ],
+)
+def test_other_layer_norms_stay_apart(apply: Apply, kind: str, reason: str) -> None:
     graph = traced(LayerNormed(kind), TOKENS)
-    assert not apply(quantized(graph), FuseKernels())
-    assert len(list(calls(graph, QUANTIZE_INT4))) == 1
+    program = quantized(graph)
+    assert not apply(program, FuseKernels())
+    (quantize,) = calls(graph, QUANTIZE_INT4)
+    assert [miss.node for miss in program.measured[NEAR_MISSES]] == [quantize.name]
+    assert program.measured[NEAR_MISSES][0].reason.endswith(reason)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -205,6 +218,7 @@ def test_other_types_stay_apart(apply: Apply) -> None:
     program = quantized(graph)
     assert not apply(program, FuseKernels())
     assert fused(graph) == (0, 0)
+    assert {miss.reason.split(" is ")[1] for miss in program.measured[NEAR_MISSES]} == {"torch.float64"}
 
 
 def test_broken_stage_order_is_named() -> None:
@@ -266,11 +280,22 @@ def test_rotary_positions_are_one_node(apply: Apply, dtype: torch.dtype, kind: s
     assert not apply(program, FuseKernels()), "twice"
 
 
-@pytest.mark.parametrize("kind", ["neighbours", "other sign", "other halves", "of another", "read twice"])
-def test_what_only_looks_like_rotary_positions_stays(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("neighbours", None),
+        ("other sign", "is not (-x2, x1)"),
+        ("other halves", "does not join the halves of x"),
+        ("of another", "does not join the halves of x"),
+        ("read twice", "has another reader"),
+    ],
+)
+def test_what_only_looks_like_rotary_positions_stays(kind: str, reason: str | None) -> None:
     program, feeds = turning(kind)
     graph = program.graphs["prefill"]
     before = run(graph, **feeds)["y"]
     FuseKernels().run(program)
     assert not list(calls(graph, ROPE))
+    found = [miss.reason for miss in program.measured[NEAR_MISSES]]
+    assert not found if reason is None else len(found) == 1 and found[0].endswith(reason)
     assert torch.equal(run(graph, **feeds)["y"], before)
