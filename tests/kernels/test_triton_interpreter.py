@@ -20,10 +20,11 @@ CLASH = Version(triton.__version__) < Version("3.9") and Version(np.__version__)
 
 
 @pytest.mark.skipif(CLASH, reason="the interpreter of Triton before 3.9 cannot run under numpy 2.4 or later")
-def test_cases_pass_in_the_interpreter() -> None:
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_cases_pass_in_the_interpreter(marked: str) -> None:
     assert CASES
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, CASES)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, *map(str, CASES)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,

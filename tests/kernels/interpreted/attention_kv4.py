@@ -75,7 +75,7 @@ def test_poison_shows() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("filled", [1, 64, 130, 192, 200])
+@pytest.mark.parametrize("filled", [1, 130, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 192, 200))])
 def test_what_is_not_filled_is_neither_read_nor_seen(filled: int, dtype: torch.dtype, masked: bool) -> None:
     q, stored = torch.randn(2, 4, 1, 24).to(dtype), cache(2, 2, 200, 24)
     for part in stored[1::2]:

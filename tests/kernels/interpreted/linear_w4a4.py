@@ -30,7 +30,10 @@ def exact(q: Tensor, codes: Tensor, tile: Tile | None, bits: int = 4) -> Tensor:
 @pytest.mark.parametrize("split", [1, 2, 3])
 @pytest.mark.parametrize(
     ("tokens", "in_features", "out_features"),
-    [(0, 8, 8), (1, 1, 1), (1, 256, 33), (5, 17, 5), (17, 512, 40), (63, 301, 40), (65, 512, 33), (65, 255, 5)],
+    [
+        *[(0, 8, 8), (1, 1, 1), (1, 256, 33), (5, 17, 5), (17, 512, 40), (63, 301, 40)],
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((65, 512, 33), (65, 255, 5))),
+    ],
 )
 def test_integer_sums_are_exact(tokens: int, in_features: int, out_features: int, split: int) -> None:
     q, codes = random_codes(tokens, in_features), random_codes(out_features, in_features, seed=1)
@@ -50,7 +53,7 @@ def test_neighbours_cover_every_tile() -> None:
     assert torch.equal(exact(q, codes, SMALL), reference.integer_product(q, codes))
 
 
-@pytest.mark.parametrize("tokens", [20, 70])
+@pytest.mark.parametrize("tokens", [20, pytest.param(70, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("limit", BUCKETS)
 def test_every_tile_of_the_rule(limit: int, tokens: int) -> None:
     q, codes = random_codes(tokens, 512), random_codes(70, 512, seed=1)
@@ -78,7 +81,7 @@ def test_scales_and_bias(in_features: int, groups: int, weight_groups: int, dtyp
 
 
 @pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("tokens", [18, 66])
+@pytest.mark.parametrize("tokens", [18, pytest.param(66, marks=pytest.mark.slow)])
 def test_scaled_sums_bias_and_residual_have_the_bits_of_the_reference(tokens: int, split: int) -> None:
     q, weight = random_codes(2, tokens // 2, 512), pack_int4(random_codes(21, 512, seed=1))
     scale, weight_scale, bias = torch.rand(2, tokens // 2, 1), torch.rand(21, 1), torch.rand(21)

@@ -16,7 +16,10 @@ def same(scores: Tensor, keep: int, quota: list[int]) -> None:
         assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("length", "keep"), [(1, 1), (1, 0), (63, 17), (64, 64), (576, 192), (1500, 1100)])
+@pytest.mark.parametrize(
+    ("length", "keep"),
+    [(1, 1), (1, 0), (63, 17), (64, 64), (576, 192), pytest.param(1500, 1100, marks=pytest.mark.slow)],
+)
 def test_kernels_are_the_reference(length: int, keep: int) -> None:
     same(torch.randn(3, length), keep, [keep, keep // 2, 0])
 
