@@ -37,6 +37,7 @@ from qpcompile.errors import (
     RecipeError,
 )
 from qpcompile.files import staged_folder
+from qpcompile.ir.measurements import Measurements
 from qpcompile.ir.program import Program
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
@@ -68,7 +69,7 @@ def captured(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def instead(model: Any, sample: Any, recipe: Recipe) -> Program:
         plan = Plan(recipe=recipe, layers=program.plan.layers)
-        return replace(program, recipe=recipe, plan=plan, stage="captured", facts={}, history=[])
+        return replace(program, recipe=recipe, plan=plan, stage="captured", measured=Measurements(), history=[])
 
     monkeypatch.setattr(pipeline, "capture", instead)
 
