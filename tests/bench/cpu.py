@@ -308,13 +308,13 @@ def report(rows: Sequence[Row], options: argparse.Namespace) -> str:
         f"Written by `make bench` (tests/bench/cpu.py). One picture, batch 1, greedy, {options.new_tokens} new tokens, "
         "random weights",
         "(tests/bench/cpu_models.py), one thread on one core. Each peer is a process; all answer in turns. Medians, in",
-        "brackets the least and the most. The first token includes tower, projector, prompt and its logits; OpenVINO",
+        "brackets minimum and maximum. The first token includes tower, projector, prompt and its logits; OpenVINO",
         "GenAI also resizes and normalises the picture. ORT: graphs exported by this package without quantization,",
-        "int4 by onnxruntime's own tool; but for `caches in place`, which has onnxruntime's own attention, they copy",
+        "int4 by onnxruntime's own tool; except `caches in place`, which uses onnxruntime's own attention, they copy",
         "their caches on each step and have no fused attention.",
         f"`peak MB`: resident memory since the process began. Baseline: {BASELINE}, in the same run.",
         "",
-        "Times are of the core (what the process itself computed); by the wall clock they were "
+        "Times are CPU time of the process; wall-clock times were "
         f"{busy:.2f} times as long, since the machine was shared."
         if busy
         else "",
