@@ -1,4 +1,4 @@
-"""The documentation: generated pages are up to date, links lead somewhere, every error is explained."""
+"""The documentation: generated pages are up to date, links and paths exist, every error is explained."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 def test_index_lists_every_page() -> None:
     index = (DOCS / "README.md").read_text(encoding="utf-8")
     assert {page.name for page in PAGES} - {"README.md"} == set(re.findall(r"^\| \[(\S+)\]", index, re.MULTILINE))
+
+
+def test_the_contributors_table_names_files_that_exist() -> None:
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:qpcompile|passes|kernels|tests)/[^`]*)`", text.partition("## Where to look")[2])
+    missing = [path for path in named if not list(DOCS.parent.glob(re.sub(r"<\w+>", "*", path)))]
+    assert len(named) > 20 and not missing
 
 
 def test_every_error_is_explained() -> None:
