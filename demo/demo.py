@@ -1,9 +1,9 @@
-"""The whole road on the LLaVA testbed: compile with `joint-30`, then ask 200 unseen questions three times.
+"""End to end on the LLaVA testbed: compile with `joint-30`, then ask 200 unseen questions three times.
 
     make demo        or        python demo/demo.py [--questions 200] [--samples 128] [--out build/demo]
 
-Full precision, the compiled module and the ONNX folder answer the same questions; one table compares them. Everything
-that is made stays in the output folder: questions, artifact, ONNX folder and report.
+Full precision, the compiled module and the ONNX folder answer the same questions; one table compares them. All outputs
+stay in the output folder: questions, artifact, ONNX folder and report.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ANSWER_TOKENS, BATCH, CACHES_MEASURED = 4, 20, 10
 
 @dataclass(frozen=True)
 class Column:
-    """What the table says of one way to run the model."""
+    """One column of the table: the results of one way to run the model."""
 
     name: str
     score: Score
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def unseen_questions(count: int, folder: Path) -> list[Question]:
-    """One question on each of `count` scenes that neither training nor calibration has drawn."""
+    """One question on each of `count` scenes that occur neither in training nor in calibration."""
     options = ["--family", "llava", "--count", str(count), "--seed", str(SEED), "--out", str(folder)]
     subprocess.run([sys.executable, str(TESTBED / "scenes.py"), *options], check=True)
     return read_questions(folder)
@@ -103,7 +103,7 @@ def save(compiled: CompiledVLM, questions: Sequence[Question], out: Path) -> Non
 def compare(
     model: Any, compiled: CompiledVLM, runner: OnnxVLM, questions: Sequence[Question], out: Path
 ) -> list[Column]:
-    """Ask everything three times."""
+    """Ask all questions three times."""
     processor = compiled.processor
     some = [question_inputs(processor, [question]) for question in questions[:CACHES_MEASURED]]
     visual = int((some[0]["input_ids"] == compiled.config.image_token_id).sum())
@@ -138,7 +138,7 @@ def compare(
 
 
 def show(columns: Sequence[Column], count: int) -> None:
-    """The table, and what its numbers mean."""
+    """Print the table, and what its numbers mean."""
     full, compiled, onnx_column = columns
     table = Table(title=f"{count} unseen questions, one per scene", title_justify="left")
     table.add_column("")
@@ -162,7 +162,7 @@ def show(columns: Sequence[Column], count: int) -> None:
 
 
 def fp16_bytes(model: Any) -> int:
-    """The decoder's linears, two bytes a number."""
+    """The decoder's linears at two bytes per parameter."""
     linears = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
     return sum(2 * parameter.numel() for linear in linears for parameter in linear.parameters())
 
@@ -189,7 +189,7 @@ def onnx_bytes(path: Path) -> int:
 
 
 def onnx_cache(runner: OnnxVLM, inputs: dict[str, Any]) -> int:
-    """Bytes at the end of one answer, as the graphs pass them on."""
+    """Bytes at the end of one answer, as the graphs pass the cache on."""
     ids, mask, pixels = (inputs[name].numpy() for name in ("input_ids", "attention_mask", "pixel_values"))
     answer = runner.generate(ids, ANSWER_TOKENS, attention_mask=mask, pixel_values=pixels)[0, ids.shape[1] :]
     steps = Steps(runner, mask, text_positions(mask))
@@ -200,13 +200,13 @@ def onnx_cache(runner: OnnxVLM, inputs: dict[str, Any]) -> int:
 
 
 def model_bytes(folder: Path) -> int:
-    """Files that hold weights or graphs of ONNX."""
+    """Bytes of the files that hold weights or ONNX graphs."""
     kinds = (".safetensors", ".data", ".onnx")
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kinds)
 
 
 def say(text: str) -> None:
-    """One line, at once."""
+    """Print one line and flush it."""
     print(text, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Change files of an artifact folder as somebody would who can write to it: the hashes agree again afterwards."""
+"""Change files of an artifact folder as an attacker with write access would: the hashes agree again afterwards."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ MANIFEST = "manifest.json"
 
 
 def read(folder: Path, name: str) -> Any:
-    """What a JSON file of the folder says."""
+    """The content of a JSON file of the folder."""
     return json.loads((folder / name).read_text())
 
 
 def replace(folder: Path, name: str, data: bytes | str) -> None:
-    """Put other bytes in place of a file: whatever else is linked to the old ones keeps them."""
+    """Replace a file by one with other bytes: hard links to the old file keep its content."""
     (folder / name).unlink(missing_ok=True)
     (folder / name).write_bytes(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data)
 
 
 def rehash(folder: Path, **changes: Any) -> None:
-    """Give the manifest the hashes of the files that lie there, and `changes`."""
+    """Give the manifest the hashes of the files that are there, and `changes`."""
     content = read(folder, MANIFEST) | changes
     content.pop("digest", None)
     for name, entry in content["files"].items() if isinstance(content.get("files"), dict) else ():
@@ -37,7 +37,7 @@ def rehash(folder: Path, **changes: Any) -> None:
 
 
 def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
-    """Change what a JSON file says; `change` gives the new value, or changes the old one and gives None."""
+    """Change the content of a JSON file; `change` returns the new value, or edits the old one and returns None."""
     data = read(folder, name)
     new = change(data)
     replace(folder, name, json.dumps(data if new is None else new, indent=2))

@@ -2,11 +2,11 @@
 
     python tests/bench/compile_growth.py --layers 2 4 --recipe w4a4kv4 --set quantize.weights.solver=rtn
 
-Weights are random, so only time and memory mean anything. Every size is compiled in a process of its own; the compile
-gets the only reference to the model. Linux only: memory is what the system counts as resident (`VmHWM`, which is set
-back after every pass), files in its cache not included. What Python and its libraries take before a model is there is
-left out of the ratio to the weights. Seconds are of one thread's own time, so that others on the machine count less;
-what waits for files is in `waited`. A line per pass follows with --passes.
+Weights are random, so only time and memory are meaningful. Every size is compiled in a process of its own; the compile
+gets the only reference to the model. Linux only: memory is what the system counts as resident (`VmHWM`, which is
+reset after every pass), without its file cache. What Python and its libraries take before a model is loaded
+is excluded from the ratio to the weights. Seconds are CPU time of one thread, so that other load on the machine matters
+less; time that waits for files is in `waited`. A line per pass follows with --passes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def growth(before: dict[str, Any] | None, found: dict[str, Any]) -> str:
-    """Seconds and peak of one layer more."""
+    """Seconds and peak of one additional layer."""
     if before is None:
         return ""
     layers = found["layers"] - before["layers"]
@@ -53,7 +53,7 @@ def growth(before: dict[str, Any] | None, found: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The options of the command line."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
@@ -72,14 +72,14 @@ def arguments() -> argparse.Namespace:
 
 
 def alone(layers: int) -> dict[str, Any]:
-    """One size in a process of its own."""
+    """Measure one size in a separate process."""
     command = [sys.executable, __file__, *sys.argv[1:], "--one", str(layers)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(layers: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Build, compile, and say how long it took and how much memory it needed."""
+    """Build, compile, and return how long it took and how much memory it needed."""
     import qpcompile
 
     models = [llava(layers, options)]
@@ -116,13 +116,13 @@ def memory(what: str) -> int:
 
 
 def forget_peak() -> None:
-    """Let VmHWM begin at what is in memory now."""
+    """Reset VmHWM to what is in memory now."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
 
 
 def llava(layers: int, options: argparse.Namespace) -> Any:
-    """LLaVA with a small tower and a decoder of the given widths; random weights, none of them twice in memory."""
+    """LLaVA with a small tower and a decoder of the given widths; random weights, each in memory once."""
     import torch
     import transformers
 

@@ -1,8 +1,8 @@
-"""Whole answers on one CPU core, beside what a user would pick instead: python tests/bench/cpu.py [--shapes A B]
+"""Whole answers on one CPU core, compared with other runtimes: python tests/bench/cpu.py [--shapes A B]
 
-Every peer is a process of its own that loads its model once; then all are asked in turns, so that a busy machine meets
-all of them. What they load is made on first use in build/bench/, and made anew when what it is made from has changed.
-Writes docs/results/cpu.csv and cpu.md. A peer that cannot run is a line that says why.
+Every peer is a separate process that loads its model once; then all answer in turns, so that other load affects all of
+them. What they load is built on first use in build/bench/, and rebuilt when its sources have changed. Writes
+docs/results/cpu.csv and cpu.md. A peer that cannot run gets a line with the reason.
 
     python tests/bench/cpu.py --install-openvino     once: OpenVINO's environment in build/bench/openvino
     python tests/bench/cpu.py                        all peers on A, B and the testbed
@@ -28,19 +28,19 @@ from cpu_peers import BUILD, HERE, MAKES, OPENVINO, OPENVINO_PACKAGES, PEERS, RO
 from cpu_shapes import SHAPES
 from cpu_table import BASELINE, Row, Target, as_csv, as_markdown, busyness, targets_as_markdown
 
-# Seconds that making a folder, loading it and one answer may take.
+# Time limits in seconds for building a folder, loading it and one answer.
 MAKE_LIMIT, LOAD_LIMIT, ANSWER_LIMIT = 3600, 600, 600
-# Memory that stays free when workers are started together, in bytes.
+# Memory to keep free when workers are started together, in bytes.
 RESERVE = 2 * 10**9
 
 
 class PeerError(Exception):
-    """A peer that does not run here; the text says why."""
+    """A peer does not run here; the text gives the reason."""
 
 
 @dataclass
 class Worker:
-    """A peer's process, and what it has said so far."""
+    """A peer's process and its messages so far."""
 
     peer: Peer
     process: subprocess.Popen[str]
@@ -54,7 +54,7 @@ class Worker:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["A", "B", "testbed"])
     parser.add_argument("--peers", nargs="+", help="only peers whose names begin like one of these, and the baseline")
@@ -84,14 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def chosen(wanted: Sequence[str] | None) -> list[Peer]:
-    """The peers that are named, with the baseline; all that run unasked where none are."""
+    """The named peers and the baseline; without names, all that run by default."""
     if wanted is None:
         return [peer for peer in PEERS.values() if not peer.asked]
     return [peer for peer in PEERS.values() if peer.name == BASELINE or peer.name.startswith(tuple(wanted))]
 
 
 def measure(shape: str, peers: Sequence[Peer], options: argparse.Namespace, run: str) -> list[Row]:
-    """Rows of all peers on one shape. Where memory does not hold all at once, each group has the baseline in it."""
+    """Rows of all peers on one shape. If memory does not hold all at once, each group includes the baseline."""
     folder: Path = options.build / shape
     failed: dict[str, str] = {}
     unmade: dict[str, PeerError] = {}
@@ -124,7 +124,7 @@ def measure(shape: str, peers: Sequence[Peer], options: argparse.Namespace, run:
 
 
 def prepare(make: Make, shape: str, folder: Path, stale: bool, unmade: dict[str, PeerError]) -> None:
-    """Make a folder that is not there or whose sources have changed; what failed once (`unmade`) is not tried again."""
+    """Build a folder that is missing or whose sources have changed; what failed once (`unmade`) is not tried again."""
     if make.folder in unmade:
         raise unmade[make.folder]
     python = interpreter(make.python)
@@ -158,7 +158,7 @@ def start(
     options: argparse.Namespace,
     failed: dict[str, str],
 ) -> tuple[list[Worker], list[Peer]]:
-    """Workers for the baseline and as many others as memory holds, and the peers that must wait; one at least runs."""
+    """Workers for the baseline and as many others as fit in memory, and the peers that must wait; at least one runs."""
     workers: list[Worker] = []
     queue = [*baseline, *waiting]
     while queue:
@@ -180,7 +180,7 @@ def start(
 
 
 def load(peer: Peer, shape: str, folder: Path, core: int, new_tokens: int) -> Worker:
-    """Start a peer's process and wait until its model is there."""
+    """Start a peer's process and wait until its model is loaded."""
     command = [
         str(interpreter(peer.python)),
         str(HERE / peer.worker),
@@ -199,7 +199,7 @@ def load(peer: Peer, shape: str, folder: Path, core: int, new_tokens: int) -> Wo
             env=environment(),
             text=True,
         )
-    # Threads that it starts are bound as it is.
+    # Threads that it starts inherit the affinity.
     os.sched_setaffinity(process.pid, {core})
     worker = Worker(peer, process, {}, [])
     worker.loaded = hear(worker, LOAD_LIMIT, path)
@@ -207,7 +207,7 @@ def load(peer: Peer, shape: str, folder: Path, core: int, new_tokens: int) -> Wo
 
 
 def ask_in_turns(workers: Sequence[Worker], shape: str, rounds: int, failed: dict[str, str]) -> None:
-    """One answer of every peer in each round; that of round 0 is forgotten. One that fails is not asked again."""
+    """One answer of every peer in each round; round 0 is the warm-up. A peer that fails is not asked again."""
     for number in range(rounds + 1):
         for worker in workers:
             if worker.peer.name in failed:
@@ -225,7 +225,7 @@ def ask_in_turns(workers: Sequence[Worker], shape: str, rounds: int, failed: dic
 
 
 def tell(worker: Worker, question: dict[str, Any], limit: float) -> dict[str, Any]:
-    """Send a question and hear the answer."""
+    """Send a question and receive the answer."""
     stdin: IO[str] | None = worker.process.stdin
     assert stdin is not None
     try:
@@ -237,7 +237,7 @@ def tell(worker: Worker, question: dict[str, Any], limit: float) -> dict[str, An
 
 
 def hear(worker: Worker, limit: float, path: Path | None = None) -> dict[str, Any]:
-    """The next thing a worker says; a failure of its own, silence and its end are errors."""
+    """The next message of a worker; a failure that it reports, a timeout and its exit are errors."""
     stdout: IO[str] | None = worker.process.stdout
     assert stdout is not None
     ready, _, _ = select.select([stdout], [], [], limit)
@@ -249,13 +249,13 @@ def hear(worker: Worker, limit: float, path: Path | None = None) -> dict[str, An
     said: dict[str, Any] = json.loads(line)
     if "failed" in said:
         worker.close()
-        # Less where the library was built.
+        # Without the path where the library was built.
         raise PeerError(said["failed"].split(" at /")[0])
     return said
 
 
 def merge(rows: Sequence[Row], store: Path) -> list[Row]:
-    """These rows and those of earlier runs that they do not replace, in the order of shapes and peers."""
+    """These rows and the rows of earlier runs that they do not replace, in the order of shapes and peers."""
     found = {}
     if store.exists():
         found = {(each["shape"], each["peer"]): Row(**each) for each in json.loads(store.read_text("utf-8"))}
@@ -268,7 +268,7 @@ def merge(rows: Sequence[Row], store: Path) -> list[Row]:
 
 
 def install_openvino() -> int:
-    """An environment of its own: optimum-intel asks for transformers 4.57."""
+    """A separate environment: optimum-intel requires transformers 4.57."""
     folder = BUILD / OPENVINO
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *OPENVINO_PACKAGES]
@@ -281,18 +281,18 @@ def environment() -> dict[str, str]:
 
 
 def log(folder: Path, name: str) -> Path:
-    """Where a process's error stream goes."""
+    """The file that receives a process's stderr."""
     return folder / f"{name.replace(' ', '-')}.log"
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log, which is what an exception says."""
+    """The last line of a log: the message of an exception."""
     lines = path.read_text("utf-8", errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else "it said nothing"
 
 
 def say(text: str) -> None:
-    """Progress, on the error stream."""
+    """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -328,7 +328,7 @@ def report(rows: Sequence[Row], options: argparse.Namespace) -> str:
 
 
 def processor() -> str:
-    """The processor's name and what it has for small integers and halves."""
+    """The processor's name and its instructions for low-precision types."""
     text = Path("/proc/cpuinfo").read_text("utf-8")
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     flags = {name.strip(): value for name, value in fields.items()}
@@ -345,7 +345,7 @@ TARGETS = [
     for shape in ("A", "B")
     for ours in ("ours quota-30, bf16", "ours quota-30, ONNX fast")
     for measured, other, most in (
-        # GenAI ignores pruning for LLaVA, so that its plain answer stands against ours.
+        # GenAI ignores pruning for LLaVA, so its unpruned answer is the comparison.
         ("first_ms", GENAI if shape == "A" else GENAI_PRUNED, 0.6),
         ("decode_ms", ORT_INT4, 1.0),
         ("decode_ms", BASELINE, 0.25),

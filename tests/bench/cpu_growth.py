@@ -1,4 +1,4 @@
-"""How an answer's cost grows: python tests/bench/cpu_growth.py [--axes visual layers batch answer]
+"""How the cost of an answer grows: python tests/bench/cpu_growth.py [--axes visual layers batch answer]
 
 A small Qwen2-VL (tower 256 x 4, decoder 512 x 8), whose pictures may have any size, as transformers runs it and
 compiled, on one core. One value changes at a time. Writes a CSV and a plot per axis to docs/results/.
@@ -31,7 +31,7 @@ MEASURES = ("first_core_ms", "decode_core_ms", "answer_core_ms", "peak_mb", "kv_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     parser.add_argument("--rounds", type=int, default=2)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(axis: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per peer and value: the least of the rounds, each in a process of its own so that its peak is its own."""
+    """A row per peer and value: the minimum over rounds, each in a separate process so that its peak is its own."""
     key, values = AXES[axis]
     rows = []
     for value in values:
@@ -77,14 +77,14 @@ def measure(axis: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def best(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The least time and the highest peak."""
+    """The minimum time and the maximum peak."""
     found = {name: min(run[name] for run in runs) for name in ("first_core_ms", "decode_core_ms", "kv_mb")}
     whole = min(run["first_core_ms"] + run["decode_core_ms"] * (run["tokens"] - 1) for run in runs)
     return {**found, "answer_core_ms": whole, "peak_mb": max(run["peak_mb"] for run in runs)}
 
 
 def shown(axis: str, value: int) -> int:
-    """The value as the plot names it: visual tokens in place of a height."""
+    """The value as shown in the plot: visual tokens instead of a height."""
     return SHAPES["growth-8"].changed(side=value).visual_tokens if axis == "visual" else value
 
 
@@ -99,7 +99,7 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def plot(axis: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Time and memory against the axis, a line per peer; both axes logarithmic."""
+    """Time and memory against the axis, one line per peer; both axes logarithmic."""
     mpl.use("svg")
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter

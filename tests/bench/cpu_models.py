@@ -12,7 +12,7 @@ IS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
 def build(shape: Shape, seed: int = 0) -> Any:
-    """The model in float32; it never ends an answer by itself."""
+    """The model in float32; it never emits an end token."""
     torch.manual_seed(seed)
     if shape.folder:
         model = transformers.LlavaForConditionalGeneration.from_pretrained(ROOT / shape.folder)
@@ -83,7 +83,7 @@ def _qwen2_vl(shape: Shape) -> Any:
     half = shape.width // shape.heads // 2
     axis = half * 3 // 8
     rope = {"rope_type": "default", "mrope_section": [half - 2 * axis, axis, axis]}
-    # transformers 4 calls the same thing by another name.
+    # transformers 4 has another name for the same option.
     named = {"rope_parameters": {**rope, "rope_theta": 10000.0}} if IS_5 else {"rope_scaling": rope}
     config = transformers.Qwen2VLConfig(
         vision_config=tower,

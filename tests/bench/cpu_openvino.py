@@ -1,7 +1,7 @@
 """OpenVINO GenAI as a worker of the CPU benchmark: cpu_openvino.py FOLDER SHAPE NEW_TOKENS KEEP
 
 FOLDER is what cpu_openvino_export.py wrote. KEEP below 1 asks for its pruning (CDPruner). The prefix cache is off: a
-prompt that repeats would cost nothing. The precision of products and of the cache is what the plug-in chooses itself.
+repeated prompt would cost nothing. The precision of products and of the cache is the plug-in's default.
 """
 
 import json
@@ -17,7 +17,7 @@ from cpu_worker import Clock, folder_mb, serve
 
 
 class Streamer(genai.StreamerBase):
-    """Tells the clock of each token."""
+    """Reports each token to the clock."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Streamer(genai.StreamerBase):
         return genai.StreamingStatus.RUNNING
 
     def end(self) -> None:
-        """Nothing is left to show."""
+        """Nothing to flush."""
 
 
 def load(folder: Path, name: str, new_tokens: int, keep: float) -> Any:
@@ -43,7 +43,7 @@ def load(folder: Path, name: str, new_tokens: int, keep: float) -> Any:
     config.apply_chat_template = False
     if keep < 1:
         config.pruning_ratio = round(100 * (1 - keep))
-    # One letter is one token; the picture's own frame tokens are the pipeline's.
+    # One letter is one token; the pipeline adds the picture's frame tokens.
     around = 2 if shape.family == "qwen2_vl" else 0
     text = "abcdefgh"[: 8 - around] + "<ov_genai_image_0>" + "x" * (shape.text_tokens - 8)
 

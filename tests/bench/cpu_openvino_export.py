@@ -1,7 +1,7 @@
-"""A model as OpenVINO GenAI loads it: cpu_openvino_export.py SHAPE FOLDER, in the environment of OpenVINO.
+"""Export a model for OpenVINO GenAI: cpu_openvino_export.py SHAPE FOLDER, in the environment of OpenVINO.
 
-`optimum-cli export openvino --weight-format int4`, with everything else as that command chooses. Random weights come
-without a tokenizer, so one is made in which each byte is a token.
+`optimum-cli export openvino --weight-format int4`, with the command's defaults otherwise. Random weights have no
+tokenizer, so one is created in which each byte is a token.
 """
 
 import json
@@ -23,7 +23,7 @@ CHOSEN = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATIO
 
 
 def main(name: str, target: str) -> None:
-    """The int4 folder and a note of what the plug-in chooses."""
+    """Write the int4 folder and a note of the plug-in's settings."""
     torch.set_num_threads(1)
     shape, folder = SHAPES[name], Path(target)
     unfinished = Path(f"{target}.unfinished")
@@ -50,7 +50,7 @@ def main(name: str, target: str) -> None:
         "--library",
         "transformers",
     ]
-    # Groups, 128 inputs where nothing is said, must divide every width.
+    # Groups (128 inputs by default) must divide every width.
     group = math.gcd(128, text.hidden_size, text.intermediate_size)
     groups = [] if group == 128 else ["--group-size", str(group)]
     if subprocess.run([*command, "--weight-format", "int4", *groups, unfinished / "int4"], check=False).returncode:
@@ -63,7 +63,7 @@ def main(name: str, target: str) -> None:
 
 
 def write_tokenizer(shape: Shape, folder: Path) -> None:
-    """Every byte is a token; the ids of the model that are left have names that no text has."""
+    """Every byte is a token; the remaining ids of the model have names that do not occur in text."""
     names = {PAD: "<pad>", BEGIN: "<s>", END: "</s>", VIDEO: "<|video_pad|>"}
     names |= {VISION_START: "<|vision_start|>", VISION_END: "<|vision_end|>"}
     names[shape.image_token] = "<image>" if shape.family == "llava" else "<|image_pad|>"
@@ -84,7 +84,7 @@ def write_tokenizer(shape: Shape, folder: Path) -> None:
 
 
 def write_processor(shape: Shape, folder: Path) -> None:
-    """What makes pixels of a picture."""
+    """The image processor."""
     if shape.family == "llava":
         crop = {"height": shape.side, "width": shape.side}
         CLIPImageProcessor(size={"shortest_edge": shape.side}, crop_size=crop).save_pretrained(folder)

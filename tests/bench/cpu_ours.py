@@ -13,7 +13,7 @@ import qpcompile
 
 
 def load(folder: Path, name: str, new_tokens: int) -> tuple[Ask, dict[str, Any]]:
-    """The artifact, and what its plan keeps of the picture."""
+    """The artifact, and how many visual tokens its plan keeps."""
     torch.set_num_threads(1)
     model = qpcompile.load(folder)
     model.generation_config.eos_token_id = None

@@ -1,6 +1,6 @@
 """A compiled model's ONNX folder as a worker of the CPU benchmark: cpu_ours_onnx.py FOLDER SHAPE NEW_TOKENS
 
-Without torch: what the runner beside the graphs does, with a look at the clock after each token.
+Without torch: the steps of the runner beside the graphs, with a timestamp after each token.
 """
 
 import sys

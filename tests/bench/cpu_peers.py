@@ -1,4 +1,4 @@
-"""Who takes part in the CPU benchmark, what each one loads, and how that is made."""
+"""The peers of the CPU benchmark, what each one loads, and how that is built."""
 
 import hashlib
 import sys
@@ -23,7 +23,7 @@ OPENVINO_PACKAGES = (
 )
 
 _MODELS = ("tests/bench/cpu_models.py", "tests/bench/cpu_shapes.py", "tests/bench/cpu_prepare.py")
-# What a compiled folder depends on; the code that only runs it is not among it.
+# Sources that a compiled folder depends on, without the code that only runs it.
 _COMPILER = (
     *_MODELS,
     "qpcompile/*.py",
@@ -54,7 +54,7 @@ class Make:
     depends: tuple[str, ...] = _MODELS
 
     def key(self) -> str:
-        """Changes with every file that the folder is made from."""
+        """A hash of all files that the folder is built from."""
         total = hashlib.sha256(repr((self.script, self.arguments, self.source)).encode())
         for pattern in (*self.depends, f"tests/bench/{self.script}"):
             for path in sorted(ROOT.glob(pattern)):
@@ -66,7 +66,7 @@ class Make:
 class Peer:
     """A row of the table: `worker` loads `folder` (or `part` of it) and answers.
 
-    Peers with `asked` run only where they are named.
+    Peers with `asked` run only if they are named.
     """
 
     name: str
@@ -120,5 +120,5 @@ PEERS = {
 
 
 def interpreter(python: str) -> Path:
-    """The interpreter of an environment; it may not be there."""
+    """The interpreter of an environment; it may not exist."""
     return Path(sys.executable) if python == OWN else BUILD / python / "bin" / "python"

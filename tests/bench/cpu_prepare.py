@@ -1,9 +1,9 @@
-"""Make what one peer of the CPU benchmark loads: cpu_prepare.py WHAT SHAPE FOLDER [SOURCE]
+"""Build what one peer of the CPU benchmark loads: cpu_prepare.py WHAT SHAPE FOLDER [SOURCE]
 
 WHAT is torch:DTYPE, ours:DTYPE (a folder for each preset), onnx:PRESET and onnx-fast:PRESET from the compiled models in
-SOURCE, or ort:fp32, ort:int4 and ort:int4:fast: the model's own graphs for onnxruntime, the others with the weights
-that its quantizer of matrix products makes of them (blocks of 32, int8 arithmetic), the last with onnxruntime's fused
-attention and caches in place.
+SOURCE, or ort:fp32, ort:int4 and ort:int4:fast: the model's own graphs for onnxruntime, the others with weights from
+onnxruntime's MatMulNBits quantizer (blocks of 32, int8 arithmetic), the last with onnxruntime's fused attention and
+caches in place.
 """
 
 import sys
@@ -23,8 +23,8 @@ from qpcompile.evaluate.run.workbench import Workbench
 from qpcompile.recipe.recipe import Recipe
 
 PRESETS = ("w4a4kv4", "quota-30")
-# Random weights have nothing to learn from, so a compile does here what takes seconds: the operators that run, and with
-# them the time of an answer, are those of the preset.
+# Training on random weights is pointless, so a compile here does only what takes seconds: the operators that run, and
+# therefore the time of an answer, are those of the preset.
 QUICK = (
     "calibration.samples=2",
     "quantize.weights.solver=rtn",
@@ -32,12 +32,12 @@ QUICK = (
     "quantize.activations.clip_search=false",
     "quantize.training.epochs=0",
 )
-# Random attention looks at everything alike, and the search for layers refuses it.
+# Random attention is uniform, and the search for candidate layers refuses it.
 LAYERS = "tokens.candidate_layers=[2, 3, 4, 5, 6]"
 
 
 def recipe(shape: Shape, preset: str) -> Recipe:
-    """The preset as it is compiled here."""
+    """The preset with the settings of this benchmark."""
     found = Recipe.load(preset)
     overrides = [*QUICK]
     if found.tokens.method != "none":
@@ -51,7 +51,7 @@ def prepare_torch(shape: Shape, folder: Path, dtype: str) -> None:
 
 
 class Bench(Workbench):
-    """Presets of one model that is not in a folder, on samples that are not questions."""
+    """Compile presets of an in-memory model on random samples."""
 
     def __init__(self, model: PreTrainedModel, samples: Source) -> None:
         self.model, self.processor, self.calibration = model, None, samples
@@ -73,7 +73,7 @@ def prepare_onnx(shape: Shape, folder: Path, preset: str, source: str, fast: boo
 
 
 def prepare_ort(shape: Shape, folder: Path, weights: str, how: str = "") -> None:
-    """The model as it is in ONNX; int4 goes through onnxruntime's own tool, with its own settings but for the block."""
+    """The unquantized model in ONNX; int4 by onnxruntime's own tool, at its default settings but for the block size."""
     samples = [model_inputs(shape, {"prompt": 101})]
     qpcompile.compile(build(shape), "none", calibration=samples).export_onnx(folder, fast=how == "fast")
     if weights == "fp32":
@@ -99,7 +99,7 @@ MAKERS: dict[str, Callable[..., None]] = {
 
 
 def main(what: str, shape: str, folder: str, *source: str) -> None:
-    """Into a folder of another name first: one that is there is whole."""
+    """Write to a temporary folder first: an existing folder is complete."""
     torch.set_num_threads(1)
     kind, *arguments = what.split(":")
     unfinished = Path(f"{folder}.unfinished")

@@ -1,8 +1,8 @@
-"""Where a compiled model's first token goes: python tests/bench/cpu_profile.py SHAPE FOLDER [ROUNDS]
+"""Profile the first token of a compiled model: python tests/bench/cpu_profile.py SHAPE FOLDER [ROUNDS]
 
 FOLDER is a compiled model, as `cpu.py` makes one in build/bench/SHAPE/ours-bfloat16/quota-30. One thread. The bound
-graphs of vision tower, prefill and head run node by node; milliseconds of the core by graph, operator and sizes of the
-result, the least of the rounds. Nothing is said of the host's own code between them.
+graphs of vision tower, prefill and head run node by node; milliseconds of CPU time by graph, operator and sizes of the
+result, the minimum over rounds. The host's own code between them is not included.
 """
 
 import sys
@@ -26,7 +26,7 @@ Place = tuple[str, str, str]
 
 
 class Timed(fx.Interpreter):
-    """Adds the core time of every call to `spent` and counts it in `calls`."""
+    """Adds the CPU time of every call to `spent` and counts it in `calls`."""
 
     def __init__(self, name: str, module: fx.GraphModule, spent: dict[Place, float], calls: Counter[Place]) -> None:
         super().__init__(module)

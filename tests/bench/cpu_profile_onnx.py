@@ -1,8 +1,8 @@
-"""Where the first token of an ONNX folder goes: python tests/bench/cpu_profile_onnx.py SHAPE FOLDER [ROUNDS]
+"""Profile the first token of an ONNX folder: python tests/bench/cpu_profile_onnx.py SHAPE FOLDER [ROUNDS]
 
 FOLDER is an export, as `cpu.py` makes one in build/bench/SHAPE/onnx-fast-quota-30. One thread. onnxruntime's own
-profile of tower and prompt: milliseconds by graph, operator and sizes of the result, the mean of the rounds but the
-first. What runs inside a loop or a branch is counted there too, so that rows add up to more than the whole.
+profile of tower and prompt: milliseconds by graph, operator and sizes of the result, the mean over all rounds but the
+first. A node inside a loop or a branch is counted in both, so rows add up to more than the total.
 """
 
 import json
@@ -39,7 +39,7 @@ def main(shape: str, folder: str, rounds: str = "3") -> None:
 
 
 def profiled(model: OnnxVLM, name: str, aside: str) -> ort.InferenceSession:
-    """A graph of the folder with the runner's own options, and a profile."""
+    """A graph of the folder with the runner's own options and profiling."""
     options = getattr(model, name).get_session_options()
     options.enable_profiling, options.profile_file_prefix = True, f"{aside}/{name}"
     return ort.InferenceSession(model.folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])

@@ -16,7 +16,7 @@ PAD, BEGIN, END = 0, 1, 2
 # Ids from here on are text.
 FIRST_TEXT = 20
 VISION_START, VISION_END, VIDEO = 11, 12, 13
-# Text tokens before the picture; Qwen's picture has a frame of two, which are among them.
+# Text tokens before the picture, including the two frame tokens of Qwen's picture.
 BEFORE = 8
 
 
@@ -39,12 +39,12 @@ class Shape:
     vocabulary: int = 32000
     text_tokens: int = 64
     image_token: int = 10
-    # A folder of the repository with trained weights, in place of random ones.
+    # A folder of the repository with trained weights, instead of random ones.
     folder: str = ""
 
     @property
     def visual_tokens(self) -> int:
-        """Tokens of the picture that the decoder sees."""
+        """Visual tokens that enter the decoder."""
         patches = (self.side // self.patch) ** 2
         return patches if self.family == "llava" else patches // 4
 
@@ -72,12 +72,12 @@ SHAPES = {
 
 
 def asked_inputs(shape: Shape, question: dict[str, int]) -> dict[str, Array]:
-    """The inputs of one question: its prompt's number and, where they differ, the picture's height and the batch."""
+    """The inputs of one question: the number of its prompt and, if they differ, the picture's height and the batch."""
     return inputs(shape.changed(side=question.get("side", shape.side)), question["prompt"], question.get("batch", 1))
 
 
 def inputs(shape: Shape, seed: int = 0, batch: int = 1) -> dict[str, Array]:
-    """What a processor would return: a picture of noise behind a few text tokens, the other text after it."""
+    """The outputs of a processor: a picture of noise after a few text tokens, then the rest of the text."""
     draw = np.random.default_rng(seed)
     words = draw.integers(FIRST_TEXT, shape.vocabulary, (batch, shape.text_tokens))
     words[:, 0] = BEGIN

@@ -8,15 +8,15 @@ from statistics import median
 from typing import Any
 
 BASELINE = "torch bf16"
-# The clock that ratios are made of: time on the core, which other processes do not stretch.
+# The clock for ratios: CPU time, which other processes do not increase.
 CLOCK = "core"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one peer did on one shape. `runs` are its workers' answers; `note` says why there are none.
+    """The result of one peer on one shape. `runs` are its workers' answers; `note` says why there are none.
 
-    `run` names the benchmark run: ratios are made within one only.
+    `run` names the benchmark run: ratios are computed within one run only.
     """
 
     shape: str
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def peak_mb(self) -> float | None:
-        """The most resident memory since the process began, loading included."""
+        """Peak resident memory since the process began, loading included."""
         return max(self.values("peak_mb"), default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """`measure` of `peer` over that of `other` on `shape` is to be at most `most`."""
+    """`measure` of `peer` over that of `other` on `shape` should be at most `most`."""
 
     shape: str
     measure: str
@@ -129,7 +129,7 @@ MEMORY = (("peak_mb", 0), ("weights_mb", 0), ("kv_mb", 1))
 
 
 def targets_as_markdown(rows: Sequence[Row], targets: Sequence[Target]) -> str:
-    """Each target with what was found; `not run` where its two rows did not run together."""
+    """Each target with the result; `not run` if its two rows are not of one run."""
     lines = ["| shape | measure | ours | against | ratio | target | met |", "| --- " * 7 + "|"]
     for target in targets:
         own = [row for row in rows if (row.shape, row.peer) == (target.shape, target.peer)]
@@ -141,7 +141,7 @@ def targets_as_markdown(rows: Sequence[Row], targets: Sequence[Target]) -> str:
 
 
 def busyness(rows: Iterable[Row]) -> float | None:
-    """How many times the wall clock's time exceeds that on the core: 1 on a machine that does nothing else."""
+    """Wall-clock time over CPU time: 1 on an otherwise idle machine."""
     found = [each["first_wall_ms"] / each["first_core_ms"] for row in rows for each in row.runs]
     return median(found) if found else None
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForImageTextToText
 
 
 def load(folder: Path, name: str, new_tokens: int, mode: str) -> tuple[Ask, dict[str, Any]]:
-    """The model in the type it is stored in; `compile` gives the vision tower and the decoder to torch.compile."""
+    """The model in its stored dtype; `compile` passes the vision tower and the decoder to torch.compile."""
     torch.set_num_threads(1)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     if mode == "compile":
-        # A cache of one size, as transformers' own documentation asks of torch.compile: no step compiles anew.
+        # A static cache, as transformers' documentation recommends for torch.compile: no step recompiles.
         model.generation_config.cache_implementation = "static"
         model.forward = torch.compile(model.forward, dynamic=False)
 

@@ -1,7 +1,7 @@
-"""What a peer's process says and hears: one JSON line per message, on a channel that libraries cannot print into.
+"""The protocol of a peer's process: one JSON line per message, on a channel that libraries cannot print into.
 
-A worker loads its model, says what it loaded, then waits. For each number it is sent it answers that prompt once and
-says how long the first token and the others took. It imports nothing but Python's own modules, so that every peer's
+A worker loads its model, reports what it loaded, then waits. For each number received it answers that prompt once and
+reports how long the first token and the others took. It imports the standard library only, so that every peer's
 environment can run it.
 """
 
@@ -14,19 +14,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Called with a question: "prompt" (its number) and, where they differ, "side" and "batch". Returns the clock's result
-# and more fields if there are any.
+# Called with a question: "prompt" (its number) and, if they differ, "side" and "batch". Returns the clock's result and
+# optional further fields.
 Ask = Callable[[dict[str, int]], dict[str, Any]]
 MIB = 2**20
 
 
 def now() -> tuple[float, float]:
-    """Seconds by the wall clock, and seconds that this process has had a core: those a busy machine leaves alone."""
+    """Wall-clock seconds, and CPU seconds of this process, which do not depend on the load of the machine."""
     return time.perf_counter(), time.process_time()
 
 
 class Clock:
-    """Notes when each new token came; serves as a streamer of transformers, whose first call brings the prompt."""
+    """Records the time of each new token; a streamer of transformers, whose first call receives the prompt."""
 
     def __init__(self, prompt_first: bool = True) -> None:
         self.skip = 1 if prompt_first else 0
@@ -34,14 +34,14 @@ class Clock:
         self.times: list[tuple[float, float]] = []
 
     def put(self, value: Any) -> None:
-        """One more token, or the prompt."""
+        """A new token, or the prompt."""
         if self.skip:
             self.skip -= 1
         else:
             self.times.append(now())
 
     def end(self) -> None:
-        """Nothing is left to show."""
+        """Nothing to flush."""
 
     def result(self) -> dict[str, float]:
         """Milliseconds to the first token, and per token after it, by both clocks."""
@@ -54,7 +54,7 @@ class Clock:
 
 
 def memory_mb() -> dict[str, float]:
-    """Resident memory of this process, now and at its peak, in MB (10^6 bytes), and what of it is no file mapping."""
+    """Resident memory of this process, now and at its peak, in MB (10^6 bytes), and its part without file mappings."""
     fields = {}
     for line in Path("/proc/self/status").read_text("utf-8").splitlines():
         name, _, rest = line.partition(":")
@@ -69,7 +69,7 @@ def folder_mb(folder: Path, *patterns: str) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that this process has imported, of those that a time depends on."""
+    """Versions of the imported packages that affect the timings."""
     known = ("torch", "transformers", "onnxruntime", "openvino", "openvino_genai", "nncf", "optimum-intel")
     found = {}
     for name in known:
@@ -79,8 +79,8 @@ def versions() -> dict[str, str]:
 
 
 def serve(load: Callable[[], tuple[Ask, dict[str, Any]]]) -> None:
-    """Load, report, then answer until the other side closes; every failure is one line that says what it was."""
-    # What libraries print goes to the error stream; the channel is the old standard output.
+    """Load, report, then answer until the other side closes; every failure is reported in one line."""
+    # Output of libraries goes to stderr; the channel is the original stdout.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
 
