@@ -8,7 +8,7 @@ TOKENS = (1, 16, 64, 208, 256, 640, 3328, 10240)
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer [out_features, in_features]; query, key and value, and gate and up, are one product."""
+    """A linear layer [out_features, in_features]; query, key and value are one product, and so are gate and up."""
 
     model: str
     name: str

@@ -1,4 +1,4 @@
-"""What is timed: our linear layers and what a user would take instead, on random data, several copies of a weight."""
+"""What is timed: our linear layers and alternatives to them, on random data, with several copies of a weight."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ Make = Callable[[Layer, int], Prepared]
 
 
 class NotHereError(Exception):
-    """A peer does not run for this shape or is not installed; the text says why."""
+    """A peer does not run for this shape or is not installed; the text gives the reason."""
 
 
 def _copies(size: int) -> range:
@@ -119,7 +119,7 @@ def int8_cublas(layer: Layer, tokens: int) -> Prepared:
 
 
 def int8_cublas_scaled(layer: Layer, tokens: int) -> Prepared:
-    """The 8-bit integer product, scaled by operators of their own."""
+    """The 8-bit integer product, scaled by separate operators."""
     return _int_mm(layer, tokens, epilogue=True)
 
 

@@ -1,4 +1,4 @@
-"""The table of a kernel benchmark: rates, the share of what the machine was seen to reach, ratios, CSV and Markdown."""
+"""The table of a kernel benchmark: rates, their share of the measured ceilings, ratios, CSV and Markdown."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from gpu_timing import Times
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What this GPU was measured to reach: operations per second by type of product, and bytes per second copied."""
+    """Measured ceilings of this GPU: operations per second by type of product, and bytes per second copied."""
 
     operations: Mapping[str, float]
     bandwidth: float
@@ -19,7 +19,7 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one layer and token count. `times` is None where it did not run, and `note` says why.
+    """One kernel on one layer and token count. `times` is None if it did not run, and `note` says why.
 
     `kind` is the type of product ("int8", "fp8", "bf16"), `size` the bytes that must be read and written.
     """

@@ -1,7 +1,7 @@
 """Time the linear layers of two models on this GPU: python tests/bench/gpu.py [--tokens 1 640] [--layers o]
 
-Writes docs/results/kernels-<gpu>.csv and .md. Weights are taken in turns, more of them than the cache holds, data is
-random, calls are captured in CUDA graphs, and the kernels take turns in every round.
+Writes docs/results/kernels-<gpu>.csv and .md. Calls cycle through more weights than the cache holds, data is
+random, calls are captured in CUDA graphs, and the kernels alternate in every round.
 """
 
 import argparse
@@ -25,7 +25,7 @@ NO_GPU = 2
 
 
 def measure(layer: Layer, tokens: int) -> list[Row]:
-    """All kernels on one layer, in turns; one that does not run has a row that says why."""
+    """All kernels on one layer, in turns; one that does not run gets a row with the reason."""
     prepared: dict[str, Prepared] = {}
     failed: dict[str, str] = {}
     for kernel, make in KERNELS.items():
@@ -35,7 +35,7 @@ def measure(layer: Layer, tokens: int) -> list[Row]:
             torch.cuda.synchronize()
             prepared[kernel] = found
         except (NotHereError, RuntimeError, TypeError, NotImplementedError) as error:
-            # An error may say nothing but its name.
+            # An error may have no text.
             failed[kernel] = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     times = dict(zip(prepared, interleaved([each.calls for each in prepared.values()]), strict=True))
     rows = []
@@ -51,7 +51,7 @@ def measure(layer: Layer, tokens: int) -> list[Row]:
 
 
 def ceiling(side: int = 8192, copied: int = 2**30) -> Ceiling:
-    """The best rates that torch's own products of `side` x `side` and a copy of `copied` bytes reach here."""
+    """The highest rates of torch's own products of `side` x `side` and of a copy of `copied` bytes on this GPU."""
     eight = torch.float8_e4m3fn
     codes = [torch.randint(-8, 8, (side, side), dtype=torch.int8, device="cuda") for _ in range(2)]
     floats = [torch.randn(side, side, device="cuda") for _ in range(2)]
@@ -76,7 +76,7 @@ def ceiling(side: int = 8192, copied: int = 2**30) -> Ceiling:
 
 
 def report(rows: Sequence[Row], limits: Ceiling) -> str:
-    """The Markdown page: what ran, with what, what the machine reached, and a table per layer."""
+    """The Markdown page: what ran, with which versions, the measured ceilings, and a table per layer."""
     gpu = torch.cuda.get_device_properties(0)
     table = table_of(gpu.name)
     tuned = f"measured with {table.tuned}" if table and table.tuned else "the rule's, not tuned on this device"
@@ -99,7 +99,7 @@ def report(rows: Sequence[Row], limits: Ceiling) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; 2 where there is no GPU."""
+    """Measure and write the results; returns 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--layers", nargs="+", choices=sorted({layer.name for layer in LAYERS}))

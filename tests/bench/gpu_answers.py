@@ -1,8 +1,8 @@
 """Time whole answers of 7B models on this GPU: python tests/bench/gpu_answers.py [--models LLaVA-1.5-7B] [--batches 1]
 
-Real configurations, random weights, 576 visual and 64 other tokens, answers of one length. Every peer runs in a process
-of its own, one after the other. Writes docs/results/answers-<gpu>.csv and .md. `--device cpu --models tiny-A` tries the
-road without a GPU.
+Real configurations, random weights, 576 visual and 64 other tokens, answers of one length. Every peer runs in a
+separate process, one after the other. Writes docs/results/answers-<gpu>.csv and .md. `--device cpu --models tiny-A`
+tries the script without a GPU.
 """
 
 import argparse
@@ -37,14 +37,14 @@ FIELDS = (
     "first_ms", "first_low", "first_high", "decode_ms", "decode_low", "decode_high", "kv_mb", "peak_mb", "weights_mb",
     "compile_s", "compile_peak_mb", "host_peak_mb",
 )  # fmt: skip
-# What is asked, as the time of the baseline over that of the peer: (batch, field) -> ratio.
+# Targets, as the time of the baseline over that of the peer: (batch, field) -> ratio.
 TARGETS = {(1, "first_ms"): 2.5, (16, "first_ms"): 3.0, (1, "decode_ms"): 2.2, (16, "decode_ms"): 2.2}
 TARGET_PEER = "ours:quota-30"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One peer on one model and batch size. `found` is empty where it did not run, and `note` says why."""
+    """One peer on one model and batch size. `found` is empty if it did not run, and `note` says why."""
 
     model: str
     peer: str
@@ -54,7 +54,7 @@ class Row:
 
 
 def run_peer(model: str, peer: str, device: str, new_tokens: int, rounds: int, batches: Sequence[int]) -> list[Row]:
-    """A row for each batch size, from a process of the peer's own."""
+    """A row for each batch size, from one separate process per peer."""
     arguments = [model, peer, device, str(new_tokens), str(rounds), *map(str, batches)]
     command = [sys.executable, str(HERE / "gpu_worker.py"), *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -150,7 +150,7 @@ def report(rows: Sequence[Row], device: str, new_tokens: int, rounds: int) -> st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; 2 where there is no GPU and none was declined."""
+    """Measure and write the results; returns 2 without a GPU, unless another device was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(SEVEN_B))
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))

@@ -1,4 +1,4 @@
-"""The models of the GPU benchmark of answers: the configurations of two 7B models, random weights, made in place."""
+"""The models of the GPU benchmark of answers: configurations of two 7B models, random weights, initialised in place."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ TOWER_MLP = 3420 / 1280
 
 
 def make(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model on the device, in its type from the start: it is never there twice. It does not end answers itself."""
+    """The model, created on the device in its dtype, so that it is in memory once. It never emits an end token."""
     shape, before = MODELS[name], torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -40,7 +40,7 @@ def make(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -
 
 
 def _qwen2_5_vl(shape: Shape) -> Any:
-    """As Qwen2.5-VL is built: windows of 8 x 8 patches in the tower, but for four layers of the 32."""
+    """As Qwen2.5-VL is built: windows of 8 x 8 patches in the tower, except in four of the 32 layers."""
     torch.manual_seed(0)
     half = shape.width // shape.heads // 2
     axis = half * 3 // 8

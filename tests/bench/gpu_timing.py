@@ -1,4 +1,4 @@
-"""How long calls take on a GPU: many calls in one CUDA graph, replayed in turns with what it is compared with."""
+"""Time calls on a GPU: many calls in one CUDA graph, replayed in turns with the calls they are compared with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call: the median over rounds, and the lowest and highest tenth."""
+    """Seconds per call: the median over rounds, and the 10th and 90th percentile."""
 
     median: float
     low: float
@@ -20,22 +20,22 @@ class Times:
 
 
 def summary(seconds: Sequence[float]) -> Times:
-    """The median of measured times and what lies a tenth from either end."""
+    """The median and the 10th and 90th percentile of measured times."""
     ordered = sorted(seconds)
     tenth = len(ordered) // 10
     return Times(median(ordered), ordered[tenth], ordered[-1 - tenth])
 
 
 def copies_beyond(cache: int, size: int) -> int:
-    """So many tensors of `size` bytes, used in turns, are twice the cache: none is found there again."""
+    """The number of tensors of `size` bytes that fill the cache twice: used in turns, none is still cached."""
     return max(2, -(-2 * cache // size))
 
 
 def interleaved(groups: Sequence[Sequence[Call]], rounds: int = 25, least: float = 2e-3) -> list[Times]:
-    """The time of one call of each group; a group holds the same work on other weights, taken in turns.
+    """The time of one call of each group; a group is the same work on different weights, in turns.
 
-    Each group is one graph of at least `least` seconds. A round replays every graph once, so that a change of clocks
-    meets all of them.
+    Each group is one graph of at least `least` seconds. A round replays every graph once, so that a change of clock
+    rates affects all of them.
     """
     graphs = [_graph(calls, least) for calls in groups]
     seconds: list[list[float]] = [[] for _ in graphs]
@@ -46,7 +46,7 @@ def interleaved(groups: Sequence[Sequence[Call]], rounds: int = 25, least: float
 
 
 def _graph(calls: Sequence[Call], least: float) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A captured graph of whole turns through `calls`, and how many calls it holds."""
+    """A captured graph of full cycles through `calls`, and its number of calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in [*calls, *calls]:

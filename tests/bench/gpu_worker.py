@@ -1,7 +1,7 @@
 """One peer of the GPU benchmark of answers: gpu_worker.py MODEL PEER DEVICE NEW_TOKENS ROUNDS BATCH ...
 
 PEER is torch:eager, torch:compile, ours:PRESET, or grown:PRESET, which decodes without CUDA graphs. It answers
-prompts of each batch size and prints one line of JSON for each: medians of the rounds behind two that warm up.
+prompts of each batch size and prints one line of JSON for each: medians of the rounds after two warm-up rounds.
 """
 
 import gc
@@ -21,17 +21,17 @@ from gpu_models import MODELS, make
 import qpcompile
 
 WARM_UP = 2
-# Answers, with what `generate` takes and a clock; returns what counts the bytes of the cache, which may copy it.
+# Answers, given the inputs of `generate` and a clock; returns a function that counts the cache's bytes (may copy it).
 Answer = Callable[[dict[str, Any], Clock], Callable[[], int]]
 
 
 def peak_mb(device: torch.device) -> float:
-    """The most memory that tensors have taken since `forget_peak`, in MB (10^6 bytes); on the CPU the process."""
+    """Peak memory of tensors since `forget_peak`, in MB (10^6 bytes); on the CPU that of the process."""
     return torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else memory_mb()["peak_mb"]
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start measuring the peak anew, where that can be done."""
+    """Reset the peak, where that is possible."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -44,7 +44,7 @@ def inputs_of(name: str, prompt: int, batch: int, model: Any) -> dict[str, Any]:
 
 
 def load_torch(name: str, mode: str, device: torch.device, new_tokens: int) -> tuple[Answer, dict[str, float]]:
-    """The model as transformers runs it; `compile` with a cache of one size, and CUDA graphs where there are any."""
+    """The model as transformers runs it; `compile` with a static cache, and CUDA graphs where they exist."""
     model = make(name, device)
     if mode == "compile":
         model.generation_config.cache_implementation = "static"
@@ -62,7 +62,7 @@ def load_torch(name: str, mode: str, device: torch.device, new_tokens: int) -> t
 
 
 def load_ours(name: str, preset: str, graphs: bool, device: torch.device, new_tokens: int) -> tuple[Answer, Any]:
-    """The model compiled on the device it runs on; the one it is made from is gone before it answers."""
+    """The model compiled on the device it runs on; the original is freed before it answers."""
     model = make(name, device)
     samples = [inputs_of(name, number, 1, model) for number in (101, 102)]
     forget_peak(device)
@@ -91,7 +91,7 @@ def main(name: str, peer: str, device_name: str, new_tokens: int, rounds: int, b
         answer, facts = load_torch(name, what, device, new_tokens)
     else:
         answer, facts = load_ours(name, what, kind == "ours", device, new_tokens)
-    # The type and the device of inputs are those of every peer's model.
+    # Dtype and device of the inputs are the same for every peer's model.
     like = torch.empty(0, dtype=torch.bfloat16, device=device)
     for batch in batches:
         clocks: list[dict[str, float]] = []
@@ -100,7 +100,7 @@ def main(name: str, peer: str, device_name: str, new_tokens: int, rounds: int, b
             if turn == WARM_UP:
                 forget_peak(device)
             clock, inputs = Clock(), inputs_of(name, turn, batch, like)
-            held = []  # the cache of the answer before is not in this one's memory
+            held = []  # exclude the cache of the previous answer from this one's memory
             clock.start = now()
             held.append(answer(inputs, clock))
             clocks += [clock.result()] if turn >= WARM_UP else []

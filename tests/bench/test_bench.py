@@ -18,7 +18,7 @@ CEILING = Ceiling({"int8": 2e12, "bf16": 1e12}, bandwidth=1e9)
 
 
 def row(tokens: int, kernel: str, kind: str, microseconds: float | None, size: int = 1000, note: str = "") -> Row:
-    """One row on LAYER, whose spread is a tenth up and down."""
+    """One row on LAYER, with a spread of 10 % up and down."""
     seconds = None if microseconds is None else microseconds / 1e6
     times = None if seconds is None else Times(seconds, 0.9 * seconds, 1.1 * seconds)
     return Row(LAYER, tokens, kernel, kind, size, times, note)

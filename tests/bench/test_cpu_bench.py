@@ -1,4 +1,4 @@
-"""The CPU benchmark's road with peers of a few lines, its table, and its prompts."""
+"""The CPU benchmark end to end with peers of a few lines, its table, and its prompts."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from cpu_table import COLUMNS, Row, Target, as_csv, as_markdown, busyness, targe
 
 import qpcompile
 
-# A peer that takes its milliseconds from its arguments, and how it is made.
+# A peer that takes its milliseconds from its arguments, and how it is built.
 WORKER = """
 import sys
 from cpu_worker import serve
@@ -58,7 +58,7 @@ def test_csv_has_medians_spread_and_ratios_of_the_same_run() -> None:
     assert lines[0].startswith(f"A,torch bf16,one,3,{times},1.000,1.000,220.00,900.00,")
     assert ",0.500,0.500,155.00,300.00," in lines[1]
     assert lines[2] == "A,ORT int4,one,0" + "," * 15 + "not installed"
-    # The baseline of shape A is no baseline for B.
+    # The baseline of shape A is not a baseline for B.
     assert ",5.50,5.50,5.50,11.00,,," in lines[3]
 
 
@@ -102,7 +102,7 @@ def test_the_two_shapes_are_those_of_the_issue() -> None:
 
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four toy peers in place of the real ones; the scripts lie in a folder of their own."""
+    """Four toy peers instead of the real ones; the scripts are in a separate folder."""
     for name, text in (("worker.py", WORKER), ("maker.py", MAKER)):
         (tmp_path / name).write_text(text, "utf-8")
     monkeypatch.setattr(cpu, "HERE", tmp_path)
@@ -126,7 +126,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_road_with_toy_peers(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All answer in turns; what fails to load, fails to answer or is not installed is a line that says why."""
+    """All answer in turns; a peer that fails to load or to answer, or is not installed, gets a line with the reason."""
     out = toys / "results" / "cpu"
     arguments = ["--shapes", "tiny-A", "--rounds", "3", "--new-tokens", "7", "--build", str(toys / "build")]
     assert cpu.main([*arguments, "--out", str(out)]) == 0
@@ -144,7 +144,7 @@ def test_the_road_with_toy_peers(toys: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_rows_of_other_peers_stay(toys: Path) -> None:
-    """A second run of some peers replaces their rows alone, and folders that are there are not made again."""
+    """A second run of some peers replaces only their rows, and existing folders are not rebuilt."""
     arguments = ["--shapes", "tiny-A", "--rounds", "1", "--new-tokens", "2", "--build", str(toys / "build")]
     assert cpu.main([*arguments, "--out", str(toys / "cpu")]) == 0
     (toys / "maker.py").write_text("raise SystemExit(1)", "utf-8")

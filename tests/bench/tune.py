@@ -31,7 +31,7 @@ NO_GPU = 2
 
 
 def candidates(tokens: int, in_features: int, shared: int) -> Iterator[Tile]:
-    """Tiles worth a measurement: they fit `shared` bytes and the registers, and waste at most half of their tokens."""
+    """Tiles worth measuring: they fit `shared` bytes and the registers, and waste at most half of their tokens."""
     widths = [width for width in (16, 32, 64, 128, 256) if width < 2 * max(tokens, 9)]
     accumulators = 2 if tokens <= RAW_TOKENS else 1
     for out, width, step, warps, stages, split in itertools.product(
@@ -46,7 +46,7 @@ def candidates(tokens: int, in_features: int, shared: int) -> Iterator[Tile]:
 
 
 def best(out_features: int, in_features: int, tokens: int) -> Tile:
-    """The fastest tile on this GPU: a quick look at all candidates, then a longer one at the best four and the rule."""
+    """The fastest tile on this GPU: a short run of all candidates, a longer one of the best four and the rule's tile."""
     gpu = torch.cuda.get_device_properties(0)
     found = list(candidates(tokens, in_features, gpu.shared_memory_per_block_optin))
     times = measure(found, out_features, in_features, tokens, rounds=3)
@@ -58,7 +58,7 @@ def best(out_features: int, in_features: int, tokens: int) -> Tile:
 
 
 def measure(tiles: Sequence[Tile], out_features: int, in_features: int, tokens: int, rounds: int) -> list[float]:
-    """Seconds per call with each tile, on random codes and weights that are not in the cache; one that fails takes inf.
+    """Seconds per call with each tile, on random codes and weights that are not in the cache; a failing tile takes inf.
 
     Tiles are timed a few at a time, because each holds a captured graph.
     """
@@ -109,7 +109,7 @@ def start_table(gpu: str, processors: int) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables; 2 where a GPU is needed and there is none."""
+    """Write the tables; returns 2 if a GPU is needed and there is none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", action="store_true", help="write the rule's tables, without measuring")
     if parser.parse_args(arguments).start:

@@ -1,4 +1,4 @@
-"""Samples put together for training: what is padded, what is not, and what does not fit."""
+"""Batches of samples for training: what is padded, what is not, and what does not fit."""
 
 from __future__ import annotations
 

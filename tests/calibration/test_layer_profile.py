@@ -15,7 +15,7 @@ def visual(*rows: str) -> torch.Tensor:
 
 def test_even_attention_falls_on_the_picture_by_its_share() -> None:
     query, key = torch.zeros(1, 2, 5, 4), torch.zeros(1, 1, 5, 4)
-    # Text behind the picture: positions 3 and 4 see 4 and 5 tokens, two of them visual.
+    # Text after the picture: positions 3 and 4 see 4 and 5 tokens, two of them visual.
     assert attention_mass(query, key, None, None, visual("tvvtt")) == pytest.approx((2 / 4 + 2 / 5) / 2)
 
 

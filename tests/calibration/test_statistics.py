@@ -1,4 +1,4 @@
-"""Running statistics: the same however the data comes in pieces."""
+"""Running statistics do not depend on how the data is split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model or a sample that cannot be captured gets: one error that says what, where and what to do."""
+"""A model or a sample that cannot be captured is refused with one error: what, where and what to do."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_decoder_that_reads_values_names_component_and_line(monkeypatch: pytest.
 
 
 def test_branch_that_tracing_cannot_see_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced code that computes something else than eager is refused, never returned."""
+    """Traced code whose results differ from eager is refused, never returned."""
     model, _ = llava()
     owner = "model.multi_modal_projector"
     projector = model.get_submodule(owner)

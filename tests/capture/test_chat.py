@@ -1,4 +1,4 @@
-"""Conversations become what the processor's own template and `__call__` give, for one and for many."""
+"""Inputs made from conversations equal the processor's own template and `__call__`, for one and for many."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_the_blank_sample_goes_the_same_road() -> None:
 )
 def test_a_typed_token_is_refused_by_its_name(typed: str, token: str) -> None:
     processor = llava(plain=("<|user|>", "star"), before="<|user|>", after="star")
-    chat_inputs(processor, [asked("where is the star ?")], places(1))  # an added word is no control token
+    chat_inputs(processor, [asked("where is the star ?")], places(1))  # an added word is not a control token
     with pytest.raises(CalibrationError, match="is a token of the model and not text") as error:
         chat_inputs(processor, [asked("where ?"), asked(typed)], places(2))
     assert repr(token) in error.value.what and error.value.where == "line 2" and error.value.do
@@ -222,7 +222,7 @@ def test_a_choice_with_a_token_in_it_is_refused() -> None:
 
 def test_words_that_nobody_knows_are_text() -> None:
     inputs = chat_inputs(llava(), [asked("zebra <unknown> [UNK] < image >")], places(1))
-    assert int((inputs["input_ids"] == 9).sum()) == 4  # the picture's tokens, and no other
+    assert int((inputs["input_ids"] == 9).sum()) == 4  # the picture's tokens only
 
 
 def test_a_processor_without_a_template_is_refused() -> None:

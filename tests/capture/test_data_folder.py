@@ -108,7 +108,7 @@ def test_other_columns_have_no_meaning(folder: Path) -> None:
         "meta": {"answer": "blue"},
     }
     assert only(folder, GOOD | extra) == only(folder, GOOD)
-    # A name of somebody's export beside ours says nothing new.
+    # A column name of another format, beside ours, has no meaning.
     assert only(folder, GOOD | {"answers": ["red", "crimson"]}) == only(folder, GOOD)
 
 

@@ -1,4 +1,4 @@
-"""What loads is the whole model; what transformers would fill, drop or convert without an error is refused by name."""
+"""Only a whole model loads; what transformers would fill, drop or convert without an error is refused by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYER = "language_model.model.layers.1."
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with nothing wrong."""
+    """A valid checkpoint."""
     return write_checkpoint(tmp_path_factory.mktemp("whole") / "model")
 
 
@@ -36,7 +36,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def refused(source: Any) -> ModelError:
-    """The error, which says what, where and what to do."""
+    """The error, which has what, where and what to do."""
     with pytest.raises(ModelError) as caught:
         load_model(source)
     error = caught.value

@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes the RGB that a viewer shows, or an error that names the file."""
+"""Every kind of picture file is read as the RGB that a viewer shows, or refused with an error that names the file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def greys(image: Image.Image) -> list[int]:
 
 
 def saved(path: Path, image: Image.Image, **options: Any) -> Path:
-    if path.suffix == ".pgm":  # not every Pillow writes 16 bits there; all read them
+    if path.suffix == ".pgm":  # not every Pillow version writes 16 bits here; all read them
         values = np.asarray(image)
         path.write_bytes(b"P5 %d %d 65535\n" % image.size + values.astype(">u2").tobytes())
     else:
@@ -44,7 +44,7 @@ def saved(path: Path, image: Image.Image, **options: Any) -> Path:
     return path
 
 
-# Which way is up
+# Orientation
 
 
 def scene() -> Image.Image:
@@ -96,14 +96,14 @@ def test_exif_that_is_none_is_ignored(tmp_path: Path, block: bytes) -> None:
     assert read_picture(path).size == (64, 96)
 
 
-# Greys of more than 8 bits
+# Grey of more than 8 bits
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm", "jp2"])
 def test_sixteen_bits_take_the_range_of_the_type(tmp_path: Path, suffix: str) -> None:
     path = saved(tmp_path / f"a.{suffix}", grey([0, 257, 25_700, 32_896, 65_535, 4_000], np.uint16))
     assert greys(read_picture(path)) == [0, 1, 100, 128, 255, 16]
-    # Nothing is stretched: a dark picture stays dark.
+    # No rescaling: a dark picture stays dark.
     assert greys(read_picture(saved(path, grey([0, 2_570], np.uint16)))) == [0, 10]
 
 
@@ -210,7 +210,7 @@ def test_colours(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr"])
 def test_the_ordinary_kinds_are_those_of_transformers(tmp_path: Path, mode: str) -> None:
-    # Packed: an unpacked TIFF of YCbCr is one that only Pillow 13 writes so that Pillow reads it.
+    # Packed: only Pillow 13 writes an unpacked TIFF of YCbCr that Pillow can read.
     path = saved(tmp_path / "a.tiff", scene().convert(mode), compression="tiff_lzw")
     np.testing.assert_array_equal(np.asarray(read_picture(path)), np.asarray(load_image(str(path))))
 
@@ -240,7 +240,7 @@ def test_the_suffix_does_not_matter(tmp_path: Path) -> None:
     assert read_picture(tmp_path / "a.txt").getpixel((4, 4)) == RED
 
 
-# What is no picture
+# What is not a picture
 
 
 def told(error: pytest.ExceptionInfo[CalibrationError], path: Path) -> None:
@@ -305,7 +305,7 @@ def test_files_cut_short_are_refused(tmp_path: Path, suffix: str, share: float) 
 
 
 def huge(width: int, height: int) -> bytes:
-    """A PNG that says it is large, in 70 bytes."""
+    """A PNG of 70 bytes whose header claims a large size."""
     target = BytesIO()
     Image.new("1", (1, 1)).save(target, "PNG")
     raw = bytearray(target.getvalue())

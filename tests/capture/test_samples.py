@@ -1,4 +1,4 @@
-"""Calibration samples are walked over as often as needed and digested once."""
+"""Calibration samples can be iterated over repeatedly and are hashed once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tower returns for nobody is not computed."""
+"""Outputs of a tower that nothing reads are not computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a tower that become visual tokens, read off a recorded run; none where the host does more."""
+"""The rows of a tower that become visual tokens, derived from a recorded run; none if the host does more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model object is taken as it is, or refused by the name of what is wrong with it."""
+"""A model object is accepted unchanged, or refused with an error that names the defect."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_compile_checks_the_model_it_is_given() -> None:
 
 
 class PeftLike(nn.Module):
-    """What peft's models and layers have in common with this one."""
+    """The part of peft's models and layers that is recognised."""
 
     def merge_and_unload(self) -> None: ...
 
@@ -63,7 +63,7 @@ def test_layers_of_peft_inside_a_model() -> None:
 
 
 class Codes(nn.Module):
-    """A linear as quantizers store it, in one of their ways."""
+    """A linear in one of the forms in which quantizers store it."""
 
     def __init__(self, parameter: Any = None, buffer: Any = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The doctor says what runs, and for everything else why not."""
+"""The doctor lists what runs, and the reason for everything that does not."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_preset_gets_a_verdict(diagnosis: doctor.Diagnosis) -> None:
 
 
 def states(**broken: str) -> tuple[OperatorState, ...]:
-    """All operators running, but for those named, with what they fail with."""
+    """All operators running except the named ones, with their errors."""
     return tuple(
         OperatorState(name, {"cpu": Backend(name not in broken, broken.get(name, ""))}) for name in probes.PROBES
     )

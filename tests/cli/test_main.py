@@ -1,4 +1,4 @@
-"""The command line: what each command hands on, what it prints, its exit codes; and once the whole road."""
+"""The command line: what each command passes on, what it prints, its exit codes; and one end-to-end run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def invoke(*arguments: object) -> Result:
 
 
 class Recorder:
-    """A compiled model that notes what is asked of it."""
+    """A compiled model that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
@@ -122,7 +122,7 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[object, ...]) -> None:
     ],
 )
 def test_what_needs_no_torch_does_not_wait_for_it(arguments: tuple[str, ...], code: int, said: str) -> None:
-    """In a process of its own: here torch is imported long since."""
+    """In a separate process: here torch has been imported already."""
     asks = "import atexit, sys\natexit.register(lambda: print('slow:', *{'torch', 'transformers'} & {*sys.modules}))\n"
     program = asks + "from qpcompile.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
@@ -287,7 +287,7 @@ def test_doctor_prints_every_table() -> None:
 
 @pytest.mark.slow
 def test_the_whole_road_on_the_testbed(tmp_path: Path) -> None:
-    """Compile, look, run and ask, with the commands a user types."""
+    """Compile, inspect, run and evaluate, with the commands a user types."""
     out = tmp_path / "out"
     settings = ("calibration.samples=2", "quantize.weights.solver=rtn")
     words = [word for setting in settings for word in ("--set", setting)]

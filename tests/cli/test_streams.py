@@ -1,4 +1,4 @@
-"""The command line without a terminal, without streams, with a reader that goes away, and with signals."""
+"""The command line without a terminal, with closed streams, with a broken pipe, and with signals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# The command line's own `main` around a command of a few lines: what is tried here needs no model.
+# The command line's own `main` around a command of a few lines: these tests need no model.
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_signals_leave_nothing_half_written(number: signal.Signals, tmp_path: Pa
     (tmp_path / "script.py").write_text(SCRIPT)
     given = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "script.py"), "wait", str(tmp_path)]
-    # A test that is run in the background would hand on that it ignores the signal.
+    # A test that runs in the background would inherit that the signal is ignored.
     heard = signal.signal(number, signal.SIG_DFL)
     process = subprocess.Popen(command, env=given, stderr=subprocess.PIPE, text=True)
     signal.signal(number, heard)

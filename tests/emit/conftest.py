@@ -1,4 +1,4 @@
-"""One captured program for all tests of what is emitted: tracing takes seconds."""
+"""One captured program for all tests of the emitters: tracing takes seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compile every family of the tests by several recipes and say which operators the list of saved graphs lacks.
+"""Compile every family of the tests with several recipes and print the operators that the allow-list lacks.
 
 python tests/emit/list_operators.py            # about an hour on one core
 python tests/emit/list_operators.py llava      # one family
@@ -30,7 +30,7 @@ LAYERS = "tokens.candidate_layers=[0, 1]"
 
 
 def recipes(family: str) -> Iterator[Recipe]:
-    """What a family is compiled by; every method and number of bits on one of them."""
+    """The recipes for a family; every method and number of bits on one of them."""
     yield Recipe.load("none")
     yield Recipe.load("quota-30").with_overrides([*RTN, LAYERS])
     if family == "llava":
@@ -57,7 +57,7 @@ def _name(node: fx.Node) -> str:
 
 
 def missing(family: str) -> Iterator[tuple[Recipe, set[str]]]:
-    """(recipe, operators that the list lacks) of one family."""
+    """(recipe, operators missing from the allow-list) of one family."""
     model, cases = FAMILIES[family]()
     for recipe in recipes(family):
         program = capture(model, cases["one"], recipe)

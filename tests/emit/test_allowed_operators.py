@@ -1,4 +1,4 @@
-"""The list of operators that a saved graph may hold: each exists and is harmless, and compiles emit no other."""
+"""The allow-list of operators in saved graphs: each exists and is harmless, and compiles emit no other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qpcompile.passes.canonicalize import ASSERTIONS, COPIES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Random where it is asked to drop out, which no compile asks; changes what another node made.
+# One is random with dropout, which no compile requests; one changes the value of another node in place.
 EXCEPTIONS = {"aten::scaled_dot_product_attention.default", "aten::copy_.default"}
 
 

@@ -1,4 +1,4 @@
-"""The artifact folder: what is saved comes back, every defect is refused by name, and nothing in it is executed."""
+"""The artifact folder: it round-trips, every defect is refused by name, and nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def flip(name: str) -> Callable[[Path], None]:
 
 
 def rewrite(**changes: Any) -> Callable[[Path], None]:
-    """Change keys of the manifest and give it the digest that fits."""
+    """Change keys of the manifest and recompute its digest."""
 
     def damage(folder: Path) -> None:
         rehash(folder, **changes)
@@ -179,7 +179,7 @@ def put(name: str, data: bytes) -> Callable[[Path], None]:
 
 
 class Bomb:
-    """A pickle of this would run a command."""
+    """Unpickling this would run a command."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (pytest.fail, ("a pickle was loaded",))

@@ -1,4 +1,4 @@
-"""Tensors and types of a folder whose hashes were made anew: what no operator can take is refused when it is loaded."""
+"""Tensors and types of a folder with recomputed hashes: what no operator accepts is refused when it is loaded."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_bent_tensor_of_the_host_is_refused_by_name(saved: Path, tmp_path: Path)
 
 
 def test_wrong_type_of_a_value_is_refused(saved: Path, tmp_path: Path) -> None:
-    """The C kernels take the width of rows from the type that is written down."""
+    """The C kernels take the width of rows from the recorded type."""
     folder = Path(shutil.copytree(saved, tmp_path / "out"))
     path = folder / "graph/decode.json"
     data = json.loads(path.read_text())

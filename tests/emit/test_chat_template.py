@@ -1,4 +1,4 @@
-"""Templates are accepted where their work is bounded by what they are given, and refused by line where it is not."""
+"""Templates are accepted if their work is bounded by their input, and otherwise refused with the line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HOSTILE = {
     "no template": ("{% for %}", "no template"),
     "too long": ("x" * 200_000, "characters"),
 }
-# Bodies of `macro f(x, n)` that would call it 2**60 times, or for ever: (before it, body).
+# Bodies of `macro f(x, n)` that would call it 2**60 times, or forever: (before it, body).
 COUNTING = {
     "an argument": ("", "{% if n > 0 %}{{ f(x[0], n - 1) }}{{ f(x[0], n - 1) }}{% endif %}"),
     "an argument by name": ("", "{% if n > 0 %}{{ f(x.a, n=n - 1) }}{{ f(x.a, n=n - 1) }}{% endif %}"),

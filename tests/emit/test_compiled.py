@@ -63,7 +63,7 @@ def test_one_answer_at_a_time(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> 
                 assert not waited.done, "an answer was given in the middle of another"
 
         def end(self) -> None:
-            """Nothing is left to say."""
+            """Nothing to flush."""
 
     streamer = Asks()
     with ThreadPoolExecutor(1) as threads:
@@ -88,7 +88,7 @@ def test_prompt_may_be_given_by_position(tiny_llava: Tiny, compiled_llava: Compi
 
 
 class Collector(BaseStreamer):
-    """Keeps what a streamer is given."""
+    """Records what a streamer receives."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -170,7 +170,7 @@ def test_graph_text_names_what_there_is(compiled_llava: CompiledVLM) -> None:
 
 def test_weight_bytes_count_shared_tensors_once(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
     model, _ = tiny_llava
-    # LLaVA reads the tower's last layer but one.
+    # LLaVA reads the second-to-last layer of the tower.
     last = f"encoder.layers.{model.config.vision_config.num_hidden_layers - 1}."
     read = [tensor for name, tensor in model.named_parameters() if last not in name and "post_layernorm" not in name]
     parameters = sum(tensor.nbytes for tensor in read)

@@ -1,4 +1,4 @@
-"""Settings of generate: what is served answers as eager does, what is not is refused by name before anything runs."""
+"""Settings of generate: supported ones answer as eager does, others are refused by name before anything runs."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_results_by_name_are_eagers(tiny_llava: Tiny, compiled_llava: CompiledVL
 
 @pytest.fixture
 def stored(compiled_llava: CompiledVLM) -> Iterator[Any]:
-    """The compiled model's own settings, put back afterwards."""
+    """The compiled model's own settings, restored afterwards."""
     kept = copy.deepcopy(compiled_llava.generation_config)
     yield compiled_llava.generation_config
     compiled_llava.machine.host.generation_config = kept
@@ -212,7 +212,7 @@ def test_impossible_values(
 
 
 def test_every_setting_of_this_transformers_is_classified() -> None:
-    """A new field of GenerationConfig is refused when set; this asks for a decision about it."""
+    """A new field of GenerationConfig is refused when set; this test requires a decision about it."""
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     assert fields - SERVED - IDLE - set(REFUSED) == set()
     assert not SERVED & IDLE and not (SERVED | IDLE) & set(REFUSED) and set(NOTHING) <= set(REFUSED)

@@ -1,4 +1,4 @@
-"""Graphs as JSON: they come back whole, and only operators and arguments of the fixed list are accepted."""
+"""Graphs as JSON: they round-trip, and only operators and arguments on the allow-list are accepted."""
 
 from __future__ import annotations
 

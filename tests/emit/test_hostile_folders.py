@@ -1,4 +1,4 @@
-"""Folders from strangers whose hashes agree: nothing in them runs, opens another file or crashes, all are refused.
+"""Hostile folders with valid hashes: nothing in them runs, opens another file or crashes, all are refused.
 
 `tests/reliability/damage_artifact.py` does the same at random, in thousands.
 """
@@ -80,7 +80,7 @@ def link(name: str, target: str, folder_too: bool = False) -> Harm:
 
 
 def outside_weights(name: Callable[[Path], str]) -> Harm:
-    """The index names a file that lies outside the folder."""
+    """The index names a file outside the folder."""
 
     def harm(folder: Path) -> None:
         shutil.copy(folder / WEIGHTS, folder.parent / "outside.safetensors")
@@ -115,7 +115,7 @@ def node_type(kind: str) -> Harm:
 
 
 def endless(folder: Path) -> None:
-    """A template that loops for ever."""
+    """A template with an infinite loop."""
     text("chat_template.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")(
         folder
     )

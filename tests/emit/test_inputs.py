@@ -1,4 +1,4 @@
-"""Inputs of a compiled model: what no model could make sense of is refused by name, the rest answers as eager does."""
+"""Inputs of a compiled model: invalid ones are refused by name, the others give the same answers as eager."""
 
 from __future__ import annotations
 
@@ -165,6 +165,6 @@ def test_errors_of_hooks_stay_what_they_are(tiny_llava: Tiny, compiled_llava: Co
     def broken(row: int, ids: torch.Tensor) -> list[int]:
         raise ValueError("mine")
 
-    Machine(compiled_llava.program)  # the host belongs to the newest machine; the older one must know all the same
+    Machine(compiled_llava.program)  # the host is bound to the newest machine; the older one must still recognise hooks
     with pytest.raises(ValueError, match=r"^mine$"):
         compiled_llava.generate(**tiny_llava[1]["one"], **GREEDY, prefix_allowed_tokens_fn=broken)
