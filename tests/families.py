@@ -1,7 +1,7 @@
 """Tiny random models of many vision-language families, with prompts of several shapes for each.
 
 A prompt is built from ids and pixels directly: no processor, no tokenizer, nothing to download. The number of
-placeholder tokens of a picture is whatever the model's own `get_image_features` returns for it.
+placeholder tokens of a picture is what the model's own `get_image_features` returns for it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _tower(model_type: str, **changes: Any) -> dict[str, Any]:
 
 
 def _build(name: str, **settings: Any) -> PreTrainedModel:
-    """A seeded model of class `{name}ForConditionalGeneration`; weights so wide that answers depend on the prompt."""
+    """A seeded model of class `{name}ForConditionalGeneration`; weights so large that answers depend on the prompt."""
     config = getattr(transformers, f"{name}Config")(**settings)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
@@ -147,7 +147,7 @@ def _tiles(most: int) -> Pictures:
 
 
 def llava_next() -> tuple[PreTrainedModel, Cases]:
-    """Tiles of any-resolution pictures, padding cut off again, a learned separator after every row of patches."""
+    """Tiles of any-resolution pictures, padding removed, a learned separator after every row of patches."""
     model = _build(
         "LlavaNext",
         vision_config=_tower("clip_vision_model", projection_dim=32),
@@ -200,7 +200,7 @@ def _qwen(name: str, tower: dict[str, Any], text: dict[str, Any], patch: int) ->
 M_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 
 
-# What decoders of these families change where heads of 16 are asked for.
+# Decoder settings of these families for heads of 16.
 WIDE_QWEN = {"hidden_size": 64, "rope_parameters": M_ROPE | {"mrope_section": [2, 3, 3]}}
 
 
@@ -289,7 +289,7 @@ def smolvlm() -> tuple[PreTrainedModel, Cases]:
 
 
 def paligemma() -> tuple[PreTrainedModel, Cases]:
-    """A prefix that attends both ways: masks made outside the decoder."""
+    """A prefix with bidirectional attention: masks made outside the decoder."""
     model = _build(
         "PaliGemma",
         vision_config=_tower("siglip_vision_model", vision_use_head=False),
@@ -299,13 +299,13 @@ def paligemma() -> tuple[PreTrainedModel, Cases]:
         hidden_size=48,
     )
     cases = _cases(model, _stacked)
-    for name in ("padded", "longer"):  # type 0 is the prefix; without types the model's own mask is another one
+    for name in ("padded", "longer"):  # type 0 is the prefix; without types the model's own mask differs
         cases[name]["token_type_ids"] = torch.zeros_like(cases[name]["input_ids"])
     return model, cases
 
 
 def gemma3() -> tuple[PreTrainedModel, Cases]:
-    """Sliding-window and full layers with a mask each, pictures that attend both ways; prompts pass the window."""
+    """Sliding-window and full layers with a mask each, bidirectional pictures; prompts exceed the window."""
     model = _build(
         "Gemma3",
         vision_config=_tower("siglip_vision_model", vision_use_head=False),
@@ -333,7 +333,7 @@ def _pixtral(numbers: Sequence[int]) -> Inputs:
 
 
 def mistral3() -> tuple[PreTrainedModel, Cases]:
-    """Pixtral tower with pictures of any size in one frame; a decoder whose prompts pass its window of 12."""
+    """Pixtral tower with pictures of any size in one frame; a decoder whose prompts exceed its window of 12."""
     model = _build(
         "Mistral3",
         vision_config=_tower("pixtral", image_size=64, head_dim=8),

@@ -46,7 +46,7 @@ def candidates(tokens: int, in_features: int, shared: int) -> Iterator[Tile]:
 
 
 def best(out_features: int, in_features: int, tokens: int) -> Tile:
-    """The fastest tile on this GPU: a short run of all candidates, a longer one of the best four and the rule's tile."""
+    """The fastest tile on this GPU: a short run of all candidates, a longer one of the best four and the rule's."""
     gpu = torch.cuda.get_device_properties(0)
     found = list(candidates(tokens, in_features, gpu.shared_memory_per_block_optin))
     times = measure(found, out_features, in_features, tokens, rounds=3)

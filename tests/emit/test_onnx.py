@@ -38,7 +38,7 @@ CUTS = "tokens.candidate_layers=[0,1]"
 
 
 def arrays(case: dict[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-    """What the runner takes of a prompt."""
+    """The inputs of a prompt that the runner takes."""
     return {name: tensor.numpy() for name, tensor in case.items() if name in TAKES}
 
 
@@ -54,7 +54,7 @@ def compiled(program: Program, cases: Cases, preset: str, *overrides: str) -> Pr
 
 
 def check_same_tokens(program: Program, folder: Path, cases: Cases) -> None:
-    """Greedy tokens of the runner are those of the program, for every prompt."""
+    """Greedy tokens of the runner equal those of the program, for every prompt."""
     machine, runner = Machine(program), OnnxVLM(folder, threads=1)
     for name, case in cases.items():
         expected = machine.generate(**case, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -72,7 +72,7 @@ def initializer_bytes(folder: Path, name: str) -> Counter[str]:
 
 
 def operators(folder: Path, name: str) -> Counter[str]:
-    """How often each operator stands in a graph."""
+    """How often each operator occurs in a graph."""
     return Counter(node.op_type for node in onnx.load(folder / f"{name}.onnx", load_external_data=False).graph.node)
 
 
@@ -145,7 +145,7 @@ def test_cut_graphs_rank_and_gather_and_keep_four_bits(quota: tuple[Program, Pat
     )
     stored = {name: initializer_bytes(folder, name)["INT4"] for name in ("prefill", "decode")}
     assert stored["prefill"] == stored["decode"]
-    # Small tensors lie in the graph's own file.
+    # Small tensors are in the graph's own file.
     assert 0.5 * codes < stored["prefill"] <= codes
 
 
@@ -266,7 +266,7 @@ def test_host_that_wants_more_than_pixels_is_refused(
 def test_host_that_changes_features_is_refused(
     compiled_llava: CompiledVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Something after the projector that is not splitting by picture would be missing in the graph."""
+    """Any operation after the projector other than splitting by picture would be missing in the graph."""
     kind: Any = type(compiled_llava.program.host)
     original = kind.get_image_features
 
@@ -309,7 +309,7 @@ def test_unquantized_bfloat16_answers_as_the_module(tmp_path: Path) -> None:
         steps = Steps(runner, given["attention_mask"], text_positions(given["attention_mask"]))
         found = steps.prefill(given["input_ids"], runner.encode(given.get("pixel_values")))
         logits = made.logits[0].float().numpy()
-        # What the module rounds to 8 bits at every step is kept in float32 here.
+        # What the module rounds to 8 bits at every step stays float32 here.
         assert np.abs(found - logits).max() < 0.05 * np.abs(logits).max(), name
 
 

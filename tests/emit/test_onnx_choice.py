@@ -129,7 +129,7 @@ def test_every_setting_is_honoured_without_effect_or_refused() -> None:
     assert known <= fields and set(NOTHING) <= fields and fields >= OF_CHANCE and not HONOURED & WITHOUT_EFFECT
     refused = {name.split("=")[0] for name in unserved(dict.fromkeys(fields, "set") | {"do_sample": True})}
     assert refused | known == fields
-    # What takes another way through the decoder is nothing to the runner; what changes answers is refused.
+    # Settings of how the decoder runs do not concern the runner; settings that change answers are refused.
     assert known & set(generation_options.REFUSED) == {
         "output_attentions",
         "output_hidden_states",

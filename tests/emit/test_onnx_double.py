@@ -1,4 +1,4 @@
-"""In float64, onnxruntime comes within a few last bits of torch, also where it has no float64 kernel of its own."""
+"""In float64, onnxruntime agrees with torch to a few ulps, also where it has no float64 kernel of its own."""
 
 from __future__ import annotations
 

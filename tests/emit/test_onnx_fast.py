@@ -1,4 +1,4 @@
-"""`export_onnx(fast=True)`: onnxruntime's own operators on the same stored weights, and what they do to the numbers."""
+"""`export_onnx(fast=True)`: onnxruntime's own operators on the same stored weights, and how results change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDE_HEADS = {"head_dim": 16}
 
 
 def asked(runner: OnnxVLM, case: dict[str, torch.Tensor], answer: torch.Tensor) -> list[Any]:
-    """Logits after the prompt and after each token but the last of an answer, i64[B, T], that is given."""
+    """Logits after the prompt and after each token but the last of a given answer, i64[B, T]."""
     given = arrays(case)
     ids, mask = given["input_ids"], given["attention_mask"]
     steps = Steps(runner, mask, runner._positions(ids, mask, None))
@@ -122,7 +122,7 @@ def test_cut_and_quantized_prompts_are_answered(quota: tuple[Program, dict[str, 
 
 @pytest.mark.slow
 def test_half_precision_with_shifts_in_front_of_codes(tmp_path: Path) -> None:
-    # What is subtracted from activations is float32 and would carry its type through the graph.
+    # The centre that is subtracted from activations is float32 and would promote types through the graph.
     model, cases = llava(**WIDE_HEADS)
     captured = capture(model.bfloat16(), cases["one"], Recipe.load("none"))
     program = compiled(captured, cases, "w4a4kv4", "quantize.transform=hadamard", "quantize.center=0.001")

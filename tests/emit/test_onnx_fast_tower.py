@@ -35,7 +35,7 @@ TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.int64): ir.DataTyp
 
 
 def model_of(translate: Callable[..., Any], tensors: dict[str, Array], vary: tuple[int, ...] = ()) -> ir.Model:
-    """A model of one translation; the axes in `vary` have no number."""
+    """A model of one translation; the axes in `vary` are dynamic."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 21, "com.microsoft": 1}, name="one")
     recorder = Recorder(graph)
     for name, tensor in tensors.items():
@@ -76,7 +76,7 @@ def segments(heads: int, groups: int, width: int, lengths: list[int]) -> dict[st
 @pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [4, 9, 1], [0, 6, 0, 2, 0]], ids=str)
 @pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 2)])
 def test_attention_in_segments_is_the_reference(heads: int, groups: int, lengths: list[int]) -> None:
-    """Segments of one length, of several, empty ones; grouped heads go the way without speed."""
+    """Segments of one length, of several, empty ones; grouped heads take the slow path."""
     given = segments(heads, groups, 8, lengths)
     model = model_of(translate_segments, given, vary=(2,))
     q, k, v, ends = (torch.from_numpy(each) for each in given.values())
@@ -85,7 +85,7 @@ def test_attention_in_segments_is_the_reference(heads: int, groups: int, lengths
 
 
 def test_no_matrix_of_all_patches() -> None:
-    """The near miss of the memory: one segment of many tokens beside what a matrix of them would take."""
+    """One segment of many tokens takes less than half of the memory of its full attention matrix."""
     given = segments(2, 2, 8, [4096])
     model = model_of(translate_segments, given, vary=(2,))
     before = peak_mb()
@@ -94,7 +94,7 @@ def test_no_matrix_of_all_patches() -> None:
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had, in MiB."""
+    """Peak memory of this process, in MiB."""
     (line,) = (each for each in Path("/proc/self/status").read_text("utf-8").splitlines() if each.startswith("VmHWM"))
     return int(line.split()[1]) / 2**10
 
@@ -118,7 +118,7 @@ def test_parts_are_cut_out_before_axes_move(perm: tuple[int, ...], dim: int) -> 
 
 @pytest.mark.parametrize("family", [pytest.param(qwen2_vl, marks=pytest.mark.slow), qwen2_5_vl])
 def test_towers_of_any_size(family: Callable[..., tuple[Any, Cases]], tmp_path: Path) -> None:
-    """Pictures that fill their windows and that do not, one and several: the model's own tokens."""
+    """Pictures that fill their windows and ones that do not, one and several: the tokens are the model's."""
     model, cases = family(**WIDE_QWEN)
     export_onnx(capture(model, cases["one"], Recipe.load("none")), tmp_path / "fast", fast=True)
     runner = OnnxVLM(tmp_path / "fast", threads=1)
@@ -141,7 +141,7 @@ def test_rotary_positions(sizes: tuple[int, ...]) -> None:
 
 
 class Patches(torch.nn.Module):
-    """A convolution, over all of its input where `kernel` is 4 and nothing is padded."""
+    """A convolution; with `kernel` 4 and no padding it covers all of its input."""
 
     def __init__(self, kernel: int, padding: int = 0, biased: bool = True) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def test_a_kernel_over_all_of_its_input_is_a_product(biased: bool) -> None:
 
 @pytest.mark.parametrize(("kernel", "padding", "side"), [(4, 1, 4), (2, 0, 4), (4, 0, 8)])
 def test_other_kernels_stay(kernel: int, padding: int, side: int) -> None:
-    """The near misses: padding, and patches that are not cut apart."""
+    """The near misses: padding, and patches that were not extracted before."""
     x = torch.zeros(2, 3, side, side)
     part = part_of(Patches(kernel, padding), x)
     patches_in_one(part)

@@ -1,4 +1,4 @@
-"""An exported folder from a stranger: what is altered, or no export would write, is refused by the name of its file."""
+"""A hostile exported folder: what is altered, or no export would write, is refused with the name of its file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Damage = Callable[[Path], Any]
 
 @pytest.fixture
 def folder(plain: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged; a file that could be read by mistake lies beside it."""
+    """A copy that may be damaged; beside it is a file that could be read by mistake."""
     copy = tmp_path / "folder"
     shutil.copytree(plain, copy)
     shutil.copy(plain / WEIGHTS, tmp_path / "outside.data")
@@ -33,7 +33,7 @@ def folder(plain: Path, tmp_path: Path) -> Path:
 
 
 def resealed(folder: Path) -> None:
-    """Sizes and hashes as a stranger writes them: those of what is there now."""
+    """Sizes and hashes as an attacker writes them: those of the current files."""
     manifest = json.loads((folder / MANIFEST).read_text())
     for name in [name for name in manifest["files"] if (folder / name).is_file()]:
         manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
@@ -62,7 +62,7 @@ def in_model(change: Callable[[onnx.ModelProto], Any], name: str = "decode.onnx"
 
 
 def placed(**entries: str | None) -> Damage:
-    """Give the first large tensor other entries for its place; None takes one away."""
+    """Change the location entries of the first large tensor; None removes one."""
 
     def change(model: onnx.ModelProto) -> None:
         tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
@@ -253,7 +253,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_is_none_of_the_runners(folder: Path) -> None:
-    """Sound graphs in the wrong places: whatever onnxruntime or numpy say becomes the runner's error."""
+    """Valid graphs in the wrong places: any error of onnxruntime or numpy becomes the runner's error."""
     shutil.copy(folder / "vision.onnx", folder / "decode.onnx")
     resealed(folder)
     with pytest.raises(RunnerError, match="do not do what the runner expects"):

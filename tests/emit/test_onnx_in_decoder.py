@@ -1,4 +1,4 @@
-"""Cuts inside the decoder answer alike in onnxruntime and in the compiled module, with kept and with new positions."""
+"""Cuts inside the decoder: onnxruntime and the compiled module agree, with kept and with new positions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESIDUAL = ("tokens.residual_of=input", "tokens.residual_relative=true", "tokens
 
 
 def check_same_choice(program: Program, folder: Path, cases: Cases) -> None:
-    """Behind every cut the same tokens are alive."""
+    """After every cut the same tokens are alive."""
     machine, runner = Machine(program), OnnxVLM(folder, threads=1)
     for name, case in cases.items():
         given, cache = arrays(case), machine.prefill(case)

@@ -1,4 +1,4 @@
-"""Inputs of the runner: what it would drop or misread is refused by name."""
+"""Inputs of the runner: any that it would drop or misread is refused by name."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def npz(path: Path, content: bytes) -> None:
 
 
 def header(shape: str, kind: str = "'<i8'") -> bytes:
-    """The beginning of an .npy file of this shape, and no data."""
+    """The header of an .npy file of this shape, without data."""
     text = f"{{'descr': {kind}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 

@@ -1,6 +1,6 @@
 """Greedy answers of an ONNX folder are the compiled module's: 100 unseen questions per testbed, at most one apart.
 
-Folders for speed, whose numbers are not the module's, give four answers of five that are.
+Folders for speed, whose numerics differ from the module's, give the module's answer in four of five cases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUESTIONS, BATCH, UNSEEN_SEED = 100, 10, 77
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
 def bed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Question]]:
-    """A testbed's name and questions on scenes that neither training nor calibration has drawn."""
+    """A testbed's name and questions on scenes that occur neither in training nor in calibration."""
     folder = tmp_path_factory.mktemp("questions") / request.param
     options = ["--family", request.param, "--count", str(QUESTIONS), "--seed", str(UNSEEN_SEED), "--out", str(folder)]
     subprocess.run([sys.executable, str(TESTBED / "scenes.py"), *options], check=True)
@@ -48,7 +48,7 @@ def test_answers_are_the_same(bed: tuple[str, list[Question]], preset: str, tmp_
         found[name] = json.loads((tmp_path / name / "check.json").read_text())
         assert found[name]["answers"] == QUESTIONS
     assert len(found["exact"]["different"]) <= 1, found
-    # Other numbers, the same model: of 200 answers on LLaVA with quota-30, 191 were the module's.
+    # Different numerics, the same model: of 200 answers on LLaVA with quota-30, 191 were the module's.
     assert len(found["fast"]["different"]) <= QUESTIONS // 5, found
 
 

@@ -1,4 +1,4 @@
-"""Greedy choices before the decoder answer alike in onnxruntime and in the compiled module."""
+"""Greedy choices before the decoder: onnxruntime and the compiled module agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the runner computes in numpy is what transformers computes in torch, for pictures of awkward sizes."""
+"""The runner's numpy code equals transformers' torch code, for pictures of awkward sizes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_towers_without_windows_get_none() -> None:
 
 @given(st.lists(st.lists(GRID, max_size=3), min_size=1, max_size=3), st.integers(1, 3), st.data())
 def test_picture_positions(rows: list[list[tuple[int, int, int]]], merge: int, data: st.DataObject) -> None:
-    """Rows with any number of pictures between texts, padded on the left."""
+    """Rows with any number of pictures between texts, left-padded."""
     texts = [[data.draw(st.integers(1, 4)) for _ in range(len(row) + 1)] for row in rows]
     flags = [_flags(row, text) for row, text in zip(rows, texts, strict=True)]
     width = max(map(len, flags))

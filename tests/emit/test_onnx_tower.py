@@ -1,4 +1,4 @@
-"""Methods that read the vision tower, in an ONNX folder and in an artifact: the runner carries scores and keys too."""
+"""Methods that read the vision tower, in an ONNX folder and in an artifact: the runner passes scores and keys on."""
 
 from __future__ import annotations
 

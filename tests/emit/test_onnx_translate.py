@@ -1,4 +1,4 @@
-"""Every translated operator computes in onnxruntime what torch computes, at sizes it was not translated with."""
+"""Every translated operator gives torch's results in onnxruntime, at sizes it was not translated with."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_attention(heads: int, mask: str) -> None:
         query = split(aten.cat.default([x, x], 2), 4, 3)
         key = query if heads == 4 else split(x, 2, 3)
         options: dict[str, Any] = {"enable_gqa": True, "scale": 0.7} if heads == 2 else {}
-        seen = aten.unsqueeze.default(aten.unsqueeze.default(b, 1), 3)  # whole rows see nothing
+        seen = aten.unsqueeze.default(aten.unsqueeze.default(b, 1), 3)  # fully masked rows
         given = {
             "none": None,
             "causal": None,

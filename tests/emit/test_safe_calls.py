@@ -1,4 +1,4 @@
-"""Calls that torch does not check are refused by what they are given."""
+"""Calls that torch does not check are refused if their arguments are invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that transformers reads: what checkpoints say of paths is left out, what a stranger adds is refused."""
+"""Settings that transformers reads: paths in checkpoints are left out, what an attacker adds is refused."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from qpcompile.errors import ArtifactError, ExportError
 from tests.families import llava
 
 TESTBEDS = Path(__file__).resolve().parents[1] / "testbed"
-# The forms in which byte-level tokenizers split words, numbers, signs and spaces.
+# The patterns by which byte-level tokenizers split words, numbers, punctuation and spaces.
 REAL = [
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",

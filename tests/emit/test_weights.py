@@ -1,4 +1,4 @@
-"""Tensors in and out of safetensors: each once, any type, any number of files."""
+"""Tensors to safetensors and back: each once, any dtype, any number of files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_index_that_names_a_missing_tensor_is_refused(tmp_path: Path) -> None:
 
 
 def graph(name: str, owner: str, **weights: torch.Tensor) -> Graph:
-    """A graph that adds its weights up."""
+    """A graph that sums its weights."""
     root, made = torch.nn.Module(), fx.Graph()
     value = made.placeholder("x")
     for target, tensor in weights.items():

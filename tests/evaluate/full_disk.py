@@ -1,4 +1,4 @@
-"""A disk that gets full, for tests of what writes several files."""
+"""A disk that fills up, for tests of code that writes several files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def fill(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """So many files are written whole; of the next one a half, and then there is no room."""
+    """After `after` complete files the next one is written by half; then the disk is full."""
     left, write = [after], Path.write_bytes
 
     def write_bytes(path: Path, data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Accuracy: exact matches are counted, whatever returns the tokens; the runner sees four arrays and no more."""
+"""Accuracy: exact matches are counted, whatever returns the tokens; the runner receives four arrays only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def questions() -> list[Question]:
 
 
 class Scripted:
-    """A model that gives the answers it is told, one batch after the other."""
+    """A model that returns the given answers, one batch after the other."""
 
     def __init__(self, processor: Any, answers: Sequence[str]) -> None:
         self.tokenizer = processor.tokenizer
@@ -107,7 +107,7 @@ def test_no_question_is_refused(processor: Any) -> None:
 
 
 def test_transformers_model_itself(processor: Any, questions: list[Question]) -> None:
-    """The same as asking one at a time by hand."""
+    """The same as asking one question at a time."""
     model: Any = AutoModelForImageTextToText.from_pretrained(TESTBED / "llava").eval()
     score = accuracy(model.generate, processor, questions, 5, max_new_tokens=4)
     expected = []

@@ -61,7 +61,7 @@ def test_interval_is_the_normal_one_on_many_questions() -> None:
 
 
 def test_pairing_narrows_the_interval() -> None:
-    """Rows that fail on the same questions are compared closely; independent ones are not."""
+    """The interval is narrow for rows that fail on the same questions, and wide for independent ones."""
     first = np.repeat([1.0, 0.0], 500)
     same, shuffled = first.copy(), np.random.default_rng(0).permutation(first)
     same[:20] = 0

@@ -1,4 +1,4 @@
-"""Operations: the share that QUOTA prints for its schedule, and what is counted while a tower runs."""
+"""Operations: the share that QUOTA prints for its schedule, and what is counted when a tower runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qpcompile.runtime.machine import Machine, execute_graph
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 
-# LLaVA-1.5-7B, and QUOTA's counts behind layers 2 to 6 (Figure 4 of arXiv 2604.17320).
+# LLaVA-1.5-7B, and QUOTA's counts after layers 2 to 6 (Figure 4 of arXiv 2604.17320).
 LLAVA = Decoder(hidden=4096, attention=4096, cache=4096, mlp=11008)
 ALL, KEPT, LAYERS = 576, [524, 441, 359, 274, 173], 32
 
@@ -33,7 +33,7 @@ def test_published_share_of_the_language_model() -> None:
 
 
 def test_share_with_tower_and_cuts_behind_the_layer() -> None:
-    """About 49 %: tower and projector in, cuts in force from the next layer on, 60 text tokens."""
+    """About 49 %: with tower and projector, cuts effective from the next layer on, 60 text tokens."""
     tower = 23 * (2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024) + 2 * 576 * 3 * 14**2 * 1024
     pictures = tower + 2 * 576 * (1024 * 4096 + 4096**2)
     seen = [ALL] * 3 + KEPT[:-1] + [173] * 25
@@ -70,7 +70,7 @@ def test_tower_and_projector_are_counted_as_they_run(program: Program) -> None:
 
 
 def test_the_decoder_formula_counts_what_runs(program: Program) -> None:
-    """The formula against PyTorch's counter on the captured prefill graph: all but rotary products, which are tiny."""
+    """The formula against PyTorch's counter on the captured prefill graph: all but rotary products, which are few."""
     model, cases = llava()
     total = 0
 

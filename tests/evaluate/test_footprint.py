@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def program_of(graph: fx.Graph, tensors: dict[str, torch.Tensor]) -> Any:
-    """A program whose prefill graph is this one."""
+    """A program with this prefill graph."""
     root = torch.nn.Module()
     for name, tensor in tensors.items():
         root.register_buffer(name, tensor)

@@ -1,7 +1,7 @@
-"""lmms-eval itself runs a local task through the adapter and finds the accuracy that `qpcompile eval` finds.
+"""lmms-eval itself runs a local task through the adapter and reports the accuracy of `qpcompile eval`.
 
-Needs `pip install lmms-eval` beside this package, which CI does not have: skipped with a reason then. What the adapter
-hands to the processor is seen without it, with stand-ins for the four names that it takes from there.
+Needs `pip install lmms-eval` in the environment, which CI does not have: skipped with a reason there. What the adapter
+passes to the processor is tested without it, with stand-ins for the four names that it imports.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def task(tmp_path: Path) -> Path:
 
 
 def run_lmms_eval(task: Path, out: Path, arguments: str, batch: int) -> float:
-    """The accuracy that the program lmms-eval writes down."""
+    """The accuracy that the program lmms-eval reports."""
     words = ["eval", "--model", "qpcompile", "--model_args", arguments, "--tasks", "qpcompile_testbed"]
     words += ["--include_path", str(task), "--batch_size", str(batch), "--output_path", str(out), "--device", "cpu"]
     subprocess.run([sys.executable, "-m", "lmms_eval", *words], check=True, timeout=600)

@@ -1,4 +1,4 @@
-"""Rows: whole or not there, found again by what they depend on, told apart by everything else."""
+"""Rows: complete or absent, identified by everything they depend on."""
 
 from __future__ import annotations
 

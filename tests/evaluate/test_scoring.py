@@ -1,4 +1,4 @@
-"""Choices: the most probable one is found, whatever its length; a generated text that names one counts."""
+"""Choices: the most probable one is found, whatever its length; a generated text that names one is scored."""
 
 from __future__ import annotations
 

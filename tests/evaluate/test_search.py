@@ -1,4 +1,4 @@
-"""Search: bisection finds the smallest share per rung, the cheapest good one wins, and what cannot be is told."""
+"""Search: bisection finds the smallest share per rung, the cheapest sufficient one wins, failure is reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def row(accuracy: float, share: float) -> Row:
 
 
 class Curve:
-    """An examiner whose model keeps all accuracy down to a share, which is larger in 4-bit activations."""
+    """An examiner whose model keeps all accuracy down to a share, which is larger with 4-bit activations."""
 
     def __init__(self, refused_below: float = 0.0) -> None:
         self.asked: list[tuple[int, float]] = []

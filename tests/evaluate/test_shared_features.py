@@ -1,4 +1,4 @@
-"""A tower runs once for recipes that leave it the same, and again for one that does not."""
+"""A tower runs once for recipes that share it, and again for one that changes it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_rows_share_a_tower() -> None:
     assert sum(ran) == 1
     four_bits = answers("quantize.weights.solver=rtn", "quantize.activations.bits=16", "quantize.kv_cache.bits=16")
     assert sum(ran) == 2
-    # The first tower was forgotten for the second: one at a time.
+    # The second tower evicted the first: one at a time.
     assert answers().equal(full) and sum(ran) == 3
     assert four_bits.shape == full.shape
 

@@ -1,4 +1,4 @@
-"""A plan becomes rows: every combination once, methods as recipes, seeds where they matter; mistakes are named."""
+"""A plan becomes rows: every combination once, methods as recipes, seeds where they matter; errors are named."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ TOKENS = {1.0: 100.0, 0.5: 50.0, 0.25: 25.0}
 
 
 def row(name: str, right: str, tokens: float, low: bool) -> Row:
-    """A row with these marks."""
+    """A row with these scores."""
     facts = [{"layer": layer, "mass_median": 0.5, "mass_iqr": 0.1, "cosine": 0.2} for layer in range(3)]
     numbers = {"flops": 1e6 * tokens, "flops_share": tokens / 100, "weight_bytes": 1000, "kv_bytes": 10 * tokens}
     return Row(
@@ -61,7 +61,7 @@ def plan(tmp_path: Path) -> SweepPlan:
 
 @pytest.fixture
 def results(plan: SweepPlan) -> list[Result]:
-    """Full precision knows nine of ten; the variant `rank` answers like the smaller share; vtw refuses a quarter."""
+    """Full precision has nine of ten right; the variant `rank` equals the smaller share; vtw refuses a quarter."""
     made = []
     for number, cell in enumerate(cells(plan)):
         if cell.recipe is None:
@@ -84,7 +84,7 @@ def test_numbers_of_a_table(plan: SweepPlan, results: list[Result]) -> None:
     assert quota["retention"] == pytest.approx(100 * 6.5 / 9) and quota["seeds"] == 2
     assert float(quota["retention_low"]) < float(quota["retention"]) < float(quota["retention_high"])
     assert "against" not in quota and quota["mean_visual_tokens"] == 50 and quota["flops_share"] == 50
-    # Against the reference at the same share; where there is no such row, against nothing.
+    # Compared with the reference at the same share; without such a row, with nothing.
     assert lines["low", "vtw", 0.5]["against"] == pytest.approx(40 - 65)
     assert "against" not in lines["low", "none", 1.0]
     assert lines["low", "vtw", 0.25]["accuracy"] == "not possible: too few tokens"
@@ -179,7 +179,7 @@ def test_full_disk_loses_no_row(after: int, tmp_path: Path, monkeypatch: pytest.
     assert list(again.rows) == ["1", "2"][: 1 + (after > 0)]
     if "2" not in again.rows:
         again.add(second)
-    # A sweep that goes on and finds every row computed.
+    # A resumed sweep that finds every row computed.
     again.write_tables()
     assert [line["id"] for line in json.loads((tmp_path / "rows.json").read_text())] == ["1", "2"]
     assert sorted(contents(tmp_path)) == ["rows.csv", "rows.json", "rows/1.json", "rows/2.json"]

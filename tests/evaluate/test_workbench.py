@@ -1,4 +1,4 @@
-"""Sharing changes nothing: a compile on the workbench is the compile alone, whatever was compiled before."""
+"""Sharing changes nothing: a compile on the workbench equals a separate compile, whatever was compiled before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEW = ["calibration.samples=2"]
 @pytest.fixture(scope="module")
 def bench() -> Workbench:
     made = Workbench(str(TESTBED / "llava"), TESTBED / "calibration" / "llava")
-    # Others come first, so that every compile below finds measurements to share, or to leave alone.
+    # Others come first, so that every compile below finds measurements to share, or to ignore.
     for name in ("w4a4kv4", "quota-30", "prune-30"):
         made.compile(Recipe.load(name).with_overrides(FEW))
     return made

@@ -1,4 +1,4 @@
-"""What lmms-eval asks a task: the picture, the text, and whether an answer is right."""
+"""The functions that lmms-eval requires of a task: the picture, the text, and whether an answer is right."""
 
 from __future__ import annotations
 
