@@ -1,4 +1,4 @@
-"""A plan made by hand, a small printed graph, and one tiny model compiled for real with a processor made by hand."""
+"""A hand-made plan, a small printed graph, and one tiny model that is really compiled, with a hand-made processor."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TinyProcessor:
 
 @pytest.fixture
 def plan() -> Plan:
-    """Six layers, three candidates, two cuts, one linear in two graphs, a cache and a linear that was left out."""
+    """Six layers, three candidates, two cuts, one linear in two graphs, a cache and an excluded linear."""
     name = "model.layers.{}.mlp.up_proj".format
     both = ("prefill", "decode")
     linears = [

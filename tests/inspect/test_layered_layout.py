@@ -1,4 +1,4 @@
-"""Rows and places: below what is read, no two boxes on each other."""
+"""Rows and positions: each node below its inputs, no boxes overlap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the visual tokens of a picture lie, and which of them each layer sees."""
+"""Where the visual tokens of a picture are, and which of them each layer keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: everything in it, nothing beside it."""
+"""The page: complete, and self-contained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOID = {"meta", "br", "img", "link", "hr", "image"}
 
 
 class Page(HTMLParser):
-    """Collects identifiers and links, and sees that elements close in the order they open."""
+    """Collects identifiers and links, and checks that elements are nested correctly."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Plots: SVG that a page can hold, the same every time, with the page's colours."""
+"""Plots: SVG for embedding in a page, deterministic, with the page's colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies in a folder of progress is what was put there, or is refused by name."""
+"""A `--resume` folder returns what was stored there, or is refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TENSORS = {"packed": torch.arange(60, dtype=torch.uint8).view(6, 10), "scale": t
 
 
 def kept(folder: Path, key: str = "the key", what: str = "pass site") -> Path:
-    """A file of progress."""
+    """A file of a `--resume` folder."""
     Checkpoint.open(folder, key).save(what, TENSORS, {"error": 0.25})
     return folder / f"{what}.safetensors"
 

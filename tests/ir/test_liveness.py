@@ -1,4 +1,4 @@
-"""What crosses a point of a graph, and what stands for it behind a cut."""
+"""What crosses a point of a graph, and what replaces it after a cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qpcompile.ir.shapes import add_input, new_size, propagate, value
 
 
 class Mixed(nn.Module):
-    """Everything that can be alive at the sine: hidden states, a table without a batch, a mask, sizes, a constant."""
+    """All kinds of values live at the sine: hidden states, a table without a batch, a mask, sizes, a constant."""
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         rows, length = x.shape[0], x.shape[1]
@@ -27,7 +27,7 @@ class Mixed(nn.Module):
 
 
 class Doubled(nn.Module):
-    """A size that depends on the length in a way of its own."""
+    """A size that depends on the length in an unusual way."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sin(x) + torch.arange(x.shape[1] * 2)[: x.shape[1]].sum() + torch.cat([x, x], dim=1).sum()
@@ -40,7 +40,7 @@ def mixed() -> Graph:
 
 
 def cut(graph: Graph) -> None:
-    """Drop tokens right before the sine, to the `index` and `alive` that are new inputs."""
+    """Drop tokens right before the sine, by the new inputs `index` and `alive`."""
     point = next(calls(graph, aten.sin.default))
     batch, length = value(graph.placeholder("x")).shape[:2]
     slots = new_size(graph, "slots", 3)

@@ -1,4 +1,4 @@
-"""Passes run in order, are verified, and leave a note of what they did."""
+"""Passes run in order, are verified, and record what they did."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qpcompile.ir.program import Program
 
 @dataclass(frozen=True)
 class Relu:
-    """Puts another relu behind the first one of the prefill graph; `broken` forgets its shape."""
+    """Inserts another relu after the first one of the prefill graph; `broken` omits its shape."""
 
     broken: bool = False
     name: ClassVar[str] = "relu"

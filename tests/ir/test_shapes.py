@@ -1,4 +1,4 @@
-"""Symbolic sizes: compared without guards, made anew, carried through an edited graph."""
+"""Symbolic sizes: compared without guards, created, propagated through an edited graph."""
 
 from __future__ import annotations
 

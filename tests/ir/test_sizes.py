@@ -1,4 +1,4 @@
-"""Printed types come back as what was printed, and text that is anything else is refused and never evaluated."""
+"""Printed types round-trip; any other text is refused and never evaluated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = st.recursive(
 
 
 def printed(size: sympy.Expr) -> str:
-    """As a size stands in a printed type; of such lengths as are read."""
+    """A size as printed in a type; no longer than what is read."""
     text = str(size).replace(" ", "")
     assume(len(text) <= 300 and not re.search(r"\d{21}", text))
     return text

@@ -1,4 +1,4 @@
-"""Nested arguments and results by dotted names, whatever transformers calls a cache."""
+"""Nested arguments and results by dotted names, with any cache class of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types of a graph's values: derived at the sizes of the traced sample, and refused where the graph says otherwise."""
+"""Types of a graph's values: derived at the sizes of the traced sample, and refused if the graph records others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qpcompile.kernels.linear_w8a16.reference import quantize_rows
 
 
 class Heads(nn.Module):
-    """Grouped attention, whose heads torch divides."""
+    """Grouped attention, where torch divides the numbers of heads."""
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
@@ -29,7 +29,7 @@ class Heads(nn.Module):
 
 
 class Step(nn.Module):
-    """A linear with a bias, a linear on 8 bits, and sizes that are counted with."""
+    """A linear with a bias, a linear on 8 bits, and arithmetic on sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def test_heads_that_torch_would_divide_by_are_refused_before_it_is_asked(heads: 
 
 
 class Small(nn.Module):
-    """Sums of what is small, to be bent."""
+    """Sums of small tensors, to be mutated."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :1].expand(-1, 4).sum()

@@ -1,4 +1,4 @@
-"""Every rule of the verifier, broken by hand."""
+"""Every rule of the verifier, violated by hand."""
 
 from __future__ import annotations
 

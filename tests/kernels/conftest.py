@@ -1,4 +1,4 @@
-"""What the operators' tests share: a module through the ONNX exporter into an onnxruntime session."""
+"""Fixtures of the operators' tests: export a module to ONNX and run it in an onnxruntime session."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A call that is in order of every function of the library, by the names of its arguments."""
+"""A valid call of every function of the library, by the names of its arguments."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Attention over a whole prompt on AMX tiles against the formula, and which calls go there."""
+"""Attention over a whole prompt on AMX tiles against the formula, and which calls are dispatched there."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def given(shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def masks(shape: tuple[int, ...]) -> list[Tensor | None]:
-    """No mask, one for all heads with a query that sees nothing, one of its own for each head."""
+    """No mask, one for all heads with a fully masked query, a separate one for each head."""
     batch, heads, _, queries, keys, _ = shape
     causal = torch.ones(batch, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
     causal[:, :, 0] = False
@@ -88,7 +88,7 @@ def test_large_scores_and_nan() -> None:
 @tiles
 @pytest.mark.parametrize("factor", [9.0, 10.0, 11.0, 1e4])
 def test_scores_around_the_bound(factor: float) -> None:
-    # One key opposite to the query and one along it, as far apart as |q| |k| allows.
+    # One key opposite to the query and one parallel to it: scores as far apart as |q| |k| allows.
     q = torch.zeros(1, 1, 32, 32).bfloat16()
     q[..., 0] = factor
     k, v = torch.zeros(2, 1, 1, 64, 32).bfloat16()
@@ -127,12 +127,12 @@ def test_the_rest_is_torchs(change: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("heads", [(4, 0, 0), (4, 2, 0), (4, 3, 3)])
 def test_heads_that_cannot_be_shared_out_are_refused(heads: tuple[int, int, int]) -> None:
-    """torch divides by the number of key heads: with none it ends the process."""
+    """torch divides by the number of key heads: zero heads would kill the process."""
     q, k, v = (torch.randn(1, count, 3, 8) for count in heads)
     with pytest.raises(KernelError) as error:
         cpu.attention(q, k, v, None, 0.3)
     assert error.value.where in {f"kernels/attention, operand {name}" for name in "qkv"}
-    # The same as torch's operator, as a graph has it: with the rest by name or left out, with any leading sizes.
+    # torch's operator in the forms of graphs: other arguments by name or omitted, any leading sizes.
     rule = RULES[torch.ops.aten.scaled_dot_product_attention.default]
     for tensors in ((q, k, v), (q[0], k[0], v[0]), (q[None], k[None], v[None])):
         with pytest.raises(KernelError, match=r"H[qkv]"):

@@ -1,4 +1,4 @@
-"""attention_kv4 against one query at a time in float64, on both of its CPU routes and in onnxruntime."""
+"""attention_kv4 against one query at a time in float64, on both CPU paths and in onnxruntime."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from qpcompile.kernels.kv4_write.op import kv4_write
 # (batch, query heads, key heads, queries, keys, head size)
 CASES = [(1, 1, 1, 1, 1, 1), (2, 6, 2, 1, 63, 33), (1, 4, 4, 17, 17, 7), (2, 6, 2, 63, 63, 16), (1, 4, 1, 5, 257, 64)]
 MASKS = ["none", "bool", "float", "per_head"]
-# Float32 sums of up to 257 products of order 1, in another order.
+# Float32 sums of up to 257 products of order 1, in a different summation order.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -77,7 +77,7 @@ def test_half_precision_queries(dtype: torch.dtype) -> None:
     inputs = make(CASES[3], "bool", dtype)
     got = attention_kv4(*inputs)
     assert got.dtype == dtype
-    # One rounding of the result, whose entries stay below 4, is all that half precision may cost.
+    # Half precision may cost only one rounding of the result, whose entries are below 4.
     assert (got.double() - torch.from_numpy(naive(*inputs))).abs().max() <= 2 * torch.finfo(dtype).eps
 
 

@@ -1,4 +1,4 @@
-"""attention_received against one segment at a time in numpy, on every back end; neighbours are never seen."""
+"""attention_received against one segment at a time in numpy, on every back end; segments do not see each other."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,14 +15,14 @@ from qpcompile.errors import KernelError
 from qpcompile.kernels.attention_received import onnx, pieces, reference
 from qpcompile.kernels.attention_received.op import OVERLOAD, attention_received
 
-# Float32 sums of up to 65 probabilities, in another order.
+# Float32 sums of up to 65 probabilities, in a different summation order.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 # (query heads, key heads, head size, segment lengths)
 CASES = [(1, 1, 1, [1]), (4, 4, 7, [3, 5, 3, 1]), (6, 2, 33, [17, 0, 17]), (2, 1, 64, [0, 65, 2, 65, 0])]
 
 
 def brute_force(q: Tensor, k: Tensor, ends: list[int], scale: float) -> np.ndarray[Any, Any]:
-    """What every token of one row gets, query by query and head by head."""
+    """The attention that every token of one row receives, query by query and head by head."""
     queries, keys = q.double().numpy(), k.double().numpy()
     total = np.zeros(q.shape[1])
     for start, end in pairwise(ends):
@@ -65,7 +65,7 @@ def test_the_class_token_is_one_query() -> None:
 
 
 def test_by_hand() -> None:
-    # Scores 0 and ln 3 for both queries of the first segment; the second has one token, which sees itself alone.
+    # Scores 0 and ln 3 for both queries of the first segment; the second has one token, which sees itself only.
     q, k = (torch.tensor(each).reshape(1, 1, 3, 1) for each in ([1.0, 1.0, 1.0], [0.0, 1.0, 9.0]))
     found = attention_received(q, k, torch.tensor([0, 2, 3]), float(torch.tensor(3.0).log()), False)
     assert found[0].tolist() == pytest.approx([0.5, 1.5, 1.0])
@@ -132,7 +132,7 @@ def test_onnx_is_the_op(export_onnx: Callable[..., Any]) -> None:
     module = Received()
 
     def inputs(lengths: list[int]) -> list[Tensor]:
-        # As many segments as tokens: those behind the last one are empty.
+        # As many segments as tokens: those after the last one are empty.
         total = sum(lengths)
         ends = torch.tensor([0, *lengths, *[0] * (total - len(lengths) - 1)]).cumsum(0)
         return [torch.randn(2, total, 12), ends.expand(2, -1).contiguous()]

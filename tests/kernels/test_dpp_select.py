@@ -17,13 +17,13 @@ Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def picked(priority: Tensor) -> list[int]:
-    """The tokens of one row that were picked, in the order of their turns."""
+    """The picked tokens of one row, in the order of picking."""
     ranked = torch.argsort(priority, descending=True, stable=True)
     return [int(i) for i in ranked if priority[i] > 0]
 
 
 def greedy_by_determinant(features: np.ndarray, relevance: np.ndarray, counted: np.ndarray, turns: int) -> list[int]:
-    """In every turn the token that makes det(L of the picked) largest, by computing each determinant."""
+    """In every step the token that maximises det(L of the picked), by computing each determinant."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     kernel = relevance[:, None] * (unit @ unit.T) * relevance
     chosen: list[int] = []
@@ -58,7 +58,7 @@ def test_by_hand() -> None:
     features = torch.tensor([[[2.0, 0.0], [3.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
     relevance = torch.tensor([[0.9, 1.0, 0.2, 0.3]])
     priority = dpp_select(features, relevance, torch.ones(1, 4, dtype=torch.bool), torch.tensor([4]))
-    # 1 has the highest relevance; 0 is its copy; 3 leaves 0.3^2 / 2 beside it, 2 leaves 0.2^2: then the plane is full.
+    # 1 has the highest relevance; 0 is its copy; 3 leaves 0.3^2 / 2, 2 leaves 0.2^2: then the plane is spanned.
     assert picked(priority[0]) == [1, 3]
     assert priority[0].tolist() == pytest.approx([-0.1, 4.0, -0.8, 3.0])
 

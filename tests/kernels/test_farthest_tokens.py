@@ -15,7 +15,7 @@ from qpcompile.kernels.farthest_tokens.op import OVERLOAD, farthest_tokens
 
 
 def picked(priority: Tensor) -> list[int]:
-    """The tokens of one row that were picked, in the order of their turns."""
+    """The picked tokens of one row, in the order of picking."""
     ranked = torch.argsort(priority, descending=True, stable=True)
     return [int(i) for i in ranked if priority[i] > 0]
 
@@ -55,7 +55,7 @@ def test_every_turn_takes_the_farthest(length: int, seed: int, data: st.DataObje
 def test_by_hand() -> None:
     features = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0], [0.1, 1.0]]])
     everything = torch.ones(1, 5, dtype=torch.bool)
-    # 3 is alone on its side; 1 is nearly opposite, 0 exactly; of the upright ones 4 leans towards 0.
+    # 3 is alone on its side; 1 is nearly opposite, 0 exactly; of the perpendicular ones 4 leans towards 0.
     assert picked(farthest_tokens(features, everything, torch.tensor([3]))[0]) == [3, 0, 2]
 
 

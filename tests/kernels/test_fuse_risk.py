@@ -1,4 +1,4 @@
-"""fuse_risk: the sum by hand, its two ends bit for bit, the dynamic rule against numpy, in torch and ONNX."""
+"""fuse_risk: the sum by hand, both limits bit for bit, the dynamic rule against numpy, in torch and ONNX."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ INF = float("inf")
 
 
 def case(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores with text at +inf and padding at -inf; the risks of row i vary the more, the larger i."""
+    """Scores with text at +inf and padding at -inf; the risks of later rows vary more."""
     made = torch.Generator().manual_seed(seed)
     counted = torch.rand(batch, length, generator=made) < 0.7
     scores = torch.where(counted, torch.randn(batch, length, generator=made), INF)
@@ -63,7 +63,7 @@ def test_opcheck_and_refusals() -> None:
 
 
 class Fused(torch.nn.Module):
-    """Fixed and dynamic, of scores as they are and brought to 0..1."""
+    """Fixed and dynamic, of unchanged and of min-max normalised scores."""
 
     def forward(self, scores: Tensor, risk: Tensor, counted: Tensor) -> tuple[Tensor, ...]:
         ways = [(dynamic, minmax) for dynamic in (False, True) for minmax in (False, True)]

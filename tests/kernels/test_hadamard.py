@@ -56,7 +56,7 @@ def test_half_types_are_rotated_in_float32(dtype: torch.dtype) -> None:
     found = torch.ops.qpcompile.hadamard(x, None)
     assert found.dtype == dtype
     expected = torch.ops.qpcompile.hadamard(x.float(), None).to(dtype)
-    # On AMX tiles a sum next to a tie may round to the other neighbour.
+    # On AMX tiles a sum next to a tie may round the other way.
     assert (found - expected).abs().le(expected.abs() * torch.finfo(dtype).eps).all()
     assert (found == expected).float().mean() > 0.95
 
@@ -98,7 +98,7 @@ def test_opcheck(channels: int, scaled: bool) -> None:
 
 
 class Rotations(torch.nn.Module):
-    """With and without a scale, in float and in half, and the width that splits in no factors."""
+    """With and without a scale, in float and in half, and a width without factors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,6 +124,6 @@ def test_onnx_is_the_op(export_onnx: Any) -> None:
 
 def test_a_rotation_that_would_fill_the_memory_is_refused() -> None:
     with pytest.raises(KernelError, match="a matrix of 16411 columns"):
-        reference.factor_arrays(16411)  # a prime: no power of two shares the work
+        reference.factor_arrays(16411)  # a prime: no power of two to factor out
     with pytest.raises(KernelError, match="a rotation of 281474976710656 channels"):
         reference.factor_arrays(2**48)

@@ -1,4 +1,4 @@
-"""kronecker against the full matrix, on sizes that are no powers of two, and through ONNX."""
+"""kronecker against the full matrix, on sizes that are not powers of two, and through ONNX."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""kv4_read against a formula written out here, and as the inverse of kv4_write up to half a step."""
+"""kv4_read against a formula written out here, and as the inverse of kv4_write to half a step."""
 
 from collections.abc import Callable
 from typing import Any

@@ -37,7 +37,7 @@ def naive(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_by_hand() -> None:
     x = torch.tensor([[0.0, 1.0, 2.0, 3.0], [-1.5, 0.0, 4.4, 13.5]])
     codes, affine = kv4_write(x[None, None])
-    # Row 0: scale 0.2, codes 0 5 10 15. Row 1: scale 1, zero 2 (1.5 to even), codes 0 2 6 and 14 + 2 held at 15.
+    # Row 0: scale 0.2, codes 0 5 10 15. Row 1: scale 1, zero 2 (1.5 to even), codes 0 2 6 and 14 + 2 clamped to 15.
     assert codes.tolist() == [[[[0 | 10 << 4, 5 | 15 << 4], [0 | 6 << 4, 2 | 15 << 4]]]]
     torch.testing.assert_close(affine, torch.tensor([[[[0.2, 0.0], [1.0, 2.0]]]]))
 

@@ -43,7 +43,7 @@ def test_op_is_the_composition(
     if dtype == torch.float32:
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     else:
-        # Sums in float32, whose order shows.
+        # Sums in float32, which depend on the summation order.
         assert_codes_agree(found, expected, values, tiles=rotate and native.library().amx)
 
 
@@ -100,5 +100,5 @@ def test_onnx_is_the_op(export_onnx: Any) -> None:
     for shape in ((1, 1, 144), (3, 17, 144)):
         x = torch.randn(shape) * 5
         found, expected = exported(x), module(x)
-        # Sums in float64, rounded once: the same codes in any order of adding up.
+        # Sums in float64, rounded once: the same codes in any summation order.
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))

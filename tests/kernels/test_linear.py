@@ -1,4 +1,4 @@
-"""Linear layers of few rows in C: the sums of float64, rounded once; a row has the same bits in every company."""
+"""Linear layers of few rows in C: float64 sums, rounded once; a row has the same bits in every batch."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_linear(shape: tuple[int, int, int], level: int) -> None:
     torch.manual_seed(sum(shape))
     x, weight = torch.randn(tokens, columns).bfloat16(), torch.randn(features, columns).bfloat16()
     y = cpu._native(x, weight, level)
-    # Sums of float32 in another order may round to the neighbour.
+    # Float32 sums in a different order may round to the neighbour.
     torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=2**-8, atol=1e-4)
     for row in range(tokens):
         assert torch.equal(y[row : row + 1], cpu._native(x[row : row + 1], weight, level))

@@ -14,7 +14,7 @@ from qpcompile.kernels.linear_w4a16 import op, reference
 
 
 def random_weight(out_features: int, in_features: int, groups: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """packed: u8[N, ceil(K/2)], scale: f32[N, groups], and the dense f64[N, K] that they stand for."""
+    """packed: u8[N, ceil(K/2)], scale: f32[N, groups], and the dense f64[N, K] that they represent."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (out_features, in_features), dtype=torch.int8, generator=generator)
     scale = torch.rand(out_features, groups, generator=generator) / 8 + 0.01

@@ -1,4 +1,4 @@
-"""linear_w4a16 in onnxruntime's own operators: 4-bit weights to the bit, activations in 8 bits."""
+"""linear_w4a16 in onnxruntime's own operators: bit-exact 4-bit weights, activations in 8 bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOWERINGS = {"few": onnx_contrib.lower_few_rows, "many": onnx_contrib.lower_many
 
 
 def lowered(rows: str, in_features: int, out_features: int, groups: int, biased: bool) -> tuple[ir.Model, Any]:
-    """A model of one linear layer, and the dense weight and bias it stands for."""
+    """A model of one linear layer, and the dense weight and bias that it represents."""
     packed, scale, dense = random_weight(out_features, in_features, groups)
     bias = torch.randn(out_features, generator=torch.Generator().manual_seed(1))
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="one")
@@ -59,7 +59,7 @@ def test_close_to_the_float_product(in_features: int, out_features: int, biased:
     x[1, 2] = 0
     expected = x.astype(np.float64) @ dense.T + bias
     found = run(model, x)
-    # Half a step of 8 bits per input, times what the weights add up to.
+    # Half an 8-bit step per input, times the sum of the weights.
     largest = np.abs(x).max(-1, keepdims=True) / 127
     assert (np.abs(found - expected) <= 0.51 * largest * np.abs(dense).sum(1) + 1e-5).all()
     assert ("MatMulNBits" if rows == "few" else "MatMulIntegerToFloat") in names(model)
@@ -67,7 +67,7 @@ def test_close_to_the_float_product(in_features: int, out_features: int, biased:
 
 @pytest.mark.parametrize("rows", ["few", "many"])
 def test_rows_that_8_bits_hold_are_exact(rows: str) -> None:
-    """Whole numbers with a largest of 127 in every block are their own codes."""
+    """Integers with a maximum of 127 in every block are their own codes."""
     model, (dense, _) = lowered(rows, 256, 16, 1, False)
     x = np.random.default_rng(0).integers(-126, 127, (1, 3, 256)).astype(np.float32)
     x[..., ::128] = 127
@@ -84,7 +84,7 @@ def test_groups_are_blocks_where_they_can_be(rows: str) -> None:
 
 @pytest.mark.parametrize("rows", ["few", "many"])
 def test_other_groups_stay_float_products(rows: str) -> None:
-    """Groups of 24 are no blocks of 16 and more: the near miss."""
+    """The near miss: groups of 24, which are not a supported block size."""
     model, (dense, _) = lowered(rows, 72, 9, 3, False)
     assert not names(model) & {"MatMulNBits", "MatMulIntegerToFloat"}
     x = np.random.default_rng(0).standard_normal((1, 4, 72), np.float32)

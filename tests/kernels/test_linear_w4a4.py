@@ -206,7 +206,7 @@ def test_onnx_stores_4_bits_and_gives_the_same_bits(export_onnx: Any) -> None:
         found, expected = exported(x), module(x)
         assert [each.dtype for each in found] == [each.dtype for each in expected]
         assert all(torch.equal(left, right) for left, right in zip(found[:3], expected[:3], strict=True))
-        # The results of the groups may be added in another order.
+        # The results of the groups may be added in a different order.
         torch.testing.assert_close(found[3:], list(expected[3:]), rtol=1e-6, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Which tile a GPU takes: the shipped tables, the nearest layer, and the rule."""
+"""Which tile is used on a GPU: the shipped tables, the nearest layer, and the rule."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_shipped_tables(path: Path) -> None:
     text = path.read_text("utf-8")
     table = read_table(text)
     assert slug(table.gpu) == path.stem and write_table(table) == text
-    # What was not measured must not look measured: it is the rule's, tile by tile.
+    # Unmeasured tables must not look measured: they have the rule's tiles.
     for (out_features, in_features, tokens), tile in table.tiles.items():
         assert tokens in BUCKETS and tile.shared <= HOPPER_SHARED
         assert table.tuned or tile == start_tile(table.processors, out_features, in_features, tokens)

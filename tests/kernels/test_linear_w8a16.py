@@ -24,7 +24,7 @@ levels = pytest.mark.parametrize("level", LEVELS)
 
 
 def random_weight(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """codes: i8[N, K], scale: f32[N, 1], and the dense f64[N, K] that they stand for."""
+    """codes: i8[N, K], scale: f32[N, 1], and the dense f64[N, K] that they represent."""
     made = torch.Generator().manual_seed(out_features + in_features)
     codes, scale = reference.quantize_rows(torch.randn(out_features, in_features, generator=made))
     return codes, scale, codes.double() * scale.double()
@@ -40,7 +40,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody writes shows: results are made of NaN and -128."""
+    """Unwritten results are visible: outputs are filled with NaN and -128."""
     plain = torch.empty
 
     def poisoned(*given: Any, **named: Any) -> Tensor:
@@ -52,7 +52,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_by_hand() -> None:
     codes, scale = reference.quantize_rows(torch.tensor([[1.27, -0.5, 0.004], [0, 0, 0], [254, -254, 3]]))
-    assert codes.tolist() == [[127, -50, 0], [0, 0, 0], [127, -127, 2]]  # 1.5 steps go to the even code
+    assert codes.tolist() == [[127, -50, 0], [0, 0, 0], [127, -127, 2]]  # 1.5 steps round to the even code
     torch.testing.assert_close(scale, torch.tensor([[0.01], [1.0], [2.0]]))
     y = reference.linear_w8a16(torch.tensor([[1.0, 0.5, 2.0]]), codes, scale, torch.tensor([0.0, 3.0, 1.0]))
     torch.testing.assert_close(y, torch.tensor([[1.02, 3.0, 1 + 2 * (127 - 63.5 + 4)]]))
@@ -99,7 +99,7 @@ def test_in_c(shape: tuple[int, int, int], dtype: torch.dtype, level: int) -> No
     codes, scale, dense = random_weight(features, columns)
     x = torch.randn(tokens, columns).to(dtype)
     y = cpu._native(x, codes, scale, level)
-    # Sums of float32 in another order may round to the neighbour.
+    # Float32 sums in a different order may round to the neighbour.
     torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=UNITS[dtype], atol=1e-4)
     for row in range(tokens):
         assert torch.equal(y[row : row + 1], cpu._native(x[row : row + 1], codes, scale, level))

@@ -59,7 +59,7 @@ def test_by_hand() -> None:
     keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 0.1], [5.0, 0.0]]])
     targets = torch.tensor([[True, True, False, False]])
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
-    # Tokens 2 and 3 look like token 0; token 1 gets nothing.
+    # Tokens 2 and 3 are similar to token 0; token 1 gets nothing.
     assert merge_tokens(hidden, keys, weights, targets, ~targets, 0).flatten().tolist() == [7, 2, 4, 8]
     # The closest to token 0 is 3, to token 1 it is 2.
     found = merge_tokens(hidden, keys, weights, targets, ~targets, 1).flatten().tolist()

@@ -1,4 +1,4 @@
-"""The operators in C on every instruction set of this machine give the reference's bits."""
+"""The operators in C are bit-identical to the reference on every instruction set of this machine."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,7 +47,7 @@ both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a function leaves unwritten shows: results are made of NaN and -128."""
+    """Unwritten results are visible: outputs are filled with NaN and -128."""
     plain = torch.empty
 
     def poisoned(*arguments: Any, **options: Any) -> Tensor:
@@ -74,7 +74,7 @@ def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], values:
     if dtype == torch.float32:
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
         return
-    # Sums in float32, whose error a rotation brings into groups that are small beside the row they come from.
+    # Sums in float32, whose error a rotation moves into groups that are small relative to their row.
     torch.testing.assert_close(found[1], expected[1], rtol=HALF_NEAR / 10, atol=0)
     steps = values.double().unflatten(-1, (expected[1].shape[-1], -1)) / expected[1].double().unsqueeze(-1)
     near = ((steps - steps.floor() - 0.5).abs() < HALF_NEAR).reshape(values.shape)
@@ -281,7 +281,7 @@ def test_cache_and_attention_are_the_reference(case: tuple[int, ...], dtype: tor
         else:
             torch.testing.assert_close(found, wanted, rtol=0.01, atol=1e-5)
         assert found.transpose(1, 2).is_contiguous()
-        # A cache that has room for more behind its tokens is read where it lies.
+        # A cache with spare capacity after its tokens is read in place.
         ka, kb, va, vb = (torch.cat([part, part], dim=2)[:, :, :keys] for part in cache)
         assert torch.equal(attention_cpu._native(q, ka, kb, va, vb, mask, 0.3, level), found)
 

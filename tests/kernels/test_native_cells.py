@@ -1,4 +1,4 @@
-"""No function of the library trusts a count: what does not fit its sizes is refused by name, and nothing is touched."""
+"""No function of the library trusts a count: mismatches are refused by name before anything is accessed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -30,18 +30,18 @@ def operands(case: str) -> Iterator[str]:
 
 
 def sizes(case: str) -> Iterator[str]:
-    """The arguments of a case that are sizes, of a tape's step too."""
+    """The arguments of a case that are sizes, also those of a tape's step."""
     yield from (name for name, value in CALLS[case][1]().items() if type(value) is int)
 
 
-# A table of gates is made for one kind of rows: the rest of its plan is not read.
+# A table of gates is built for one kind of rows: the rest of its plan is not read.
 READ = [case for case in HERE if case != "gates_f32"]
 TENSORS = [("gates_f32", "made"), *((case, name) for case in READ for name in operands(case))]
 SIZES = [("gates_f32", "kind"), *((case, name) for case in READ for name in sizes(case) if name not in FREE)]
 
 
 def refused(case: str, changed: dict[str, Any], level: int | None = None) -> str:
-    """The message for a call whose arguments are changed; what it would have written is as it was."""
+    """The message for a call whose arguments are changed; its outputs are unchanged."""
     symbol, arguments = CALLS[case]
     given = arguments() | changed
     before = {name: value.clone() for name, value in given.items() if isinstance(value, Tensor)}
@@ -62,7 +62,7 @@ def test_what_is_in_order_runs(case: str, level: int) -> None:
 def test_a_tensor_of_another_count_is_refused_by_name(case: str, name: str) -> None:
     tensor = CALLS[case][1]()[name]
     symbol = native.name_of(CALLS[case][0])
-    first = "x" if name == "sum" else name  # which all others of a sum are compared with
+    first = "x" if name == "sum" else name  # the reference for all other operands of a sum
     for level in LEVELS:
         shorter = tensor[:-1].clone() if tensor.dim() == 4 else tensor.flatten()[:-1].clone()
         assert refused(case, {name: shorter}, level).startswith(f"qp_{symbol}: {first}")
@@ -78,7 +78,7 @@ def test_a_tensor_of_another_type_is_refused_by_name(case: str, name: str) -> No
         if ((symbol, name) == ("attention_kv4", "mask") and dtype == torch.bool) or dtype == tensor.dtype:
             continue
         message = refused(case, {name: tensor.to(dtype)})
-        # Where a type is that of another operand, either may be named.
+        # Where two operands must have the same dtype, either may be named.
         assert message.startswith(f"qp_{symbol}: ") and " is " in message
     if name not in OPTIONAL:
         assert "missing" in refused(case, {name: None})
@@ -101,7 +101,7 @@ EMPTY = [(case, name) for case in READ for name in ("columns", "size") if name i
 
 @pytest.mark.parametrize(("case", "name"), [each for each in EMPTY if each[0] not in ("append", "unpack_int4")])
 def test_nothing_to_sum_over_is_refused_where_tensors_agree(case: str, name: str) -> None:
-    """What such a size is the width of is empty too: no place in memory to read a row from."""
+    """An operand with such a size is empty too: there is no row to read."""
     symbol, arguments = CALLS[case]
     wide = arguments()[name]
     empty = {

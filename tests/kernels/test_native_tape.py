@@ -1,4 +1,4 @@
-"""A tape makes the calls that were noted again, on what lies in their tensors by then."""
+"""A tape repeats the recorded calls, on the current content of their tensors."""
 
 import pytest
 import torch

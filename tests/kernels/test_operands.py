@@ -1,4 +1,4 @@
-"""What operators refuse: the rule, the operator and its fake kernel agree on every call, and none of them breaks."""
+"""What operators refuse: the rule, the operator and its fake kernel agree on every call, and none crashes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCALARS: dict[type, tuple[Any, ...]] = {
     str: ("", "nothing"),
     list: ([], [1.0], [1.0, 2.0, float("nan"), 1.0]),
 }
-# Operators that read what is in a tensor before they decide: where segments end, how many keys there are.
+# Operators whose checks read values: the ends of segments, the number of keys.
 BY_CONTENT = {"segment_attention", "attention_received", "attention_kv4"}
 ON_CPU = {
     name: getattr(importlib.import_module(f"qpcompile.kernels.{name}.cpu"), name)
@@ -62,7 +62,7 @@ def bent(value: Any) -> list[Any]:
 
 
 def outcome(function: Any, *arguments: Any) -> list[tuple[torch.dtype, tuple[int, ...]]] | None:
-    """Types and sizes of the results; None for a KernelError. Any other error is a defect."""
+    """Dtypes and sizes of the results; None for a KernelError. Any other error is a defect."""
     try:
         results = function(*arguments)
     except KernelError as error:
@@ -73,7 +73,7 @@ def outcome(function: Any, *arguments: Any) -> list[tuple[torch.dtype, tuple[int
 
 
 def check_agreement(name: str, arguments: tuple[Any, ...]) -> bool:
-    """Rule, fake kernel, operator and CPU function refuse alike or give alike; returns whether they give."""
+    """Rule, fake kernel, operator and CPU function all refuse or all agree; returns whether they accept."""
     operator = getattr(ours, name).default
     promised = outcome(RULES[name].results, *arguments)
     with FakeTensorMode() as mode:
@@ -117,13 +117,13 @@ def test_several_bent_operands(data: st.DataObject) -> None:
 
 
 def steps(tensor: Tensor) -> list[int]:
-    """Strides of the axes along which there is more than one number: views later in a graph count with them."""
+    """Strides of the axes longer than 1: later views in a graph rely on them."""
     return [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_layout_does_not_matter(name: str) -> None:
-    """Every second number of a tensor twice as large is that tensor; results lie as the fake kernel says."""
+    """Strided inputs give equal results, and results have the strides of the fake kernel."""
     valid = CALLS[name]()
     spread = [torch.stack([each, each], dim=-1)[..., 0] if isinstance(each, Tensor) else each for each in valid]
     turned = [each.mT.contiguous().mT if isinstance(each, Tensor) and each.dim() > 1 else each for each in valid]
@@ -146,7 +146,7 @@ def edit(name: str, **changes: Any) -> tuple[Any, ...]:
 CODES, SCALE = quantize_int4(real(B, ROWS, C))
 WEIGHT, WEIGHT_SCALE = packed()
 K_CODES, K_AFFINE = cache()
-# What crashed, read or wrote out of bounds, or gave other numbers without an error; and which operand is to blame.
+# Calls that once crashed, accessed memory out of bounds, or gave wrong results; and the operand to blame.
 REFUSED = {
     "scales for more tokens": ("linear_w4a4", {"scale": real(40, 1)}, "scale"),
     "scales for fewer tokens": ("linear_w4a4", {"scale": SCALE[:1]}, "scale"),
@@ -195,7 +195,7 @@ def test_the_operand_is_named(name: str, changes: dict[str, Any], blamed: str) -
 
 @pytest.mark.parametrize("name", ["pivot_tokens", "token_scores", "attention_kv4", "kv4_read", "linear_w4a4"])
 def test_any_python_value_is_refused_by_name(name: str) -> None:
-    """Also one that Python finds equal to a right one, or that has no hash."""
+    """Also values that compare equal to a valid one, or that are unhashable."""
     valid = CALLS[name]()
     for function in (RULES[name].check, *([ON_CPU[name]] if name in ON_CPU else [])):
         function(*valid)

@@ -16,7 +16,7 @@ Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def case(batch: int, length: int, width: int = 12, seed: int = 0) -> Case:
-    """Row i is padded by i, has a word, pictures up to two thirds, then text."""
+    """Row i has i padding tokens, a word, visual tokens up to two thirds, then text."""
     made = torch.Generator().manual_seed(seed)
     places = torch.arange(length).expand(batch, length) - torch.arange(batch)[:, None]
     visual = (places >= 1) & (places < 2 * length // 3)

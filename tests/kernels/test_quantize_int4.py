@@ -1,4 +1,4 @@
-"""qpcompile::quantize_int4: codes and scales by hand, in awkward shapes, at the borders of 4 bits, and in ONNX."""
+"""qpcompile::quantize_int4: codes and scales by hand, in awkward shapes, at the limits of 4 bits, and in ONNX."""
 
 from typing import Any
 

@@ -16,7 +16,7 @@ from qpcompile.kernels.sums import wide_type
 
 
 def test_by_hand() -> None:
-    # Mean square 4 and weight 7 / 2 in front: y = 7 x / 4, whose largest is 7.
+    # Mean square 4 and weight 7 / 2 first: y = 7 x / 4, whose maximum is 7.
     x = torch.tensor([[2.0, -2.0, 2.0, -2.0], [4.0, 0.0, 0.0, 0.0]])
     q, scale = reference.rmsnorm_quantize(x, torch.tensor([7.0, 1.0, 3.0, 2.0]), 0.0, None, False, 0, 1.0)
     assert q.tolist() == [[7, -1, 3, -2], [7, 0, 0, 0]]
@@ -41,7 +41,7 @@ def test_op_is_the_composition(
     if dtype == torch.float32:
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     else:
-        # Sums in float32, whose order shows.
+        # Sums in float32, which depend on the summation order.
         assert_codes_agree(found, expected, values, tiles=rotate and native.library().amx)
 
 
@@ -97,5 +97,5 @@ def test_onnx_is_the_op(export_onnx: Any) -> None:
     for shape in ((1, 1, 144), (3, 17, 144)):
         x = torch.randn(shape) * 5
         found, expected = exported(x), module(x)
-        # Sums in float64, rounded once: the same codes in any order of adding up.
+        # Sums in float64, rounded once: the same codes in any summation order.
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))

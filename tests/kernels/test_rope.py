@@ -1,4 +1,4 @@
-"""rope against a formula written out here, on views as models hand them over, and in ONNX."""
+"""rope against a formula written out here, on views as models pass them, and in ONNX."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from qpcompile.errors import KernelError
 from qpcompile.kernels.rope.op import OVERLOAD, rope
 
-# Shapes of x and of its tables: a decoder's, a vision tower's, rows of their own for each batch, one number each way.
+# Shapes of x and of its tables: a decoder's, a vision tower's, separate rows for each batch, a single element.
 SHAPES = [
     ((2, 3, 17, 8), (1, 1, 17, 8)),
     ((63, 3, 6), (63, 1, 6)),
@@ -23,7 +23,7 @@ SHAPES = [
 
 
 def naive(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """x: f32[..., D], number by number."""
+    """x: f32[..., D], element by element."""
     half, y = x.shape[-1] // 2, np.zeros_like(x)
     cos, sin = np.broadcast_to(cos, x.shape), np.broadcast_to(sin, x.shape)
     for place in np.ndindex(*x.shape):

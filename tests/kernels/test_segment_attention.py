@@ -1,4 +1,4 @@
-"""segment_attention against one segment at a time in float64, on every back end; neighbours are never seen."""
+"""segment_attention against one segment at a time in float64, on every back end; segments do not see each other."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ CASES = [
     (6, 2, 33, 16, [17, 0, 17, 17]),
     (2, 1, 64, 64, [0, 65, 2, 65, 0]),
 ]
-# Float32 sums of up to 65 products of order 1, in another order.
+# Float32 sums of up to 65 products of order 1, in a different summation order.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -52,7 +52,7 @@ def test_all_routes_equal_the_formula(case: tuple[Any, ...], kind: torch.dtype) 
 
 
 def test_by_hand() -> None:
-    # Scores 0 and ln 2 in the first segment; the second has one token, which sees itself alone.
+    # Scores 0 and ln 2 in the first segment; the second has one token, which sees itself only.
     q, k, v = (torch.tensor(each).reshape(1, 1, 3, 1) for each in ([1.0, 1.0, 1.0], [0.0, 1.0, 9.0], [3.0, 12.0, 5.0]))
     y = segment_attention(q, k, v, torch.tensor([0, 2, 3]), float(torch.tensor(2.0).log()))
     assert y.flatten().tolist() == pytest.approx([9.0, 9.0, 5.0])
@@ -119,7 +119,7 @@ def test_onnx_is_the_op(export_onnx: Any) -> None:
     module = Segments()
 
     def inputs(lengths: list[int]) -> list[Tensor]:
-        # As many segments as tokens: those behind the last one are empty.
+        # As many segments as tokens: those after the last one are empty.
         total = sum(lengths)
         ends = torch.tensor([0, *lengths, *[0] * (total - len(lengths) - 1)]).cumsum(0)
         return [torch.randn(2, total, 12), ends.expand(2, -1).contiguous()]

@@ -91,7 +91,7 @@ def test_refusals() -> None:
 
 
 class Select(torch.nn.Module):
-    """Keeps all but five tokens of a row, of which its own share counts, and, apart from that, one token."""
+    """Keeps all but five tokens of a row, by its own quota, and in a second call one token."""
 
     def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
         quota = (scores > 0).sum(1)

@@ -43,7 +43,7 @@ def test_op_is_the_composition(
     if dtype == torch.float32:
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     else:
-        # Sums in float32, whose order shows.
+        # Sums in float32, which depend on the summation order.
         assert_codes_agree(found, expected, values, tiles=rotate and native.library().amx)
 
 

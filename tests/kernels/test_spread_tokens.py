@@ -70,7 +70,7 @@ def test_refusals() -> None:
 
 
 class Spread(torch.nn.Module):
-    """Tokens above 0 count; a third of them may stay."""
+    """Tokens above 0 count; a third of them is kept."""
 
     def forward(self, scores: Tensor) -> tuple[Tensor, ...]:
         counted = scores > 0

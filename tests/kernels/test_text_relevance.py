@@ -13,7 +13,7 @@ from qpcompile.kernels.text_relevance.op import OVERLOAD, text_relevance
 
 
 def case(batch: int, length: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Row i is padded by i, has a word, pictures up to two thirds, then text with a second picture in it."""
+    """Row i has i padding tokens, a word, visual tokens up to two thirds, then text with a second picture in it."""
     made = torch.Generator().manual_seed(seed)
     places = torch.arange(length).expand(batch, length) - torch.arange(batch)[:, None]
     visual = ((places >= 1) & (places < 2 * length // 3)) | (places == length - batch - 2)
@@ -21,7 +21,7 @@ def case(batch: int, length: int, width: int, seed: int = 0) -> tuple[Tensor, Te
 
 
 def by_cosines(hidden: np.ndarray, visual: np.ndarray, valid: np.ndarray, sign: int) -> np.ndarray:
-    """One row: the mean over the text behind the first picture token of each cosine by itself."""
+    """One row: the mean over the text after the first picture token, cosine by cosine."""
     own = [i for i in range(len(hidden)) if visual[i] and valid[i]]
     text = [i for i in range(len(hidden)) if valid[i] and not visual[i] and i > own[0]]
     relevance = np.zeros(len(hidden))

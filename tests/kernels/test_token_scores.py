@@ -1,4 +1,4 @@
-"""token_scores against full softmax matrices built here in float64, and against what the paper demands of it."""
+"""token_scores against full softmax matrices built here in float64, and against requirements of the paper."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,12 +62,12 @@ def make(case: tuple[int, ...], mask: str = "bool") -> dict[str, Any]:
 
 
 def text_rows(visual: Tensor, valid: Tensor) -> Tensor:
-    """bool[B, S]: text behind a row's first visual token."""
+    """bool[B, S]: text after a row's first visual token."""
     return valid & ~visual & ((visual & valid).cumsum(1) > 0)
 
 
 def attention(given: dict[str, Any]) -> np.ndarray:
-    """Softmax probabilities f64[B, H, S, S]; rows that see nothing are 0."""
+    """Softmax probabilities f64[B, H, S, S]; fully masked rows are 0."""
     q, k, mask = given["q"].double().numpy(), given["k"].double().numpy(), given["mask"]
     k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
     logits = q @ k.swapaxes(-1, -2) * given["scale"]
@@ -129,7 +129,7 @@ def test_one_query_per_row_and_mean_of_intra() -> None:
     given["queries"] = torch.zeros_like(given["valid"])
     given["queries"][0, 62] = given["queries"][1, 57] = given["queries"][1, 60] = True
     scores = token_scores(**given, **DEFAULTS | {"intra_mean": True})
-    # Row 60 is no token, so it asks nothing.
+    # Row 60 is not a token, so it has no query.
     for row, last in ((0, 62), (1, 57)):
         counted = (given["visual"] & given["valid"])[row]
         np.testing.assert_allclose(scores[row][counted], naive(given, row, [last], intra_mean=True), atol=1e-4)
@@ -183,7 +183,7 @@ def test_mass_over_text_visual_and_rest_is_one_per_query(mass_of: reference.Atte
     mass, _ = mass_of(given["q"], given["k"], given["mask"], given["scale"], valid, groups)
     parts = [(mass * keys[:, None]).sum(-1) for keys in (text, visual & valid, ~text & ~(visual & valid))]
     torch.testing.assert_close(sum(parts), groups.sum(-1).float(), rtol=1e-5, atol=1e-5)
-    # No query before the picture can see it, and the picture gives nothing to what comes after.
+    # Queries before the picture cannot see it, and text rows exclude text before the picture.
     assert not (mass[:, 2] * visual).any()
     assert not (text & before).any()
 
@@ -219,7 +219,7 @@ def test_sink_channels_count_neither_in_magnitude_nor_in_residual() -> None:
     expected = token_scores(
         **given | dict.fromkeys(("hidden", "rounded"), given["hidden"] * (torch.arange(48) != 5)), **options
     )
-    # A token in the picture is huge in channel 5; one in the text is huge in channel 7, which is nobody's business.
+    # A token in the picture is huge in channel 5; one in the text is huge in channel 7, which must be ignored.
     loud = given["hidden"].clone()
     loud[0, 20, 5] = loud[1, 20, 5] = 4000.0
     loud[:, 0, 7] = 9000.0
@@ -333,7 +333,7 @@ def test_onnx_scores_and_selects_the_same(export_onnx: Callable[..., Any]) -> No
             assert torch.equal(*order)
 
 
-# (batch, query heads, key heads, tokens, head size): more and less than tiles hold, and the near miss in rows.
+# (batch, query heads, key heads, tokens, head size): above and below the tile sizes, and the near miss in rows.
 TILED = [(1, 1, 1, 32, 1), (2, 6, 2, 63, 9), (1, 4, 4, 33, 64), (2, 4, 1, 257, 40)]
 
 
@@ -355,7 +355,7 @@ def bfloat16_mass(case: tuple[int, ...], mask: str, seen: float = 1.0) -> tuple[
 @pytest.mark.parametrize("mask", ["none", "bool", "per_head"])
 @pytest.mark.parametrize("case", TILED, ids=str)
 def test_attention_on_tiles_is_the_references(case: tuple[int, ...], mask: str) -> None:
-    """Products of bfloat16 are exact in float32: what is left is the order of sums and 2e-7 of a power."""
+    """Products of bfloat16 are exact in float32: the error is the summation order and 2e-7 of a power."""
     given = bfloat16_mass(case, mask, 0.3)
     with native.noted() as calls:
         found = cpu.attention_mass(*given)
@@ -366,7 +366,7 @@ def test_attention_on_tiles_is_the_references(case: tuple[int, ...], mask: str) 
 
 @pytest.mark.skipif(not native.library().amx, reason="the processor has no AMX tiles")
 def test_attention_on_tiles_at_its_edges() -> None:
-    """Nobody asked, nothing seen, scores of thousands, and the same numbers with more threads."""
+    """No queries, fully masked rows, scores of thousands, and identical results with more threads."""
     q, k, _, scale, valid, groups = bfloat16_mass((1, 4, 2, 70, 16), "none")
     assert not cpu.attention_mass(q, k, None, scale, valid, torch.zeros_like(groups))[0].any()
     blind = torch.zeros(1, 1, 70, 70, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Triton's kernels compile ahead of time for Hopper, without a GPU, to the instructions they are written for."""
+"""Triton's kernels compile ahead of time for Hopper, without a GPU, to the instructions they are designed for."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """Triton's kernels on the CPU, in Triton's interpreter, against their references.
 
-The interpreter must be chosen before Triton is imported for the first time, so the cases (interpreted/*.py) run in a
-process of their own.
+The interpreter must be selected before Triton is first imported, so the cases (interpreted/*.py) run in a separate
+process.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""One valid call of every operator, for tests that bend them."""
+"""One valid call of every operator, for tests that mutate them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ B, S, C, N, H, HKV, D, ROWS = 2, 6, 12, 5, 4, 2, 8, 3
 
 
 def real(*shape: int) -> Tensor:
-    """f32 numbers, the same every time."""
+    """Deterministic f32 values."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
 

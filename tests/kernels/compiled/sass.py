@@ -1,9 +1,9 @@
-"""Ahead-of-time compilation of Triton kernels, and what is in the machine code: no GPU is needed.
+"""Ahead-of-time compilation of Triton kernels, and inspection of their machine code: no GPU is needed.
 
     code = compiled(kernel, {"x_ptr": "*bf16", "rows": "i32", "N": "i32:16"}, {"BLOCK": 1024}, arch=90, warps=4)
     code.count("IGMMA"), code.loop_count("PRMT"), code.spills, code.registers, code.shared
 
-Triton brings ptxas, nvdisasm and cuobjdump along. Each compile takes 1 to 4 seconds.
+Triton ships ptxas, nvdisasm and cuobjdump. Each compile takes 1 to 4 seconds.
 """
 
 import re
@@ -33,7 +33,7 @@ class Compiled:
     `shared` is in bytes, `registers` and `local` (bytes of stack and spills) are per thread.
     """
 
-    # Out of repr: pytest would print thousands of lines, slowly.
+    # Not in repr: pytest would print thousands of lines, slowly.
     ptx: str = field(repr=False)
     instructions: tuple[str, ...] = field(repr=False)
     loop: tuple[str, ...] = field(repr=False)
@@ -65,8 +65,8 @@ def compiled(
 ) -> Compiled:
     """Compile `kernel` for compute capability `arch` (80, 90, 100).
 
-    `signature` names the types of the run-time arguments as Triton writes them; pointers are taken to be aligned to
-    16 bytes, and "i32:16" is an integer that 16 divides. What it leaves out must be in `constexprs`.
+    `signature` names the types of the run-time arguments as Triton writes them; pointers are assumed to be aligned to
+    16 bytes, and "i32:16" is an integer divisible by 16. All other arguments must be in `constexprs`.
     """
     names = kernel.arg_names
     divisible = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
@@ -76,7 +76,7 @@ def compiled(
         constexprs=dict(constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    # Without fusion of products and sums, as all kernels are launched that must give their reference's bits.
+    # Without FMA contraction, as for all kernels that must be bit-identical to their reference.
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     built: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     listing, usage = disassemble(built.asm["cubin"])
@@ -113,7 +113,7 @@ def parse(listing: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
             instructions.append(found[1])
             target = re.match(r"BRA\b.*`\((\.L_\w+)\)", found[1])
-            # The branch to itself behind the end is padding.
+            # The branch to itself after the end is padding.
             if target and labels.get(target[1], len(instructions)) < len(instructions) - 1:
                 loops.append((labels[target[1]], len(instructions)))
     innermost = [

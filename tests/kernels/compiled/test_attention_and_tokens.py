@@ -1,4 +1,4 @@
-"""The machine code of cache, attention and token kernels on Hopper at the sizes of 7B models: nothing is spilled."""
+"""The machine code of cache, attention and token kernels on Hopper at the sizes of 7B models: no spills."""
 
 import os
 from typing import Any
@@ -25,7 +25,7 @@ TYPES |= {"matrix_ptr": "*fp64", "basis_ptr": "*fp64", "scale": "fp32"}
 
 
 def code_of(kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int = 3, **types: str) -> Compiled:
-    """Compiled for sm_90; other pointers are of float32, other numbers of int32."""
+    """Compiled for sm_90; unnamed pointers are float32, unnamed numbers int32."""
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
     signature |= {name: kind for name, kind in (TYPES | types).items() if name in names}
@@ -35,7 +35,7 @@ def code_of(kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int 
 HEAD = {"D": 128, "PLANE": 64, "PAD": 64, "SHARE": 7, "ROWS": 16}
 
 
-# 7 query heads share a key, as in Qwen2.5-VL-7B; 64 products of TF32 are 4 of 16 by 64 by 64, float32 takes twice.
+# 7 query heads share a key, as in Qwen2.5-VL-7B; 64 TF32 products are 4 of 16 by 64 by 64, float32 takes twice as many.
 @pytest.mark.parametrize("filled", [False, True], ids=["all", "filled"])
 @pytest.mark.parametrize(("dtype", "registers", "products"), [("*bf16", 168, 64), ("*fp32", 208, 128)])
 def test_decode_attention(dtype: str, registers: int, products: int, filled: bool) -> None:
@@ -48,7 +48,7 @@ def test_decode_attention(dtype: str, registers: int, products: int, filled: boo
 
 
 def test_one_key_is_a_constant() -> None:
-    # Triton makes arguments that are 1 constants.
+    # Triton specialises arguments equal to 1 as constants.
     constants = {**HEAD, "KEYS": 64, "MASK": "none", "EXACT": False, "Q": 1, "S": 1, "G": 1, "most_splits": 1}
     for filled in (False, True):
         assert code_of(decode_kernel, {**constants, "FILLED": filled}, q_ptr="*bf16").spills == 0

@@ -1,4 +1,4 @@
-"""The machine code of linear_w4a16's kernel: products from registers, a cheap way from nibbles to floats, no spills."""
+"""The machine code of linear_w4a16's kernel: products from registers, cheap nibble-to-float conversion, no spills."""
 
 import os
 
@@ -35,7 +35,7 @@ def linear(tile: Tile, half: str, groups: int = 1, arch: int = 90) -> Compiled:
 def test_hopper(tokens: int, half: str, groups: int, instructions: int) -> None:
     tile = with_split(SHAPES[tokens], 132, 4096, 4096, tokens)
     code = linear(tile, half, groups)
-    # Each group of four warps multiplies 64 rows; 16 columns per instruction and both planes.
+    # Each group of four warps multiplies 64 rows; 16 columns per instruction, and both planes.
     rows_of_a_group = tile.out * 4 // tile.warps // 64
     assert code.loop_count("HGMMA") == rows_of_a_group * 2 * tile.step // 16
     assert code.loop_count("I2F") == code.loop_count("STS") == code.spills == 0

@@ -1,6 +1,6 @@
 """The machine code of linear_w4a4's kernels: int8 products from registers, a cheap unpack, no spills, no GPU needed.
 
-The numbers are of Triton 3.9; a change of a few instructions is no fault, a jump is.
+The numbers are for Triton 3.9; a change of a few instructions is acceptable, a jump is not.
 """
 
 import os
@@ -51,14 +51,14 @@ def test_hopper(tokens: int, split: int, instructions: int, products: int, regis
     lefts = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8 \{[^}]*\}, (.)", code.ptx)
     assert lefts and set(lefts) == {"{"}
     assert code.loop_count("IGMMA") == products
-    # Two masks per four bytes of weights and nothing else: no bytes are moved about, nothing goes back to memory.
+    # Two masks per four bytes of weights and nothing else: no permutes, no stores to shared memory.
     masks = 2 * tile.out * tile.step // 4 // (32 * tile.warps)
     assert masks <= code.loop_count("LOP3") <= masks + 4
     assert code.loop_count("PRMT") == code.loop_count("STS") == code.spills == 0
     assert len(code.loop) <= 1.1 * instructions
     assert code.registers <= registers
     assert code.shared == tile.shared <= HOPPER_SHARED
-    # Results leave in pieces of 16 bytes.
+    # Results are stored in 16-byte vectors.
     assert code.count("STG") <= tile.out * tile.tokens // (32 * tile.warps) // 8
 
 
@@ -69,7 +69,7 @@ def test_residual_costs_registers_but_nothing_in_the_loop() -> None:
 
 def test_split_adds_without_returning() -> None:
     code = linear(start_tile(132, 4096, 4096, 16), raw=True)
-    # One addition per accumulator element and thread, whose old value nobody waits for, and one count.
+    # One atomic addition per accumulator element and thread, without a returned value, and one for the counter.
     assert (code.count("RED") + code.count("REDG"), code.count("ATOM") + code.count("ATOMG")) == (8, 1)
 
 

@@ -1,4 +1,4 @@
-"""The machine code of linear_w8a16's kernel: products from registers, a cheap way from codes to floats, no spills."""
+"""The machine code of linear_w8a16's kernel: products from registers, cheap code-to-float conversion, no spills."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The rotating kernels' machine code at model widths: products on tensor cores in TF32, tiles in registers."""
+"""The machine code of the rotation kernels at model widths: products on tensor cores in TF32, tiles in registers."""
 
 import os
 from typing import Any
@@ -36,7 +36,7 @@ def code_of(kernel: Any, signature: dict[str, str], channels: int, arch: int, **
     return compiled(kernel, signature, named, arch, tiling.warps, stages=1)
 
 
-# Shared memory of a block: 164 KiB on sm_80, 228 KiB on sm_90 and sm_100, less 1 KiB that the system takes.
+# Shared memory of a block: 164 KiB on sm_80, 228 KiB on sm_90 and sm_100, less 1 KiB reserved by the system.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
@@ -44,7 +44,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 def test_hadamard_on_hopper(channels: int) -> None:
     code = code_of(hadamard_kernel, HADAMARD, channels, 90)
     assert code.spills == 0 and code.shared <= SHARED[90]
-    # Products by +-1 are two of TF32, those by the DCT three; none is done on the float units.
+    # Products by +-1 take two TF32 products, those by the DCT three; none uses the float units.
     assert code.count("HGMMA") + code.count("HMMA") >= 32
     assert code.count("FFMA") < 40
 
@@ -76,7 +76,7 @@ def test_gate_on_hopper(channels: int) -> None:
 def test_gate_elsewhere(arch: int) -> None:
     code = code_of(silu_mul_quantize_kernel, SILU, 11008, arch)
     assert code.shared <= SHARED[arch]
-    # Without Hopper's products 16 warps do not hold all in 128 registers: 91 and 123 accesses to what was spilled.
+    # Without Hopper's products 16 warps exceed 128 registers: 91 and 123 accesses to spilled values.
     assert code.spills <= 130
 
 
@@ -89,5 +89,5 @@ def test_learned_factors(left: int, right: int, arch: int, registers: int) -> No
     shape = {"LEFT": left, "RIGHT": right, "ROWS": rows, "COLUMNS": columns, "SCALED": False, "CODES": True}
     code = compiled(kronecker_kernel, KRONECKER, shape, arch, warps(rows, columns), stages=1)
     assert code.spills == 0 and code.registers <= registers and code.shared <= SHARED[arch]
-    # Three products of TF32 for each of the two; the float units add up what tensor cores give.
+    # Three TF32 products for each of the two; the float units add the results of the tensor cores.
     assert arch == 100 or code.count("HGMMA") + code.count("HMMA") >= 48

@@ -1,6 +1,6 @@
-"""The reading of machine code: a listing by hand, and two small kernels whose code is known."""
+"""Parsing of machine code: a listing by hand, and two small kernels with known code."""
 
-# Kernel bodies are Triton's language, which only looks like Python.
+# Kernel bodies are written in Triton's language, which only looks like Python.
 # pyright: reportArgumentType=false
 
 import os

@@ -1,4 +1,4 @@
-"""Compiled models answer on a GPU as they do on the CPU, as far as sums in float32 and float64 give the same codes."""
+"""Compiled models answer on a GPU as on the CPU, as far as float32 and float64 sums give the same codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compiled_and_batches(
 
 
 def answers(compiled: CompiledVLM, batches: list[dict[str, torch.Tensor]], device: str) -> list[list[int]]:
-    """The greedy tokens behind each prompt."""
+    """The greedy tokens after each prompt."""
     found: list[list[int]] = []
     for batch in batches:
         there = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -57,7 +57,7 @@ def test_moved_models_answer_alike(bed: str, preset: str) -> None:
     expected = answers(compiled, batches, "cpu")
     found = answers(copy.deepcopy(compiled).to("cuda"), batches, "cuda")
     same = sum(left == right for left, right in zip(found, expected, strict=True))
-    # Without quantization only near ties of the answer's own tokens are open.
+    # Without quantization only near ties between answer tokens may differ.
     assert same >= (len(expected) - 1 if preset == "none" else 0.9 * len(expected))
 
 
@@ -92,7 +92,7 @@ def test_a_decode_step_reads_nothing_back(bed: str) -> None:
 @pytest.mark.parametrize("preset", ["none", "w4a4kv4", "quota-30"])
 @pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
 def test_replayed_steps_answer_as_those_that_are_not(bed: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Buckets so small that answers cross their edges.
+    # Buckets so small that answers cross their limits.
     monkeypatch.setattr(static_decode, "SMALLEST", 8)
     monkeypatch.setattr(static_decode, "ROOM", 1)
     compiled, batches = compiled_and_batches(bed, preset, torch.bfloat16)
@@ -102,7 +102,7 @@ def test_replayed_steps_answer_as_those_that_are_not(bed: str, preset: str, monk
     found = answers(compiled, batches, "cuda")
     assert replayed.captured and all(step.replays for step in replayed.captured.values())
     compiled.machine.decode = plain
-    # The same kernels on the same numbers.
+    # The same kernels on the same values.
     assert found == answers(compiled, batches, "cuda")
     compiled.machine.decode = None
     grown = answers(compiled, batches, "cuda")

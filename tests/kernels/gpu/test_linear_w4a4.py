@@ -19,14 +19,14 @@ REAL = [(4096, 4096), (11008, 4096), (3584, 4608), (18944, 3584)]
 
 
 def triton_kernels() -> Any:
-    """The module of the kernels; Triton is there where CUDA is."""
+    """The module of the kernels; Triton is installed where CUDA is."""
     from qpcompile.kernels.linear_w4a4 import triton
 
     return triton
 
 
 def codes(*shape: int, bits: int = 4) -> Tensor:
-    """i8[shape] over the whole range of so many bits, on the GPU."""
+    """i8[shape] over the whole range of `bits` bits, on the GPU."""
     half = 2 ** (bits - 1)
     return torch.randint(-half, half, shape, dtype=torch.int8, device="cuda")
 
@@ -91,7 +91,7 @@ def test_float_activations(in_features: int, out_features: int, tokens: int, gro
     x, bias = torch.randn(tokens, in_features, device="cuda").to(dtype), torch.randn(out_features).to(dtype).cuda()
     found = torch.ops.qpcompile.linear_w4a16(x, weight, weight_scale, bias)
     expected = half_reference.linear_w4a16(x.cpu(), weight.cpu(), weight_scale.cpu(), bias.cpu()).cuda()
-    # float32 sums in another order, then one rounding to half precision.
+    # float32 sums in a different summation order, then one rounding to half precision.
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     torch.testing.assert_close(found, expected, rtol=2 * unit, atol=1e-3)
 

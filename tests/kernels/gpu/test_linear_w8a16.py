@@ -15,7 +15,7 @@ def test_operator_is_the_reference(in_features: int, out_features: int, tokens: 
     for term in (None, bias):
         found = torch.ops.qpcompile.linear_w8a16(x, codes, scale, term)
         expected = x.double() @ (codes * scale.double()).T + (0 if term is None else term.double())
-        # float32 sums in another order, then one rounding.
+        # float32 sums in a different summation order, then one rounding.
         unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-3}[dtype]
         torch.testing.assert_close(found.double(), expected, rtol=2 * unit, atol=1e-3)
 

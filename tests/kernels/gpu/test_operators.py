@@ -1,4 +1,4 @@
-"""Every operator that has a Triton kernel runs on a GPU, and where a probe knows the reference, gives its bits."""
+"""Every operator with a Triton kernel runs on a GPU, and equals the reference where a probe compares them."""
 
 from pathlib import Path
 

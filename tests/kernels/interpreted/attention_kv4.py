@@ -84,7 +84,7 @@ def test_what_is_not_filled_is_neither_read_nor_seen(filled: int, dtype: torch.d
     k, k_affine, v, v_affine = (part[:, :, :filled] for part in stored)
     seen = None if mask is None else mask[..., :filled]
     found = kernels.attention_kv4(q, *stored, mask, 0.3, torch.tensor([filled]))
-    # The same bits as of a cache that ends there.
+    # Bit-identical to a cache that ends there.
     assert torch.equal(found, kernels.attention_kv4(q, k, k_affine, v, v_affine, seen, 0.3))
     close(found, reference.attention_kv4(q, *stored, mask, 0.3, torch.tensor([filled])))
 

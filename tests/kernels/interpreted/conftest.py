@@ -1,4 +1,4 @@
-"""Memory that was never written must not look right: every empty tensor starts as NaN, or as the least integer."""
+"""Unwritten memory must not look right: every empty tensor starts as NaN, or as the minimum integer."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ def check(features: Tensor, relevance: Tensor, counted: Tensor, budget: list[int
 @pytest.mark.parametrize(("length", "width", "budget"), [(1, 3, 1), (17, 20, 9), (63, 16, 30), (70, 64, 0)])
 def test_kernel_is_the_reference(length: int, width: int, budget: int) -> None:
     counted = torch.rand(2, length) < 0.8
-    # The middle width is less than the budget: the rest lies in the span of the picked, and turns stop.
+    # The middle width is below the budget: the rest is in the span of the picked tokens, and the loop stops.
     check(torch.randn(2, length, width), torch.rand(2, length) + 0.1, counted, [budget, budget // 2])
 
 

@@ -30,7 +30,7 @@ def test_kernel_is_the_reference(channels: int) -> None:
 def test_two_pieces_of_tf32_are_float32(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
-    # The interpreter multiplies in float32; tensor cores read 10 bits behind the point of each operand.
+    # The interpreter multiplies in float32; tensor cores read 10 mantissa bits of each operand.
     exact: Any = InterpreterBuilder.create_dot
 
     def cut(operand: Any) -> Any:
@@ -50,7 +50,7 @@ def test_half_types(dtype: torch.dtype) -> None:
     x = torch.randn(5, 96).to(dtype)
     found, expected = rotated(x, None), reference.hadamard(x)
     assert found.dtype == dtype
-    # The interpreter cuts float32 to bfloat16 where hardware rounds.
+    # The interpreter truncates float32 to bfloat16 where hardware rounds.
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)
 
 

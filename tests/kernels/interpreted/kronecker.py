@@ -8,7 +8,7 @@ from qpcompile.kernels.kronecker import reference
 from qpcompile.kernels.kronecker import triton as kernels
 from qpcompile.kernels.quantize_int4.reference import quantize_int4
 
-# Sides that are no powers of two, one column, the tile just full, and one that goes through memory.
+# Sizes that are not powers of two, one column, an exactly full tile, and one that goes through memory.
 SIDES = [(3, 5), (1, 7), (16, 16), (24, 32), (64, 64), (128, 86), (128, 148)]
 
 
@@ -42,7 +42,7 @@ def test_half_types(dtype: torch.dtype) -> None:
     x, both = torch.randn(5, 96).to(dtype), factors(8, 12)
     found = kernels.kronecker(x, None, *both)
     assert found.dtype == dtype
-    # The interpreter cuts float32 to bfloat16 where hardware rounds.
+    # The interpreter truncates float32 to bfloat16 where hardware rounds.
     torch.testing.assert_close(found, reference.kronecker(x, None, *both), rtol=2**-7, atol=1e-3)
 
 

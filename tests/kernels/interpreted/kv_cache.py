@@ -30,7 +30,7 @@ def cache(*shape: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_codes_are_the_references(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     x = cache(*shape).to(dtype)
-    # As models hold keys: [B, S, H, D] in memory.
+    # As in models: keys are [B, S, H, D] in memory.
     for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2), x.mT.contiguous().mT):
         for found, expected in (
             (write4_kernels.kv4_write(given), write4.kv4_write(x)),
@@ -43,7 +43,7 @@ def test_codes_are_the_references(shape: tuple[int, int, int, int], dtype: torch
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_are_the_references(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     x = cache(*shape)
-    # The interpreter cuts float32 to bfloat16 where hardware rounds.
+    # The interpreter truncates float32 to bfloat16 where hardware rounds.
     tolerance = 2**-7 if dtype == torch.bfloat16 else 0
     stored = write4.kv4_write(x)
     found, expected = read4_kernels.kv4_read(*stored, shape[3], dtype), read4.kv4_read(*stored, shape[3], dtype)
@@ -54,7 +54,7 @@ def test_values_are_the_references(shape: tuple[int, int, int, int], dtype: torc
 
 
 def test_ties_and_the_last_nibble() -> None:
-    # Scale 1 and zero point 7: halves lie between two codes, and go to the even one.
+    # Scale 1 and zero point 7: halves are ties between two codes and round to even.
     x = torch.tensor([-7.0, 8.0, 0.5, 1.5, 2.5, -0.5, -1.5])[None, None, None]
     codes, affine = write4_kernels.kv4_write(x)
     assert affine.flatten().tolist() == [1.0, 7.0]

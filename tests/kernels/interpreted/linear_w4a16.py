@@ -33,12 +33,12 @@ def test_kernel_is_the_reference(tokens: int, out_features: int, groups: int, sp
     bias = torch.randn(out_features).half()
     found = kernels.linear_w4a16(x, weight, scale, bias, replace(SMALL, split=split))
     expected = reference.linear_w4a16(x, weight, scale, bias)
-    # float32 sums in another order, then one rounding to float16.
+    # float32 sums in a different summation order, then one rounding to float16.
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
 def test_every_code_is_exact() -> None:
-    # The identity as activations reads the weight out: all 16 codes in both planes.
+    # With the identity as activations the result is the weight: all 16 codes in both planes.
     codes = torch.arange(-8, 8, dtype=torch.int8).repeat(16)[None].repeat(3, 1)
     weight, scale = pack_int4(codes), torch.ones(3, 1)
     found = kernels.linear_w4a16(torch.eye(256).half(), weight, scale, None, SMALL)

@@ -15,13 +15,13 @@ SMALL = Tile(out=32, tokens=16, step=32, warps=4, stages=2)
 
 
 def random_codes(*shape: int, seed: int = 0, bits: int = 4) -> Tensor:
-    """i8[shape] over the whole range of so many bits."""
+    """i8[shape] over the whole range of `bits` bits."""
     half = 2 ** (bits - 1)
     return torch.randint(-half, half, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
 
 
 def exact(q: Tensor, codes: Tensor, tile: Tile | None, bits: int = 4) -> Tensor:
-    """The kernel's integer sums i32[T, N]: with scales of one the result is the sum, which float32 holds."""
+    """The kernel's integer sums i32[T, N]: with scales of one the result is the sum, exact in float32."""
     ones = torch.ones(q.shape[0], 1), torch.ones(codes.shape[0], 1)
     y = kernels.linear_w4a4(q, ones[0], pack_int4(codes), ones[1], None, torch.float32, bits=bits, tile=tile)
     return y.to(torch.int32)
@@ -48,7 +48,7 @@ def test_codes_of_8_bits(tokens: int, in_features: int, split: int) -> None:
 
 
 def test_neighbours_cover_every_tile() -> None:
-    # More tiles of tokens than follow each other, and a last stripe that is narrower.
+    # More tiles of tokens than one stripe has, and a narrower last stripe.
     q, codes = random_codes(16 * (kernels.NEIGHBOURS + 2) + 1, 64), random_codes(70, 64, seed=1)
     assert torch.equal(exact(q, codes, SMALL), reference.integer_product(q, codes))
 
@@ -75,7 +75,7 @@ def test_scales_and_bias(in_features: int, groups: int, weight_groups: int, dtyp
     bias = torch.rand(21).to(dtype)
     found = kernels.linear_w4a4(q, scale, weight, weight_scale, bias, dtype, tile=SMALL)
     expected = reference.linear_w4a4(q, scale, weight, weight_scale, bias, dtype)
-    # The interpreter cuts float32 to bfloat16 where hardware rounds: one unit in its last place.
+    # The interpreter truncates float32 to bfloat16 where hardware rounds: one unit in the last place.
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}[dtype]
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * 10)
 

@@ -27,12 +27,12 @@ def test_kernel_is_the_reference(tokens: int, out_features: int, biased: bool) -
     x, codes, scale = operands(tokens, 192, out_features)
     bias = torch.randn(out_features).half() if biased else None
     found = kernels.linear_w8a16(x, codes, scale, bias, SMALL)
-    # float32 sums in another order, then one rounding to float16.
+    # float32 sums in a different summation order, then one rounding to float16.
     torch.testing.assert_close(found, reference.linear_w8a16(x, codes, scale, bias), rtol=1e-3, atol=2e-3)
 
 
 def test_every_code_is_exact() -> None:
-    # The identity as activations reads the weight out.
+    # With the identity as activations the result is the weight.
     codes = torch.arange(-128, 128).to(torch.int8)[None].repeat(3, 1)
     found = kernels.linear_w8a16(torch.eye(256).half(), codes, torch.ones(3, 1), None, SMALL)
     assert torch.equal(found.T, codes.half())

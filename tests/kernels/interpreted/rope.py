@@ -21,9 +21,9 @@ SHAPES = [
 def test_is_the_reference(shapes: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, cos, sin = torch.randn(shapes[0]).to(dtype), torch.randn(shapes[1]), torch.randn(shapes[1])
-    # As models hold queries: heads and tokens changed places.
+    # As in models: queries with heads and tokens transposed.
     given: list[Tensor] = [x, x.transpose(-3, -2).contiguous().transpose(-3, -2), x.mT.contiguous().mT]
-    # The interpreter cuts float32 to bfloat16 where hardware rounds.
+    # The interpreter truncates float32 to bfloat16 where hardware rounds.
     tolerance = 2**-7 if dtype == torch.bfloat16 else 0
     for each in given:
         torch.testing.assert_close(rope(each, cos, sin), reference.rope(x, cos, sin), rtol=tolerance, atol=0)

@@ -17,7 +17,7 @@ def check(q: Tensor, k: Tensor, mask: Tensor | None, valid: Tensor, groups: Tens
 
 
 def flags(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Which tokens are real, and two groups of queries: one over a few, far apart, one over many."""
+    """The valid tokens, and two groups of queries: one of few, far apart, one of many."""
     position = torch.arange(length)
     valid = (position < length - torch.arange(batch)[:, None]).clone()
     few, many = position % 47 == 40, (position > 3) & (position < length // 2)
