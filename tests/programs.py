@@ -35,7 +35,7 @@ def captured() -> tuple[PreTrainedModel, Cases, Program]:
 
 
 def fresh(recipe: Recipe) -> Program:
-    """The captured LLaVA under another recipe, to be changed at will."""
+    """A copy of the captured LLaVA with another recipe, which may be changed."""
     _, _, program = captured()
     graphs = {name: clone(graph) for name, graph in program.graphs.items()}
     layers = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in program.layers)
@@ -50,7 +50,7 @@ def traced(
     axes: Mapping[str, Sequence[int]] | None = None,
     owner: str = "model",
 ) -> Graph:
-    """A graph of `module(**inputs)`, whose axes 0 and 1 are symbolic, or for an input in `axes` those named there.
+    """A graph of `module(**inputs)`, whose axes 0 and 1 are symbolic, or, for an input in `axes`, those given there.
 
     Dots in the names of inputs become underscores in the arguments of `module.forward`.
     """
@@ -75,7 +75,7 @@ def traced(
 
 
 class Nothing(torch.nn.Module):
-    """What stands for a component that a test does not look at."""
+    """The placeholder for a component that a test does not use."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x)
@@ -87,7 +87,7 @@ def _nothing(name: str) -> Graph:
 
 
 def program_of(*graphs: Graph, recipe: Recipe | str = "none", stage: str = "captured", layers: int = 1) -> Program:
-    """A program of these graphs; components that every program has are filled in."""
+    """A program of these graphs; required components that are missing are filled in."""
     held = {graph.name: graph for graph in graphs}
     for name in (VISION, PREFILL, DECODE):
         if name not in held:
@@ -105,7 +105,7 @@ def run(graph: Graph, **feeds: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def changed_recipe(name: str, *settings: str) -> Recipe:
-    """A preset with settings in the form of the command line, `tokens.keep=0.5`.
+    """A preset with overrides as on the command line, `tokens.keep=0.5`.
 
     Its change of basis is a fixed rotation, which needs no training, unless a setting says otherwise.
     """
@@ -115,7 +115,7 @@ def changed_recipe(name: str, *settings: str) -> Recipe:
 
 
 def stubbed(*graphs: Graph, recipe: Recipe, layers: int = 1) -> Program:
-    """A program with quant stubs, and made-up statistics of what flows through them, ready for a change of basis."""
+    """A program with quant stubs and synthetic statistics for them, ready for a change of basis."""
     program = program_of(*graphs, recipe=recipe, layers=layers)
     for item in (Canonicalize(), InsertQuantStubs()):
         item.run(program)

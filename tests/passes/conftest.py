@@ -1,4 +1,4 @@
-"""What every test of a pass goes through."""
+"""The check that every test of a pass runs."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def tensors(program: Program) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def same(before: dict[tuple[str, str], torch.Tensor], after: dict[tuple[str, str], torch.Tensor]) -> bool:
-    """Whether the same tensors hold the same numbers."""
+    """Whether the same tensors have the same values."""
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.fixture
 def apply() -> Apply:
-    """apply(program, pass): run the pass and verify, twice; returns whether it says that it changed something.
+    """apply(program, pass): run the pass and verify, twice; returns whether it reports a change.
 
-    What it says must be true (printed graphs and tensors are compared), and the second run must change nothing.
+    The report must be true (printed graphs and tensors are compared), and the second run must change nothing.
     """
 
     def once(program: Program, item: Pass) -> bool:

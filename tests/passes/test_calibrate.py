@@ -1,4 +1,4 @@
-"""What calibration learns is what flows through the model, sample by sample."""
+"""Calibration statistics equal those of the model's own activations, sample by sample."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def marked(*settings: str, recipe: str = "w4a4kv4") -> Program:
 
 
 def eager_inputs(samples: list[Inputs]) -> dict[str, torch.Tensor]:
-    """Everything that reaches one linear of each site, f32[T, C], by hooks on the model."""
+    """The inputs of one linear of each site, f32[T, C], by hooks on the model."""
     model, _, _ = captured()
     seen: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
 
@@ -73,7 +73,7 @@ def test_samples_are_streamed(apply: Apply) -> None:
     _, cases, _ = captured()
 
     class Stream:
-        """Hands out one sample at a time and checks that the one before is used up."""
+        """Yields one sample at a time and checks that the previous one has been released."""
 
         taken = 0
 

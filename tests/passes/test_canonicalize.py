@@ -1,4 +1,4 @@
-"""One spelling per idea, bit for bit."""
+"""Canonical forms, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENS = {"x": torch.linspace(-2, 3, 80).view(2, 5, 8)}
 
 
 class Wordy(nn.Module):
-    """Everything the pass knows, said twice where that is possible."""
+    """All patterns that the pass rewrites, duplicated where possible."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_nothing_to_do(apply: Apply) -> None:
 
 
 class OnePlus(nn.Module):
-    """The norm whose weight is stored less one."""
+    """The norm whose weight is stored minus one."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_norms_become_one_node_with_equal_bits(apply: Apply, module: nn.Module, 
 
 
 class Almost(nn.Module):
-    """A norm that is not quite the operator's; `kind` says how."""
+    """A norm that differs from the operator's; `kind` says how."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def test_near_misses_stay(apply: Apply, kind: str, dtype: torch.dtype) -> None:
 
 
 class Slices(nn.Module):
-    """Slices that leave something out, a cast that rounds, a cache that is not empty."""
+    """Slices that drop elements, a cast that rounds, a cache that is not empty."""
 
     def __init__(self) -> None:
         super().__init__()

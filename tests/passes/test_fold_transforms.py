@@ -1,4 +1,4 @@
-"""A change of basis in front of every linear: other tensors, the same answers."""
+"""A change of basis before every linear: different tensors, the same answers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from qpcompile.recipe.recipe import Recipe
 
 Apply = Callable[[Program, FoldTransforms], bool]
 TOKENS = {"x": torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))}
-# Products in float32 with other rounding; a wrong basis is wrong by order 1.
+# Float32 products with different rounding; a wrong basis causes errors of order 1.
 TOLERANCE = 1e-5
 
 
 class NormedMlp(nn.Module):
-    """A norm and a gated product called `layers.0`; `kind` names a change that stands in the way of folding."""
+    """A norm and a gated product called `layers.0`; `kind` names a change that prevents folding."""
 
     def __init__(self, kind: str = "") -> None:
         super().__init__()
@@ -106,7 +106,7 @@ KINDS = list(itertools.product(("none", "hadamard"), ("null", "0.5"), ("true", "
 
 
 def decoded(prefill: Graph, decode: Graph) -> list[Tensor]:
-    """Hidden states of a prompt of two rows, and of one token behind it."""
+    """Hidden states of a prompt of two rows, and of one token after it."""
     feeds = toy_feeds(2, 6)
     first = run(prefill, **feeds)
     past = {name.replace(".", "_"): first[name] for name in cache_names(2)}
@@ -152,7 +152,7 @@ def test_what_cannot_be_folded_becomes_a_node(apply: Apply, kind: str) -> None:
 
 
 class SharedValues(nn.Module):
-    """Attention whose values are keys too: their linear must stay as it is."""
+    """Attention whose values are also keys: their linear must not change."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Norm or gated product and the quantizer behind it become one operator, and so do rotary positions."""
+"""A norm or gated product and the following quantizer are fused into one operator, and so is rotary embedding."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from qpcompile.passes.quantize_weights import QuantizeWeights
 PLAIN = ("quantize.ignore=[]", "quantize.center=null", "quantize.transform=hadamard")
 Apply = Callable[[Program, FuseKernels], bool]
 TOKENS = {"x": torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))}
-# Sums in float64 against float32; none of these numbers lies so close to a tie that its code changes.
+# Sums in float64 against float32; none of these values is so close to a tie that its code changes.
 LAST_BIT = 1e-6
 
 
 class NormedMlp(nn.Module):
-    """A norm and a gated product; `kind` names what keeps them from being fused."""
+    """A norm and a gated product; `kind` names what prevents their fusion."""
 
     def __init__(self, kind: str = "") -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def test_numbers_of_a_whole_decoder(apply: Apply) -> None:
         assert relative(value, expected[name]) < LAST_BIT, name
 
 
-# What is left: (norms fused, products fused).
+# Expected: (fused norms, fused products).
 APART = {"norm read twice": (0, 1), "product read twice": (1, 0), "silu read twice": (1, 0)}
 
 
@@ -150,7 +150,7 @@ def test_another_reader_keeps_them_apart(apply: Apply, kind: str, left: tuple[in
 
 
 class LayerNormed(nn.Module):
-    """A layer norm and what reads it; `kind` names what keeps them from being fused."""
+    """A layer norm and its readers; `kind` names what prevents their fusion."""
 
     def __init__(self, kind: str = "") -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def test_half_precision_is_fused_and_stays_half(apply: Apply, dtype: torch.dtype
     assert fused(graph) == (1, 1) and not list(calls(graph, QUANTIZE_INT4))
     found = run(graph, **feeds)["y"]
     assert found.dtype == dtype
-    # What was rounded between norm, transform and quantizer no longer is: a code or two of 4 bits may change.
+    # Values between norm, transform and quantizer are no longer rounded: one or two 4-bit codes may change.
     assert relative(found.float(), expected.float()) < 0.1
 
 
@@ -232,7 +232,7 @@ def halves(x: Tensor) -> Tensor:
 
 
 class Turned(nn.Module):
-    """Rotary positions as transformers writes them; `kind` names what is near them and is something else."""
+    """Rotary embedding as in transformers; `kind` names a near miss."""
 
     def __init__(self, kind: str = "") -> None:
         super().__init__()
@@ -275,7 +275,7 @@ def test_rotary_positions_are_one_node(apply: Apply, dtype: torch.dtype, kind: s
     assert len(list(calls(graph, ROPE))) == 1 and not list(calls(graph, torch.ops.aten.cat.default))
     after = run(graph, **feeds)["y"]
     assert after.dtype == dtype
-    # Half precision rounded after each step, and does it once now.
+    # Half precision rounded after each step, and now rounds once.
     assert torch.equal(after, before) if dtype == torch.float32 or kind else relative(after, before) < 1e-2
     assert not apply(program, FuseKernels()), "twice"
 

@@ -1,4 +1,4 @@
-"""Every place that a recipe may quantize is marked, and every other one is written down."""
+"""Every site that a recipe may quantize is marked, and every other one is recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Visual tokens are dropped behind planned layers, in prefill and in decode."""
+"""Visual tokens are dropped after planned layers, in prefill and in decode."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALL, HALF = (999_999, 1_000_000), (1, 2)
 
 
 def planned(*settings: str, fraction: tuple[int, int] = HALF, layer: int = 0, masked: bool = True) -> Program:
-    """The toy decoder with a plan to keep `fraction` of the visual tokens behind `layer`."""
+    """The toy decoder with a plan to keep `fraction` of the visual tokens after `layer`."""
     recipe = changed_recipe("prune-30", *settings)
     program = program_of(prefill_graph(masked=masked), decode_graph(), recipe=recipe, layers=2)
     Canonicalize().run(program)
@@ -51,7 +51,7 @@ def visual_feeds(rows: int, length: int, visual: tuple[int, ...]) -> dict[str, T
 
 
 def next_token(program: Program, first: dict[str, Tensor], feeds: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
-    """Decode one token on what prefill left."""
+    """Decode one token on the caches of prefill."""
     rows, seen = feeds["attention_mask"].shape
     more = {name: value for name, value in first.items() if name.startswith("past")}
     more["attention_mask"] = torch.cat([feeds["attention_mask"], torch.ones(rows, 1, dtype=torch.bool)], dim=1)
@@ -204,7 +204,7 @@ def test_a_cut_that_keeps_all_changes_no_number(apply: Apply, compact: str, mask
 def by_masks(
     feeds: dict[str, Tensor], new: Tensor, kept: Tensor, alive: Tensor, compact: bool
 ) -> tuple[Tensor, Tensor]:
-    """What a cut behind layer 0 must give, with nothing gathered: dropped tokens stay, and nobody looks at them."""
+    """The oracle of a cut after layer 0, without a gather: dropped tokens stay, and are masked."""
     model = Prefill()
     rows, length = feeds["attention_mask"].shape
     stays = torch.zeros(rows, length + 1, dtype=torch.bool)
@@ -313,7 +313,7 @@ def test_kept_tokens_fill_a_multiple(multiple: int, method: str) -> None:
         alone = min(length, -(-stays // multiple) * multiple)
         kept, alive = found[f"kept.{layer}"], found[f"alive.{layer}"]
         assert kept.shape == alive.shape == (1, alone)
-        # The padding token is kept as a dead one: everything else that stays is alive.
+        # The padding token is kept as a dead slot: all other kept tokens are alive.
         assert int(alive.sum()) == alone - 1
         counts = program.plan.visual_tokens(visual, length - visual)
         assert counts[-1] == alone - (length - visual)

@@ -1,4 +1,4 @@
-"""How layers answer to quantization and look at the picture, against the model itself."""
+"""Sensitivity of layers to quantization and their attention to the picture, against the model itself."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CACHE_ONLY = (
 
 
 def ready(recipe: str, *settings: str) -> Program:
-    """The captured LLaVA, marked and calibrated on nothing."""
+    """The captured LLaVA with stubs, calibrated without samples."""
     program = fresh(changed_recipe(recipe, *settings))
     run_passes(program, [Canonicalize(), InsertQuantStubs(), Calibrate([], 0)])
     return program
 
 
 def eager(sample: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Hidden states before and behind each layer, and attention weights of each layer, by transformers."""
+    """Hidden states before and after each layer, and attention weights of each layer, by transformers."""
     model, _, _ = captured()
     before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation("eager")
@@ -79,7 +79,7 @@ def test_profile_is_that_of_the_model(apply: Apply) -> None:
     ("of", "source"), [("output", "full_precision"), ("delta", "full_precision"), ("output", "quantized")]
 )
 def test_deviation_of_one_quantized_part(of: str, source: str) -> None:
-    """Only the cache is rounded: each layer of transformers with a rounded cache, on its own input or a rounded one."""
+    """Only the cache is quantized: transformers' layers with a quantized cache, on their own or a quantized input."""
     model, cases, _ = captured()
     program = ready("quota-30", *CACHE_ONLY, f"tokens.sensitivity_of={of}", f"tokens.sensitivity_input={source}")
     MeasureSensitivity([cases["one"]], 1).run(program)

@@ -1,4 +1,4 @@
-"""What is computed twice from the same values is computed once; what only looks the same is not."""
+"""Common subexpressions are merged; expressions that only look equal are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VALUES = {
 
 
 class Twice(nn.Module):
-    """Two values gathered with the same indices, as a cut does it; the trace holds one chain of each kind."""
+    """Two values gathered with the same indices, as in a cut; the trace has one chain of each kind."""
 
     def forward(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         rows = index.unsqueeze(2).expand(-1, -1, 4)
@@ -34,7 +34,7 @@ class Twice(nn.Module):
 
 
 def doubled() -> Graph:
-    """The graph of `Twice`, whose second gather has indices of its own."""
+    """The graph of `Twice`, whose second gather has separate indices."""
     graph = traced(Twice(), VALUES, outputs=("a", "b"), axes={"index": (0, 1)})
     _, second = calls(graph, aten.gather.default)
     index = graph.placeholder("index")

@@ -16,7 +16,7 @@ from qpcompile.pruning.budget import DEVIATIONS
 
 
 def planned(order: str) -> Program:
-    """The captured LLaVA through every pass up to the cuts, and the one that collects statistics again."""
+    """The captured LLaVA through every pass up to the cuts, and the one that recalibrates."""
     _, cases, _ = captured()
     keys = ("tokens.candidate_layers=[0, 1]", "tokens.keep=0.5", f"order={order}")
     program = fresh(changed_recipe("quota-30", *keys))

@@ -17,7 +17,7 @@ Apply = Callable[[Program, PlanTokenBudget], bool]
 
 
 def measured(*settings: str, layers: int = 6) -> Program:
-    """A program whose layers were measured: mass rises until layer 2, later layers are ever less sensitive."""
+    """A program with measured layers: mass rises until layer 2, sensitivity decreases with depth."""
     program = program_of(recipe=changed_recipe("prune-30", *settings), stage="calibrated", layers=layers)
     masses = [0.05, 0.3, 0.7, 0.6, 0.55, 0.5, 0.5, 0.5][:layers]
     cosines = [0.4, 0.4, 0.2, 0.21, 0.22, 0.5, 0.5, 0.5][:layers]

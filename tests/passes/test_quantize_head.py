@@ -1,4 +1,4 @@
-"""The head in 8 bits, and tables of token embeddings that share its matrix."""
+"""The head in 8 bits, and embedding tables that share its matrix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKENS = {"input": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(
 
 
 class Host(nn.Module):
-    """A table of embeddings in a model; `tied` to a head or of its own."""
+    """An embedding table in a model, `tied` to a head or separate."""
 
     def __init__(self, weight: Tensor, kind: type[nn.Module] = nn.Embedding) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Host(nn.Module):
 
 
 def head_program(recipe: Recipe, bias: bool = False, dtype: torch.dtype = torch.float32) -> Program:
-    """A head of 8 inputs and 6 outputs, and a host without a table."""
+    """A head of 8 inputs and 6 outputs, and a host without an embedding table."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 6, bias=bias).to(dtype)
     graph = traced(layer, {"input": TOKENS["input"].to(dtype)}, name=HEAD, owner="lm_head")
@@ -159,7 +159,7 @@ def test_a_tied_table_reads_the_same_bytes(apply: Apply, dtype: torch.dtype) -> 
 
 
 class Scaled(nn.Embedding):
-    """A table that does more than look up."""
+    """An embedding that does more than a lookup."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)

@@ -39,7 +39,7 @@ CACHE_ONLY = functools.partial(changed_recipe, "w4a4kv4", *SETTINGS)
 
 
 def cached(masked: bool = True) -> Program:
-    """The toy decoder, with stubs on its cache only, behind the stage that cuts."""
+    """The toy decoder, with stubs on its cache only, after the stage `cut`."""
     program = stubbed(prefill_graph(masked=masked), decode_graph(), recipe=CACHE_ONLY(), layers=2)
     program.stage = "cut"
     return program
@@ -205,7 +205,7 @@ def round_trip(x: Tensor) -> Tensor:
 
 
 class Rounded(torch.nn.Module):
-    """Attention of torch on keys and values that were written in 4 bits and read back."""
+    """Attention of torch on keys and values that were quantized to 4 bits and dequantized."""
 
     def __init__(self, model: Prefill) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ def test_numbers_of_prefill_and_decode(apply: Apply) -> None:
     feeds, new = toy_feeds(2, 6), toy_feeds(2, 1, 9)["inputs_embeds"]
     hidden, token = Rounded(Prefill())(feeds, new)
     first = run(program.graphs["prefill"], **feeds)
-    # Rows of padding see nothing: they are 0 here and anything in torch.
+    # Rows of padding are fully masked: they are 0 here and undefined in torch.
     assert relative(first["hidden"][:, 1:], hidden[:, 1:]) < 1e-5
     past = {name.replace(".", "_"): value for name, value in first.items() if name.startswith("past")}
     mask = torch.cat([feeds["attention_mask"], torch.ones(2, 1, dtype=torch.bool)], dim=1)
@@ -245,7 +245,7 @@ def test_numbers_of_prefill_and_decode(apply: Apply) -> None:
         assert torch.equal(second[f"{name}.codes"][:, :, :6], first[f"{name}.codes"]), "the past is written anew"
         assert second[f"{name}.codes"].dtype == torch.uint8 and second[f"{name}.codes"].shape == (2, 1, 7, 2)
     plain = run(prefill_graph(), **feeds)["hidden"]
-    # Steps of range/15 move keys and values by 3 % of their range; they are one of two terms of each layer.
+    # Steps of range/15 change keys and values by 3 % of their range; they are one of two terms of each layer.
     assert 1e-4 < relative(first["hidden"][:, 1:], plain[:, 1:]) < 0.1
 
 
@@ -342,7 +342,7 @@ def test_kivi_rounds_the_cache_alone(apply: Apply) -> None:
 
 
 def test_keys_that_choose_pivots_are_read_back() -> None:
-    """DART's pivots read the keys as attention does."""
+    """DART's pivots read the same keys as attention."""
     settings = ("tokens.method=dart", "tokens.keep=0.5", "quantize.weights.solver=rtn", "quantize.smooth=null")
     plain = ("quantize.center=null", "quantize.activations.clip_search=false", "tokens.candidate_layers=[0]")
     program = fresh(changed_recipe("w4a4kv4", *settings, *plain))

@@ -1,4 +1,4 @@
-"""Weights packed in 4 bits, once for all graphs, and linears bound to integer operators."""
+"""Weights packed to 4 bits, once for all graphs, and linears bound to integer operators."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ def test_numbers(apply: Apply, name: str, solver: str, groups: bool) -> None:
         step = x.abs().amax(-1, keepdim=True) / 7
         x = (x / step).round() * step
     found = run(graph, **TOKENS)["y"]
-    assert relative(found, x @ weight.T + bias.double()) < 1e-6  # the same sum, in float32 at the end
-    # Rounding to steps of max/7 moves a number by at most max/14; two such roundings, of numbers around max/3.
+    assert relative(found, x @ weight.T + bias.double()) < 1e-6  # the same sum, rounded to float32 at the end
+    # Rounding to steps of max/7 changes a value by at most max/14; two such roundings, of values around max/3.
     assert relative(found, expected) < 0.35
     (site,) = program.plan.sites
     assert (site.graph, site.name, site.weight_bits) == ("prefill", "model.proj", 4)
@@ -152,7 +152,7 @@ def test_prefill_and_decode_share_their_codes(apply: Apply) -> None:
     for name in names:
         assert get_tensor(modules[0], name).data_ptr() == get_tensor(modules[1], name).data_ptr()
     assert not [name for name, tensor in modules[0].named_parameters() if tensor.ndim == 2]
-    # One quantizer for the three linears that read one input: q/k/v, o, gate/up, down.
+    # One quantizer for the linears that share an input: q/k/v, o, gate/up, down.
     assert len(list(calls(program.graphs[PREFILL], QUANTIZE_INT4))) == 2 * 4
     assert len(program.plan.sites) == 2 * 14
     assert program.plan == Plan.from_dict(program.plan.to_dict())

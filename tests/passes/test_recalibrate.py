@@ -1,4 +1,4 @@
-"""Statistics behind token cuts: only tokens that a layer still has, and no padding."""
+"""Statistics after token cuts: only tokens that a layer still has, and no padding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS = "model.language_model.layers"
 
 
 def cut(*settings: str, sample: str = "one") -> Program:
-    """The captured LLaVA, calibrated and cut behind layer 0 to half of its visual tokens."""
+    """The captured LLaVA, calibrated and cut after layer 0 to half of its visual tokens."""
     _, cases, _ = captured()
     keys = ("tokens.method=random", "tokens.keep=0.5", "tokens.candidate_layers=[0]")
     program = fresh(changed_recipe("w4a4kv4", *keys, *settings))
@@ -45,7 +45,7 @@ def test_only_kept_tokens_count(apply: Apply) -> None:
     assert after[f"{LAYERS}.0.mlp.down_proj"].tokens == length
     assert after[f"{LAYERS}.1.mlp.down_proj"].tokens == length - visual // 2
     assert int(after[f"{LAYERS}.1.mlp.down_proj"].visual.sum()) == visual - visual // 2
-    # In front of the cut nothing has changed but that the samples are run in the new basis.
+    # Before the cut nothing has changed except that the samples are run in the new basis.
     name = f"{LAYERS}.0.self_attn.q_proj"
     assert torch.allclose(after[name].moments, before[name].moments, rtol=1e-2, atol=1e-2)
 

@@ -1,4 +1,4 @@
-"""Clip ratios found by search: least output error, for both kinds of tokens, only where the recipe asks."""
+"""Searched clip ratios: minimal output error, for both kinds of tokens, only if the recipe asks for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search among schedules, against each schedule compiled for good."""
+"""The schedule search, against each schedule compiled by the passes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ JOINT = ("tokens.method=joint", "tokens.keep=0.5", "tokens.keep_of=mean")
 
 
 def ready(*settings: str) -> Program:
-    """The captured LLaVA, marked."""
+    """The captured LLaVA with stubs."""
     program = fresh(changed_recipe("none", *settings))
     run_passes(program, [Canonicalize(), InsertQuantStubs(), Calibrate([], 0)])
     return program
@@ -68,7 +68,7 @@ def test_the_cheapest_schedule_is_found(apply: Apply) -> None:
     tried = schedules(0.5, 3, VISUAL)
     assert best in tried
     expected = next_token(ready(), sample)
-    # Each takes seconds to compile for good: every eighth.
+    # Each takes seconds to compile: every eighth one.
     costs = [cost(shares, sample, expected) for shares in tried[::8] if shares != best]
     assert cost(best, sample, expected) <= min(costs) * (1 + 1e-3) < 0.9 * max(costs)
 

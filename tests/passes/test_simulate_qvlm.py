@@ -1,4 +1,4 @@
-"""Q-VLM's quantizer as a simulation: named so, in floating point, and refused by the ONNX export."""
+"""Q-VLM's quantizer as a simulation: marked as such, in floating point, and refused by the ONNX export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned changes of basis: exact before rounding, better after it, and the same twice."""
+"""Learned changes of basis: exact before rounding, better after it, and deterministic."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def training() -> TrainTransforms:
 
 
 def hidden(program: Program) -> torch.Tensor:
-    """What the prefill graph gives for one sample."""
+    """The outputs of the prefill graph for one sample."""
     _, cases, _ = captured()
     seen = {}
 

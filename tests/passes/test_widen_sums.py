@@ -1,4 +1,4 @@
-"""Sums before 4-bit codes are computed in float64 and rounded once; everything else stays as it is."""
+"""Reductions before int4 quantizers are computed in float64 and rounded once; everything else is unchanged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Normed(nn.Module):
 
 
 class Patches(nn.Module):
-    """A convolution and the quantizer behind it; a stride of its side cuts patches that do not overlap."""
+    """A convolution and the quantizer after it; a stride of its kernel size gives patches that do not overlap."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Methods that choose before the decoder, and DART behind its second layer: what they keep on a tiny LLaVA.
+"""Methods that select before the decoder, and DART after its second layer: what they keep on a tiny LLaVA.
 
-The choice is computed again in numpy from the embeddings that the graph reads, one prompt at a time.
+The selection is recomputed in numpy from the embeddings that the graph reads, one prompt at a time.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def compiled(method: str, *settings: str) -> CompiledVLM:
 
 
 def kept(method: str, inputs: Inputs, *settings: str) -> list[list[int]]:
-    """Positions of the prompt that stay, by row."""
+    """Kept positions of the prompt, by row."""
     (found,) = compiled(method, *settings).kept_tokens(**inputs).values()
     return [[position for position in row if position >= 0] for row in found.tolist()]
 
 
 def embeddings(inputs: Inputs) -> torch.Tensor:
-    """What the decoder reads, f32[B, S, C]."""
+    """The inputs of the decoder, f32[B, S, C]."""
     model, _, _ = captured()
     seen: list[torch.Tensor] = []
     language: Any = model.get_submodule("model.language_model")
@@ -101,7 +101,7 @@ def by_distances(visual: Array, count: int) -> set[int]:
 
 
 def expected(method: str, inputs: Inputs, sign: int = 1) -> list[list[int]]:
-    """What stays of each row: its text, and what the method's formulas choose of its visual tokens."""
+    """The kept tokens of each row: its text, and the visual tokens selected by the method's formulas."""
     rows = []
     for values, ids, mask in zip(
         embeddings(inputs).double().numpy(), inputs["input_ids"], inputs["attention_mask"], strict=True

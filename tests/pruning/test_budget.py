@@ -48,7 +48,7 @@ def shares_and_ratios(
 
 
 def counts_of(ratios: Sequence[float], visual: int) -> list[int]:
-    """What the graph keeps."""
+    """The number of tokens that the graph keeps."""
     return [tokens_by_fraction(*ratio_fraction(ratio), visual) for ratio in ratios]
 
 
@@ -66,7 +66,7 @@ def test_equal_sensitivity_gives_equal_drops() -> None:
 
 
 def test_equations_by_hand() -> None:
-    # P10 and P90 of 1..5 lie at 1.4 and 4.6; the middle maps to 0.5, the neighbours to 0.6/3.2 and 2.6/3.2.
+    # P10 and P90 of 1..5 are 1.4 and 4.6; the middle maps to 0.5, the neighbours to 0.6/3.2 and 2.6/3.2.
     assert normalize_sensitivity([1, 2, 3, 4, 5]) == pytest.approx((0.1, 0.1875, 0.5, 0.8125, 0.9))
     smaller, larger = drop_shares([0.9, 0.1], 2.0)
     assert smaller == pytest.approx(1 / (1 + math.exp(0.4)))

@@ -1,4 +1,4 @@
-"""Methods that cut inside the decoder: schedules against the papers, choices against numpy on a toy decoder."""
+"""Methods that cut inside the decoder: schedules against the papers, selections against numpy on a toy decoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VISUAL = (8, 5)
 
 
 def planned(method: str, *settings: str, layers: int = 32) -> Program:
-    """A program of so many layers with the plan of a method."""
+    """A program of the given depth with the plan of a method."""
     program = program_of(recipe=changed_recipe("none", f"tokens.method={method}", *settings), layers=layers)
     program.stage = "calibrated"
     PlanTokenBudget().run(program)
@@ -125,7 +125,7 @@ def test_withdrawal_refuses_what_it_cannot_mean(settings: list[str], message: st
 
 
 def cut_toy(*settings: str, share: tuple[int, int] = (1, 2), layer: int = 0) -> Program:
-    """The toy decoder, cut behind `layer` as a method does it."""
+    """The toy decoder, cut after `layer` by a method."""
     program = program_of(prefill_graph(), decode_graph(), recipe=changed_recipe("none", *settings), layers=2)
     Canonicalize().run(program)
     program.stage = "planned"
@@ -252,7 +252,7 @@ qpcompile.token_scores all
 aten.scaled_dot_product_attention kept
 aten.linear kept""",
     )
-    # The cache of the layer that the cut lies in holds the kept tokens only, with no gather of its own.
+    # The cache of the layer that contains the cut holds the kept tokens only, without another gather.
     for part in ("key", "value"):
         assert str(value(graph.result(f"past_key_values.1.{part}")).shape[2]) == str(short)
     assert "gather" in graph_text(graph)

@@ -1,4 +1,4 @@
-"""What QUOTA's paper leaves open, key by key, against the tiny LLaVA itself."""
+"""The keys for what QUOTA's paper leaves open, one by one, against the tiny LLaVA itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def kept(program: Program, case: str = "longer") -> dict[int, list[list[int]]]:
 
 
 def normed_input(layer: int) -> Tensor:
-    """What the projections of a layer read for the prompt "longer", f32[S, C], by transformers."""
+    """The input of a layer's projections for the prompt "longer", f32[S, C], by transformers."""
     model, cases, _ = captured()
     found: list[Tensor] = []
     language: Any = model.get_submodule("model.language_model")
@@ -73,7 +73,7 @@ def test_full_precision_scores_choose_as_without_a_quantizer() -> None:
     for case in ("longer", "padded"):
         assert kept(full, case) == kept(plain, case)
     assert any(kept(deployed, case) != kept(plain, case) for case in ("one", "longer", "padded", "pictures"))
-    # The decoder itself is as quantized as ever; layers 0 and 1 run once more beside it.
+    # The decoder itself stays quantized; layers 0 and 1 run a second time without quantization.
     graph = full.graphs[PREFILL]
     assert len(list(calls(graph, LINEAR_W4A4))) == len(list(calls(deployed.graphs[PREFILL], LINEAR_W4A4))) == 21
     assert len(list(calls(graph, aten.linear.default))) == 2 * 7

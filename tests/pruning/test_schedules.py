@@ -1,4 +1,4 @@
-"""Schedules to try: their mean, their order, and what they look like."""
+"""Candidate schedules: their mean, their order, and their shape."""
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ def test_every_schedule_has_the_mean_and_never_rises(mean: float, depth: int, to
         counts = [share * tokens for share in shares]
         assert counts == pytest.approx([round(count) for count in counts]) and round(counts[-1]) >= 1
         assert sum(counts) <= mean * depth * tokens + 1e-6 and max(shares) <= 1
-    # All but the flat one miss the budget only where the first layers cannot take one token more each.
+    # All but the flat one miss the budget only if the first layers cannot take one more token each.
     assert all(sum(shares) * tokens > mean * depth * tokens - depth or shares[0] == 1 for shares in found)
 
 
@@ -25,11 +25,11 @@ def test_by_hand() -> None:
     # 100 tokens in 4 layers, 120 in all.
     found = schedules(0.3, 4, 100)
     assert (0.3,) * 4 in found
-    # 100 in the first layer leave 20 for three: 6 each, and two that no layer has room for.
+    # 100 in the first layer leave 20 for three: 6 each, and a remainder of two.
     assert (1.0, 0.06, 0.06, 0.06) in found
     # 70 leave 50: 16 for each of three layers, and two more for the first.
     assert (0.72, 0.16, 0.16, 0.16) in found
-    # Two layers with everything are more than the budget.
+    # Two layers with all tokens exceed the budget.
     assert not any(shares[:2] == (1.0, 1.0) for shares in found)
 
 

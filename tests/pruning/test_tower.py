@@ -1,4 +1,4 @@
-"""Towers that VisionZip and PruMerge+ can read, and those they refuse, each with its reason."""
+"""Towers that VisionZip and PruMerge+ support, and those they refuse, each with its reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Attending(nn.Module):
 
 
 class Halves(nn.Module):
-    """Every two rows become one whose channels alternate."""
+    """Merges every two rows into one with interleaved channels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(1, (-1, 2)).transpose(-1, -2).flatten(2)
@@ -83,7 +83,7 @@ def test_refuses_what_the_host_or_the_projector_does_besides() -> None:
 
 
 class Pairs(nn.Module):
-    """Two neighbours become one row."""
+    """Merges two neighbours into one row."""
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return image_features.reshape(image_features.shape[0], -1, 64)

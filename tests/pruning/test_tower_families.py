@@ -1,4 +1,4 @@
-"""VisionZip and PruMerge+ on the trained testbeds: what stays of real pictures, in batches of several sizes."""
+"""VisionZip and PruMerge+ on the trained testbeds: what is kept of real pictures, in batches of several sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compiled(bed: str, method: str) -> CompiledVLM:
 
 
 def chosen(scores: np.ndarray[Any, Any], share: float) -> list[int]:
-    """Which of a prompt's visual tokens stay: the best, and others at equal steps."""
+    """Which of a prompt's visual tokens are kept: the best, and others at equal steps."""
     keep = int(np.ceil(len(scores) * KEEP - 1e-9))
     spaced = int(np.floor(keep * share + 0.5))
     best = np.argsort(-scores, kind="stable")[: keep - spaced].tolist()

@@ -1,7 +1,7 @@
-"""VisionZip and PruMerge+: what the tower says, who stays, who takes up what, against transformers and numpy.
+"""VisionZip and PruMerge+: the tower's scores, the kept tokens and the merging, against transformers and numpy.
 
-The tower's attention is read off transformers' own eager attention; choice, merging and decoding are computed again one
-prompt at a time, on the shortened sequence with the original positions.
+The tower's attention is taken from transformers' own eager attention; selection, merging and decoding are recomputed
+one prompt at a time, on the shortened sequence with the original positions.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def family(name: str) -> tuple[PreTrainedModel, Cases, Program]:
 
 @functools.cache
 def compiled(name: str, method: str, *settings: str) -> CompiledVLM:
-    """A tiny model pruned by one method, not quantized unless `settings` say so."""
+    """A tiny model pruned by one method, not quantized unless `settings` ask for it."""
     recipe = changed_recipe("none", f"tokens.method={method}", f"tokens.keep={KEEP}", *settings)
     _, _, whole = family(name)
     layers = tuple(Layer(index=layer.index, name=layer.name) for layer in whole.layers)
@@ -88,7 +88,7 @@ def attention_of_tower(name: str, inputs: Inputs) -> tuple[Array, Array, Array]:
     pictures = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_grid_thw")}
     with torch.no_grad(), mock.patch.object(code, "eager_attention_forward", record):
         model.get_image_features(**pictures)  # type: ignore[operator]
-    # LLaVA uses the output of the last layer but one; Qwen attends in one call per segment, of one length each or not.
+    # LLaVA uses the output of the second-to-last layer; Qwen attends in one call per segment, of equal lengths or not.
     layer = len(modules) - (2 if name == "llava" else 1)
     used = [tensors for index, tensors in calls if index == layer]
     total = sum(weights.shape[-1] for weights, _, _ in used)
@@ -147,7 +147,7 @@ def chosen(scores: Array, share: float) -> tuple[list[int], list[int]]:
 
 
 def merged(method: str, hidden: Array, scores: Array, keys: Array, best: list[int], spaced: list[int]) -> Array:
-    """The visual tokens of one prompt, f[V, C], after those that stay took up others."""
+    """The visual tokens of one prompt, f[V, C], after merging into the kept ones."""
     unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
     alike, result = unit @ unit.T, hidden.copy()
     if method == "visionzip":
@@ -163,7 +163,7 @@ def merged(method: str, hidden: Array, scores: Array, keys: Array, best: list[in
 
 
 def shortened(name: str, method: str, inputs: Inputs) -> tuple[list[int], torch.Tensor]:
-    """Positions that stay of one prompt, and logits f[NEW, V] of its greedy answer, by the model itself."""
+    """Kept positions of one prompt, and logits f[NEW, V] of its greedy answer, by the model itself."""
     model, _, _ = family(name)
     language: Any = model.get_submodule("model.language_model")
     seen: list[dict[str, Any]] = []
@@ -186,7 +186,7 @@ def shortened(name: str, method: str, inputs: Inputs) -> tuple[list[int], torch.
     head: Any = model.get_output_embeddings()
     with torch.no_grad():
         for _ in range(NEW):
-            # Without a mask transformers takes gaps in the positions for borders of packed sequences.
+            # Without a mask transformers treats gaps in the positions as borders of packed sequences.
             everything = torch.ones(embeds.shape[:2], dtype=torch.long)
             found = language(inputs_embeds=embeds, position_ids=positions, attention_mask=everything, use_cache=False)
             logits.append(head(found.last_hidden_state[:, -1]))

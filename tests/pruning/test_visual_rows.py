@@ -1,4 +1,4 @@
-"""Rows followed through reshapes, reorderings and merges: the table names the rows that each result is made of."""
+"""Rows tracked through reshapes, permutations and merges: the table lists the source rows of each result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Rowwise(nn.Module):
 
 
 class Merger(nn.Module):
-    """Packed rows: neighbours put together by fours, a linear, then another order."""
+    """Packed rows: merged four by four, a linear, then a permutation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Merger(nn.Module):
 
 
 class Shuffle(nn.Module):
-    """Pictures of 4 x 4 patches, squares of 2 x 2 put together by two reshapes: f[B, 16, C] -> f[B, 4, 4 C]."""
+    """Pictures of 4 x 4 patches, squares of 2 x 2 merged by two reshapes: f[B, 16, C] -> f[B, 4, 4 C]."""
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = x.view(-1, 4, 2, 2 * WIDTH).permute(0, 2, 1, 3)
@@ -50,7 +50,7 @@ class Shuffle(nn.Module):
 
 
 def table_of(graph: Graph, **inputs: Tensor) -> Tensor | None:
-    """What follow_rows says on inputs of another size than the traced one."""
+    """The result of follow_rows on inputs of another size than the traced one."""
     found = follow_rows(graph, graph.placeholder("x"), graph.result("y"))
     if found is None:
         return None
@@ -88,28 +88,28 @@ def test_squares_by_permutation() -> None:
 
 
 class Interleaved(nn.Module):
-    """As Mistral 3 merges: the channels of neighbours alternate."""
+    """The merge of Mistral 3: the channels of neighbours are interleaved."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.view(-1, 2, WIDTH).transpose(1, 2).flatten(1)
 
 
 class Mixed(nn.Module):
-    """Every row gets a share of those before it."""
+    """Every row gets a share of the previous rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.cumsum(0)
 
 
 class Appended(nn.Module):
-    """A row of its own comes on top."""
+    """An additional row is added."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x[:1] * 0, x])
 
 
 class Elsewhere(nn.Module):
-    """The end does not depend on the rows at all."""
+    """The result does not depend on the rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros(3, WIDTH)
