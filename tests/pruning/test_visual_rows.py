@@ -95,14 +95,14 @@ class Interleaved(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Every row gets a share of the previous rows."""
+    """Every row is added to the following ones."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.cumsum(0)
 
 
 class Appended(nn.Module):
-    """An additional row is added."""
+    """A row of zeros is prepended."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x[:1] * 0, x])

@@ -1,4 +1,4 @@
-"""The change of basis: what it makes of the data, and where its scale goes."""
+"""The change of basis: its effect on the data, and where its scale is folded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEEDS = toy_feeds(2, 9)
 
 
 def inputs_of(graph: Graph) -> dict[str, torch.Tensor]:
-    """What flows through each activation stub, f32[T, C]."""
+    """The activations at each activation stub, f32[T, C]."""
     seen: dict[str, torch.Tensor] = {}
 
     def look(node: Any, args: tuple[Any, ...], found: Any) -> Any:
@@ -36,7 +36,7 @@ def inputs_of(graph: Graph) -> dict[str, torch.Tensor]:
 
 
 def measured(*settings: str) -> Program:
-    """The toy decoder with statistics of what really flows."""
+    """The toy decoder with statistics of real activations."""
     recipe = changed_recipe("w4a4kv4", "quantize.ignore=[]", "quantize.center=null", *settings)
     program = stubbed(prefill_graph(gated=True), decode_graph(gated=True), recipe=recipe, layers=2)
     for site, rows in inputs_of(program.graphs[PREFILL]).items():
@@ -113,7 +113,7 @@ def test_a_weight_is_replaced_in_all_graphs_and_gone() -> None:
     graph = program.graphs[PREFILL]
     other = clone(graph)
     name = "layers.1.mlp.down_proj.weight"
-    # One that the other tests' graphs do not hold.
+    # A case that the graphs of the other tests do not contain.
     own = get_tensor(graph.module, name).detach().clone()
     for each in (graph, other):
         set_tensor(each.module, name, own)

@@ -1,4 +1,4 @@
-"""A change of basis by factors is the one by matrices."""
+"""A change of basis by factors equals the one by matrices."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def test_factors_do_what_the_matrix_does(
     for name in ("moments", "total", "rows"):
         left, right = getattr(after[2], name), getattr(before[2], name)
         assert (left - right).abs().max() <= 1e-6 * right.abs().max(), name
-    # Products of weights and inputs stay what they were.
+    # Products of weights and inputs do not change.
     turned = change.weights(weight) @ after[2].rows.double().T
     assert torch.allclose(turned, weight @ found.rows.double().T, atol=1e-5)

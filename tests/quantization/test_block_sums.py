@@ -1,4 +1,4 @@
-"""Sums over blocks: what einsum makes of the whole matrix, from the matrix and from rows, in parts and lifted."""
+"""Sums over blocks, from the matrix and from rows, in parts and lifted, against einsum on the whole matrix."""
 
 from __future__ import annotations
 

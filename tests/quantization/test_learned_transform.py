@@ -1,4 +1,4 @@
-"""The trained factors: exact before rounding, rotations that stay rotations, and a beginning that lowers the noise."""
+"""The trained factors: exact before rounding, rotations remain rotations, the initialisation lowers the noise."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_nearest_by_hand() -> None:
     codes, scale = solve(weight, None, scheme())
     assert scale.flatten().tolist() == pytest.approx([1.0, 0.1])
     assert codes.dtype == torch.int8
-    assert codes[0].tolist() == [7, -7, 3, 0]  # halves go to even
+    assert codes[0].tolist() == [7, -7, 3, 0]  # halves round to even
     assert codes[1].tolist()[0] == 7 and codes[1].tolist()[3] == 0
 
 
@@ -75,7 +75,7 @@ def test_gptq_without_moments_rounds_to_nearest() -> None:
 
 
 def test_gptq_by_hand() -> None:
-    # Two equal inputs: what rounding the first weight loses, the second one takes over.
+    # Two equal inputs: the second weight compensates the rounding error of the first.
     weight = torch.tensor([[0.4, 7.0, 0.3]])
     moments = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     codes, scale = solve(weight, moments, scheme(solver="gptq", damping=0.001))

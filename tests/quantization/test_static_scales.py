@@ -1,4 +1,4 @@
-"""Static scales per modality, and the mask that chooses between them, behind token cuts too."""
+"""Static scales per modality, and the mask that selects between them, also after token cuts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words for what is allowed come from the schema that is checked."""
+"""The description of allowed values is derived from the schema that is checked."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""A plan is the same text for the same decisions, and refuses to contradict itself."""
+"""A plan has equal text for equal decisions, and an inconsistent plan is refused."""
 
 from typing import Any
 
@@ -100,7 +100,7 @@ def test_text_is_as_written_here() -> None:
 
 
 def indented(text: str) -> str:
-    """The text two columns to the right."""
+    """The text indented by two columns."""
     return "".join(f"  {line}" for line in text.splitlines(keepends=True))
 
 

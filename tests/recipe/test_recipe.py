@@ -1,4 +1,4 @@
-"""A recipe is read in full or refused in full, and comes back as it was."""
+"""A recipe is read in full or refused in full, and round-trips."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +62,7 @@ RECIPES = st.fixed_dictionaries({}, optional={"quantize": QUANTIZE, "tokens": TO
 
 
 def refused(text: str) -> str:
-    """The message a recipe text is refused with."""
+    """The error message for a recipe text."""
     with pytest.raises(RecipeError) as caught:
         Recipe.from_yaml(text)
     return str(caught.value)

@@ -61,7 +61,7 @@ def test_text_that_hides_or_breaks_something_is_refused(text: str) -> None:
 
 
 def bomb(entry: str, deeper: str) -> str:
-    """Forty lines, each of which stands for two of the line before it."""
+    """Forty lines, each of which expands to two copies of the previous line."""
     lines = [f"a0: &a0 {entry}", *(deeper.format(now=n, before=n - 1) for n in range(1, 40))]
     return "\n".join(lines)
 

@@ -1,9 +1,9 @@
 """Disks that are full, read-only or unreadable, and names of every kind: python tests/reliability/accidents.py
 
 Every writer of the package tries to write to every such place: a compiled model, its report, its ONNX folder, rows of
-results and the progress of a compile. It writes all, or is refused by name, and leaves nothing behind. Full and
-read-only disks are mounted in a namespace of their own and places without permission are tried as another user, both of
-which need root: without it they are left out, and the script says so.
+results and the progress of a compile. It writes everything, or is refused by name and leaves no files. Full and
+read-only disks are mounted in a separate namespace and places without permission are tried as another user, both of
+which need root: without it they are skipped, and the script says so.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Writer = Callable[[Path], None]
 
 
 def writers(asked: Sequence[str]) -> dict[str, Writer]:
-    """What writes, by what it writes; each takes the path of the output."""
+    """The writers by name of their output; each takes the path of the output."""
     found: dict[str, Writer] = {"rows": _rows, "progress": _progress}
     if not set(asked) <= set(found):
         model = compiled()
@@ -63,7 +63,7 @@ def _progress(path: Path) -> None:
 
 
 def tried(write: Writer, path: Path, log: Path, before: Callable[[], None] = lambda: None) -> str:
-    """Write in a child, after `before`; the outcome's column."""
+    """Write in a child process, after `before`; returns the outcome's column."""
 
     def work() -> None:
         before()
@@ -80,7 +80,7 @@ def tried(write: Writer, path: Path, log: Path, before: Callable[[], None] = lam
 
 
 def left(folder: Path) -> list[str]:
-    """What lies in a folder, but for what a folder that stays may keep."""
+    """The files in a folder, except those that may remain in it."""
     return [str(path) for path in folder.rglob("*") if path.name.startswith(".qpcompile") or path.name == ".partial"]
 
 
@@ -98,7 +98,7 @@ def names(work: Path, log: Path, made: dict[str, Writer]) -> Iterator[Tally]:
 
 
 def disks(work: Path, log: Path, made: dict[str, Writer], size: str, read_only: bool) -> Tally:
-    """A disk of this size in a namespace of its own, where each writer has to be refused."""
+    """A disk of this size in a separate namespace, where each writer has to be refused."""
     tally = Tally("a read-only disk" if read_only else f"a full disk ({size})")
     place = work / "disk"
     place.mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ def disks(work: Path, log: Path, made: dict[str, Writer], size: str, read_only: 
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=True)
 
     for write in made.values():
-        # What is left there is seen by the child alone.
+        # Only the child can see what remains there.
         def checked(path: Path, write: Writer = write) -> None:
             try:
                 write(path)
@@ -138,14 +138,14 @@ def forbidden(work: Path, log: Path, made: dict[str, Writer], mode: int) -> Tall
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Try, print."""
+    """Run all cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--writers", nargs="+", choices=WRITERS, default=WRITERS)
     asked = parser.parse_args(arguments)
     begin(0)
     torch.set_num_threads(1)
     made = writers(asked.writers)
-    # Another user may not read the interpreter's own folder: what the report imports when it is written is here before.
+    # Another user may not read the interpreter's folder: import here what the report imports when it is written.
     importlib.import_module("qpcompile.inspect.report")
     with tempfile.TemporaryDirectory() as folder:
         work, log = Path(folder), Path(folder) / "log"

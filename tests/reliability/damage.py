@@ -1,4 +1,4 @@
-"""Ways to damage an artifact folder. Each changes one thing and says whether the folder may be another model then."""
+"""Ways to damage an artifact folder. Each changes one thing and returns whether it may then be another model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# As a script this folder is on the path, but not the ones above.
+# When run as a script, this folder is on the path, but not its parents.
 sys.path[1:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
 import artifacts  # noqa: E402
 from artifacts import MANIFEST  # noqa: E402
 
 WEIGHTS = "model-00001-of-00001.safetensors"
-# Files whose content is the model's, or what it is asked with: changed, they are another model.
+# Files that define the model or its prompts: a changed one makes another model.
 SETTINGS = ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 OTHER = (*SETTINGS, "generation_config.json")
 ODD: tuple[Any, ...] = (
@@ -69,10 +69,10 @@ class Damage:
     change: Callable[[Path, random.Random], bool]
 
     def run(self, folder: Path, choice: random.Random, rehash: bool) -> bool:
-        """Damage the folder, with hashes that agree again if `rehash`."""
+        """Damage the folder, and recompute the hashes if `rehash`."""
         other = self.change(folder, choice)
         if rehash and (folder / MANIFEST).is_file() and not (folder / MANIFEST).is_symlink():
-            # A manifest that was damaged beyond that stays as it is.
+            # A manifest that is no longer readable is left unchanged.
             with contextlib.suppress(ValueError, TypeError, AttributeError):
                 artifacts.rehash(folder)
         return other
@@ -86,12 +86,12 @@ def files(folder: Path) -> list[str]:
 
 
 def is_other(name: str) -> bool:
-    """Whether a file with any other bytes makes another model."""
+    """Whether a file with other bytes makes another model."""
     return name in OTHER or name == WEIGHTS or (name.startswith("graph/") and name.endswith(".json"))
 
 
 def flip(folder: Path, choice: random.Random) -> bool:
-    """One to four bits of a file."""
+    """Flip one to four bits of a file."""
     name = choice.choice([name for name in files(folder) if (folder / name).stat().st_size])
     data = bytearray((folder / name).read_bytes())
     for _ in range(choice.randint(1, 4)):
@@ -101,7 +101,7 @@ def flip(folder: Path, choice: random.Random) -> bool:
 
 
 def cut_short(folder: Path, choice: random.Random) -> bool:
-    """A file loses its end, all of it at times."""
+    """Truncate a file, sometimes to nothing."""
     name = choice.choice(files(folder))
     data = (folder / name).read_bytes()
     artifacts.replace(folder, name, data[: choice.choice([0, 1, len(data) // 2, max(len(data) - 1, 0)])])
@@ -109,7 +109,7 @@ def cut_short(folder: Path, choice: random.Random) -> bool:
 
 
 def append(folder: Path, choice: random.Random) -> bool:
-    """A file gets more bytes."""
+    """Append bytes to a file."""
     name = choice.choice(files(folder))
     more = choice.choice([b"\n", b" ", b"\0", b"{}", b"x" * 1000])
     artifacts.replace(folder, name, (folder / name).read_bytes() + more)
@@ -117,7 +117,7 @@ def append(folder: Path, choice: random.Random) -> bool:
 
 
 def remove(folder: Path, choice: random.Random) -> bool:
-    """A file is gone, from the manifest too if hashes are made anew."""
+    """Remove a file, also from the manifest if hashes are recomputed."""
     name = choice.choice(files(folder))
     (folder / name).unlink()
     if name != MANIFEST and choice.random() < 0.5:
@@ -128,7 +128,7 @@ def remove(folder: Path, choice: random.Random) -> bool:
 
 
 def swap(folder: Path, choice: random.Random) -> bool:
-    """Two files change places."""
+    """Swap two files."""
     first, second = choice.sample(files(folder), 2)
     left, right = (folder / first).read_bytes(), (folder / second).read_bytes()
     artifacts.replace(folder, first, right)
@@ -137,7 +137,7 @@ def swap(folder: Path, choice: random.Random) -> bool:
 
 
 def link(folder: Path, choice: random.Random) -> bool:
-    """A file is a link, to equal bytes outside, to another file inside, or to nothing."""
+    """Replace a file by a link: to equal bytes outside, to another file inside, or to nothing."""
     name = choice.choice(files(folder))
     outside = folder.parent / "outside"
     outside.unlink(missing_ok=True)
@@ -148,7 +148,7 @@ def link(folder: Path, choice: random.Random) -> bool:
 
 
 def special(folder: Path, choice: random.Random) -> bool:
-    """Something in the folder that is no plain file, or a file nobody listed."""
+    """Add something that is not a plain file, or a file that is not listed."""
     path = folder / choice.choice(["x.json", ".x.json", "x.html", "graph/x.json", "tokenizer.model", "a b.txt"])
     kind = choice.choice(["fifo", "folder", "link", "file", "pickle"])
     if kind == "fifo":
@@ -163,7 +163,7 @@ def special(folder: Path, choice: random.Random) -> bool:
 
 
 def json_value(folder: Path, choice: random.Random) -> bool:
-    """One value of a JSON file is another, of another type at times, gone, or twice."""
+    """Change one value of a JSON file, sometimes its type; or remove or duplicate it."""
     name = choice.choice([name for name in files(folder) if name.endswith(".json")])
     data = artifacts.read(folder, name)
     places = list(_places(data))
@@ -185,7 +185,7 @@ def json_value(folder: Path, choice: random.Random) -> bool:
 
 
 def yaml_line(folder: Path, choice: random.Random) -> bool:
-    """One line of the recipe or the plan is another, gone, or twice."""
+    """Change, remove or duplicate one line of the recipe or the plan."""
     name = choice.choice(["recipe.yaml", "plan.yaml"])
     lines = (folder / name).read_text().split("\n")
     place = choice.randrange(len(lines) - 1)
@@ -202,7 +202,7 @@ def yaml_line(folder: Path, choice: random.Random) -> bool:
 
 
 def header(folder: Path, choice: random.Random) -> bool:
-    """One entry of the weights' header is another: a name, a type, sizes, offsets; the length of it at times."""
+    """Change one entry of the weights' header: a name, a dtype, sizes, offsets; sometimes the header's length."""
     data = (folder / WEIGHTS).read_bytes()
     length = int.from_bytes(data[:8], "little")
     entries = json.loads(data[8 : 8 + length])
@@ -228,7 +228,7 @@ def header(folder: Path, choice: random.Random) -> bool:
 
 
 def numbers(folder: Path, choice: random.Random) -> bool:
-    """Bits of the tensors themselves."""
+    """Flip bits of the tensors themselves."""
     data = bytearray((folder / WEIGHTS).read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
     for _ in range(choice.randint(1, 50)):
@@ -246,7 +246,7 @@ def _places(value: Any) -> Any:
 
 
 def _near(value: Any, choice: random.Random) -> Any:
-    """A value of the same type that is not much different."""
+    """A slightly different value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):

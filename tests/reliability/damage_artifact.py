@@ -3,13 +3,13 @@
     python tests/reliability/damage_artifact.py --count 1000 --seed 0            # and --seed 1 beside it: about an hour
     python tests/reliability/damage_artifact.py --case 17 --rehash --keep out/   # one folder, to look at
 
-Every folder is loaded in a process of its own, forked from one that has everything imported, so that crashes and hangs
-are seen. Outcomes: refused (an ArtifactError with what, where, do) / same answer / changed answer / another model /
-bare traceback / crash / slow (more than 5 s of processor time). All but the first, second and fourth are failures.
+Every folder is loaded in a separate process, forked from one that has everything imported, so that crashes and hangs
+are detected. Outcomes: refused (an ArtifactError with what, where, do) / same answer / changed answer / another model /
+bare traceback / crash / slow (more than 5 s of CPU time). All but the first, second and fourth are failures.
 
-Hashes are no signatures: who can write a folder can write another model into it. A damage counts as `another model`,
-and may answer differently, where it is in the numbers of a tensor, in the nodes of a graph, or in what the processor
-and the generation settings say. Everything else is refused or changes nothing.
+Hashes are not signatures: anyone who can write a folder can write another model into it. Damage counts as `another
+model`, and may answer differently, if it is in the values of a tensor, in the nodes of a graph, or in the settings of
+the processor or of generation. Everything else is refused or changes nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MOST_SECONDS, MOST_WAIT = 5.0, 60.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one folder."""
+    """The outcome of one folder."""
 
     what: str
     text: str
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def main() -> int:
-    """Run the cases that the command line asks for; returns 1 where one of them is a failure."""
+    """Run the cases of the command line; returns 1 if one of them is a failure."""
     parser = argparse.ArgumentParser(description="Damage an artifact folder and load it.")
     parser.add_argument("--count", type=int, default=2000, help="folders with true hashes, and as many with new ones")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,7 +104,7 @@ def question(folder: Path) -> dict[str, Any]:
 def all_cases(
     seed: int, count: int, rehash: bool, artifact: Path, work: Path, inputs: dict[str, Any], answer: Outcome
 ) -> int:
-    """Print a table of kinds of damage and outcomes; returns 1 where there is a failure."""
+    """Print a table of kinds of damage and outcomes; returns 1 if there is a failure."""
     table: Counter[tuple[str, str]] = Counter()
     failures, slowest, start = [], 0.0, time.monotonic()
     for case in range(count):
@@ -129,7 +129,7 @@ def all_cases(
 def one_case(
     seed: int, case: int, rehash: bool, artifact: Path, folder: Path, inputs: dict[str, Any], answer: Outcome
 ) -> tuple[Damage, Outcome]:
-    """Damage a copy of the artifact in the way of this number, and load it."""
+    """Damage a copy of the artifact as determined by this number, and load it."""
     choice = random.Random(f"{seed} {case} {rehash}")
     damage = choice.choice(DAMAGES)
     shutil.rmtree(folder, ignore_errors=True)
@@ -142,7 +142,7 @@ def one_case(
 
 
 def linked(source: str, target: str) -> None:
-    """A second name of a file where the disk is the same; what damages a file puts another in its place."""
+    """A hard link to a file if on the same disk; damaging a file replaces it by another."""
     try:
         os.link(source, target)
     except OSError:
@@ -150,7 +150,7 @@ def linked(source: str, target: str) -> None:
 
 
 def outcome(folder: Path, inputs: dict[str, Any], answer: Outcome | None) -> Outcome:
-    """Load a folder and ask it in a process of its own."""
+    """Load a folder and ask it in a separate process."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -181,14 +181,14 @@ def outcome(folder: Path, inputs: dict[str, Any], answer: Outcome | None) -> Out
 
 
 def load_and_ask(folder: Path, inputs: dict[str, Any]) -> tuple[str, str, float]:
-    """(what happened, the answer or the error, processor seconds that loading took)."""
+    """(what happened, the answer or the error, CPU seconds of loading)."""
     start = time.process_time()
     try:
         model = qpcompile.load(folder)
     except ArtifactError as error:
         whole = bool(error.what and error.where and error.do) and len(str(error)) < 4000
         return "refused" if whole else "bare traceback", str(error)[:500], time.process_time() - start
-    except BaseException:  # noqa: BLE001 - what escapes is what is looked for
+    except BaseException:  # noqa: BLE001 - unexpected exceptions are what this script looks for
         return "bare traceback", traceback.format_exc()[-1500:], time.process_time() - start
     seconds = time.process_time() - start
     try:

@@ -3,8 +3,8 @@
     python tests/reliability/damage_onnx.py --seed 0 --count 400 [--folder out-onnx --inputs in.npz]
 
 Without a folder a tiny random LLaVA is exported first. Half of the damage leaves the manifest's hashes as they are,
-half has them recomputed. `changed` is another answer than the undamaged folder gives: with hashes recomputed weights
-and graphs may be other ones, else not. Exit code 1 for anything bare, crashed, slow, or let through.
+half has them recomputed. `changed` is an answer that differs from the undamaged folder's: allowed only with recomputed
+hashes, where weights and graphs may differ. Exit code 1 for anything bare, crashed, slow, or let through.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def flipped(path: Path, chance: random.Random, most: int) -> None:
 
 
 def one_bit(folder: Path, chance: random.Random) -> None:
-    """A disk's or a network's accident."""
+    """A fault of a disk or a network."""
     flipped(any_file(folder, chance), chance, 1)
 
 
 def cut(folder: Path, chance: random.Random) -> None:
-    """A copy that was stopped."""
+    """An interrupted copy."""
     path = any_file(folder, chance)
     os.truncate(path, chance.randrange(path.stat().st_size))
 
@@ -83,7 +83,7 @@ def weights_cut(folder: Path, chance: random.Random) -> None:
 
 
 def place(folder: Path, chance: random.Random) -> None:
-    """Another place for the numbers of one tensor."""
+    """Another location for the data of one tensor."""
     import onnx
 
     path = folder / chance.choice(GRAPHS)
@@ -105,7 +105,7 @@ def place(folder: Path, chance: random.Random) -> None:
 
 
 def graph_parts(folder: Path, chance: random.Random) -> None:
-    """Sound protobuf, another graph: operators, edges, attributes, sizes and types changed."""
+    """Valid protobuf, another graph: operators, edges, attributes, sizes and types changed."""
     import onnx
 
     path = folder / chance.choice(GRAPHS)
@@ -133,12 +133,12 @@ def graph_parts(folder: Path, chance: random.Random) -> None:
 
 
 def values(chance: random.Random) -> list[Any]:
-    """What stands in JSON where something else was expected."""
+    """Unexpected values for JSON."""
     return [None, True, -1, 0, 10**12, 10**400, 1.5, "", "x", [], [[]], {}, {"a": 1}, float("nan"), "9" * 5000]
 
 
 def settings(folder: Path, chance: random.Random) -> None:
-    """One value of config.json, generation_config.json or the manifest."""
+    """Change one value of config.json, generation_config.json or the manifest."""
     path = folder / chance.choice(["config.json", "generation_config.json", "manifest.json"])
     content = json.loads(path.read_text())
     inner = chance.choice([content, *(value for value in content.values() if isinstance(value, dict) and value)])
@@ -163,7 +163,7 @@ RECOMPUTED: dict[str, Damage] = {
 
 
 def reseal(folder: Path) -> None:
-    """Sizes and hashes of what is there now, as far as there is a manifest to write them in."""
+    """Recompute sizes and hashes, if there is a manifest to write them to."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
@@ -178,7 +178,7 @@ def reseal(folder: Path) -> None:
 
 
 def work(runner: str, inputs: str, pipe: Connection) -> None:
-    """Ask every folder that comes: (outcome, answer or message) goes back."""
+    """Ask every folder received; send (outcome, answer or message) back."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     spec = importlib.util.spec_from_file_location("runner", runner)
@@ -194,12 +194,12 @@ def work(runner: str, inputs: str, pipe: Connection) -> None:
             pipe.send(("answer", answer.tolist()))
         except module.RunnerError as error:
             pipe.send(("refused", str(error)))
-        except BaseException as error:  # noqa: BLE001 - what is counted here is whatever comes
+        except BaseException as error:  # noqa: BLE001 - any exception is counted here
             pipe.send(("bare", f"{type(error).__name__}: {error}"))
 
 
 class Worker:
-    """A process that asks folders one after the other; one that dies or hangs is replaced."""
+    """A process that asks folders one after the other; it is replaced if it dies or hangs."""
 
     def __init__(self, runner: Path, inputs: Path) -> None:
         self.arguments = (str(runner), str(inputs))
@@ -213,7 +213,7 @@ class Worker:
         other.close()
 
     def ask(self, folder: Path, limit: float) -> tuple[str, Any]:
-        """What came of a folder; limit: seconds of the worker's own time."""
+        """The outcome of a folder; limit: CPU seconds of the worker."""
         self.pipe.send(str(folder))
         end = time.monotonic() + 60
         began = self._seconds()
@@ -231,7 +231,7 @@ class Worker:
             return "crashed", f"exit code {code}"
 
     def _seconds(self) -> float:
-        """Processor time: another program's work on this machine is not the folder's."""
+        """CPU time: the work of other programs on this machine does not count."""
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         except (OSError, IndexError):
@@ -292,7 +292,7 @@ def damaged(whole: Path, inputs: Path, place: Path, seed: int, count: int, show:
 
 
 def wrong(table: dict[str, Counter[str]]) -> int:
-    """How many cases went as they must not."""
+    """The number of failures."""
     bad = sum(row[outcome] for row in table.values() for outcome in ("bare", "crashed", "slow"))
     return bad + sum(row["same"] + row["changed"] for name, row in table.items() if name.endswith("true"))
 

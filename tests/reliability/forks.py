@@ -1,4 +1,4 @@
-"""Processes to be killed, forked from one that has imported and captured everything: a compile then takes seconds.
+"""Processes to kill, forked from one that has imported and captured everything: a compile then takes seconds.
 
 A child redirects what it prints to a file and ends by `os._exit` with one of the codes below.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-# As a script this folder is on the path, but not the one above.
+# When run as a script, this folder is on the path, but not its parent.
 sys.path[1:1] = [str(TESTS), str(TESTS.parent)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -31,8 +31,8 @@ from qpcompile.recipe.recipe import Recipe  # noqa: E402
 
 DONE, REFUSED, BARE = 0, 10, 20
 COUNT = 3
-# Calibration, training, sensitivity, cuts and GPTQ: all that writes into a folder of progress, but for the search of
-# `joint`, which takes as long as all the rest.
+# Calibration, training, sensitivity, cuts and GPTQ: everything that writes into a `--resume` folder, except the search
+# of `joint`, which takes as long as all the rest.
 SETTINGS = (
     "tokens.method=quota",
     "tokens.keep=0.3",
@@ -43,7 +43,7 @@ SETTINGS = (
 
 
 class Prompts:
-    """Three samples, which can be walked over again."""
+    """Three samples, which can be iterated over repeatedly."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         _, cases, _ = captured()
@@ -57,12 +57,12 @@ class Prompts:
 
 
 def recipe() -> Recipe:
-    """The recipe of all these compiles."""
+    """The recipe of all compiles here."""
     return Recipe.load("w4a4kv4").with_overrides(list(SETTINGS))
 
 
 def compile_into(out: Path, progress: Path) -> None:
-    """What `qpcompile compile --output --resume` does, after capture; saves progress wherever it can."""
+    """`qpcompile compile --output --resume` after capture; saves progress wherever it can."""
     checkpoints.SECONDS = -1.0
     samples: Any = Prompts()
     with claimed(out, "folder") as claim, held_folder(progress) as folder:
@@ -72,7 +72,7 @@ def compile_into(out: Path, progress: Path) -> None:
 
 
 def ready() -> None:
-    """Import and capture what children need. No gradients here: a process that had some cannot be forked."""
+    """Import and capture what children need. No gradients here: a process that has used autograd cannot be forked."""
     torch.set_num_threads(1)
     captured()
 
@@ -95,7 +95,7 @@ def fork(work: Callable[[], None], log: Path) -> int:
         code = REFUSED
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except BaseException:  # noqa: BLE001 (a child ends here, whatever it was)
+    except BaseException:  # noqa: BLE001 (a child always ends here)
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -104,12 +104,12 @@ def fork(work: Callable[[], None], log: Path) -> int:
 
 
 def wait(child: int) -> int:
-    """Its exit code; minus the signal that ended it."""
+    """The exit code of a child, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_after(child: int, seconds: float) -> int | None:
-    """Kill a child after so many seconds; its exit code where it ended before, None where it was killed."""
+    """Kill a child after the given seconds; its exit code if it ended before, None if it was killed."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if (ended := os.waitpid(child, os.WNOHANG)) != (0, 0):
@@ -121,7 +121,7 @@ def kill_after(child: int, seconds: float) -> int | None:
 
 
 def outcome(code: int) -> str:
-    """The column of a tally that an exit code other than DONE belongs to."""
+    """The column of a tally for an exit code other than DONE."""
     return "refused" if code == REFUSED else "crashed" if code < 0 else "bare"
 
 

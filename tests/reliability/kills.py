@@ -1,8 +1,8 @@
 """SIGKILL at random moments of a compile, and another compile on what it leaves: python tests/reliability/kills.py
 
-killed        there is no output, or all of it; the next compile into the same folders ends with the bytes that one
-              without a kill has, and nothing else lies beside it
-interrupted   the same with a second kill of the compile that goes on
+killed        the output is absent or complete; the next compile into the same folders produces the bytes of one
+              without a kill, and no other file is beside it
+interrupted   the same with a second kill, of the resumed compile
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tally import Tally, begin, finish
 
 
 def uninterrupted(work: Path) -> tuple[dict[str, str], float]:
-    """The files of a compile that nobody kills, and its seconds."""
+    """The files of an uninterrupted compile, and its seconds."""
     started = time.monotonic()
     code = forks.wait(forks.fork(lambda: forks.compile_into(work / "out", work / "progress"), work / "log"))
     took = time.monotonic() - started
@@ -30,7 +30,7 @@ def uninterrupted(work: Path) -> tuple[dict[str, str], float]:
 
 
 def killed(work: Path, expected: dict[str, str], moments: Sequence[float]) -> str:
-    """Kill a compile at each of these moments, one after the other, then let one end; the outcome's column."""
+    """Kill a compile at each of these moments, one after the other, then let one finish; returns a tally's column."""
     place, log = work / "place", work / "log"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -45,7 +45,7 @@ def killed(work: Path, expected: dict[str, str], moments: Sequence[float]) -> st
             return "same" if forks.content(out) == expected else "changed"
     if (code := forks.wait(forks.fork(lambda: forks.compile_into(out, progress), log))) != forks.DONE:
         print(log.read_text())
-        # The folder was ours all the time: to be refused is wrong too.
+        # The folder was ours all the time: a refusal is wrong too.
         return "bare" if code == forks.REFUSED else forks.outcome(code)
     left = sorted(path.name for path in place.iterdir())
     hidden = [path.name for path in progress.iterdir() if path.name.startswith(".")]

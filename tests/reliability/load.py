@@ -1,7 +1,7 @@
 """A compiled model under load: python tests/reliability/load.py
 
-threads       every answer of several threads that ask one compiled model is that of a thread alone
-memory        the slope of resident memory over answers, after warming up, is below 10 KB an answer
+threads       answers of several threads on one compiled model equal those of a single thread
+memory        resident memory grows by less than 10 KB per answer after warm-up
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import forks  # noqa: F401 (before all else: it sets the path and the number of threads)
+import forks  # noqa: F401 (first import: it sets the path and the number of threads)
 import numpy as np
 import psutil
 import torch
@@ -20,7 +20,7 @@ from tally import Tally, begin, finish
 import qpcompile
 from qpcompile.recipe.recipe import Recipe
 
-SLOPE = 10_000.0  # bytes an answer
+SLOPE = 10_000.0  # bytes per answer
 NEW_TOKENS = 4
 PROMPTS = ("one", "longer", "padded", "pictures")
 SETTINGS = ("quantize.transform=hadamard", "quantize.weights.solver=rtn", "quantize.smooth=null")
@@ -56,7 +56,7 @@ def threads(model: qpcompile.CompiledVLM, workers: int, answers: int, seed: int)
 
 
 def memory(model: qpcompile.CompiledVLM, answers: int, warm: int) -> Tally:
-    """Ask and watch resident memory."""
+    """Ask and record resident memory."""
     process, sizes = psutil.Process(), []
     for number in range(warm + answers):
         answer(model, PROMPTS[number % len(PROMPTS)])
@@ -69,7 +69,7 @@ def memory(model: qpcompile.CompiledVLM, answers: int, warm: int) -> Tally:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Ask, print."""
+    """Run both checks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--each", type=int, default=200, help="answers of each thread")

@@ -2,8 +2,8 @@
 
     python tests/reliability/mutate_recipes.py [--count 10000] [--seed 0]
 
-Prints a table by kind of damage. Exit code 1 where an error is not ours, lacks a part or is longer than a screen, where
-a load takes over 5 s of the processor, or where what was read does not come back equal from its own text.
+Prints a table by kind of damage. Exit code 1 if an error is not a QPCompileError, lacks a part or is longer than a
+screen, if a load takes over 5 s of CPU time, or if a recipe that was read does not round-trip through its own text.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VALUES: list[Any] = [
 
 @dataclass
 class Result:
-    """What became of one kind of damage."""
+    """The outcomes of one kind of damage."""
 
     loaded: int = 0
     refused: int = 0
@@ -51,7 +51,7 @@ class Result:
 
 
 def bytes_changed(chance: random.Random, text: str) -> bytes:
-    """Single bytes replaced, removed and put in."""
+    """Single bytes replaced, removed and inserted."""
     data = bytearray(text.encode())
     for _ in range(chance.randint(1, 8)):
         place = chance.randrange(len(data))
@@ -84,7 +84,7 @@ def lines_changed(chance: random.Random, text: str) -> bytes:
 
 
 def repeated(chance: random.Random, text: str) -> bytes:
-    """One piece very often: depth, digits, keys, size."""
+    """One piece repeated very often: depth, digits, keys, size."""
     piece = chance.choice(["[", "{a: ", "a: &a [*a]\n", "9", "x", "- ", "? ", " ", "\n", "#", "é", text[:40], "k: v\n"])
     place = chance.randrange(len(text))
     return (text[:place] + piece * chance.choice([10, 100, 1000, 20_000]) + text[place:]).encode()
@@ -100,7 +100,7 @@ def bombs(chance: random.Random, text: str) -> bytes:
 
 
 def values_changed(chance: random.Random, text: str) -> bytes:
-    """Values of the recipe's own keys, and keys, replaced by others: valid YAML, mostly no valid recipe."""
+    """Values and keys of the recipe replaced by others: valid YAML, mostly not a valid recipe."""
     data = Recipe.from_yaml(text).to_dict()
     for _ in range(chance.choice([1, 1, 1, 2, 5])):
         inner = data
@@ -140,7 +140,7 @@ WEIGHTS = {"bytes": 2, "cut": 1, "tokens": 2, "lines": 2, "repeated": 1, "bombs"
 
 
 def examine(path: Path, result: Result) -> None:
-    """Load one file and write down what happened."""
+    """Load one file and record what happened."""
     started = time.process_time()
     try:
         recipe = Recipe.load(path)
@@ -164,7 +164,7 @@ def examine(path: Path, result: Result) -> None:
 
 
 def mutate(count: int, seed: int, folder: Path) -> dict[str, Result]:
-    """`count` mutated recipes; every number is a seed of its own, so that one can be made again."""
+    """`count` mutated recipes; every number is a seed, so that each can be reproduced."""
     texts = [recipe.to_yaml() for recipe in map(Recipe.load, preset_names())]
     texts += [
         (resources.files("qpcompile.recipe") / "presets" / f"{name}.yaml").read_text("utf-8") for name in preset_names()
@@ -182,7 +182,7 @@ def mutate(count: int, seed: int, folder: Path) -> dict[str, Result]:
 
 
 def main() -> int:
-    """The command."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)

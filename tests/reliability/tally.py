@@ -1,4 +1,4 @@
-"""What a reliability script counts, as rows of one Markdown table."""
+"""The counts of a reliability script, as rows of one Markdown table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ HEADS = ("what", "count", "refused", "same", "changed", "bare", "crashed", "slow
 
 @dataclass
 class Tally:
-    """Outcomes of one kind of accident. Good ones: refused by name, same as without it. All others are failures.
+    """Outcomes of one kind of fault. Good ones: refused by name, same as without it. All others are failures.
 
-    changed: ended well with another result, or left something behind. bare: an error that is none of ours. crashed:
+    changed: finished with another result, or left files. bare: an exception other than a QPCompileError. crashed:
     ended by a signal. slow: took too long.
     """
 
@@ -39,14 +39,14 @@ class Tally:
 
 
 def begin(seed: int | None) -> random.Random:
-    """A generator for this seed, or for a new one; the seed is the first line of the output."""
+    """A generator for this seed, or for a random one; the seed is the first line of the output."""
     seed = random.randrange(2**31) if seed is None else seed
     print(f"seed {seed}\n", flush=True)
     return random.Random(seed)
 
 
 def finish(tallies: list[Tally]) -> int:
-    """Print the table; the exit code: 1 where something failed."""
+    """Print the table; returns the exit code, 1 if something failed."""
     rows = [HEADS, ("---",) * len(HEADS), *(tuple(str(getattr(each, head)) for head in HEADS) for each in tallies)]
     print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)
     return int(any(each.failures for each in tallies))

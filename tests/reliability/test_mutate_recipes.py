@@ -1,4 +1,4 @@
-"""The short form of the script beside it, and proof that it sees what it looks for."""
+"""The short form of mutate_recipes.py, and a check that it detects what it looks for."""
 
 from pathlib import Path
 

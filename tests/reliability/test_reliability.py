@@ -32,7 +32,7 @@ def test_load(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_writers_on_every_name_and_disk() -> None:
-    """As a command of its own: children write to standard streams, which pytest replaces here."""
+    """Run as a separate command: children write to standard streams, which pytest replaces here."""
     script = Path(__file__).with_name("accidents.py")
     done = subprocess.run([sys.executable, script, "--writers", "rows", "progress"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,7 +1,7 @@
-"""Two compiles into one output or one folder of progress: python tests/reliability/two_compiles.py
+"""Two compiles into one output or one `--resume` folder: python tests/reliability/two_compiles.py
 
-While one compile works, a second one is refused before it has done anything, in less than a second; what the first
-one writes is what it writes alone. A compile that was killed stops nobody.
+While one compile works, a second one is refused before it has done anything, in less than a second; the first one's
+output is the same as alone. A killed compile does not block the next one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AT_ONCE = 1.0
 
 
 def second(work: Callable[[], None], log: Path) -> str:
-    """Start a compile that must be refused; the outcome's column."""
+    """Start a compile that must be refused; returns the outcome's column."""
     started = time.monotonic()
     code = forks.wait(forks.fork(work, log))
     if code == forks.DONE:
@@ -36,7 +36,7 @@ def second(work: Callable[[], None], log: Path) -> str:
 
 
 def beside(work: Path, tallies: dict[str, Tally]) -> None:
-    """One compile, and what is refused beside it; then it ends, or is killed and another takes its place."""
+    """One compile, and a second one that is refused; then the first ends, or is killed and another takes its place."""
     out, progress, log = work / "out", work / "progress", work / "second"
     first = forks.fork(lambda: forks.compile_into(out, progress), work / "first")
     while not (progress / "key").exists():
@@ -52,13 +52,13 @@ def beside(work: Path, tallies: dict[str, Tally]) -> None:
 
 
 def _compile(progress: Path) -> None:
-    """The function of the package, from the model on."""
+    """`qpcompile.compile` on a model object."""
     model, cases, _ = captured()
     qpcompile.compile(model, forks.recipe(), calibration=[cases["one"]], resume=progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Try, print."""
+    """Run all cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=5, help="rounds of three second compiles")
     asked = parser.parse_args(arguments)
