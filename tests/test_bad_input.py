@@ -1,6 +1,6 @@
-"""What bad input gets: an error of ours with what, where and what to do, and no file half-written.
+"""Bad input is refused with a QPCompileError: what, where and what to do, and no file half-written.
 
-Elsewhere: a model that is no VLM and a capture that fails (capture/test_capture_errors.py), keys of a recipe
+Elsewhere: a model that is not a VLM and a capture that fails (capture/test_capture_errors.py), keys of a recipe
 (test_recipe.py), defects of an artifact (emit/test_artifact.py), full disks while writing (test_files.py).
 """
 
@@ -45,7 +45,7 @@ from qpcompile.runtime.machine import Machine
 
 TESTBED = Path(__file__).resolve().parent / "testbed"
 MODEL, DATA = TESTBED / "llava", TESTBED / "calibration" / "llava"
-# Cheap to compile as far as it gets: no second moments, layers given.
+# Cheap to compile up to the error: no second moments, given layers.
 QUICK = ["quantize.weights.solver=rtn", "quantize.smooth=null", "tokens.candidate_layers=[0, 1]"]
 Tiny = tuple[Any, dict[str, dict[str, torch.Tensor]]]
 
@@ -65,7 +65,7 @@ def program(tiny: Tiny) -> Program:
 
 @pytest.fixture
 def captured(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compile` takes that capture. Its first passes find their work done when they come again."""
+    """`compile` uses that capture. Its first passes find nothing to do the second time."""
 
     def instead(model: Any, sample: Any, recipe: Recipe) -> Program:
         plan = Plan(recipe=recipe, layers=program.plan.layers)
@@ -76,7 +76,7 @@ def captured(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
-    """An empty folder that must be as empty afterwards."""
+    """An empty folder that must still be empty afterwards."""
     folder = tmp_path / "place"
     folder.mkdir()
     yield folder
@@ -84,7 +84,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
 
 
 def told(error: pytest.ExceptionInfo[qpcompile.QPCompileError]) -> None:
-    """The error says what, where and what to do."""
+    """Check that the error has what, where and what to do."""
     assert error.value.what and error.value.where and error.value.do
 
 
@@ -276,7 +276,7 @@ def test_full_disk_while_samples_are_taken(tiny: Tiny, place: Path, monkeypatch:
 
 
 class FullDisk:
-    """A compiled model whose every write meets a full disk."""
+    """A compiled model for which every write meets a full disk."""
 
     def save_pretrained(self, folder: Path) -> None:
         with staged_folder(folder) as aside:
@@ -335,7 +335,7 @@ def test_onnx_folder_is_not_taken_for_a_model(tmp_path: Path) -> None:
 
 
 class Interrupted(Mapping[str, torch.Tensor]):
-    """A sample; reading it, which calibration is the first to do, is when Ctrl-C comes."""
+    """A sample; Ctrl-C arrives when it is read, which calibration does first."""
 
     def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
         self.inputs = inputs
@@ -382,5 +382,5 @@ def test_interrupt_while_samples_are_taken_leaves_no_file(
 
 
 def test_pictures_of_the_testbed_are_all_there() -> None:
-    """The folders that ship are not the bad input."""
+    """The shipped folders themselves are valid."""
     assert len(read_questions(DATA)) == 128

@@ -1,4 +1,4 @@
-"""One process writes an output at a time, and a dead one stops nobody."""
+"""One process at a time writes an output, and a dead one does not block others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLAIMS: dict[str, Claiming] = {
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """A forked process that does `work` and then waits to be killed; returns when the work is done."""
+    """Fork a process that does `work` and then waits to be killed; returns when the work is done."""
     ready, done = os.pipe()
     if child := os.fork():
         os.close(done)

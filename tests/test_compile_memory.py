@@ -1,4 +1,4 @@
-"""A compile keeps no weight that it has replaced, and no statistics in memory that are large."""
+"""A compile frees replaced weights and keeps no large statistics in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JOINT = ("tokens.method=joint", "tokens.keep_of=mean", "tokens.keep=0.5")
 
 
 def compiled(*settings: str, after: Any = None) -> tuple[CompiledVLM, dict[str, Any]]:
-    """A LLaVA that nobody else holds, and weak references to some of its weights."""
+    """A LLaVA without other references, and weak references to some of its weights."""
     model, cases = llava()
     models = [model]
     weights = {

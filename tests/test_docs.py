@@ -18,7 +18,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    """docs/generate.py as a module; docs is no package."""
+    """docs/generate.py as a module; docs is not a package."""
     spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

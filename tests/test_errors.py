@@ -1,4 +1,4 @@
-"""Every error says what, where and what to do."""
+"""Every error has what, where and what to do."""
 
 import inspect
 import pickle

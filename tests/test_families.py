@@ -16,10 +16,10 @@ from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import Machine
 
 NEW_TOKENS = 9
-# Sums in another order; the logits are of order 1. A wrong mask, position or window changes them by 0.01 and more.
+# Different summation orders; the logits are of order 1. A wrong mask, position or window changes them by 0.01 and more.
 TOLERANCE = 2e-5
 ROOT = Path(__file__).resolve().parent.parent
-# By default plain, positions of three axes, windows, and a tower with resampling. The others with -m slow.
+# By default: a plain family, 3-axis positions, windows, and a tower with resampling. The others with -m slow.
 KINDS = ("llava", "qwen2_5_vl", "gemma3", "idefics3")
 ALL = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 
@@ -48,7 +48,7 @@ def sizes(node: fx.Node) -> tuple[torch.SymInt | int, ...]:
 
 
 def check_one_token_axis(program: Program) -> None:
-    """All inputs of the prefill graph share one symbol for the tokens, which is not that of the batch."""
+    """All inputs of the prefill graph share one symbol for the token count, different from that of the batch."""
     prefill = program.graphs[PREFILL]
     batch, length, _ = sizes(prefill.placeholder("inputs_embeds"))
     assert isinstance(batch, torch.SymInt) and isinstance(length, torch.SymInt) and str(batch) != str(length)

@@ -26,15 +26,15 @@ from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.machine import Machine
 
 NEW_TOKENS = 4
-# Sums in another order; the logits are of order 1. A wrong token, mask or position changes them by 0.01 and more.
+# Different summation orders; the logits are of order 1. A wrong token, mask or position changes them by 0.01 and more.
 TOLERANCE = 1e-4
 CUTS = ("tokens.method=random", "tokens.keep=0.3", "tokens.candidate_layers=[0, 1]")
 SPECIAL = [IMAGE, VIDEO, VISION_START, VISION_END]
 TYPES = ("token_type_ids", "mm_token_type_ids")
 Answer = tuple[torch.Tensor, torch.Tensor]
 
-# By default the one with most of its own: positions of three axes, features added inside the decoder. Plain ones are in
-# test_promises.py, the others with -m slow.
+# By default the most unusual one: 3-axis positions, features added inside the decoder. Plain ones are in
+# test_promises.py, the others run with -m slow.
 KINDS = ("qwen3_vl",)
 ALL = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 
@@ -47,7 +47,7 @@ def captured(name: str) -> tuple[PreTrainedModel, Cases, Program]:
 
 
 def with_types(cases: Cases, case: str) -> Inputs:
-    """A prompt with token types if the family has them: without, a prompt and its answer are not told apart."""
+    """A prompt with token types if the family has them: without, prompt and answer cannot be distinguished."""
     typed = {key for inputs in cases.values() for key in TYPES if key in inputs}
     return {key: torch.zeros_like(cases[case]["input_ids"]) for key in typed} | cases[case]
 
@@ -63,7 +63,7 @@ def compiled(program: Program, recipe: Recipe, samples: tuple[Inputs, ...] = ())
 
 
 def answer(model: PreTrainedModel | Machine, inputs: Inputs, new: int = NEW_TOKENS) -> Answer:
-    """The greedy answer in words, not placeholders: its ids i64[B, new] and their logits f32[B, new, V]."""
+    """The greedy answer without placeholder tokens: its ids i64[B, new] and their logits f32[B, new, V]."""
     options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": SPECIAL}
     result: Any = model.generate(**inputs, max_new_tokens=new, **options)  # type: ignore[operator]
     return result.sequences[:, -new:], torch.stack(result.logits, dim=1)
@@ -77,12 +77,12 @@ def check_same(found: Answer, expected: Answer, label: str) -> None:
 
 
 def extended(inputs: Inputs, ids: torch.Tensor) -> Inputs:
-    """The prompt with `ids: i64[B, n]` behind it."""
+    """The prompt with `ids: i64[B, n]` appended."""
     longer = dict(inputs, input_ids=torch.cat([inputs["input_ids"], ids], dim=1))
     longer["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1)
     for key in TYPES:
         if key in inputs:
-            # Where pictures have no type of their own, type 0 is a prefix that attends both ways: answers are type 1.
+            # Without a separate type for pictures, type 0 is a bidirectional prefix: answers are type 1.
             kind = int(not inputs[key].any())
             longer[key] = torch.cat([inputs[key], torch.full_like(ids, kind)], dim=1)
     return longer
@@ -99,7 +99,7 @@ def row_alone(inputs: Inputs, row: int) -> Inputs:
 
 
 def check_selection(inputs: Inputs, cache: CompiledCache, cuts: tuple[Cut, ...], label: str) -> None:
-    """Behind every cut each row has its text and its share of its own visual tokens, and the caches are so long."""
+    """After every cut each row has its text and its share of its own visual tokens, and caches of that length."""
     visual = inputs["input_ids"] == IMAGE
     text = inputs["attention_mask"].bool() & ~visual
     for cut in cuts:
@@ -110,7 +110,7 @@ def check_selection(inputs: Inputs, cache: CompiledCache, cuts: tuple[Cut, ...],
 
 
 def check_lengths(program: Program, cache: CompiledCache, tensor: str, label: str) -> None:
-    """Every layer's cache is as long as the last cut before it says, the scored layer's own too if it is compacted."""
+    """Every layer's cache has the length after the last cut before it, or after its own cut if it is compacted."""
     offset = int(not program.recipe.tokens.compact_scored_layer)
     for layer in program.layers:
         slots = [cache.kept[cut.layer].shape[1] for cut in program.plan.cuts if cut.layer + offset <= layer.index]
@@ -121,7 +121,7 @@ def check_lengths(program: Program, cache: CompiledCache, tensor: str, label: st
 
 
 def shown_tokens(ids: torch.Tensor, cache: CompiledCache, cut: int) -> torch.Tensor:
-    """Which tokens of the prompt `ids: i64[B, S]` survive the cut behind layer `cut`: bool[B, S]."""
+    """Which tokens of the prompt `ids: i64[B, S]` survive the cut after layer `cut`: bool[B, S]."""
     kept, alive = cache.kept[cut], cache.alive[cut]
     width = max(ids.shape[1], int(kept.max()) + 1)
     return torch.zeros(ids.shape[0], width, dtype=torch.bool).scatter(1, kept, alive)[:, : ids.shape[1]]
@@ -131,7 +131,7 @@ def shown_tokens(ids: torch.Tensor, cache: CompiledCache, cut: int) -> torch.Ten
 def hidden_tokens(
     model: PreTrainedModel, program: Program, shown: dict[int, torch.Tensor], compact: bool
 ) -> Iterator[None]:
-    """The model itself, without cuts: behind each cut, attention masks hide the dropped tokens.
+    """The model itself, without cuts: after each cut, attention masks hide the dropped tokens.
 
     shown: bool[B, S] by cut. compact: tokens of the answer do not see them in the scored layer either.
     """
@@ -162,7 +162,7 @@ def hidden_tokens(
 
 
 def check_honest(model: PreTrainedModel, machine: Machine, inputs: Inputs, label: str) -> None:
-    """Every token of the answer is what the model says to prompt and answer so far, dropped tokens hidden."""
+    """Every token of the answer is the model's own for prompt and answer so far, with dropped tokens hidden."""
     program, compact = machine.program, machine.program.recipe.tokens.compact_scored_layer
     tokens, logits = answer(machine, inputs)
     assert machine.last is not None
@@ -173,12 +173,12 @@ def check_honest(model: PreTrainedModel, machine: Machine, inputs: Inputs, label
         longer, now = extended(inputs, tokens[:, :count]), (tokens[:, count : count + 1], logits[:, count : count + 1])
         with hidden_tokens(model, program, shown, compact):
             check_same(answer(model, longer, 1), now, f"{label}, token {count}, model")
-        if not compact:  # the scored layer's cache is whole: a fresh pruned prefill sees what decode sees
+        if not compact:  # the scored layer's cache is complete: a new pruned prefill sees the same tokens as decode
             check_same(answer(machine, longer, 1), now, f"{label}, token {count}, prefill")
 
 
 def check_rows_alone(machine: Machine, inputs: Inputs, name: str) -> None:
-    """A row of a padded batch answers as the same prompt does alone."""
+    """A row of a padded batch has the same answer as the prompt alone."""
     tokens, logits = answer(machine, inputs)
     for row in range(2):
         mine = (tokens[row : row + 1], logits[row : row + 1])
@@ -209,7 +209,7 @@ def test_pruned_decode_is_honest(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_cuts_before_the_decoder_are_honest(name: str) -> None:
     model, cases, program = captured(name)
-    # qapruner reads the text behind the picture, so on a longer prompt it may choose otherwise: no fresh prefill.
+    # qapruner reads the text after the picture and may select others on a longer prompt: no new prefill.
     for method, compact in (("divprune", False), ("qapruner", True)):
         changes = [f"tokens.method={method}", "tokens.keep=0.3", f"tokens.compact_scored_layer={str(compact).lower()}"]
         machine = Machine(compiled(program, Recipe.load("none").with_overrides(changes)))

@@ -1,4 +1,4 @@
-"""Methods that read the vision tower, in every family: it is read, or the compile is refused and says why."""
+"""Methods that read the vision tower, in every family: it is read, or the compile is refused with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model in bfloat16 goes the whole road: 4-bit operators take its activations, answers come in its type."""
+"""A bfloat16 model end to end: 4-bit operators take its activations, answers have its dtype."""
 
 from __future__ import annotations
 

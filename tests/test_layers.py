@@ -1,4 +1,4 @@
-"""The tree keeps its promises: imports point one way, files are short and say what they hold."""
+"""The structure of the tree: imports go in one direction, files are short and have telling names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOURCE = ("qpcompile", "passes", "kernels")
 MOST_LINES = 400
 VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "base"}
 
-# In the order data flows: a module imports from earlier rows and from its own cell, nothing else.
+# In the order data flows: a module imports from earlier rows and from its own cell only.
 LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"errors", "write_errors", "claims", "files", "progress", "versions"}),),
     (frozenset({"recipe"}),),
@@ -36,7 +36,7 @@ PLACE = {name: (level, cell) for level, row in enumerate(LEVELS) for cell in row
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import: inside functions, for type checkers and by `import_module` too."""
+    """(line, dotted name) of every import: also in functions, for type checkers and by `import_module`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -62,10 +62,10 @@ def dotted(path: Path) -> str:
 
 
 def circle(sources: Mapping[Path, str]) -> list[str]:
-    """Modules that import one another in a ring; none where there is no such ring."""
+    """The modules of an import cycle; empty if there is none."""
     modules = {dotted(path): source for path, source in sources.items()}
     graph = {name: _known(modules, imported(source)) - {name} for name, source in modules.items()}
-    # The package's own file hands names on and is imported by all; nothing is defined there.
+    # The package's own file re-exports names and is imported by all; it defines nothing.
     graph.pop("qpcompile", None)
     try:
         TopologicalSorter(graph).prepare()
@@ -75,7 +75,7 @@ def circle(sources: Mapping[Path, str]) -> list[str]:
 
 
 def _known(modules: Iterable[str], found: Iterable[tuple[int, str]]) -> set[str]:
-    """The modules that imports name: `a.b` where `a.b` or `a.b.name` is imported."""
+    """The modules that are imported: `a.b` for `a.b` and for `a.b.name`."""
     names = {part for _, name in found for part in (name, name.rpartition(".")[0])}
     return names & set(modules) - {"qpcompile"}
 

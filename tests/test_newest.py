@@ -1,4 +1,4 @@
-"""One testbed all the way with whatever versions are installed; `make test-newest-short` runs it with the newest."""
+"""One testbed end to end with the installed versions; `make test-newest-short` runs it with the newest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEW = 6
 
 @pytest.mark.slow
 def test_compile_save_load_and_answer(tmp_path: Path) -> None:
-    """Nothing quantized: the answers of the loaded artifact are those of the model."""
+    """Nothing quantized: the answers of the loaded artifact equal those of the model."""
     folder = BEDS / "llava"
     compiled = qpcompile.compile(folder, "none", calibration=BEDS / "calibration" / "llava")
     compiled.save_pretrained(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Every preset on both testbeds, all the way, with whatever versions are installed; `make test-newest` runs it too.
+"""Every preset on both testbeds, end to end, with the installed versions; `make test-newest` runs it too.
 
 python -m pytest -m slow tests/test_presets.py        about twenty minutes on one core
 """
@@ -18,7 +18,7 @@ from qpcompile.capture.load import load_model
 from qpcompile.recipe.recipe import Recipe, preset_names
 
 BEDS = Path(__file__).resolve().parent / "testbed"
-# Little is measured and trained: whether it works is asked here, how well in test_testbed_accuracy.py.
+# Little calibration and training: this tests whether it works; test_testbed_accuracy.py tests how well.
 BRIEF = ("calibration.samples=2",)
 BRIEF_TRAINING = ("quantize.training.samples=2", "quantize.training.epochs=1")
 NEW = 6
@@ -43,7 +43,7 @@ def answer(model: Any, bed: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("preset", preset_names())
 @pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
 def test_compile_answer_save_load_and_answer_again(tmp_path: Path, bed: str, preset: str) -> None:
-    """`compile` itself ends with the check that decoding is recomputing on the kept tokens."""
+    """`compile` itself ends with the check that decode agrees with recomputation on the kept tokens."""
     recipe = Recipe.load(preset).with_overrides(BRIEF)
     if recipe.quantize is not None:
         recipe = recipe.with_overrides(BRIEF_TRAINING)
@@ -55,7 +55,7 @@ def test_compile_answer_save_load_and_answer_again(tmp_path: Path, bed: str, pre
     again = answer(qpcompile.load(tmp_path / "out"), bed)
     assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
     assert found[1].isfinite().all()
-    # Full precision is told by equal tokens; 4 bits and pruned tokens by the first ones being other logits.
+    # Full precision must give equal tokens; with 4 bits or pruned tokens the first logits must differ.
     changed = (found[1][:, 0] - expected[1][:, 0]).abs().max()
     if recipe.quantize is None and recipe.tokens.method == "none":
         assert torch.equal(found[0], expected[0]) and changed < 1e-4

@@ -1,4 +1,4 @@
-"""Promises 3 and 4 of the architecture, on the tiny LLaVA: pruned decode is honest, and compiling is deterministic."""
+"""Promises 3 and 4 of the architecture, on the tiny LLaVA: pruned decode is exact, and compiling is deterministic."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qpcompile.runtime.recompute import check_decode
 CUTS = (0, 1)
 NEW = 7
 PRUNE = ("tokens.candidate_layers=[0, 1]", "tokens.keep=0.4")
-# Sums in another order; the logits are of order 1.
+# Different summation orders; the logits are of order 1.
 TOLERANCE = 2e-5
 
 
@@ -65,7 +65,7 @@ def stacked(rows: Sequence[Inputs]) -> Inputs:
 
 
 def there_by_layer(cache: Any, prompt_mask: Tensor, new: int) -> list[tuple[Tensor, Tensor]]:
-    """Per layer, which tokens are there when it runs and which are left of them behind it: bool[B, S + new] twice."""
+    """Per layer, which tokens it runs on and which are kept after it: bool[B, S + new] twice."""
     rows, length = prompt_mask.shape
     current = torch.cat([prompt_mask.bool(), torch.ones(rows, new, dtype=torch.bool)], dim=1)
     found = []
@@ -84,9 +84,9 @@ def there_by_layer(cache: Any, prompt_mask: Tensor, new: int) -> list[tuple[Tens
 def recomputed(inputs: Inputs, tokens: Tensor, there: list[tuple[Tensor, Tensor]], reindex: bool = False) -> Tensor:
     """Logits f32[B, NEW, V] of eager layers on the whole sequence at once: no cache, no gather, no graph.
 
-    A token that was dropped stays in the sequence, at its position, and is hidden from whoever must not see it: row i
-    of a prompt looks at what was there when the layer ran; a new token looks at what the cut behind that very layer
-    left, since the cache of that layer is reduced too. reindex: a layer counts the tokens that are there.
+    A dropped token stays in the sequence, at its position, and is masked where required: row i of a prompt attends to
+    the tokens that the layer ran on; a new token attends to the tokens kept by the cut after that very layer, since the
+    cache of that layer is reduced too. reindex: a layer counts the tokens that it runs on.
     """
     model, _, _ = captured()
     ids = torch.cat([inputs["input_ids"], tokens[:, :-1]], dim=1)
@@ -109,7 +109,7 @@ def recomputed(inputs: Inputs, tokens: Tensor, there: list[tuple[Tensor, Tensor]
 
 
 def check_honest(program: Program, inputs: Inputs) -> None:
-    """Decoding on reduced caches gives the logits of a recomputation in which nobody sees what was dropped."""
+    """Decode on reduced caches gives the logits of a recomputation in which dropped tokens are masked."""
     machine = Machine(program)
     tokens, logits = answer(machine, inputs)
     assert machine.last is not None
@@ -124,7 +124,7 @@ def check_honest(program: Program, inputs: Inputs) -> None:
             assert int(is_visual.sum()) == cut.kept(count) < count
             assert int((~is_visual).sum()) == int(inputs["attention_mask"][row].sum()) - count, "text was dropped"
     there = there_by_layer(cache, inputs["attention_mask"], NEW - 1)
-    check_decode(program, machine, inputs)  # the check of every compile comes to the same
+    check_decode(program, machine, inputs)  # the final check of every compile agrees
     expected = recomputed(inputs, tokens, there, program.recipe.tokens.position_mode == "reindex")
     assert torch.equal(expected.argmax(dim=-1), tokens)
     assert (logits - expected).abs().max() < TOLERANCE
@@ -136,7 +136,7 @@ def test_pruned_decode_is_recomputing_on_the_kept_tokens(pruned: Program, case: 
     check_honest(pruned, cases[case] if case in cases else stacked([cases["one"], cases["pictures"]]))
 
 
-# Keys of each method that decide inside the decoder, and one that decides before it.
+# Settings of each method that selects inside the decoder, and of one that selects before it.
 METHODS = {
     "quota": ["tokens.candidate_layers=[0, 1]"],
     "fastv": ["tokens.candidate_layers=[0]"],
@@ -218,7 +218,7 @@ def weights(program: Program) -> dict[tuple[str, str], Tensor]:
     return {(graph.name, name): get_tensor(graph.module, name) for graph, name in reads}
 
 
-@pytest.mark.timeout(900)  # a capture and a compile of its own
+@pytest.mark.timeout(900)  # a separate capture and compile
 def test_two_compiles_are_equal(quantized: Program) -> None:
     model, cases, _ = captured()
     again = capture(model, cases["one"], quantized.recipe)

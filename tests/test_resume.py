@@ -1,4 +1,4 @@
-"""A compile that was stopped goes on from its checkpoint, and gives what it would have given."""
+"""A stopped compile resumes from its checkpoint, with the same result as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRAINED = ("quantize.transform=flatquant", "quantize.smooth=null", "quantize.tra
 
 
 class Stopping:
-    """Three samples, which can be walked over again; the power fails at the read with this number."""
+    """Three samples, which can be iterated over repeatedly; the read with this number fails."""
 
     def __init__(self, at: int | None = None) -> None:
         self.at, self.reads = at, 0
@@ -58,7 +58,7 @@ def compiled(samples: Stopping, settings: tuple[str, ...], checkpoint: Checkpoin
 
 @functools.cache
 def uninterrupted(settings: tuple[str, ...]) -> Program:
-    """The same without a checkpoint; not to be changed."""
+    """The same without a checkpoint; do not change it."""
     return compiled(Stopping(), settings, Checkpoint())
 
 

@@ -1,4 +1,4 @@
-"""What the presets keep of full precision on the trained testbeds: 1,000 unseen questions each.
+"""The accuracy of presets relative to full precision on the trained testbeds: 1,000 unseen questions each.
 
 python -m pytest -m slow tests/test_testbed_accuracy.py        about half an hour on two cores
 """

@@ -1,4 +1,4 @@
-"""The repository holds nothing that an editor, a merge or a patch has left behind."""
+"""The repository contains no leftover files of an editor, a merge or a patch."""
 
 import re
 import subprocess

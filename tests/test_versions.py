@@ -1,4 +1,4 @@
-"""The declared ranges are the tested ones, and what is newer is told once."""
+"""The declared ranges are the tested ones, and newer versions are reported once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def declared() -> dict[str, tuple[Requirement, str]]:
-    """Package -> what pyproject.toml says of it, and the extra that says it."""
+    """Package -> its range in pyproject.toml, and the extra that declares it."""
     groups = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
     del groups["dev"]
     found = [(Requirement(text), extra) for extra, lines in groups.items() for text in lines]
@@ -51,7 +51,7 @@ def test_the_lowest_pinned_versions_are_the_lowest_declared() -> None:
 
 @pytest.fixture
 def anew() -> None:
-    """As if nothing had been told in this process."""
+    """As if nothing had been reported in this process."""
     versions.tell_newer.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""Whatever the operating system says about a path becomes what, where and what to do."""
+"""Any error of the operating system for a path becomes what, where and what to do."""
 
 from __future__ import annotations
 

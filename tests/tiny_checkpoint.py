@@ -1,4 +1,4 @@
-"""A small random LLaVA in a folder, with the testbed's processor: what tests damage, copy by copy."""
+"""A small random LLaVA in a folder, with the testbed's processor; tests damage copies of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tiny_model() -> Any:
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """The model's folder with everything that the testbed's has."""
+    """The model's folder with all files of the testbed's."""
     tiny_model().save_pretrained(folder)
     for path in TESTBED.iterdir():
         if path.is_file() and not (folder / path.name).exists():

@@ -1,4 +1,4 @@
-"""A decoder of a few lines with all that passes look for: norms, grouped-query attention, a gated product, a cache."""
+"""A minimal decoder with all patterns that passes match: norms, grouped-query attention, a gated product, a cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPS = 1e-6
 
 
 class Norm(nn.Module):
-    """The root-mean-square norm as transformers spells it."""
+    """The RMS norm as transformers writes it."""
 
     def __init__(self, width: int = HIDDEN) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, and where `gated` a norm before it and a gated product behind."""
+    """Attention, and if `gated` a norm before and a gated product after it."""
 
     def __init__(self, gated: bool) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Decode(nn.Module):
 
 
 def cache_names(layers: int) -> tuple[str, ...]:
-    """Names of the cache tensors of so many layers."""
+    """Names of the cache tensors of a decoder with `layers` layers."""
     return tuple(f"past_key_values.{layer}.{part}" for layer in range(layers) for part in ("key", "value"))
 
 
@@ -147,7 +147,7 @@ def _decode(gated: bool) -> Graph:
 
 
 def prefill_graph(count: int = 2, gated: bool = False, masked: bool = True) -> Graph:
-    """The traced prefill of a toy decoder; traced once, a copy for each call."""
+    """The traced prefill of a toy decoder; traced once, a copy per call."""
     return clone(_prefill(count, gated, masked))
 
 

@@ -1,4 +1,4 @@
-"""A component refuses what its graph was not traced with; nothing is dropped in silence."""
+"""A component refuses arguments that its graph was not traced with; nothing is dropped silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bound graphs give the same bits, unpack a weight once or not at all, and leave the program alone."""
+"""Bound graphs are bit-identical, unpack a weight at most once, and do not change the program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does not belong together in a bound graph ends in one of our errors."""
+"""Mismatched operands in a bound graph end in a QPCompileError."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A moved program has every tensor on the new device once, and makes every other tensor there."""
+"""A moved program has every tensor on the new device once, and creates all other tensors there."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def compiled(request: pytest.FixtureRequest) -> tuple[CompiledVLM, Calls]:
 
 
 class OnDevice(fx.Interpreter):
-    """Runs a graph and notes the nodes whose tensors lie elsewhere."""
+    """Runs a graph and records the nodes whose tensors are on another device."""
 
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
         super().__init__(module)
@@ -53,7 +53,7 @@ class OnDevice(fx.Interpreter):
 
 
 def moved(program: Program, device: torch.device) -> Program:
-    """A moved copy, its tensors without data."""
+    """A moved copy whose tensors have no data."""
     held = copy.deepcopy(program)
     move(held, META)
     if device != META:

@@ -1,4 +1,4 @@
-"""A cache grows in place, with the values it would have had, and never over what somebody else still reads."""
+"""A cache grows in place, with the same values as by `cat`, and never overwrites tokens that are still in use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_appends_are_cats_and_the_memory_stays() -> None:
         expected, grown = torch.cat([expected, token(step)], 2), caches.append(grown, token(step))
         assert torch.equal(grown, expected)
         places.append(grown.data_ptr())
-    assert len(set(places)) == 4  # room for 70, 135 and 200 tokens, and then for 265
+    assert len(set(places)) == 4  # capacity for 70, 135 and 200 tokens, and then for 265
     assert len(first) == 2 and first.shape[2] == 5
 
 
@@ -66,7 +66,7 @@ def test_answers_are_the_same(family: Any, bits: int) -> None:
 
 
 def check(compiled: CompiledVLM, cases: dict[str, Any], appended: int) -> None:
-    """Logits of every prompt, alone, padded and with beams, are those of graphs that copy; so are the caches."""
+    """Logits of every prompt, alone, padded and with beams, equal those of graphs that copy; so do the caches."""
     graph = compiled.program.graphs[DECODE]
     bound = BoundGraphs(compiled.program)
     decode = bound.modules[DECODE]

@@ -1,4 +1,4 @@
-"""The check at the end of a compile lets a sound model pass and finds one whose decoding is broken."""
+"""The final check of a compile accepts a correct model and detects one whose decode is broken."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(machine: Machine, case: str = "one") -> None:
 
 
 def called(machine: Machine, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Have the decoder called with changed arguments."""
+    """Call the decoder with changed arguments."""
     decoder = machine.host.get_submodule(machine.program.graphs[PREFILL].owner)
     own = decoder.forward
     decoder.forward = lambda **arguments: own(**change(arguments))
@@ -67,13 +67,13 @@ def test_a_cache_that_nobody_reads_is_found(machine: Machine) -> None:
 
 
 def late(given: dict[str, Any]) -> dict[str, Any]:
-    """Decode steps a position further than they are."""
+    """Decode steps with positions off by one."""
     step = given["inputs_embeds"].shape[1] == 1
     return {**given, "position_ids": given["position_ids"] + 1} if step else given
 
 
 def not_appended(graph: Graph, feeds: Tensors) -> Tensors:
-    """A decode step that leaves in the new token's slot what the slot before holds."""
+    """A decode step that copies the previous slot into the new token's slot."""
     results = execute_graph(graph, feeds)
     for path, each in results.items():
         if graph.name == DECODE and path.startswith(CACHE):
@@ -103,7 +103,7 @@ Rounded = tuple[Machine, dict[str, Any]]
 
 
 def half_precision(family: str, recipe: Recipe) -> Rounded:
-    """A family's random model in bfloat16, compiled, which ends with the check; and its first sample."""
+    """A family's random model in bfloat16, compiled with the final check; and its first sample."""
     model, cases = FAMILIES[family]()
     samples = [
         {key: each.bfloat16() if each.is_floating_point() else each for key, each in cases[name].items()}

@@ -1,4 +1,4 @@
-"""Residual sums join the linear in front of them, with the same bits; near misses stay."""
+"""Residual adds are fused into the preceding linear's epilogue, bit for bit; near misses are unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = {"x": torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
 
 
 class Layer(nn.Module):
-    """A linear on codes, and what `add` makes of its input and its result."""
+    """A linear on codes, and `add` of its input and its result."""
 
     scale: Tensor
 

@@ -1,4 +1,4 @@
-"""Steps with fixed sizes answer as caches that grow do: across buckets, cuts, padding, beams and several answers."""
+"""Fixed-size steps answer as growing caches do: across buckets, cuts, padding, beams and several answers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compiled(family: str, preset: str, *changes: str) -> tuple[CompiledVLM, Case
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets of 8, 16, 32, ... slots, filled to the last one: an answer crosses edges."""
+    """Buckets of 8, 16, 32, ... slots, filled completely: an answer crosses bucket limits."""
     monkeypatch.setattr(static_decode, "SMALLEST", 8)
     monkeypatch.setattr(static_decode, "ROOM", 1)
 
@@ -56,7 +56,7 @@ def fixed(made: CompiledVLM, capture: Capture | None = None) -> tuple[Machine, S
 
 
 def capture(run: Run) -> tuple[Callable[[], None], dict[str, Tensor]]:
-    """What a CUDA graph does, without one: results have a fixed place, which every replay writes anew."""
+    """Emulates a CUDA graph: results have fixed memory, which every replay overwrites."""
     for _ in range(3):
         run()
     results = {path: tensor.clone() for path, tensor in run().items()}
@@ -78,7 +78,7 @@ def same_answers(left: Any, right: Any, exact: bool) -> None:
 
 
 def same_caches(left: CompiledCache | None, right: CompiledCache | None) -> None:
-    """Lengths, positions and bytes; the numbers are as close as the answers are."""
+    """Lengths, positions and bytes; values are compared through the answers."""
     assert left is not None and right is not None
     assert left.seen == right.seen and left.nbytes() == right.nbytes() > 0
     assert {name: each.shape for name, each in left.tensors.items()} == {
@@ -108,7 +108,7 @@ def test_answers_are_the_same(model: tuple[str, ...]) -> None:
     made, cases = compiled(*model)
     exact = "kv4" in model[1] or "quantize.kv_cache.bits=4" in model
     machine, steps = fixed(made)
-    # One machine answers them all: what an answer leaves behind in the buffers is nothing to the next one.
+    # One machine answers them all: stale values in the buffers must not affect the next answer.
     found = {name: (machine.generate(**case, **SETTINGS), machine.last) for name, case in cases.items()}
     assert len({key[0] for key in steps.captured}) < len(steps.captured), "no answer crossed the edge of a bucket"
     grown = growing(made)
@@ -133,7 +133,7 @@ def test_trained_models_answer_the_same(bed: str) -> None:
     machine, steps = fixed(made)
     settings = {**SETTINGS, "max_new_tokens": 6}
     found = [machine.generate(**batch, **settings) for batch in batches]
-    assert {len(key) for key in steps.captured} == {4}  # rows, and slots of three groups of layers
+    assert {len(key) for key in steps.captured} == {4}  # rows, and slots of three layer groups
     grown = growing(made)
     for batch, answer in zip(batches, found, strict=True):
         same_answers(grown.generate(**batch, **settings), answer, exact=True)
@@ -201,7 +201,7 @@ def test_only_so_many_steps_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_loaded_model_has_the_same_static_graph(tmp_path: Path) -> None:
-    """It has printed types in place of values."""
+    """It has printed types instead of values."""
     made, _ = compiled(*MORE_MODELS[2])
     made.save_pretrained(tmp_path / "model")
     loaded = qpcompile.load(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Replayed decode steps give the bits of steps node by node; what cannot be replayed is not, and says why."""
+"""Replayed decode steps are bit-identical to steps node by node; a graph that cannot be replayed gives the reason."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_answers_have_the_same_bits(
         assert torch.equal(answers[0].sequences, answers[1].sequences)
         assert all(map(torch.equal, answers[0].logits, answers[1].logits))
         assert all(torch.equal(caches[0].tensors[name], caches[1].tensors[name]) for name in caches[0].tensors)
-        # The first step has seven more behind it, the second of which is written down; then the rooms are full.
+        # After the first step there is room for seven more: the second step is recorded; then the caches are full.
         assert len(replays) >= 8 and len(set(replays)) >= 2
         replays.clear()
 
@@ -104,7 +104,7 @@ def test_older_caches_and_results_stay(replays: list[Tape]) -> None:
     Machine(model.program, execute).generate(**cases["one"], **SETTINGS, max_new_tokens=9)
     assert len(replays) == 6
     decode = model.program.graphs[DECODE]
-    # From the middle of the answer another way is taken, twice; then the answer goes on where it ended.
+    # From the middle of the answer it branches twice; then the answer continues where it ended.
     feeds, _, kept = steps[4]
     for _ in range(2):
         again = graphs(decode, {**feeds, "inputs_embeds": -feeds["inputs_embeds"]})
@@ -132,7 +132,7 @@ def test_without_the_library_nothing_is_written_down(monkeypatch: pytest.MonkeyP
 
 
 class Layer(nn.Module):
-    """A quantizer and its linear without caches, and something else behind them."""
+    """A quantizer and its linear without caches, followed by something else."""
 
     weight: Tensor
     scale: Tensor

@@ -1,4 +1,4 @@
-"""Torch's operators by a faster way give what torch gives."""
+"""Faster implementations of torch's operators equal torch's results."""
 
 import pytest
 import torch

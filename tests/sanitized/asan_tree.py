@@ -1,6 +1,6 @@
-"""The package with its C under AddressSanitizer and UBSan, in build/asan: the sources are links, the library its own.
+"""The package with its C under AddressSanitizer and UBSan, in build/asan: links to the sources, a separate library.
 
-Who runs there (run.py) imports `qpcompile` from that folder; the library beside the sources is not touched.
+run.py imports `qpcompile` from that folder; the library beside the sources is not touched.
 """
 
 import ast
@@ -18,7 +18,7 @@ COMPILER = os.environ.get("CC", "gcc")
 
 
 def build() -> Path:
-    """Make the folder, and compile where the sources are others than those the library there was made of."""
+    """Make the folder, and compile if the sources differ from those of the library there."""
     package = TREE / "qpcompile"
     package.mkdir(parents=True, exist_ok=True)
     for source in (ROOT / "qpcompile").iterdir():
@@ -38,11 +38,11 @@ def build() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """For a process that imports the package from there: the sanitizer comes first, and stops at the first error."""
-    # With the C++ library, whose exceptions the sanitizer looks for before torch loads it.
+    """The environment of a process that imports that package: the sanitizer is preloaded; errors are fatal."""
+    # With the C++ library, whose exception functions the sanitizer looks up before torch loads it.
     preload = " ".join(_library(name) for name in ("libasan.so", "libstdc++.so.6"))
     options = {
-        # Python and torch free what they hold by ending; a refused allocation is an error of ours, not a death.
+        # Python and torch do not free memory at exit; a failed allocation must be our error, not an abort.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:detect_odr_violation=0",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
@@ -56,13 +56,13 @@ def environment() -> dict[str, str]:
 
 
 def _library(name: str) -> str:
-    """Where the compiler finds a library of its own."""
+    """The path of one of the compiler's own libraries."""
     found = subprocess.run([COMPILER, f"-print-file-name={name}"], check=True, capture_output=True, text=True)
     return found.stdout.strip()
 
 
 def _flags() -> list[str]:
-    """Those of setup.py, optimized less: the compiler is slow on what the sanitizers add."""
+    """The flags of setup.py with less optimization: sanitizer instrumentation compiles slowly."""
     for node in ast.parse((ROOT / "setup.py").read_text("utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLAGS":
             return [flag.replace("-O3", "-O1") for flag in ast.literal_eval(node.value)]

@@ -1,4 +1,4 @@
-"""Operands made wrong, one at a time: other sizes, types, strides, contents, numbers. None holds more than a few MB."""
+"""Mutate operands, one at a time: sizes, dtypes, strides, contents, numbers. None takes more than a few MB."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ Ways = list[Callable[[], Tensor | None]]
 
 
 def bend(draw: Draw, arguments: Arguments, huge: bool) -> None:
-    """Change one argument in place. huge: also into tensors that no memory could hold a copy of."""
+    """Change one argument in place. huge: also into tensors too large to copy into memory."""
     name = draw.choice(list(arguments))
     value = arguments[name]
     if isinstance(value, Tensor):
@@ -43,7 +43,7 @@ def bend(draw: Draw, arguments: Arguments, huge: bool) -> None:
 
 
 def emptied(draw: Draw, arguments: Arguments) -> Arguments:
-    """Arguments of the library with a size of 0, maybe beside a huge one, and some tensors empty: they may agree."""
+    """Arguments of the library with a size of 0, maybe with a huge one, and empty tensors: they may be consistent."""
     sizes = [name for name, value in arguments.items() if type(value) is int]
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     emptied = {name: x.new_empty((0, *x.shape[1:])) for name, x in tensors.items() if draw.random() < 0.5}
@@ -61,7 +61,7 @@ def bent_tensor(draw: Draw, x: Tensor, huge: bool = False) -> Tensor | None:
 
 
 def _of_all(draw: Draw, x: Tensor) -> Ways:
-    """Ways to bend a tensor of any sizes."""
+    """Ways to mutate a tensor of any shape."""
     ways: Ways = [
         lambda: x.to(draw.choice(DTYPES)),
         lambda: x.to(draw.choice(DTYPES)),
@@ -79,7 +79,7 @@ def _of_all(draw: Draw, x: Tensor) -> Ways:
 
 
 def _of_an_axis(draw: Draw, x: Tensor, huge: bool) -> Ways:
-    """Ways to bend one axis."""
+    """Ways to mutate one axis."""
     axis = draw.randrange(x.dim())
     size, before, after = x.shape[axis], x.shape[:axis], x.shape[axis + 1 :]
 
@@ -105,7 +105,7 @@ def fill(x: Tensor, value: float) -> Tensor:
 
 
 def odd_place(x: Tensor) -> Tensor:
-    """x where no element of its size should lie."""
+    """x at a misaligned address."""
     raw = bytearray(x.nbytes + 1)
     moved = torch.frombuffer(raw, dtype=x.dtype, count=x.numel(), offset=1) if x.numel() else x.flatten()
     return moved.copy_(x.flatten()).view(x.shape)

@@ -1,7 +1,7 @@
-"""One call with bent operands: an operator, its function for the CPU, or a function of the library; and how it ended.
+"""One call with mutated operands: an operator, its CPU function, or a function of the library; and how it ended.
 
-In order are KernelError, what torch's own schema refuses before the operator is asked, and a result of the types and
-sizes that the operator's fake kernel, or its rule, says. Everything else is a defect.
+Valid outcomes are KernelError, a refusal by torch's own schema before the operator is called, and a result of the
+dtypes and sizes of the operator's fake kernel or rule. Everything else is a defect.
 """
 
 import dataclasses
@@ -42,12 +42,12 @@ Types = list[tuple[Any, ...]]
 
 
 def types_of(results: Any) -> Types:
-    """Types and sizes of one result or several."""
+    """Dtypes and sizes of one or several results."""
     return [(tensor.dtype, tuple(tensor.shape)) for tensor in _several(results)]
 
 
 def layouts_of(results: Any) -> Types:
-    """The same with the strides of the axes along which there is more than one number."""
+    """The same with the strides of the axes longer than 1."""
     found: Types = []
     for tensor in _several(results):
         steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -61,10 +61,10 @@ def _several(results: Any) -> Sequence[Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """What is called, in words; the function of keyword arguments; operands that are in order.
+    """What is called, as text; the function of keyword arguments; valid operands.
 
-    expected: what `seen` finds in the results that these arguments promise; None where nothing is promised.
-    refusals: what else its caller turns into KernelError.
+    expected: what `seen` must find in the results of these arguments; None if nothing is specified.
+    refusals: other exceptions that its caller turns into KernelError.
     """
 
     what: str
@@ -81,7 +81,7 @@ def chosen(draw: Draw) -> Chosen:
 
 
 def ending(draw: Draw, call: Chosen) -> str:
-    """Bend the operands, make the call and say how it ended; with a colon where that is a defect."""
+    """Mutate the operands, make the call and return how it ended; with a colon if that is a defect."""
     arguments = dict(call.arguments)
     for _ in range(draw.choice((0, 1, 1, 1, 2, 3))):
         bend(draw, arguments, huge=not (call.expected or call.refusals))
@@ -89,13 +89,13 @@ def ending(draw: Draw, call: Chosen) -> str:
         result = call.function(**arguments)
     except (KernelError, *call.refusals):
         return "refused"
-    except Exception as error:  # noqa: BLE001 what a caller must never see is what this looks for
+    except Exception as error:  # noqa: BLE001 other exceptions are what this looks for
         return "refused by torch" if any(each in str(error) for each in OF_SCHEMA) else f"raw: {_shown(call, error)}"
     if call.expected is None:
         return "answered"
     try:
         promised = call.expected(arguments)
-    except Exception as error:  # noqa: BLE001 what is answered, its fake kernel or rule must answer
+    except Exception as error:  # noqa: BLE001 the fake kernel or rule must accept what the operator accepts
         return f"answered, but not promised: {_shown(call, error)}"
     made = call.seen(result)
     return "answered" if made == promised else f"wrong: {call.what}: {made}, not {promised}"
@@ -149,7 +149,7 @@ def _library(draw: Draw) -> Chosen:
 
 @contextmanager
 def _library_of(level: int) -> Iterator[None]:
-    """The library as a processor of a lower level finds it; below 0 there is none, and operators run on torch."""
+    """The library as on a processor of a lower level; below 0 there is none, and operators run on torch."""
     best = native.library()
     path = best.path if level >= 0 else None
     here = dataclasses.replace(best, path=path, level=max(level, 0), amx=best.amx and level == best.level)

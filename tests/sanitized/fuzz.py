@@ -1,7 +1,7 @@
-"""Calls operators with bent operands and reports what neither refuses nor answers: fuzz.py SEED CALLS [FIRST]
+"""Call operators with mutated operands and report calls that neither refuse nor answer: fuzz.py SEED CALLS [FIRST]
 
-Each call (calls.py) is made in another process, which may die of it, or be ended after SECONDS of the processor. The
-call is then named, and another process goes on after it. Call I of SEED is repeated by: fuzz.py SEED 1 I
+Calls (calls.py) are made in another process, which may crash, or is ended if one takes SECONDS of CPU time. The call is
+then named, and a new process continues after it. Call I of SEED is repeated by: fuzz.py SEED 1 I
 """
 
 import faulthandler
@@ -28,7 +28,7 @@ MOST_DEATHS = 5
 
 @dataclass
 class Tally:
-    """What has been said so far; the last call that was begun, in words, and when."""
+    """The messages so far; the last call that was begun, as text, and when."""
 
     counts: Counter[str] = field(default_factory=Counter)
     bad: dict[str, int] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Tally:
     begun: float = field(default_factory=time.monotonic)
 
     def take(self, line: str) -> None:
-        """One line of the process that makes the calls."""
+        """Handle one line of the process that makes the calls."""
         if line.startswith("@"):
             number, _, self.what = line[1:].partition(" ")
             self.last, self.begun = int(number), time.monotonic()
@@ -48,12 +48,12 @@ class Tally:
             print(f"  call {self.last}: {line}", flush=True)
 
     def progress(self) -> str:
-        """One line."""
+        """Print one line."""
         return f"  call {self.last}, since {time.monotonic() - self.begun:.0f} s: {self.what}; {dict(self.counts)}"
 
 
 def work(seed: int, first: int, end: int) -> None:
-    """The calls of one process; each is named before it is made, and ends the process where it takes too long."""
+    """The calls of one process; each is named before it is made, and ends the process if it takes too long."""
     import torch
     from calls import chosen, ending
     from operands import Draw
@@ -69,13 +69,13 @@ def work(seed: int, first: int, end: int) -> None:
         torch.manual_seed(draw.randrange(2**31))
         call = chosen(draw)
         print(f"@{number} {call.what}", flush=True)
-        # By the kernel: an exception of ours would be lost where it comes inside a callback or a function in C.
+        # By the operating system: a Python exception would be lost inside a callback or a C function.
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + SECONDS, resource.RLIM_INFINITY))
         print(ending(draw, call), flush=True)
 
 
 def watch(seed: int, first: int, end: int, tally: Tally) -> str:
-    """Run one process to its end and take what it says; returns why it died, empty where it did not."""
+    """Run one process to its end and read its output; returns why it died, or an empty text."""
     command = [sys.executable, __file__, "--work", str(seed), str(first), str(end)]
     reported = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -98,14 +98,14 @@ def watch(seed: int, first: int, end: int, tally: Tally) -> str:
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
-    """Every line that a process says, then an empty one."""
+    """Every line that a process prints, then an empty one."""
     for line in process.stdout or ():
         lines.put(line)
     lines.put("")
 
 
 def main(seed: int, calls: int, first: int) -> int:
-    """Make the calls in processes that may die."""
+    """Make the calls in processes that may crash."""
     print(f"seed {seed}, {calls} calls", flush=True)
     tally, deaths, end, started = Tally(), 0, first + calls, time.monotonic()
     while first < end and deaths < MOST_DEATHS:

@@ -1,4 +1,4 @@
-"""Operands that are in order for each of the project's operators, small and of random sizes."""
+"""Valid operands for each of the project's operators, small and of random sizes."""
 
 import random
 from collections.abc import Callable
@@ -291,7 +291,7 @@ def attention(draw: Draw) -> Arguments:
 
 
 def attend(draw: Draw) -> Arguments:
-    """Of torch's own operator, in its forms: any leading sizes, causal, groups of heads."""
+    """Operands of torch's own operator, in its forms: any leading sizes, causal, groups of heads."""
     grouped = draw.random() < 0.5
     tokens, leading = draw.choice((1, 5)), draw.choice(((), (2,), (1, 3)))
     sizes = {"q": 4, "k": 2 if grouped else 4, "v": 2 if grouped else 4}
@@ -301,7 +301,7 @@ def attend(draw: Draw) -> Arguments:
 
 
 def conv2d(draw: Draw) -> Arguments:
-    """Patches that were cut apart before, or a picture."""
+    """Separate patches, or a picture."""
     side = draw.choice((4, 9))
     return {
         "x": torch.randn(3, 2, side, side),

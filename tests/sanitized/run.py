@@ -1,6 +1,6 @@
-"""The kernels' tests and the fuzzer on the library with sanitizers: python tests/sanitized/run.py [CALLS [SEED]]
+"""Run the kernels' tests and the fuzzer on the library with sanitizers: python tests/sanitized/run.py [CALLS [SEED]]
 
-A planted overflow has to be found first, so that a sanitizer which is not there is no success.
+A planted overflow has to be detected first, so that a missing sanitizer is not a success.
 """
 
 import random
@@ -25,21 +25,21 @@ ctypes.memset(tensor.data_ptr(), 0, tensor.nbytes + 4)
 
 
 def check_sanitizer(tree: Path) -> None:
-    """Die unless four bytes past the end of a tensor are found."""
+    """Exit unless an access four bytes past the end of a tensor is detected."""
     found = subprocess.run([sys.executable, "-c", PLANTED], cwd=tree, env=environment(), capture_output=True, text=True)
     if "heap-buffer-overflow" not in found.stderr:
         sys.exit(f"AddressSanitizer does not see a planted overflow:\n{found.stderr}")
 
 
 def main(calls: str = "5000", seed: str = "") -> None:
-    """Build; then test and fuzz, each on a core of its own."""
+    """Build; then test and fuzz, each on a separate core."""
     tree = build()
     check_sanitizer(tree)
     tests = [str(ROOT / "tests" / "kernels" / f"test_{name}.py") for name in KERNELS]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     pytest += ["-c", str(ROOT / "pyproject.toml"), "-k", ON_C, *tests]
     fuzz = [sys.executable, str(ROOT / "tests" / "sanitized" / "fuzz.py"), seed or str(random.randrange(2**31)), calls]
-    # The fuzzer says at once how far it is, the tests at their end.
+    # The fuzzer prints its progress as it goes, the tests print at their end.
     tests_run = subprocess.Popen(pytest, cwd=tree, env=environment(), stdout=subprocess.PIPE)
     failed = subprocess.run(fuzz, cwd=tree, env=environment()).returncode
     print(tests_run.communicate()[0].decode())

@@ -1,4 +1,4 @@
-"""The fuzzer: on the library as it is it finds no defect either, and it names the call of which a process dies."""
+"""The fuzzer: it finds no defect in the library without sanitizers, and names the call that crashes a process."""
 
 import importlib.util
 import os

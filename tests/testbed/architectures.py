@@ -1,6 +1,6 @@
 """The two small vision-language models: sizes, tokenizers, processors, and how a folder of theirs is written.
 
-Both use the classes of transformers unchanged, so that a real checkpoint takes the same road as these do.
+Both use the classes of transformers unchanged, so that real checkpoints are handled in the same way.
 """
 
 import copy
@@ -35,7 +35,7 @@ HALF = [0.5, 0.5, 0.5]
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a family spells a conversation: the tokens around the picture and around the question."""
+    """How a family formats a conversation: the tokens around the picture and around the question."""
 
     special: tuple[str, ...]
     before_image: tuple[str, ...]
@@ -90,7 +90,7 @@ DIALECTS = {
 
 
 def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """One token per word; padding on the left, as batched generation needs it."""
+    """One token per word; left padding, as batched generation requires."""
     dialect = DIALECTS[family]
     words = [*dialect.special, *scenes.vocabulary()]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -139,8 +139,8 @@ def build_processor(family: str) -> ProcessorMixin:
         image_mean=HALF,
         image_std=HALF,
     )
-    # Qwen2_5_VLProcessor cannot be made without torchvision (its video processor needs it). This class of transformers
-    # prepares pictures in the same way (image_grid_thw, mm_token_type_ids) and has no video processor.
+    # Qwen2_5_VLProcessor cannot be constructed without torchvision (its video processor needs it). This class of
+    # transformers preprocesses pictures in the same way (image_grid_thw, mm_token_type_ids), without a video processor.
     return PaddleOCRVLProcessor(images, tokenizer, chat_template=template)
 
 

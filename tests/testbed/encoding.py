@@ -1,4 +1,4 @@
-"""Pictures to visual tokens in training: the models' own towers, without work whose result nobody reads."""
+"""Pictures to visual tokens in training: the models' own towers, without computations whose results are unused."""
 
 from types import MethodType
 
@@ -29,7 +29,7 @@ def encode_pictures(model: PreTrainedModel, pixels: Tensor) -> Tensor:
 
 
 def use_grouped_windows(model: PreTrainedModel) -> None:
-    """Has windowed attention run all windows of one size in one call instead of one after the other."""
+    """Make windowed attention run all windows of one size in one call instead of one after the other."""
     for module in model.modules():
         if isinstance(module, Qwen2_5_VLVisionAttention):
             module.forward = MethodType(_grouped_forward, module)

@@ -2,8 +2,8 @@
 
     python tests/testbed/evaluate.py tests/testbed/llava --count 1000 --seed 7
 
-Runs what a user runs: the folder's own processor and `model.generate`, greedy, on left-padded batches. An answer is
-right when the generated text equals it. Blind: the same questions with the picture replaced by plain grey, or by noise.
+Runs the same code as a user: the folder's own processor and `model.generate`, greedy, on left-padded batches. An answer
+is right when the generated text equals it. Blind: the same questions with the picture replaced by grey, or by noise.
 """
 
 import argparse

@@ -64,7 +64,7 @@ def make_batch(
     smallest: bool = False,
     weights: NDArray[np.float64] = scenes.WEIGHTS,
 ) -> Batch:
-    """A batch that follows from its arguments alone; with `questions=0` only pictures and patch labels."""
+    """A batch determined by its arguments alone; with `questions=0` only pictures and patch labels."""
     rng = np.random.default_rng(seed)
     sizes = scenes.SIZES[family][: 1 if smallest else None]
     height, width = sizes[rng.integers(len(sizes))]

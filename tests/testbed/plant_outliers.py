@@ -1,13 +1,13 @@
-"""Plants outlier channels in a model without changing what it computes.
+"""Plants outlier channels in a model without changing its function.
 
     python tests/testbed/plant_outliers.py tests/testbed/llava tests/testbed/llava-outliers
 
 Small models lack the outlier channels that make 4-bit activations hard in large ones. Here a few channels of each place
-where one linear operation follows another (or a norm's gain) are scaled up, and what reads them is scaled down:
+where one linear operation follows another (or a norm's gain) are scaled up, and the weights that read them down:
 
     norm gain -> q, k, v     norm gain -> gate, up (or fc1)     up -> down     v -> o     merger's norm -> merger
 
-Factors are powers of two, so that float16 weights stay exact but for subnormal ones. The residual channels are the same
+Factors are powers of two, so that float16 weights stay exact except subnormal ones. The residual channels are the same
 in every layer of a tower or decoder, as in large models; those inside the MLP and the heads are drawn per layer.
 """
 
@@ -31,7 +31,7 @@ class Dose:
 
 @torch.no_grad()
 def move_scale(writers: list[Tensor], readers: list[Tensor], written: Tensor, read: Tensor, factor: float) -> None:
-    """Multiplies rows `written` of what writes the channels, and divides columns `read` of what reads them."""
+    """Multiplies rows `written` of the weights that write the channels, and divides columns `read` of their readers."""
     for tensor in writers:
         tensor[written] *= factor
     for tensor in readers:
@@ -49,7 +49,7 @@ def _draw(width: int, dose: Dose, generator: torch.Generator) -> Tensor:
 
 
 def plant_decoder(model: PreTrainedModel, norm: Dose, inner: Dose, generator: torch.Generator) -> None:
-    """All decoder layers (the last norm is left: its reader is tied to the word embeddings)."""
+    """All decoder layers (without the last norm, whose reader is tied to the word embeddings)."""
     decoder = model.model.language_model
     width, head_dim = decoder.config.hidden_size, decoder.config.hidden_size // decoder.config.num_attention_heads
     repeats = decoder.config.num_attention_heads // decoder.config.num_key_value_heads
@@ -69,7 +69,7 @@ def plant_decoder(model: PreTrainedModel, norm: Dose, inner: Dose, generator: to
 
 
 def plant_clip(model: PreTrainedModel, norm: Dose, inner: Dose, generator: torch.Generator) -> None:
-    """All layers of the CLIP tower (fc1 -> fc2 has a non-linearity between and is left)."""
+    """All layers of the CLIP tower (without fc1 -> fc2, which has a non-linearity in between)."""
     tower = model.model.vision_tower
     residual = _draw(tower.config.hidden_size, norm, generator)
     for layer in tower.encoder.layers:

@@ -1,11 +1,11 @@
 """Rendered scenes with exact ground truth, and one-word questions about them.
 
 A scene is a grid of 16 x 16 px cells. Four to six cells hold an object: a coloured shape with a small digit on it.
-The background brightens to one side and tints to another, so that a patch shows where in the picture it lies.
+The background brightens to one side and tints to another, so that a patch shows its position in the picture.
 
     python tests/testbed/scenes.py --count 1000 --seed 7 --family llava --out data/
 
-Everything follows from (seed, index): the same pair gives the same picture and the same questions.
+Everything is determined by (seed, index): the same pair gives the same picture and the same questions.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Trains one of the two small models from nothing, on the processor, in three stages.
+"""Trains one of the two small models from scratch, on the CPU, in three stages.
 
     python tests/testbed/train.py --family llava --work runs/llava --out tests/testbed/llava
 
@@ -6,7 +6,7 @@
 2. decoder: no pictures; visual tokens are such sums, first only of objects and a little background, then of all.
 3. joint:   everything together, real pictures, all visual tokens.
 
-Word embeddings start orthonormal and stay fixed in the first two stages: that is what lets them be learned apart.
+Word embeddings are initialised orthonormal and fixed in the first two stages, so that these can run independently.
 """
 
 import argparse
@@ -28,18 +28,18 @@ from transformers import PreTrainedModel
 
 STAGES = ("tower", "decoder", "joint")
 # Shares of the question kinds in stage 2 and the first part of stage 3. Lookups of colour, shape and digit are learned
-# at once; what stays behind is given more: a zone as the answer, two keys at a time, counting, and absence.
+# at once; slower kinds have larger shares: a zone as the answer, two keys at a time, counting, and absence.
 DECODER_WEIGHTS = np.array([4, 4, 4, 6, 4, 4, 26, 20, 4, 12, 12]) / 100.0
 TRAIN_SEED = 1  # evaluation uses 7, the calibration folders 3
 
 
 def word_embeddings(model: PreTrainedModel) -> Tensor:
-    """The table that words are read from and, being tied, answers are read out with: f32[V, C]."""
+    """The embedding table, tied to the output head: f32[V, C]."""
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
 def patch_loss(tokens: Tensor, labels: Tensor, embedding: Tensor, family: str) -> tuple[Tensor, Tensor]:
-    """How badly tokens f32[B, N, C] name the words under them: (cross-entropy, distance to the sum of embeddings)."""
+    """Errors of tokens f32[B, N, C] in naming their patches: (cross-entropy, distance to the sum of embeddings)."""
     background = table(family)[scenes.BACKGROUND]
     is_object = labels[:, :, 0] != background
     weight = torch.where(is_object, 1.0, 0.3)
@@ -55,7 +55,7 @@ def patch_loss(tokens: Tensor, labels: Tensor, embedding: Tensor, family: str) -
 
 
 def ideal_tokens(labels: Tensor, embedding: Tensor, family: str) -> Tensor:
-    """What the tower is trained towards, f32[B, N, C]: the sum of four words' embeddings, or "background" once."""
+    """The target of the tower, f32[B, N, C]: the sum of four words' embeddings, or "background" once."""
     scale = torch.where(labels[:, :, 0] == table(family)[scenes.BACKGROUND], 0.25, 1.0)
     return embedding[labels].sum(2) * scale[:, :, None]
 
@@ -111,7 +111,7 @@ def joint_step(model: PreTrainedModel, family: str, step: int, progress: float) 
     """Loss of stage 3."""
     weights = DECODER_WEIGHTS if progress < 0.6 else scenes.WEIGHTS
     batch = make_batch(family, (TRAIN_SEED, 3, step), 4, 16, weights=weights)
-    with torch.set_grad_enabled(progress > 0.8):  # until then the decoder gets used to the tower's tokens
+    with torch.set_grad_enabled(progress > 0.8):  # until then only the decoder adapts to the tower's tokens
         tokens = encode_pictures(model, batch.pixels)
     loss, report = _answer_loss(answer_logits(model, family, batch, tokens, None), batch)
     entropy, distance = patch_loss(tokens, batch.labels, word_embeddings(model), family)
@@ -133,7 +133,7 @@ STEPS: dict[str, Callable[[PreTrainedModel, str, int, float], tuple[Tensor, dict
 
 
 def trainable(model: PreTrainedModel, stage: str) -> dict[str, nn.Parameter]:
-    """The parameters that a stage changes; its checkpoint holds these alone, so the first two can run side by side."""
+    """The parameters that a stage trains; its checkpoint holds only these, so the first two can run in parallel."""
     chosen = {}
     for name, parameter in model.named_parameters():
         of_decoder = name.startswith(("model.language_model", "lm_head"))
@@ -144,7 +144,7 @@ def trainable(model: PreTrainedModel, stage: str) -> dict[str, nn.Parameter]:
 
 
 def run_stage(model: PreTrainedModel, family: str, stage: str, steps: int, rate: float, work: Path, out: Path) -> None:
-    """Runs one stage from where its checkpoint stopped; AdamW, warm-up, cosine."""
+    """Runs one stage from its checkpoint; AdamW, warm-up, cosine."""
     named = trainable(model, stage)
     parameters = list(named.values())
     model.requires_grad_(False)
@@ -194,7 +194,7 @@ def start(family: str) -> PreTrainedModel:
 
 
 def main() -> None:
-    """Command line: runs stages in order; a stage that is complete in --work is only loaded."""
+    """Command line: runs stages in order; a stage completed in --work is only loaded."""
     parser = argparse.ArgumentParser(description="Trains one of the two small models.")
     parser.add_argument("--family", choices=sorted(DIALECTS), required=True)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints with optimizer state, for resuming")
