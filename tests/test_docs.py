@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,8 +14,15 @@ import pytest
 from qpcompile import errors
 from qpcompile.inspect.tables import pass_purposes
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+LINKING = [
+    *PAGES,
+    *sorted(ROOT.glob("*.md")),
+    *sorted((DOCS / "results").glob("*.md")),
+    *sorted(ROOT.glob("tests/*/*.md")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +39,7 @@ def test_recipe_reference_is_what_the_schema_says(generator: ModuleType) -> None
     assert (DOCS / "recipe.md").read_text(encoding="utf-8") == generator.recipe_page(), "run `make docs`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     headings = {
@@ -38,7 +47,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
     }
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, heading = target.partition("#")
-        assert not path or (DOCS / path).exists(), target
+        assert not path or "://" in target or (page.parent / path).exists(), target
         assert path or heading in headings, target
 
 
@@ -48,10 +57,20 @@ def test_index_lists_every_page() -> None:
 
 
 def test_the_contributors_table_names_files_that_exist() -> None:
-    text = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:qpcompile|passes|kernels|tests)/[^`]*)`", text.partition("## Where to look")[2])
-    missing = [path for path in named if not list(DOCS.parent.glob(re.sub(r"<\w+>", "*", path)))]
+    missing = [path for path in named if not list(ROOT.glob(re.sub(r"<\w+>", "*", path)))]
     assert len(named) > 20 and not missing
+
+
+@pytest.mark.slow
+def test_the_first_example_runs(tmp_path: Path) -> None:
+    """README's Python block as it is, but for the output folder: the printed answer is the one in its comment."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = code.replace('"out"', repr(str(tmp_path / "out")))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [code.rpartition("# ")[2].strip()]
 
 
 def test_every_error_is_explained() -> None:
@@ -65,5 +84,5 @@ def test_every_pass_and_operator_is_named() -> None:
     for name in pass_purposes():
         assert name in architecture and re.search(rf"^## \d+\. {name}$", graphs, re.MULTILINE)
     numerics = (DOCS / "numerics.md").read_text(encoding="utf-8")
-    operators = {path.name for path in (DOCS.parent / "kernels").iterdir() if (path / "op.py").is_file()}
+    operators = {path.name for path in (ROOT / "kernels").iterdir() if (path / "op.py").is_file()}
     assert {name for name in operators - {"quant_stub"} if f"`{name}`" not in numerics} == set()
