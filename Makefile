@@ -89,7 +89,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first: it is the largest download, and a failure there says so plainly.
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/*.c kernels/*.inc kernels/*/*.inc)
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/*/*.c kernels/*/*.inc)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,triton,dev]"
