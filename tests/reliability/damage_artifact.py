@@ -36,6 +36,7 @@ from PIL import Image
 
 import qpcompile
 from qpcompile.errors import ArtifactError, QPCompileError
+from qpcompile.progress import track
 from qpcompile.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--artifact", type=Path, help="the folder to damage; without it the LLaVA testbed is compiled")
     parser.add_argument("--case", type=int, help="this case alone")
-    parser.add_argument("--rehash", action="store_true", help="with --case: with recomputed hashes")
+    parser.add_argument("--rehash", action="store_true", help="folders with recomputed hashes alone")
     parser.add_argument("--keep", type=Path, help="with --case: leave the damaged folder there")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,10 +81,15 @@ def main() -> int:
             )
             print(f"{found[0].name}: {found[1].what} ({found[1].seconds:.1f} s)\n{found[1].text}")
             return 0
-        print(f"seed {asked.seed}, {asked.count} folders with true hashes, {asked.count} with recomputed ones")
-        return sum(
-            all_cases(asked.seed, asked.count, rehash, artifact, work, inputs, answer) for rehash in (False, True)
-        )
+        kinds = (True,) if asked.rehash else (False, True)
+        said = " and ".join(map(kind_of, kinds))
+        print(f"seed {asked.seed}, {asked.count} folders with {said} hashes each", flush=True)
+        return sum(all_cases(asked.seed, asked.count, rehash, artifact, work, inputs, answer) for rehash in kinds)
+
+
+def kind_of(rehash: bool) -> str:
+    """What the manifest's hashes are."""
+    return "recomputed" if rehash else "true"
 
 
 def compiled(folder: Path) -> Path:
@@ -107,13 +113,15 @@ def all_cases(
     """Print a table of kinds of damage and outcomes; returns 1 if there is a failure."""
     table: Counter[tuple[str, str]] = Counter()
     failures, slowest, start = [], 0.0, time.monotonic()
-    for case in range(count):
-        damage, found = one_case(seed, case, rehash, artifact, work / "case", inputs, answer)
-        table[damage.name, found.what] += 1
-        slowest = max(slowest, found.seconds)
-        if found.what not in FINE:
-            failures.append(f"case {case} {'--rehash ' if rehash else ''}{damage.name}: {found.what}: {found.text}")
-    print(f"\n{'recomputed' if rehash else 'true'} hashes, {count} folders, {time.monotonic() - start:.0f} s, ", end="")
+    with track(f"{kind_of(rehash)} hashes", count) as step:
+        for case in range(count):
+            damage, found = one_case(seed, case, rehash, artifact, work / "case", inputs, answer)
+            table[damage.name, found.what] += 1
+            slowest = max(slowest, found.seconds)
+            if found.what not in FINE:
+                failures.append(f"case {case} {'--rehash ' if rehash else ''}{damage.name}: {found.what}: {found.text}")
+            step()
+    print(f"\n{kind_of(rehash)} hashes, {count} folders, {time.monotonic() - start:.0f} s, ", end="")
     print(f"slowest {slowest:.1f} s of processor time")
     outcomes = sorted({what for _, what in table}, key=lambda what: (what not in FINE, what))
     print(f"| damage | {' | '.join(outcomes)} |\n| --- |{' ---: |' * len(outcomes)}")
