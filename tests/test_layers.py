@@ -44,7 +44,7 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
             module = "." * node.level + (node.module or "")
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and _name(node.func) in ("import_module", "__import__"):
-            yield from ((node.lineno, each.value) for each in node.args if _is_text(each))
+            yield from ((node.lineno, str(each.value)) for each in node.args if _is_text(each))
 
 
 def _name(function: ast.expr) -> str:

@@ -101,7 +101,9 @@ def test_statistics_move_with_the_basis() -> None:
     _, cases, _ = captured()
     Calibrate([cases["one"], cases["longer"]], 2).run(again)
     for site, statistics in again.measured[CALIBRATION].inputs.items():
-        assert relative(found[site].moments, statistics.moments) < 1e-2, site
+        moved, expected = found[site].moments, statistics.moments
+        assert moved is not None and expected is not None
+        assert relative(moved, expected) < 1e-2, site
 
 
 def test_twice_gives_the_same_bytes() -> None:
