@@ -1,8 +1,8 @@
 """Run the samples through the full-precision graphs and collect statistics at every activation stub.
 
-All samples go through a layer before any goes through the next (qpcompile/calibration/collect.py). Statistics are per
-group of linears that share an input; the prefill graph stands for the decoder, since decoding reads the same weights.
-Padding does not count.
+Calibration is layer by layer: all samples run through a layer before any runs through the next
+(qpcompile/calibration/collect.py). Statistics are kept per group of linears that share an input. The prefill graph
+represents the decoder, since decode reads the same weights. Padding tokens are excluded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qpcompile.ir.program import Program
 
 @dataclass(frozen=True)
 class Calibrate:
-    """See the module's docstring. `samples` can be iterated more than once; `count` is for the progress bar."""
+    """See the module's docstring. `samples` can be iterated repeatedly; `count` is for the progress bar."""
 
     samples: Iterable[dict[str, Any]] = field(repr=False)
     count: int
@@ -27,7 +27,7 @@ class Calibrate:
     gives: ClassVar[str] = "calibrated"
 
     def run(self, program: Program) -> bool:
-        """Fills `program.measured[CALIBRATION]`; the graphs stay as they are."""
+        """Fills `program.measured[CALIBRATION]`; the graphs are unchanged."""
         scheme = program.recipe.quantize
         if scheme is None or scheme.weights.bits == 16 or not self.count:
             program.measured[CALIBRATION] = Calibration()

@@ -1,10 +1,10 @@
-"""One spelling per idea: no assertions, no empty caches, no no-ops, no value computed twice, one node per norm.
+"""Canonicalize traced graphs: remove assertions, empty caches and no-ops, eliminate common subexpressions, fuse norms.
 
     %a = aten::to.dtype(%x, f32)          (x is f32 already)
     %b = aten::pow(%a, 2) ... %g = aten::mul(@weight, %f)
       -> %g = qpcompile::rmsnorm(%x, @weight, 1e-06)
 
-Exact: every value a graph returns is bit-equal before and after.
+Dead code is removed at the end. Exact: every output of a graph is bit-identical before and after.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _drop_assertions(graph: Graph) -> bool:
 
 
 def _multiply_powers(graph: Graph) -> bool:
-    """Powers of sizes as products: side ** 2 patches of a square picture are side * side."""
+    """Expand powers of sizes into products: side ** 2 patches of a square picture become side * side."""
     powers = [node for node in calls(graph, operator.pow, pow) if isinstance(node.args[1], int) and node.args[1] > 0]
     for node in powers:
         size, exponent = node.args
@@ -115,7 +115,7 @@ def _is_no_op(node: fx.Node) -> bool:
 
 
 def _drop_empty_caches(graph: Graph) -> bool:
-    """`cat([empty, k], -2)` is k: prefill starts from a cache without tokens."""
+    """Fold `cat([empty, k], -2)` to k: prefill starts from an empty cache."""
     changed = False
     for node in list(calls(graph, aten.cat.default)):
         parts = node.args[0]
@@ -169,10 +169,10 @@ def _fuse_norms(graph: Graph) -> bool:
 
 
 def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | None:
-    """(input, scale, eps, last node) of the norm around an rsqrt node, or None where this is no such norm.
+    """(input, scale, eps, last node) of the norm around an rsqrt node, or None if the pattern does not match.
 
-    Two spellings are known: weight * cast(x * r) and cast(x * r) * (1 + weight), the second in float32 only, where
-    the order of casts does not matter.
+    Two forms are matched: weight * cast(x * r) and cast(x * r) * (1 + weight), the second in float32 only, where the
+    order of casts does not matter.
     """
     shifted = rsqrt.args[0]
     if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):  # type: ignore[union-attr]
@@ -200,7 +200,7 @@ def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | Non
     if not isinstance(x, fx.Node) or not isinstance(scale, fx.Node) or not isinstance(eps, float):
         return None
     assert isinstance(wide, fx.Node)
-    # The operator squares in float32 and narrows to the type of x; any other order of types rounds elsewhere.
+    # The operator squares in float32 and casts to the type of x; any other order of casts rounds at another place.
     if value(wide).dtype != torch.float32 or value(narrow).dtype != value(x).dtype or value(scale).ndim != 1:
         return None
     if scale.op == "get_attr" or (x.meta["val"].dtype == torch.float32 and _is_one_plus(scale)):

@@ -1,16 +1,16 @@
-"""Change the basis of every linear's input so that 4 bits hold it: y = W x = (W D^-1 T^-1) (T D x - m) + W' m.
+"""Transform the input basis of every linear to remove outliers: y = W x = (W D^-1 T^-1) (T D x - m) + W' m.
 
 D scales channels (SmoothQuant's balance of inputs and weights, strength `quantize.smooth`), T is an orthogonal
-rotation of any width (Hadamard kron DCT). What can be folded is: D goes into the norm or the product in front; T and D
-of attention values go into v_proj and o_proj, head by head. What cannot becomes a `qpcompile::hadamard` node, or a
-`qpcompile::kronecker` node where the factors of T are to be learned (`train_transforms`). m is the mean of the
-transformed input (`quantize.center`): it goes into biases, and is subtracted in a layer norm's bias or online.
-Keys and queries are rotated after rotary positions, which leaves their products as they are.
+rotation of any width (Hadamard kron DCT). Transforms are folded where possible: D into the preceding norm or product; T
+and D of attention values into v_proj and o_proj, head by head. The rest becomes an online `qpcompile::hadamard` node,
+or a `qpcompile::kronecker` node if the factors of T are to be learned (`train_transforms`). m is the mean of the
+transformed input (`quantize.center`): it is added to biases, and subtracted in a layer norm's bias or online. Keys and
+queries are rotated after the rotary embedding, which leaves their dot products unchanged.
 
     %s = quant_stub(%n); %y = linear(%s, quant_stub(@w))
       -> %t = qpcompile::hadamard(%n, null); %s = quant_stub(%t); %y = linear(%s, quant_stub(@w'))
 
-Exact in exact arithmetic. Sources: "QuaRot" (arXiv 2404.00456), section 4; "SmoothQuant" (arXiv 2211.10438),
+Equivalent in exact arithmetic. Sources: "QuaRot" (arXiv 2404.00456), section 4; "SmoothQuant" (arXiv 2211.10438),
 equation 4. The DCT for the odd factor of a width is ours.
 """
 
@@ -45,7 +45,7 @@ class FoldTransforms:
             return False
         changed = False
         graphs = [graph for graph in program.graphs.values() if graph.name != HEAD]
-        # Prefill and decode have one owner and one set of weights: what prefill finds holds for both.
+        # Prefill and decode have the same owner and the same weights: the result for prefill applies to both.
         for owner in dict.fromkeys(graph.owner for graph in graphs):
             owned = [graph for graph in graphs if graph.owner == owner]
             basis = change_basis(owned, scheme, program.measured[CALIBRATION])
@@ -72,7 +72,7 @@ def _apply(graph: Graph, basis: Basis, rotate_keys: bool) -> bool:
 
 
 def _transform(graph: Graph, stub: fx.Node, change: Change, name: str) -> None:
-    """Put the part of the basis change that could not be folded in front of a stub."""
+    """Insert the part of the basis change that could not be folded before a stub."""
     x = stub.args[0]
     assert isinstance(x, fx.Node)
     y = x
@@ -91,14 +91,14 @@ def _transform(graph: Graph, stub: fx.Node, change: Change, name: str) -> None:
     if change.shift is not None:
         y = call(graph, stub, aten.sub.Tensor, y, add_tensor(graph, f"transforms.{name}_shift", change.shift, stub))
     if value(y).dtype != value(x).dtype:
-        # The tensors of a transform are float32; until the quantizer reads it, the linear must get its weight's type.
+        # A transform computes in float32; until the quantizer reads its result, the linear needs its weight's type.
         y = call(graph, stub, aten.to.dtype, y, value(x).dtype)
     if y is not x:
         stub.replace_input_with(x, y)
 
 
 def _rotate_key(graph: Graph, stub: fx.Node) -> bool:
-    """Rotate the keys that enter the cache and the queries that meet them, in one layer; whether there are any."""
+    """Rotate one layer's cached keys and the matching queries; returns whether there are any."""
     layer, key = layer_of(stub), stub.args[0]
     meets = [node for node in calls(graph, aten.scaled_dot_product_attention.default) if layer_of(node) == layer]
     assert isinstance(key, fx.Node)

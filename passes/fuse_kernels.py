@@ -1,14 +1,14 @@
-"""Join what runs in a row into one operator.
+"""Fuse norm, gate, transform and quantizer chains, and rotary embeddings, into single operators.
 
     rmsnorm [-> hadamard | * scale] -> quantize_int4        becomes  qpcompile::rmsnorm_quantize
     layer_norm [-> hadamard | * scale] -> quantize_int4     becomes  qpcompile::layernorm_quantize
     silu(gate) * up [-> hadamard | * scale] -> quantize_int4  becomes  qpcompile::silu_mul_quantize
     x * cos + cat(-x2, x1) * sin                            becomes  qpcompile::rope
 
-The first three are computed in one wider type and rounded once, as codes (kernels/sums.py): float64 for float32 models,
-whose norms and products may differ from that in the last bit; float32 for half precision, where what was rounded to
-bfloat16 or float16 between norm, transform and quantizer no longer is. Rotary positions give float32 models the same
-bits; half precision rounds once. A value with another reader is not fused away.
+The first three compute in one wider type and round once, to codes (kernels/sums.py): in float64 for float32 models,
+whose separate norms and products may differ in the last bit; in float32 for half precision, where the intermediate
+roundings to bfloat16 or float16 between norm, transform and quantizer disappear. Fused rotary embeddings are
+bit-identical for float32 models; half precision rounds once. A value with another reader is not fused.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _producer(source: fx.Node) -> tuple[OpOverload, Sequence[Any]] | str:
 
 
 def _split_transform(x: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
-    """(what is transformed, scale, whether it is rotated) of a quantizer's input."""
+    """(transform input, scale, whether it is rotated) of a quantizer's input."""
     if is_call(x, HADAMARD):
         source, scale = x.args
         assert isinstance(source, fx.Node)

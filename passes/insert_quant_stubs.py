@@ -1,11 +1,11 @@
-"""Mark every place a recipe may quantize: linear inputs, linear weights, keys and values on their way to the cache.
+"""Insert quantization stubs: at linear inputs and weights, and at keys and values before they enter the cache.
 
     %y = aten::linear(%x, @q_proj.weight)
       -> %s = qpcompile::quant_stub(%x)      activation, one per input, shared by the linears that read it
          %w = qpcompile::quant_stub(@q_proj.weight)
          %y = aten::linear(%s, %w)
 
-Stubs are identities with a fact (site, role, layer) for the passes behind.
+Stubs are identity operators annotated with site, role and layer for later passes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class InsertQuantStubs:
 
 
 def site_name(graph: Graph, linear: fx.Node) -> str | None:
-    """The dotted module name of a linear: its weight's name without `.weight`; None for a computed weight."""
+    """The dotted module name of a linear: its weight's name without `.weight`; None if the weight is computed."""
     weight = linear.args[1]
     while is_call(weight, QUANT_STUB):
         weight = weight.args[0]  # type: ignore[union-attr]
@@ -113,7 +113,7 @@ def _left_out(graph: Graph, scheme: QuantizeScheme, name: str) -> str | None:
 
 
 def _stub_caches(graph: Graph) -> bool:
-    """Stub keys and values where they enter the cache: the output itself, or what is appended to the past."""
+    """Insert stubs on keys and values entering the cache: on the output itself, or on what is appended to the past."""
     changed = False
     for path in graph.outputs:
         if not path.startswith(f"{CACHE}.") or path.count(".") != 2:

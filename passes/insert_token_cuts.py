@@ -1,15 +1,15 @@
-"""Drop visual tokens after the planned layers: score, static top-k, gather of everything alive.
+"""Drop visual tokens after the planned layers: score, select a static top-k, gather every live tensor.
 
     prefill, after layer l                             decode, before the first layer with a shorter cache
       %s = qpcompile::token_scores(%h, %q, %k, ...)      %i = aten::cat(kept.l, the new token's position)
       %i, %a = qpcompile::select_tokens(%s, N, %quota)   %m = aten::gather(%mask, %i)
       %x = aten::gather(%x, %i)   for every live %x
 
-N = S - (V - ceil(V * ratio)): text is always kept, so the count follows from sizes alone and no shape depends on
-data. Rows of a batch that may keep fewer tokens than the others carry the surplus as dead slots, which later masks
-close; one prompt gives the same answer alone and in a batch. With `tokens.multiple_of: m` N is rounded up to a
-multiple of m, S at most, and every row may keep that many more: how many depends on the batch. Kept tokens keep their
-original positions, or with `position_mode: reindex` are counted anew (qpcompile/pruning/positions.py).
+N = S - (V - ceil(V * ratio)): text is always kept, so the count follows from sizes alone and no shape depends on data.
+A row of a batch whose quota is below N carries the surplus as dead slots, which are masked out later; a prompt gets the
+same answer alone and in a batch. With `tokens.multiple_of: m` N is rounded up to a multiple of m, S at most, and every
+row may keep that many more: how many depends on the batch. Kept tokens keep their original positions, or with
+`position_mode: reindex` are renumbered (qpcompile/pruning/positions.py).
 
 Source: "QUOTA" (arXiv 2604.17320), sections 3.3 and 3.4, equations 5 to 9.
 """
@@ -36,7 +36,7 @@ from qpcompile.recipe.plan import Cut
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import ALIVE, COUNT, KEPT, VALID, VISUAL
 
-# Fewer than any traced prompt has tokens: a cut may drop all of them.
+# Smaller than the token count of any traced prompt: a cut may drop all visual tokens.
 EXAMPLE_VISUAL_TOKENS = 3
 
 
@@ -66,7 +66,7 @@ class InsertTokenCuts:
 def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pruner, shapes: bool = True) -> None:
     """Insert every cut into the prefill graph, first to last.
 
-    Without `shapes` those behind the last cut stay what they were: enough for a graph that is only run.
+    Without `shapes` the recorded shapes after the last cut are not recomputed: enough for a graph that is only run.
     """
     embeddings = value(graph.placeholder("inputs_embeds"))
     batch, length = embeddings.shape[0], embeddings.shape[1]
@@ -79,8 +79,8 @@ def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pru
     now = _Tokens(prompt.visual, prompt.valid, None, length, positions)
     unquantized: dict[fx.Node, fx.Node] = {}
     for cut in cuts:
-        behind = cut.layer + 1
-        before = pruner.place(graph, cut.layer) if isinstance(pruner, Placed) else first_node_of_layer(graph, behind)
+        following = cut.layer + 1
+        before = pruner.place(graph, cut.layer) if isinstance(pruner, Placed) else first_node_of_layer(graph, following)
         tokens = (now.visual, now.alive, now.kept, prompt.valid, now.length, prompt.visual)
         point = Point(graph, before, cut, recipe, *tokens, unquantized)
         if recipe.tokens.multiple_of > 1:
@@ -96,8 +96,8 @@ def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pru
 
 @dataclass(frozen=True)
 class _Prompt:
-    """Inputs that say what the tokens are: bool[B, S] twice, and a vector with as many entries as the fewest
-    visual tokens that a row has: its size is the number.
+    """Inputs that describe the tokens: two masks bool[B, S], and a vector whose length is the smallest number of visual
+    tokens of any row.
     """
 
     visual: fx.Node
@@ -107,8 +107,8 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What is current between two cuts: visual and valid masks, original positions (None: all), token count, and the
-    numbers that positions are computed from (None: the original ones, whatever they are).
+    """The state between two cuts: visual and valid masks, original positions (None: all), token count, and the numbers
+    that positions are computed from (None: the original ones).
     """
 
     visual: fx.Node
@@ -124,7 +124,7 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node
     stays, _ = _stays(point, prompt)
     if point.surplus is not None:
         stays = point.call(operator.add, stays, point.surplus)
-    # A symbol of its own: shapes behind the cut take half as long to compute as with the quotient it stands for.
+    # A fresh symbol: shapes after the cut take half as long to compute as with the quotient it replaces.
     stays.meta["val"] = new_size(graph, f"{KEPT}.{point.layer}.size", value(stays).node.hint)
     pair = point.call(SELECT_TOKENS, scores, stays, _quota(point, prompt))
     index, alive = point.call(operator.getitem, pair, 0), point.call(operator.getitem, pair, 1)
@@ -144,7 +144,7 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node
 
 
 def _stays(point: Point, prompt: _Prompt) -> tuple[fx.Node, fx.Node]:
-    """N and S - N: how many tokens the share alone leaves of the whole prompt, and how many go."""
+    """N and S - N: how many tokens of the whole prompt the ratio alone keeps, and how many it drops."""
     total = point.call(aten.sym_size.int, prompt.visual, 1)
     smallest = point.call(aten.sym_size.int, prompt.count, 0)
     dropped = point.call(operator.sub, smallest, _share(point, smallest))
@@ -152,7 +152,7 @@ def _stays(point: Point, prompt: _Prompt) -> tuple[fx.Node, fx.Node]:
 
 
 def _surplus(point: Point, prompt: _Prompt) -> fx.Node:
-    """How many more than N tokens make a multiple of `tokens.multiple_of`, or all tokens where they are fewer."""
+    """How many tokens to add to N to reach a multiple of `tokens.multiple_of`, or all tokens if there are fewer."""
     multiple = point.recipe.tokens.multiple_of
     stays, dropped = _stays(point, prompt)
     raised = point.call(operator.floordiv, point.call(operator.add, stays, multiple - 1), multiple)
@@ -168,14 +168,14 @@ def _share(point: Point, size: fx.Node) -> fx.Node:
 
 
 def _quota(point: Point, prompt: _Prompt) -> fx.Node:
-    """Tokens each row may keep: its text and its share of its own visual tokens, i64[B]."""
+    """The quota of each row: its text tokens and its share of its own visual tokens, i64[B]."""
     text = point.call(aten.bitwise_and.Tensor, prompt.valid, point.call(aten.bitwise_not.default, prompt.visual))
     texts = point.call(aten.sum.dim_IntList, text, [1])
     return point.call(aten.add.Tensor, texts, point.share(prompt.visual))
 
 
 def _compact_cache(point: Point, selection: Selection) -> None:
-    """The scored layer's own keys and values are returned for the kept tokens only."""
+    """Return the scored layer's own keys and values for the kept tokens only."""
     graph, output = point.graph, point.graph.output_node
     (values,) = output.args
     assert isinstance(values, tuple)

@@ -1,12 +1,12 @@
-"""How far quantization moves each decoder layer, and how layers look at the picture.
+"""Profile each decoder layer: its sensitivity to quantization, and its attention to visual tokens.
 
-Each layer runs twice on the same full-precision input, as it is and with every stub quantized (or, with
-`sensitivity_input: quantized`, on what the quantized layers before it gave):
+Each layer runs twice on the same full-precision input, in full precision and with every stub quantized (with
+`sensitivity_input: quantized`, the quantized run reads the output of the quantized layers before it):
 
     S_l = median over samples of ||x_l^q - x_l|| / (||x_l|| + eta)
 
-and in the quantized layer: the attention mass of the ten visual tokens that text looks at most, and the mean pairwise
-cosine of visual tokens. Without a quantizer the deviations are zero and all layers count as equally sensitive.
+and in the quantized layer: the attention mass on the ten visual tokens that text attends to most, and the mean pairwise
+cosine of visual tokens. Without a quantizer all deviations are zero and all layers count as equally sensitive.
 
 Source: "QUOTA" (arXiv 2604.17320), section 3.2 and equation 1; Figures 2 and 3 for the two profiles.
 """
@@ -46,8 +46,9 @@ class MeasureSensitivity:
     gives: ClassVar[str] = "transformed"
 
     def run(self, program: Program) -> bool:
-        """Fills `program.measured[DEVIATIONS]` and `program.plan.facts`; nothing to do where no token is dropped
-        or an earlier compile has measured."""
+        """Fills `program.measured[DEVIATIONS]` and `program.plan.facts`; does nothing if no token is dropped or an
+        earlier compile has measured already.
+        """
         if program.recipe.tokens.method == "none" or not self.count or DEVIATIONS in program.measured:
             return False
         layers = [layer.index for layer in program.layers]
@@ -70,7 +71,7 @@ class MeasureSensitivity:
                         facts = {layer: vars(rows) for layer, rows in table.items()}
                         program.checkpoint.save(self.name, {}, {"samples": number + 1, "layers": facts})
                 step()
-        machine.execute = execute_graph  # the host keeps the machine: what this pass holds goes
+        machine.execute = execute_graph  # the host keeps the machine: release this pass's state
         program.measured[DEVIATIONS] = {layer: rows.deviations for layer, rows in table.items()}
         program.plan = program.plan.changed(facts=tuple(rows.facts(layer) for layer, rows in table.items()))
         return False
@@ -78,14 +79,14 @@ class MeasureSensitivity:
 
 @dataclass
 class LayerRows:
-    """One number per sample for one layer."""
+    """Measurements of one layer, one number per sample each."""
 
     deviations: list[float] = field(default_factory=list)
     masses: list[float] = field(default_factory=list)
     cosines: list[float] = field(default_factory=list)
 
     def facts(self, layer: int) -> LayerFacts:
-        """Medians and spread over the samples."""
+        """Medians and interquartile range over the samples."""
         masses = torch.tensor(self.masses or [0.0], dtype=torch.float64)
         low, middle, high = torch.quantile(masses, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
         cosine = float(torch.tensor(self.cosines or [0.0], dtype=torch.float64).median())
@@ -94,14 +95,14 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a checkpoint holds: how many samples were seen, and the fields of each layer's LayerRows."""
+    """Contents of a checkpoint: the number of samples seen, and the fields of each layer's LayerRows."""
 
     samples: int
     layers: dict[int, LayerRows]
 
 
 def _restore(checkpoint: Checkpoint, table: dict[int, LayerRows], count: int) -> int:
-    """Put into `table` what a stopped compile has measured; the number of samples that it saw."""
+    """Load the measurements of an interrupted compile into `table`; returns the number of samples they cover."""
     with checkpoint.found(MeasureSensitivity.name) as kept:
         if kept is None:
             return 0
@@ -114,7 +115,7 @@ def _restore(checkpoint: Checkpoint, table: dict[int, LayerRows], count: int) ->
 
 
 class _Twice(fx.Interpreter):
-    """Runs the prefill graph, and beside it each layer quantized, from that layer's full-precision input."""
+    """Runs the prefill graph and, in parallel, each layer quantized, on that layer's full-precision input."""
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class _Twice(fx.Interpreter):
         return dict(zip(self.graph_.outputs, results, strict=True))
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node in full precision, and quantized where it belongs to a layer."""
+        """Run one node in full precision, and also quantized if it belongs to a layer."""
         layer = layer_of(n) if n.op == "call_function" else None
         if layer is not None and layer != self.layer:
             self._finish()
@@ -169,7 +170,7 @@ class _Twice(fx.Interpreter):
         self._note(n, value, result)
 
     def _note(self, n: fx.Node, value: Any, quantized: Any) -> None:
-        """Keep the latest residual stream, and look at attention as it passes."""
+        """Keep the latest residual stream, and measure attention nodes."""
         if is_call(n, aten.scaled_dot_product_attention.default) and self.machine.visual is not None:
             read = read_attention(n)
             query, key = self._quantized(read.query), self._quantized(read.key)
@@ -188,7 +189,7 @@ class _Twice(fx.Interpreter):
         return isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[2] == self.hidden_width
 
     def _finish(self) -> None:
-        """At a layer's end: compare its two outputs, and forget the quantized one unless it goes on."""
+        """At a layer's end: compare its two outputs, and drop the quantized one unless the next layer reads it."""
         if self.layer is not None and self.latest is not None:
             value, quantized = self.latest
             rows, tokens = self.table[self.layer], self.program.recipe.tokens
@@ -197,6 +198,6 @@ class _Twice(fx.Interpreter):
             if self.machine.visual is not None and self.machine.visual.any():
                 rows.cosines.append(pairwise_cosine(quantized, self.machine.visual))
             self.entry, self.latest = value, None
-        # What is rounded goes on into the next layer only where that is asked for, as long as anything reads it.
+        # Quantized values flow into the next layer only if the recipe asks for it, and only while they have readers.
         carried = self.program.recipe.tokens.sensitivity_input == "quantized"
         self.shadow = {node: value for node, value in self.shadow.items() if node in self.env} if carried else {}

@@ -1,11 +1,12 @@
-"""Say everything once: what two operators compute from the same values becomes the result of the first.
+"""Common-subexpression elimination: a call with the same operator and arguments as an earlier one is replaced by it.
 
     %a = aten::unsqueeze(%i, 1)
     %b = aten::unsqueeze(%i, 1)      becomes      %a = aten::unsqueeze(%i, 1)
     %y = aten::add(%a, %b)                        %y = aten::add(%a, %a)
 
-Cuts gather several values with the same indices, and a 4-bit cache appends the new token once for attention and once
-for what is returned. Random operators stay, and nothing is merged across an operator that writes into a tensor.
+Token cuts gather several values with the same indices, and a 4-bit cache appends the new token once for attention and
+once for the returned cache. Random operators are kept, and nothing is merged across an operator that writes to a
+tensor.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _merge(graph: Graph) -> bool:
         if _writes(node):
             first.clear()
             continue
-        # As text, since 1, 1.0 and True are equal in Python and not in torch; a node is its name there.
+        # As text, since 1, 1.0 and True are equal in Python but not in torch; a node prints as its name.
         key = (node.target, f"{node.args} {sorted(node.kwargs.items())}")
         same = first.setdefault(key, node)
         if same is not node:

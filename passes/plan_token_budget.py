@@ -1,8 +1,8 @@
-"""Decide behind which layers visual tokens are dropped and how many stay: the materialised pruning recipe.
+"""Compute the token schedule: after which layers visual tokens are dropped, and how many are kept.
 
-The method (pruning/methods) says where and in which proportions; `tokens.keep` and `tokens.keep_of` say how many:
+The method (pruning/methods) defines where and in which proportions; `tokens.keep` and `tokens.keep_of` define how many:
 
-    keep_of final    the ratio behind the last cut is `keep`
+    keep_of final    the ratio after the last cut is `keep`
     keep_of mean     the mean over decoder layers is `keep`, found by bisection, so that methods can be compared
 
 Source: "QUOTA" (arXiv 2604.17320), section 3.2, equations 2 to 5, for its own schedule; matching means is ours.
@@ -25,7 +25,7 @@ BISECTIONS = 60
 
 @dataclass(frozen=True)
 class PlanTokenBudget:
-    """See the module's docstring. Fills the plan; the graphs stay as they are."""
+    """See the module's docstring. Fills the plan; the graphs are unchanged."""
 
     name: ClassVar[str] = "plan_token_budget"
     needs: ClassVar[str] = "calibrated"
@@ -53,11 +53,11 @@ class PlanTokenBudget:
 
 
 def final_keep(schedule: Schedule, mean: float, depth: int) -> float:
-    """The final keep ratio whose mean over `depth` layers is `mean`; PlanError where even a tiny one keeps more."""
+    """The final keep ratio whose mean over `depth` layers is `mean`; PlanError if even the smallest one keeps more."""
     low, high = 1e-6, 1.0
     if schedule.mean(low, depth) > mean:
         raise PlanError(
-            f"cutting behind layers {list(schedule.layers)} of {depth} computes at least "
+            f"cutting after layers {list(schedule.layers)} of {depth} computes at least "
             f"{schedule.mean(low, depth):.4f} of the visual tokens, {mean} was asked",
             where="tokens.keep",
             do="ask for a larger mean, or name earlier tokens.candidate_layers",

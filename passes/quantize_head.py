@@ -1,9 +1,9 @@
-"""Store the language head in 8 bits; a table of token embeddings with the same matrix then reads the same bytes.
+"""Quantize the language head's weight to 8 bits; a tied token embedding then reads the same 8-bit rows.
 
 %y = linear(%x, @w, @b)
   -> %y = qpcompile::linear_w8a16(%x, @w_codes, @w_scale, @b)
 
-Where the host looks tokens up in @w, a graph takes the place of its table:
+If the host's token embedding is tied to @w, a graph replaces it:
 
 graph embed
 %0 = input input : i64[B, S0]
@@ -34,7 +34,7 @@ KERNEL = str(LINEAR_W8A16.name())
 
 @dataclass(frozen=True)
 class QuantizeHead:
-    """See the module's docstring. Rows are rounded to nearest; a matrix that anything else reads stays as it is."""
+    """See the module's docstring. Rows are rounded to nearest; a matrix with any other reader is left unchanged."""
 
     name: ClassVar[str] = "quantize_head"
     needs: ClassVar[str] = "canonical"
@@ -60,7 +60,7 @@ class QuantizeHead:
 
 
 def _quantize(program: Program, head: Graph, linear: fx.Node, site: str) -> Site | LeftOut:
-    """Replace one linear of the head, and the host's table if it has the same matrix."""
+    """Replace one linear of the head, and the host's embedding if it is tied to the same matrix."""
     name = weight_name(linear)
     weight = get_tensor(head.module, name).detach()
     readers = _readers(program.host, weight)
@@ -93,7 +93,7 @@ def _readers(host: nn.Module, weight: torch.Tensor) -> dict[str, nn.Module]:
 
 
 def _table(head: Graph, owner: str, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Graph:
-    """The graph of a table, codes: i8[V, C], scale: f32[V, 1]: i64[B, S] -> dtype[B, S, C]."""
+    """The graph of an embedding, codes: i8[V, C], scale: f32[V, 1]: i64[B, S] -> dtype[B, S, C]."""
     made = fx.Graph()
     ids = made.placeholder("input")
     shape = new_size(head, "rows", 2), new_size(head, "tokens", 3)

@@ -1,11 +1,11 @@
-"""Keep keys and values in 4 or 8 bits, in prefill and decode alike: quantized after rotary positions, before attention.
+"""Store the KV cache in 4 or 8 bits, in prefill and decode: quantized after the rotary embedding, before attention.
 
     prefill  %k = quant_stub(%rope)                      -> %c, %a = qpcompile::kv4_write(%rope)
              sdpa(%q, repeat(%k), repeat(%v), %mask)     -> qpcompile::attention_kv4(%q, %c, %a, ...)
     decode   cat(%past, quant_stub(%rope))               -> cat(%past.codes, %c), cat(%past.affine, %a)
 
-With 8 bits `kv8_write` and `kv8_read` stand around the attention, which stays as it is: no kernel joins them.
-Scales are per token and head, so dropping tokens never touches the codes of those that stay.
+With 8 bits `kv8_write` and `kv8_read` are inserted around an unchanged attention: no kernel fuses them. Scales are per
+token and head, so dropping tokens never changes the codes of kept tokens.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class QuantizeKvCache:
                 _read_back(graph, pairs)
             else:
                 _replace_attention(graph, pairs)
-                # Keys that only scores read: nothing else would keep their codes from being removed as dead.
+                # Keys that only the scores read: without another reader their codes would be removed as dead code.
                 _dequantize([stub for stub in pairs if _leads_to_scores(stub)], graph, pairs)
             _replace_cache(graph, pairs)
             _dequantize([stub for stub in pairs if stub.users], graph, pairs)
@@ -84,7 +84,7 @@ class QuantizeKvCache:
 
 
 def _simulate_kivi(program: Program, bits: int) -> bool:
-    """Round what prefill leaves in the cache, in floating point; attention in prefill and new tokens stay exact."""
+    """Round the cache that prefill returns, in floating point; attention in prefill and new tokens stay exact."""
     sites = []
     for graph in program.language:
         stubs = _stubs(graph)
@@ -125,7 +125,7 @@ def _write(graph: Graph, stub: fx.Node, write: Any) -> Pair:
 
 
 def _read_back(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
-    """Whatever reads keys or values, but for the cache, reads them from their codes."""
+    """Make every reader of keys or values other than the cache read them from their codes."""
     for stub in pairs:
         append = next((user for user in stub.users if is_call(user, aten.cat.default)), None)
         held = stub if append is None else append
@@ -139,12 +139,12 @@ def _not_cache(user: fx.Node) -> bool:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """The stub behind the key or value argument of an attention: through repeats and the append to the past."""
+    """The stub that an attention's key or value comes from, through repeats and the append to the past."""
     return through_shape_ops(node, extra=(aten.cat.default,))
 
 
 def _cached(graph: Graph, node: fx.Node, pairs: dict[fx.Node, Pair], before: fx.Node) -> Pair:
-    """Codes and scales of everything the attention sees: the new tokens', behind the past's where there is one."""
+    """Codes and scales of all tokens that the attention sees: the past's, if there is one, then the new tokens'."""
     stub = _source(node)
     codes, affine = pairs[stub]
     append = next((user for user in stub.users if is_call(user, aten.cat.default)), None)
@@ -162,7 +162,7 @@ def _cached(graph: Graph, node: fx.Node, pairs: dict[fx.Node, Pair], before: fx.
 
 
 def _past(graph: Graph, past: fx.Node, kind: str, new: fx.Node) -> fx.Node:
-    """The placeholder of a cached tensor's codes or scales; made beside the one it replaces."""
+    """The placeholder of a cached tensor's codes or scales; created next to the one it replaces."""
     position = [node for node in graph.nodes if node.op == "placeholder"].index(past)
     path = f"{graph.inputs[position]}.{kind}"
     if path in graph.inputs:
@@ -199,13 +199,13 @@ def _causal_mask(graph: Graph, attention: fx.Node) -> fx.Node:
 
 
 def _replace_cache(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
-    """Outputs `past_key_values.l.key` become `.codes` and `.affine`; gathers behind a cut are done on both."""
+    """Outputs `past_key_values.l.key` become `.codes` and `.affine`; gathers after a cut are applied to both."""
     (values,) = graph.output_node.args
     assert isinstance(values, tuple)
     results, paths = [], []
     for path, node in zip(graph.outputs, values, strict=True):
         assert isinstance(node, fx.Node)
-        stub = _stub_behind(node) if path.startswith(f"{CACHE}.") else None
+        stub = _source_stub(node) if path.startswith(f"{CACHE}.") else None
         if stub is None or stub not in pairs:
             results.append(node)
             paths.append(path)
@@ -219,7 +219,7 @@ def _replace_cache(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
     for path in [path for path in graph.inputs if path.startswith(f"{CACHE}.") and path.count(".") == 2]:
         placeholder = graph.placeholder(path)
         for user in list(placeholder.users):
-            # Batch and length are the same on the codes.
+            # The codes have the same batch size and length.
             if is_call(user, aten.sym_size.int) and f"{path}.codes" in graph.inputs and user.args[1] != 3:
                 user.replace_input_with(placeholder, graph.placeholder(f"{path}.codes"))
         if not placeholder.users:
@@ -227,7 +227,7 @@ def _replace_cache(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
             graph.inputs = tuple(name for name in graph.inputs if name != path)
 
 
-def _stub_behind(node: fx.Node) -> fx.Node | None:
+def _source_stub(node: fx.Node) -> fx.Node | None:
     source = through_shape_ops(node, extra=(aten.gather.default, aten.cat.default))
     return source if is_call(source, QUANT_STUB) else None
 
@@ -239,7 +239,7 @@ def _stored(graph: Graph, node: fx.Node, stub: fx.Node, pairs: dict[fx.Node, Pai
 
 
 def _gathered(graph: Graph, gather: fx.Node, pair: Pair) -> Pair:
-    """The gather of a compacted cache, on codes and scales: its index is expanded along their last axis anew."""
+    """The gather of a compacted cache, on codes and scales: its index is expanded along their last axis."""
     _, axis, index = gather.args
     assert isinstance(index, fx.Node) and is_call(index, aten.expand.default)
     narrow, sizes = index.args
@@ -252,7 +252,7 @@ def _gathered(graph: Graph, gather: fx.Node, pair: Pair) -> Pair:
 
 
 def _dequantize(stubs: Sequence[fx.Node], graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
-    """Other readers (token scores) see the keys as attention does: written to 4 bits and read back."""
+    """Other readers (token scores) see the keys as attention does: quantized and dequantized."""
     for stub in stubs:
         _dequantize_rest(graph, stub, pairs[stub])
 

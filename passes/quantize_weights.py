@@ -1,10 +1,10 @@
-"""Pack every stubbed weight into 4 bits and bind its linear to the integer operator.
+"""Quantize and pack every stubbed weight to 4 bits, and replace its linear by a 4-bit operator.
 
 %y = linear(quant_stub(%x), quant_stub(@w), @b)
   -> %q = qpcompile::quantize_int4(%x)                                  once per input
      or %q = qpcompile::quantize_int4_static(%x, where(%visual, @visual, @text))    scales from calibration
      %y = qpcompile::linear_w4a4(%q, @w_packed, @w_scale, @b)           activations in 4 bits
-  or %y = qpcompile::linear_w4a16(%x, @w_packed, @w_scale, @b)          activations left alone
+  or %y = qpcompile::linear_w4a16(%x, @w_packed, @w_scale, @b)          activations left as they are
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class QuantizeWeights:
         calibration, places = program.measured[CALIBRATION], _places(program)
         with track("quantize_weights", sum(map(len, places.values()))) as step:
             for readers in places.values():
-                # In prefill and decode at once: then the wide weight is gone.
+                # In prefill and decode at once: the full-precision weight is then freed.
                 solved = _solved(*readers[0], scheme, calibration, program.checkpoint)
                 for graph, linear in readers:
                     site = _replace(graph, linear, scheme, calibration, solved, quantized)
@@ -88,7 +88,7 @@ def _replace(
     solved: Packed,
     quantized: dict[fx.Node, tuple[fx.Node, fx.Node]],
 ) -> Site:
-    """Put the integer operator before one linear, for all who read it; returns what it became."""
+    """Replace one linear by the integer operator for all its readers; returns the site for the plan."""
     stub, weight_stub = linear.args[0], linear.args[1]
     assert isinstance(stub, fx.Node) and isinstance(weight_stub, fx.Node)
     fact, group = stub_fact(weight_stub), stub_fact(stub)
@@ -123,7 +123,7 @@ def _replace(
 
 
 def _forget(graph: Graph, linear: fx.Node) -> None:
-    """Remove a linear that nothing reads any more, and its weight where no other node does."""
+    """Remove a dead linear, and its weight if no other node reads it."""
     name, stub = weight_name(linear), linear.args[1]
     assert isinstance(stub, fx.Node)
     graph.module.graph.erase_node(linear)
@@ -138,10 +138,10 @@ def _forget(graph: Graph, linear: fx.Node) -> None:
 
 
 def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, calibration: Calibration) -> fx.Node:
-    """The operator that rounds what is stubbed, with scales found when it runs or fixed now."""
+    """The quantizer of a stubbed input, with dynamic scales or with static ones computed now."""
     fact, x = stub_fact(stub), stub.args[0]
     assert fact is not None and isinstance(x, fx.Node)
-    # What a transform gives in float32 is rounded once, to codes, and not to the model's type before.
+    # The float32 result of a transform is rounded once, to codes, and not to the model's type first.
     x = before_cast(x) if value(before_cast(x)).dtype == torch.float32 else x
     if scheme.activations.granularity != "modality":
         clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
@@ -162,7 +162,7 @@ def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, calibra
 def _solved(
     graph: Graph, linear: fx.Node, scheme: QuantizeScheme, calibration: Calibration, checkpoint: Checkpoint
 ) -> Packed:
-    """The weight of a linear in 4 bits: as a stopped compile has solved it, or solved now."""
+    """The 4-bit weight of a linear: solved by an interrupted compile, or solved now."""
     facts = [stub_fact(argument) for argument in linear.args[:2] if isinstance(argument, fx.Node)]
     group, fact = facts
     assert group is not None and fact is not None

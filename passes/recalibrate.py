@@ -1,10 +1,10 @@
-"""Collect the statistics once more behind the token cuts, on the tokens that each layer still has.
+"""Recollect the statistics after the token cuts, on the tokens that each layer still has.
 
-What GPTQ minimises is then the error on kept tokens: dropped ones, and dead slots of a batch, do not count. The stubs
-stand behind the change of basis by now, so nothing has to be carried over. Off where `calibration.after_cuts` is not
-asked for, or nothing is cut.
+GPTQ then minimises the error on kept tokens: dropped tokens, and dead slots of a batch, do not count. The stubs are
+placed after the change of basis by now, so statistics need no transformation. Off unless `calibration.after_cuts` is
+set and something is cut.
 
-Source: for layers behind a cut, second moments of retained tokens; ours.
+Source: ours; for layers after a cut, second moments of retained tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Recalibrate:
     gives: ClassVar[str] = "cut"
 
     def run(self, program: Program) -> bool:
-        """Replaces `program.measured[CALIBRATION]`; the graphs stay as they are."""
+        """Replaces `program.measured[CALIBRATION]`; the graphs are unchanged."""
         scheme = program.recipe.quantize
         if scheme is None or scheme.weights.bits == 16 or not self.count or not program.plan.cuts:
             return False

@@ -1,14 +1,13 @@
-"""Find for each quantized input how far to clip it: the ratio with the least error of what its linears give.
+"""Search a clip ratio for each quantized input: the one with the least output error of its linears.
 
     min over r of  mean over tokens of || W (Q_r(x) - x) ||^2,   scale of Q_r = r max|x| / 7
 
-The mean is taken over visual and over text tokens of the calibration, and the two are added.
+Visual and text tokens of the calibration are averaged separately, and the two means are added. A smaller quantization
+step for most channels outweighs the error of the few that are clipped. The ratio is stored in the stub's fact, and from
+there in `qpcompile::quantize_int4`; it costs nothing at run time.
 
-A smaller step for the many channels is worth a wrong value in the few that are clipped. The ratio goes into the stub's
-fact, and from there into `qpcompile::quantize_int4`; it costs nothing at run time.
-
-Source: the idea of FlatQuant's learned activation clipping (arXiv 2410.09426, section 3.1), by search and not by
-gradient, as AWQ does for weights (arXiv 2306.00978).
+Source: FlatQuant's learned activation clipping (arXiv 2410.09426, section 3.1), but by search instead of gradients, as
+AWQ does for weights (arXiv 2306.00978).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class SearchClips:
     gives: ClassVar[str] = "transformed"
 
     def run(self, program: Program) -> bool:
-        """Fills `clip` in the facts of activation stubs; the graphs stay as they are."""
+        """Fills `clip` in the facts of activation stubs; the graphs are unchanged."""
         scheme = program.recipe.quantize
         if scheme is None or not scheme.activations.clip_search or 16 in (scheme.weights.bits, scheme.activations.bits):
             return False
@@ -57,9 +56,9 @@ class SearchClips:
 
 
 def best_clip(statistics: InputStatistics, weights: torch.Tensor, group_size: int) -> float:
-    """weights: f[N, C] -> the ratio of RATIOS with the least output error, the largest of equals."""
+    """weights: f[N, C] -> the ratio of RATIOS with the least output error, ties to the largest."""
     rows, gram = statistics.rows, weights.float().T @ weights.float()
-    # Text tokens are few, and answers are read off them.
+    # Text tokens are few, but the answer is generated from them.
     shares = torch.where(statistics.visual, 1 / statistics.visual.sum(), 1 / (~statistics.visual).sum())
     errors = [round_trip(rows, group_size, ratio) - rows for ratio in RATIOS]
     costs = [float(((error @ gram) * error).sum(dim=-1) @ shares) for error in errors]

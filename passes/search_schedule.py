@@ -1,14 +1,14 @@
-"""Try token schedules on samples, quantized, and keep the one whose next token is closest to the full model's.
+"""Search the token schedule on samples: the one whose quantized next-token distribution is closest to the full model's.
 
     cost of a schedule = mean over samples of KL( p || p' )
 
 p is the full-precision model's distribution of the answer's first token with all visual tokens, p' that of the model
-with the schedule's cuts and the method's own scores, quantized as the recipe says (in floating point, at the quant
-stubs). All schedules have the mean that the recipe asks for. The worse half goes after an eighth of the samples, half
-of the rest after a quarter and a half: what is left is compared on all of them.
+with the schedule's cuts and the method's own scores, fake-quantized at the quant stubs by the recipe. All schedules
+have the mean that the recipe asks for. The worse half is discarded after an eighth of the samples, half of the rest
+after a quarter and after a half; the remaining ones are compared on all samples.
 
-Ours: QUOTA (arXiv 2604.17320, section 3.2) shares a fixed drop by each layer's own deviation instead. The search is
-successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
+Ours: QUOTA (arXiv 2604.17320, section 3.2) instead distributes a fixed drop by each layer's own deviation. The search
+is successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from qpcompile.runtime.machine import COUNT, VALID, VISUAL, Machine, execute_gra
 
 # Samples whose visual tokens are counted, to build schedules of whole tokens.
 COUNTED = 8
-# Numerators of ratios before a schedule's own are put in: falling, as ratios do, and found nowhere else in a graph.
+# Placeholder numerators, replaced by those of each schedule: decreasing, as ratios are, and unique in a graph.
 STAND_INS = (999_983, 999_979, 999_961)
 
 
 @dataclass(frozen=True)
 class SearchSchedule:
-    """See the module's docstring. For the method `joint` only."""
+    """See the module's docstring. Runs for the method `joint` only."""
 
     samples: Iterable[dict[str, Any]] = field(repr=False)
     count: int
@@ -57,13 +57,13 @@ class SearchSchedule:
     gives: ClassVar[str] = "transformed"
 
     def run(self, program: Program) -> bool:
-        """Fills `program.measured[SCHEDULE]`; the graphs stay as they are."""
+        """Fills `program.measured[SCHEDULE]`; the graphs are unchanged."""
         tokens = program.recipe.tokens
         if tokens.method == "none" or not isinstance(PRUNERS[tokens.method], Joint) or SCHEDULE in program.measured:
             return False
         if tokens.keep_of != "mean":
             raise PlanError(
-                "joint searches schedules with one mean; the share behind the last cut is its own to choose",
+                "joint searches schedules with one mean; it chooses the share after the last cut itself",
                 where="tokens.keep_of",
                 do="write mean",
             )
@@ -81,9 +81,9 @@ class SearchSchedule:
                         facts = {"samples": number + 1, "costs": list(trials.costs.items())}
                         program.checkpoint.save(self.name, {}, facts)
                 step()
-        trials.machine.execute = execute_graph  # the host keeps the machine: what this pass holds goes
+        trials.machine.execute = execute_graph  # the host keeps the machine: release this pass's state
         program.measured[SCHEDULE] = trials.best()
-        # Graphs of trials are cycles, which would hold weights that later passes replace.
+        # Trial graphs are reference cycles: they would keep weights alive that later passes replace.
         del trials
         gc.collect()
         return False
@@ -91,14 +91,14 @@ class SearchSchedule:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a checkpoint holds: how many samples were seen, and the costs of the schedules that are left."""
+    """Contents of a checkpoint: the number of samples seen, and the costs of the remaining schedules."""
 
     samples: int
     costs: list[tuple[list[float], float]]
 
 
 class _Trials:
-    """Runs the prefill graph in full precision, then quantized with each schedule that is left."""
+    """Runs the prefill graph in full precision, then quantized with each remaining schedule."""
 
     def __init__(self, program: Program, candidates: list[Shares]) -> None:
         self.program = program
@@ -109,7 +109,7 @@ class _Trials:
         self.rounding = None if scheme is None else StubRounding(scheme)
 
     def restore(self, checkpoint: Checkpoint, count: int) -> int:
-        """Take up the costs of a stopped compile; the number of samples that it saw."""
+        """Restore the costs of an interrupted compile; returns the number of samples they cover."""
         with checkpoint.found(SearchSchedule.name) as kept:
             if kept is None:
                 return 0
@@ -122,7 +122,7 @@ class _Trials:
             return facts.samples
 
     def halve(self) -> None:
-        """Keep the cheaper half; equal costs: the earlier candidate."""
+        """Keep the cheaper half; ties to the earlier candidate."""
         order = sorted(self.costs, key=lambda shares: self.costs[shares])
         self.costs = {shares: self.costs[shares] for shares in order[: (len(order) + 1) // 2]}
 
@@ -131,7 +131,7 @@ class _Trials:
         return min(self.costs, key=lambda shares: self.costs[shares])
 
     def execute(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run a graph; on prefill, try the schedules."""
+        """Run a graph; on prefill, evaluate the schedules."""
         results = execute_graph(graph, feeds)
         if graph.name == PREFILL:
             visual, valid = self.machine.visual, self.machine.valid
@@ -153,7 +153,7 @@ class _Trials:
         return last[:, 0].float().log_softmax(dim=-1)
 
     def quantize(self, node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
-        """A stub's value as the operators will see it."""
+        """A stub's value, fake-quantized."""
         fact = stub_fact(node)
         return value if fact is None or self.rounding is None else self.rounding(value, fact)
 
@@ -174,7 +174,7 @@ def _visual_tokens(program: Program, samples: Iterable[dict[str, Any]]) -> int:
 
 
 def _graphs(program: Program, candidates: list[Shares]) -> dict[Shares, Graph]:
-    """The prefill graph with the cuts of each schedule; cutting is slow, so once for all behind the same layers."""
+    """The prefill graph with the cuts of each schedule; cutting is slow, so schedules with the same layers share it."""
     cut: dict[tuple[int, ...], Graph] = {}
     graphs = {}
     for shares in candidates:
@@ -186,7 +186,7 @@ def _graphs(program: Program, candidates: list[Shares]) -> dict[Shares, Graph]:
 
 
 def _with_cuts(program: Program, layers: tuple[int, ...]) -> Graph:
-    """The prefill graph with cuts behind these layers, whose numerators are stand-ins."""
+    """The prefill graph with cuts after these layers, with placeholder numerators."""
     graph, recipe = clone(program.graphs[PREFILL]), program.recipe
     cuts = tuple(
         Cut(layer=layer, ratio=stand_in / DENOMINATOR, numerator=stand_in, denominator=DENOMINATOR)
@@ -197,7 +197,7 @@ def _with_cuts(program: Program, layers: tuple[int, ...]) -> Graph:
 
 
 def _with_ratios(template: Graph, ratios: tuple[float, ...]) -> Graph:
-    """The same cuts with these keep ratios; a numerator is a literal of a product, and nothing else."""
+    """The same cuts with these keep ratios; a numerator only occurs as a literal factor."""
     graph = clone(template)
     actual = {stand_in: ratio_fraction(ratio)[0] for stand_in, ratio in zip(STAND_INS, ratios, strict=False)}
     for node in graph.nodes:

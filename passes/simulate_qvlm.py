@@ -1,4 +1,4 @@
-"""Put Q-VLM's quantizer in place of every stub, in floating point: a simulation to repeat published settings.
+"""Replace every stub by Q-VLM's quantizer in floating point: a simulation to reproduce published settings.
 
     %y = linear(quant_stub(%x), quant_stub(@w), @b)
       -> %r = qpcompile::simulate_qvlm(%x, @low, @high);  %y = linear(%r, @w, @b)      @w rounded to NF4, stored wide
@@ -55,7 +55,7 @@ class SimulateQvlm:
 def _replace(
     graph: Graph, stub: fx.Node, site: str, calibration: Calibration, rounded: dict[str, torch.Tensor]
 ) -> list[Site]:
-    """Simulate one input and the weights of the linears that read it."""
+    """Fake-quantize one input and the weights of the linears that read it."""
     statistics = calibration.inputs.get(site)
     if statistics is None or not len(statistics.rows):
         raise CalibrationError(

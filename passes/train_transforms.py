@@ -1,14 +1,14 @@
-"""Train the change of basis in front of each quantized linear, block by block, on what the block gives.
+"""Train the basis change before each quantized linear, block by block, on the block's output error.
 
-    block: a layer of a graph, or what stands behind the layers. Both the block as it is and the quantized one get the
+    block: a layer of a graph, or the part after the layers. Both the full-precision block and the quantized one get the
     same full-precision inputs, each prompt with its own masks and positions, and
 
-        loss = sum over tokens that are no padding || y_q - y ||^2 / || y ||^2      y: what later blocks read
+        loss = sum over non-padding tokens || y_q - y ||^2 / || y ||^2      y: what later blocks read
 
-    is minimised by Adam over the factors and clip ratios of all its sites. Weights are rounded to nearest here;
-    `quantize_weights` solves them afterwards, in the new basis.
+    is minimised by Adam over the factors and clip ratios of all its sites. Weights are rounded to nearest during
+    training; `quantize_weights` solves them afterwards, in the new basis.
 
-    %t = qpcompile::kronecker(%n, @scale, @left, @right)   ->   the same with other factors, and other weights behind
+    %t = qpcompile::kronecker(%n, @scale, @left, @right)   ->   the same with new factors, and new weights after it
 
 Source: "FlatQuant" (arXiv 2410.09426), section 3.1; masks of each prompt are ours.
 """
@@ -71,7 +71,7 @@ class TrainTransforms:
         return bool(trained)
 
     def _feeds(self, program: Program, training: TrainingScheme) -> dict[str, list[_Batch]]:
-        """What flows into each graph, batch by batch."""
+        """The inputs of each graph, batch by batch."""
         held: dict[str, list[_Batch]] = {}
         count = min(self.count, training.samples)
 
@@ -84,13 +84,13 @@ class TrainTransforms:
         machine = Machine(program, execute)
         for first, batch in batches(islice(self.samples, count), training.batch):
             run_sample(machine, batch, first)
-        machine.execute = execute_graph  # the host keeps the machine: what this pass holds goes
+        machine.execute = execute_graph  # the host keeps the machine: release this pass's state
         return held
 
 
 @dataclass
 class _Batch:
-    """The inputs of a graph, which of its tokens are no padding (bool[B, S], None: all), and what is alive now."""
+    """The inputs of a graph, which of its tokens are not padding (bool[B, S], None: all), and the live values."""
 
     feeds: dict[str, torch.Tensor]
     valid: torch.Tensor | None
@@ -105,14 +105,14 @@ def _train_graph(program: Program, graph: Graph, fed: list[_Batch], scheme: Quan
     with track(f"train {graph.name}", len(blocks)) as step:
         for block in blocks:
             with torch.no_grad():
-                behind = [block.run(batch.values) for batch in fed]
+                targets = [block.run(batch.values) for batch in fed]
             training = _Training(graph, block, scheme, program.measured[CALIBRATION])
             if training.sites and block.results:
-                before, after = training.restore(program.checkpoint) or training.run(program.checkpoint, fed, behind)
+                before, after = training.restore(program.checkpoint) or training.run(program.checkpoint, fed, targets)
                 if after < before:
                     training.fold(program)
                 yield TrainedBlock(name=block.name, before=before, after=min(before, after))
-            for batch, values in zip(fed, behind, strict=True):
+            for batch, values in zip(fed, targets, strict=True):
                 batch.values = values
             trim()
             step()
@@ -125,7 +125,7 @@ class _Training:
         self.graph, self.block, self.scheme, self.calibration = graph, block, scheme, calibration
         self.sites: dict[str, LearnedTransform] = {}
         self.owners: dict[fx.Node, LearnedTransform] = {}
-        # What weights are in the new basis, rounded; made anew for every step.
+        # The rounded weights in the new basis; recomputed for every step.
         self.weights: dict[fx.Node, torch.Tensor] = {}
         for stub in block.nodes:
             fact = stub_fact(stub) if is_call(stub, QUANT_STUB) else None
@@ -141,12 +141,12 @@ class _Training:
                 assert isinstance(owned, fx.Node)
                 self.owners[owned] = learned
 
-    def run(self, checkpoint: Checkpoint, fed: list[_Batch], behind: list[Values]) -> tuple[float, float]:
-        """Train, and keep what was learned; the loss before and after."""
-        before = self.mean_loss(fed, behind)
+    def run(self, checkpoint: Checkpoint, fed: list[_Batch], targets: list[Values]) -> tuple[float, float]:
+        """Train, and save the result to the checkpoint; returns the loss before and after."""
+        before = self.mean_loss(fed, targets)
         self.begin()
-        self.train(fed, behind)
-        losses = before, self.mean_loss(fed, behind)
+        self.train(fed, targets)
+        losses = before, self.mean_loss(fed, targets)
         tensors = {
             f"{site}/{name}": tensor.detach().clone()
             for site, learned in self.sites.items()
@@ -156,7 +156,7 @@ class _Training:
         return losses
 
     def restore(self, checkpoint: Checkpoint) -> tuple[float, float] | None:
-        """Take up what a stopped compile has learned for this block; its losses, None where there is nothing."""
+        """Restore this block from an interrupted compile; returns its losses, None if nothing was saved."""
         with checkpoint.found(self.title) as kept:
             if kept is None:
                 return None
@@ -173,11 +173,11 @@ class _Training:
 
     @property
     def title(self) -> str:
-        """What a checkpoint calls this block."""
+        """The name of this block in a checkpoint."""
         return f"{TrainTransforms.name} {self.graph.name} {self.block.name}"
 
     def begin(self) -> None:
-        """Start free factors from the statistics of what they transform."""
+        """Initialise free factors from the statistics of the values they transform."""
         for stub, learned in self.owners.items():
             fact = stub_fact(stub)
             if fact is None or fact.role != "activation" or learned.rotation:
@@ -204,17 +204,17 @@ class _Training:
                 return learned.inputs(value, group).to(value.dtype)
         if fact.role == "weight":
             return self.weights[node]
-        # Nothing is learned here, so that gradients only have to get through.
+        # Nothing is learned here: gradients only pass through.
         return value + (fake_quantize(value.detach(), fact, self.scheme) - value.detach())
 
     def _round_weights(self) -> dict[fx.Node, torch.Tensor]:
-        """Every weight stub of the block -> what linears read."""
+        """Weight stub -> the rounded weight that linears read, for the whole block."""
         rounding = {}
         for stub in self.block.nodes:
             fact = stub_fact(stub) if is_call(stub, QUANT_STUB) else None
             if fact is not None and fact.role == "weight":
                 weight = get_tensor(self.graph.module, _target(stub.args[0])).detach()
-                # What gradients need of it is made again when they come: together it is six times the layer's weights.
+                # Recomputed in the backward pass (checkpointing): together it is six times the layer's weights.
                 rounding[stub] = recomputed(
                     self._rounded, weight, self.owners.get(stub), use_reentrant=False, preserve_rng_state=False
                 )
@@ -224,30 +224,30 @@ class _Training:
         moved = weight if learned is None else learned.weights(weight)
         return rounded(moved, self.scheme.weights.kernel_group, 1.0).to(weight.dtype)
 
-    def loss(self, batch: _Batch, behind: Values) -> torch.Tensor:
-        """What rounding with the factors of now does to a batch, against what comes out of the block without it."""
+    def loss(self, batch: _Batch, targets: Values) -> torch.Tensor:
+        """The error of one batch under rounding with the current factors, against the block's full-precision output."""
         self.weights = self._round_weights()
         given = self.block.run(batch.values, self._look)
         losses = []
         for node in self.block.results:
-            expected, found = behind[node].float(), given[node].float()
+            expected, found = targets[node].float(), given[node].float()
             difference = found - expected
             if batch.valid is not None and expected.shape[:2] == batch.valid.shape:
                 difference, expected = difference[batch.valid], expected[batch.valid]
             losses.append(difference.pow(2).sum() / expected.pow(2).sum().clamp(min=1e-12))
         return torch.stack(losses).mean()
 
-    def mean_loss(self, fed: list[_Batch], behind: list[Values]) -> float:
+    def mean_loss(self, fed: list[_Batch], targets: list[Values]) -> float:
         """Mean over batches."""
         with torch.no_grad():
-            return float(torch.stack([self.loss(*pair) for pair in zip(fed, behind, strict=True)]).mean())
+            return float(torch.stack([self.loss(*pair) for pair in zip(fed, targets, strict=True)]).mean())
 
-    def train(self, fed: list[_Batch], behind: list[Values]) -> None:
-        """Adam over epochs of batches in their order, a step for each, with a falling cosine."""
+    def train(self, fed: list[_Batch], targets: list[Values]) -> None:
+        """Adam over epochs of batches in order, one step per batch, with cosine decay of the step size."""
         options = self.scheme.training
         parameters = [parameter for learned in self.sites.values() for parameter in learned.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
-        pairs = list(zip(fed, behind, strict=True))
+        pairs = list(zip(fed, targets, strict=True))
         total = options.epochs * len(pairs)
         with torch.enable_grad():
             for number in range(total):
@@ -258,7 +258,8 @@ class _Training:
                 optimizer.step()
 
     def fold(self, program: Program) -> None:
-        """Put what was learned into factors, weights, shifts, clips and statistics, wherever they are read."""
+        """Write the learned transform into factors, weights, shifts, clips and statistics, in all graphs.
+        """
         with torch.no_grad():
             learned = {site: transform.factors() for site, transform in self.sites.items()}
             moved = dict[str, torch.Tensor]()
@@ -274,7 +275,7 @@ class _Training:
     def _fold_graph(
         self, graph: Graph, learned: dict[str, tuple[torch.Tensor, torch.Tensor]], moved: dict[str, torch.Tensor]
     ) -> None:
-        """moved: new tensors by name, made for the first graph that has them and shared by the others."""
+        """moved: new tensors by name, created for the first graph that has them and shared by the others."""
         for stub in calls(graph, QUANT_STUB):
             fact = stub_fact(stub)
             node = _kronecker(stub) if fact is not None and fact.site in learned else None
@@ -301,7 +302,7 @@ class _Training:
 
 
 def _carried(found: InputStatistics, left: torch.Tensor, right: torch.Tensor) -> InputStatistics:
-    """Statistics behind left kron right; by the factors where the input is wide."""
+    """Statistics after left kron right; applied by factors if the input is wide."""
     if len(left) * len(right) > WIDE:
         return found.turned(lambda rows: kronecker_rows(rows, left, right))
     return found.transformed(torch.kron(left, right))
@@ -313,7 +314,7 @@ def _target(node: object) -> str:
 
 
 def _kronecker(stub: fx.Node) -> fx.Node | None:
-    """The transform in front of a stub, past the subtraction of a mean."""
+    """The transform before a stub, looking through the subtraction of a mean."""
     source = _shifted(stub)
     if is_call(source, aten.sub.Tensor):
         source = source.args[0]
@@ -321,7 +322,7 @@ def _kronecker(stub: fx.Node) -> fx.Node | None:
 
 
 def _shifted(stub: fx.Node) -> fx.Node:
-    """What a stub reads, past a cast to the model's type."""
+    """What a stub reads, looking through a cast to the model's type."""
     source = stub.args[0]
     assert isinstance(source, fx.Node)
     return before_cast(source)

@@ -1,12 +1,12 @@
-"""Compute in float64, and round once, what back ends add up in different orders before 4-bit codes are made of it.
+"""Promote reductions before int4 quantizers to float64, so that all back ends produce identical codes.
 
     %y = aten::layer_norm(%x, ...)      becomes      %a = aten::to.dtype(%x, f64)
                                                      %b = aten::layer_norm(%a, ...)
                                                      %y = aten::to.dtype(%b, f32)
 
-A code flips where two back ends differ in the last bit next to a tie, and with it an answer now and then; see
-kernels/sums.py for the numbers. Our own operators do the same inside. Models whose activations are not quantized,
-models in half precision and models on a GPU are left as they are.
+Back ends use different summation orders. Where their float32 results differ in the last bit next to a rounding tie, a
+code flips, and with it an occasional answer; kernels/sums.py has the numbers. Our own operators do the same internally.
+Models whose activations are not quantized, models in half precision and models on a GPU are left unchanged.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ QUANTIZERS = (QUANTIZE_INT4, QUANTIZE_INT4_STATIC, RMSNORM_QUANTIZE, LAYERNORM_Q
 
 CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
 
-# What adds up many numbers, and functions that libraries approximate each in its own way. Plain arithmetic is the same
-# everywhere.
+# Reductions, and functions that math libraries approximate differently. Plain arithmetic is the same everywhere.
 SUMS = (
     *(aten.linear.default, aten.addmm.default, aten.matmul.default, aten.bmm.default, aten.mm.default),
     *(*CONVOLUTIONS, aten.mean.dim, aten.layer_norm.default, RMSNORM),
@@ -49,14 +48,14 @@ FUNCTIONS = (
 
 @dataclass(frozen=True)
 class WidenSums:
-    """See the module's docstring. The head is left out: nothing is quantized behind it."""
+    """See the module's docstring. The head is left out: nothing is quantized after it."""
 
     name: ClassVar[str] = "widen_sums"
     needs: ClassVar[str] = "fused"
     gives: ClassVar[str] = "fused"
 
     def run(self, program: Program) -> bool:
-        """Returns whether anything was widened."""
+        """Returns whether anything was promoted."""
         quantized = any(any(calls(graph, *QUANTIZERS)) for graph in program.graphs.values())
         if not quantized or any(_elsewhere(tensor) for tensor in program.host.parameters()):
             return False
@@ -84,7 +83,7 @@ def _widen(graph: Graph) -> bool:
 
 
 def _cuts_patches(node: fx.Node) -> bool:
-    """Whether a convolution is a product over patches that do not overlap; other ones have no float64 in runtimes."""
+    """Whether a convolution is a matrix product over non-overlapping patches; runtimes have no float64 for others."""
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     sides = list(value(weight).shape[2:])
@@ -95,7 +94,7 @@ def _cuts_patches(node: fx.Node) -> bool:
 
 
 def _wide(graph: Graph, reader: fx.Node, source: fx.Node, wide: dict[fx.Node, fx.Node]) -> fx.Node:
-    """An argument of `reader` in float64 if it is in float32, made once where it is first read."""
+    """An argument of `reader`, cast to float64 if it is float32; the cast is created once, before its first reader."""
     tensor = value(source)
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
         return source

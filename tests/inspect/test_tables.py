@@ -19,7 +19,7 @@ def test_step_becomes_what_changed_in_which_graph() -> None:
     (change,) = row.graphs
     assert (change.graph, change.before, change.after) == ("prefill", 6, 7)
     assert change.changes == (("a", -2), ("b", -1), ("c", 4))
-    assert row.purpose.startswith("One spelling per idea")
+    assert row.purpose.startswith("Canonicalize traced graphs")
 
 
 def test_history_alone_has_no_counts() -> None:
