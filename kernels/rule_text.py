@@ -1,4 +1,4 @@
-"""How rules write a tensor: `f32[N, 1]`, `f|bool[B|1, Hq|1, T, S]?`, `=dtype[..., N]`. See kernels/rules.py."""
+"""Parser of tensor forms in rules: `f32[N, 1]`, `f|bool[B|1, Hq|1, T, S]?`, `=dtype[..., N]`. See kernels/rules.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TENSOR = re.compile(
     r"(?:=(?P<like>[\w+]+)|(?P<types>[\w|]+))\[(?P<leading>[~*]?\.{3})?(?:, )?(?P<sizes>.*)\](?P<optional>\??)"
 )
 _COMMA = re.compile(r", (?![^(]*\))")
-# A size that is made of named ones.
+# A size computed from named ones.
 _FORMS: tuple[tuple[re.Pattern[str], Callable[..., Any]], ...] = (
     (re.compile(r"ceil\((\w+)/2\)"), lambda size: (size + 1) // 2),
     (re.compile(r"groups\((\w+), (\w+)\)"), lambda size, group: size // group if group else 1),
@@ -37,9 +37,9 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[..., Any]], ...] = (
 
 @dataclass(frozen=True)
 class Size:
-    """One size of a tensor: a number, a named size, or what `function` makes of named ones.
+    """One size of a tensor: a number, a named size, or `function` of named ones.
 
-    or_one: 1 fits too.
+    or_one: 1 matches too.
     """
 
     text: str
@@ -49,7 +49,7 @@ class Size:
     or_one: bool = False
 
     def value(self, sizes: dict[str, Any]) -> Any:
-        """The size where the named ones are known, else None."""
+        """The size if the named ones are known, else None."""
         if self.number is not None:
             return self.number
         values = [sizes.get(name) for name in self.names]
@@ -60,10 +60,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Form:
-    """A tensor as a rule writes it.
+    """A tensor form in a rule.
 
     leading: "...", "~..." (broadcasts to that), "*..." (any) or "". like: the operand whose type it has, or ""; for
-    results also "x+weight", the type of their sum.
+    results also "x+weight", the promoted type of both.
     """
 
     text: str
@@ -75,9 +75,9 @@ class Form:
 
 
 def read_form(text: str) -> Form:
-    """The tensor that `text` writes."""
+    """The form that `text` describes."""
     match = _TENSOR.fullmatch(text)
-    assert match is not None, f"{text!r} is no tensor"
+    assert match is not None, f"{text!r} is not a tensor form"
     types: frozenset[torch.dtype] = frozenset()
     for name in (match["types"] or "").split("|") if match["types"] else ():
         types |= _SETS[name] if name in _SETS else {TYPES[name]}
@@ -92,5 +92,5 @@ def _size(text: str) -> Size:
         if match := pattern.fullmatch(text):
             return Size(text, match.groups(), function=function)
     name = text.removesuffix("|1")
-    assert name.isidentifier(), f"{text!r} is no size"
+    assert name.isidentifier(), f"{text!r} is not a size"
     return Size(text, (name,), or_one=name != text)

@@ -1,4 +1,4 @@
-"""What an operator may be given, declared once per operator (kernels/<op>/rule.py) and checked wherever it is called.
+"""Operand rules: types and shapes of an operator, declared once (kernels/<op>/rule.py), checked wherever it is called.
 
     RULE = Rule(
         "qpcompile::linear_w8a16",
@@ -7,17 +7,17 @@
         empty="...",
     )
 
-The operands stand in the order of the operator's arguments. A tensor is its types, its sizes, and `?` where it may be
+The operands are in the order of the operator's arguments. A tensor form is its types, its sizes, and `?` if it may be
 None; several forms of one operand are a tuple:
 
     types   f (f16, bf16, f32, f64), i (i32, i64), f32, u8, ..., several with |; =name for the type of that operand
-    sizes   a number; a name, which is one number wherever it stands; N|1; ceil(K/2); A*c; groups(C, group_size)
-    ...     leading sizes, the same wherever they stand; ~... sizes that broadcast to them; *... any
+    sizes   a number; a name, which is one number wherever it occurs; N|1; ceil(K/2); A*c; groups(C, group_size)
+    ...     leading sizes, the same wherever they occur; ~... sizes that broadcast to them; *... any
 
-Any other operand is a `Scalar`. A named size is at least 1 unless `empty` names it: no rows in, no rows out.
+Any other operand is a `Scalar`. A named size is at least 1 unless listed in `empty`: no rows in, no rows out.
 
 One rule serves real tensors (operators), fake ones (while a graph is traced or edited) and whole graphs. Symbolic sizes
-are compared by their example values, so that no guard is added; one without an example fits everything.
+are compared by their example values (hints), so that no guard is added; one without a hint matches everything.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 Sizes = dict[str, Any]
-"""Named sizes, whole numbers by operand, types by operand, and the leading sizes as a tuple called `...`."""
+"""Named sizes, integers by operand, types by operand, and the leading sizes as a tuple called `...`."""
 MOST_KNOWN = 1024
 Waiting = list[tuple[str, Tensor, Size, Any]]
-"""Sizes that can be compared when all named ones are known: operand, its tensor, what it must be, what it is."""
+"""Size checks deferred until all named sizes are known: operand, its tensor, expected size, actual size."""
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """An operand that is no tensor: what it must be, in words, and whether a value is that."""
+    """A non-tensor operand: what it must be, in words, and a predicate for values."""
 
     text: str
     accepts: Callable[[Any], bool]
@@ -65,13 +65,13 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
 
 
 def count(least: int = 0, most: float = math.inf) -> Scalar:
-    """A whole number from `least` to `most`; a symbolic one is judged by its example value."""
+    """An integer from `least` to `most`; a symbolic one is checked by its hint."""
 
     def accepts(value: Any) -> bool:
         whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
         return whole and ((known := example(value)) is None or least <= known <= most)
 
-    return Scalar(f"a whole number of at least {least}" + (f" and at most {most}" if most < math.inf else ""), accepts)
+    return Scalar(f"an integer of at least {least}" + (f" and at most {most}" if most < math.inf else ""), accepts)
 
 
 def one_of(*values: Any) -> Scalar:
@@ -84,7 +84,7 @@ def one_of(*values: Any) -> Scalar:
 
 
 def numbers(length: int) -> Scalar:
-    """So many finite numbers."""
+    """A sequence of `length` finite numbers."""
     single = number()
 
     def accepts(value: Any) -> bool:
@@ -99,9 +99,9 @@ FLOAT_TYPE = Scalar("one of f16, bf16, f32, f64", lambda value: isinstance(value
 
 @dataclass(frozen=True)
 class Relation:
-    """What must hold between values by name (see `Sizes`), in words; `operand` is the one to blame.
+    """A constraint between named values (see `Sizes`), in words; `operand` is the one reported.
 
-    It is not asked where one of `names` is missing: an operand was left out, or a size has no example value.
+    Skipped if one of `names` is missing: an operand was left out, or a size has no hint.
     """
 
     operand: str
@@ -126,7 +126,7 @@ def grouped(channels: str) -> Relation:
 
 
 class Rule:
-    """The operands of the operator `name` (`qpcompile::rope`) and its results; see the top of this file."""
+    """The operands and results of the operator `name` (`qpcompile::rope`); see the module's docstring."""
 
     def __init__(
         self,
@@ -160,16 +160,16 @@ class Rule:
         return ", ".join(f"{key}: {parts[key]}" for key in self.names)
 
     def check(self, *arguments: Any) -> None:
-        """Refuse arguments, in the operator's order, that do not fit; the last ones may be left out.
+        """Refuse arguments, in the operator's order, that do not match; trailing ones may be left out.
 
-        Layers of a model are called alike: what was let through once is known by its types and sizes.
-        Raises KernelError that names the operator and the operand, what it is and what it must be.
+        The layers of a model are called alike: accepted combinations of types and sizes are cached.
+        Raises KernelError naming the operator and the operand, what it is and what it must be.
         """
         key = _key(arguments)
         try:
             if key in self.known:
                 return
-        except TypeError:  # what should have been a number has no hash
+        except TypeError:  # an unhashable value in place of a number
             key = None
         self.sizes(*arguments)
         if key is not None:
@@ -178,7 +178,7 @@ class Rule:
             self.known.add(key)
 
     def checked(self, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-        """`function`, which takes the operator's arguments, with `check` before it."""
+        """`function`, which takes the operator's arguments, preceded by `check`."""
 
         @functools.wraps(function)
         def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -188,7 +188,7 @@ class Rule:
         return run
 
     def sizes(self, *arguments: Any) -> Sizes:
-        """What the names stand for with these arguments. Raises as `check`."""
+        """The values of the named sizes for these arguments. Raises like `check`."""
         arguments += (None,) * (len(self.names) - len(arguments))
         sizes: Sizes = {}
         waiting: Waiting = []
@@ -213,12 +213,12 @@ class Rule:
         return sizes
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The arguments of a call by place and by name in the operator's order, None for those left out."""
+        """Positional and keyword arguments of a call in the operator's order, None for those left out."""
         given = dict(zip(self.names, args, strict=False)) | dict(kwargs)
         return tuple(given.get(name) for name in self.names)
 
     def results(self, *arguments: Any) -> list[tuple[torch.dtype, tuple[Any, ...]]]:
-        """Type and sizes of every result for these arguments. Raises as `check`."""
+        """Type and sizes of every result for these arguments. Raises like `check`."""
         sizes = self.sizes(*arguments)
         found = []
         for form in self.gives:
@@ -229,7 +229,7 @@ class Rule:
         return found
 
     def fake(self, *arguments: Any) -> Any:
-        """Empty results for these arguments, a tensor or a tuple of them. Raises as `check`."""
+        """Empty results for these arguments, a tensor or a tuple of them. Raises like `check`."""
         results = self.results(*arguments)
         like = arguments[self.tensors[0][0]]
         made = tuple(like.new_empty(sizes, dtype=dtype) for dtype, sizes in results)
@@ -240,10 +240,10 @@ class Rule:
         return KernelError(problem, where=f"{self.name}, operand {operand}", do=f"give {self.signature}")
 
     def _take(self, key: str, forms: tuple[Form, ...], tensor: Tensor, sizes: Sizes, waiting: Waiting) -> None:
-        """Compare a tensor with its forms, and remember what it says of named sizes."""
+        """Match a tensor against its forms, and bind named sizes."""
         problem = ""
         for form in forms:
-            # What a form that does not fit has named is forgotten.
+            # Bindings of a form that does not match are discarded.
             trial, later = (sizes, waiting) if len(forms) == 1 else (dict(sizes), list[Any]())
             problem = self._misfit(key, form, tensor, trial, later)
             if not problem:
@@ -254,7 +254,7 @@ class Rule:
         raise self.refused(key, f"{key} is {described(tensor)}, but must be {_choice(forms)}: {problem}")
 
     def _misfit(self, key: str, form: Form, tensor: Tensor, sizes: Sizes, waiting: Waiting) -> str:
-        """What is wrong with a tensor; empty where nothing is."""
+        """What is wrong with a tensor; empty if nothing is."""
         dtype, shape, own = tensor.dtype, tensor.shape, form.sizes
         sizes[key] = dtype
         if dtype not in form.types and (not form.like or sizes.get(form.like) is not dtype):
@@ -279,7 +279,7 @@ class Rule:
         return ""
 
     def _compare(self, sizes: Sizes, waiting: Waiting) -> None:
-        """Compare what had to wait for all named sizes."""
+        """Check the deferred sizes."""
         for key, tensor, size, given in waiting:
             wanted = size.value(sizes)
             if wanted is not None and differ(wanted, given):
@@ -292,7 +292,7 @@ class Rule:
 
 
 def _key(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Types, sizes and places of tensors, and the other arguments; None where a size may be symbolic."""
+    """Types, sizes and devices of tensors, and the other arguments; None if a size may be symbolic."""
     parts: list[Any] = []
     for each in arguments:
         if isinstance(each, Tensor):
@@ -302,13 +302,13 @@ def _key(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         elif each.__class__ is list:
             parts.append(tuple(each))
         else:
-            # Python finds 1, 1.0 and True equal.
+            # 1, 1.0 and True are equal in Python.
             parts += (each.__class__, each)
     return tuple(parts)
 
 
 def example(size: Any) -> Any:
-    """The example value of a symbolic size, None where it has none; anything else as it is."""
+    """The hint of a symbolic size, None if it has none; anything else unchanged."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
@@ -320,7 +320,7 @@ def differ(left: Any, right: Any) -> bool:
 
 
 def described(value: Any) -> str:
-    """A value as rules write it: `f32[2, 5]`; anything else as Python does, shortened."""
+    """A tensor in the notation of rules: `f32[2, 5]`; anything else by its repr, shortened."""
     if isinstance(value, Tensor):
         return f"{NAMES.get(value.dtype, str(value.dtype))}{list(value.shape)}"
     if isinstance(value, torch.dtype):
@@ -334,7 +334,7 @@ def _choice(forms: tuple[Form, ...]) -> str:
 
 
 def _leading(kind: str, given: tuple[Any, ...], sizes: Sizes) -> str:
-    """What is wrong with the leading sizes of a tensor; empty where nothing is."""
+    """What is wrong with the leading sizes of a tensor; empty if nothing is."""
     if kind == "*...":
         return ""
     wanted = sizes.setdefault("...", given)

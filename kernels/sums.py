@@ -1,11 +1,11 @@
-"""The type that sums are computed in before a 4-bit code is made of them.
+"""The accumulation type of reductions that feed 4-bit quantizers.
 
-Back ends add in different orders, so float32 results differ in the last bit, and where x / scale lies next to a tie
-the code differs: a few values of every picture, which in the end is a different answer now and then (2 to 4 of 100 on
-the Qwen2.5-VL testbed, between the compiled module and onnxruntime). In float64 the orders differ by 1e-16, and
-rounded once to float32 they give the same number but for about one value in 10^8.
+Back ends use different summation orders, so float32 results differ in the last bit, and where x / scale is next to a
+rounding tie the code differs: a few values per picture, which occasionally changes an answer (2 to 4 of 100 on the
+Qwen2.5-VL testbed, between the compiled module and onnxruntime). In float64 the orders differ by 1e-16, and rounded
+once to float32 the results are identical except for about one value in 10^8.
 
-On a GPU, where float64 is slow, and for models in half precision, the type is float32: no second back end has to agree.
+On a GPU, where float64 is slow, and for models in half precision, the type is float32: no second back end has to match.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ def wide_type(x: Tensor) -> torch.dtype:
 
 
 def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """`function` on tensors [..., C] of one shape, a few hundred rows at a time; results are [..., *].
+    """Apply `function` to tensors [..., C] of one shape, a few hundred rows at a time; results are [..., *].
 
-    Its float64 buffers then stay in the cache: two thirds of the time at 2,640 rows of 320 channels.
+    Its float64 buffers then stay in the cache: it takes two thirds of the time at 2,640 rows of 320 channels.
     """
     leading = tensors[0].shape[:-1]
     if leading.numel() <= ROWS:

@@ -1,4 +1,4 @@
-"""The CPU path of attention over a whole prompt: AMX tiles for bfloat16, where the processor has them, or torch's."""
+"""CPU attention over a whole prompt: AMX tiles for bfloat16 if the processor has them, otherwise torch's kernel."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor
 from qpcompile.kernels.attention.rule import RULE
 from qpcompile.kernels.native import library as native
 
-# Below these sizes laying out keys for the tiles costs more than it saves.
+# Below these sizes packing keys into tile layout costs more than it saves.
 QUERIES, KEYS = 16, 32
 
 
@@ -15,7 +15,7 @@ QUERIES, KEYS = 16, 32
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """q: f[B, Hq, S, D], k, v: f[B, Hkv, T, D], mask: bool or f, broadcast to [B, Hq, S, T] -> q.dtype[B, Hq, S, D].
 
-    Raises KernelError for other operands, also for no heads: torch divides by their number, and the process ends.
+    Raises KernelError for other operands, including zero heads: torch divides by their number, which kills the process.
     """
     alike = k.dtype == v.dtype == q.dtype and k.shape == v.shape
     if alike and on_tiles(q, k.shape[2], mask, scale):
@@ -24,7 +24,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The same by torch, with gradients, on operands that were checked."""
+    """The same by torch, with gradients, on operands that are already checked."""
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
@@ -37,7 +37,7 @@ def on_tiles(q: Tensor, keys: int, mask: Tensor | None, scale: float) -> bool:
 
 
 def _on_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    # The numbers of a token lie side by side; heads and tokens may lie as projections leave them.
+    # The last axis must be contiguous; heads and tokens may have any strides, as projections leave them.
     q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
     batch, heads, queries, size = q.shape
     groups, keys = k.shape[1:3]

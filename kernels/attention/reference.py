@@ -1,6 +1,6 @@
-"""Attention of a whole prompt or picture: y = softmax(scale q k^T, where allowed) v.
+"""Scaled dot-product attention over a whole prompt or picture: y = softmax(scale q k^T + mask) v.
 
-Source: "Attention Is All You Need" (arXiv 1706.03762), section 3.2.1. A query that may see no key gets 0.
+Source: "Attention Is All You Need" (arXiv 1706.03762), section 3.2.1. A query whose keys are all masked gets 0.
 """
 
 import torch

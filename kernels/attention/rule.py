@@ -1,7 +1,7 @@
-"""What attention over whole prompts may be given: here by heads, and as `aten::scaled_dot_product_attention` anyhow.
+"""Operand rules of attention over whole prompts: by heads here, and in general as `aten::scaled_dot_product_attention`.
 
-torch compares the operands of its own operator, but for numbers of heads: it divides by them, and with none the process
-ends.
+torch checks the operands of its own operator except the numbers of heads: it divides by them, and with zero heads the
+process dies.
 """
 
 from typing import Any

@@ -1,14 +1,14 @@
-"""Attention on a 4-bit cache for the CPU: two ways, by the number of query rows that share a key.
+"""CPU attention on a 4-bit cache: two paths, chosen by the number of query rows that share a key.
 
 Many rows (prefill): dequantize K and V once, then attention over a whole prompt (kernels/attention), which holds no
 [Sq, S] matrix; in bfloat16 on AMX tiles, for which K and V are rounded to it, and by torch in the wider type elsewhere.
-Few rows (decode): the codes enter the products as whole numbers, scale and zero point move to the small side:
+Few rows (decode): the codes enter the products as integers, scale and zero point are applied to the small operand:
 
     q . k_s     = scale_s * (q . code_s - zero_s * sum(q))
     sum_s p_s v_s = sum_s (p_s * scale_s) code_s - sum_s p_s * scale_s * zero_s
 
-which saves the passes over the unpacked cache. It is one call of C where that is compiled; in torch it is 1.3 to 1.8
-times faster on one core with one row, for 640 tokens and more; from about 8 rows on the fused attention wins.
+which saves the passes over the unpacked cache. It is one C call if the library is compiled. In torch it is 1.3 to 1.8
+times faster on one core with one row, for 640 tokens and more; from about 8 rows on, the fused attention wins.
 """
 
 import torch
@@ -66,7 +66,7 @@ def _native(
         raise KernelError(
             f"codes and scales of keys and values {[list(part.shape) for part in cache]} are not of one cache",
             where="qpcompile::attention_kv4",
-            do="pass what qpcompile::kv4_write made of the same keys and values",
+            do="pass what qpcompile::kv4_write returned for the same keys and values",
         )
     room = _room(cache[0])
     if room < keys or any(_room(part) != room for part in cache):
@@ -79,7 +79,7 @@ def _native(
 
 
 def _room(part: Tensor) -> int:
-    """Keys from one head to the next in a part of a cache, [B, H, S, W]; 0 where it is no front of a packed one."""
+    """Stride between heads, in keys, of a cache part [B, H, S, W]; 0 if it is not the front of a contiguous one."""
     _, heads, _, width = part.shape
     of_batch, of_head, of_key, of_number = part.stride()
     packed = width > 0 and of_number == 1 and of_key == width and of_head % width == 0 and of_batch == heads * of_head
@@ -107,7 +107,7 @@ def _attend_to_values(
     allowed, bias = split_mask(mask)
     term = allowed if bias is None else bias.to(wide).masked_fill_(~allowed, -torch.inf)
     y = F.scaled_dot_product_attention(q.to(wide), k, v, attn_mask=term, scale=scale, enable_gqa=True)
-    # What torch returns for a row that sees nothing has changed between its versions.
+    # torch's result for a fully masked row differs between versions.
     return y.masked_fill_(~allowed.any(-1, keepdim=True), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""`qpcompile::attention_kv4` in plain ONNX operators, grouped-query without repeating keys or values."""
+"""`qpcompile::attention_kv4` in standard ONNX operators, grouped-query without repeating keys or values."""
 
 from typing import Any
 
@@ -27,18 +27,18 @@ def attention_kv4(q: Any, k_codes: Any, k_affine: Any, v_codes: Any, v_affine: A
 
 def scaled_queries(q: Any, scale: float, wide: ir.DataType) -> Any:
     """q: f[B, H, R, D] -> wide[B, H, R, D], times the scale."""
-    # A vector: onnxruntime would make a single number a float32 attribute of the product behind it.
+    # A vector: onnxruntime would fold a scalar into the following product as a float32 attribute.
     factor = op.Constant(value=ir.tensor([scale] * q.shape[3], dtype=wide))
     return op.Mul(op.Cast(q, to=wide), factor)
 
 
 def group_rows(queries: Any, groups: int, head_dim: int) -> Any:
-    """queries: f[B, Hq, R, D] -> f[B, Hkv, Hq / Hkv * R, D]: the query heads of one key head become its rows."""
+    """queries: f[B, Hq, R, D] -> f[B, Hkv, Hq / Hkv * R, D]: the query heads of one KV head become its rows."""
     return op.Reshape(queries, [0, groups, -1, head_dim])
 
 
 def masked_scores(scores: Any, mask: Any) -> Any:
-    """scores: f[..., Sq, S], mask as in masking.py -> f[..., Sq, S], forbidden keys are -inf."""
+    """scores: f[..., Sq, S], mask as in masking.py -> f[..., Sq, S], masked keys are -inf."""
     nothing = op.CastLike(float("-inf"), scores)
     if mask.dtype == ir.DataType.BOOL:
         return op.Where(mask, scores, nothing)
@@ -47,7 +47,7 @@ def masked_scores(scores: Any, mask: Any) -> Any:
 
 
 def masked_softmax(scores: Any, mask: Any) -> Any:
-    """scores: f[..., Sq, S] -> probabilities f[..., Sq, S]; a row that sees no key is 0."""
+    """scores: f[..., Sq, S] -> probabilities f[..., Sq, S]; a fully masked row is 0."""
     if mask is None:
         return op.Softmax(scores, axis=-1)
     scores = masked_scores(scores, mask)

@@ -22,8 +22,8 @@ def attention_kv4(
 ) -> Tensor:
     """q: f[B, Hq, Sq, D], codes: u8[B, Hkv, S, ceil(D / 2)], affine: f32[B, Hkv, S, 2] -> q.dtype[B, Hq, Sq, D].
 
-    mask: f or bool [B | 1, 1 | Hq, Sq, S]; None lets every query see every key. A row that sees no key is 0.
-    filled: i64[1], how many keys there are; what lies behind them is neither read nor seen. None: all S.
+    mask: f or bool [B | 1, 1 | Hq, Sq, S]; None lets every query see every key. A fully masked row is 0.
+    filled: i64[1], the number of valid keys; slots after them are neither read nor attended to. None: all S.
     """
     return cpu.attention_kv4(q, k_codes, k_affine, v_codes, v_affine, mask, scale, filled)
 

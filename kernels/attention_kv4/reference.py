@@ -1,6 +1,6 @@
 """Attention on a 4-bit cache, grouped-query: y_h = softmax(scale * q_h K_g^T + mask) V_g with g = h // (Hq / Hkv).
 
-K and V are what kv4_write stored. Probabilities are not quantized; sums are in `wide_type`.
+K and V are dequantized from the codes of kv4_write. Probabilities are not quantized; accumulation is in `wide_type`.
 
 Source: FlatQuant, attention on dequantized keys and values (arXiv 2410.09426).
 """
@@ -26,7 +26,7 @@ def attention_kv4(
     """q: f[B, Hq, Sq, D], codes: u8[B, Hkv, S, ceil(D / 2)], affine: f32[B, Hkv, S, 2] -> q.dtype[B, Hq, Sq, D].
 
     mask: f or bool [B | 1, 1 | Hq, Sq, S], see masking.py; None lets every query see every key.
-    filled: i64[1], the number of keys that count; None for all S.
+    filled: i64[1], the number of valid keys; None for all S.
     """
     if filled is not None:
         k_codes, k_affine, v_codes, v_affine, mask = front(k_codes, k_affine, v_codes, v_affine, mask, filled)
@@ -40,16 +40,16 @@ def attention_kv4(
 
 
 def tokens_outside(y: Tensor) -> Tensor:
-    """y: f[B, H, S, D] -> the same, in memory [B, S, H, D]: so does torch's own attention, and graphs rely on it."""
+    """y: f[B, H, S, D] -> the same, stored as [B, S, H, D], like torch's own attention: graphs rely on that layout."""
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def front(
     k_codes: Tensor, k_affine: Tensor, v_codes: Tensor, v_affine: Tensor, mask: Tensor | None, filled: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The first `filled: i64[1]` keys and values, and what the mask says of them.
+    """The first `filled: i64[1]` keys and values, and their part of the mask.
 
-    Raises KernelError where there are not so many.
+    Raises KernelError if there are fewer.
     """
     count, room = int(filled), k_codes.shape[2]
     if not 0 <= count <= room:

@@ -1,4 +1,4 @@
-"""What `qpcompile::attention_kv4` may be given."""
+"""Operand rule of `qpcompile::attention_kv4`."""
 
 from qpcompile.kernels.rules import Rule, multiple, number
 

@@ -1,13 +1,15 @@
-"""The GPU path of attention_kv4, in two ways by the number of query rows that share a key.
+"""GPU kernels of attention_kv4: two paths, chosen by the number of query rows that share a key.
 
-Few rows (decode): the keys of a head are split over programs, so that one token fills the machine; each reads its codes
-once for all rows of its group and leaves a maximum, a sum and a sum of values, which a second kernel joins. How keys
-are split depends on their number alone, be it a size or read from the device: the same sums, bit for bit. The codes
-enter the products as whole numbers, scale and zero point move to the small side (see cpu.py).
-Many rows (prefill): keys and values are read back in the type of the queries, then torch's own attention.
+Few rows (decode): split-K attention. The keys of a head are split over programs, so that one token occupies the GPU;
+each reads its codes once for all rows of its group and writes a maximum, a sum of exponentials and a weighted sum of
+values, which a second kernel reduces. The split depends only on the number of keys, whether that is a size or read from
+the device, so the results are bit-identical. The codes enter the products as integers, scale and zero point are applied
+to the small operand (see cpu.py).
+Many rows (prefill): keys and values are dequantized to the type of the queries, then torch's own attention runs.
 
-Products are of TF32, which holds codes and half types exactly; float32 queries and weights are two pieces of it.
-Weights of half types are cut to 10 bits, before they meet codes and zero points alike.
+Products are in TF32, which represents codes and half-precision types exactly; float32 queries and weights are split
+into two TF32 parts. Weights of half-precision types are truncated to 10 bits before both the code and the zero-point
+products.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -26,7 +28,7 @@ from qpcompile.kernels.kv4_read.triton import kv4_read
 
 FEW_ROWS = 64
 KEYS = 64
-# Two for each multiprocessor of an H100 or H200.
+# Two per multiprocessor of an H100 or H200.
 PROGRAMS = 264
 MOST_SPLITS = 64
 LEAST = tl.constexpr(FORBIDDEN)
@@ -34,7 +36,7 @@ LEAST = tl.constexpr(FORBIDDEN)
 
 @triton.jit
 def exact_product(x: tl.tensor, codes: tl.tensor, y: tl.tensor, EXACT: tl.constexpr) -> tl.tensor:
-    """y + x: f32[R, K] times codes: f32[K, N], whole numbers; EXACT: x has more than TF32 holds."""
+    """y + x: f32[R, K] times codes: f32[K, N], integers; EXACT: x does not fit in TF32."""
     if EXACT:
         x, low = tf32_parts(x)
         y = tl.dot(low, codes, y, input_precision="tf32")
@@ -73,15 +75,14 @@ def decode_kernel(
 ) -> None:
     """q: f[B, G, SHARE, Q, D], codes: u8[B, G, S, PLANE], affine: f32[B, G, S, 2], of keys and values.
 
-    FILLED: only the first filled: i64[1] of the S keys are there. Program (group, split) takes its share of them, in
-    whole blocks, and writes sums: f32[B G, splits, ROWS, 2, PAD] of weighted values, and
-    ends: f32[B G, splits, ROWS, 2], the largest score and the sum of exponentials; a program beyond the shares writes
-    those of no key.
+    FILLED: only the first filled: i64[1] of the S keys are valid. Program (group, split) processes its share of them,
+    in whole blocks, and writes sums: f32[B G, splits, ROWS, 2, PAD] of weighted values, and ends: f32[B G, splits,
+    ROWS, 2], the largest score and the sum of exponentials; a program without keys writes neutral values.
     MASK: "none", "bool" or "float".
     """
     keys = S
     if FILLED:
-        # Refusing a count would take a copy to the host.
+        # Checking the count would take a copy to the host.
         keys = tl.maximum(tl.minimum(tl.load(filled_ptr), S), 0).to(tl.int32)
     blocks = tl.cdiv(keys, KEYS)
     split_size = tl.cdiv(blocks, tl.maximum(tl.minimum(blocks, most_splits), 1)) * KEYS
@@ -121,7 +122,7 @@ def decode_kernel(
                 scores += tl.where(allowed, bias, 0.0)
         scores = tl.where(allowed, scores, float("-inf"))
         above = tl.maximum(peak, tl.max(scores, 1))
-        # A row that has seen nothing yet is shifted by 0: exp(-inf) is 0.
+        # A row without a visible key so far is shifted by 0: exp(-inf) is 0.
         shift = tl.where(above == float("-inf"), 0.0, above)
         parts = tl.exp(scores - shift[:, None])
         fade = tl.exp(peak - shift)
@@ -131,11 +132,11 @@ def decode_kernel(
         weights = parts * v_scale[None, :]
         if not EXACT:
             weights, _ = tf32_parts(weights)
-        behind = tl.sum(weights * v_zero[None, :], 1)[:, None]
+        offset = tl.sum(weights * v_zero[None, :], 1)[:, None]
         here = key_in[:, None] & (byte < PLANE)[None, :]
         codes = tl.load(v_codes_ptr + at[:, None] * PLANE + byte[None, :], mask=here, other=0).to(tl.int32)
-        y_low = exact_product(weights, (codes & 15).to(tl.float32), y_low * fade[:, None] - behind, EXACT)
-        y_high = exact_product(weights, (codes >> 4).to(tl.float32), y_high * fade[:, None] - behind, EXACT)
+        y_low = exact_product(weights, (codes & 15).to(tl.float32), y_low * fade[:, None] - offset, EXACT)
+        y_high = exact_product(weights, (codes >> 4).to(tl.float32), y_high * fade[:, None] - offset, EXACT)
         peak = above
     place = (group * tl.num_programs(1) + split) * ROWS + row
     tl.store(ends_ptr + place * 2, peak, mask=row_in)
@@ -160,7 +161,7 @@ def join_kernel(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    """What decode_kernel left -> y: f[B, Q, G SHARE, D]; program (group, row). A row that sees nothing is 0."""
+    """The output of decode_kernel -> y: f[B, Q, G SHARE, D]; program (group, row). A fully masked row is 0."""
     group, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split = tl.arange(0, SPLITS)
     place = (group * splits + split) * ROWS + row
@@ -174,7 +175,7 @@ def join_kernel(
     sums = sums_ptr + place[:, None] * 2 * PAD + byte[None, :]
     low = tl.sum(tl.load(sums, mask=(split < splits)[:, None], other=0.0) * share[:, None], 0)
     high = tl.sum(tl.load(sums + PAD, mask=(split < splits)[:, None], other=0.0) * share[:, None], 0)
-    # A poisoned sum is not a sum of nothing.
+    # A NaN sum is not an empty sum.
     whole = tl.where(top == float("-inf"), 1.0, whole)
     tl.store(y_at, (low / whole).to(y_ptr.dtype.element_ty), mask=byte < PLANE)
     tl.store(y_at + PLANE, (high / whole).to(y_ptr.dtype.element_ty), mask=byte + PLANE < D)
@@ -215,7 +216,7 @@ def _prefill(
     allowed, bias = split_mask(mask)
     term = allowed if bias is None else bias.to(q.dtype).masked_fill_(~allowed, -torch.inf)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=term, scale=scale, enable_gqa=True)
-    # What torch returns for a row that sees nothing has changed between its versions.
+    # torch's result for a fully masked row differs between versions.
     return tokens_outside(y.masked_fill_(~allowed.any(-1, keepdim=True), 0.0))
 
 

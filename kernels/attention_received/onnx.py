@@ -1,4 +1,4 @@
-"""qpcompile::attention_received in plain ONNX operators; without a class token all pairs of one picture are held."""
+"""qpcompile::attention_received in standard ONNX operators; without a class token it materializes [T, T]."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""qpcompile::attention_received, the score that pruning methods take from a vision tower."""
+"""qpcompile::attention_received: the attention mass of each token in a vision tower, a score for pruning methods."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ WHERE = "qpcompile::attention_received"
 def attention_received(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: float, class_token: bool) -> Tensor:
     """q: f[B, Hq, T, D], k: f[B, Hkv, T, D], cu_seqlens: i[S + 1] with B = 1, or None -> f32[B, T].
 
-    class_token: score by the attention of token 0 of each row, else by that of all tokens of the segment.
+    class_token: score by the attention from token 0 of each row, else from all tokens of the segment.
     """
     RULE.check(q, k, cu_seqlens, scale, class_token)
     return pieces.attention_received(q, k, cu_seqlens, scale, class_token)

@@ -1,6 +1,6 @@
-"""attention_received a few query rows at a time: no [T, T] is ever held. Plain torch, so that it serves the GPU too.
+"""attention_received blocked over query rows: no [T, T] is ever materialized. Plain torch, so that it runs on GPUs too.
 
-The size of a piece depends on one segment alone, so that a picture gets the same numbers alone and in a batch.
+The block size depends on one segment alone, so that a picture gets the same result alone and in a batch.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qpcompile.kernels.segment_attention.blocks import check_segments, equal_lengths
 
-# Scores held at once, 8 MiB of float32.
+# Scores in memory at once, 8 MiB of float32.
 PIECE = 1 << 21
 
 
@@ -22,7 +22,7 @@ def attention_received(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: f
     check_segments(cu_seqlens, q.shape[2])
     y = q.new_empty(q.shape[2])
     for index in equal_lengths(cu_seqlens):
-        # Contiguous: some BLAS libraries add up in an order that depends on strides, and one segment alone has others.
+        # Contiguous: the summation order of some BLAS libraries depends on strides, which differ for a segment alone.
         queries, keys = (each[0, :, index].transpose(0, 1).contiguous() for each in (q, k))
         y[index] = _received(queries, keys, scale)
     return y.unsqueeze(0)

@@ -1,11 +1,12 @@
-"""How much attention a token gets in a vision tower's layer: from the class token, or from all tokens of its picture.
+"""Attention that each token receives in a layer of a vision tower: from the class token, or from all tokens of its
+picture.
 
     A = softmax_j(scale * q_i . k_j), j in the segment of i, mean over heads
     class token       s_j = A[0, j]
     none              s_j = sum over i in the segment of j of A[i, j]
 
-The sum is the mean over queries times their number: 1 on average in every segment, so that tokens of small and of
-large pictures or windows compare. The class token's attention sums to 1 over a picture.
+The sum over queries averages 1 in every segment, so that scores of small and large pictures or windows are comparable.
+The class token's attention sums to 1 over a picture.
 
 Source: VisionZip (arXiv 2412.04467), section 3.2, and its released code for the class token; the factor is ours.
 """
@@ -19,7 +20,7 @@ from qpcompile.kernels.segment_attention.reference import segment_of
 def attention_received(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: float, class_token: bool) -> Tensor:
     """q: f[B, Hq, T, D], k: f[B, Hkv, T, D], cu_seqlens: i[S + 1] or None for one segment per row -> f32[B, T].
 
-    class_token: whether token 0 of every row is the class token; the rows are then one segment each.
+    class_token: whether token 0 of every row is the class token; each row is then one segment.
     """
     keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.float() @ keys.mT * scale

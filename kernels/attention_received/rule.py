@@ -1,4 +1,4 @@
-"""What `qpcompile::attention_received` may be given."""
+"""Operand rule of `qpcompile::attention_received`."""
 
 from qpcompile.kernels.rules import FLAG, Relation, Rule, multiple, number
 

@@ -1,7 +1,7 @@
-"""`qpcompile::dpp_select` as a Loop, one turn per iteration, in float64.
+"""`qpcompile::dpp_select` as an ONNX Loop, one selected token per iteration, in float64.
 
-A graph that is exported at opset 21 is built at opset 18 and converted; a function that holds a Loop is inlined before
-that and must therefore be written in opset 18.
+A graph exported at opset 21 is built at opset 18 and converted; a function that contains a Loop is inlined before the
+conversion and must therefore be written in opset 18.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def greedy_map(unit, weight, gain, floor, priority, turns, tiny) -> FLOAT[...]: 
     last, middle = loop.Constant(value_ints=[2]), loop.Constant(value_ints=[1])
     length = loop.Shape(priority, start=1, end=2)
     places = loop.Range(0, loop.Squeeze(length), 1)
-    # The zero in front keeps products with the basis from being empty in the first turn.
+    # The leading zero keeps products with the basis from being empty in the first iteration.
     basis = loop.Unsqueeze(weight * 0.0, middle)
     for i in range(turns):
         best = loop.ArgMax(loop.Cast(gain, to=1), axis=1, keepdims=1)
@@ -63,12 +63,12 @@ def double(number: float) -> Any:
 
 
 def unit_rows(features: Any) -> Any:
-    """f[B, S, C] -> f64[B, S, C], each row divided by its L2 norm; rows of zeros stay."""
+    """f[B, S, C] -> f64[B, S, C], each row divided by its L2 norm; zero rows are unchanged."""
     wide = op.Cast(features, to=ir.DataType.DOUBLE)
     return op.Div(wide, op.Max(op.ReduceL2(wide, [2], keepdims=1), double(TINY)))
 
 
 def largest_turn(counted: Any, budget: Any) -> Any:
-    """counted: bool[B, S], budget: i64[B] -> i64[], how many turns the row with the largest budget takes."""
+    """counted: bool[B, S], budget: i64[B] -> i64[], the number of iterations of the row with the largest budget."""
     own = op.ReduceSum(op.Cast(counted, to=ir.DataType.INT64), [1], keepdims=0)
     return op.ReduceMax(op.Min(budget, own), [0], keepdims=0)

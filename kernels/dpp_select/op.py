@@ -1,4 +1,4 @@
-"""`qpcompile::dpp_select`: tokens in the order in which greedy MAP of a determinantal process picks them."""
+"""`qpcompile::dpp_select`: rank tokens by greedy MAP inference of a determinantal point process (DPP)."""
 
 import torch
 from torch import Tensor

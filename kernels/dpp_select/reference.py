@@ -1,19 +1,19 @@
-"""Order tokens so that each next one is relevant and unlike those before it: greedy MAP of a determinantal process.
+"""Rank tokens by relevance and diversity: greedy MAP inference of a determinantal point process (DPP).
 
     u_i  = f_i / ||f_i||,   L = diag(r) U U^T diag(r),   d2_i = L_ii
-    turn t = 0, 1, ..:   j = argmax d2            equal: the lower index
+    iteration t = 0, 1, ..:   j = argmax d2            ties: the lower index
                          e = (L_j - sum_{s<t} c_s[j] c_s) / sqrt(d2_j)
                          c_t = e,   d2 -= e^2,    j is out
-    priority of the token picked in turn t = S - t;   of one never picked = r_i - max r <= 0
+    priority of the token picked in iteration t = S - t;   of one never picked = r_i - max r <= 0
 
-det(L) of the picked set grows as much as one token can make it grow, in every turn; the first T picks are what a
-budget of T picks. A row stops where max d2 <= 1e-10 of the largest L_ii: the rest lies in the span of the picked, and
-is ordered by r.
+Each iteration picks the token that increases det(L) of the picked set most; the first T picks are the result for a
+budget of T. A row stops when max d2 <= 1e-10 of the largest L_ii: the remaining tokens lie in the span of the picked
+ones, and are ordered by r.
 
-Everything is float64, but d2 is compared in float32: equal tokens tie whatever order a back end adds in.
+Everything is float64, but d2 is compared in float32: equal tokens tie under any summation order.
 
 Source: CDPruner (arXiv 2506.10967), section 3; the recursion is that of "Fast Greedy MAP Inference for Determinantal
-Point Process" (arXiv 1709.05135), section 3. The stop is ours.
+Point Process" (arXiv 1709.05135), section 3. The stopping rule is ours.
 """
 
 import torch
@@ -26,7 +26,7 @@ TINY = 1e-30
 def dpp_select(features: Tensor, relevance: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
     """features: f[B, S, C], relevance: f32[B, S] >= 0, counted: bool[B, S], budget: i64[B] -> f32[B, S].
 
-    Turns are taken until the largest budget is reached. Tokens that are not counted get 0.
+    Iterates up to the largest budget. Tokens that are not counted get 0.
     """
     unit = unit_rows(features)
     weight = torch.where(counted, relevance.double(), 0.0)
@@ -50,7 +50,7 @@ def dpp_select(features: Tensor, relevance: Tensor, counted: Tensor, budget: Ten
 
 
 def unit_rows(features: Tensor) -> Tensor:
-    """f[B, S, C] -> f64[B, S, C], each row divided by its L2 norm; rows of zeros stay."""
+    """f[B, S, C] -> f64[B, S, C], each row divided by its L2 norm; zero rows are unchanged."""
     wide = features.double()
     return wide / wide.norm(dim=2, keepdim=True).clamp(min=TINY)
 
@@ -61,5 +61,5 @@ def pick_row(unit: Tensor, index: Tensor) -> Tensor:
 
 
 def largest_turn(counted: Tensor, budget: Tensor) -> int:
-    """How many turns the row with the largest budget takes."""
+    """The number of iterations of the row with the largest budget."""
     return max(0, int(torch.minimum(budget, counted.sum(1)).max())) if len(budget) else 0

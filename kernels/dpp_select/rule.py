@@ -1,4 +1,4 @@
-"""What `qpcompile::dpp_select` may be given."""
+"""Operand rule of `qpcompile::dpp_select`."""
 
 from qpcompile.kernels.rules import Rule
 

@@ -1,8 +1,8 @@
-"""The GPU path of dpp_select: the kernel matrix as one product, then all turns of a row in one program.
+"""GPU kernel of dpp_select: the kernel matrix as one product, then all iterations of a row in one program.
 
-The turns depend on each other, so they are one launch in place of a dozen per turn. float64 as the reference: on data
-centre GPUs it is half the speed of float32, and equal tokens must tie. Memory is O(S^2) and not O(S T): 2.6 MB at 576
-tokens, 134 MB at 4,096.
+The iterations are sequential, so they are one launch instead of a dozen each. float64 like the reference: on
+data-centre GPUs it has half the speed of float32, and equal tokens must tie. Memory is O(S^2) and not O(S T): 2.6 MB at
+576 tokens, 134 MB at 4,096.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -31,7 +31,7 @@ def greedy_kernel(
 ) -> None:
     """matrix: f64[B, S, S], counted: u8[B, S], turns: i64[1] -> priority: f32[B, S], of those picked; program b, row b.
 
-    SIZE >= S places; basis: f64[B, S, S], what turns leave to later ones, PIECE of them read at once.
+    SIZE >= S slots; basis: f64[B, S, S], the rows of earlier iterations, read PIECE at a time.
     """
     batch = tl.program_id(0).to(tl.int64)
     matrix_ptr += batch * S * S
@@ -59,7 +59,7 @@ def greedy_kernel(
                 row -= tl.sum(own[:, None] * others, 0)
             part = row / tl.sqrt(tl.maximum(peak, LEAST))
             tl.store(basis_ptr + turn * S + token, part, mask=inside)
-            # Another thread reads what this one wrote, in the next turn.
+            # In the next iteration another thread reads what this one wrote.
             tl.debug_barrier()
             gain = tl.where(token == best, float("-inf"), gain - part * part)
             priority = tl.where(token == best, (S - turn).to(tl.float32), priority)
@@ -67,7 +67,7 @@ def greedy_kernel(
 
 
 def dpp_select(features: Tensor, relevance: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
-    """Shapes as in reference.py; no number is read back from the GPU."""
+    """Shapes as in reference.py; nothing is copied back to the host."""
     unit = unit_rows(features)
     weight = torch.where(counted, relevance.double(), 0.0)
     matrix = (unit @ unit.mT) * weight[:, :, None] * weight[:, None]

@@ -1,4 +1,4 @@
-"""`qpcompile::farthest_tokens` as a Loop, one turn per iteration, in float64; opset 18 as in dpp_select/onnx.py."""
+"""`qpcompile::farthest_tokens` as an ONNX Loop over selected tokens, in float64; opset 18 as in dpp_select/onnx.py."""
 
 from typing import Any
 

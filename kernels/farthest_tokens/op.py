@@ -1,4 +1,4 @@
-"""`qpcompile::farthest_tokens`: tokens in the order in which greedy max-min diversity picks them."""
+"""`qpcompile::farthest_tokens`: rank tokens by greedy max-min diversity (farthest-point sampling)."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ WHERE = "qpcompile::farthest_tokens"
 
 @torch.library.custom_op(WHERE, mutates_args=())
 def farthest_tokens(features: Tensor, counted: Tensor, budget: Tensor) -> Tensor:
-    """features: f[B, S, C], counted: bool[B, S], budget: i64[B] -> f32[B, S], first is highest, not picked is 0.
+    """features: f[B, S, C], counted: bool[B, S], budget: i64[B] -> f32[B, S], the first pick is highest, unpicked
+    tokens are 0.
 
     Plain torch on every device.
     """

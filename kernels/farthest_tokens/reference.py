@@ -1,12 +1,12 @@
-"""Order tokens so that each next one is as far as possible from those before it: greedy max-min diversity.
+"""Rank tokens by greedy max-min diversity (farthest-point sampling): each pick is farthest from the earlier ones.
 
     distance(i, j) = 1 - cos(f_i, f_j)
     first:   the token whose nearest other token is farthest
-    next:    the token whose nearest picked token is farthest        equal: the lower index
-    priority of the token picked in turn t = S - t;   of any other = 0
+    next:    the token whose nearest picked token is farthest        ties: the lower index
+    priority of the token picked in iteration t = S - t;   of any other = 0
 
-The first T picks are what a budget of T picks. Cosines are float64 and compared in float32, so that equal tokens tie
-whatever order a back end adds in.
+The first T picks are the result for a budget of T. Cosines are float64 and compared in float32, so that equal tokens
+tie under any summation order.
 
 Source: DivPrune (arXiv 2503.02175), section 3.
 """
@@ -37,7 +37,7 @@ def farthest_tokens(features: Tensor, counted: Tensor, budget: Tensor) -> Tensor
 def nearest_cosine(unit: Tensor, counted: Tensor) -> Tensor:
     """unit: f64[B, S, C], counted: bool[B, S] -> f64[B, S]: the largest cosine with another counted token.
 
-    Row by row, so that one [S, S] is held at a time.
+    Row by row, so that one [S, S] is in memory at a time.
     """
     rows = []
     for vectors, mask in zip(unit, counted, strict=True):

@@ -1,4 +1,4 @@
-"""What `qpcompile::farthest_tokens` may be given."""
+"""Operand rule of `qpcompile::farthest_tokens`."""
 
 from qpcompile.kernels.rules import Rule
 

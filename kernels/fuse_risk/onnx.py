@@ -1,4 +1,4 @@
-"""`qpcompile::fuse_risk` in plain ONNX operators, in float64."""
+"""`qpcompile::fuse_risk` in standard ONNX operators, in float64."""
 
 from typing import Any
 

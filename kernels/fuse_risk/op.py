@@ -1,4 +1,4 @@
-"""`qpcompile::fuse_risk`: a score and a quantization risk become one score. Plain torch on every device."""
+"""`qpcompile::fuse_risk`: combine a score and a quantization risk. Plain torch on every device."""
 
 import torch
 from torch import Tensor

@@ -1,11 +1,11 @@
-"""Put the quantization risk of visual tokens into another method's score.
+"""Combine the quantization risk of visual tokens with another method's score.
 
     fused_i = a score_i + (1 - a) risk_i          a = alpha, or by row:
     a = alpha - 0.1 clip((CV - 0.2) / 1.0, 0, 1)  CV = std / mean of the row's risks, std with n - 1
 
-Tokens that are not counted keep their score. With a = 1 the counted do too, bit for bit.
+Tokens that are not counted keep their score. With a = 1 counted tokens do too, bit for bit.
 
-Source: QAPruner (arXiv 2604.02816), section 3; the rule for alpha, there 0.55, is its code's.
+Source: QAPruner (arXiv 2604.02816), section 3; the rule for alpha, 0.55 in the paper, is from its code.
 """
 
 import torch
@@ -18,7 +18,7 @@ CALM, SPAN, DEPTH = 0.2, 1.0, 0.1
 
 
 def fuse_risk(scores: Tensor, risk: Tensor, counted: Tensor, alpha: float, dynamic: bool, minmax: bool) -> Tensor:
-    """scores, risk: f32[B, S], counted: bool[B, S] -> f32[B, S]; minmax: bring the scores to 0..1 first."""
+    """scores, risk: f32[B, S], counted: bool[B, S] -> f32[B, S]; minmax: normalize the scores to 0..1 first."""
     ours = rescale(scores.double(), counted, MARGIN) if minmax else scores.double()
     share = dynamic_alpha(risk, counted, alpha) if dynamic else alpha
     return torch.where(counted, share * ours + (1 - share) * risk.double(), scores.double()).float()

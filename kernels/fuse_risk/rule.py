@@ -1,4 +1,4 @@
-"""What `qpcompile::fuse_risk` may be given."""
+"""Operand rule of `qpcompile::fuse_risk`."""
 
 from qpcompile.kernels.rules import FLAG, Rule, number
 

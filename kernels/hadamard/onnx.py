@@ -1,4 +1,4 @@
-"""qpcompile::hadamard in plain ONNX operators: two MatMul by the rotation's constant factors, summed in float64."""
+"""qpcompile::hadamard in standard ONNX operators: two MatMuls by the rotation's constant factors, in float64."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def hadamard(x: Any, scale: Any = None) -> Any:
 
 
 def transform(x: Any, scale: Any, rotated: bool, shape: Any) -> Any:
-    """x: f32[..., C] of the given shape -> f32[..., C], rotated and scaled as the arguments ask."""
+    """x: f32[..., C] of the given shape -> f32[..., C], scaled and rotated if asked."""
     if rotated:
         channels = shape[-1]
         assert isinstance(channels, int)

@@ -1,4 +1,4 @@
-"""qpcompile::hadamard, the operator that rotates activations at run time where the rotation cannot be folded."""
+"""qpcompile::hadamard: online rotation of activations, where it cannot be folded into weights."""
 
 import functools
 
@@ -27,7 +27,7 @@ def _hadamard_fake(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def hadamard_cuda(x: Tensor, scale: Tensor | None) -> Tensor:
-    """x: f[..., C] on the GPU, scale: f32[C] -> x.dtype[..., C]; as two products of torch where no tile holds C."""
+    """x: f[..., C] on the GPU, scale: f32[C] -> x.dtype[..., C]; as two torch products if C fits no tile."""
     from qpcompile.kernels.hadamard import triton
 
     if (tiling := triton.rotated_tiling(x.shape[-1])) is not None:
@@ -38,7 +38,7 @@ def hadamard_cuda(x: Tensor, scale: Tensor | None) -> Tensor:
 
 @functools.cache
 def _device_factors(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The factors of `channels` on `device`, copied once: a copy from the host breaks graph capture."""
+    """The factors of `channels` on `device`, copied once: a copy from the host would break CUDA graph capture."""
     with torch.inference_mode(False):
         left, right = reference.factors(channels)
         return left.to(device), right.to(device)

@@ -1,12 +1,12 @@
-"""An online orthogonal rotation of the channels, for any channel count, that spreads outliers before quantization.
+"""Online orthogonal rotation of the channels, for any channel count, to spread outliers before quantization.
 
     x' = (x * scale) T^T,   T = H_{2^k} kron D_m,   C = 2^k m with m odd
 
 H is Sylvester's Hadamard matrix divided by sqrt(2^k), D_m the orthonormal DCT-II of order m (1 for m = 1).
-T is never built to be applied: with C = A c it is H_A kron R, so a token reshaped to [A, c] becomes H_A (x R^T).
-Every token is then the same small products whatever the batch, and the cost falls from C^2 to C (A + c).
+T is never materialized: with C = A c it is H_A kron R, so a token reshaped to [A, c] becomes H_A (x R^T). The products
+per token do not depend on the batch, and the cost falls from C^2 to C (A + c).
 Source: QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, section 3, arXiv 2404.00456; the DCT for the odd factor
-replaces its table of known Hadamard matrices, so that no width is refused.
+replaces its table of known Hadamard matrices, so that every width is supported.
 """
 
 import functools
@@ -19,19 +19,19 @@ from qpcompile.errors import KernelError
 from qpcompile.kernels.sums import wide_type
 
 MOST_COLUMNS = 1 << 14
-"""Of the factor that carries the DCT; it takes gigabytes there."""
+"""Largest side of the factor that contains the DCT, which takes gigabytes there."""
 
 
 def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x: f[..., C], scale: f32[C] -> x.dtype[..., C], summed in `wide_type` and rounded once."""
+    """x: f[..., C], scale: f32[C] -> x.dtype[..., C], accumulated in `wide_type` and rounded once."""
     left, right = factors(x.shape[-1])
     return rotate(x, scale, left.to(x.device), right.to(x.device))
 
 
 def transform(x: Tensor, scale: Tensor | None, rotated: bool, wide: torch.dtype | None = None) -> Tensor:
-    """What happens to activations before they are quantized. x: f32[..., C], scale: f32[C] -> f32[..., C].
+    """The transform of activations before quantization. x: f32[..., C], scale: f32[C] -> f32[..., C].
 
-    wide: the type of sums, where x was computed from a tensor of another type.
+    wide: the accumulation type, if x was computed from a tensor of another type.
     """
     if rotated:
         left, right = factors(x.shape[-1])
@@ -48,27 +48,27 @@ def rotate(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor, wide: t
 
 
 def factors(channels: int) -> tuple[Tensor, Tensor]:
-    """The two matrices that `rotate` takes: f32[A, A] of +-1, and f32[c, c] that carries the DCT and the norm."""
+    """The two factors for `rotate`: f32[A, A] of +-1, and f32[c, c] that contains the DCT and the normalization."""
     left, right = factor_arrays(channels)
     return torch.from_numpy(left), torch.from_numpy(right)
 
 
-# Kept as arrays and not as tensors: a tensor made under a fake or inference mode must not be kept.
+# Cached as arrays and not as tensors: a tensor created under a fake or inference mode must not be cached.
 @functools.cache
 def factor_arrays(channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (H_A without its norm, R^T with it), A the power of two that makes A + c smallest."""
+    """float32 (unnormalized H_A, normalized R^T), A the power of two that minimizes A + c."""
     left, right = _wide_arrays(channels)
     return left.astype(np.float32), np.ascontiguousarray(right.T).astype(np.float32)
 
 
 def factors_f64(channels: int) -> tuple[Tensor, Tensor]:
-    """What `factors` gives, in float64."""
+    """`factors` in float64."""
     left, right = _wide_arrays(channels)
     return torch.from_numpy(left), torch.from_numpy(np.ascontiguousarray(right.T))
 
 
 def _wide_arrays(channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """float64 (H_A without its norm, R with it)."""
+    """float64 (unnormalized H_A, normalized R)."""
     power, odd = split_channels(channels)
     sides = (1 << i for i in range(power.bit_length()))
     side = min(sides, key=lambda a: a + channels // a)
@@ -82,7 +82,7 @@ def _wide_arrays(channels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hadamard_matrix(channels: int) -> Tensor:
-    """T: f64[C, C], orthogonal, by definition and not by factors."""
+    """T: f64[C, C], orthogonal, materialized from its definition."""
     power, odd = split_channels(channels)
     return torch.from_numpy(np.kron(sylvester(power) / np.sqrt(power), dct_matrix(odd)))
 

@@ -1,4 +1,4 @@
-"""What `qpcompile::hadamard` may be given."""
+"""Operand rule of `qpcompile::hadamard`."""
 
 from qpcompile.kernels.rules import Rule
 

@@ -1,13 +1,13 @@
-"""The GPU path of hadamard: a token is a tile in registers, multiplied by three small factors on tensor cores.
+"""GPU kernel of hadamard: a token is a tile in registers, multiplied by three small factors on tensor cores.
 
     C = parts * outer * middle * inner,   T = H_parts kron H_outer kron H_middle kron R
 
-R carries the odd factor. A product by a factor wants that factor's axis last, so the tile is turned in between. Float32
-goes through TF32 in two pieces, x = high + low, where `high` is x with 13 bits cut off: products by +-1 then lose 2^-20
-of x at most. The DCT is in two pieces as well. A width above PART is two halves of the output, each from both halves of
-the input: H_2 is done while loading.
+R contains the odd factor. A product by a factor needs that factor's axis last, so the tile is transposed in between.
+float32 is split into two TF32 parts, x = high + low, where `high` is x with its low 13 bits cleared: products by +-1
+then lose at most 2^-20 of x. The DCT is split in two as well. A width above PART is computed as two halves of the
+output, each from both halves of the input: H_2 is applied while loading.
 
-Other operators rotate their values with `rotate_tile` before they leave the registers.
+Other operators fuse the rotation by calling `rotate_tile` on values in registers.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -26,14 +26,14 @@ from qpcompile.kernels.hadamard.reference import dct_matrix, split_channels, syl
 
 # Elements of a tile: 64 registers of each of 256 threads, or 32 of 512.
 PART = 1 << 14
-# The least side of a product on tensor cores.
+# The smallest side of a tensor-core product.
 SIDE = 16
 CUT = tl.constexpr(-(1 << 13))
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a program holds its tokens: f32[tokens * outer * middle, inner]; several tokens only without outer."""
+    """The register tile of a program: f32[tokens * outer * middle, inner]; several tokens only without outer."""
 
     channels: int
     tokens: int
@@ -59,12 +59,12 @@ class Tiling:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
-        """What a kernel takes: C, tokens, outer, middle, inner, pad."""
+        """The kernel's constants: C, tokens, outer, middle, inner, pad."""
         return self.channels, self.tokens, self.outer, self.middle, self.inner, self.pad
 
 
 def rotated_tiling(channels: int) -> Tiling | None:
-    """The tiling that rotates `channels`, or None where no tile holds it: an odd factor above 128, or too wide."""
+    """The tiling for rotating `channels`, or None if no tile fits: an odd factor above 128, or too wide."""
     power, odd = split_channels(channels)
     if channels <= 4 * SIDE or (channels <= 8 * SIDE and power < SIDE):
         return Tiling(channels, SIDE, 1, 1, 1)
@@ -87,18 +87,18 @@ def plain_tiling(channels: int) -> Tiling:
 
 
 def odd_factor(channels: int) -> int:
-    """The odd factor of `channels`: 1 where the rotation is all signs."""
+    """The odd factor of `channels`: 1 if the rotation is pure signs."""
     return split_channels(channels)[1]
 
 
 def norm_of(channels: int) -> float:
-    """What the signs are to be multiplied by; the DCT is orthonormal as it stands."""
+    """The normalization of the sign matrices; the DCT is orthonormal already."""
     return split_channels(channels)[0] ** -0.5
 
 
 @functools.cache
 def inner_factor(tiling: Tiling, device: torch.device) -> Tensor:
-    """R without its norm, copied to `device` once: f32[2, pad, pad], what TF32 holds of it and the rest."""
+    """Unnormalized R, copied to `device` once: f32[2, pad, pad], its TF32 part and the remainder."""
     odd = odd_factor(tiling.channels)
     matrix = np.zeros((tiling.pad, tiling.pad))
     matrix[: tiling.inner, : tiling.inner] = np.kron(sylvester(tiling.inner // odd), dct_matrix(odd))
@@ -112,13 +112,13 @@ def inner_factor(tiling: Tiling, device: torch.device) -> Tensor:
 def tile_channels(
     part: tl.tensor, C: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, PAD: tl.constexpr
 ) -> tl.tensor:
-    """The channel of each place of a tile whose column is below INNER: i32[ROWS, PAD]."""
+    """The channel of each element of a tile whose column is below INNER: i32[ROWS, PAD]."""
     return part * (C // PARTS) + tl.arange(0, ROWS)[:, None] * INNER + tl.arange(0, PAD)[None, :]
 
 
 @triton.jit
 def tf32_parts(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """x: f32 -> high, low with high + low = x; TF32 holds `high` exactly and `low` to 11 bits."""
+    """x: f32 -> high, low with high + low = x; TF32 represents `high` exactly and `low` to 11 bits."""
     high = (x.to(tl.int32, bitcast=True) & CUT).to(tl.float32, bitcast=True)
     return high, x - high
 
@@ -159,7 +159,7 @@ def rotate_tile(
     PAD: tl.constexpr,
     ODD: tl.constexpr,
 ) -> tl.tensor:
-    """x: f32[R, PAD], 0 in what is padding -> f32[R, PAD], rotated; the padding stays 0 (unless a value is NaN)."""
+    """x: f32[R, PAD], 0 in the padding -> f32[R, PAD], rotated; the padding stays 0 (unless a value is NaN)."""
     x = times_signs(x, PAD) if ODD == 1 and INNER == PAD else times_inner(x, inner_ptr, PAD)
     if MIDDLE > 1:
         x = tl.permute(tl.reshape(x, (OUTER, MIDDLE, PAD)), (0, 2, 1))
@@ -191,7 +191,7 @@ def hadamard_kernel(
     ODD: tl.constexpr,
     SCALED: tl.constexpr,
 ) -> None:
-    """x: f[T, C], scale: f32[C], inner: f32[2, PAD, PAD] -> y: f[T, C]; program (t, p) does part p of its tokens."""
+    """x: f[T, C], scale: f32[C], inner: f32[2, PAD, PAD] -> y: f[T, C]; program (t, p): part p of its tokens."""
     ROWS: tl.constexpr = OUTER * MIDDLE
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     inside = (tl.arange(0, PAD) < INNER)[None, :]

@@ -1,4 +1,4 @@
-"""The CPU path of kronecker: one call of C, or the reference on pieces that stay in the cache, bit for bit."""
+"""CPU kernel of kronecker: one C call, or the reference on cache-sized blocks; both bit-identical."""
 
 from torch import Tensor
 

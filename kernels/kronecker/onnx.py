@@ -1,4 +1,4 @@
-"""qpcompile::kronecker in plain ONNX operators: two MatMul by factors that are initializers, summed in float64."""
+"""qpcompile::kronecker in standard ONNX operators: two MatMuls by factors stored as initializers, in float64."""
 
 from typing import Any
 

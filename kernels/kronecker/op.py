@@ -1,4 +1,4 @@
-"""qpcompile::kronecker, a learned change of basis at run time."""
+"""qpcompile::kronecker: a learned online basis change."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
-"""An online transform of the channels by a Kronecker product of two matrices, given as tensors: a learned basis.
+"""Online basis change of the channels by a Kronecker product of two learned matrices, given as tensors.
 
     x' = (L kron R) (x * scale),   per token reshaped to [A, c]:   x' = L (x * scale) R^T
 
-The operator takes R^T, so that both products are plain ones. Cost C (A + c) per token instead of C^2.
+The operator takes R^T, so that neither product transposes. Cost C (A + c) per token instead of C^2.
 Source: FlatQuant: Flatness Matters for LLM Quantization, section 3.2, arXiv 2410.09426.
 """
 
@@ -19,7 +19,7 @@ def kronecker(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> T
 
 
 def check_factors(channels: int, left: Tensor, right: Tensor) -> None:
-    """Refuse factors that are not square or do not belong to this many channels."""
+    """Refuse factors that are not square or do not match the channel count."""
     square = left.dim() == right.dim() == 2 and left.shape[0] == left.shape[1] and right.shape[0] == right.shape[1]
     if not square or left.shape[0] * right.shape[0] != channels:
         raise KernelError(

@@ -1,4 +1,4 @@
-"""What `qpcompile::kronecker` may be given."""
+"""Operand rule of `qpcompile::kronecker`."""
 
 from qpcompile.kernels.rules import Rule
 

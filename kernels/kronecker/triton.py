@@ -1,7 +1,7 @@
-"""The GPU path of kronecker and kronecker_quantize: a token is a tile [A, c] in registers, between two small products.
+"""GPU kernels of kronecker and kronecker_quantize: a token is a tile [A, c] in registers, between two small products.
 
-Sums are float32 on tensor cores, from operands in pieces of TF32. Where a tile does not fit (PART), and with scales per
-group, the values go through memory.
+Tensor cores accumulate in float32, from operands split into TF32 parts. If a tile does not fit (PART), and with scales
+per group, the values go through global memory.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -19,7 +19,7 @@ from qpcompile.kernels.quantize_int4.triton import quantize_int4, quantize_tile
 
 @triton.jit
 def factor_tile(pointer: tl.tensor, SIZE: tl.constexpr, PAD: tl.constexpr) -> tl.tensor:
-    """f32[SIZE, SIZE] -> f32[PAD, PAD], 0 in what is padding."""
+    """f32[SIZE, SIZE] -> f32[PAD, PAD], zero-padded."""
     place = tl.arange(0, PAD)
     inside = (place < SIZE)[:, None] & (place < SIZE)[None, :]
     return tl.load(pointer + place[:, None] * SIZE + place[None, :], mask=inside, other=0.0)
@@ -43,7 +43,7 @@ def kronecker_kernel(
 ) -> None:
     """x: f[T, C], scale: f32[C], left: f32[A, A], right: f32[c, c] -> y: f[T, C], or i8[T, C] and token_scale: f32[T].
 
-    Program t does token t. CODES: write codes and scales, and not values.
+    Program t computes token t. CODES: write codes and scales instead of values.
     """
     token = tl.program_id(0).to(tl.int64)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -83,7 +83,7 @@ def _fits(left: Tensor, right: Tensor) -> bool:
 
 
 def warps(rows: int, columns: int) -> int:
-    """Warps for a tile of padded sides: 32 of its elements in each thread, 64 of the largest."""
+    """Warps for a tile of padded sides: 32 elements per thread, 64 for the largest tile."""
     return min(max(rows * columns // 1024, 2), 8)
 
 
@@ -94,7 +94,7 @@ def _padded(factor: Tensor) -> int:
 def _transform(
     x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor, clip_ratio: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales, or, without a clip ratio, values and scales that mean nothing."""
+    """Codes and scales, or, without a clip ratio, values and undefined scales."""
     check_factors(x.shape[-1], left, right)
     x, codes = x.contiguous(), clip_ratio is not None
     token_scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)

@@ -1,6 +1,6 @@
-"""Read the 4-bit cache with one large buffer: unpacked once to float32, then shifted and scaled in place.
+"""Dequantize the 4-bit cache in one buffer: unpacked once to float32, then shifted and scaled in place.
 
-Equal to the reference bit for bit, in about two thirds of its time.
+Bit-identical to the reference, in about two thirds of its time.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""`qpcompile::kv4_read` in plain ONNX operators; equal to the reference bit for bit."""
+"""`qpcompile::kv4_read` in standard ONNX operators; bit-identical to the reference."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def kv4_read(codes: Any, affine: Any, head_dim: int, dtype: int) -> Any:
 
 
 def dequantize(codes: Any, affine: Any, head_dim: int, wide: ir.DataType) -> Any:
-    """The same in f32 or, where it is exact, in f64, for translations that go on computing."""
+    """The same in f32 or, where it is exact, in f64, for translations that continue with the result."""
     values = op.Cast(unpack_planes(codes, head_dim), to=wide)
     affine = op.Cast(affine, to=wide)
     scale = op.Slice(affine, [0], [1], [-1])

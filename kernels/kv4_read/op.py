@@ -1,4 +1,4 @@
-"""`qpcompile::kv4_read`: packed 4-bit codes back to keys or values."""
+"""`qpcompile::kv4_read`: dequantize packed 4-bit codes to keys or values."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""Read keys or values back from the 4-bit cache: x = (code - zero) * scale.
+"""Dequantize keys or values from the 4-bit cache: x = (code - zero) * scale.
 
-The packing is the one of kv4_write: byte j holds code j in its low and code P + j in its high nibble.
+The packing is that of kv4_write: byte j holds code j in its low and code P + j in its high nibble.
 
 Source: FlatQuant, KV-cache quantization (arXiv 2410.09426).
 """

@@ -1,4 +1,4 @@
-"""What `qpcompile::kv4_read` may be given."""
+"""Operand rule of `qpcompile::kv4_read`."""
 
 from qpcompile.kernels.rules import FLOAT_TYPE, Rule, count
 

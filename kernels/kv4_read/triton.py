@@ -1,4 +1,4 @@
-"""The GPU path of kv4_read and kv8_read: codes back to values, some tokens of some heads a program."""
+"""GPU kernel of kv4_read and kv8_read: dequantize codes, a block of tokens and heads per program."""
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
@@ -22,7 +22,7 @@ def kv_read_kernel(
     PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """codes: u8[R, WIDTH], affine: f32[R, 2] -> y: f[R, D]; two codes a byte where WIDTH < D."""
+    """codes: u8[R, WIDTH], affine: f32[R, 2] -> y: f[R, D]; two codes per byte if WIDTH < D."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, PAD)[None, :]
     here = (row < R) & (column < WIDTH)

@@ -1,4 +1,4 @@
-"""The CPU path of kv4_write: one call of C, or the reference."""
+"""CPU kernel of kv4_write: one C call, or the reference."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def kv4_write(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _native(x: Tensor, level: int | None = None) -> tuple[Tensor, Tensor]:
-    # A token's own numbers lie side by side; heads and tokens may lie as projections leave them.
+    # The last axis must be contiguous; heads and tokens may have any strides, as projections leave them.
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, head_dim = x.shape
     codes = torch.empty((batch, heads, length, (head_dim + 1) // 2), dtype=torch.uint8)

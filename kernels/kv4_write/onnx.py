@@ -1,4 +1,4 @@
-"""`qpcompile::kv4_write` in plain ONNX operators; the codes equal the reference bit for bit."""
+"""`qpcompile::kv4_write` in standard ONNX operators; codes are bit-identical to the reference."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ def kv4_write(x: Any) -> Any:
 
 
 def pack_planes(codes: Any, head_dim: int) -> Any:
-    """codes: f32[..., D] with whole numbers in 0..15 -> u8[..., ceil(D / 2)].
+    """codes: f32[..., D], integers in 0..15 -> u8[..., ceil(D / 2)].
 
-    low + 16 * high in floating point is exact and needs no bit operation, which few back ends have for u8.
+    low + 16 * high in floating point is exact and needs no bitwise operators, which few back ends have for u8.
     """
     plane = (head_dim + 1) // 2
     if head_dim % 2:

@@ -1,4 +1,4 @@
-"""`qpcompile::kv4_write`: keys or values to packed 4-bit codes."""
+"""`qpcompile::kv4_write`: quantize keys or values to packed 4-bit codes."""
 
 import torch
 from torch import Tensor

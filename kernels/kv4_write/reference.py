@@ -1,10 +1,10 @@
-"""Write keys or values to the 4-bit cache: unsigned codes with a scale and a zero point per token and head.
+"""Quantize keys or values for the 4-bit cache: unsigned codes with a scale and a zero point per token and head.
 
     lo = min(min x, 0), hi = max(max x, 0), scale = (hi - lo) / 15, zero = round(-lo / scale)
     code = clamp(round(x / scale) + zero, 0, 15)
 
 Byte j of a token and head holds code j in its low and code P + j in its high nibble, P = ceil(D / 2); an odd D leaves
-the last high nibble 0. No number depends on another token, so that dropping tokens is a gather of codes.
+the last high nibble 0. Tokens are quantized independently, so that dropping tokens is a gather of codes.
 
 Source: FlatQuant, KV-cache quantization after the rotary embedding (arXiv 2410.09426); QServe, KV4 (arXiv 2405.04532).
 """
@@ -18,7 +18,7 @@ def kv4_write(x: Tensor) -> tuple[Tensor, Tensor]:
     values = x.float().contiguous()
     low = values.amin(-1, keepdim=True).clamp(max=0)
     span = values.amax(-1, keepdim=True).clamp(min=0) - low
-    # Divided by a tensor: CUDA turns division by a Python number into a product with its reciprocal.
+    # Divided by a tensor: CUDA turns division by a Python scalar into multiplication by its reciprocal.
     scale = span / torch.full_like(span, 15)
     scale = torch.where(scale == 0, 1.0, scale)
     zero = torch.round(-low / scale)

@@ -1,4 +1,4 @@
-"""What `qpcompile::kv4_write` may be given."""
+"""Operand rule of `qpcompile::kv4_write`."""
 
 from qpcompile.kernels.rules import Rule
 

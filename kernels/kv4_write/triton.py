@@ -1,6 +1,6 @@
-"""The GPU path of kv4_write and kv8_write: a program reads some tokens of some heads, and writes codes and scales.
+"""GPU kernel of kv4_write and kv8_write: a program reads a block of tokens and heads, and writes codes and scales.
 
-Keys and values come as views [B, H, S, D] of [B, S, H, D]: they are read by their strides, without a copy.
+Keys and values are views [B, H, S, D] of [B, S, H, D]: they are read by their strides, without a copy.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -18,7 +18,7 @@ ROWS = 16
 
 @triton.jit
 def round_even(x: tl.tensor) -> tl.tensor:
-    """x: f32 below 2^22 in size, rounded half to even."""
+    """x: f32 with |x| < 2^22, rounded half to even."""
     return (x + ROUNDER) - ROUNDER
 
 
@@ -46,12 +46,12 @@ def kv_write_kernel(
     LEVELS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """x: f[B, H, S, D] -> codes: u8[R, WIDTH], affine: f32[R, 2], R = B H S; two codes a byte where WIDTH < D."""
+    """x: f[B, H, S, D] -> codes: u8[R, WIDTH], affine: f32[R, 2], R = B H S; two codes per byte if WIDTH < D."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     x_row = x_ptr + row // (H * S) * batch_stride + row // S % H * head_stride + row % S * token_stride
     column = tl.arange(0, PAD)[None, :]
     here = (row < R) & (column < WIDTH)
-    # Padding is 0, which the range of a token holds anyway.
+    # Padding is 0, which is always in a token's range.
     low = tl.load(x_row + column, mask=here, other=0.0).to(tl.float32)
     high = tl.zeros_like(low)
     if WIDTH < D:
@@ -60,7 +60,7 @@ def kv_write_kernel(
     span = tl.maximum(tl.max(tl.maximum(low, high), 1, keep_dims=True), 0.0) - least
     scale = tl.div_rn(span, tl.zeros_like(span) + LEVELS)
     scale = tl.where(scale == 0.0, 1.0, scale)
-    # tl.max drops NaN; a poisoned token must stay poisoned, as in the reference.
+    # tl.max drops NaN; a token with NaN must stay NaN, as in the reference.
     poisoned = tl.max(((low != low) | (high != high)).to(tl.int32), 1, keep_dims=True)
     scale = tl.where(poisoned > 0, float("nan"), scale)
     zero = round_even(tl.div_rn(-least, scale))

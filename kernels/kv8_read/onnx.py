@@ -1,4 +1,4 @@
-"""`qpcompile::kv8_read` in plain ONNX operators; equal to the reference bit for bit."""
+"""`qpcompile::kv8_read` in standard ONNX operators; bit-identical to the reference."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`qpcompile::kv8_read`: 8-bit codes back to keys or values."""
+"""`qpcompile::kv8_read`: dequantize 8-bit codes to keys or values."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Read keys or values back from the 8-bit cache: x = (code - zero) * scale.
+"""Dequantize keys or values from the 8-bit cache: x = (code - zero) * scale.
 
 Source: FlatQuant, KV-cache quantization (arXiv 2410.09426).
 """

@@ -1,4 +1,4 @@
-"""What `qpcompile::kv8_read` may be given."""
+"""Operand rule of `qpcompile::kv8_read`."""
 
 from qpcompile.kernels.rules import FLOAT_TYPE, Rule
 

@@ -1,4 +1,4 @@
-"""The GPU path of kv8_read: the kernel of kv4_read with one code a byte."""
+"""GPU kernel of kv8_read: the kernel of kv4_read with one code per byte."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""`qpcompile::kv8_write` in plain ONNX operators; the codes equal the reference bit for bit."""
+"""`qpcompile::kv8_write` in standard ONNX operators; codes are bit-identical to the reference."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`qpcompile::kv8_write`: keys or values to 8-bit codes."""
+"""`qpcompile::kv8_write`: quantize keys or values to 8-bit codes."""
 
 import torch
 from torch import Tensor

@@ -1,9 +1,9 @@
-"""Write keys or values to the 8-bit cache: unsigned codes with a scale and a zero point per token and head.
+"""Quantize keys or values for the 8-bit cache: unsigned codes with a scale and a zero point per token and head.
 
     lo = min(min x, 0), hi = max(max x, 0), scale = (hi - lo) / 255, zero = round(-lo / scale)
     code = clamp(round(x / scale) + zero, 0, 255)
 
-The 4-bit cache with more levels: one code per byte, and again no number depends on another token.
+Like the 4-bit cache with more levels: one code per byte, and tokens are quantized independently.
 Source: FlatQuant, KV-cache quantization after the rotary embedding (arXiv 2410.09426).
 """
 
@@ -16,7 +16,7 @@ def kv8_write(x: Tensor) -> tuple[Tensor, Tensor]:
     values = x.float().contiguous()
     low = values.amin(-1, keepdim=True).clamp(max=0)
     span = values.amax(-1, keepdim=True).clamp(min=0) - low
-    # Divided by a tensor: CUDA turns division by a Python number into a product with its reciprocal.
+    # Divided by a tensor: CUDA turns division by a Python scalar into multiplication by its reciprocal.
     scale = span / torch.full_like(span, 255)
     scale = torch.where(scale == 0, 1.0, scale)
     zero = torch.round(-low / scale)

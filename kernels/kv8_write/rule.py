@@ -1,4 +1,4 @@
-"""What `qpcompile::kv8_write` may be given."""
+"""Operand rule of `qpcompile::kv8_write`."""
 
 from qpcompile.kernels.rules import Rule
 

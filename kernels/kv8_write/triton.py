@@ -1,4 +1,4 @@
-"""The GPU path of kv8_write: the kernel of kv4_write with one code a byte."""
+"""GPU kernel of kv8_write: the kernel of kv4_write with one code per byte."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The CPU path of layernorm_quantize: one call of C, or the reference's arithmetic in reused buffers."""
+"""CPU kernel of layernorm_quantize: one C call, or the reference's arithmetic in reused buffers."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def _torch(
 
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x: f[..., C], weight, bias: f[C] -> f32[..., C]."""
-    # The layout decides the order in which torch adds a mean up; one layout, one result.
+    # torch's summation order for a mean depends on the layout; one layout, one result.
     values = x.to(wide_type(x)).contiguous()
     values = values - values.mean(-1, keepdim=True)
     buffer = values * values

@@ -1,4 +1,4 @@
-"""qpcompile::layernorm_quantize in plain ONNX operators."""
+"""qpcompile::layernorm_quantize in standard ONNX operators."""
 
 from typing import Any
 

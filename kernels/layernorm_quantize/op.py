@@ -1,4 +1,4 @@
-"""qpcompile::layernorm_quantize, the operator that a layer norm followed by quantization becomes."""
+"""qpcompile::layernorm_quantize: fused layer norm and 4-bit quantization."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Layer normalisation, the activation transform and 4-bit quantization as one operator: three truths composed.
+"""Fused layer normalization, activation transform and 4-bit quantization: a composition of three references.
 
     y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias;   (q, scale) = quantize_int4(transform(y))
 
@@ -30,7 +30,7 @@ def layernorm_quantize(
 
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x: f[..., C], weight, bias: f[C] -> f32[..., C]."""
-    # The layout decides the order in which torch adds a mean up; one layout, one result.
+    # torch's summation order for a mean depends on the layout; one layout, one result.
     values = x.to(wide_type(x)).contiguous()
     values = values - values.mean(-1, keepdim=True)
     return (values / ((values * values).mean(-1, keepdim=True) + eps).sqrt() * weight + bias).float()

@@ -1,4 +1,4 @@
-"""What `qpcompile::layernorm_quantize` may be given."""
+"""Operand rule of `qpcompile::layernorm_quantize`."""
 
 from qpcompile.kernels.quantize_int4.rule import transforming
 from qpcompile.kernels.rules import number

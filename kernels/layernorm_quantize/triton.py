@@ -1,4 +1,4 @@
-"""The GPU path of layernorm_quantize: the kernel of rmsnorm_quantize, which centres the token first."""
+"""GPU kernel of layernorm_quantize: the kernel of rmsnorm_quantize with the token centred first."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""What `aten::linear` may be given: torch would repeat an operand that is too short."""
+"""Operand rule of `aten::linear`: torch would broadcast an operand that is too short."""
 
 from qpcompile.kernels.rules import Rule
 

@@ -1,8 +1,8 @@
 """qpcompile::linear_w4a16 in ONNX: a 4-bit initializer, DequantizeLinear and MatMul.
 
-onnxruntime turns the pair into its 4-bit MatMulNBits, which by default rounds activations to 8 bits inside: 0.5 %
-relative error on Gaussian activations of 1024 channels, and twice the speed on one token. The session's option
-`session.qdq_matmulnbits_accuracy_level` at "0" makes the product a float one (1.5e-7).
+onnxruntime fuses the pair into its 4-bit MatMulNBits, which by default rounds activations to 8 bits internally: 0.5 %
+relative error on Gaussian activations of 1024 channels, and twice the speed on one token. The session option
+`session.qdq_matmulnbits_accuracy_level` at "0" selects a floating-point product (1.5e-7).
 """
 
 from typing import Any
@@ -23,13 +23,13 @@ _linear_w4a16: Any = placeholder_op(NAME, ("x", "weight", "weight_scale", "bias"
 
 
 def linear_w4a16(x: Any, weight: Any, weight_scale: Any, bias: Any = None) -> Any:
-    """The translation for the exporter: one placeholder node, which `lower` replaces. The type and K must be known."""
+    """The exporter's translation: one placeholder node, which `lower` replaces. The type and K must be known."""
     inputs = (x, weight, weight_scale) if bias is None else (x, weight, weight_scale, bias)
     return _linear_w4a16(*inputs, in_features=x.shape[-1], dtype=int(x.dtype))
 
 
 def lower(model: ir.Model) -> None:
-    """Replace the placeholders of linear_w4a16 in `model`, in place, once it holds its initializers."""
+    """Replace the placeholders of linear_w4a16 in `model`, in place, once its initializers have data."""
     lower_placeholders(model, NAME, 1, _build)
 
 

@@ -1,11 +1,11 @@
-"""qpcompile::linear_w4a16 in onnxruntime's own operators, which round activations to 8 bits inside.
+"""qpcompile::linear_w4a16 in onnxruntime's contrib operators, which round activations to 8 bits internally.
 
     a few rows    MatMulNBits(x, W), accuracy level 4: activations in blocks of inputs, weights read as 4 bits
     many rows     s = max|x| / 127 per row;  MatMulIntegerToFloat(uint8(x / s + 128), int8(W)) * s + bias
 
-Both read the same stored bytes: two unsigned codes to a byte, neighbours along the inputs, zero at 8. Weight scales are
-exact in both. For many rows onnxruntime makes the int8 matrix, still with its zero at 8, when it loads the model: all
-matrices at once, so that whatever stands between them and the bytes decides the peak of memory.
+Both read the same stored bytes: two unsigned codes per byte, adjacent along the inputs, zero point 8. Weight scales are
+exact in both. For many rows onnxruntime constant-folds the int8 matrix, still with zero point 8, when it loads the
+model: all matrices at once, so that the intermediate tensors of that folding determine peak memory.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from qpcompile.kernels.linear_w4a4.placeholder import Store, constant, lower_pla
 from qpcompile.kernels.linear_w4a16 import onnx as exact
 
 CONTRIB = "com.microsoft"
-# Inputs that share a scale of activations; a power of two of 16 and more. 256 is 10 % faster on one row, and coarser.
+# Inputs that share an activation scale; a power of two, at least 16. 256 is 10 % faster on one row, and coarser.
 BLOCK = 128
 ZERO_POINT = 8
 LEVELS = 127.0
-# In place of a row's maximum where the row is all zeros.
+# Replaces the maximum of an all-zero row.
 SMALLEST = 1e-30
 
 Rows = dict[ir.Value, tuple[ir.Value, ir.Value]]
@@ -44,7 +44,7 @@ def lower_many_rows(model: ir.Model) -> None:
 
 
 def block_size(in_features: int, groups: int) -> int | None:
-    """The largest block of inputs with one scale of weights; None where groups cannot be cut into blocks."""
+    """The largest block of inputs with one weight scale; None if groups cannot be split into blocks."""
     if groups == 1:
         return BLOCK
     size = in_features // groups
@@ -61,7 +61,7 @@ def _lower(model: ir.Model, build: Callable[..., ir.Value], store: Store, one_gr
 
 
 def _blocks(codes: np.ndarray, block: int) -> np.ndarray:
-    """codes: i8[N, K] -> u8[N, B * block], moved to 0..15; the last block is filled up with what stands for zero."""
+    """codes: i8[N, K] -> u8[N, B * block], shifted to 0..15; the last block is padded with the zero point."""
     return np.pad(codes + ZERO_POINT, ((0, 0), (0, -codes.shape[1] % block)), constant_values=ZERO_POINT)
 
 
@@ -93,7 +93,7 @@ def _by_blocks(tape: ir.tape.Tape, node: ir.Node, weight: ir.Value, weight_scale
 
 
 def _block_scales(tape: ir.tape.Tape, weight_scale: np.ndarray, count: int) -> ir.Value:
-    """weight_scale: f32[N, G] -> f32[N, count], each once for all blocks of its group, when the model is loaded."""
+    """weight_scale: f32[N, G] -> f32[N, count], repeated for the blocks of each group, when the model is loaded."""
     features, groups = weight_scale.shape
     wide = constant(tape, np.array([features, groups, count // groups], np.int64))
     copies = tape.op("Expand", [constant(tape, np.ascontiguousarray(weight_scale)[..., None]), wide])
@@ -104,7 +104,7 @@ def _integer_product(
     tape: ir.tape.Tape, node: ir.Node, weight: ir.Value, weight_scale: np.ndarray, rounded: Rows
 ) -> ir.Value:
     x, bias = _inputs(node)
-    # Query, key and value projections read the same rows: round them once.
+    # Query, key and value projections read the same rows: quantize them once.
     if x not in rounded:
         rounded[x] = _rounded(tape, x)
     codes, scale = rounded[x]
@@ -119,7 +119,7 @@ def _integer_product(
 
 
 def _rounded(tape: ir.tape.Tape, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """x: f32[..., K] -> u8[T, K] around 128, f32[T, 1], a scale for each row."""
+    """x: f32[..., K] -> u8[T, K] with zero point 128, f32[T, 1], one scale per row."""
     last = constant(tape, np.array([-1], np.int64))
     rows = tape.op("Flatten", [x], {"axis": -1})
     high = tape.op("ReduceMax", [rows, last], {"keepdims": 1})
@@ -132,7 +132,7 @@ def _rounded(tape: ir.tape.Tape, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _int8_matrix(tape: ir.tape.Tape, weight: ir.Value, in_features: int) -> ir.Value:
-    """weight: UINT4[N, B * block] -> i8[K, N], zero at 8; constant, so that it is computed when the model is loaded."""
+    """weight: UINT4[N, B * block] -> i8[K, N], zero point 8; constant, so that it is folded at load time."""
     rows = tape.op("Cast", [weight], {"to": ir.DataType.INT8})
     assert weight.shape is not None
     if weight.shape[1] != in_features:
@@ -142,7 +142,7 @@ def _int8_matrix(tape: ir.tape.Tape, weight: ir.Value, in_features: int) -> ir.V
 
 
 def _inputs(node: ir.Node) -> tuple[ir.Value, ir.Value | None]:
-    """What is multiplied, and the bias: both float32, as everything in an exported graph."""
+    """The activations and the bias: both float32, like everything in an exported graph."""
     x, bias = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
     assert x is not None
     return x, bias

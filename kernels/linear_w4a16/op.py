@@ -1,4 +1,4 @@
-"""qpcompile::linear_w4a16, the linear layer on float activations and packed 4-bit weights."""
+"""qpcompile::linear_w4a16: linear layer on floating-point activations and packed 4-bit weights."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def _linear_w4a16_cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     RULE.check(x, weight, weight_scale, bias)
     if triton.takes(x, weight_scale):
         return triton.linear_w4a16(x, weight, weight_scale, bias)
-    # The product runs in the type of x, on its tensor cores; they sum in float32.
+    # The product runs in the type of x on tensor cores, which accumulate in float32.
     dense = reference.dequantize_weight(weight, x.shape[-1], weight_scale).to(x.dtype)
     return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
 

@@ -1,4 +1,4 @@
-"""A linear layer on float activations and 4-bit weights: the weight is dequantized, the product is a float one.
+"""Linear layer on floating-point activations and 4-bit weights: the weight is dequantized, the product is in float32.
 
     W[n, k] = w[n, k] * weight_scale[n, g(k)];   y = x W^T + bias, in float32
 

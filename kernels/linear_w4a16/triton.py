@@ -1,15 +1,15 @@
-"""The GPU path of linear_w4a16: half-precision products on 4-bit weights that become floats in registers.
+"""GPU kernel of linear_w4a16: half-precision products on 4-bit weights that are dequantized in registers.
 
-As in linear_w4a4/triton.py the product is transposed, with the weight left. A nibble becomes a float without a
-conversion: it is put into the low bits of a number whose unit in the last place is 1 (1024 in float16, 128 in
-bfloat16), and that number is taken away. The high nibble h = q + 8 has the weight 16; bfloat16 has too few bits for it
-and takes its sign bit apart:
+As in linear_w4a4/triton.py the product is transposed, with the weight as left operand. A nibble becomes a float without
+a conversion: it is inserted into the low bits of a number whose ulp is 1 (1024 in float16, 128 in bfloat16), and that
+number is subtracted. The high nibble h = q + 8 is scaled by 16; bfloat16 has too few bits for it and handles the sign
+bit separately:
 
     float16:   1024 + 16 h   -> (1024 + 16 h) / 16 - 72               = q
     bfloat16:  128 + 16 (q mod 8), and 128 where q < 0, else 256 -> their sum / 16 - 24 = q
 
-All of these are exact. Sums are float32; programs that split the columns of a tile leave theirs side by side, and the
-last one to arrive adds them in order: the same bits on every run.
+All of these are exact. Accumulation is in float32; programs that split the columns of a tile (split-K) write partial
+sums, and the last one to arrive adds them in a fixed order: the same bits on every run.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -23,7 +23,7 @@ from torch import Tensor
 from qpcompile.kernels.linear_w4a4.tuning import Tile, with_split
 
 PLANE = 128
-"""The only plane width that the kernel takes; see linear_w4a4/packing.py."""
+"""The only plane width that the kernel supports; see linear_w4a4/packing.py."""
 SHAPES = {
     16: Tile(out=64, tokens=16, step=64, warps=4, stages=4),
     32: Tile(out=64, tokens=32, step=64, warps=4, stages=4),
@@ -31,7 +31,7 @@ SHAPES = {
     256: Tile(out=128, tokens=64, step=64, warps=8, stages=4),
     2048: Tile(out=128, tokens=128, step=64, warps=8, stages=4),
 }
-"""Tiles for up to so many tokens; more take the last. Chosen from machine code, not from measured times."""
+"""Tiles by maximum token count; the last one serves more. Chosen by inspecting machine code, not by benchmarks."""
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def high_nibbles(packed: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     wide = packed.to(tl.uint8, bitcast=True).to(tl.int16)
     sixteenth = tl.full((1, 1), 0.0625, dtype)
     if dtype == tl.float16:
-        # The flipped sign bit makes h = q + 8 of q.
+        # Flipping the sign bit turns q into h = q + 8.
         codes = tl.fma(((wide & 0xF0) ^ 0x6480).to(dtype, bitcast=True), sixteenth, tl.full((1, 1), -72.0, dtype))
     else:
         sign = tl.fma(((wide & 0x80) ^ 0x4380).to(dtype, bitcast=True), sixteenth, tl.full((1, 1), -24.0, dtype))
@@ -81,7 +81,7 @@ def linear_w4a16_kernel(
 ) -> None:
     """w: i8[N, K/2], x: f16 or bf16[T, K], w_scale: f32[N, GW], bias: f[N] -> y: f[T, N].
 
-    partial: f32[SPLIT, T, N] and arrived: i32[tiles], zeros, serve where SPLIT > 1. Grid: (tiles, SPLIT).
+    partial: f32[SPLIT, T, N] and arrived: i32[tiles], zeros, are used if SPLIT > 1. Grid: (tiles, SPLIT).
     2 PLANE divides K, STEP divides PLANE, and PLANE divides K / GW where GW > 1.
     """
     HALF: tl.constexpr = x_ptr.dtype.element_ty
@@ -112,7 +112,7 @@ def linear_w4a16_kernel(
             w = tl.join(low_nibbles(packed, HALF), high_nibbles(packed, HALF))
             total = tl.dot(w.permute((0, 2, 1)).reshape((OUT, 2 * STEP)), x, total, out_dtype=tl.float32)
         else:
-            # A plane lies within one group: its float sum is scaled before it is added.
+            # A plane lies within one group: its partial sum is scaled before it is added.
             at = column + tl.arange(0, STEP)
             x_low = tl.load(x_row + at[:, None], mask=token_in[None, :], other=0.0)
             x_high = tl.load(x_row + (at + PLANE)[:, None], mask=token_in[None, :], other=0.0)
@@ -127,7 +127,7 @@ def linear_w4a16_kernel(
     if SPLIT > 1:
         area = T.to(tl.int64) * N
         tl.store(partial_ptr + tl.program_id(1) * area + at, total, mask=inside)
-        # The count is raised when all threads have stored.
+        # Incremented after all threads have stored.
         tl.debug_barrier()
         last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
         if last:
@@ -143,7 +143,7 @@ def linear_w4a16_kernel(
 
 
 def takes(x: Tensor, weight_scale: Tensor) -> bool:
-    """Whether the kernel is written for x: f[..., K] and weight_scale: f32[N, Gw]."""
+    """Whether the kernel supports x: f[..., K] and weight_scale: f32[N, Gw]."""
     in_features, groups = x.shape[-1], weight_scale.shape[1]
     whole = in_features % (2 * PLANE) == 0 and (groups == 1 or in_features // groups % PLANE == 0)
     return whole and x.dtype in (torch.float16, torch.bfloat16)

@@ -1,10 +1,10 @@
-"""The CPU path of linear_w4a4: C on the packed weight for few tokens, oneDNN's integer product for many.
+"""CPU kernel of linear_w4a4: C on the packed weight for few tokens, oneDNN's integer product for many.
 
-Few tokens are limited by the bytes of the weight, so they are multiplied as they stand, two codes to a byte. For many
-the weight is unpacked to int8 once per call, which costs little beside their product: at K = N = 1024, one thread of an
-AVX512-VNNI Xeon, 0.05 ms in C (0.3 ms in torch) beside 0.9 ms for 208 tokens.
+Few tokens are bound by weight bandwidth, so the weight is multiplied in its packed form, two codes per byte. For many
+tokens the weight is unpacked to int8 once per call, which is cheap compared with the product: at K = N = 1024, one
+thread of an AVX512-VNNI Xeon, 0.05 ms in C (0.3 ms in torch) against 0.9 ms for 208 tokens.
 
-Why torch._int_mm then: on the same thread, in ms,
+Why torch._int_mm: on the same thread, in ms,
 
     tokens                                          1      16     208
     torch._int_mm on the transposed view        0.034   0.175   0.921
@@ -24,9 +24,9 @@ from qpcompile.kernels.linear_w4a4.rule import RULE
 from qpcompile.kernels.native import library as native
 
 FEW_TOKENS = 16
-"""The most tokens that vector instructions multiply the packed weight with, where there are no tiles."""
+"""The most tokens for which vector instructions multiply the packed weight, without AMX tiles."""
 FEW_BEFORE_TILES = 8
-"""The same where there are: 16 rows of a tile are then half empty."""
+"""The same with AMX tiles: 16 rows of a tile are then half empty."""
 
 
 @RULE.checked
@@ -41,7 +41,7 @@ def linear_w4a4(
 ) -> Tensor:
     """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N].
 
-    residual: dtype[..., N], added to y as an operator of its own would add it.
+    residual: dtype[..., N], added to the rounded y as a separate operator would do.
     """
     operands = q, scale, weight, weight_scale, bias, dtype
     native_takes = native.takes(scale, weight_scale, bias)
@@ -65,7 +65,7 @@ def _from_packed(
     dtype: torch.dtype,
     level: int | None = None,
 ) -> Tensor:
-    """One call of C for any number of tokens and groups."""
+    """One C call for any number of tokens and groups."""
     tensors = q.contiguous(), scale.contiguous(), weight.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = _empty(q, weight, dtype)
@@ -83,7 +83,7 @@ def _on_tiles(
     dtype: torch.dtype,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """One call of C on AMX tiles for any number of tokens. One scale per token and output channel."""
+    """One C call on AMX tiles for any number of tokens. One scale per token and output channel."""
     tensors = q.contiguous(), scale.contiguous(), weight.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = _empty(q, weight, dtype)
@@ -96,7 +96,7 @@ def _on_tiles(
 def _from_codes(
     q: Tensor, scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """oneDNN's product, and where there is one scale per token and output channel the scales in C."""
+    """oneDNN's product; with one scale per token and output channel the epilogue runs in C."""
     if scale.shape[-1] > 1 or weight_scale.shape[-1] > 1:
         return linear_codes(q, scale, codes, weight_scale, bias, dtype, integer_product)
     exact = integer_product(q.reshape(-1, q.shape[-1]), codes)
@@ -116,7 +116,7 @@ def native_codes(weight: Tensor, in_features: int, level: int | None = None) -> 
 
 
 def _empty(q: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the result in a type that C writes, f[..., N]."""
+    """An uninitialized result in a type that C writes, f[..., N]."""
     written = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
     return torch.empty((*q.shape[:-1], weight.shape[0]), dtype=written)
 
@@ -124,19 +124,19 @@ def _empty(q: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def linear_unpacked(
     q: Tensor, scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The same on a weight that was unpacked before, codes: i8[N, K] contiguous."""
+    """The same on an unpacked weight, codes: i8[N, K] contiguous."""
     return linear_codes(q, scale, codes, weight_scale, bias, dtype, integer_product)
 
 
 def integer_product(q: Tensor, codes: Tensor) -> Tensor:
     """q: i8[T, K], codes: i8[N, K] -> i32[T, N], exact."""
-    # The transposed view is what the one-token product is fast on. With K = 1 its strides would be ambiguous.
+    # The product of one token is fast on the transposed view. With K = 1 its strides would be ambiguous.
     right = _dense(codes).T if codes.shape[1] > 1 else _dense(codes.T)
     return torch.ops.aten._int_mm.default(_dense(q), right)
 
 
 def _dense(matrix: Tensor) -> Tensor:
     """The same matrix with the strides (columns, 1)."""
-    # The stride of a dimension of size 1 may be anything, even in a contiguous tensor, and oneDNN then leaves the
+    # The stride of a dimension of size 1 is arbitrary, even in a contiguous tensor, and oneDNN may then leave the
     # output unwritten without an error (pytorch/pytorch#195066).
     return matrix.contiguous().as_strided(matrix.shape, (matrix.shape[1], 1))

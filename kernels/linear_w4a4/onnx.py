@@ -1,8 +1,8 @@
-"""qpcompile::linear_w4a4 in ONNX: a 4-bit initializer, made int8 when the model is loaded, and MatMulInteger.
+"""qpcompile::linear_w4a4 in ONNX: a 4-bit initializer, folded to int8 when the model is loaded, and MatMulInteger.
 
     y = MatMulInteger(uint8(q + 8), Cast(weight, int8), 8) * scale * weight_scale + bias
 
-The shift to unsigned is for speed alone: onnxruntime computes s8 by s8 in a plain loop.
+The shift to unsigned is for speed only: onnxruntime computes s8 by s8 in a scalar loop.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ _linear_w4a4: Any = placeholder_op(
 
 
 def linear_w4a4(q: Any, scale: Any, weight: Any, weight_scale: Any, bias: Any, dtype: int) -> Any:
-    """The translation for the exporter: one node, which `lower` replaces. K, the groups and the rank must be known."""
+    """The exporter's translation: one placeholder, which `lower` replaces. K, the groups and the rank must be known."""
     known = {
         "in_features": q.shape[-1],
         "groups": max(scale.shape[-1], weight_scale.shape[-1]),
@@ -39,7 +39,7 @@ def linear_w4a4(q: Any, scale: Any, weight: Any, weight_scale: Any, bias: Any, d
 
 
 def lower(model: ir.Model) -> None:
-    """Replace the placeholders of linear_w4a4 in `model`, in place, once it holds its initializers."""
+    """Replace the placeholders of linear_w4a4 in `model`, in place, once its initializers have data."""
     shifted: dict[ir.Value, ir.Value] = {}
 
     def build(tape: ir.tape.Tape, node: ir.Node, weight: ir.Value, weight_scale: np.ndarray) -> ir.Value:
@@ -57,7 +57,7 @@ def lower(model: ir.Model) -> None:
 
 
 def _unsigned(tape: ir.tape.Tape, q: ir.Value) -> ir.Value:
-    """q: i8[..., K] -> u8[..., K], q + 8, from the rounded floats that q was cast from where there are such."""
+    """q: i8[..., K] -> u8[..., K], q + 8, computed from the rounded floats that q was cast from if there are any."""
     cast = q.producer()
     source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
     values = source if _is_rounded(source) else tape.op("Cast", [q], {"to": ir.DataType.FLOAT})
@@ -67,7 +67,7 @@ def _unsigned(tape: ir.tape.Tape, q: ir.Value) -> ir.Value:
 
 
 def _is_rounded(value: ir.Value | None) -> bool:
-    """Is `value` Clip(Round(...)), so that a shift before the cast to an integer is one after it?"""
+    """Whether `value` is Clip(Round(...)), so that shifting before the cast to an integer equals shifting after it."""
     clip = None if value is None else value.producer()
     if clip is None or clip.op_type != "Clip" or clip.inputs[0] is None:
         return False
@@ -90,7 +90,7 @@ def _by_channel(
 
 
 def _by_group(tape: ir.tape.Tape, node: ir.Node, left: ir.Value, right: ir.Value, weight_scale: np.ndarray) -> ir.Value:
-    """Scales per group: the groups become the batch of one product, and its results are added -> f32[..., N]."""
+    """Scales per group: the groups become the batch axis of one product, and its results are summed -> f32[..., N]."""
     groups, in_features = node.attributes["groups"].as_int(), node.attributes["in_features"].as_int()
     rank, out_features = node.attributes["rank"].as_int(), weight_scale.shape[0]
     size = in_features // groups

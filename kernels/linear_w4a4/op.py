@@ -1,4 +1,4 @@
-"""qpcompile::linear_w4a4, the linear layer on 4-bit activations and packed 4-bit weights."""
+"""qpcompile::linear_w4a4: linear layer on 4-bit activations and packed 4-bit weights."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def linear_w4a4(
 ) -> Tensor:
     """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N].
 
-    residual: dtype[..., N], added to the rounded y; only bound graphs have one (runtime/residual_epilogue.py).
+    residual: dtype[..., N], added to the rounded y; used in bound graphs only (runtime/residual_epilogue.py).
     """
     return cpu.linear_w4a4(q, scale, weight, weight_scale, bias, dtype, residual)
 

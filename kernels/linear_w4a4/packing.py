@@ -1,12 +1,12 @@
-"""4-bit weights, two to a byte, in planes: the one layout of every back end.
+"""Packing of 4-bit weights, two per byte, in planes: the one layout of all back ends.
 
-A row of K codes is cut into blocks of 2 P columns, P = 128 where 256 divides K and ceil(K / 2) otherwise (one block, an
-odd K padded with a zero code). Byte j of the block that starts at column k holds
+A row of K codes is split into blocks of 2 P columns, P = 128 where 256 divides K and ceil(K / 2) otherwise (one block,
+an odd K padded with a zero code). Byte j of the block that starts at column k holds
 
     low nibble: q[k + j] + 8, unsigned        high nibble: q[k + P + j], two's complement
 
-so that `byte & 15` and `byte & -16` are int8 operands of a product as they stand, without a shift and without
-interleaving two columns.
+so that `byte & 15` and `byte & -16` are int8 operands of a product directly, without a shift and without interleaving
+columns.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Export of operators on packed 4-bit weights in two steps, because an export meets a weight as a value without data.
+"""Two-step ONNX export of operators on packed 4-bit weights, because a translation sees weights without data.
 
-The translation leaves one node of our own domain; `lower_placeholders` replaces it by standard ONNX once the data is
-there, with the weight stored as INT4[K, N]: two codes to a byte in the file, and the layout that a product wants.
+The translation emits one placeholder node of our own domain; `lower_placeholders` replaces it by standard ONNX once the
+data is available, with the weight stored as INT4[K, N]: two codes per byte, in the layout of a product.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ FIRST_OPSET = 21
 """The first ONNX opset with 4-bit integers."""
 
 Build = Callable[[ir.tape.Tape, ir.Node, ir.Value, np.ndarray], ir.Value]
-"""(tape, placeholder, weight: as it is stored, weight_scale: f32[N, Gw]) -> y; writes the new nodes to the tape."""
+"""(tape, placeholder, stored weight, weight_scale: f32[N, Gw]) -> y; writes the new nodes to the tape."""
 
 Store = Callable[[np.ndarray, np.ndarray], tuple[str, ir.TensorProtocol]]
-"""(codes: i8[N, K], weight_scale: f32[N, Gw]) -> what the stored tensor's name ends in, and the tensor."""
+"""(codes: i8[N, K], weight_scale: f32[N, Gw]) -> the suffix of the stored tensor's name, and the tensor."""
 
 
 def placeholder_op(name: str, inputs: Sequence[str], attributes: Sequence[str]) -> values.Op:
@@ -55,9 +55,9 @@ def lower_placeholders(
 ) -> None:
     """Replace every node `name` of our domain in `model`; input `weight_at` is the packed weight, the next its scale.
 
-    Weights become INT4[K, N], or what `store` makes of them. A node whose numbers of inputs and of groups `takes`
-    refuses is left.
-    A weight that several nodes share stays shared, and initializers that nobody reads any more are removed.
+    Weights become INT4[K, N], or the result of `store`. A node whose numbers of inputs and of groups `takes` rejects is
+    skipped.
+    A weight that several nodes share stays shared, and unused initializers are removed.
     """
     graph = model.graph
     nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == name]
@@ -99,7 +99,7 @@ def add_bias_and_cast(tape: ir.tape.Tape, y: ir.Value, bias: ir.Value | None, dt
 
 
 def _initializer(node: ir.Node, index: int) -> ir.Value:
-    """Input `index` of `node`, which must have its data in the model."""
+    """Input `index` of `node`, which must be an initializer with data."""
     value = node.inputs[index]
     if value is None or value.const_value is None:
         raise ExportError(
@@ -117,7 +117,7 @@ def _array(value: ir.Value) -> np.ndarray:
 
 
 def _stored(graph: ir.Graph, packed: ir.Value, in_features: int, scale: np.ndarray, store: Store) -> ir.Value:
-    """packed: u8[N, ceil(K/2)] in planes -> the tensor that `store` makes, registered once for all that read it."""
+    """packed: u8[N, ceil(K/2)] in planes -> the tensor that `store` returns, registered once for all readers."""
     codes = unpack_int4(torch.from_numpy(np.ascontiguousarray(_array(packed))), in_features).numpy()
     ending, tensor = store(codes, scale)
     tensor.name = f"{packed.name}_{ending}"

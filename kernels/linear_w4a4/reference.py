@@ -1,8 +1,8 @@
-"""A linear layer on 4-bit activations and 4-bit weights with an exact integer product: the plain-torch truth.
+"""Linear layer on 4-bit activations and 4-bit weights with an exact integer product, in plain torch.
 
     y[t, n] = sum_g (sum_{k in g} q[t, k] w[n, k]) * scale[t, g] * weight_scale[n, g] + bias[n]
 
-The inner sum is an exact int32. It is scaled in float32 from left to right as written, then cast once.
+The inner sum is an exact int32. It is scaled in float32 in the order written, left to right, then cast once.
 Source: QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, section 4, arXiv 2404.00456.
 """
 
@@ -41,7 +41,7 @@ def linear_codes(
     dtype: torch.dtype,
     product: Product,
 ) -> Tensor:
-    """As `linear_w4a4`, on unpacked weights (codes: i8[N, K]) and with the given exact integer product."""
+    """`linear_w4a4` on unpacked weights (codes: i8[N, K]), with the given exact integer product."""
     rows, row_scale = q.reshape(-1, codes.shape[1]), scale.reshape(-1, scale.shape[-1])
     groups = max(row_scale.shape[1], weight_scale.shape[1])
     if groups == 1:

@@ -1,4 +1,4 @@
-"""What `qpcompile::linear_w4a4` may be given."""
+"""Operand rule of `qpcompile::linear_w4a4`."""
 
 from qpcompile.kernels.rules import FLOAT_TYPE, Relation, Rule, multiple
 

@@ -1,22 +1,23 @@
-"""The GPU path of linear_w4a4: int8 tensor-core products on 4-bit weights that are unpacked in registers.
+"""GPU kernel of linear_w4a4: int8 tensor-core products on 4-bit weights that are unpacked in registers.
 
-The product is computed transposed, out^T[N, T] = w[N, K] x[T, K]^T: only the left operand of Hopper's wgmma may come
-from registers, and the unpacked weight is there. With b a packed byte (see packing.py), u = q_low + 8:
+The product is computed transposed, out^T[N, T] = w[N, K] x[T, K]^T: only the left operand of Hopper's wgmma can be in
+registers, where the unpacked weight is. With b a packed byte (see packing.py), u = q_low + 8:
 
     b & 15 = u        b & -16 = 16 q_high
 
-Many tokens: `prepare_activations_kernel` writes 16 x_low (-128 to 112, an int8) beside x_high, and the sum of x_low.
-Both planes are then one product of twice the columns with one accumulator, and one number per token removes the offset:
+Many tokens: `prepare_activations_kernel` writes 16 x_low (-128 to 112, an int8) next to x_high, and the sum of x_low.
+Both planes are then one product over twice the columns with one accumulator, and one term per token removes the offset:
 
     sum (b & 15) (16 x_low) + (b & -16) x_high - 128 sum x_low = 16 sum (q_low x_low + q_high x_high)
 
-Few tokens (RAW): codes of any 8 bits as they are, two accumulators, and the offset by a third product; tensor cores
-wait for memory there, and a launch less is worth more:
+Few tokens (RAW): any 8-bit codes unprepared, two accumulators, and the offset by a third product; tensor cores are
+memory-bound there, and saving a launch is worth more:
 
     low = sum (b & 15) x_low + sum (-8) x_low        high = sum (b & -16) x_high        low + high / 16
 
-All sums are exact in int32, in any order: programs that split the columns of a tile add atomically, and the last one to
-arrive scales. Products and sums of the epilogue are not fused, which keeps its bits those of the reference.
+All sums are exact in int32, in any order: programs that split the columns of a tile (split-K) add atomically, and the
+last one to arrive applies the scales. Multiplications and additions of the epilogue are not contracted to FMA, which
+keeps it bit-identical to the reference.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -32,7 +33,7 @@ from qpcompile.kernels.linear_w4a4.triton_grouped import run_grouped
 from qpcompile.kernels.linear_w4a4.tuning import RAW_TOKENS, Tile, start_tile, tile_for
 
 NEIGHBOURS = 8
-"""Tiles of tokens that follow each other on one tile of weights, so that both stay in the cache."""
+"""Consecutive tiles of tokens on one tile of weights, so that both stay in the cache."""
 
 
 @triton.jit
@@ -44,7 +45,7 @@ def prepare_activations_kernel(
     PLANE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """q: i8[T, K] -> x: i8[T, K], low planes times 16, sum: i32[T] over the low planes; program t does row t."""
+    """q: i8[T, K] -> x: i8[T, K], low planes times 16, sum: i32[T] over the low planes; program t processes row t."""
     token = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, K, BLOCK):
@@ -80,7 +81,7 @@ def finish_tile(
     y = y.to(y_ptr.dtype.element_ty)
     at = token.to(tl.int64)[None, :] * N + row[:, None]
     if HAS_RESIDUAL:
-        # Rounded first and added then, as two operators would.
+        # Rounded, then added, as two separate operators would do.
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         y = (y.to(tl.float32) + residual).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, y, mask=inside)
@@ -113,13 +114,13 @@ def linear_w4a4_kernel(
     """w: i8[N, ceil(K/2)], x: i8[T, K], scale: f32[T], w_scale: f32[N] -> y: f[T, N].
 
     x and sum: i32[T] are prepared, or x are codes and sum is not read (RAW). workspace: i32[T * N + tiles], zeros, is
-    read and written where SPLIT > 1. Grid: (tiles, SPLIT).
+    used if SPLIT > 1. Grid: (tiles, SPLIT).
     """
     WIDTH: tl.constexpr = (K + 1) // 2
     STEPS: tl.constexpr = (PLANE + STEP - 1) // STEP
     ALL_STEPS: tl.constexpr = (WIDTH // PLANE) * STEPS
     SHARE: tl.constexpr = (ALL_STEPS + SPLIT - 1) // SPLIT
-    # Exact planes need no masks along K, which keeps the loads wide.
+    # Full planes need no masks along K, which keeps the loads wide.
     ALIGNED: tl.constexpr = (PLANE % STEP == 0) and (K % 2 == 0)
 
     tile = tl.program_id(0)
@@ -129,14 +130,14 @@ def linear_w4a4_kernel(
     row = tile % stripe // width * OUT + tl.arange(0, OUT)
     token = (first + tile % stripe % width) * TOKENS + tl.arange(0, TOKENS)
     token_in = token < T
-    # Rows beyond the last read the last: no masks in the loop. Few tokens have masks, to read nothing twice.
+    # Rows beyond the last read the last one: no masks in the loop. Few tokens use masks, to read nothing twice.
     w_row = w_ptr + tl.minimum(row, N - 1).to(tl.int64)[:, None] * WIDTH
     x_row = x_ptr + (token if RAW else tl.minimum(token, T - 1)).to(tl.int64)[None, :] * K
 
     total = tl.zeros((OUT, TOKENS), tl.int32)
     total_high = tl.zeros((OUT, TOKENS), tl.int32)
     begin = tl.program_id(1) * SHARE
-    # One flat loop: only the innermost one is pipelined.
+    # One flat loop: only the innermost loop is pipelined.
     for step in range(begin, tl.minimum(begin + SHARE, ALL_STEPS)):
         block = step // STEPS
         offset = step % STEPS * STEP
@@ -154,7 +155,7 @@ def linear_w4a4_kernel(
             total = tl.dot(tl.full((OUT, STEP), -8, tl.int8), x_low, total, out_dtype=tl.int32)
             total_high = tl.dot(packed & -16, x_high, total_high, out_dtype=tl.int32)
         else:
-            # The low plane, then the high one: one product has one wait where two have two.
+            # The low plane, then the high one: one product waits once, two products wait twice.
             both = tl.arange(0, 2 * STEP)
             place = offset + both % STEP
             column = block * 2 * PLANE + both // STEP * PLANE + place
@@ -171,7 +172,7 @@ def linear_w4a4_kernel(
         at = workspace_ptr + token.to(tl.int64)[None, :] * N + row[:, None]
         inside = (row < N)[:, None] & token_in[None, :]
         tl.atomic_add(at, total, mask=inside, sem="relaxed")
-        # The count is raised when all threads have added.
+        # Incremented after all threads have added.
         tl.debug_barrier()
         arrived = tl.atomic_add(workspace_ptr + T.to(tl.int64) * N + tile, 1, sem="acq_rel")
         if arrived == SPLIT - 1:
@@ -203,8 +204,8 @@ def linear_w4a4(
 ) -> Tensor:
     """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N].
 
-    `residual`: dtype[..., N] is added to y as an operator of its own would add it; with scales per group it is one.
-    `bits` are those of the codes q, 4 or 8.
+    `residual`: dtype[..., N] is added to the rounded y as a separate operator would do; with scales per group it is
+    one. `bits` are those of the codes q, 4 or 8.
     """
     in_features, out_features = q.shape[-1], weight.shape[0]
     rows = q.reshape(-1, in_features).contiguous()
@@ -224,7 +225,7 @@ def linear_w4a4(
 
 
 def device_tile(device: torch.device, out_features: int, tokens: int, in_features: int) -> Tile:
-    """The tile for a layer [N, K] on that many tokens; the interpreter takes the rule for one processor."""
+    """The tile for a layer [N, K] on that many tokens; the interpreter uses the rule for one multiprocessor."""
     if device.type != "cuda":
         return start_tile(1, out_features, in_features, tokens)
     gpu = torch.cuda.get_device_properties(device)
@@ -249,7 +250,7 @@ def _run(
     tile: Tile,
     raw: bool,
 ) -> None:
-    """One scale per token and per output channel: the fast kernel writes `y`: f[T, N]."""
+    """One scale per token and per output channel: the tuned kernel writes `y`: f[T, N]."""
     (tokens, in_features), out_features = rows.shape, y.shape[1]
     x, sums = (rows, rows) if raw else prepare_activations(rows)
     tiles = triton.cdiv(out_features, tile.out) * triton.cdiv(tokens, tile.tokens)

@@ -1,4 +1,4 @@
-"""Scales per group on the GPU, for groups of any size: right, not tuned (linear_w4a4/triton.py has the fast kernel)."""
+"""GPU kernel of linear_w4a4 with scales per group of any size: correct, not tuned (see linear_w4a4/triton.py)."""
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false

@@ -1,8 +1,8 @@
-"""Which tile a GPU kernel of linear_w4a4 takes: a table per GPU, and a rule for what no table holds.
+"""Tile selection for the GPU kernel of linear_w4a4: a tuning table per GPU, and a heuristic for everything else.
 
-`tile_for` looks in `tiles/<gpu>.json` for the layer's N and K and the bucket of the token count. Where the layer is
-not there, the nearest layer of that bucket gives its tile, and the rule its split; a GPU without a table takes the rule
-alone. Nothing is measured here: `python tests/bench/tune.py` measures and writes the table, and only when asked.
+`tile_for` looks in `tiles/<gpu>.json` for the layer's N and K and the bucket of the token count. For a layer not in the
+table, the nearest layer of that bucket provides the tile, and the heuristic its split; a GPU without a table uses the
+heuristic alone. Nothing is measured here: `python tests/bench/tune.py` measures and writes the table.
 """
 
 import json
@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
-"""Token counts that share a tile: up to so many; more take the last."""
+"""Upper bounds of the buckets of token counts that share a tile; larger counts use the last one."""
 RAW_TOKENS = 64
-"""Up to so many tokens the kernel takes codes as they are: a launch less, for a third product per step."""
+"""The most tokens for which the kernel takes unprepared codes: one launch less, for a third product per step."""
 FOLDER = Path(__file__).with_name("tiles")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's share: `out` weight rows by `tokens` tokens, `step` packed bytes per row at a time.
+    """The block of one program: `out` weight rows by `tokens` tokens, `step` packed bytes per row at a time.
 
-    `split` programs share the columns of one tile and add up what they find.
+    `split` programs share the columns of one tile and add their partial sums (split-K).
     """
 
     out: int
@@ -41,7 +41,7 @@ class Tile:
 
     @property
     def sums(self) -> int:
-        """Registers of each thread that one accumulator takes."""
+        """Registers per thread for one accumulator."""
         return self.out * self.tokens // (32 * self.warps)
 
 
@@ -53,12 +53,12 @@ SHAPES = {
     1024: Tile(out=128, tokens=128, step=64, warps=8, stages=4),
     BUCKETS[-1]: Tile(out=128, tokens=256, step=64, warps=8, stages=4),
 }
-"""The rule's tiles for up to so many tokens, of split 1: chosen from machine code, not from measured times."""
+"""The heuristic's tiles by maximum token count, of split 1: chosen by inspecting machine code, not by benchmarks."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The tiles of one GPU by (out_features, in_features, bucket); `tuned` says with what they were measured."""
+    """The tiles of one GPU by (out_features, in_features, bucket); `tuned` records how they were measured."""
 
     gpu: str
     processors: int
@@ -72,7 +72,7 @@ def bucket(tokens: int) -> int:
 
 
 def tile_for(gpu: str, processors: int, out_features: int, in_features: int, tokens: int) -> Tile:
-    """The tile for a layer [N, K] on `tokens` tokens, on the GPU of that name with so many multiprocessors."""
+    """The tile for a layer [N, K] on `tokens` tokens, on the GPU of that name and number of multiprocessors."""
     return _tile_for_bucket(gpu, processors, out_features, in_features, bucket(tokens))
 
 
@@ -92,16 +92,16 @@ def _tile_for_bucket(gpu: str, processors: int, out_features: int, in_features: 
 
 
 def start_tile(processors: int, out_features: int, in_features: int, tokens: int) -> Tile:
-    """The rule: a tile by the number of tokens, and so many splits that every multiprocessor has work."""
+    """The heuristic: a tile by the number of tokens, and enough splits to occupy every multiprocessor."""
     shape = SHAPES[next((limit for limit in SHAPES if tokens <= limit), BUCKETS[-1])]
     return with_split(shape, processors, out_features, in_features, tokens)
 
 
 def with_split(tile: Tile, processors: int, out_features: int, in_features: int, tokens: int) -> Tile:
-    """`tile` with as many splits as give each multiprocessor one program, and two where reading weights is the time."""
+    """`tile` split so that each multiprocessor has one program, or two if the layer is bound by weight bandwidth."""
     programs = math.ceil(out_features / tile.out) * math.ceil(tokens / tile.tokens)
     wanted = processors * (2 if tokens <= RAW_TOKENS else 1)
-    # A program with fewer than two steps only starts and ends.
+    # A program with fewer than two steps is all prologue and epilogue.
     most = max(1, math.ceil(in_features / 2 / tile.step) // 2)
     return replace(tile, split=min(most, math.ceil(wanted / programs)))
 
@@ -119,7 +119,7 @@ def slug(gpu: str) -> str:
 
 
 def read_table(text: str) -> Table:
-    """What `write_table` wrote."""
+    """The inverse of `write_table`."""
     data: dict[str, Any] = json.loads(text)
     rows = {(row["out_features"], row["in_features"], row["tokens"]): Tile(**row["tile"]) for row in data["rows"]}
     return Table(data["gpu"], data["processors"], data["tuned"], rows)

@@ -1,4 +1,4 @@
-"""The CPU path of linear_w8a16: C for few rows, which reads a byte per weight; the reference for many."""
+"""CPU kernel of linear_w8a16: C for few rows, which reads one byte per weight; the reference for many."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
-"""qpcompile::linear_w8a16 in plain ONNX operators: an 8-bit initializer, cast, multiplied and scaled.
+"""qpcompile::linear_w8a16 in standard ONNX operators: an 8-bit initializer, cast, multiplied and scaled.
 
-onnxruntime makes the matrix float32 when it loads the model. It would turn DequantizeLinear and MatMul into its own
-MatMulNBits, which on one row of 1024 and 32,000 outputs takes 165 ms where activations stay floats, and this 11 ms.
+onnxruntime folds the cast to float32 when it loads the model. It would fuse DequantizeLinear and MatMul into its own
+MatMulNBits, which with floating-point activations takes 165 ms on one row of 1024 and 32,000 outputs; this takes 11 ms.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""qpcompile::linear_w8a16, the linear layer on float activations and 8-bit weights."""
+"""qpcompile::linear_w8a16: linear layer on floating-point activations and 8-bit weights."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""A linear layer on float activations and 8-bit weights, one scale per output channel: weights alone are rounded.
+"""Weight-only quantized linear layer: floating-point activations, 8-bit weights, one scale per output channel.
 
     scale[n] = max_k |W[n, k]| / 127 (1 where that is 0);   w[n, k] = round(W[n, k] / scale[n])
     y[t, n] = (sum_k x[t, k] w[n, k]) * scale[n] + bias[n], in float32, then cast once
@@ -12,7 +12,7 @@ from torch import Tensor
 
 LEVELS = 127.0
 CHUNK = 1024
-"""Output channels that are made float32 at a time: the weight of a head is large."""
+"""Output channels dequantized at a time: the weight of a head is large."""
 
 
 def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `qpcompile::linear_w8a16` may be given."""
+"""Operand rule of `qpcompile::linear_w8a16`."""
 
 from qpcompile.kernels.rules import Rule
 

@@ -1,12 +1,12 @@
-"""The GPU path of linear_w8a16: half-precision products on 8-bit weights that become floats in registers.
+"""GPU kernel of linear_w8a16: half-precision products on 8-bit weights that are dequantized in registers.
 
-As in linear_w4a16/triton.py the product is transposed, with the weight left, and a code becomes a float without a
-conversion: it is put into the low bits of a number whose unit in the last place is 1, and that number is taken away.
+As in linear_w4a16/triton.py the product is transposed, with the weight as left operand, and a code becomes a float
+without a conversion: it is inserted into the low bits of a number whose ulp is 1, and that number is subtracted.
 
     float16:   1024 + (q + 128)   -> that - 1152                                = q
     bfloat16:  128 + q mod 128, and 128 where q >= 0, else 256 -> their difference = q
 
-All of these are exact. Heads have so many outputs that no program shares its columns with another.
+All of these are exact. Heads have so many outputs that split-K is not needed.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -24,13 +24,14 @@ SHAPES = {
     64: Tile(out=64, tokens=64, step=64, warps=4, stages=4),
     2048: Tile(out=128, tokens=128, step=64, warps=8, stages=4),
 }
-"""Tiles for up to so many tokens; more take the last. `step` counts columns. Chosen from machine code, not from
-measured times."""
+"""Tiles by maximum token count; the last one serves more. `step` counts columns. Chosen by inspecting machine code, not
+by benchmarks.
+"""
 
 
 @triton.jit
 def floats_of(codes: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """codes: i8[...] -> the same numbers as dtype[...]."""
+    """codes: i8[...] -> the same values as dtype[...]."""
     wide = codes.to(tl.uint8, bitcast=True).to(tl.int16)
     if dtype == tl.float16:
         values = ((wide ^ 0x80) | 0x6400).to(dtype, bitcast=True) - 1152.0
@@ -77,7 +78,7 @@ def linear_w8a16_kernel(
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernel is written for x: f[..., K]."""
+    """Whether the kernel supports x: f[..., K]."""
     return x.shape[-1] % SHAPES[16].step == 0 and x.dtype in (torch.float16, torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""merge_tokens with similarities of targets to sources only: a few rows of the [S, S] that the reference builds."""
+"""CPU kernel of merge_tokens: similarities of targets to sources only, a few rows of the reference's [S, S] matrix."""
 
 import torch
 from torch import Tensor

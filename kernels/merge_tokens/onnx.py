@@ -1,4 +1,4 @@
-"""`qpcompile::merge_tokens` in plain ONNX operators: one [S, S] matrix says who adds what to whom."""
+"""`qpcompile::merge_tokens` in standard ONNX operators: a product with one [S, S] weight matrix."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`qpcompile::merge_tokens`: what is left of dropped tokens is added to tokens that stay."""
+"""`qpcompile::merge_tokens`: merge dropped tokens, or neighbours, into kept tokens."""
 
 import torch
 from torch import Tensor

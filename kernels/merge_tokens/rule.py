@@ -1,4 +1,4 @@
-"""What `qpcompile::merge_tokens` may be given."""
+"""Operand rule of `qpcompile::merge_tokens`."""
 
 from qpcompile.kernels.rules import Rule, count
 

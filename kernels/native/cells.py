@@ -1,7 +1,7 @@
-"""What the functions of the library are given: 8-byte cells, in which a tensor comes with how much of it lies there.
+"""Argument marshalling for the C library: 8-byte cells, in which a tensor comes with its element count and type.
 
-Counts and element types are read off the tensors here and nowhere else; kernels/native/checks.inc compares them with
-the sizes that a caller names, before anything is touched.
+Counts and element types are read from the tensors here and nowhere else; kernels/native/checks.inc checks them against
+the sizes given by the caller, before any memory access.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ Cells = tuple[int | float, ...]
 
 
 class _LayoutError(Exception):
-    """How a tensor lies that no function reads; never leaves this file."""
+    """A memory layout that no function reads; never leaves this file."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a kind of argument is laid out in cells; `cells` makes them of a value, None where it is one itself."""
+    """How a kind of argument is encoded in cells; `cells` encodes a value, None if the value is a cell already."""
 
     form: str
     cells: Callable[[Tensor | None], Cells] | None = None
 
 
 def _span(tensor: Tensor | None) -> Cells:
-    """A tensor without gaps: where it lies, how many elements it has, of which type."""
+    """A contiguous tensor: its address, element count and type."""
     if tensor is None:
         return 0, 0, NOTHING
     if not tensor.is_cpu or not tensor.is_contiguous():
-        raise _LayoutError(f"does not lie on the CPU without gaps: {list(tensor.shape)} on {tensor.device}")
+        raise _LayoutError(f"has no contiguous layout on the CPU: {list(tensor.shape)} on {tensor.device}")
     return tensor.data_ptr(), tensor.numel(), ELEMENTS.get(tensor.dtype, OTHER)
 
 
 def _front(tensor: Tensor | None) -> Cells:
-    """A tensor of any strides: its elements are all that lie from its first one on to the end of its memory."""
+    """A tensor of any strides: its count covers all elements from its first one to the end of its storage."""
     if tensor is None:
         return 0, 0, NOTHING
     if not tensor.is_cpu:
-        raise _LayoutError(f"lies on {tensor.device}, not on the CPU")
+        raise _LayoutError(f"is on {tensor.device}, not on the CPU")
     count = int(tensor.untyped_storage().nbytes()) // tensor.itemsize - int(tensor.storage_offset())
     return tensor.data_ptr(), count, ELEMENTS.get(tensor.dtype, OTHER)
 
 
 def _view(tensor: Tensor | None) -> Cells:
-    """The same with the strides of its four axes."""
+    """The same plus the strides of its four axes."""
     if tensor is None:
         return 0, 0, NOTHING, 0, 0, 0, 0
     if tensor.dim() != 4:
@@ -85,7 +85,7 @@ PLAN: Signature = (
     *_of(WHOLE, "channels group_size left_size right_size kind element rounded"),
     *_of(REAL, "constant clip_ratio"),
 )
-"""A row operator but for its rows (native/rows.py)."""
+"""The parameters of a row operator (native/rows.py)."""
 SIGNATURES: dict[str, Signature] = {
     "linear_w4a4": (
         *_of(SPAN, "q scale weight weight_scale bias y"),
@@ -118,13 +118,13 @@ SIGNATURES: dict[str, Signature] = {
     "add": _of(SPAN, "x y sum"),
     "append": (*_of(SPAN, "token room"), *_of(WHOLE, "heads size tokens at")),
 }
-"""The arguments of each function by name, as calls.inc has them."""
+"""The arguments of each function by name, in the order of calls.inc."""
 
 
 def packed(name: str, arguments: Sequence[object]) -> bytes:
     """The cells of a call.
 
-    Raises KernelError for a tensor that does not lie as the function reads it, and a number that no cell holds.
+    Raises KernelError for a tensor whose layout the function does not support, and a number that does not fit a cell.
     """
     cells: list[object] = []
     try:
@@ -142,24 +142,24 @@ def packed(name: str, arguments: Sequence[object]) -> bytes:
 
 
 def error_of(name: str, cells: bytes, result: int) -> KernelError:
-    """What a function that returned `result` refused; see checks.inc."""
+    """The error for a function's negative `result`; see checks.inc."""
     if result > 0:
         return KernelError(f"qp_{name}: there is not enough memory for its buffers", where=_where(name))
     code = -1 - result
     problem, place, needed = code & 0xFF, code >> 8 & 0xFF, code >> 16
     operand = _operands(name)[place]
     given = struct.unpack_from("q", cells, 8 * place)[0]
-    # Operands begin with where they lie; their counts and types are in the cells after it.
+    # Operands begin with their address; their counts and types are in the cells after it.
     _, count, element = struct.unpack_from("3q", cells.ljust(8 * place + 24, b"\0"), 8 * place)
     types = " or ".join(_element(number) for number in range(OTHER) if needed >> number & 1)
     what = {
-        0: f"{operand} has {count} numbers, {needed} are needed",
-        1: f"{operand} has {count} numbers, which are too few for the sizes: {needed} are needed",
+        0: f"{operand} has {count} elements, {needed} are needed",
+        1: f"{operand} has {count} elements, too few for the sizes: {needed} are needed",
         2: f"{operand} is {_element(element)}, not {types}",
-        3: f"{operand} does not lie in memory as this function reads it",
-        4: f"{operand} is {given}, which does not fit the other arguments",
+        3: f"{operand} has a memory layout that this function does not support",
+        4: f"{operand} is {given}, which does not match the other arguments",
     }[problem]
-    do = "give operands whose types and sizes belong together, as the operator's reference.py has them"
+    do = "give operands with matching types and sizes, as in the operator's reference.py"
     return KernelError(f"qp_{name}: {what}", where=_where(name), do=do)
 
 
@@ -179,7 +179,7 @@ def _layout(name: str) -> struct.Struct:
 
 @functools.cache
 def _operands(name: str) -> dict[int, str]:
-    """The argument that begins in a cell."""
+    """The argument that starts at each cell."""
     names, place = {}, 0
     for argument, kind in SIGNATURES[name]:
         names[place] = argument

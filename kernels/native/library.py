@@ -1,8 +1,8 @@
-"""The operators' C for the CPU: where the compiled library is, which instructions it may use, how it is called.
+"""Loader of the compiled C library with the operators' CPU kernels: location, instruction set, calls.
 
 kernels/native/native.c is compiled when the package is installed, if there is a C compiler, and loaded here with
-ctypes. Where it is missing or does not belong to the sources beside it, the operators run on torch, and `qpcompile
-doctor` says so.
+ctypes. If it is missing or does not match the sources next to it, the operators run on torch, and `qpcompile doctor`
+reports that.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from qpcompile.kernels.native.cells import SIGNATURES, error_of, packed
 
 MODULE = "qpcompile._native"
 LEVELS = ("portable", "avx2", "avx512")
-"""Instruction sets that the library is compiled for, the best last; the number is the place."""
+"""Instruction sets that the library is compiled for, the best last; a level is an index into this."""
 READABLE = frozenset({torch.float32, torch.bfloat16, torch.bool})
 """The types of activations and masks that the functions read."""
 
 Function = Callable[[bytes, int, int], int]
 AMX = ("linear_w4a4_amx", "attention_amx", "attention_mass_amx", "change_tiles_amx")
-"""Functions that need AMX tiles, there where `Library.amx` says so."""
+"""Functions that need AMX tiles, available if `Library.amx`."""
 EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append", "linear", "linear_w8a16")
-"""Functions of integers and of float32 operations alone: there is one per level. The others are there in
-float64 (`_f64`, for float32 tensors) and in float32 (`_f32`, for half precision)."""
+"""Functions of integer and float32 operations only: one per level. The others exist in float64 (`_f64`, for float32
+tensors) and in float32 (`_f32`, for half precision).
+"""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call that was made: the function with the ending of its arithmetic, where it lies, and what it was given.
+    """A recorded call: the function with the suffix of its compute type, its address, and its arguments.
 
-    tensors: what `cells` says the places of.
+    tensors: those whose addresses are in `cells`.
     """
 
     symbol: str
@@ -63,7 +64,7 @@ class Library:
     threads: bool
     amx: bool
     functions: dict[tuple[str, int], Function]
-    """By symbol and level. They take cells (cells.py), the step of a tape and a number of threads."""
+    """By symbol and level. They take cells (cells.py), the replay count of a tape and a number of threads."""
     run_tape: Callable[..., int] | None = None
 
 
@@ -81,7 +82,7 @@ def library() -> Library:
     except (OSError, AttributeError) as error:
         return _none(f"{path.name} does not load: {error}")
     if (here := sources_digest()) and here != made_of:
-        return _none(f"{path.name} was compiled from other sources than those that lie here: install the package again")
+        return _none(f"{path.name} was compiled from other sources than the installed ones: install the package again")
     best = int(loaded.qp_level())
     amx = bool(loaded.qp_amx())
     functions = {
@@ -98,7 +99,7 @@ def library() -> Library:
 
 
 def sources_digest() -> str:
-    """SHA-256 of the sources where they are installed too, as setup.py computes it; empty where they are not."""
+    """SHA-256 of the sources if they are installed too, as setup.py computes it; empty if they are not."""
     folder = Path(__file__).parents[1]
     parts = [folder / "native" / "native.c", *sorted(folder.rglob("*.inc"))]
     if not parts[0].is_file():
@@ -117,9 +118,9 @@ def available() -> bool:
 def call(symbol: str, *arguments: object, level: int | None = None) -> None:
     """Call a function of the library with the threads that torch uses.
 
-    arguments: as SIGNATURES in cells.py names them, tensors as they are.
+    arguments: in the order of SIGNATURES in cells.py, tensors as torch tensors.
 
-    Raises KernelError where they do not belong together, and where the function had no memory to work in.
+    Raises KernelError if they do not match, and if the function cannot allocate its buffers.
     """
     loaded = library()
     name = name_of(symbol)
@@ -134,7 +135,7 @@ def call(symbol: str, *arguments: object, level: int | None = None) -> None:
 
 @contextmanager
 def noted() -> Iterator[list[Call]]:
-    """Every call that is made inside, in order."""
+    """Record every call made inside the block, in order."""
     calls: list[Call] = []
     before = _noted.set(calls)
     try:
@@ -144,12 +145,12 @@ def noted() -> Iterator[list[Call]]:
 
 
 def real(x: Tensor) -> str:
-    """The ending of functions that compute for a tensor of this type (kernels/sums.py)."""
+    """The suffix of the functions that compute for a tensor of this type (kernels/sums.py)."""
     return "f64" if x.dtype == torch.float32 else "f32"
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the library can read these: tensors of types it knows, on the CPU."""
+    """Whether the library can read these tensors: of supported types, on the CPU."""
     return available() and all(tensor is None or _readable(tensor) for tensor in tensors)
 
 
@@ -168,5 +169,5 @@ def _function(loaded: ctypes.CDLL, symbol: str, ending: str) -> Function:
 
 
 def name_of(symbol: str) -> str:
-    """Of a function, without the ending of its arithmetic."""
+    """The name of a function without the suffix of its compute type."""
     return symbol.removesuffix("_f64").removesuffix("_f32")

@@ -1,12 +1,12 @@
-/* The operators' C for the CPU, compiled for several instruction sets into one library that Python calls through ctypes.
+/* The operators' CPU kernels in C, compiled for several instruction sets into one library, called through ctypes.
 
-   Every operator's `cpu.inc` is included once per instruction set (LEVEL), and where it computes in floating point once
-   per type of its arithmetic (REAL): double for float32 models, float for half-precision ones (kernels/sums.py). The
-   exported functions are qp_<name>[_f64 | _f32]_<level>; kernels/native/library.py chooses the level once per process. They check
-   what they are given (checks.inc), then call what computes, which does not.
+   Every operator's `cpu.inc` is included once per instruction set (LEVEL), and if it computes in floating point once
+   per compute type (REAL): double for float32 models, float for half-precision ones (kernels/sums.py). The exported
+   functions are qp_<name>[_f64 | _f32]_<level>; kernels/native/library.py chooses the level once per process. They
+   check their arguments (checks.inc), then call the kernels, which do not.
 
-   Compiled with -ffp-contract=off: where the order of float32 operations is part of an operator's definition it is kept,
-   and where fused products are welcome they are written as FMA. */
+   Compiled with -ffp-contract=off: where the order of float32 operations is part of an operator's definition it is
+   kept, and where contraction is allowed it is written as FMA. */
 
 #include <limits.h>
 #include <math.h>
@@ -31,7 +31,7 @@ typedef uint32_t uint32_alias __attribute__((may_alias));
 #include "checks.inc"
 #include "calls.inc"
 
-/* What a row operator does, but for its rows: its cells, checked (rows.inc); what it has no use for is 0. */
+/* The parameters of a row operator without its rows: its cells, checked (rows.inc); unused fields are 0. */
 typedef struct {
     long channels, group, left_size, right_size;
     const void *weight, *bias;
@@ -40,14 +40,14 @@ typedef struct {
     const float *gates;    /* of silu_mul_quantize/cpu.inc: a gate's value for each bfloat16, f32[65536], or NULL */
     double constant;
     float clip;
-    int kind;           /* a place in rows_of, of `enum kind` */
+    int kind;           /* an index into rows_of, of `enum kind` */
     int element;        /* of the rows */
     int weight_element; /* of weight and bias */
-    int rounded;        /* BFLOAT16: what the graph rounds between its operators is rounded here too */
+    int rounded;        /* BFLOAT16: intermediate results are rounded as between the graph's operators */
 } rows_plan;
 enum kind { PLAIN, RMSNORM, LAYERNORM, SILU_MUL, SILU_THEN_MUL, SIGMOID_MUL };
 
-/* To the values that bfloat16 holds, to nearest even. */
+/* Rounds to bfloat16 precision, to nearest even. */
 INLINE void round_row(float *values, int element, long n) {
     uint32_alias *bits = (uint32_alias *)values;
     if (element == BFLOAT16)
@@ -56,13 +56,13 @@ INLINE void round_row(float *values, int element, long n) {
                                                           : (bits[i] + 0x7fff + ((bits[i] >> 16) & 1)) & 0xffff0000;
 }
 
-/* The sources this library was made of, so that a stale one is noticed. */
+/* Digest of the sources this library was built from, to detect a stale one. */
 #ifndef QP_SOURCES
 #define QP_SOURCES ""
 #endif
 const char *qp_sources(void) { return QP_SOURCES; }
 
-/* The best level of this processor: 0 portable, 1 avx2, 2 avx512. */
+/* The highest level this processor supports: 0 portable, 1 avx2, 2 avx512. */
 int qp_level(void) {
 #if X86
     __builtin_cpu_init();
@@ -74,8 +74,8 @@ int qp_level(void) {
     return 0;
 }
 
-/* Runs calls in order. `step` counts the replays of a tape: with each of them a cache holds one more token, and nothing
-   else is different. Returns what the last call returned; at: which it was. */
+/* Replays recorded calls in order. `step` counts the replays of a tape: each adds one token to the caches, and nothing
+   else changes. Returns the result of the last call; at: its index. */
 long qp_run_tape(const tape_call *calls, long count, long step, int threads, long *at) {
     long result = DONE;
     for (*at = 0; *at < count && result == DONE; ++*at) result = calls[*at].run(calls[*at].arguments, step, threads);
@@ -83,7 +83,7 @@ long qp_run_tape(const tape_call *calls, long count, long step, int threads, lon
     return result;
 }
 
-/* 1 where the library was built with OpenMP, so that `threads` means something. */
+/* 1 if the library was built with OpenMP, so that `threads` has an effect. */
 int qp_openmp(void) {
 #ifdef _OPENMP
     return 1;

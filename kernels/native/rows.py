@@ -1,6 +1,6 @@
-"""The row operators in C: rows are made, their basis is changed, then they are quantized or stored, all in one call.
+"""Row operators in C: compute rows (norm or gate), change their basis, quantize or store them, fused in one call.
 
-A `RowPlan` holds everything but the rows; it is made once where weights are bound to a graph, and per call elsewhere.
+A `RowPlan` holds all parameters; it is created once when weights are bound to a graph, and per call elsewhere.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Kind = Literal["plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "si
 KINDS: tuple[Kind, ...] = ("plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul")
 """In the order of rows_of in rows.inc."""
 GATES: tuple[Kind, ...] = ("silu_mul", "silu_then_mul", "sigmoid_mul")
-"""Those that begin with a function of one number, which is looked up for bfloat16."""
+"""Kinds that start with an elementwise function, which is a table lookup for bfloat16."""
 
 
 class RowPlan:
-    """A row operator on tensors of one type and width, with its weights.
+    """A row operator for tensors of one type and width, with its weights.
 
     Args:
-        kind: what makes a row; the files `cpu.inc` of the operators say what each is.
+        kind: how a row is computed; defined in the operators' `cpu.inc`.
         dtype: of the rows, float32 or bfloat16.
         weight, bias: f[C] of a norm.
         constant: the epsilon of a norm, the factor of sigmoid_mul.
-        scale: f32[C], multiplied before the change of basis.
+        scale: f32[C], applied before the basis change.
         factors: f32[A, A] and f32[c, c] with A c = C, or True for the Hadamard rotation.
         shift: f32[C], subtracted after it.
-        as_graph: round as the graph does between operators that are one here (half precision).
+        as_graph: round between the fused operators like the graph does (half precision).
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RowPlan:
 
 
 def _factors(channels: int, given: tuple[Tensor, Tensor] | bool) -> tuple[Tensor | None, Tensor | None]:
-    """The factors of a change of basis, those of the Hadamard rotation for True."""
+    """The factors of a basis change, those of the Hadamard rotation for True."""
     if isinstance(given, tuple):
         left, right = (each.detach().float().contiguous() for each in given)
         return left, right
@@ -106,7 +106,7 @@ def _factors(channels: int, given: tuple[Tensor, Tensor] | bool) -> tuple[Tensor
 
 @functools.cache
 def _gates(kind: Kind, constant: float, as_graph: bool) -> Tensor:
-    """f32[65536], what a gate makes of every bfloat16, with the bits of numbers that are not looked up."""
+    """f32[65536], the gate function tabulated over every bfloat16, bit-identical to the direct computation."""
     gates, rounded = torch.empty(2**16), ELEMENTS[torch.bfloat16 if as_graph else torch.float32]
     sizes = 0, 0, 0, 0, KINDS.index(kind), ELEMENTS[torch.bfloat16], rounded
     call("gates_f32", gates, *[None] * 8, *sizes, constant, 0.0)
@@ -114,7 +114,7 @@ def _gates(kind: Kind, constant: float, as_graph: bool) -> Tensor:
 
 
 def _tiles(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """These factors as kronecker/amx.inc multiplies by them; None where the processor has no tiles."""
+    """These factors in the tile layout of kronecker/amx.inc; None if the processor has no AMX tiles."""
     if not library().amx or left is None or right is None:
         return None
     rows, depth, columns = -len(left) // 16 * -16, -len(left) // 32 * -32, -len(right) // 32 * -32

@@ -1,8 +1,8 @@
-"""Calls of the library that were made once, to be made again by one call of C: a decode step without Python per node.
+"""Recorded calls of the C library, replayed by one C call: a decode step without per-node Python overhead.
 
-A tape holds addresses, and keeps the tensors that lie there. Between replays only two things change: what lies in the
-tensors, and the number of tokens in the caches, one more in each replay. What a replay would read or write past the end
-of a tensor is refused, as in a first call.
+A tape holds addresses, and keeps the tensors at those addresses alive. Between replays only two things change: the
+contents of the tensors, and the number of tokens in the caches, one more in each replay. Out-of-bounds reads or writes
+of a replay are refused, as in a first call.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from qpcompile.kernels.native.cells import error_of
 from qpcompile.kernels.native.library import Call, library, name_of
 
 CELLS = 56
-"""The arguments of a `tape_call` in calls.inc."""
+"""The argument cells of a `tape_call` in calls.inc."""
 
 
 class Tape:
-    """Calls as `native.noted` noted them."""
+    """A sequence of calls recorded by `native.noted`."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls, self.replays, self.threads = tuple(calls), 0, torch.get_num_threads()
         self._cells = ctypes.create_string_buffer(b"".join(_record(each) for each in calls))
 
     def replay(self) -> None:
-        """Make the calls once more, on one more token.
+        """Replay the calls, with one more token.
 
-        Raises KernelError where a call refuses its arguments, or has no memory to work in.
+        Raises KernelError if a call refuses its arguments, or cannot allocate its buffers.
         """
         run = library().run_tape
         assert run is not None
@@ -42,5 +42,5 @@ class Tape:
 
 
 def _record(call: Call) -> bytes:
-    """`tape_call` of calls.inc."""
+    """One call encoded as `tape_call` of calls.inc."""
     return call.address.to_bytes(8, "little") + call.cells.ljust(8 * CELLS, b"\0")

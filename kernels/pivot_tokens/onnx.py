@@ -1,4 +1,4 @@
-"""`qpcompile::pivot_tokens` unrolled over its pivots; onnxruntime's TopK takes the lower index first among equals."""
+"""`qpcompile::pivot_tokens` unrolled over its pivots; onnxruntime's TopK breaks ties by the lower index."""
 
 from typing import Any
 
@@ -52,11 +52,11 @@ def _count(mask: Any) -> Any:
 
 
 def _falling(size: Any, among: Any) -> Any:
-    """size: f32[B, S], among: bool[B, S] -> i64[B, S], indices in falling order, those that are among first."""
+    """size: f32[B, S], among: bool[B, S] -> i64[B, S], indices in descending order, those in `among` first."""
     _, order = op.TopK(op.Where(among, size, float("-inf")), op.Shape(size, start=1, end=2), axis=1)
     return order
 
 
 def _nth(order: Any, slot: int) -> Any:
-    """order: i64[B, S] -> i64[B, 1], the entry number `slot`, or the last where there are fewer."""
+    """order: i64[B, S] -> i64[B, 1], entry number `slot`, or the last one if there are fewer."""
     return op.Gather(order, op.Min(op.Sub(op.Shape(order, start=1, end=2), 1), slot), axis=1)

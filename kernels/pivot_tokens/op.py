@@ -1,4 +1,4 @@
-"""`qpcompile::pivot_tokens`: a few pivots and the tokens least like them. Plain torch on every device."""
+"""`qpcompile::pivot_tokens`: select pivots and the tokens least similar to them. Plain torch on every device."""
 
 import torch
 from torch import Tensor

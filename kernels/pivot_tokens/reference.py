@@ -1,15 +1,16 @@
-"""Keep a few pivots and the tokens least like them: what is left out has a duplicate among what stays.
+"""Keep a few pivots and the tokens least similar to them: dropped tokens have a near-duplicate among the kept ones.
 
-    pivots:   the P_v visual tokens and the P_t text tokens behind the picture whose keys have the largest L1 norm
-    then pivot by pivot, visual ones first: the free visual tokens of least cosine with it, the lower index first
+    pivots:   the P_v visual tokens and the P_t text tokens after the picture whose keys have the largest L1 norm
+    then pivot by pivot, visual ones first: the free visual tokens of least cosine with it, ties by lower index
 
 A row's budget of T visual tokens is its own min(P_v, T) visual pivots and T' others, of which each of the row's n
-pivots takes T' // n, the first T' % n one more. Score: 2 for visual pivots, 1 for what they took, 0 otherwise.
+pivots takes T' // n, the first T' % n one more. Score: 2 for visual pivots, 1 for the tokens that pivots took, 0
+otherwise.
 
-Norms and cosines are float64 and compared in float32, so that equal tokens tie whatever order a back end adds in.
+Norms and cosines are float64 and compared in float32, so that equal tokens tie under any summation order.
 
-Source: DART (arXiv 2502.11494), section 4, and its code for the norm and the order; the split of a T' that n does not
-divide is ours.
+Source: DART (arXiv 2502.11494), section 4, and its code for the norm and the order; the split of a T' not divisible by
+n is ours.
 """
 
 import torch
@@ -28,7 +29,7 @@ def pivot_tokens(
     own = torch.minimum(budget, counted.sum(1))
     first, second = own.clamp(max=visual_pivots), text.sum(1).clamp(max=text_pivots)
     left, pivots = own - first, (first + second).clamp(min=1)
-    # There are no more pivots than tokens, however many are asked for.
+    # At most as many pivots as tokens.
     visual_slots, text_slots = (range(min(pivots, size.shape[1])) for pivots in (visual_pivots, text_pivots))
     ordinals = [(_nth(size, counted, slot), slot, slot < first) for slot in visual_slots]
     ordinals += [(_nth(size, text, slot), first + slot, slot < second) for slot in text_slots]
@@ -47,6 +48,6 @@ def pivot_tokens(
 
 
 def _nth(size: Tensor, among: Tensor, slot: int) -> Tensor:
-    """i64[B, 1]: the index of the entry number `slot` in falling order, of those that are among."""
+    """i64[B, 1]: the index of entry number `slot` in descending order, restricted to `among`."""
     order = torch.where(among, size, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return order[:, slot, None]

@@ -1,9 +1,9 @@
-"""What `qpcompile::pivot_tokens` may be given."""
+"""Operand rule of `qpcompile::pivot_tokens`."""
 
 from qpcompile.kernels.rules import Relation, Rule, count
 
 MOST_PIVOTS = 256
-"""Of each kind: every pivot is a step of its own, and some nodes more in an ONNX graph."""
+"""Limit per kind: every pivot is a sequential step, and several more nodes in an ONNX graph."""
 RULE = Rule(
     "qpcompile::pivot_tokens",
     {

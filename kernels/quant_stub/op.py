@@ -1,4 +1,4 @@
-"""A place where something may be quantized: the identity, until a pass replaces it."""
+"""Quantization stub: an identity operator that marks a quantizable value until a pass replaces it."""
 
 import torch
 

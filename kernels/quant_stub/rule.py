@@ -1,4 +1,4 @@
-"""What `qpcompile::quant_stub` may be given."""
+"""Operand rule of `qpcompile::quant_stub`."""
 
 from qpcompile.kernels.rules import Rule
 

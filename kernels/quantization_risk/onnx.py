@@ -1,4 +1,4 @@
-"""`qpcompile::quantization_risk` in plain ONNX operators, in float64."""
+"""`qpcompile::quantization_risk` in standard ONNX operators, in float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ def quantization_risk(features: Any, counted: Any, metric: str, group_size: int)
 
 
 def _measures(v: Any, width: int, group_size: int) -> dict[str, Callable[[], Any]]:
-    """What computes each metric, f64[B, S], of v: f64[B, S, width]."""
+    """The function that computes each metric, f64[B, S], of v: f64[B, S, width]."""
     return {
         "complex_mul": lambda: op.Mul(_group_error(v, width, group_size), _range(v)),
         "l2_norm": lambda: _norm(v),

@@ -1,4 +1,4 @@
-"""`qpcompile::quantization_risk`: visual tokens by what 4 bits would lose of them. Plain torch on every device."""
+"""`qpcompile::quantization_risk`: score tokens by their 4-bit quantization error. Plain torch on every device."""
 
 import torch
 from torch import Tensor

@@ -1,18 +1,18 @@
-"""How much 4 bits would lose of each visual token, relative to the other visual tokens of its row.
+"""Score each visual token by its 4-bit quantization error, relative to the other visual tokens of its row.
 
     minmax(m)          (m - min + 1e-8) / (max - min + 1e-8) over the row's counted tokens
     E_i, by groups     ||v_i - v^_i||,  v^_ij = round(v_ij / (s + 1e-8)) s,  s = max|v| / 7 of the group of channels
     R_i                max_j v_ij - min_j v_ij
 
-    complex            1/2 minmax(E) + 1/2 minmax(R)          the method; the others are its ablation
+    complex            1/2 minmax(E) + 1/2 minmax(R)          the method; the others are its ablations
     complex_l1         1/2 E / sum E + 1/2 R / sum R
     complex_mul        minmax(E R)
     l2_norm, l1_norm, l_inf, variance, dynamic_range          minmax of that of v_i
     quant_error        minmax(E) with one group per token; quant_error_group with groups of `group_size`
-    quant_error_clip   with one group, cut at the 99th percentile of |v_i| in place of the maximum
+    quant_error_clip   with one group, clipped at the 99th percentile of |v_i| instead of the maximum
 
-A group size above the width is the width; where it does not divide the width the last group is smaller. float64 up to
-the result.
+A group size above the width is the width; if it does not divide the width the last group is smaller. Computed in
+float64.
 
 Source: QAPruner (arXiv 2604.02816), section 3, and the metrics of its ablation; the percentile's interpolation and the
 smaller last group are ours.
@@ -69,9 +69,9 @@ def _measure(v: Tensor, metric: str, group_size: int) -> Tensor:
 
 
 def group_error(v: Tensor, group_size: int) -> Tensor:
-    """v: f64[B, S, C] -> f64[B, S], the L2 norm of what rounding to 4 bits loses with one scale per group."""
+    """v: f64[B, S, C] -> f64[B, S], the L2 norm of the 4-bit rounding error with one scale per group."""
     size = min(group_size, v.shape[2])
-    # Zeros at the end change neither the scale of the last group nor its error.
+    # Zero padding changes neither the scale of the last group nor its error.
     groups = torch.nn.functional.pad(v, (0, -v.shape[2] % size)).unflatten(2, (-1, size))
     return _rounding_error(groups, groups.abs().amax(3, keepdim=True)).flatten(2).norm(dim=2)
 
@@ -84,7 +84,7 @@ def _clipped_error(v: Tensor) -> Tensor:
 
 
 def clip_position(width: int) -> tuple[int, int, float]:
-    """The two ranks from 0 between which the percentile lies, and the share of the way to the second."""
+    """The two zero-based ranks around the percentile, and the interpolation weight of the second."""
     position = CLIP_SHARE * (width - 1)
     return int(position), min(int(position) + 1, width - 1), position - int(position)
 

@@ -1,4 +1,4 @@
-"""What `qpcompile::quantization_risk` may be given."""
+"""Operand rule of `qpcompile::quantization_risk`."""
 
 from qpcompile.kernels.quantization_risk.reference import METRICS
 from qpcompile.kernels.rules import Rule, count, one_of

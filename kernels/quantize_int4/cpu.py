@@ -1,7 +1,7 @@
-"""The CPU path of quantize_int4: one call of C, or the reference's arithmetic in one reused buffer, bit for bit.
+"""CPU kernel of quantize_int4: one C call, or the reference's arithmetic in one reused buffer; both bit-identical.
 
-Fresh buffers dominate the reference's time (page faults): at 208 tokens of 1024 channels, one thread, the reference
-takes 1.29 ms and the buffered one 0.32 ms.
+Page faults of fresh buffers dominate the reference's time: at 208 tokens of 1024 channels, one thread, the reference
+takes 1.29 ms and the buffered version 0.32 ms.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""qpcompile::quantize_int4 in plain ONNX operators: Abs, ReduceMax, Div, Round, Clip."""
+"""qpcompile::quantize_int4 in standard ONNX operators: Abs, ReduceMax, Div, Round, Clip."""
 
 from typing import Any
 

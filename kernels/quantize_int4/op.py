@@ -1,4 +1,4 @@
-"""qpcompile::quantize_int4, the operator that turns activations into 4-bit codes and scales at run time."""
+"""qpcompile::quantize_int4: dynamic quantization of activations to 4-bit codes and scales."""
 
 import torch
 from torch import Tensor

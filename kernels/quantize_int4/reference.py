@@ -1,9 +1,9 @@
-"""Symmetric 4-bit quantization of activations, one scale per token or per group of channels: the plain-torch truth.
+"""Symmetric dynamic 4-bit quantization of activations, one scale per token or per group of channels, in plain torch.
 
     scale = clip_ratio * max|x| / 7   (1 where that is 0)
     q     = clamp(round_half_even(x / scale), -8, 7)
 
-Every step is an IEEE operation on float32 with a true division, so that all back ends give the same codes.
+Every step is an IEEE float32 operation with true division, so that all back ends produce identical codes.
 Source: QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, section 4.1 (per-token symmetric), arXiv 2404.00456.
 """
 
@@ -24,14 +24,14 @@ def quantize_int4(x: Tensor, group_size: int = 0, clip_ratio: float = 1.0) -> tu
 
 
 def dequantize_int4(q: Tensor, scale: Tensor) -> Tensor:
-    """q: i8[..., C], scale: f32[..., G] -> f32[..., C], the value that the codes stand for."""
+    """q: i8[..., C], scale: f32[..., G] -> f32[..., C], the dequantized values."""
     groups = q.unflatten(-1, (scale.shape[-1], -1))
     return (groups * scale.unsqueeze(-1)).reshape(q.shape)
 
 
 def int4_scale(absmax: Tensor, clip_ratio: float) -> Tensor:
-    """absmax: f32[..., G] -> f32[..., G], the step between two codes."""
-    # A Python 7.0 would let the CUDA division kernel multiply by a rounded reciprocal.
+    """absmax: f32[..., G] -> f32[..., G], the quantization step."""
+    # A Python scalar 7.0 would let CUDA's division kernel multiply by a rounded reciprocal.
     scale = (absmax * clip_ratio) / absmax.new_full((), 7.0)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
@@ -42,12 +42,12 @@ def split_groups(x: Tensor, group_size: int) -> Tensor:
 
 
 def group_count(channels: int, group_size: int) -> int:
-    """How many scales a token of `channels` channels gets."""
+    """The number of scales per token of `channels` channels."""
     if group_size == 0:
         return 1
     if group_size < 0 or channels % group_size:
         raise KernelError(
-            f"{channels} channels do not divide into groups of {group_size}",
+            f"{channels} channels are not divisible into groups of {group_size}",
             where="qpcompile::quantize_int4",
             do="give a group size that divides the channels, or 0 for one scale per token",
         )

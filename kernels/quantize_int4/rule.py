@@ -1,4 +1,4 @@
-"""What `qpcompile::quantize_int4` may be given, and the operators that compute its input themselves."""
+"""Operand rules of `qpcompile::quantize_int4` and of the operators fused with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def quantizing(name: str, operands: Mapping[str, str | Scalar]) -> Rule:
 
 
 def transforming(name: str, operands: Mapping[str, str | Scalar]) -> Rule:
-    """The same for a result that may be scaled and rotated before it is quantized."""
+    """The same for a result that may be scaled and rotated before quantization."""
     return quantizing(name, {**operands, "transform_scale": "f32[C]?", "rotate": FLAG})
 
 

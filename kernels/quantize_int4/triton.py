@@ -1,7 +1,7 @@
-"""The GPU path of quantize_int4: one program reads one group of one token, and writes its codes and its scale.
+"""GPU kernel of quantize_int4: one program reads one group of one token, and writes its codes and its scale.
 
-Rounding to even is done by adding and taking away 1.5 * 2^23, whose unit in the last place is 1: the interpreter has no
-rint, and the compiler does not reorder float additions.
+Rounding half to even adds and subtracts 1.5 * 2^23, whose ulp is 1: the interpreter has no rint, and the compiler does
+not reassociate float additions.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -21,7 +21,7 @@ ROUNDER = tl.constexpr(12582912.0)
 def quantize_tile(x: tl.tensor, clip_ratio: tl.tensor, TOKENS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """x: f32[R, N], one token, or TOKENS = R tokens -> codes: i8[R, N], scale: f32[TOKENS, 1]."""
     peak = tl.max(tl.abs(x), 1, keep_dims=True)
-    # tl.max drops NaN; a poisoned token must stay poisoned, as in the reference.
+    # tl.max drops NaN; a token with NaN must stay NaN, as in the reference.
     poisoned = tl.max((x != x).to(tl.int32), 1, keep_dims=True)
     if TOKENS == 1:
         peak = tl.max(peak, 0, keep_dims=True)
@@ -42,7 +42,7 @@ def quantize_int4_kernel(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """x: f[R, GROUP] -> q: i8[R, GROUP], scale: f32[R]; program r does row r."""
+    """x: f[R, GROUP] -> q: i8[R, GROUP], scale: f32[R]; program r processes row r."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     x = tl.load(x_ptr + row * GROUP + column, mask=column < GROUP, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""qpcompile::quantize_int4_static in plain ONNX operators: Div, Round, Clip, and the scale spread over the tokens."""
+"""qpcompile::quantize_int4_static in standard ONNX operators: Div, Round, Clip, and the scale broadcast over tokens."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""qpcompile::quantize_int4_static, quantization by scales from calibration. Plain torch on every device."""
+"""qpcompile::quantize_int4_static: quantization with static scales from calibration. Plain torch on every device."""
 
 import torch
 from torch import Tensor

@@ -1,9 +1,9 @@
-"""Round activations to 4 bits with scales that were fixed before: one for each kind of token.
+"""Static 4-bit quantization of activations, with one calibrated scale per modality of token.
 
     code = clamp(round(x / scale), -8, 7)
 
-Which scale a token has is not this operator's business: the graph selects it (visual or text), so that the integer
-linear takes it as it takes a scale that was found per token.
+The graph selects each token's scale (visual or text), so that the integer linear takes it like a dynamic per-token
+scale.
 Source: MQuant, modality-specific static quantization, section 3.2, arXiv 2502.00425.
 """
 

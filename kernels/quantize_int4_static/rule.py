@@ -1,4 +1,4 @@
-"""What `qpcompile::quantize_int4_static` may be given."""
+"""Operand rule of `qpcompile::quantize_int4_static`."""
 
 from qpcompile.kernels.rules import Rule
 

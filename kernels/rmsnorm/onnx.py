@@ -1,4 +1,4 @@
-"""qpcompile::rmsnorm in plain ONNX operators."""
+"""qpcompile::rmsnorm in standard ONNX operators."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`qpcompile::rmsnorm`: one node for what transformers spells in six."""
+"""`qpcompile::rmsnorm`: root-mean-square norm, one node for six in transformers' traces."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What `qpcompile::rmsnorm` may be given."""
+"""Operand rule of `qpcompile::rmsnorm`."""
 
 from qpcompile.kernels.rules import Rule, number
 

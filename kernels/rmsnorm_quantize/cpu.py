@@ -1,4 +1,4 @@
-"""The CPU path of rmsnorm_quantize: one call of C, or the reference's arithmetic in reused buffers."""
+"""CPU kernel of rmsnorm_quantize: one C call, or the reference's arithmetic in reused buffers."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def _torch(
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: f[..., C], weight: f[C] -> f32[..., C]."""
-    # The layout decides the order in which torch adds a mean up; one layout, one result.
+    # torch's summation order for a mean depends on the layout; one layout, one result.
     values = x.to(wide_type(x)).contiguous()
     buffer = values * values
     norm = buffer.mean(-1, keepdim=True).add_(eps).sqrt_()

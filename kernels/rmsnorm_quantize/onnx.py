@@ -1,4 +1,4 @@
-"""qpcompile::rmsnorm_quantize in plain ONNX operators."""
+"""qpcompile::rmsnorm_quantize in standard ONNX operators."""
 
 from typing import Any
 

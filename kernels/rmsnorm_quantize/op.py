@@ -1,4 +1,4 @@
-"""qpcompile::rmsnorm_quantize, the operator that a norm followed by quantization becomes."""
+"""qpcompile::rmsnorm_quantize: fused RMS norm and 4-bit quantization."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""RMS normalisation, the activation transform and 4-bit quantization as one operator: the composition of three truths.
+"""Fused RMS normalization, activation transform and 4-bit quantization: a composition of three references.
 
     y = x / sqrt(mean(x^2) + eps) * weight;   (q, scale) = quantize_int4(transform(y))
 
@@ -29,6 +29,6 @@ def rmsnorm_quantize(
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: f[..., C], weight: f[C] -> f32[..., C]."""
-    # The layout decides the order in which torch adds a mean up; one layout, one result.
+    # torch's summation order for a mean depends on the layout; one layout, one result.
     values = x.to(wide_type(x)).contiguous()
     return (values / ((values * values).mean(-1, keepdim=True) + eps).sqrt() * weight).float()

@@ -1,4 +1,4 @@
-"""What `qpcompile::rmsnorm_quantize` may be given."""
+"""Operand rule of `qpcompile::rmsnorm_quantize`."""
 
 from qpcompile.kernels.quantize_int4.rule import transforming
 from qpcompile.kernels.rules import number

@@ -1,7 +1,7 @@
-"""The GPU path of rmsnorm_quantize and layernorm_quantize: a token is read once, and written once as codes.
+"""GPU kernel of rmsnorm_quantize and layernorm_quantize: a token is read once, and written once as codes.
 
-It is normed, rotated (kernels/hadamard/triton.py) and rounded in registers. Scales per group, and widths that are
-rotated in no one tile, take the values through memory.
+It is normalized, rotated (kernels/hadamard/triton.py) and rounded in registers. With scales per group, and for widths
+whose rotation fits no tile, the values go through global memory.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -28,7 +28,7 @@ from qpcompile.kernels.quantize_int4.triton import quantize_int4, quantize_tile
 
 @triton.jit
 def token_mean(x: tl.tensor, C: tl.constexpr, TOKENS: tl.constexpr) -> tl.tensor:
-    """x: f32[R, PAD], 0 in what is padding, one token, or TOKENS = R tokens -> f32[TOKENS, 1]."""
+    """x: f32[R, PAD], 0 in the padding, one token, or TOKENS = R tokens -> f32[TOKENS, 1]."""
     total = tl.sum(x, 1, keep_dims=True)
     if TOKENS == 1:
         total = tl.sum(total, 0, keep_dims=True)
@@ -62,7 +62,7 @@ def norm_quantize_kernel(
 ) -> None:
     """x: f[T, C], weight, bias: f[C], transform: f32[C] -> y: i8[T, C] and scale: f32[T], or y: f32[T, C].
 
-    CENTERED: a layer norm, and not one of root mean squares. CODES: write codes and scales, and not values.
+    CENTERED: a layer norm instead of an RMS norm. CODES: write codes and scales instead of values.
     """
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     channel = tile_channels(0, C, 1, OUTER * MIDDLE, INNER, PAD)
@@ -79,7 +79,7 @@ def norm_quantize_kernel(
     if SCALED:
         y = y * tl.load(transform_ptr + channel, mask=inside, other=0.0)
     if ROTATED:
-        # Zeros over a root of 0 are NaN in the padding too, which the products would spread.
+        # 0 / sqrt(0) is NaN in the padding too, which the products would propagate.
         y = rotate_tile(tl.where(inside, y, 0.0), inner_ptr, norm, OUTER, MIDDLE, INNER, PAD, ODD)
     if CODES:
         codes, scale = quantize_tile(tl.where(inside, y, 0.0), clip_ratio, TOKENS)
@@ -101,7 +101,7 @@ def norm_quantize(
 ) -> tuple[Tensor, Tensor]:
     """x: f[..., C], weight, bias: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G].
 
-    With a bias it is a layer norm, without one a norm by root mean squares.
+    With a bias it is a layer norm, without one an RMS norm.
     """
     channels = x.shape[-1]
     tiling = rotated_tiling(channels) if rotate else plain_tiling(channels)
@@ -125,7 +125,7 @@ def _launch(
     tiling: Tiling,
     clip_ratio: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales, or, without a clip ratio, f32[..., C] and scales that mean nothing."""
+    """Codes and scales, or, without a clip ratio, f32[..., C] and undefined scales."""
     codes = clip_ratio is not None
     y = torch.empty(x.shape, dtype=torch.int8 if codes else torch.float32, device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)

@@ -1,4 +1,4 @@
-"""The CPU path of rope: one call of C, or the reference, bit for bit."""
+"""CPU kernel of rope: one C call, or the reference; both bit-identical."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _native(x: Tensor, cos: Tensor, sin: Tensor, level: int | None = None) -> Tensor:
-    # The numbers of a head lie side by side; heads and tokens may lie as projections leave them.
+    # The last axis must be contiguous; heads and tokens may have any strides, as projections leave them.
     x, cos, sin = (each if each.stride(-1) == 1 else each.contiguous() for each in (x, cos, sin))
     wide = x if x.dim() == 4 else x[None]
     cosine, sine = cos.expand(wide.shape), sin.expand(wide.shape)

@@ -1,4 +1,4 @@
-"""`qpcompile::rope` in plain ONNX operators."""
+"""`qpcompile::rope` in standard ONNX operators."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`qpcompile::rope`: one node for what transformers spells in seven."""
+"""`qpcompile::rope`: rotary position embedding, one node for seven in transformers' traces."""
 
 import torch
 from torch import Tensor

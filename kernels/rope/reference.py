@@ -1,6 +1,6 @@
-"""Rotary positions on the two halves of a head: y = x cos + (-x2, x1) sin, x = (x1, x2).
+"""Rotary position embedding on the two halves of a head: y = x cos + (-x2, x1) sin, x = (x1, x2).
 
-Source: "RoFormer" (arXiv 2104.09864), section 3.4.2, with the pairs (i, i + D / 2) that transformers turns.
+Source: "RoFormer" (arXiv 2104.09864), section 3.4.2, with the pairs (i, i + D / 2) that transformers rotates.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What `qpcompile::rope` may be given."""
+"""Operand rule of `qpcompile::rope`."""
 
 from qpcompile.kernels.rules import Relation, Rule
 

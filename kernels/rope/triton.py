@@ -1,6 +1,6 @@
-"""The GPU path of rope: a program turns some rows, of any tokens and heads.
+"""GPU kernel of rope: a program rotates a block of rows, of any tokens and heads.
 
-Queries and keys come as views [B, H, S, D] of [B, S, H, D]: they are read by their strides, without a copy.
+Queries and keys are views [B, H, S, D] of [B, S, H, D]: they are read by their strides, without a copy.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.

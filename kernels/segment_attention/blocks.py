@@ -1,9 +1,9 @@
-"""segment_attention without a mask: segments of one length are one batch of torch's fused attention.
+"""segment_attention without a mask: segments of equal length form one batch of fused attention.
 
-Time and memory grow with the sum of squared segment lengths and not with the square of the packed length. A segment's
-result does not depend on its neighbours, so a picture gets the same numbers alone and in a batch.
+Time and memory grow with the sum of squared segment lengths instead of the square of the packed length. A segment's
+result does not depend on other segments, so a picture gets the same result alone and in a batch.
 
-The vision graph of the Qwen2.5-VL testbed on one thread, ms and MB of peak memory on top of what was loaded:
+The vision graph of the Qwen2.5-VL testbed on one thread, ms and MB of additional peak memory:
 
     pictures (patches)          1 (1,024)    8 (6,736)    25 (20,912)
     with a mask [T, T]          33           1373, 225    12965, 2231
@@ -25,7 +25,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, attend: Attend = fused
 ) -> Tensor:
-    """Shapes as in reference.py; `attend` is what computes one segment, or several of one length."""
+    """Shapes as in reference.py; `attend` computes one segment, or several of equal length."""
     check_segments(cu_seqlens, q.shape[2])
     if cu_seqlens.numel() == 2:
         return attend(q, k, v, None, scale)
@@ -38,7 +38,7 @@ def segment_attention(
 
 
 def check_segments(cu_seqlens: Tensor, tokens: int) -> None:
-    """Raise KernelError unless the segments cover so many tokens in order."""
+    """Raise KernelError unless the segments cover `tokens` tokens in order."""
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((cu_seqlens.diff() < 0).any()):
         raise KernelError(
             f"segments {cu_seqlens.tolist()[:8]}... do not cover {tokens} tokens in order",
@@ -48,7 +48,7 @@ def check_segments(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def equal_lengths(cu_seqlens: Tensor) -> list[Tensor]:
-    """One i64[segments, length] of token positions for every length that occurs, empty segments left out."""
+    """One i64[segments, length] of token positions per distinct length, empty segments left out."""
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     return [
         starts[lengths == length, None] + torch.arange(length, device=cu_seqlens.device)

@@ -1,4 +1,4 @@
-"""The CPU path of segment_attention: the segments of blocks.py by attention over whole prompts (kernels/attention)."""
+"""CPU kernel of segment_attention: the batches of blocks.py, computed by kernels/attention."""
 
 from torch import Tensor
 

@@ -1,6 +1,6 @@
-"""qpcompile::segment_attention in plain ONNX operators, with the mask that it means: ONNX has no ragged attention.
+"""qpcompile::segment_attention in standard ONNX operators, by an explicit mask: ONNX has no ragged attention.
 
-The runner of an ONNX folder encodes one picture at a time, so that the mask is as large as one picture's.
+The runner of an ONNX folder encodes one picture at a time, so that the mask is only as large as one picture's.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def segment_attention(q: Any, k: Any, v: Any, cu_seqlens: Any, scale: float) -> 
 
 
 def same_segment(q: Any, cu_seqlens: Any) -> Any:
-    """bool[T, T]: whether query i and key j lie in one segment."""
+    """bool[T, T]: whether query i and key j are in the same segment."""
     position = op.Range(0, op.Squeeze(op.Shape(q, start=2, end=3)), 1)
     ends = op.Slice(op.Cast(cu_seqlens, to=ir.DataType.INT64), [1], [2**62], [0])
     passed = op.GreaterOrEqual(op.Unsqueeze(position, [1]), op.Unsqueeze(ends, [0]))

@@ -1,4 +1,4 @@
-"""qpcompile::segment_attention, attention over packed pictures or windows."""
+"""qpcompile::segment_attention: block-diagonal (variable-length) attention over packed pictures or windows."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ WHERE = "qpcompile::segment_attention"
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     """q: f[1, Hq, T, D], k: f[1, Hkv, T, D], v: f[1, Hkv, T, Dv], cu_seqlens: i[S + 1] from 0 to T -> f[1, Hq, T, Dv].
 
-    On a GPU the lengths are copied to the host, as the models' own loop over segments does.
+    On a GPU the lengths are copied to the host, like in the models' own loop over segments.
     """
     RULE.check(q, k, v, cu_seqlens, scale)
     return blocks.segment_attention(q, k, v, cu_seqlens, scale)

@@ -1,9 +1,9 @@
-"""Attention inside the segments of a packed sequence: a token sees the tokens of its own segment and no other.
+"""Block-diagonal attention over a packed sequence: a token attends to its own segment only.
 
     y_h[i] = softmax_j(scale * q_h[i] . k_g[j]) v_g[j],   j in the segment of i,   g = h // (Hq / Hkv)
 
 Segments are pictures or windows of a picture; segment s holds the tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1.
-Written with the mask that it means, [T, T]: the other back ends never build it.
+Written with an explicit [T, T] mask, which the other back ends never materialize.
 Source: "Patch n' Pack: NaViT", section 2.1 (arXiv 2307.06304); windows: "Qwen2.5-VL", section 2.1 (arXiv 2502.13923).
 """
 
@@ -24,11 +24,11 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale
 
 
 def segment_of(cu_seqlens: Tensor, length: int) -> Tensor:
-    """The segment of every token, i64[T]: how many segments have ended before it."""
+    """The segment of every token, i64[T]: the number of segments that end before it."""
     position = torch.arange(length, device=cu_seqlens.device)
     return (position[:, None] >= cu_seqlens[None, 1:]).sum(dim=-1)
 
 
 def tokens_outside(y: Tensor) -> Tensor:
-    """y: f[1, H, T, D] -> the same, in memory [1, T, H, D]: so does torch's own attention, and graphs rely on it."""
+    """y: f[1, H, T, D] -> the same, stored as [1, T, H, D], like torch's own attention: graphs rely on that layout."""
     return y.transpose(1, 2).contiguous().transpose(1, 2)

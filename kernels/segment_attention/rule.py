@@ -1,4 +1,4 @@
-"""What `qpcompile::segment_attention` may be given."""
+"""Operand rule of `qpcompile::segment_attention`."""
 
 from qpcompile.kernels.rules import Rule, multiple, number
 

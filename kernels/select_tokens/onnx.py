@@ -1,4 +1,4 @@
-"""`qpcompile::select_tokens` as two TopK: by score, which onnxruntime breaks by lower index, then by index."""
+"""`qpcompile::select_tokens` as two TopK: by score, with onnxruntime breaking ties by lower index, then by index."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""Choose the tokens that go on: the highest scores of each row, in their original order.
+"""Select the kept tokens: the highest scores of each row, in original order.
 
-    I = sort(TopK(score, N))        equal scores: the lower index first
+    I = sort(TopK(score, N))        ties: the lower index first
 
-A batch is rectangular, so every row gets N tokens; `valid` marks those within the row's own quota.
+A batch is rectangular, so every row gets N slots; `valid` marks those within the row's own quota.
 
 Source: QUOTA, equation 9 (arXiv 2604.17320).
 """

@@ -1,4 +1,4 @@
-"""What `qpcompile::select_tokens` may be given."""
+"""Operand rule of `qpcompile::select_tokens`."""
 
 from qpcompile.kernels.rules import Relation, Rule, count
 

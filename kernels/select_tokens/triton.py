@@ -1,7 +1,7 @@
-"""The GPU path of select_tokens: every token counts those that rank before it, and the kept ones close ranks.
+"""GPU kernels of select_tokens: rank tokens by counting comparisons, then compact the kept ones.
 
-No sort: S^2 comparisons of a row are spread over programs (17 million at 4,096 tokens), then one program per row walks
-over it and writes the kept tokens in their order.
+No sort: the S^2 comparisons of a row are distributed over programs (17 million at 4,096 tokens), then one program per
+row scans it and writes the kept tokens in order.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -19,7 +19,7 @@ TOKENS, OTHERS, WALK = 64, 128, 1024
 def rank_kernel(
     scores_ptr: tl.tensor, rank_ptr: tl.tensor, S: tl.tensor, TOKENS: tl.constexpr, OTHERS: tl.constexpr
 ) -> None:
-    """scores: f32[B, S] -> rank: i32[B, S]: 0 is the highest score, equal ones by index, NaN above all."""
+    """scores: f32[B, S] -> rank: i32[B, S]: 0 is the highest score, ties by index, NaN ranks first."""
     row = tl.program_id(0).to(tl.int64) * S
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None]
     own = tl.load(scores_ptr + row + token, mask=token < S, other=0.0)
@@ -45,7 +45,7 @@ def compact_kernel(
     keep: tl.tensor,
     WALK: tl.constexpr,
 ) -> None:
-    """rank: i32[B, S], quota: i64[B] -> index: i64[B, keep] ascending, valid: u8[B, keep]; program b does row b."""
+    """rank: i32[B, S], quota: i64[B] -> index: i64[B, keep] ascending, valid: u8[B, keep]; one program per row."""
     batch = tl.program_id(0).to(tl.int64)
     quota = tl.load(quota_ptr + batch)
     before = tl.zeros((1,), tl.int32)

@@ -1,4 +1,4 @@
-"""The CPU path of silu_mul_quantize: one call of C, or the reference's arithmetic in one reused buffer."""
+"""CPU kernel of silu_mul_quantize: one C call, or the reference's arithmetic in one reused buffer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""qpcompile::silu_mul_quantize in plain ONNX operators."""
+"""qpcompile::silu_mul_quantize in standard ONNX operators."""
 
 from typing import Any
 

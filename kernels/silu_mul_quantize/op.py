@@ -1,4 +1,4 @@
-"""qpcompile::silu_mul_quantize, the operator that a gated activation followed by quantization becomes."""
+"""qpcompile::silu_mul_quantize: fused SwiGLU gate and 4-bit quantization."""
 
 import torch
 from torch import Tensor

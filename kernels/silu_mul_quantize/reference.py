@@ -1,4 +1,4 @@
-"""The gate of a SwiGLU block, the activation transform and 4-bit quantization as one operator.
+"""Fused SwiGLU gate, activation transform and 4-bit quantization.
 
     y = gate * sigmoid(gate) * up;   (q, scale) = quantize_int4(transform(y))
 

@@ -1,4 +1,4 @@
-"""What `qpcompile::silu_mul_quantize` may be given."""
+"""Operand rule of `qpcompile::silu_mul_quantize`."""
 
 from qpcompile.kernels.quantize_int4.rule import transforming
 

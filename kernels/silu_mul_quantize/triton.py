@@ -1,7 +1,7 @@
-"""The GPU path of silu_mul_quantize: gate and up are read once, and written once as codes.
+"""GPU kernel of silu_mul_quantize: gate and up are read once, and written once as codes.
 
-The product is rotated (kernels/hadamard/triton.py) and rounded in registers. Scales per group, and widths that are
-rotated in no one tile, take the values through memory.
+The product is rotated (kernels/hadamard/triton.py) and rounded in registers. With scales per group, and for widths
+whose rotation fits no tile, the values go through global memory.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -94,7 +94,7 @@ def silu_mul_quantize(
 def _launch(
     gate: Tensor, up: Tensor, transform_scale: Tensor | None, rotate: bool, tiling: Tiling, clip_ratio: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales, or, without a clip ratio, f32[..., C] and scales that mean nothing."""
+    """Codes and scales, or, without a clip ratio, f32[..., C] and undefined scales."""
     codes = clip_ratio is not None
     y = torch.empty(gate.shape, dtype=torch.int8 if codes else torch.float32, device=gate.device)
     scale = torch.empty((*gate.shape[:-1], 1), dtype=torch.float32, device=gate.device)

@@ -1,4 +1,4 @@
-"""qpcompile::simulate_kivi, a simulation in floating point on every device. It has no ONNX form."""
+"""qpcompile::simulate_kivi: floating-point simulation on every device, without an ONNX translation."""
 
 import torch
 from torch import Tensor

@@ -1,10 +1,10 @@
-"""A simulation of KIVI's cache: keys or values rounded and put back, stored in their own type.
+"""Simulation of KIVI's cache: keys or values quantized and dequantized, stored in their own type.
 
     keys     per channel: asymmetric min and max over groups of 32 tokens
     values   per token: asymmetric min and max over groups of 32 channels
-    the last 128 tokens, and keys beyond the last full group, stay as they are
+    the last 128 tokens, and keys beyond the last full group, are not quantized
 
-A key's scale depends on its neighbours in the cache: dropping tokens regroups them.
+A key's scale depends on neighbouring tokens in the cache: dropping tokens regroups them.
 Source: "KIVI" (arXiv 2402.02750), section 3, and its released code.
 """
 

@@ -1,4 +1,4 @@
-"""What `qpcompile::simulate_kivi` may be given."""
+"""Operand rule of `qpcompile::simulate_kivi`."""
 
 from qpcompile.kernels.rules import FLAG, Rule, count
 

@@ -1,4 +1,4 @@
-"""qpcompile::simulate_qvlm, a simulation in floating point on every device. It has no ONNX form."""
+"""qpcompile::simulate_qvlm: floating-point simulation on every device, without an ONNX translation."""
 
 import torch
 from torch import Tensor

@@ -1,11 +1,11 @@
-"""A simulation of Q-VLM's quantizer: nothing here runs in integers.
+"""Simulation of Q-VLM's quantizer in floating point.
 
-    activations   per input channel over tokens, asymmetric: scale_c = (hi_c - lo_c) / 15, codes 0..15, and back
-    weights       NF4: 16 levels, one largest magnitude per block of 64 along the inputs, and back
+    activations   per input channel over tokens, asymmetric: scale_c = (hi_c - lo_c) / 15, codes 0..15, dequantized
+    weights       NF4: 16 levels, one absolute maximum per block of 64 along the inputs, dequantized
 
-A scale per input channel stands inside the sum of a product, so no integer kernel can take it out: this serves to
-repeat published settings. What is not taken over: running ranges in decode and the shrinking search; ranges are those
-of the calibration tokens, the block scales stay in float32 (no double quantization).
+A scale per input channel varies along the reduction axis, so no integer kernel can factor it out: this only reproduces
+published settings. Not implemented: running ranges in decode and the shrinking search; ranges are those of the
+calibration tokens, block scales are float32 (no double quantization).
 
 Sources: "Q-VLM" (arXiv 2410.08119) and its released code; NF4: "QLoRA" (arXiv 2305.14314), section 3 and appendix E.
 """
@@ -26,7 +26,7 @@ def simulate_qvlm(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def nf4(weight: Tensor) -> Tensor:
-    """weight: f[N, K] -> f[N, K], each value the nearest of 16 levels times the largest magnitude of its block."""
+    """weight: f[N, K] -> f[N, K], each value the nearest of 16 levels times the absolute maximum of its block."""
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK))
     blocks = padded.view(rows, -1, BLOCK)

@@ -1,4 +1,4 @@
-"""What `qpcompile::simulate_qvlm` may be given."""
+"""Operand rule of `qpcompile::simulate_qvlm`."""
 
 from qpcompile.kernels.rules import Rule
 

@@ -1,4 +1,4 @@
-"""`qpcompile::spread_tokens` in plain ONNX operators; onnxruntime's TopK takes the lower index first among equals."""
+"""`qpcompile::spread_tokens` in standard ONNX operators; onnxruntime's TopK breaks ties by the lower index."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
-"""Divide a row's budget between the tokens that score best and tokens spread evenly over the rest.
+"""Split a row's budget between top-scoring tokens and tokens sampled uniformly from the rest.
 
     c = floor(budget * share + 1/2)     spread over the R = n - d tokens that are not among the best
     d = budget - c                     best
     2 for the d highest scores (ties to the lower index)
-    1 for the tokens number floor(j R / c), j = 0 .. c - 1, of the others in their order
+    1 for tokens number floor(j R / c), j = 0 .. c - 1, of the others in order
     0 for everything else
 
 n tokens of a row are counted; a budget above n is n.

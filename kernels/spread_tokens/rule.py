@@ -1,4 +1,4 @@
-"""What `qpcompile::spread_tokens` may be given."""
+"""Operand rule of `qpcompile::spread_tokens`."""
 
 from qpcompile.kernels.rules import Rule, number
 

@@ -1,4 +1,4 @@
-"""`qpcompile::text_relevance` in plain ONNX operators, in float64."""
+"""`qpcompile::text_relevance` in standard ONNX operators, in float64."""
 
 from typing import Any
 
@@ -32,5 +32,5 @@ def rescale(values: Any, counted: Any, margin: float) -> Any:
 
 
 def plus(values: Any, margin: float) -> Any:
-    """values: f64 -> values + margin, spelled so that clean-ups of exporters do not take 1e-8 for zero."""
+    """values: f64 -> values + margin, written so that exporters' simplifications do not treat 1e-8 as zero."""
     return op.Mul(op.Add(op.Div(values, double(margin)), double(1.0)), double(margin))

@@ -1,4 +1,4 @@
-"""`qpcompile::text_relevance`: visual tokens by their cosine with the question. Plain torch on every device."""
+"""`qpcompile::text_relevance`: score visual tokens by cosine with the question. Plain torch on every device."""
 
 import torch
 from torch import Tensor

@@ -1,13 +1,14 @@
-"""How much each visual token has to do with the question, from embeddings alone.
+"""Score each visual token by its relevance to the question, from embeddings alone.
 
     c_i = mean over t in T of cos(x_i, x_t)           T: text tokens after the row's first picture token
     r_i = (s c_i - min + 1e-6) / (max - min + 1e-6)   s = +1 or -1; min and max of s c over the row's visual tokens
 
-CDPruner and TRIM measure c between CLIP's image and text embeddings and take s = -1, since there the cosine of a patch
-is high where the patch is not what the text names. Checkpoints of language models carry no text tower, so c is a
-stand-in, measured at the decoder's input, and s is a choice. Rows without text or with equal tokens get 1 everywhere.
+CDPruner and TRIM measure c between CLIP's image and text embeddings and use s = -1, since there the cosine of a patch
+is high where the patch does not show what the text names. VLM checkpoints contain no text tower, so c is a substitute,
+measured at the decoder's input, and s is configurable. Rows without text or with equal tokens get 1 everywhere.
 
-Source: CDPruner (arXiv 2506.10967), section 3, for the shape of r; the stand-in, and the 1e-6 below, are ours.
+Source: CDPruner (arXiv 2506.10967), section 3, for the shape of r; the substitute, and the 1e-6 in the denominator, are
+ours.
 """
 
 import torch
@@ -23,7 +24,7 @@ def text_relevance(hidden: Tensor, visual: Tensor, valid: Tensor, sign: int) -> 
     unit = unit_rows(hidden)
     counted = visual & valid
     text = (valid & ~visual & (counted.cumsum(1) > 0)).double()
-    # The mean of cosines is the cosine with the mean of unit rows, up to that mean's length.
+    # The mean of cosines is the product with the mean of the unit rows.
     mean = (text[:, None] @ unit) / text.sum(1).clamp(min=1)[:, None, None]
     cosine = sign * (unit @ mean.mT).squeeze(2)
     return rescale(cosine, counted, MARGIN).float()

@@ -1,4 +1,4 @@
-"""What `qpcompile::text_relevance` may be given."""
+"""Operand rule of `qpcompile::text_relevance`."""
 
 from qpcompile.kernels.rules import Rule, one_of
 

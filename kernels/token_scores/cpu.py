@@ -1,8 +1,8 @@
-"""Token scores in pieces: only the query rows that a metric asks for, a few at a time: no [S, S] of numbers is held.
+"""CPU kernel of token_scores, blocked over the query rows that a metric needs: no [S, S] scores are materialized.
 
-Attention of bfloat16 queries and keys goes to AMX tiles (amx.inc), where the processor has them; else to torch. Within
-a piece the softmax is never divided out: the sum over rows r of group_r / (H * denominator_r) * exp(..)_r is one matrix
-product over heads and rows.
+Attention of bfloat16 queries and keys runs on AMX tiles (amx.inc) if the processor has them, else in torch. Within a
+block the softmax is never normalized explicitly: the sum over rows r of group_r / (H * denominator_r) * exp(..)_r is
+one matrix product over heads and rows.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from qpcompile.kernels.native import library as native
 from qpcompile.kernels.token_scores import reference
 from qpcompile.kernels.token_scores.rule import RULE
 
-# Scores held at once, 8 MiB of float32: near the size of a cache, and pieces short enough to skip later keys.
+# Scores in memory at once, 8 MiB of float32: about the cache size, and blocks short enough to skip later keys.
 PIECE = 1 << 21
 
 
@@ -57,7 +57,7 @@ def _mass_on_tiles(
     seen_by = torch.zeros_like(chosen)
     for piece in torch.arange(length).split(max(1, PIECE // max(1, batch * mask.shape[1] * length))):
         seen_by += chosen[:, :, piece] @ mask[:, :, piece].float().mean(1)
-    # The numbers of a token, and the keys of a query, lie side by side; heads and tokens may lie as they like.
+    # The channels of a token, and the keys of a query, must be contiguous; heads and tokens may have any strides.
     q, k, mask = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, mask))
     mask = mask.expand(batch, heads, length, length)
     mass = torch.empty_like(chosen)
@@ -69,7 +69,7 @@ def _mass_on_tiles(
 def _weighted_parts(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """scores: f32[B, H, R, S], chosen: f32[B, M, R] -> f32[B, M, H * R], f32[B, H * R, S]; their product is mass."""
     peak = scores.amax(-1, keepdim=True)
-    # A row that sees nothing has peak -inf: shifted by 0 instead, it stays exp(-inf) = 0.
+    # A fully masked row has peak -inf: shifted by 0 instead, it stays exp(-inf) = 0.
     parts = scores.sub_(torch.where(peak == -torch.inf, 0.0, peak)).exp_()
     shares = 1 / (scores.shape[1] * parts.sum(-1).clamp(min=torch.finfo(torch.float32).tiny))
     return (chosen[:, :, None] * shares[:, None]).flatten(2), parts.flatten(1, 2)
@@ -104,7 +104,7 @@ def token_scores(
 
 
 def _products(queries: Tensor, keys: Tensor) -> Tensor:
-    """queries: f32[B, H, R, D], keys: f32[B, Hkv, D, S] -> f32[B, H, R, S], one product per key head."""
+    """queries: f32[B, H, R, D], keys: f32[B, Hkv, D, S] -> f32[B, H, R, S], one product per KV head."""
     batch, heads, rows, width = queries.shape
     grouped = queries.reshape(batch, keys.shape[1], -1, width)
     return (grouped @ keys).reshape(batch, heads, rows, keys.shape[-1])

@@ -1,13 +1,13 @@
-"""Bring a metric of visual tokens to 0..1 within its row, so that metrics of different units can be added.
+"""Normalize a metric of visual tokens to 0..1 within its row, so that metrics of different units can be added.
 
     percentile   clip((m - P_low) / (P_high - P_low + 1e-6), 0, 1)
     mad          (clip((m - median) / (1.4826 * MAD + 1e-6), -3, 3) + 3) / 6
-    rank         (rank from 0, equal values share their mean rank) / (n - 1)
-    none         m itself, for a score of one metric
+    rank         (zero-based rank, ties share their mean rank) / (n - 1)
+    none         m itself, for scores of one metric
 
-Percentiles interpolate linearly between neighbours, over the row's n counted tokens only.
+Percentiles interpolate linearly, over the row's n counted tokens only.
 
-Source: QUOTA, equation 7 (arXiv 2604.17320), which names percentile clipping and no percentiles.
+Source: QUOTA, equation 7 (arXiv 2604.17320), which specifies percentile clipping but not the percentiles.
 """
 
 import torch
@@ -21,7 +21,7 @@ LIMIT = 3.0
 
 
 def normalize_metric(metric: Tensor, counted: Tensor, method: str, low: float, high: float) -> Tensor:
-    """metric: f32[B, S], counted: bool[B, S] -> f32[B, S]; entries that are not counted mean nothing."""
+    """metric: f32[B, S], counted: bool[B, S] -> f32[B, S]; entries that are not counted are undefined."""
     if method == "none":
         return metric
     if method == "percentile":
@@ -36,7 +36,7 @@ def normalize_metric(metric: Tensor, counted: Tensor, method: str, low: float, h
 
 
 def masked_percentile(metric: Tensor, counted: Tensor, percent: float) -> Tensor:
-    """metric: f32[B, S], counted: bool[B, S] -> f32[B, 1]; infinity in a row that counts nothing."""
+    """metric: f32[B, S], counted: bool[B, S] -> f32[B, 1]; infinity in a row without counted tokens."""
     ordered = torch.where(counted, metric, torch.inf).sort(dim=1).values
     last = (counted.sum(1, keepdim=True) - 1).clamp(min=0)
     position = last.float() * (percent / 100)

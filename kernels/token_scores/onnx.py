@@ -1,4 +1,4 @@
-"""`qpcompile::token_scores` in plain ONNX operators; the attention it needs passes in pieces, see onnx_attention.py."""
+"""`qpcompile::token_scores` in standard ONNX operators; its attention is blocked over rows, see onnx_attention.py."""
 
 from collections.abc import Sequence
 from typing import Any

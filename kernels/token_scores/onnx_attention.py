@@ -1,7 +1,7 @@
-"""The attention that token scores need, in ONNX: a Loop over pieces of query rows, from the first row asked for.
+"""The attention of token scores in ONNX: a Loop over blocks of query rows, from the first requested row.
 
-A graph that is exported at opset 21 is built at opset 18 and converted; a function that holds a Loop is inlined before
-that and must therefore be written in opset 18.
+A graph exported at opset 21 is built at opset 18 and converted; a function that contains a Loop is inlined before the
+conversion and must therefore be written in opset 18.
 """
 
 from collections.abc import Set
@@ -54,7 +54,7 @@ def attention_terms(
     asked: Set[str],
     intra_mean: bool,
 ) -> dict[str, Any]:
-    """Those of inter and intra that are asked for, each f32[B, S]; other arguments as in token_scores."""
+    """The requested ones of inter and intra, each f32[B, S]; other arguments as in token_scores."""
     if not asked:
         return {}
     counted = op.And(visual, valid)
@@ -79,7 +79,7 @@ def attention_terms(
 
 
 def _bias(mask: Any, valid: Any) -> Any:
-    """mask: bool or f[B | 1, 1 | H, S, S] or None for causal -> f32 of that shape, -inf where a key is forbidden."""
+    """mask: bool or f[B | 1, 1 | H, S, S] or None for causal -> f32 of that shape, -inf where a key is masked."""
     never = float("-inf")
     if mask is None:
         positions = op.Range(0, op.Squeeze(op.Shape(valid, start=1, end=2)), 1)

@@ -1,4 +1,4 @@
-"""`qpcompile::token_scores`: how much each visual token of a prefill matters."""
+"""`qpcompile::token_scores`: importance scores of visual tokens in a prefill."""
 
 from collections.abc import Sequence
 

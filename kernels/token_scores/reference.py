@@ -1,4 +1,4 @@
-"""Score every visual token by what the quantized model attends to and by what 4 bits lose.
+"""Score visual tokens by the quantized model's attention and by their 4-bit quantization residual.
 
     inter_i     = 1/H sum_h sum_{j in T} A^h[j, i]        attention from text queries T
     magnitude_i = ||v_i||
@@ -6,12 +6,12 @@
     residual_i  = ||Q(x_i) - x_i||                        Q: symmetric int4, after the rotation if asked; or / ||x_i||
     score_i     = sum over the four of weight * normalised metric
 
-A = softmax(scale * Q K^T + mask), grouped-query. Text tokens score +inf, padding -inf, so that top-k keeps the first
-and drops the last whatever the picture holds.
+A = softmax(scale * Q K^T + mask), grouped-query. Text tokens score +inf, padding -inf, so that top-k always keeps the
+former and drops the latter.
 
-Source: QUOTA, equations 6-9 (arXiv 2604.17320). The set T, the normalisation, the tensor x and the form of the
-residual are not given there: they are arguments. Channels that are huge in some tokens mark attention sinks, not
-content (arXiv 2503.03321): `sink` leaves them out of magnitude and residual.
+Source: QUOTA, equations 6-9 (arXiv 2604.17320). The paper does not specify the set T, the normalization, the tensor x
+and the form of the residual: they are arguments. Channels with massive activations in some tokens mark attention sinks,
+not content (arXiv 2503.03321): `sink` excludes them from magnitude and residual.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,8 @@ def attention_mass(
     """Attention that each key gets from groups of queries, summed over the queries and averaged over the heads.
 
     q: f[B, H, S, D], k: f[B, Hkv, S, D], mask: f or bool [B | 1, 1 | H, S, S] or None for causal over `valid` keys,
-    groups: bool[B, M, S], the queries of each group -> mass: f32[B, M, S], and how many queries see it: f32[B, M, S].
+    groups: bool[B, M, S], the queries of each group -> mass: f32[B, M, S], and the number of queries that see the key:
+    f32[B, M, S].
     """
     if mask is None:
         mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril() & valid[:, None, None]
@@ -70,10 +71,10 @@ def token_scores(
 
     queries: rows T. mask as in attention_mass; weights: of (inter, magnitude, intra, residual); low, high: percentiles;
     group_size, clip_ratio as in quantize_int4; sink: see without_sinks, 0 leaves all channels in.
-    mass_of: what computes the attention, for a path that does so in pieces.
+    mass_of: the attention implementation, for a blocked one.
     """
     counted = visual & valid
-    # A metric of weight 0 costs nothing: no query row is asked for it.
+    # A metric of weight 0 costs nothing: no query row is computed for it.
     text = queries & valid & (weights[0] != 0)
     pictures = counted & (weights[2] != 0)
     mass, seen_by = mass_of(q, k, mask, scale, valid, torch.stack([text, pictures], dim=1))
@@ -107,7 +108,7 @@ def without_sinks(values: Tensor, counted: Tensor, sink: float) -> Tensor:
 
 
 def residual(values: Tensor, rotate: bool, group_size: int, clip_ratio: float, relative: bool) -> Tensor:
-    """values: f32[B, S, C] -> f32[B, S], the L2 norm of what symmetric int4 loses, or its share of the token's norm."""
+    """values: f32[B, S, C] -> f32[B, S], the L2 norm of the int4 rounding error, or its ratio to the token's norm."""
     if rotate:
         values = hadamard(values)
     codes, scale = quantize_int4(values, group_size, clip_ratio)

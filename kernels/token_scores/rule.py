@@ -1,4 +1,4 @@
-"""What `qpcompile::token_scores` may be given."""
+"""Operand rule of `qpcompile::token_scores`."""
 
 from qpcompile.kernels.rules import FLAG, Relation, Rule, count, grouped, multiple, number, numbers, one_of
 from qpcompile.kernels.token_scores.normalize import METHODS

@@ -1,11 +1,11 @@
-"""The GPU path of token_scores' attention: the mass that keys get from groups of queries, and no matrix in memory.
+"""GPU kernels of token_scores' attention: the mass that keys receive from groups of queries, without an [S, S] matrix.
 
     lse[r] = log sum_s exp(score[r, s])          for rows in any group, keys in blocks
     mass[m, s] = sum_{r in group m} exp(score[r, s] - lse[r])
 
-Blocks of rows that no group names cost one look at their flags, so text queries cost as many rows as there is text.
-What rows to take is decided on the GPU: nothing is read back, and a graph can be captured. Products are of TF32, which
-holds half types exactly; float32 takes three of them.
+Blocks of rows in no group only read their flags, so the cost is proportional to the number of text queries. The rows
+are selected on the GPU: nothing is copied back, and a CUDA graph can be captured. Products are in TF32, which
+represents half-precision types exactly; float32 takes three of them.
 """
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
@@ -47,9 +47,9 @@ def masked_products(
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """q: f32[R, PAD], k: f32[N, PAD], mask of one head -> scores: f32[R, N], -inf where the mask or the end forbids.
+    """q: f32[R, PAD], k: f32[N, PAD], mask of one head -> scores: f32[R, N], -inf where masked or out of bounds.
 
-    MASK: "bool", "float", or "causal", where mask is u8[S], the keys that count.
+    MASK: "bool", "float", or "causal", where mask is u8[S], the valid keys.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     allowed = (row < S)[:, None] & (key < S)[None, :]
@@ -111,7 +111,7 @@ def row_sums_kernel(
             shift = tl.where(above == float("-inf"), 0.0, above)
             total = total * tl.exp(peak - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
             peak = above
-        # A row that sees nothing: its exp(-inf - 0) stays 0.
+        # A fully masked row: exp(-inf - 0) stays 0.
         lse = tl.where(total == 0.0, 0.0, peak + tl.log(tl.where(total == 0.0, 1.0, total)))
         tl.store(lse_ptr + head * S + row, lse, mask=row < S)
 
@@ -183,7 +183,7 @@ def attention_mass(
         lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
         sizes = (scale, heads, length, *strides, head_dim, max(triton.next_power_of_2(head_dim), 16))
         options = (heads // k.shape[1], count, ROWS, KEYS, kind, "tf32x3" if q.dtype == torch.float32 else "tf32")
-        # Three products of TF32 hold twice the registers.
+        # Three TF32 products need twice the registers.
         warps = 8 if q.dtype == torch.float32 else 4
         row_sums_kernel[(batch * heads, triton.cdiv(length, ROWS))](
             q, k, seen, groups, lse, *sizes, *options, num_warps=warps, num_stages=2

@@ -114,17 +114,17 @@ def test_nothing_to_sum_over_is_refused_where_tensors_agree(case: str, name: str
     else:
         assert (
             refused(case, empty | {name: 0})
-            == f"qp_{native.name_of(symbol)}: {name} is 0, which does not fit the other arguments"
+            == f"qp_{native.name_of(symbol)}: {name} is 0, which does not match the other arguments"
         )
 
 
 def test_a_message_says_what_is_there_and_what_is_needed() -> None:
     many = {"tokens": 150, "q": native_calls._i8(150, 64), "y": torch.zeros(150, 5)}
     message = refused("linear_w4a4", many | {"scale": torch.rand(40)})
-    assert message == "qp_linear_w4a4: scale has 40 numbers, 300 are needed"
+    assert message == "qp_linear_w4a4: scale has 40 elements, 300 are needed"
     message = refused("linear_w4a4", {"scale": torch.rand(3, 2).bfloat16()})
     assert message == "qp_linear_w4a4: scale is bfloat16, not float32"
-    assert refused("append", {"at": 5}) == "qp_append: at is 5, which does not fit the other arguments"
+    assert refused("append", {"at": 5}) == "qp_append: at is 5, which does not match the other arguments"
 
 
 @pytest.mark.parametrize("case", READ)
@@ -135,12 +135,12 @@ def test_gaps_and_odd_places_are_refused(case: str) -> None:
             raw = bytearray(tensor.nbytes + 1)
             odd = torch.frombuffer(raw, dtype=tensor.dtype, count=tensor.numel(), offset=1).view(tensor.shape)
             odd.copy_(tensor)
-            assert "does not lie in memory" in refused(case, {name: odd})
+            assert "has a memory layout" in refused(case, {name: odd})
         wide = torch.stack([tensor, tensor], -1)[..., 0]
         if tensor.numel() > 1 and not (
             native.name_of(CALLS[case][0]) == "attention_kv4" and name.endswith(("s", "e", "k"))
         ):
-            assert "lie" in refused(case, {name: wide})
+            assert "layout" in refused(case, {name: wide})
 
 
 def test_a_tape_stops_where_its_room_ends() -> None:
