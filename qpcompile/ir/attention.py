@@ -1,4 +1,4 @@
-"""Read the arguments of an `aten::scaled_dot_product_attention` node, however the trace has spelled them."""
+"""Normalize the arguments of an `aten::scaled_dot_product_attention` node, positional or by keyword."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SPELLING = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 @dataclass(frozen=True)
 class Attention:
-    """What an attention node reads. mask: None where all keys are seen, or, if `causal`, all up to the query's own."""
+    """The operands of an attention node. mask: None if all keys are visible, or, if `causal`, those up to the query."""
 
     query: fx.Node
     key: fx.Node

@@ -1,10 +1,10 @@
-"""What the long passes of one compile have found so far, in a folder: stopped, it goes on there.
+"""Checkpoints of the long passes of one compile, in a folder, so that an interrupted compile can resume.
 
     key                     what is compiled: model, recipe, samples and versions; and a hash of this text
-    <what>.safetensors      tensors and facts of one pass, or of one part of it; and a hash of all that, what and key
+    <what>.safetensors      tensors and facts of one pass, or of one part of it; and a hash of these, <what> and the key
 
-Nothing but tensors and JSON is in it, and nothing of it is executed; files are written aside and moved. The hashes find
-damage, and files from elsewhere; they are no signatures. The folder stays when the compile is done.
+It contains only tensors and JSON, and nothing in it is executed; files are written to a temporary name and renamed. The
+hashes detect damaged and foreign files; they are not signatures. The folder remains after the compile.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qpcompile.write_errors import shown, writing
 
 KEY = "key"
 SECONDS = 120.0
-"""How much work is lost at most, but for one sample, block or weight."""
+"""Seconds of work that can be lost at most, plus one sample, block or weight."""
 
 _PARTIAL = ".partial"
 _SUFFIX = ".safetensors"
@@ -40,13 +40,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Kept:
-    """What one file holds. Its methods raise ValueError where that is not what a pass has written."""
+    """The contents of one file. Methods raise ValueError for contents that no pass has written."""
 
     tensors: dict[str, torch.Tensor]
     facts: Any
 
     def fits(self, expected: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, torch.Tensor]:
-        """The tensors in this order, which must be exactly these: name -> (shape, dtype)."""
+        """The tensors in this order; they must be exactly the expected ones: name -> (shape, dtype)."""
         for name in (*expected, *self.tensors):
             if name not in expected or name not in self.tensors:
                 raise ValueError(f"the tensor {name} is {'missing' if name in expected else 'not known'}")
@@ -62,7 +62,7 @@ class Kept:
 
 @dataclass
 class Checkpoint:
-    """See the module's docstring. Without a folder nothing is kept and nothing is found."""
+    """See the module's docstring. Without a folder nothing is saved and nothing is found."""
 
     folder: Path | None = None
     key: str = ""
@@ -70,9 +70,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, key: str) -> Checkpoint:
-        """The checkpoint in a folder, made where there is none; what a killed compile left half-written is removed.
+        """Open or create the checkpoint in a folder; partial files of a killed compile are removed.
 
-        Raises OutputError where the folder holds something else, or the checkpoint of another compile.
+        Raises OutputError if the folder contains something else, or the checkpoint of another compile.
         """
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -97,9 +97,9 @@ class Checkpoint:
 
     @contextmanager
     def found(self, what: str) -> Iterator[Kept | None]:
-        """What was saved under a name, None where nothing was.
+        """The contents saved under a name, None if there are none.
 
-        Raises OutputError for a damaged file, and where the block finds that it is not what a pass has written.
+        Raises OutputError for a damaged file, and if the block raises ValueError on its contents.
         """
         if self.folder is None or not os.path.lexists(path := self._path(what)):
             yield None
@@ -110,7 +110,7 @@ class Checkpoint:
             yield kept
 
     def save(self, what: str, tensors: dict[str, torch.Tensor], facts: Any) -> None:
-        """Keep tensors and what JSON can hold, in place of what was kept under this name."""
+        """Save tensors and JSON-serializable facts under this name, replacing earlier ones."""
         if self.folder is None:
             return
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -130,7 +130,7 @@ class Checkpoint:
         return Kept(tensors, json.loads(header["facts"]))
 
     def _hash(self, what: str, tensors: Iterable[tuple[str, torch.Tensor]], facts: str) -> str:
-        """SHA-256 over all that a file says, and where it belongs."""
+        """SHA-256 over the contents of a file, its name and the key."""
         total = hashlib.sha256()
         for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
             total.update(_digest(f"{name} {tensor.dtype} {list(tensor.shape)}").encode())
@@ -148,7 +148,7 @@ _ANOTHER = "name a new folder, or remove this one to begin from the start"
 
 
 def _refuse_foreign(folder: Path, names: list[str]) -> None:
-    """Raise OutputError for a folder with anything in it that no compile has put there."""
+    """Raise OutputError for a folder that contains anything not written by a compile."""
     if names and KEY not in names:
         raise _unusable(folder, f"has no key, so this is no checkpoint; it holds {shown(names[0])}", _ANOTHER)
     for name in names:
@@ -165,7 +165,7 @@ def _refuse_no_file(path: Path) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What goes wrong with the content of a file becomes an OutputError that names it."""
+    """Errors about the content of a file become an OutputError that names it."""
     try:
         yield
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -178,7 +178,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A file to write, moved to `path` when the block ends well. Its mode is what the umask gives a new one."""
+    """A temporary file, renamed to `path` when the block succeeds. Its mode follows the umask."""
     folder = path.with_name(_PARTIAL)  # a folder, since writers of libraries have temporary files of their own
     aside = folder / "new"
     with writing(path, aside=folder):
@@ -196,7 +196,7 @@ def _aside(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, where there is one."""
+    """Remove a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Small edits on FX graphs that several passes need: tensors by name, layers of nodes, chains of shape operators."""
+"""FX graph editing shared by passes: tensors by name, layers of nodes, chains of shape operators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qpcompile.ir.program import Graph
 aten = torch.ops.aten
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)$")
 
-# Operators that only move or repeat elements: following them finds where a value came from.
+# Operators that only move or repeat elements: following them upwards finds the producer of a value.
 SHAPE_OPS = frozenset(
     {
         aten.view.default,
@@ -38,7 +38,7 @@ SHAPE_OPS = frozenset(
 
 
 def clone(graph: Graph) -> Graph:
-    """The same graph again, with nodes of its own; tensors are shared, since passes replace them."""
+    """A copy of a graph with its own nodes; tensors are shared, since passes replace them and never write to them."""
     made = fx.Graph()
     result = made.graph_copy(graph.module.graph, {})
     output = made.output(result)
@@ -55,7 +55,7 @@ def get_tensor(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put `value` at the dotted name `name`, making the modules on the way."""
+    """Store `value` under the dotted name `name`, creating intermediate modules."""
     owner = module
     *path, leaf = name.split(".")
     for part in path:
@@ -86,7 +86,7 @@ def add_tensor(graph: Graph, name: str, value: torch.Tensor, before: fx.Node) ->
 
 
 def call(graph: Graph, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
-    """A `call_function` node before `before`, its shape computed; its module stack is that of `like` (or `before`)."""
+    """Insert a call before `before` and infer its shape; its module stack is that of `like` (default: `before`)."""
     with graph.module.graph.inserting_before(before):
         node = graph.module.graph.call_function(target, args, kwargs)
     source = like or before
@@ -97,13 +97,13 @@ def call(graph: Graph, before: fx.Node, target: Any, *args: Any, like: fx.Node |
 
 
 def count_up(graph: Graph, before: fx.Node, size: fx.Node, device: torch.device) -> fx.Node:
-    """i64[size]: 0, 1, 2, ... on a device. The CPU is where a graph makes tensors unless it says otherwise."""
+    """i64[size]: 0, 1, 2, ... on a device. A graph creates tensors on the CPU unless a device is given."""
     place: dict[str, Any] = {} if device.type == "cpu" else {"device": device}
     return call(graph, before, aten.arange.default, size, **place)
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
-    """The fake tensor mode the graph was traced in; its shape environment knows the graph's symbols."""
+    """The fake tensor mode the graph was traced in; its shape environment holds the graph's symbols."""
     for node in graph.module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor):
@@ -112,12 +112,12 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
 
 
 def stand_in(graph: Graph, tensor: torch.Tensor) -> FakeTensor:
-    """What a node knows of a tensor: shape, type and device. Its memory is free as soon as a pass replaces it."""
+    """A tensor's fake tensor (shape, type and device), which keeps no memory alive once a pass replaces the tensor."""
     return fake_mode(graph).from_tensor(tensor.detach(), static_shapes=True)
 
 
 def infer(graph: Graph, node: fx.Node) -> None:
-    """Compute the fake value of one call from those of its arguments."""
+    """Infer the fake value of one call from those of its arguments."""
     mode = fake_mode(graph)
 
     def fake(argument: fx.Node) -> Any:
@@ -126,13 +126,13 @@ def infer(graph: Graph, node: fx.Node) -> None:
             return mode.from_tensor(value.detach(), static_shapes=True)
         return value
 
-    # torch 2.11 multiplies matrices of symbolic sizes in Python only.
+    # torch 2.11 supports matrix products of symbolic sizes in Python only.
     with mode, enable_python_dispatcher():
         node.meta["val"] = node.target(*fx.map_arg(node.args, fake), **fx.map_arg(node.kwargs, fake))  # type: ignore[operator]
 
 
 def layer_of(node: fx.Node) -> int | None:
-    """The index of the layer a node was traced in, or None outside the layers."""
+    """The index of the layer a node was traced in, or None outside all layers."""
     for name, _ in reversed(list(node.meta.get("nn_module_stack", {}).values())):
         if match := _LAYER.search(name):
             return int(match.group(1))
@@ -145,7 +145,7 @@ def first_node_of_layer(graph: Graph, layer: int) -> fx.Node:
         if node.op == "call_function" and layer_of(node) == layer:
             return node
     raise PlanError(
-        f"tokens cannot be cut after layer {layer - 1}: there is no layer behind it",
+        f"tokens cannot be cut after layer {layer - 1}: there is no layer after it",
         where=graph.name,
         do="choose tokens.candidate_layers before the last layer",
     )
@@ -180,7 +180,7 @@ def through_shape_ops(node: fx.Node, extra: Sequence[object] = ()) -> fx.Node:
 
 
 def before_cast(node: fx.Node) -> fx.Node:
-    """What a node casts, where it is a cast; else the node."""
+    """The input of a cast; any other node itself."""
     if is_call(node, aten.to.dtype):
         assert isinstance(node.args[0], fx.Node)
         return node.args[0]
@@ -188,12 +188,12 @@ def before_cast(node: fx.Node) -> fx.Node:
 
 
 def _stays(node: fx.Node) -> bool:
-    """Whether a node does more than give a value. Attention could draw random numbers, and never does here."""
+    """Whether a node has side effects. Attention could draw random numbers, but never does here."""
     return node.is_impure() and node.target is not aten.scaled_dot_product_attention.default
 
 
 def tidy(graph: Graph) -> bool:
-    """Remove dead nodes and tensors nobody reads, and recompile; returns whether a node was dead."""
+    """Dead-code elimination: remove dead nodes and unused tensors, and recompile; returns whether a node was dead."""
     dead = graph.module.graph.eliminate_dead_code(_stays)
     graph.module.graph.lint()
     graph.module.delete_all_unused_submodules()

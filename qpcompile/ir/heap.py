@@ -1,4 +1,4 @@
-"""Give memory that is free back to the system, where the C library would keep it."""
+"""Return freed heap memory to the OS (malloc_trim)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 
 def trim() -> None:
-    """Tensors below 32 MiB come from glibc's heap, which after a pass is mostly holes; other libraries: nothing."""
+    """Tensors below 32 MiB are on glibc's heap, which is fragmented after a pass; a no-op with other C libraries."""
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:
         release(0)

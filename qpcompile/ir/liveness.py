@@ -1,7 +1,7 @@
-"""What is alive at a point of a graph, and how it is reduced to some of its tokens.
+"""Liveness at a point of a graph, and the reduction of live values to a subset of tokens.
 
-Cutting tokens needs no knowledge of a family: every value that is defined before the point, read after it and has a
-token axis is gathered on those axes; every symbolic size that counts tokens is replaced by the new count.
+A token cut is model-agnostic: every value that is defined before the point, read after it and has a token axis is
+gathered on those axes; every symbolic size that counts tokens is replaced by the new count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qpcompile.ir.shapes import expression, same, token_axes, value
 
 @dataclass(frozen=True)
 class Crossing:
-    """A value that is alive at a point, and its readers behind it."""
+    """A value that is live at a point, and its readers after it."""
 
     node: fx.Node
     readers: tuple[fx.Node, ...]
@@ -41,7 +41,7 @@ def crossings(graph: Graph, point: fx.Node) -> list[Crossing]:
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens that stay at a point: indices i64[B, N], which of them are alive bool[B, N], and N as a node."""
+    """The tokens kept at a point: indices i64[B, N], which slots are alive bool[B, N], and N as a node."""
 
     index: fx.Node
     alive: fx.Node
@@ -56,10 +56,10 @@ def reduce_tokens(
     skip: Sequence[fx.Node] = (),
     place: fx.Node | None = None,
 ) -> None:
-    """Gather every value alive at `point` that has an axis of one of the `lengths`, and replace sizes equal to it.
+    """Gather every live value at `point` that has an axis of one of the `lengths`, and replace equal sizes.
 
-    New nodes go before `place` (default: `point`) where the value is known there already. Raises PlanError where a
-    size depends on a length in a way that cannot be replaced.
+    New nodes are inserted before `place` (default: `point`) if the value is defined there already. Raises PlanError if
+    a size depends on a length in a way that cannot be replaced.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     for crossing in crossings(graph, point):
@@ -75,7 +75,7 @@ def reduce_tokens(
 def _reduced(
     graph: Graph, place: fx.Node, node: fx.Node, lengths: Sequence[tuple[torch.SymInt, Selection]]
 ) -> fx.Node | None:
-    """What stands for `node` behind the cut, or None where it has nothing to do with tokens."""
+    """The replacement of `node` after the cut, or None if it does not depend on tokens."""
     current: Any = value(node)
     for length, selection in lengths:
         if isinstance(current, torch.SymInt) and same(current, length):
@@ -121,9 +121,9 @@ def gather(graph: Graph, point: fx.Node, node: fx.Node, axes: Sequence[int], sel
 
 
 def mask_dead(graph: Graph, point: fx.Node, mask: fx.Node, alive: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """Close an attention mask [B, 1, ..., N] for keys that hold no token.
+    """Mask out keys without a token in an attention mask [B, 1, ..., N].
 
-    Boolean masks say who may be seen; float masks are added to the scores.
+    Boolean masks are True for visible keys; float masks are added to the scores.
     """
     keys = call(graph, point, aten.unsqueeze.default, call(graph, point, aten.unsqueeze.default, alive, 1), 1)
     if dtype == torch.bool:
@@ -139,7 +139,7 @@ def _depends(size: torch.SymInt, length: torch.SymInt) -> bool:
 
 def _cannot_cut(graph: Graph, point: fx.Node, node: fx.Node, reason: str) -> PlanError:
     return PlanError(
-        f"tokens cannot be cut at this layer: {node.name} is alive there and {reason}",
+        f"tokens cannot be cut at this layer: {node.name} is live there and {reason}",
         where=f"{graph.name}, before {point.name}",
         do="choose other tokens.candidate_layers",
     )

@@ -1,4 +1,4 @@
-"""What passes know about single nodes: typed facts under one metadata key. Only this file reads or writes it."""
+"""Typed annotations (facts) of nodes, under one metadata key. Only this file reads or writes it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Role = Literal["activation", "weight", "key", "value"]
 
 @dataclass(frozen=True)
 class StubFact:
-    """A quant stub: the site it belongs to (dotted module name), what flows through it, and the layer it is in.
+    """A quantization stub: its site (dotted module name), the role of its value, and its layer.
 
-    clip: for an activation, the clip ratio found for this site; None where it is the recipe's.
+    clip: for an activation, the clip ratio searched for this site; None to use the recipe's.
     """
 
     site: str
@@ -27,7 +27,7 @@ class StubFact:
 
 @dataclass(frozen=True)
 class QuantizedFact:
-    """A node that a quantization pass made: the sites it serves and the kernel that runs there."""
+    """A node created by a quantization pass: the sites it serves and its kernel."""
 
     sites: tuple[str, ...]
     kernel: str
@@ -37,7 +37,7 @@ Fact = StubFact | QuantizedFact
 
 
 def set_fact(node: fx.Node, fact: Fact) -> None:
-    """Attach the fact to the node, in place of an earlier one."""
+    """Attach the fact to the node, replacing an earlier one."""
     node.meta[_KEY] = fact
 
 
@@ -48,6 +48,6 @@ def stub_fact(node: fx.Node) -> StubFact | None:
 
 
 def quantized_fact(node: fx.Node) -> QuantizedFact | None:
-    """What a quantization pass noted on a node."""
+    """The quantization fact of a node, if it has one."""
     fact = node.meta.get(_KEY)
     return fact if isinstance(fact, QuantizedFact) else None

@@ -1,4 +1,4 @@
-"""Every operator of the project, by the name it has in graphs. Importing this defines them all."""
+"""All custom operators of the project, by their names in graphs. Importing this module registers them."""
 
 from __future__ import annotations
 

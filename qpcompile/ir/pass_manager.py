@@ -1,4 +1,4 @@
-"""What a pass is, and how a list of them is run: precondition, run, verify, write down."""
+"""Pass manager: the pass protocol, and running a list of passes (check the stage, run, verify, record)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from qpcompile.ir.verify import verify
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options.
 
-    `name` is that of its file; `needs` is the stage it starts from (or a later one), `gives` the stage it leaves.
-    `run` edits the program in place and says whether it changed anything.
+    `name` is that of its file; `needs` is the earliest stage it can run at, `gives` the stage it produces. `run` edits
+    the program in place and returns whether it changed anything.
     """
 
     name: ClassVar[str]
@@ -32,7 +32,7 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass did: operator counts per graph before and after, and whether it changed anything."""
+    """The record of one pass run: operator counts per graph before and after, and whether it changed anything."""
 
     name: str
     modified: bool
@@ -46,9 +46,10 @@ STEPS: Measurement[list[Step]] = Measurement("steps")
 def run_passes(
     program: Program, passes: Sequence[Pass], after: Callable[[Step, Program], None] | None = None
 ) -> list[Step]:
-    """Run passes in order and verify the program after each of them, always.
+    """Run passes in order, and verify the program after every one of them.
 
-    Raises InvariantError when a pass runs before the stage it needs, or leaves what breaks the rules of its stage.
+    Raises InvariantError if the program has not reached the stage a pass needs, or a pass breaks the rules of its
+    stage.
     """
     steps = []
     for item in passes:
@@ -76,7 +77,7 @@ def run_passes(
 
 
 def operator_counts(program: Program) -> dict[str, dict[str, int]]:
-    """How often each operator occurs in each graph."""
+    """The number of occurrences of each operator in each graph."""
     return {
         name: dict(sorted(Counter(_label(node.target) for node in graph.nodes if node.op == "call_function").items()))
         for name, graph in program.graphs.items()

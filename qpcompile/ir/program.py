@@ -1,13 +1,13 @@
-"""The thing every pass reads and writes: the graphs of one model, their weights and what is known about them.
+"""The intermediate representation that passes transform: the graphs of one model, their weights, plan and stage.
 
 Program
   graphs["vision"]     pictures            -> patch features
-  graphs["projector"]  patch features      -> visual tokens          (absent where the tower projects itself)
+  graphs["projector"]  patch features      -> visual tokens          (absent if the tower includes it)
   graphs["prefill"]    embeddings          -> hidden states, K and V
   graphs["decode"]     one token + K and V -> hidden states, K and V
   graphs["head"]       hidden states       -> logits
-  graphs["embed"]      tokens              -> embeddings             (only where it shares its matrix with the head)
-  host                 what transformers does between the graphs: it holds no weight that a graph holds
+  graphs["embed"]      tokens              -> embeddings             (only if tied to a quantized head)
+  host                 transformers' code between the graphs: it holds no weight that a graph holds
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Graph:
     """One traced component: a plain FX module from tensors, in the order of `inputs`, to tensors.
 
     `inputs` and `outputs` are dotted paths into the keyword arguments and the result of the transformers
-    module (`attention_mask`, `past_key_values.3.key`, `hidden_states.2`). `owner` is the dotted name of that module
-    in the model. `returns` says what the module returned: "object", "tuple" or "tensor".
+    module (`attention_mask`, `past_key_values.3.key`, `hidden_states.2`). `owner` is the dotted name of that module in
+    the model. `returns` is the kind of the module's result: "object", "tuple" or "tensor".
     """
 
     name: str
@@ -49,12 +49,12 @@ class Graph:
         return list(self.module.graph.nodes)
 
     def placeholder(self, path: str) -> fx.Node:
-        """The placeholder node that receives the input called `path`."""
+        """The placeholder node of the input called `path`."""
         placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
         return placeholders[self.inputs.index(path)]
 
     def result(self, path: str) -> fx.Node:
-        """The node whose value is returned as the output called `path`."""
+        """The node returned as the output called `path`."""
         (values,) = self.output_node.args
         assert isinstance(values, tuple)
         node = values[self.outputs.index(path)]
@@ -80,7 +80,7 @@ class Layer:
 
 @dataclass
 class Program:
-    """All graphs of one model at one stage of compilation."""
+    """All graphs of one model at one compilation stage."""
 
     graphs: dict[str, Graph]
     host: torch.nn.Module
@@ -94,7 +94,7 @@ class Program:
 
     @property
     def language(self) -> list[Graph]:
-        """The graphs of the decoder, in the order they run."""
+        """The graphs of the decoder, in execution order."""
         return [self.graphs[PREFILL], self.graphs[DECODE]]
 
     def at_least(self, stage: str) -> bool:

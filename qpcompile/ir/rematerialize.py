@@ -1,4 +1,4 @@
-"""Compute a value of a graph once more at an earlier place, or with some of what it depends on exchanged."""
+"""Rematerialization: recompute a subgraph at an earlier place, or with some of its inputs replaced."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import value
 
 
-def compute_again(
+def rematerialize(
     graph: Graph,
     target: fx.Node,
     before: fx.Node,
     known: dict[fx.Node, fx.Node],
-    anew: Callable[[fx.Node], bool],
+    copied: Callable[[fx.Node], bool],
     bypass: Collection[object] = (),
 ) -> fx.Node:
-    """What stands for `target` before the node `before`.
+    """Recompute `target` before the node `before`; returns the node to use there.
 
-    Of everything `target` is made from, nodes in `known` are replaced as it says, nodes for which `anew` holds are
-    copied, and all others serve as they are. Copies are added to `known`, so that a second call shares them. Calls of
-    an operator in `bypass` are replaced by their first argument.
+    Of the transitive inputs of `target`, nodes in `known` are replaced by their mapping, nodes for which `copied` holds
+    are copied, and all others are used unchanged. Copies are added to `known`, so that a second call shares them. Calls
+    of an operator in `bypass` are replaced by their first argument.
     """
-    for node in needed_for(graph, target, lambda each: each not in known and anew(each)):
+    for node in needed_for(graph, target, lambda each: each not in known and copied(each)):
         if node.target in bypass:
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -37,7 +37,7 @@ def compute_again(
 
 
 def readers_of(graph: Graph, sources: Collection[fx.Node], border: fx.Node | None = None) -> set[fx.Node]:
-    """The `sources`, and every node whose value depends on one of them other than through the node `border`."""
+    """The `sources` and all nodes that transitively depend on one of them, except through the node `border`."""
     found = set(sources)
     for node in graph.nodes:
         if node is not border and any(source in found for source in node.all_input_nodes):
@@ -46,9 +46,9 @@ def readers_of(graph: Graph, sources: Collection[fx.Node], border: fx.Node | Non
 
 
 def needed_for(graph: Graph, target: fx.Node, follow: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The operators and tensors that `target` is made of, itself included, in the order of the graph.
+    """The operators and tensors that `target` transitively depends on, itself included, in graph order.
 
-    The search goes up through nodes for which `follow` holds and ends at the others.
+    The search continues through nodes for which `follow` holds and stops at the others.
     """
     found: set[fx.Node] = set()
     waiting = [target]

@@ -1,4 +1,4 @@
-"""Symbolic shapes of nodes: recompute them after an edit, make new placeholders, compare sizes."""
+"""Symbolic shapes of nodes: shape propagation after an edit, new placeholders, comparison of sizes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def value(node: fx.Node) -> Any:
 
 
 def same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
-    """Whether two sizes are the same expression (no guard is added)."""
+    """Whether two sizes are the same expression (adds no guard)."""
     return expression(left) == expression(right)
 
 
 def expression(size: int | torch.SymInt) -> Any:
-    """The sympy expression of a symbolic size; the number itself for a plain one."""
+    """The sympy expression of a symbolic size; a concrete size itself."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
@@ -39,7 +39,7 @@ def token_axes(node: fx.Node, length: int | torch.SymInt) -> list[int]:
 
 
 def new_size(graph: Graph, name: str, hint: int) -> torch.SymInt:
-    """A fresh symbolic size with the given example value."""
+    """A fresh symbolic size with the given hint."""
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     tensor = fake_mode(graph).from_tensor(torch.zeros(hint), source=ConstantSource(name), symbolic_context=context)
     size = tensor.shape[0]
@@ -59,7 +59,7 @@ def add_input(graph: Graph, path: str, shape: tuple[Any, ...], dtype: torch.dtyp
 
 
 def identifier(path: str) -> str:
-    """A path as a Python name: `past_key_values.0.key`, or `kept.-1` of a cut before the decoder."""
+    """A Python identifier for a path: `past_key_values.0.key`, or `kept.-1` of a cut before the decoder."""
     return path.replace(".", "_").replace("-", "minus_")
 
 
@@ -73,7 +73,7 @@ def add_output(graph: Graph, path: str, node: fx.Node) -> None:
 
 
 def propagate(graph: Graph, start: fx.Node | None = None) -> None:
-    """Compute the shape of every operator anew, from `start` (default: from the top) on."""
+    """Propagate shapes: recompute that of every operator, starting at `start` (default: the first node)."""
     nodes = graph.nodes
     for node in nodes[nodes.index(start) if start is not None else 0 :]:
         if node.op == "call_function":

@@ -1,13 +1,13 @@
-"""Printed types read back: `f32[B, S0, 48]`, `int S0-1`, `(i8[B, 48], f32[B, 1])`. Nothing is evaluated but arithmetic.
+"""Parser of printed types: `f32[B, S0, 48]`, `int S0-1`, `(i8[B, 48], f32[B, 1])`. Only arithmetic is evaluated.
 
     type    =  ""  |  dtype "[" [size {", " size}] "]"  |  kind " " size  |  "(" type {", " type} ")"
     kind    =  "int" | "float" | "bool"
     size    =  a size expression as sympy prints it, without spaces: names, numbers, + - * / // % ** and comparisons,
                parentheses, and functions by name (`Max(B,1)`)
 
-One parser reads a size in two ways. As an expression (`size_expression`), functions are names and no more: `Max(B,1)`
-equals `Max(B,1)` and depends on `B`. As a number (`size_number`), names stand for given sizes and a few functions are
-computed.
+One parser reads a size in two ways. As an expression (`size_expression`), functions stay uninterpreted: `Max(B,1)`
+equals `Max(B,1)` and depends on `B`. As a number (`size_number`), names are replaced by given sizes and a few functions
+are evaluated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from qpcompile.ir.text import DTYPES
 
-# Of a type, and of one size in it.
+# Length limits of a type, and of one size in it.
 MOST_CHARACTERS, MOST_OF_SIZE = 2000, 300
 _MOST_DIGITS = 20
 _MOST_POWER = 8
@@ -58,10 +58,10 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class ValueType:
-    """What a printed type says.
+    """A parsed type.
 
-    kind: the dtype of a tensor, `int`, `float` or `bool` of a number, `tuple`, or "" where nothing is known.
-    is_tensor: tells a tensor of bools from a bool. sizes: of a tensor, as text. number: of a number, as text.
+    kind: the dtype of a tensor, `int`, `float` or `bool` of a number, `tuple`, or "" if unknown.
+    is_tensor: distinguishes a tensor of bools from a bool. sizes: of a tensor, as text. number: of a number, as text.
     """
 
     kind: str = ""
@@ -77,13 +77,13 @@ class ValueType:
 
     @property
     def tensors(self) -> tuple[ValueType, ...]:
-        """The tensors in it, in order."""
+        """The tensors of a tuple, or the tensor itself, in order."""
         return (self,) if self.is_tensor else tuple(tensor for part in self.parts for tensor in part.tensors)
 
 
 @functools.lru_cache(maxsize=4096)
 def value_type(text: str) -> ValueType:
-    """The type printed as `text`. Raises ValueError for text that is no printed type."""
+    """Parse a printed type. Raises ValueError for any other text."""
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"a type of {len(text)} characters; at most {MOST_CHARACTERS} are read")
     found, rest = _type(text, 0)
@@ -94,14 +94,14 @@ def value_type(text: str) -> ValueType:
 
 @functools.lru_cache(maxsize=4096)
 def size_expression(text: str) -> sympy.Expr:
-    """The expression printed as `text`; symbols know nothing but their names. Raises ValueError for any other text."""
+    """Parse a printed size to a sympy expression; symbols have no assumptions. Raises ValueError for any other text."""
     return _Sizes(text, _number, sympy.Symbol, lambda name, inner: sympy.Function(name)(*inner)).whole()
 
 
 def size_number(text: str, sizes: Mapping[str, int]) -> int | None:
-    """The number that a printed size stands for, None where it has a name that `sizes` lacks.
+    """Evaluate a printed size, None if it contains a name that `sizes` lacks.
 
-    Raises ValueError for text that is no size, and for a size that is no whole number.
+    Raises ValueError for text that is not a size, and for a size that is not an integer.
     """
 
     def call(name: str, inner: list[Fraction]) -> Fraction:
@@ -125,7 +125,7 @@ def _number(word: str) -> sympy.Expr:
 
 
 def _type(text: str, depth: int) -> tuple[ValueType, str]:
-    """The type at the start of a text, and the text after it."""
+    """Parse the type at the start of a text; returns it and the remaining text."""
     if depth > _MOST_DEPTH:
         raise ValueError("a type is nested too deep")
     if text.startswith("("):
@@ -166,9 +166,9 @@ def _tuple(text: str, depth: int) -> tuple[ValueType, str]:
 
 
 class _Sizes:
-    """A recursive-descent parser: one method per level of precedence, the loosest first.
+    """A recursive-descent parser: one method per precedence level, lowest first.
 
-    number, name, call: what a number, a name, and a function of values stand for; arithmetic is that of the values.
+    number, name, call: constructors for numbers, names and function calls; arithmetic uses the values' operators.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class _Sizes:
         self._next()
 
     def whole(self) -> Any:
-        """The value of the whole text."""
+        """Parse the whole text."""
         found = self._compared()
         if self.kind:
             raise self._refusal()
@@ -199,7 +199,7 @@ class _Sizes:
         self.place = match.end() if match else self.place
 
     def _take(self, *signs: str) -> str:
-        """The sign that stands here, where it is one of `signs`."""
+        """Consume the next token if it is one of `signs`."""
         if self.kind != "sign" or self.word not in signs:
             return ""
         sign = self.word
@@ -226,7 +226,7 @@ class _Sizes:
             if sign != "*" and other == 0:
                 raise ValueError("a size is divided by 0")
             if sign == "%" and not getattr(other, "is_number", True):
-                # Dividing polynomials takes time without bound, and traced graphs take remainders of numbers alone.
+                # Polynomial division takes unbounded time, and traced graphs contain remainders of numbers only.
                 raise ValueError("a remainder of a division by more than a number")
             found = _PRODUCTS[sign](found, other)
         return found
@@ -243,7 +243,7 @@ class _Sizes:
         base = self._atom()
         if not self._take("**"):
             return base
-        # Only what a product of sizes prints: a tower of powers would be a number that fills the memory.
+        # Only what a product of sizes prints: a tower of powers would exhaust memory.
         power = int(self.word) if self.kind == "number" and self.word.isdecimal() else 0
         if self.powers > powers or not 0 < power <= _MOST_POWER:
             raise self._refusal()

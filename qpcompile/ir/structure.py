@@ -1,12 +1,12 @@
-"""Nested arguments and results as flat tensors with dotted names, and back.
+"""Flatten nested arguments and results to tensors with dotted names, and rebuild them (pytrees).
 
     {"attention_mask": t0, "masks": {"full": t1}, "cache": DynamicCache}
       -> {"attention_mask": t0, "masks.full": t1, "past_key_values.0.key": t2, "past_key_values.0.value": t3}
 
-A cache is `past_key_values` in every graph, whatever the version of transformers that calls it something else: a graph
-traced with one version runs with another.
+A cache is `past_key_values` in every graph, even if the installed transformers uses another name: a graph traced with
+one version runs with another.
 
-A template is the same nest with a name in place of each tensor: plain lists, dicts and strings, so that it can be
+A template is the same structure with names instead of tensors: plain lists, dicts and strings, so that it can be
 written to JSON and a result can be rebuilt from it without importing anything.
 """
 
@@ -21,12 +21,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE = "past_key_values"
-# What the installed transformers calls a cache, as argument and in results: "past_key_values" in 5.23, "cache" in 5.24.
+# The installed transformers' name of a cache, as argument and in results: "past_key_values" in 5.23, "cache" in 5.24.
 CACHE_ARGUMENT = next(item.name for item in fields(BaseModelOutputWithPast) if Cache in get_args(item.type))
 
 
 def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in a nest of dicts, lists, model outputs and caches, with its dotted name, in flattening order."""
+    """Every tensor in nested dicts, lists, model outputs and caches, with its dotted name, in flattening order."""
     if isinstance(value, torch.Tensor):
         yield prefix, value
     elif isinstance(value, Cache):
@@ -41,7 +41,7 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
 
 
 def template(value: Any, prefix: str = "") -> Any:
-    """The nest of a result with names for tensors; caches are left out (they are kept apart), only their name stays."""
+    """The structure of a result with names for tensors; caches are handled separately, only their name remains."""
     if isinstance(value, torch.Tensor):
         return prefix
     if isinstance(value, Cache) or value is None:
@@ -55,7 +55,7 @@ def template(value: Any, prefix: str = "") -> Any:
 
 
 def rebuild(shape: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The result that a template describes, filled with tensors."""
+    """Rebuild the result of a template from tensors."""
     if isinstance(shape, str):
         return tensors[shape]
     if isinstance(shape, dict):

@@ -1,4 +1,4 @@
-"""The printed form of a graph: stable text of ours, equal for equal graphs on every version of torch.
+"""Printer of graphs: a stable textual form, equal for equal graphs on every version of torch.
 
     graph prefill of model.language_model
     %0 = input inputs_embeds : f32[B, S0, 48]
@@ -7,8 +7,9 @@
     %1 = aten::linear(%0, @layers.0.mlp.up_proj.weight) : f32[B, S0, 96]
     return last_hidden_state = %1
 
-Values are numbered in order; a weight is declared before its first use. `B` is the symbolic size that most often leads
-a shape, the others are `S0`, `S1`, ... in the order they appear. A comment says where another part of the model begins.
+Values are numbered in order; a weight is declared before its first use. `B` is the symbolic size that most often comes
+first in a shape, the others are `S0`, `S1`, ... in order of appearance. A comment marks the start of another part of
+the model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import fx
 
 from qpcompile.ir.program import Graph
 
-# Where a graph read from a file keeps the printed type of each value: it has no values to derive it from.
+# The key under which a graph read from a file keeps the printed type of each value: it has no fake values.
 TYPE = "type_text"
 DTYPES = {
     torch.float32: "f32",
@@ -38,19 +39,19 @@ DTYPES = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
-# torch writes "to the end" of a slice as the largest int64.
+# torch represents "to the end" of a slice as the largest int64.
 _TO_THE_END = 2**63 - 1
 _LAYER = re.compile(r"^(?:.*\.)?(?:layers|blocks|h)\.\d+$")
 _NO_SCOPE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 def graph_text(graph: Graph) -> str:
-    """The whole graph as text that ends with a newline."""
+    """The whole graph as text, with a final newline."""
     return "".join(f"{line}\n" for line in _lines(graph))
 
 
 def value_labels(graph: Graph) -> dict[fx.Node, str]:
-    """How each value is called: `%n` in order of definition, `@name` for a weight, so that two reads are one."""
+    """The label of each value: `%n` in order of definition, `@name` for a weight, so that two reads share it."""
     labels: dict[fx.Node, str] = {}
     count = 0
     for node in graph.nodes:
@@ -63,7 +64,7 @@ def value_labels(graph: Graph) -> dict[fx.Node, str]:
 
 
 def value_types(graph: Graph) -> dict[fx.Node, str]:
-    """The printed type of each value: `f32[B, S0, 48]`, `int S0`, `(i8[B, 48], f32[B, 1])`; "" where unknown."""
+    """The printed type of each value: `f32[B, S0, 48]`, `int S0`, `(i8[B, 48], f32[B, 1])`; "" if unknown."""
     names = _symbol_names(graph)
     return {
         node: node.meta[TYPE] if TYPE in node.meta else _type(node.meta.get("val"), names)
@@ -73,7 +74,7 @@ def value_types(graph: Graph) -> dict[fx.Node, str]:
 
 
 def symbol_examples(graph: Graph) -> dict[str, int]:
-    """The example value of each printed symbol, that of the sample the graph was traced with, where it has one."""
+    """The example value (hint) of each printed symbol, from the sample the graph was traced with, if it has one."""
     sizes = {
         size.node.expr: size.node
         for node in graph.nodes
@@ -88,12 +89,12 @@ def symbol_examples(graph: Graph) -> dict[str, int]:
 
 
 def printed_type(value: Any) -> str:
-    """The printed type of a value whose sizes are numbers."""
+    """The printed type of a value with concrete sizes."""
     return _type(value, {})
 
 
 def module_path(node: fx.Node) -> str | None:
-    """The dotted name of the innermost module a node was traced in; None where that is not known."""
+    """The dotted name of the innermost module a node was traced in; None if unknown."""
     names = [name for name, _ in node.meta.get("nn_module_stack", {}).values() if name != _NO_SCOPE]
     return str(names[-1]) if names else None
 
@@ -142,7 +143,7 @@ def _call(node: fx.Node, labels: dict[fx.Node, str]) -> str:
 
 
 def _argument(value: Any, labels: dict[fx.Node, str]) -> str:
-    """One argument of a call: constants as Python writes them, dtypes as in types."""
+    """One argument of a call: constants by their repr, dtypes as in types."""
     if isinstance(value, fx.Node):
         return labels[value]
     if isinstance(value, (list, tuple)):
@@ -157,7 +158,7 @@ def _argument(value: Any, labels: dict[fx.Node, str]) -> str:
 
 
 def _part(node: fx.Node) -> str | None:
-    """The part of the model a node belongs to: its layer, else the first name of its module path, else `top`."""
+    """The part of the model a node belongs to: its layer, else the first component of its module path, else `top`."""
     path = module_path(node)
     if path is None:
         return None
@@ -200,7 +201,7 @@ def _symbol_names(graph: Graph) -> dict[Any, Any]:
         order |= dict.fromkeys(symbol for size in (*sizes, (value,)) for item in size for symbol in _symbols(item))
     first = next((expression for expression, _ in leads.most_common() if expression in order), None)
     ranked = [symbol for symbol in order if symbol != first]
-    # The new symbols keep what is known of the old ones (integer, positive): expressions stay in the form they have.
+    # The new symbols keep the assumptions of the old ones (integer, positive): expressions keep their form.
     names = {symbol: sympy.Symbol(f"S{rank}", **symbol.assumptions0) for rank, symbol in enumerate(ranked)}
     return names | ({} if first is None else {first: sympy.Symbol("B", **first.assumptions0)})
 

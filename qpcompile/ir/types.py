@@ -1,14 +1,14 @@
-"""What the values of a graph are, derived from its inputs and tensors, compared with the types that it records.
+"""Type checking of graphs: infer all types from inputs and tensors, and compare them with the recorded ones.
 
     recorded  %7 = qpcompile::linear_w4a4(%5, %6, @w, @w_scale, None, f32) : f32[B, S0, 96]
     derived   f32[2, 40, 96]                                                at the example sizes B = 2, S0 = 40
 
-An artifact's graph is text, its tensors are a file: neither is to be believed. Every operator runs once on tensors
-without memory, where torch checks its own operators and kernels/<op>/rule.py ours, and every recorded type, which later
-steps count with, has to be what comes out. An operator with operands of the same types runs once, so that a model costs
-what one of its layers costs.
+An artifact's graph is text and its tensors are a file: neither is trusted. Every operator runs once on fake tensors,
+where torch checks its own operators and kernels/<op>/rule.py ours, and every recorded type, which later code relies on,
+must equal the inferred one. Calls with operands of the same types are cached, so that a model costs as much as one of
+its layers.
 
-Sizes are those of the sample that the graph was traced with: `Graph.constants` keeps them under `size.<symbol>`.
+Sizes are those of the sample the graph was traced with: `Graph.constants` keeps them under `size.<symbol>`.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _MOST_NUMBER = 2**63
 
 
 def example_sizes(graph: Graph) -> dict[str, int]:
-    """What `Graph.constants` has to hold for `check_values` to work on the graph once it is saved."""
+    """The entries of `Graph.constants` that `check_values` needs once the graph is saved."""
     return {f"{SIZE}{name}": value for name, value in symbol_examples(graph).items()}
 
 
 def check_values(graph: Graph) -> None:
-    """Raise ArtifactError, naming graph, value and operand, unless every operator fits and every type is true."""
+    """Raise ArtifactError, naming graph, value and operand, unless every call and every recorded type is valid."""
     _Deriver(graph).run()
 
 
 def check_graphs(graphs: Mapping[str, Graph]) -> None:
-    """`check_values` on every graph, and decode takes the cache that prefill leaves and leaves one like it.
+    """`check_values` on every graph, and check that decode takes and returns a cache like prefill's.
 
     Raises ArtifactError naming graph, value and operand.
     """
@@ -78,13 +78,13 @@ def _types(graph: Graph, paths: Sequence[str]) -> dict[str, str]:
 
 
 def _fixed(text: str) -> tuple[str, list[str]]:
-    """The type of a tensor's elements, and its sizes with nothing for those that are symbolic."""
+    """The element type of a tensor, and its sizes with symbolic ones left empty."""
     kind = value_type("" if text == _NOTHING else text)
     return kind.dtype, [size if size.isdecimal() else "" for size in kind.sizes]
 
 
 class _Deriver:
-    """`values` by node; tensors of equal type are one object, so that calls on them are known by their operands."""
+    """`values` by node; tensors of equal type are one object, so that calls can be cached by operand identity."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -100,7 +100,7 @@ class _Deriver:
         self.results: dict[tuple[Any, ...], Any] = {}
 
     def run(self) -> None:
-        """Derive and compare every value."""
+        """Infer and compare the type of every value."""
         with torch.no_grad(), FakeTensorMode():
             for node in self.graph.nodes:
                 if node.op != "output":
@@ -121,7 +121,7 @@ class _Deriver:
         return self.results[key]
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """The result of one operator. What torch raises on operands that do not fit it has many types."""
+        """The result of one operator. torch raises exceptions of many types on invalid operands."""
         target: Any = node.target
         try:
             if (rule := RULES.get(target)) is not None:
@@ -154,13 +154,13 @@ class _Deriver:
             raise self._refused(node, str(error)) from error
 
     def _one(self, value: Any) -> Any:
-        """The one object for a tensor of this type; the same for those in a tuple."""
+        """The canonical object for a tensor of this type; elementwise for a tuple."""
         if isinstance(value, Tensor):
             return self.tensors.setdefault((value.dtype, tuple(value.shape), value.stride()), value)
         return type(value)(map(self._one, value)) if isinstance(value, (list, tuple)) else value
 
     def _compare(self, node: fx.Node) -> None:
-        """Refuse a recorded type that is not that of the value."""
+        """Refuse a recorded type that differs from the inferred one."""
         if not self._fits(self.values[node], self._recorded(node)):
             raise self._refused(node, f"it is recorded as {self.types[node][:80]} and is {_shown(self.values[node])}")
 
@@ -177,14 +177,14 @@ class _Deriver:
         return True
 
     def _is_size(self, text: str, size: int) -> bool:
-        """Whether a size is what text says. A symbol that is new here is what it stands for from here on."""
+        """Whether a size matches its printed form. A new symbol is bound to the size."""
         if text.isidentifier() and text not in self.sizes:
             self.sizes[text] = size
         wanted = self._size(text)
         return wanted is None or wanted == size
 
     def _size(self, text: str) -> int | None:
-        """The number that a printed size stands for, None where a symbol in it is not known yet, -1 for no size."""
+        """The value of a printed size, None if a symbol in it is not bound yet, -1 for invalid text."""
         try:
             return size_number(text, self.sizes)
         except ValueError:
@@ -197,7 +197,7 @@ class _Deriver:
 
 
 def _too_much(result: Any, operands: Any) -> str:
-    """What of a result is out of bounds; "" for nothing."""
+    """Which limit a result exceeds; "" for none."""
     counts = [each.numel() for each in tree_leaves(operands) if isinstance(each, Tensor)]
     most = min(MOST_ELEMENTS, max(MOST_MADE, MOST_GROWTH * max(counts, default=0)))
     for each in tree_leaves(result):
@@ -209,7 +209,7 @@ def _too_much(result: Any, operands: Any) -> str:
 
 
 def _key(value: Any) -> Any:
-    """Arguments as a key; tensors, which are one object for each type, by identity."""
+    """Arguments as a cache key; tensors, which are canonical per type, by identity."""
     if isinstance(value, Tensor):
         return id(value)
     if isinstance(value, (list, tuple)):
@@ -220,7 +220,7 @@ def _key(value: Any) -> Any:
 
 
 def _on_cpu(value: Any) -> Any:
-    """Arguments with the CPU for every device."""
+    """Arguments with every device replaced by the CPU."""
     if isinstance(value, torch.device):
         return _CPU
     if isinstance(value, (list, tuple)):

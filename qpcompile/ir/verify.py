@@ -1,4 +1,4 @@
-"""What is legal in a program at each stage; checked after every pass."""
+"""Program verifier: the invariants of each stage, checked after every pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
 from qpcompile.kernels.rule_text import NAMES
 from qpcompile.kernels.rules import Rule, described, differ
 
-# Python functions that may appear on symbolic sizes; every other call goes to a torch operator.
+# Python functions allowed on symbolic sizes; every other call must be a torch operator.
 SIZE_FUNCTIONS = frozenset(
     {
         *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem),
@@ -23,7 +23,7 @@ SIZE_FUNCTIONS = frozenset(
     }
 )
 
-# Operators that must be gone from a stage on, and why.
+# Operators that are illegal from a stage on, and what they are.
 GONE: dict[str, dict[object, str]] = {
     "canonical": {
         aten._assert_tensor_metadata.default: "runtime assertions",
@@ -47,7 +47,7 @@ def verify(program: Program) -> None:
 
 
 def problems(program: Program) -> Iterator[str]:
-    """Every broken rule, as text."""
+    """Every violated invariant, as text."""
     for name in (VISION, PREFILL, DECODE):
         if name not in program.graphs:
             yield f"the program has no {name} graph"
@@ -94,7 +94,7 @@ def _node_problems(graph: Graph, node: fx.Node) -> Iterator[str]:
 
 
 def _operand_problems(node: fx.Node, rule: Rule) -> Iterator[str]:
-    """What the rule of an operator says of one call of it: its operands, and its results as they are known."""
+    """Violations of an operator's rule by one call: its operands, and its recorded results."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta.get("val"))  # type: ignore[misc]
     try:
         results = rule.results(*rule.arguments(args, kwargs))
@@ -111,7 +111,7 @@ def _operand_problems(node: fx.Node, rule: Rule) -> Iterator[str]:
 
 
 def _cache_problems(program: Program) -> Iterator[str]:
-    """What prefill leaves in the cache is what decode takes and leaves."""
+    """The cache that prefill returns must be the one that decode takes and returns."""
     prefill, decode = program.graphs.get(PREFILL), program.graphs.get(DECODE)
     if prefill is None or decode is None:
         return

@@ -15,7 +15,7 @@ from qpcompile.errors import PlanError
 from qpcompile.ir.edit import aten, call
 from qpcompile.ir.liveness import crossings
 from qpcompile.ir.program import Graph
-from qpcompile.ir.rematerialize import compute_again, readers_of
+from qpcompile.ir.rematerialize import rematerialize, readers_of
 from qpcompile.ir.shapes import same, value
 
 POSITIONS, EMBEDDINGS = "position_ids", "inputs_embeds"
@@ -64,7 +64,7 @@ def renumber(
         node = crossing.node
         if node not in from_old or node in mixed or not (node is old or _is_rotary(node, length)):
             continue
-        again = compute_again(graph, node, place or point, known, from_old.__contains__)
+        again = rematerialize(graph, node, place or point, known, from_old.__contains__)
         for reader in crossing.readers:
             reader.replace_input_with(node, again)
         found = True

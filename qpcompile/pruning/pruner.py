@@ -22,7 +22,7 @@ from qpcompile.ir.attention import Attention, read_attention
 from qpcompile.ir.edit import aten, call, calls, layer_of
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Graph, Program
-from qpcompile.ir.rematerialize import compute_again, readers_of
+from qpcompile.ir.rematerialize import rematerialize, readers_of
 from qpcompile.ir.shapes import same, value
 from qpcompile.recipe.plan import Cut, Sensitivity
 from qpcompile.recipe.recipe import Recipe
@@ -137,14 +137,14 @@ class Point:
         """A value as it is at this place, where the graph computes it only behind: all current tokens, copied nodes."""
         nodes = self.graph.nodes
         behind = set(nodes[nodes.index(self.before) :])
-        return compute_again(self.graph, node, self.before, {}, lambda each: each in behind)
+        return rematerialize(self.graph, node, self.before, {}, lambda each: each in behind)
 
     def unquantized(self, node: fx.Node) -> fx.Node:
         """A value as it is when nothing in the decoder is rounded: everything it rests on is computed twice."""
         stubs = list(calls(self.graph, QUANT_STUB))
         touched = readers_of(self.graph, stubs)
         known = self.full_precision
-        return compute_again(self.graph, node, self.before, known, touched.__contains__, bypass=(QUANT_STUB,))
+        return rematerialize(self.graph, node, self.before, known, touched.__contains__, bypass=(QUANT_STUB,))
 
     def only_visual(self, scores: fx.Node) -> fx.Node:
         """`scores` of visual tokens, +inf for text, which is never dropped, -inf for padding."""

@@ -90,7 +90,7 @@ def test_size_that_cannot_be_replaced_is_refused() -> None:
     batch, length = value(graph.placeholder("x")).shape[:2]
     index = add_input(graph, "index", (batch, new_size(graph, "slots", 3)), torch.int64)
     count, rows = (call(graph, point, aten.sym_size.int, index, axis) for axis in (1, 0))
-    with pytest.raises(PlanError, match=r"mul is alive there and its size is 2\*s") as error:
+    with pytest.raises(PlanError, match=r"mul is live there and its size is 2\*s") as error:
         reduce_tokens(graph, point, [(length, Selection(index, index, count, rows))], skip=[index])
     assert error.value.where is not None and error.value.where.startswith("prefill, before arange")
 

@@ -274,7 +274,7 @@ def test_random_draw_follows_the_seed() -> None:
 
 
 def test_last_layer_cannot_be_cut_behind() -> None:
-    with pytest.raises(PlanError, match="after layer 1: there is no layer behind it") as error:
+    with pytest.raises(PlanError, match="after layer 1: there is no layer after it") as error:
         InsertTokenCuts().run(planned(layer=1))
     assert "candidate_layers" in str(error.value)
 

@@ -67,5 +67,5 @@ def test_each_layer_runs_on_what_its_cut_left(cuts: list[int], offset: int, stag
 
 
 def test_no_layer_behind_the_cut() -> None:
-    with pytest.raises(PlanError, match="there is no layer behind it"):
+    with pytest.raises(PlanError, match="there is no layer after it"):
         cut_decode(decode_graph(), [1], 1)
