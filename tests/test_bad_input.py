@@ -219,7 +219,7 @@ def test_data_folder_without_a_processor(tiny: Tiny) -> None:
         ("tokens.keep=0", "tokens.keep: given 0"),
         ("tokens.keep=1.5", "tokens.keep: given 1.5"),
         ("tokens.candidate_layers=[-1]", "tokens.candidate_layers: given"),
-        ("tokens.candidate_layers=[2, 7]", "layer 7 cannot be cut behind: this model's last layer is 7"),
+        ("tokens.candidate_layers=[2, 7]", "tokens cannot be cut after layer 7: this model's last layer is 7"),
         ("quantize.weights.bits=3", "quantize.weights.bits: given 3"),
     ],
 )
@@ -231,7 +231,7 @@ def test_impossible_settings_stop_the_command(place: Path, setting: str, message
 
 def test_layers_out_of_range_in_the_model(tiny: Tiny, captured: None) -> None:
     recipe = Recipe.load("quota-30").with_overrides([*QUICK, "quantize=null", "tokens.candidate_layers=[0, 2]"])
-    with pytest.raises(PlanError, match="layer 2 cannot be cut behind: this model's last layer is 2") as error:
+    with pytest.raises(PlanError, match="tokens cannot be cut after layer 2: this model's last layer is 2") as error:
         qpcompile.compile(tiny[0], recipe, calibration=[tiny[1]["one"]], after=lambda *_: pytest.fail("a pass ran"))
     told(error)
 

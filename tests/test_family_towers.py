@@ -20,9 +20,9 @@ REFUSED = {
     "llava_onevision": ON_THE_HOST,
     "internvl": ON_THE_HOST,
     "mistral3": ON_THE_HOST,
-    "smolvlm": "cannot be followed through",
-    "idefics3": "cannot be followed through",
-    "gemma3": "cannot be followed through",
+    "smolvlm": "cannot be traced",
+    "idefics3": "cannot be traced",
+    "gemma3": "cannot be traced",
 }
 
 

@@ -1,4 +1,4 @@
-"""Samples put together: shorter prompts padded on the left, pictures one after the other."""
+"""Batch calibration samples: left-pad shorter prompts, concatenate pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPT, MASK = "input_ids", "attention_mask"
 def batches(samples: Iterable[dict[str, Any]], size: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of its first sample, batch) of up to `size` neighbours at a time.
 
-    Samples that do not fit together, in what they hold or its shape, go apart.
+    Samples whose inputs differ in name or shape are not batched.
     """
     held: list[dict[str, Any]] = []
     first = 0
@@ -42,7 +42,7 @@ def _fits(key: str, first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 def _of_tokens(value: torch.Tensor, sample: dict[str, Any]) -> bool:
-    """Whether a tensor says something of each token of the prompt, [B, S]."""
+    """Whether a tensor has one entry per token of the prompt, [B, S]."""
     return value.shape == sample[PROMPT].shape
 
 
@@ -58,6 +58,6 @@ def _padded(key: str, sample: dict[str, Any], length: int) -> torch.Tensor:
     value: torch.Tensor = sample[key]
     if not _of_tokens(value, sample):
         return value
-    # A prompt ends with text: its last token stands for no picture, in any tokenizer.
+    # A prompt ends with text: its last token is not a picture placeholder, in any tokenizer.
     filler = value[:, -1:] if key == PROMPT else torch.zeros_like(value[:, -1:])
     return torch.cat([filler.expand(-1, length - value.shape[1]), value], dim=1)

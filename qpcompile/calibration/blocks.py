@@ -1,10 +1,11 @@
-"""A graph as a row of blocks, one per layer, that run one after the other, with gradients if wanted.
+"""Split a graph into a sequence of blocks, one per layer, that run one by one, with gradients if needed.
 
     entry       everything before the first layer (not in the list)
     block i     the nodes of layer i
-    the last    what stands behind the layers: a final norm, a merger, a projector
+    the last    the part after the layers: a final norm, a merger, a projector
 
-What crosses a border is found by liveness, so that masks and rotary tables of each sample travel with it.
+Values that cross block boundaries are found by liveness analysis, so that each sample carries its masks and rotary
+tables.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from qpcompile.ir.operators import QUANT_STUB, SPECS
 from qpcompile.ir.program import Graph
 
 Values = dict[fx.Node, Any]
-# Gets a node and the value it gave; returns the value to go on with.
+# Called with a node and its value; returns the value to continue with.
 Look = Callable[[fx.Node, Any], Any]
 
-# Our operators in plain torch, which gradients pass through.
+# Custom operators in plain torch, which are differentiable.
 PLAIN: Mapping[object, Callable[..., Any]] = {
     spec.overload: spec.differentiable for spec in SPECS if spec.differentiable is not None
 }
@@ -34,10 +35,10 @@ PLAIN: Mapping[object, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes that run together: what they need from before, what is needed after, and what is compared.
+    """Nodes that run together: their live-in values, live-out values, and the values compared.
 
-    `results` are the values that rounding changes and later blocks read, or at the end the graph's outputs. Caches are
-    in neither.
+    `results` are the values that quantization changes and later blocks read, or at the end the graph's outputs. Caches
+    are in neither.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Block:
     results: tuple[fx.Node, ...]
 
     def run(self, values: Values, look: Look | None = None, plain: bool = True) -> Values:
-        """Everything that is alive behind the block, from everything alive before it; in plain torch, or as it is."""
+        """Live values before the block -> live values after it; in plain torch, or with the operators as they are."""
         return _run(self.nodes, values, self.alive, look, plain)
 
 
@@ -59,7 +60,7 @@ class Entry:
     alive: frozenset[fx.Node]
 
     def run(self, feeds: Mapping[str, torch.Tensor], look: Look | None = None, plain: bool = True) -> Values:
-        """feeds: tensors by input path -> everything alive before the first block."""
+        """feeds: tensors by input path -> the live values before the first block."""
         return _run(self.nodes, _placed(self.graph, feeds), self.alive, look, plain)
 
 
@@ -78,7 +79,7 @@ def _placed(graph: Graph, feeds: Mapping[str, torch.Tensor]) -> Values:
 
 
 def split_blocks(graph: Graph) -> tuple[Entry, list[Block]]:
-    """Cut a graph at its layers. A graph without layers is one block."""
+    """Split a graph at its layers. A graph without layers is one block."""
     nodes = [node for node in graph.nodes if node.op != "output"]
     starts = _layer_starts(nodes)
     entry = nodes[: starts[0]] if starts else [node for node in nodes if node.op == "placeholder"]
@@ -90,7 +91,7 @@ def split_blocks(graph: Graph) -> tuple[Entry, list[Block]]:
         alive = _alive(nodes[:end], rest, returned)
         later = [node for node in span if set(node.users) & rest]
         ends = [node for node in span if node in returned] if end == len(nodes) else later
-        moved = _behind_stubs(span)
+        moved = _stubbed_nodes(span)
         results = tuple(node for node in ends if node in moved and _is_float(node))
         layer = layer_of(span[0])
         name = graph.name if layer is None else f"{graph.name} layer {layer}"
@@ -99,7 +100,7 @@ def split_blocks(graph: Graph) -> tuple[Entry, list[Block]]:
 
 
 def _layer_starts(nodes: list[fx.Node]) -> list[int]:
-    """Where a layer begins, and where the last one ends."""
+    """The index where each layer begins, and where the last one ends."""
     starts, seen, last = list[int](), set[int](), -1
     for position, node in enumerate(nodes):
         layer = layer_of(node) if node.op == "call_function" else None
@@ -120,8 +121,8 @@ def _alive(before: list[fx.Node], after: set[fx.Node], returned: set[fx.Node]) -
     )
 
 
-def _behind_stubs(span: list[fx.Node]) -> set[fx.Node]:
-    """The nodes of a span whose value rounding changes."""
+def _stubbed_nodes(span: list[fx.Node]) -> set[fx.Node]:
+    """The nodes of a span whose value depends on a stub."""
     moved = set[fx.Node]()
     for node in span:
         if is_call(node, QUANT_STUB) or moved & set(node.all_input_nodes):
@@ -130,7 +131,7 @@ def _behind_stubs(span: list[fx.Node]) -> set[fx.Node]:
 
 
 def _returned(graph: Graph) -> set[fx.Node]:
-    """What a graph returns, but for caches: those of all layers and samples together take more than the weights."""
+    """The outputs of a graph without caches: those of all layers and samples together are larger than the weights."""
     (values,) = graph.output_node.args
     assert isinstance(values, tuple)
     paths = zip(graph.outputs, values, strict=True)

@@ -1,7 +1,7 @@
-"""Run samples through the graphs and collect what flows into quantized linears: visual or text, padding left out.
+"""Collect statistics of the inputs of quantized linears, by modality and without padding, on calibration samples.
 
-Layer by layer: all samples go through one layer before any goes through the next, so that the statistics of one layer
-are in memory at a time, and of each sample what the next layer reads.
+Layer by layer: all samples run through one layer before any runs through the next, so that memory holds the statistics
+of one layer, and of each sample only the inputs of the next layer.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from qpcompile.runtime.machine import Machine, execute_graph
 
 
 def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, title: str) -> Calibration:
-    """Statistics of all activation stubs on `count` samples, whose embeddings are in memory together.
+    """Statistics of all activation stubs on `count` samples, whose embeddings are all in memory.
 
-    Behind a token cut only tokens that are still there count. Raises CalibrationError that names the sample or site.
+    After a token cut only kept tokens count. Raises CalibrationError naming the sample or site.
     """
     scheme = program.recipe.quantize
     assert scheme is not None
@@ -47,7 +47,7 @@ def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, tit
 
 
 def run_sample(machine: Machine, sample: dict[str, Any], number: int) -> None:
-    """One prefill; what transformers complains about becomes a CalibrationError that names the sample."""
+    """Run one prefill; errors of transformers become a CalibrationError naming the sample."""
     with _naming(number, sample):
         machine.prefill(sample)
 
@@ -65,15 +65,15 @@ def _naming(number: int, keys: Iterable[str]) -> Iterator[None]:
 
 
 class _Reached(Exception):
-    """The decoder was called: what goes into every graph is known."""
+    """Raised when the decoder is called: the inputs of every graph are then known."""
 
 
 @dataclass
 class _Flow:
-    """One call of a graph: its inputs, then what is alive between two layers.
+    """One call of a graph: its inputs, then the live values between two layers.
 
-    visual, counts: of the tokens that the decoder works on now, bool[B, S]: which are visual, and which count; None
-    where tokens are not the prompt's.
+    visual, counts: bool[B, S] over the decoder's current tokens: which are visual, and which count; None if the tokens
+    are not the prompt's.
     """
 
     number: int
@@ -94,7 +94,7 @@ class _Collector:
     weigh: bool
     found: Calibration = field(default_factory=Calibration)
     gradients: ModalityGradients = field(default_factory=ModalityGradients)
-    # The statistics of the layer that samples go through now.
+    # The statistics of the current layer.
     growing: dict[str, InputStatistics] = field(default_factory=dict)
     walked: list[str] = field(default_factory=list)
 
@@ -140,7 +140,7 @@ class _Collector:
                 step()
 
     def _through(self, block: Block, flows: list[_Flow]) -> None:
-        """All calls through one layer, and its statistics onto the shelf: found now, or by a compile that stopped."""
+        """Run all calls through one layer and store its statistics on the shelf, collected now or restored."""
         kept = self._restore(block.name)
         for flow in flows:
             with _naming(flow.number, flow.keys):
@@ -172,7 +172,7 @@ class _Collector:
         self.growing[site].add(value, self.keep, *marks)
 
     def restore(self) -> bool:
-        """Take up what a stopped compile has found on all samples; whether all of it is there."""
+        """Restore the statistics of an interrupted compile; returns whether they are complete."""
         with self.program.checkpoint.found(self.title) as kept:
             if kept is None:
                 return False
@@ -187,7 +187,7 @@ class _Collector:
         return True
 
     def finish(self) -> None:
-        """Into the checkpoint: that all samples have been through all layers."""
+        """Mark the calibration as complete in the checkpoint."""
         self.program.checkpoint.save(self.title, {}, {"blocks": self.walked})
 
     def _save(self, block: str) -> None:
@@ -226,7 +226,7 @@ class _Collector:
         self.program.checkpoint.save(f"{self.title} gradients", tensors, {"samples": samples})
 
     def _restore_gradients(self) -> int:
-        """From the checkpoint; the number of samples that they are of."""
+        """Restore the gradients from the checkpoint; returns the number of samples they cover."""
         with self.program.checkpoint.found(f"{self.title} gradients") as kept:
             if kept is None:
                 return 0

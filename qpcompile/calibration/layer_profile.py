@@ -1,4 +1,4 @@
-"""How a decoder layer looks at a picture: concentration and redundancy, one number per sample."""
+"""Profile of a decoder layer's visual tokens: attention concentration and redundancy, one number per sample."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ TOP = 10
 def attention_mass(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None, visual: torch.Tensor
 ) -> float | None:
-    """Share of the attention of text behind the picture that falls on the ten visual tokens seen most.
+    """Share of the attention of text after the picture that falls on the ten most attended visual tokens.
 
     query: f[B, H, S, D]; key: f[B, Hkv, S, D]; mask: bool or float [B, 1, S, S] or None (causal); visual: bool[B, S].
-    Mean over heads, text queries and rows; None where no text follows a picture.
+    Mean over heads, text queries and rows; None if no text follows a picture.
     """
-    behind = (visual.cumsum(dim=1) > 0) & ~visual
-    if not behind.any():
+    following = (visual.cumsum(dim=1) > 0) & ~visual
+    if not following.any():
         return None
-    rows = behind.any(dim=0).nonzero().flatten()
+    rows = following.any(dim=0).nonzero().flatten()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query[:, :, rows].float() @ key.float().transpose(2, 3) * (scale or query.shape[-1] ** -0.5)
     if mask is None:
@@ -26,7 +26,7 @@ def attention_mass(
     part = mask[:, :, rows]
     scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
     weights = scores.softmax(dim=-1).nan_to_num().mean(dim=1)
-    counts = behind[:, rows].float()
+    counts = following[:, rows].float()
     per_key = (weights * counts[:, :, None]).sum(dim=1) / counts.sum(dim=1, keepdim=True).clamp(min=1)
     per_key = per_key.masked_fill(~visual, 0.0)
     return float(per_key.topk(min(TOP, per_key.shape[1]), dim=1).values.sum(dim=1).mean())

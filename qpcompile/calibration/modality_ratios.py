@@ -1,4 +1,4 @@
-"""How much a visual token's error matters, against a text token's, at the output of each linear.
+"""Loss sensitivity of visual against text tokens, at the output of each linear.
 
     g = mean |dL / dY| over visual and over text tokens        rho = max(g_visual / g_text, its median over linears)
 
@@ -24,7 +24,7 @@ from qpcompile.ir.program import Graph
 
 @dataclass
 class ModalityGradients:
-    """Sums of |dL / dY| over tokens and channels, and how many there were, per site and modality."""
+    """Sums of |dL / dY| over tokens and channels, and their counts, per site and modality."""
 
     visual: dict[str, torch.Tensor] = field(default_factory=dict)
     text: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class ModalityGradients:
         visual: torch.Tensor,
         valid: torch.Tensor,
     ) -> None:
-        """One sample. visual, valid: bool[B, S], which tokens are visual, and which are no padding."""
+        """Add one sample. visual, valid: bool[B, S], which tokens are visual, and which are not padding."""
         outputs: dict[str, torch.Tensor] = {}
 
         def look(node: fx.Node, value: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Running statistics of what flows into linears: memory depends on the model, never on the data.
+"""Running statistics of the inputs of linears: memory depends on the model, not on the amount of data.
 
-Of a 7B they are 0.7 GB a layer, more than its weights: second moments of 4,096 and 11,008 channels, and rows. What is
-finished therefore lies on a `Shelf`, most of it in files.
+For a 7B model they take 0.7 GB per layer, more than its weights: second moments of 4,096 and 11,008 channels, and rows.
+Finished statistics are therefore stored on a `Shelf`, most of them in files.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from qpcompile.calibration.tensor_file import TensorFile
 from qpcompile.ir.measurements import Measurement
 
-# Tokens of each site that are kept as they are, to try roundings on.
+# Tokens of each site that are stored unreduced, to evaluate quantizers on.
 ROWS = 512
-# Bytes from which the statistics of one input go into a file.
+# Statistics of at least this many bytes are stored in a file.
 LARGE = 2**22
-# Rows of a matrix that are in float64 at a time, where a few more bytes for each count.
+# Rows of a matrix converted to float64 at a time, to limit memory.
 STRIP = 4096
 
 
 @dataclass
 class InputStatistics:
-    """Of the input of some linears.
+    """Statistics of the input of some linears.
 
     largest: f32[C], largest magnitude per channel; moments: f32[C, C], sum x x^T, or None; total: f32[C], sum x;
-    rows: f32[R, C], up to ROWS of the tokens themselves; visual: bool[R], which of them are visual tokens.
+    rows: f32[R, C], up to ROWS of the tokens; visual: bool[R], which of them are visual tokens.
     """
 
     largest: torch.Tensor
@@ -41,7 +41,7 @@ class InputStatistics:
 
     @classmethod
     def empty(cls, channels: int, moments: bool, device: torch.device | None = None) -> InputStatistics:
-        """Nothing seen yet."""
+        """Statistics of no tokens."""
         zeros = functools.partial(torch.zeros, device=device)
         square = zeros(channels, channels) if moments else None
         marks = zeros(0, dtype=torch.bool)
@@ -54,7 +54,7 @@ class InputStatistics:
         visual: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
     ) -> None:
-        """Take in x: f[..., C]; up to `keep` of its tokens, evenly spaced, are kept as they are.
+        """Accumulate x: f[..., C]; up to `keep` of its tokens, evenly spaced, are stored.
 
         visual, counts: bool[...], which tokens are visual (None: all), and which count at all (None: all).
         """
@@ -76,20 +76,20 @@ class InputStatistics:
             self.visual = torch.cat([self.visual, marks[chosen]])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of it, by field; `moments` only where there are any."""
+        """All fields by name; `moments` only if present."""
         held = {name: getattr(self, name) for name in ("largest", "total", "rows", "visual")}
         moments = {} if self.moments is None else {"moments": self.moments}
         return {**held, **moments, "tokens": torch.tensor(self.tokens)}
 
     @classmethod
     def of_tensors(cls, held: dict[str, torch.Tensor]) -> InputStatistics:
-        """What `tensors` gave."""
+        """The inverse of `tensors`."""
         tokens = int(held["tokens"])
         return cls(held["largest"], held.get("moments"), held["total"], held["rows"], held["visual"], tokens)
 
     @classmethod
     def checked(cls, held: dict[str, torch.Tensor], channels: int, moments: bool) -> InputStatistics:
-        """What `tensors` gave, of an input of so many channels; ValueError for anything else."""
+        """The inverse of `tensors` for an input of `channels` channels; ValueError for anything else."""
         empty = cls.empty(channels, moments, torch.device("meta")).tensors()
         if set(held) != set(empty):
             raise ValueError(f"statistics have {sorted(empty)}, not {sorted(held)}")
@@ -113,7 +113,7 @@ class InputStatistics:
         return self._moved(moments, total, rows)
 
     def turned(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> InputStatistics:
-        """What `transformed` gives, for a matrix too large to be there: rows applies it, f64[N, C] -> f64[N, C]."""
+        """`transformed` without materializing the matrix: `rows` applies it, f64[N, C] -> f64[N, C]."""
         moments = self.moments
         if moments is not None:
             half = torch.cat([rows(moments[part].double()) for part in strips(len(moments))])
@@ -139,7 +139,7 @@ class InputStatistics:
 
 
 def strips(rows: int) -> list[slice]:
-    """The rows of a large matrix a few at a time, for whoever would need it whole in float64."""
+    """Row blocks of a large matrix, to avoid a float64 copy of all of it."""
     return [slice(start, start + STRIP) for start in range(0, rows, STRIP)]
 
 
@@ -153,9 +153,9 @@ def _carried(matrix: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
 
 
 class Shelf(MutableMapping[str, InputStatistics]):
-    """A dict of finished statistics by site: large ones are read from a file whenever they are asked for.
+    """A dict of finished statistics by site: large ones are read from a file on access.
 
-    What lies here is never changed, only replaced; copies share it.
+    Entries are never modified, only replaced; copies share them.
     """
 
     def __init__(self) -> None:
@@ -190,8 +190,9 @@ class Shelf(MutableMapping[str, InputStatistics]):
 
 @dataclass
 class Calibration:
-    """Everything the calibrate pass found: input statistics per site group, how much visual tokens matter there
-    against text (`modality_ratios`, where the recipe asks), and how many samples it saw."""
+    """The result of calibration: input statistics per group of sites, the loss sensitivity of visual against text
+    tokens (`modality_ratios`, if the recipe needs them), and the number of samples.
+    """
 
     inputs: Shelf = field(default_factory=Shelf)
     ratios: dict[str, float] = field(default_factory=dict)

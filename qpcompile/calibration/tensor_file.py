@@ -1,7 +1,7 @@
-"""Tensors that are not needed for a while, in a file instead of in memory.
+"""Tensors offloaded to an anonymous temporary file.
 
-The file lies in the folder for temporary files (`TMPDIR`) and has no name there: nothing is left behind, however a
-compile ends. The space is free again when the last reference is gone.
+The file is created unlinked in the folder for temporary files (`TMPDIR`): nothing remains, however a compile ends. The
+space is freed with the last reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qpcompile.errors import OutputError
 
 
 class TensorFile:
-    """Some tensors by name; they cannot be changed. Raises OutputError where there is no room for them."""
+    """Immutable tensors by name. Raises OutputError if the disk has no room for them."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._layout = [(name, each.shape, each.dtype, each.device) for name, each in tensors.items()]
@@ -27,14 +27,14 @@ class TensorFile:
             raise _lost(f"cannot be written: {error.strerror or error}") from error
 
     def read(self) -> dict[str, torch.Tensor]:
-        """The tensors, anew with every call. Raises OutputError where the disk does not give them back."""
+        """Read the tensors again on every call. Raises OutputError if they cannot be read."""
         tensors = {}
         try:
             self._file.seek(0)
             for name, shape, dtype, device in self._layout:
                 tensor = torch.empty(shape, dtype=dtype)
                 if self._file.readinto(_bytes_of(tensor)) != tensor.nbytes:
-                    raise _lost("is not all there any more")
+                    raise _lost("is no longer complete")
                 tensors[name] = tensor.to(device)
         except OSError as error:
             raise _lost(f"cannot be read again: {error.strerror or error}") from error
@@ -43,14 +43,14 @@ class TensorFile:
 
 def _lost(why: str) -> OutputError:
     return OutputError(
-        f"what a large model's calibration finds {why}",
+        f"the temporary file of a large model's calibration statistics {why}",
         where=_folder(),
         do="set TMPDIR to a folder with room for about twice the model's 16-bit weights, or solver: rtn",
     )
 
 
 def _folder() -> str:
-    """The folder for temporary files; looking for one fails where no disk has room."""
+    """The folder for temporary files; looking for one fails if no disk has room."""
     try:
         return tempfile.gettempdir()
     except OSError:

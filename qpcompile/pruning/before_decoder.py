@@ -1,4 +1,4 @@
-"""What methods share that drop tokens once, in front of the decoder."""
+"""Base class of methods that drop tokens once, before the decoder."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class BeforeDecoder:
 
 
 def counted_tokens(point: Point) -> fx.Node:
-    """bool[B, N]: the visual tokens that are there."""
+    """bool[B, N]: the live visual tokens."""
     return point.call(aten.bitwise_and.Tensor, point.visual, point.alive)
 
 
 def text_relevance(point: Point) -> fx.Node:
-    """f32[B, N] in 0..1: cosine of visual embeddings with those of the text behind them, by the recipe's sign."""
+    """f32[B, N] in 0..1: cosine of visual embeddings with those of the text after them, by the recipe's sign."""
     sign = 1 if point.recipe.tokens.relevance_sign == "plus" else -1
     return point.call(TEXT_RELEVANCE, point.hidden(), point.visual, point.alive, sign)

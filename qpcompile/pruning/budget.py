@@ -1,4 +1,4 @@
-"""How many visual tokens stay after each decoder layer: the plan of QUOTA as pure functions of measured numbers.
+"""QUOTA's token budget: keep ratios per decoder layer, as pure functions of measurements.
 
     S_l   = median_x ||x_q - x|| / (||x|| + eta)                        sensitivity of layer l
     S~_l  = clip((S_l - P10) / (P90 - P10), 0.1, 0.9)                   percentiles over the candidate layers
@@ -6,10 +6,10 @@
     r_i   = max(keep, 1 - (1 - keep) * sum_{j <= i} pi_j)               keep ratio after layer i
     K_i   = ceil(r_i * V)                                               of V visual tokens
 
-The shares sum to 1, so the last ratio is always `keep`: sensitivity shapes the way there, not where it ends.
+The shares sum to 1, so the last ratio is always `keep`: sensitivity determines the intermediate ratios only.
 
-Source: QUOTA, equations 1-5 and the choice of candidate layers (arXiv 2604.17320). The paper gives neither tau nor
-the thresholds of the candidate rule: the defaults here reproduce its figures 3 and 4.
+Source: QUOTA, equations 1-5 and the choice of candidate layers (arXiv 2604.17320). The paper gives neither tau nor the
+thresholds of the candidate rule: the defaults reproduce its figures 3 and 4.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qpcompile.errors import PlanError
 from qpcompile.ir.measurements import Measurement
 
 # A ratio is stored in millionths: a graph can multiply and divide it in int64 for up to 9e12 visual tokens, and
-# ten-thousandths would already miss one of the paper's counts (230.009 of 576 is 231 tokens).
+# ten-thousandths would miss one of the paper's counts (230.009 of 576 is 231 tokens).
 DENOMINATOR = 1_000_000
 
 DEVIATIONS: Measurement[dict[int, list[float]]] = Measurement("deviations")
@@ -32,7 +32,7 @@ DEVIATIONS: Measurement[dict[int, list[float]]] = Measurement("deviations")
 
 
 def relative_deviation(quantized: ArrayLike, full: ArrayLike, eta: float = 1e-6) -> float:
-    """||quantized - full|| / (||full|| + eta) for one sample; both f[..., C], plain L2 norms over everything."""
+    """||quantized - full|| / (||full|| + eta) for one sample; both f[..., C], L2 norms over all elements."""
     reference = np.asarray(full, dtype=np.float64)
     difference = np.asarray(quantized, dtype=np.float64) - reference
     return float(np.linalg.norm(difference) / (np.linalg.norm(reference) + eta))
@@ -52,7 +52,7 @@ def sensitivity(deviations: ArrayLike) -> tuple[float, ...]:
 def normalize_sensitivity(
     sensitivities: Sequence[float], low: float = 10.0, high: float = 90.0, clip: tuple[float, float] = (0.1, 0.9)
 ) -> tuple[float, ...]:
-    """Equation 2; where all candidate layers are equally sensitive, each gets the middle of `clip`."""
+    """Equation 2; if all candidate layers are equally sensitive, each gets the middle of `clip`."""
     values = _finite(np.asarray(sensitivities, dtype=np.float64), "sensitivities")
     if values.ndim != 1 or not values.size:
         raise PlanError("no layer to normalise the sensitivity of", do="name at least one candidate layer")
@@ -72,7 +72,7 @@ def drop_shares(normalized: Sequence[float], temperature: float) -> tuple[float,
     """Equation 3: shares of the drop, summing to 1; a less sensitive layer gets the larger share."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise PlanError(
-            f"the temperature is {temperature}, which spreads no budget",
+            f"the temperature is {temperature}, which distributes no budget",
             where="tokens.temperature",
             do="give a number above 0; 1.25 reproduces the paper's schedule",
         )
@@ -82,7 +82,7 @@ def drop_shares(normalized: Sequence[float], temperature: float) -> tuple[float,
 
 
 def keep_ratios(shares: Sequence[float], keep: float) -> tuple[float, ...]:
-    """Equation 4: never increasing, and exactly `keep` at the last layer."""
+    """Equation 4: non-increasing, and exactly `keep` at the last layer."""
     if not 0 < keep <= 1:
         raise PlanError(f"keep is {keep}", where="tokens.keep", do="give a share above 0 and at most 1")
     dropped = (1 - keep) * np.cumsum(np.asarray(shares, dtype=np.float64))
@@ -96,10 +96,10 @@ def tokens_kept(ratio: float, visual: int) -> int:
 
 
 def ratio_fraction(ratio: float) -> tuple[int, int]:
-    """The ratio as (numerator, denominator), rounded down to a millionth but to 0 only where it is 0.
+    """The ratio as (numerator, denominator), rounded down to a millionth, but to 0 only if it is 0.
 
-    Rounding down keeps whole products whole (2/3 of 576 is 384, not 385); a thousandth of a millionth is forgiven,
-    since 0.29 * 1_000_000 may come out just below the integer.
+    Rounding down keeps integer products integer (2/3 of 576 is 384, not 385); the tolerance is a thousandth of a
+    millionth, since 0.29 * 1_000_000 may be just below the integer.
     """
     if not 0 <= ratio <= 1:
         raise PlanError(f"the keep ratio {ratio} is not from 0 to 1", do="compute it with keep_ratios")
@@ -107,11 +107,11 @@ def ratio_fraction(ratio: float) -> tuple[int, int]:
 
 
 def tokens_by_fraction(numerator: int, denominator: int, visual: int) -> int:
-    """ceil(visual * numerator / denominator) in integers only; the form that a graph evaluates."""
+    """ceil(visual * numerator / denominator) in integer arithmetic, as a graph evaluates it."""
     return (visual * numerator + denominator - 1) // denominator
 
 
-# By how much visual tokens of a layer must be more alike than anywhere else to count as redundant.
+# The least rise of a layer's cosine above the smallest one to count as redundant.
 LEAST_RISE = 0.1
 
 
@@ -126,7 +126,7 @@ def candidate_layers(
     tail_fraction: float = 0.1,
     max_candidates: int = 5,
 ) -> tuple[int, ...]:
-    """Layers after which tokens may be cut: the first neighbours that concentrate on the picture and still differ.
+    """Layers after which tokens may be cut: the first consecutive ones with concentrated attention and diverse tokens.
 
     Per layer, over the calibration samples: median and interquartile range of the top-10 attention mass from text
     queries to visual tokens, and the median pairwise cosine of visual tokens. The floor is a share of the largest
@@ -143,7 +143,7 @@ def candidate_layers(
             do="give one number of each kind per decoder layer",
         )
     floor = concentration_floor * mass.max()
-    # On a flat profile a share of the range is noise: no layer is redundant beside its like.
+    # On a flat profile a share of the range is noise: no layer is more redundant than the others.
     ceiling = likeness.min() + max(cosine_ceiling * (likeness.max() - likeness.min()), LEAST_RISE)
     unsettled = (mass < floor) | (spread > iqr_ceiling * mass)
     late = np.arange(mass.size) >= mass.size - math.ceil(tail_fraction * mass.size)

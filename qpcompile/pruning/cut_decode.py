@@ -1,8 +1,8 @@
-"""The decode graph for caches whose lengths differ by layer.
+"""Rewrite the decode graph for caches with per-layer lengths.
 
-The traced graph ties all layers to one length s. After the cut behind layer l the layers have t - 1 cached tokens,
-t = size of `kept.l` (the new token's position is its last entry). What counts or masks tokens is built from the full
-length as before and gathered at the kept positions, so masks that depend on distance (windows) stay right.
+The traced graph has one length s for all layers. After the cut at layer l the layers have t - 1 cached tokens, t = size
+of `kept.l` (the new token's position is its last entry). Positions and masks are built from the full length as before
+and gathered at the kept positions, so masks that depend on distance (windows) stay correct.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXAMPLE_SLOTS = 23
 
 @dataclass(frozen=True)
 class _Stage:
-    """Layers `first` to before `last` (None: to the end) attend over the tokens kept behind one cut."""
+    """Layers from `first` up to, excluding, `last` (None: to the end), which attend over the tokens kept by one cut."""
 
     cut: int
     first: int
@@ -39,20 +39,20 @@ class _Stage:
 
 
 def cut_decode(graph: Graph, cuts: Sequence[int], offset: int, reindex: bool = False) -> None:
-    """Give every layer of the decode graph the cache length that prefill leaves it.
+    """Give every layer of the decode graph the cache length that prefill produces for it.
 
-    cuts: layers behind which tokens are dropped, ascending. offset: 0 where the scored layer's own cache is
-    compacted, 1 where compaction starts with the layer behind it. reindex: behind each cut tokens are counted anew;
-    the scored layer's keys have the positions from before the cut either way.
+    cuts: layers after which tokens are dropped, ascending. offset: 0 if the scored layer's own cache is compacted, 1 if
+    compaction starts with the next layer. reindex: tokens are renumbered after each cut; the scored layer's keys have
+    the positions from before the cut in both cases.
     """
     past = _free_full_length(graph)
-    # A cut before the decoder has no scored layer: layer 0 is the first with a short cache either way.
+    # A cut before the decoder has no scored layer: layer 0 is the first with a short cache in both cases.
     firsts = [max(0, cut + offset) for cut in cuts]
     stages = [_Stage(cut, first, last) for cut, first, last in zip(cuts, firsts, [*firsts[1:], None], strict=True)]
     points = {stage.cut: first_node_of_layer(graph, stage.first) for stage in stages}
     place = points[cuts[0]]
     inputs = {stage.cut: _add_stage_inputs(graph, stage) for stage in stages}
-    # Last stage first: a later stage's readers are gone when an earlier one looks for its own.
+    # Last stage first: the readers of later stages are already replaced when an earlier stage looks for its own.
     for stage in reversed(stages):
         kept, alive = inputs[stage.cut]
         _shorten(graph, points[stage.cut], place, past, kept, alive)
@@ -63,7 +63,7 @@ def cut_decode(graph: Graph, cuts: Sequence[int], offset: int, reindex: bool = F
 
 
 def _free_full_length(graph: Graph) -> torch.SymInt:
-    """Read the full length from the input `tokens_seen` and no longer from a cache tensor; returns it."""
+    """Read the full length from the input `tokens_seen` instead of a cache tensor; returns it."""
     caches = {graph.placeholder(path): path for path in graph.inputs if path.startswith(f"{CACHE}.")}
     past = value(next(iter(caches))).shape[2]
     seen = add_input(graph, SEEN, (past,), torch.int64)
@@ -93,14 +93,14 @@ def _add_stage_inputs(graph: Graph, stage: _Stage) -> tuple[fx.Node, fx.Node]:
 
 
 def _count_anew(graph: Graph, cut: int, place: fx.Node, past: torch.SymInt, alive: fx.Node) -> None:
-    """In the layers behind the cut, the new token's position is the number of tokens before it there."""
+    """Renumber: in the layers after the cut, the new token's position is the number of tokens cached there."""
     counts = call(graph, place, aten.sum.dim_IntList, alive, [1], True)
     new = call(graph, place, aten.sub.Tensor, counts, 1)
     renumber(graph, first_node_of_layer(graph, cut + 1), find_positions(graph), new, past + 1, place=place)
 
 
 def _shorten(graph: Graph, point: fx.Node, place: fx.Node, past: torch.SymInt, kept: fx.Node, alive: fx.Node) -> None:
-    """From `point`, the first node of a stage, on: what has the full length becomes its part at the kept positions."""
+    """From `point`, the first node of a stage, on: gather values of the full length at the kept positions."""
     batch = call(graph, place, aten.sym_size.int, kept, 0)
     slots = call(graph, place, aten.sym_size.int, kept, 1)
     before = call(graph, place, operator.sub, slots, 1)

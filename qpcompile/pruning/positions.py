@@ -1,9 +1,9 @@
-"""Give the tokens behind a cut new positions: what layers read as positions is computed again, from other numbers.
+"""Renumber tokens after a cut: recompute position-dependent values of later layers from new position ids.
 
-    %cos = f(%position_ids)  ->  %new = cumsum(%alive) - 1;  %cos' = f(%new)     for the readers behind the cut
+    %cos = f(%position_ids)  ->  %new = cumsum(%alive) - 1;  %cos' = f(%new)     for the readers after the cut
 
-Rotary positions are relative, so it does not matter where a family begins to count. Masks are not computed again: a
-window stays one over the original distances.
+Rotary embeddings are relative, so a family's first position number does not matter. Masks are not recomputed: a window
+still applies to the original distances.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from qpcompile.errors import PlanError
 from qpcompile.ir.edit import aten, call
 from qpcompile.ir.liveness import crossings
 from qpcompile.ir.program import Graph
-from qpcompile.ir.rematerialize import rematerialize, readers_of
+from qpcompile.ir.rematerialize import readers_of, rematerialize
 from qpcompile.ir.shapes import same, value
 
 POSITIONS, EMBEDDINGS = "position_ids", "inputs_embeds"
 
 
 def find_positions(graph: Graph) -> fx.Node:
-    """The input that numbers the tokens, i64[B, S]; PlanError where there is none, or one with several axes."""
+    """The position ids input, i64[B, S]; PlanError if there is none, or one with several position axes."""
     if POSITIONS not in graph.inputs:
         raise _cannot(graph, f"the graph has no input {POSITIONS}")
     node = graph.placeholder(POSITIONS)
@@ -34,7 +34,7 @@ def find_positions(graph: Graph) -> fx.Node:
 
 
 def numbered(graph: Graph, place: fx.Node, alive: fx.Node) -> fx.Node:
-    """alive: bool[B, N] -> i64[B, N]: living tokens counted from 0 in their order."""
+    """alive: bool[B, N] -> i64[B, N]: live tokens numbered from 0 in order."""
     return call(graph, place, aten.sub.Tensor, call(graph, place, aten.cumsum.default, alive, 1), 1)
 
 
@@ -47,14 +47,14 @@ def renumber(
     count: fx.Node | None = None,
     place: fx.Node | None = None,
 ) -> None:
-    """Readers at and behind `point` of what is computed from the positions `old` get it computed from `new`.
+    """Make readers at and after `point` of values computed from the positions `old` read them recomputed from `new`.
 
-    length: the number of tokens of the sequence, an axis of attention masks, which stay. count: how many `new` has,
-    None where that is as many as `old` has. Copies go before `place` (default: `point`). PlanError where nothing that
-    layers read depends on `old`.
+    length: the number of tokens of the sequence, an axis of attention masks, which are kept. count: the length of
+    `new`, None if equal to that of `old`. Copies are inserted before `place` (default: `point`). PlanError if nothing
+    that layers read depends on `old`.
     """
     from_old = readers_of(graph, [old])
-    # Which tokens are alive follows from what they hold; what is computed from their numbers alone does not.
+    # Which tokens are alive depends on the data; values computed from position numbers alone do not.
     mixed = readers_of(graph, [graph.placeholder(EMBEDDINGS)], border=old)
     known = {old: new}
     if count is not None:
@@ -69,7 +69,7 @@ def renumber(
             reader.replace_input_with(node, again)
         found = True
     if not found:
-        raise _cannot(graph, f"nothing that the layers behind {point.name} read is computed from {POSITIONS} alone")
+        raise _cannot(graph, f"nothing that the layers after {point.name} read is computed from {POSITIONS} alone")
 
 
 def _is_size(node: fx.Node, length: torch.SymInt) -> bool:
@@ -78,14 +78,14 @@ def _is_size(node: fx.Node, length: torch.SymInt) -> bool:
 
 
 def _is_rotary(node: fx.Node, length: torch.SymInt) -> bool:
-    """Sines, cosines and angles are numbers whose last axis is not one of tokens; attention masks are not."""
+    """Whether a value is a rotary table: floating point with a last axis that is not tokens, unlike attention masks."""
     tensor = value(node)
     return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not same(tensor.shape[-1], length)
 
 
 def _cannot(graph: Graph, reason: str) -> PlanError:
     return PlanError(
-        f"kept tokens cannot be counted anew: {reason}",
+        f"kept tokens cannot be renumbered: {reason}",
         where=f"{graph.name}, tokens.position_mode reindex",
         do="write position_mode: retain",
     )

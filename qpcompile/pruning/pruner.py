@@ -1,8 +1,8 @@
-"""What a pruning method is: where it drops visual tokens, how many stay there, and how it scores them.
+"""The interface of pruning methods: where visual tokens are dropped, how many are kept, and how they are scored.
 
     class Method:
-        def schedule(self, program) -> Schedule      the layers to cut behind, and their keep ratios
-        def scores(self, point) -> fx.Node           f32[B, N] at one of them: the highest stay
+        def schedule(self, program) -> Schedule      the layers to cut after, and their keep ratios
+        def scores(self, point) -> fx.Node           f32[B, N] at one of them: the highest are kept
 
 The cut itself (top-k, gather of everything alive, caches) is the same for every method: passes/insert_token_cuts.py.
 """
@@ -22,21 +22,21 @@ from qpcompile.ir.attention import Attention, read_attention
 from qpcompile.ir.edit import aten, call, calls, layer_of
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Graph, Program
-from qpcompile.ir.rematerialize import rematerialize, readers_of
+from qpcompile.ir.rematerialize import readers_of, rematerialize
 from qpcompile.ir.shapes import same, value
 from qpcompile.recipe.plan import Cut, Sensitivity
 from qpcompile.recipe.recipe import Recipe
 
 INPUT = -1
-"""The "layer" in front of the decoder: a cut behind it drops tokens before layer 0."""
+"""The pseudo-layer before the decoder: a cut after it drops tokens before layer 0."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Layers to cut behind, ascending (INPUT for the decoder's input), and the keep ratio behind each.
+    """Layers to cut after, ascending (INPUT for the decoder's input), and the keep ratio after each.
 
-    `ratios` maps the final keep ratio to one ratio per layer: never increasing from layer to layer, increasing in its
-    argument. `sensitivity` is what the ratios rest on, for the plan.
+    `ratios` maps the final keep ratio to one ratio per layer: non-increasing from layer to layer, increasing in its
+    argument. `sensitivity`: the measurements the ratios are based on, for the plan.
     """
 
     layers: tuple[int, ...]
@@ -44,7 +44,7 @@ class Schedule:
     sensitivity: tuple[Sensitivity, ...] = ()
 
     def mean(self, keep: float, depth: int) -> float:
-        """Mean over `depth` decoder layers of the share of visual tokens that a layer computes on."""
+        """Mean over `depth` decoder layers of the share of visual tokens that each layer processes."""
         starts = [layer + 1 for layer in self.layers]
         spans = [after - start for start, after in zip(starts, [*starts[1:], depth], strict=True)]
         return (starts[0] + sum(span * ratio for span, ratio in zip(spans, self.ratios(keep), strict=True))) / depth
@@ -52,12 +52,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Point:
-    """A place in the prefill graph where tokens are dropped, and what a method may read there.
+    """A cut point in the prefill graph, and the values a method may read there.
 
     New nodes go before `before`. `layer` is the last layer that sees all N current tokens. `visual` and `alive` are
     bool[B, N] nodes, `kept` the original positions i64[B, N] (None: none was dropped yet), `valid` the bool[B, S] of
-    the whole prompt, `prompt_visual` its visual tokens. `full_precision` holds what was computed without quantization
-    so far, for later cuts. `surplus`: how many more than their share may stay, an int node (None: none).
+    the whole prompt, `prompt_visual` its visual tokens. `full_precision` caches values computed without quantization,
+    for later cuts. `surplus`: how many tokens more than their share are kept, an int node (None: none).
     """
 
     graph: Graph
@@ -80,7 +80,7 @@ class Point:
 
     @property
     def rotate(self) -> bool:
-        """Whether the inputs of linears are rotated before they are quantized."""
+        """Whether the inputs of linears are rotated before quantization."""
         return self.recipe.quantize is not None and self.recipe.quantize.transform == "hadamard"
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -88,7 +88,7 @@ class Point:
         return call(self.graph, self.before, target, *args, **kwargs)
 
     def hidden(self) -> fx.Node:
-        """The residual stream f[B, N, C]: the last such value defined before this place that is read behind it."""
+        """The residual stream f[B, N, C]: the last such value defined before this place and read after it."""
         width = value(self.graph.placeholder("inputs_embeds")).shape[2]
         nodes = self.graph.nodes
         border = nodes.index(self.before)
@@ -104,17 +104,17 @@ class Point:
         )
 
     def replace_hidden(self, hidden: fx.Node) -> None:
-        """What is read behind this place as the residual stream is `hidden: f[B, N, C]` from now on."""
+        """Replace the residual stream by `hidden: f[B, N, C]` for all readers after this place."""
         old, nodes = self.hidden(), self.graph.nodes
-        behind = set(nodes[nodes.index(self.before) :])
+        later = set(nodes[nodes.index(self.before) :])
         for user in list(old.users):
-            if user in behind:
+            if user in later:
                 user.replace_input_with(old, hidden)
 
     def share(self, visual: fx.Node) -> fx.Node:
-        """ceil(V * ratio), i64[B]: how many of the V tokens that `visual: bool[B, S]` marks in a row may stay.
+        """ceil(V * ratio), i64[B]: how many of a row's V tokens marked in `visual: bool[B, S]` are kept.
 
-        With a surplus that many more, but no more than there still are.
+        With a surplus that many more, but at most the current ones.
         """
         own = self.call(aten.sum.dim_IntList, visual, [1])
         scaled = self.call(aten.mul.Tensor, own, self.cut.numerator)
@@ -126,21 +126,21 @@ class Point:
         return self.call(aten.minimum.default, self.call(aten.add.Tensor, share, self.surplus), there)
 
     def attention(self, layer: int | None = None) -> Attention:
-        """What the attention of a layer reads (default: of the last layer before this place).
+        """The attention operands of a layer (default: the last layer before this place).
 
-        Queries and keys of the layer behind this place are computed here too, for all current tokens.
+        Queries and keys of the layer after this place are computed here, for all current tokens.
         """
         read = read_attention(attention_node(self.graph, self.layer if layer is None else layer))
         return replace(read, query=self.early(read.query), key=self.early(read.key))
 
     def early(self, node: fx.Node) -> fx.Node:
-        """A value as it is at this place, where the graph computes it only behind: all current tokens, copied nodes."""
+        """Recompute at this place a value that the graph computes later: for all current tokens, on copied nodes."""
         nodes = self.graph.nodes
-        behind = set(nodes[nodes.index(self.before) :])
-        return rematerialize(self.graph, node, self.before, {}, lambda each: each in behind)
+        later = set(nodes[nodes.index(self.before) :])
+        return rematerialize(self.graph, node, self.before, {}, lambda each: each in later)
 
     def unquantized(self, node: fx.Node) -> fx.Node:
-        """A value as it is when nothing in the decoder is rounded: everything it rests on is computed twice."""
+        """A value without any quantization in the decoder: its transitive inputs are computed twice."""
         stubs = list(calls(self.graph, QUANT_STUB))
         touched = readers_of(self.graph, stubs)
         known = self.full_precision
@@ -156,7 +156,7 @@ class Pruner(Protocol):
     """One method."""
 
     def profiles(self, recipe: Recipe) -> bool:
-        """Whether the schedule rests on layers measured on samples (passes/measure_sensitivity.py)."""
+        """Whether the schedule needs layer measurements on samples (passes/measure_sensitivity.py)."""
         ...
 
     def schedule(self, program: Program) -> Schedule:
@@ -164,16 +164,16 @@ class Pruner(Protocol):
         ...
 
     def scores(self, point: Point) -> fx.Node:
-        """f32[B, N]: what stays has the highest scores; text +inf, padding -inf."""
+        """f32[B, N]: the tokens with the highest scores are kept; text +inf, padding -inf."""
         ...
 
 
 @runtime_checkable
 class Placed(Protocol):
-    """A method that does not cut in front of the first operator of the layer behind."""
+    """A method that does not cut right before the first operator of the next layer."""
 
     def place(self, graph: Graph, layer: int) -> fx.Node:
-        """The node of the prefill graph in front of which the cut behind `layer` is made."""
+        """The node of the prefill graph before which the cut after `layer` is inserted."""
         ...
 
 
@@ -182,21 +182,21 @@ class TowerReader(Protocol):
     """A method that also reads the vision tower."""
 
     def read_tower(self, program: Program) -> None:
-        """Make the vision graph say what the method reads (qpcompile/pruning/tower.py), before the first cut."""
+        """Add the outputs that the method reads to the vision graph (pruning/tower.py), before the first cut."""
         ...
 
 
 @runtime_checkable
 class Merger(Protocol):
-    """A method that does not only drop tokens: those that stay take something up."""
+    """A method that merges dropped tokens into kept ones."""
 
     def merge(self, point: Point, scores: fx.Node) -> fx.Node:
-        """The residual stream f[B, N, C] to go on with before the drop; `scores` as the method gave them."""
+        """The new residual stream f[B, N, C], before the drop; `scores` as returned by the method."""
         ...
 
 
 def attention_node(graph: Graph, layer: int) -> fx.Node:
-    """The one attention over tokens of a layer; PlanError where there is none, or several."""
+    """The one attention over tokens in a layer; PlanError if there is none, or several."""
     found = [node for node in calls(graph, aten.scaled_dot_product_attention.default) if layer_of(node) == layer]
     if len(found) != 1:
         raise PlanError(
@@ -208,16 +208,16 @@ def attention_node(graph: Graph, layer: int) -> fx.Node:
 
 
 def layers_after(parts: Sequence[float], depth: int) -> tuple[int, ...]:
-    """Layers to cut behind, ascending, so that about these parts of the depth have run; fewer where they coincide.
+    """Layers to cut after, ascending, at about these fractions of the depth; fewer if they coincide.
 
-    Half a layer is rounded up, and at least one layer runs before the first cut and behind the last.
+    Half a layer is rounded up, and at least one layer runs before the first cut and after the last.
     """
     runs = (max(1, floor(part * depth + 0.5)) for part in parts)
     return tuple(sorted({min(run, depth - 1) - 1 for run in runs}))
 
 
 def one_layer(program: Program, otherwise: int) -> int:
-    """The recipe's only candidate layer, or `otherwise` where it says auto; PlanError for several."""
+    """The recipe's only candidate layer, or `otherwise` if it is auto; PlanError for several."""
     layer, *more = cut_layers(program, (min(otherwise, len(program.layers) - 2),))
     if more:
         raise PlanError(
@@ -229,7 +229,7 @@ def one_layer(program: Program, otherwise: int) -> int:
 
 
 def cut_layers(program: Program, otherwise: tuple[int, ...]) -> tuple[int, ...]:
-    """The recipe's `candidate_layers`, or `otherwise` where it says auto; checked against the model's depth."""
+    """The recipe's `candidate_layers`, or `otherwise` if it is auto; checked against the model's depth."""
     asked = program.recipe.tokens.candidate_layers
     layers = otherwise if asked == "auto" else asked
     _check_last(layers[-1], program.layers[-1].index)
@@ -237,9 +237,9 @@ def cut_layers(program: Program, otherwise: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_layers(recipe: Recipe, layers: int | None) -> None:
-    """Raise PlanError for `candidate_layers` that a decoder of so many layers lacks, before anything is measured.
+    """Raise PlanError for `candidate_layers` beyond the decoder's depth, before anything is measured.
 
-    layers: None where the model does not say; the pruner checks again.
+    layers: None if unknown; the pruner checks again.
     """
     asked = recipe.tokens.candidate_layers
     if recipe.tokens.method != "none" and asked != "auto" and layers is not None:
@@ -249,7 +249,7 @@ def check_layers(recipe: Recipe, layers: int | None) -> None:
 def _check_last(layer: int, last: int) -> None:
     if layer >= last:
         raise PlanError(
-            f"layer {layer} cannot be cut behind: this model's last layer is {last}",
+            f"tokens cannot be cut after layer {layer}: this model's last layer is {last}",
             where="tokens.candidate_layers",
             do=f"name layers from 0 to {last - 1}",
         )

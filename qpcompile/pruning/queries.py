@@ -1,8 +1,8 @@
-"""Text tokens whose attention to visual tokens counts, bool[B, N] over the current tokens of a cut, and their scores.
+"""Query selection: text tokens whose attention to visual tokens counts, bool[B, N] at a cut, and the resulting scores.
 
-    after_image   text behind a row's first visual token
+    after_image   text after a row's first visual token
     last          a row's last token
-    raters        of the text behind the image, tokens whose share of the image's attention is above the mean:
+    raters        of the text after the image, tokens whose share of the image's attention is above the mean:
                   r_t = mean_v softmax_t(<v, t>) on the embeddings that enter the decoder
 
 Source: FastV (arXiv 2403.06764), section 4, for the last token; SparseVLM (arXiv 2410.04417), section 3.2, for raters,
@@ -24,7 +24,7 @@ from qpcompile.pruning.pruner import Point
 
 def after_image(point: Point) -> fx.Node:
     """Valid tokens that are not visual, after the row's first visual one."""
-    return _text_behind(point, point.visual, point.alive)
+    return _text_after(point, point.visual, point.alive)
 
 
 def last(point: Point) -> fx.Node:
@@ -35,9 +35,9 @@ def last(point: Point) -> fx.Node:
 
 
 def raters(point: Point) -> fx.Node:
-    """Text tokens that the image's embeddings point at more than at the average one."""
+    """Text tokens with an above-average share of the image embeddings' attention."""
     embeddings, visual = point.graph.placeholder("inputs_embeds"), point.prompt_visual
-    text = _text_behind(point, visual, point.valid)
+    text = _text_after(point, visual, point.valid)
     values = point.call(aten.to.dtype, embeddings, torch.float32)
     products = point.call(aten.matmul.default, values, point.call(aten.transpose.int, values, 1, 2))
     among = point.call(aten.unsqueeze.default, point.call(aten.bitwise_not.default, text), 1)
@@ -45,19 +45,19 @@ def raters(point: Point) -> fx.Node:
     shares = point.call(aten.softmax.int, hidden, -1)
     others = point.call(aten.unsqueeze.default, point.call(aten.bitwise_not.default, visual), 2)
     received = point.call(aten.sum.dim_IntList, point.call(aten.masked_fill.Scalar, shares, others, 0.0), [1])
-    # Shares sum to the number of visual tokens, over the text tokens: the mean needs no other sum.
+    # Over the text tokens, shares sum to the number of visual tokens: the mean needs no other sum.
     pictures = point.call(aten.sum.dim_IntList, visual, [1], True)
     texts = point.call(aten.clamp_min.default, point.call(aten.sum.dim_IntList, text, [1], True), 1)
     mean = point.call(aten.div.Tensor, pictures, texts)
     chosen = point.call(aten.bitwise_and.Tensor, text, point.call(aten.gt.Tensor, received, mean))
-    # A single text token, or several that are equal: none is above the mean, so all of them rate.
+    # A single text token, or several equal ones: none is above the mean, so all of them are raters.
     none = point.call(aten.bitwise_not.default, point.call(aten.any.dim, chosen, 1, True))
     all_text = point.call(aten.bitwise_and.Tensor, text, none)
     rows = point.call(aten.bitwise_or.Tensor, chosen, all_text)
     return rows if point.kept is None else point.call(aten.gather.default, rows, 1, point.kept)
 
 
-def _text_behind(point: Point, visual: fx.Node, valid: fx.Node) -> fx.Node:
+def _text_after(point: Point, visual: fx.Node, valid: fx.Node) -> fx.Node:
     counted = point.call(aten.bitwise_and.Tensor, visual, valid)
     begun = point.call(aten.gt.Scalar, point.call(aten.cumsum.default, counted, 1), 0)
     text = point.call(aten.bitwise_and.Tensor, valid, point.call(aten.bitwise_not.default, visual))

@@ -1,4 +1,4 @@
-"""QAPruner's quantization risk: a score of its own, and how it is put into the score of any method.
+"""QAPruner's quantization risk, and its combination with the score of another method.
 
 Source: QAPruner (arXiv 2604.02816), section 3.
 """
@@ -13,17 +13,17 @@ from qpcompile.pruning.pruner import Point
 
 
 def quantization_risk(point: Point) -> fx.Node:
-    """f32[B, N] in 0..1: what 4 bits would lose of each visual token, by the recipe's metric."""
+    """f32[B, N] in 0..1: the 4-bit quantization risk of each visual token, by the recipe's metric."""
     risk = point.recipe.tokens.risk
     return point.call(QUANTIZATION_RISK, point.hidden(), counted_tokens(point), risk.metric, risk.group_size)
 
 
 def fuse_risk(point: Point, scores: fx.Node, *, minmax: bool) -> fx.Node:
-    """`scores: f32[B, N]` with the risk in them; minmax: for scores that are not yet in 0..1."""
+    """`scores: f32[B, N]` combined with the risk; minmax: for scores that are not yet in 0..1."""
     risk, counted = point.recipe.tokens.risk, counted_tokens(point)
     return point.call(FUSE_RISK, scores, quantization_risk(point), counted, risk.alpha, risk.dynamic_alpha, minmax)
 
 
 def with_risk(point: Point, scores: fx.Node) -> fx.Node:
-    """`scores: f32[B, N]`, with the risk in them where the recipe says `tokens.risk.fuse`."""
+    """`scores: f32[B, N]`, combined with the risk if the recipe sets `tokens.risk.fuse`."""
     return fuse_risk(point, scores, minmax=True) if point.recipe.tokens.risk.fuse else scores

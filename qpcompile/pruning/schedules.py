@@ -1,12 +1,12 @@
-"""Schedules with one mean: the shapes that a search tries.
+"""Candidate schedules of the schedule search, all with the same mean.
 
 A schedule is the share of visual tokens that each decoder layer sees, k_0 >= k_1 >= ... >= k_{L-1}, mean given.
 
-    flat     k, k, k, k, ...       one cut in front of the decoder
-    step     a, .., a, k, .., k    share a for the first b layers, a = 1 or a cut in front of the decoder
+    flat     k, k, k, k, ...       one cut before the decoder
+    step     a, .., a, k, .., k    share a for the first b layers, a = 1 or a cut before the decoder
 
-Shares are whole tokens of a prompt with `tokens` of them, k is rounded down and what is left goes to a: no schedule
-keeps more than the mean on such a prompt. For deep decoders b runs over some layers, denser at the front.
+Shares are multiples of one token on a prompt with `tokens` of them, k is rounded down and the remainder goes to a: no
+schedule keeps more than the mean on such a prompt. For deep decoders b is sampled, more densely among early layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLACES = 8
 
 
 def schedules(mean: float, depth: int, tokens: int) -> list[Shares]:
-    """The schedules to try, each with this mean over `depth` layers; PlanError where there is none but all tokens."""
+    """The candidate schedules, each with this mean over `depth` layers; PlanError if only all tokens would do."""
     budget = floor(mean * depth * tokens + 1e-9)
     if budget < depth or mean >= 1 or depth < 2:
         raise PlanError(
@@ -42,7 +42,7 @@ def schedules(mean: float, depth: int, tokens: int) -> list[Shares]:
 
 
 def cut_layers_of(shares: Shares) -> tuple[tuple[int, float], ...]:
-    """(last layer that sees more, share behind it) of each drop; -1 is the decoder's input."""
+    """(last layer that sees more, share after it) of each drop; -1 is the decoder's input."""
     before = (1.0, *shares[:-1])
     return tuple(
         (layer - 1, share) for layer, (last, share) in enumerate(zip(before, shares, strict=True)) if share < last
@@ -55,7 +55,7 @@ def _places(depth: int) -> list[int]:
 
 
 def _steps(head: int, border: int, budget: int, depth: int, tokens: int) -> list[tuple[int, ...]]:
-    """The step in tokens, `head` or a little more for the first `border` layers; none where nothing is left behind."""
+    """The step in tokens, `head` or slightly more for the first `border` layers; empty if no token is left after."""
     share, spare = divmod(budget - head * border, depth - border)
     if not 1 <= share < head:
         return []

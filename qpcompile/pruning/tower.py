@@ -1,12 +1,12 @@
-"""What the vision tower says about every visual token, carried to the decoder: attention received, and keys.
+"""Pass per-token data of the vision tower to the decoder: attention received, and keys.
 
     vision    ... %q, %k of the last attention layer that the visual tokens come from
                 %s = qpcompile::attention_received(%q, %k, ...)  and the mean of %k over heads
-                both without the rows that the model leaves out, and moved as patches move on their way out
+                both without the rows that the model drops, and reordered like the patches
               return visual_scores f32[N], visual_keys f[N, K]
     prefill   input visual_scores f32[B, S], visual_keys f[B, S, K]: the same at the places of visual tokens
 
-The nodes read what the deployed tower computes, so a quantized tower scores with its own queries and keys.
+The nodes read the deployed tower's values, so a quantized tower scores with its own queries and keys.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ INSTEAD = "choose a tokens.method that does not read the vision tower: quota, ra
 def add_tower_outputs(program: Program, *, joined_heads: bool) -> None:
     """Add both outputs to the vision graph and both inputs to the prefill graph.
 
-    joined_heads: read the heads as one of their joint width, with joint keys; else one softmax per head, and the
-    mean over heads of both. Raises PlanError where the tower's attention cannot be found, or its patches cannot be
-    followed to the visual tokens.
+    joined_heads: treat all heads as one concatenated head, with concatenated keys; else one softmax per head, and the
+    mean over heads of both. Raises PlanError if the tower's attention cannot be found, or its patches cannot be traced
+    to the visual tokens.
     """
     vision = program.graphs[VISION]
     if OUTPUT not in vision.constants:
@@ -71,7 +71,7 @@ class _Heads:
 
 
 def _last_attention(vision: Graph, used: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The last attention node that `used` is computed from, and the linear behind it."""
+    """The last attention node that `used` is computed from, and the linear after it."""
     before, waiting = {used}, [used]
     while waiting:
         new = set(waiting.pop().all_input_nodes) - before
@@ -81,17 +81,17 @@ def _last_attention(vision: Graph, used: fx.Node) -> tuple[fx.Node, fx.Node]:
     found = [node for node in vision.nodes if node in before and is_call(node, *attends)]
     if not found:
         raise PlanError("the vision tower has no attention layer that can be found", where=VISION, do=INSTEAD)
-    behind = {found[-1]}
+    reached = {found[-1]}
     for node in vision.nodes:
-        if behind & set(node.all_input_nodes):
-            behind.add(node)
+        if reached & set(node.all_input_nodes):
+            reached.add(node)
             if is_call(node, aten.linear.default):
                 return found[-1], node
     raise PlanError("no linear follows the vision tower's last attention", where=VISION, do=INSTEAD)
 
 
 def _read(vision: Graph, node: fx.Node, joined: bool) -> _Heads:
-    """What an attention node reads; with `joined` heads, the queries and keys of all heads side by side as one."""
+    """The operands of an attention node; with `joined`, queries and keys of all heads are concatenated to one."""
     if node.target is SEGMENT_ATTENTION:
         query, key, _, segments, scale = node.args
         assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(segments, fx.Node)
@@ -134,7 +134,7 @@ def _check_rows(vision: Graph, node: fx.Node, linear: fx.Node) -> None:
 
 
 def _check_projector(projector: Graph) -> None:
-    """A projector must take every row by itself."""
+    """A projector must process every row independently."""
     if follow_rows(projector, projector.placeholder(projector.inputs[0]), projector.result(projector.outputs[0])):
         raise PlanError("the projector moves patches or puts several into one", where=PROJECTOR, do=INSTEAD)
 

@@ -1,8 +1,8 @@
-"""Follow the rows of a value through a graph: which rows at the start make up each row at the end.
+"""Trace rows of a value through a graph: which rows at the start make up each row at the end.
 
-A row is one token: everything but the last axis counts rows. Norms, linears and activations keep rows; reshapes,
-indexing and reorderings move them or put several into one. The same moves, made on the numbers of the rows, say who
-went where:
+A row is one token: all axes but the last count rows. Norms, linears and activations keep rows; reshapes, indexing and
+permutations move rows or merge several into one. The same operators, applied to a table of row indices, yield the
+mapping:
 
     %a : f32[T, 72]                                    %t = arange(T) as [T, 1]
     %b = aten::view(%a, [-1, 288]) : f32[T/4, 288]     %t = aten::view(%t, [-1, 4])
@@ -24,7 +24,7 @@ from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import same, value
 
 # Keys of a vision graph's constants, written by capture: the output whose rows become the visual tokens of the
-# sequence, and how many rows at the front of each picture the model leaves out (a class token).
+# sequence, and how many leading rows of each picture the model drops (a class token).
 OUTPUT, SKIPPED = "visual_output", "skipped_rows"
 
 # Operators that compute each row from the same row of their inputs.
@@ -52,10 +52,10 @@ _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def follow_rows(graph: Graph, start: fx.Node, end: fx.Node) -> fx.Node | None:
-    """The numbers of start's rows, counted over all axes but the last, that each row of `end` is made of.
+    """The indices of start's rows, counted over all axes but the last, that make up each row of `end`.
 
-    Returns: i64[*rows of end, G], or None where `end` has the rows of `start` in their order. New nodes go to the end
-    of the graph. Raises PlanError for an operator that mixes rows in a way that is not known.
+    Returns: i64[*rows of end, G], or None if `end` has the rows of `start` in order. New nodes are appended to the
+    graph. Raises PlanError for an unsupported operator that mixes rows.
     """
     nodes = graph.nodes
     wanted = _ancestors(end)
@@ -110,7 +110,7 @@ def _numbers(graph: Graph, start: fx.Node) -> fx.Node:
 
 
 def _moved(graph: Graph, node: fx.Node, source: fx.Node, table: fx.Node) -> fx.Node:
-    """The move that `node` makes on `source`, made on its table. The last axis must stay what it is, or grow."""
+    """Apply the row movement of `node` on `source` to its index table. The last axis must be kept, or grow."""
     if node.args[0] is not source or node.kwargs or not _keeps_last_axis(node, value(source).ndim):
         raise _lost(graph, node)
     rest = list(node.args[1:])
@@ -121,7 +121,7 @@ def _moved(graph: Graph, node: fx.Node, source: fx.Node, table: fx.Node) -> fx.N
 
 
 def _keeps_last_axis(node: fx.Node, rank: int) -> bool:
-    """Whether a move leaves channels on the last axis, each row's together."""
+    """Whether a movement keeps each row's channels together on the last axis."""
     target, rest = node.target, list(node.args[1:])
     if target in (*_RESHAPES, aten.flatten.using_ints):
         return True
@@ -153,7 +153,7 @@ def _groups(graph: Graph, node: fx.Node, source: fx.Node, table: fx.Node, last: 
 
 def _lost(graph: Graph, node: fx.Node) -> PlanError:
     return PlanError(
-        f"the way of the patches from the tower's attention to its output cannot be followed through {node.target}",
+        f"the patches cannot be traced from the tower's attention to its output through {node.target}",
         where=f"{graph.name}, {node.name}",
         do="choose a tokens.method that does not read the vision tower: quota, random",
     )

@@ -1,8 +1,8 @@
-"""Find the change of basis for each linear's input in one graph, and the tensors it changes.
+"""Compute the basis change of each linear's input in one graph, and the tensors it modifies.
 
 s_j = max|x_j|^a / max|W_:j|^(1-a)    D = diag(1/s)    x' = T D x - m    W' = W D^-1 T^-1    b' = b + W' m
 
-m is the mean of T D x over the calibration tokens: what all tokens share need not be rounded with each of them.
+m is the mean of T D x over the calibration tokens: the common component is then not quantized with every token.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SMALLEST = 1e-5
 
 @dataclass(frozen=True)
 class Change:
-    """What is left to do online to the input of a site: T (x * scale) - shift.
+    """The online part of the basis change of a site's input: T (x * scale) - shift.
 
-    scale, shift: f32[C]; T is the Hadamard rotation where `rotate`, or given by its factors (left f32[A, A],
-    right f32[c, c]) where they are to be learned.
+    scale, shift: f32[C]; T is the Hadamard rotation if `rotate`, or given by its factors (left f32[A, A], right f32[c,
+    c]) if they are to be learned.
     """
 
     scale: torch.Tensor | None
@@ -44,8 +44,7 @@ class Change:
 
 @dataclass
 class Basis:
-    """Names of tensors that have changed, what is left to do online per site, and biases of linears that had none, by
-    weight."""
+    """Names of modified tensors, online changes by site, and new biases of linears that had none, by weight."""
 
     tensors: set[str] = field(default_factory=set)
     nodes: dict[str, Change] = field(default_factory=dict)
@@ -53,10 +52,10 @@ class Basis:
 
 
 def change_basis(graphs: Sequence[Graph], scheme: QuantizeScheme, calibration: Calibration) -> Basis:
-    """Change the basis of one component: its tensors in all graphs that hold them, and statistics in `calibration`.
+    """Change the basis of one component: its tensors in all graphs that hold them, and the statistics in `calibration`.
 
-    A tensor is replaced as soon as its new values are known, so that old and new weights are never there together.
-    graphs: of one owner; what is found in the first holds for all.
+    A tensor is replaced as soon as its new values are known, so that old and new weights never coexist. graphs: of one
+    owner; the result for the first applies to all.
     """
     graph = graphs[0]
     finder = _Finder(graph, graphs, scheme, calibration, Basis())
@@ -83,7 +82,7 @@ class _Finder:
         return get_tensor(self.graph.module, name).detach().double()
 
     def update(self, name: str, new: torch.Tensor) -> None:
-        """Put f64 values in place of a tensor, in its type."""
+        """Replace a tensor by f64 values, cast to its type."""
         self._put(name, new.to(get_tensor(self.graph.module, name).dtype).contiguous())
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
@@ -92,7 +91,7 @@ class _Finder:
         self.basis.tensors.add(name)
 
     def change_input(self, stub: fx.Node, site: str, scaled: bool) -> None:
-        """Balance, rotate and centre the input of the linears behind one stub."""
+        """Balance, rotate and centre the input of the linears after one stub."""
         x = stub.args[0]
         assert isinstance(x, fx.Node)
         linears = list(stub.users)
@@ -119,7 +118,7 @@ class _Finder:
             self.basis.nodes[site] = Change(rest, rotate, learned, None if shift is None else shift.float())
 
     def _center(self, site: str, linears: list[fx.Node]) -> torch.Tensor | None:
-        """Put the mean of a site's transformed input into biases; returns what must be subtracted, f64[C]."""
+        """Fold the mean of a site's transformed input into biases; returns the shift to subtract, f64[C]."""
         least, statistics = self.scheme.center, self.calibration.inputs.get(site)
         if least is None or statistics is None or not statistics.tokens:
             return None
@@ -133,7 +132,7 @@ class _Finder:
         return mean
 
     def _fold_shift(self, x: fx.Node, stub: fx.Node, shift: torch.Tensor) -> bool:
-        """Subtract a vector in the bias of the norm that makes x, if only this stub reads it; whether it could."""
+        """Fold the shift into the bias of the norm that produces x, if only this stub reads it; returns success."""
         bias = x.args[3] if is_call(x, aten.layer_norm.default) and len(x.args) > 3 else None
         if list(x.users) != [stub] or not isinstance(bias, fx.Node) or len(bias.users) > 1:
             return False
@@ -141,7 +140,7 @@ class _Finder:
         return True
 
     def _add_bias(self, linear: fx.Node, more: torch.Tensor) -> None:
-        """Add f64[N] to the bias of a linear, which gets one where it has none."""
+        """Add f64[N] to the bias of a linear, creating it if there is none."""
         name = self.bias_name(linear)
         if name is not None:
             self.update(name, self.tensor(name) + more)
@@ -152,11 +151,13 @@ class _Finder:
         self._put(name, more.to(get_tensor(self.graph.module, weight).dtype))
 
     def bias_name(self, linear: fx.Node) -> str | None:
-        """The name of a linear's bias, one that it has only just got included."""
+        """The name of a linear's bias, including a newly created one."""
         return self.basis.biases.get(weight_name(linear), _bias_name(linear))
 
     def _balance(self, site: str, names: list[str], rotate: bool) -> torch.Tensor | None:
-        """1 / s for the linears `names`, f64[C], by strength or by search; None without a recipe or data for it."""
+        """1 / s for the linears `names`, f64[C], by strength or by search; None if the recipe asks for neither, or
+        without data.
+        """
         strength, statistics = self.scheme.smooth, self.calibration.inputs.get(site)
         if statistics is None or not statistics.tokens:
             return None
@@ -176,7 +177,7 @@ class _Finder:
             self.calibration.inputs[site] = self.calibration.inputs[site].transformed(matrix)
 
     def _fold_scale(self, x: fx.Node, stub: fx.Node, scale: torch.Tensor) -> bool:
-        """Fold a per-channel scale into what makes x, if only this stub reads it; returns whether that was possible."""
+        """Fold a per-channel scale into the producer of x, if only this stub reads it; returns whether it could."""
         if list(x.users) != [stub]:
             return False
         if is_call(x, RMSNORM):
@@ -250,7 +251,7 @@ class _Finder:
 
 
 def _makes_each_channel(factor: object, channels: int) -> bool:
-    """Whether a factor of a product is a linear with a row for every channel that nothing else reads."""
+    """Whether a factor of a product is a linear with one row per channel and no other reader."""
     if not isinstance(factor, fx.Node) or not is_call(factor, aten.linear.default):
         return False
     return len(factor.users) == 1 and value(factor).shape[-1] == channels
@@ -271,13 +272,13 @@ def _bias_name(linear: fx.Node) -> str | None:
 
 
 def _inverse_smoothing(inputs: torch.Tensor, weights: torch.Tensor, strength: float) -> torch.Tensor:
-    """1 / s, s = inputs^strength / weights^(1 - strength); channels that are never used keep scale 1."""
+    """1 / s, s = inputs^strength / weights^(1 - strength); unused channels keep scale 1."""
     scale = weights.clamp(min=SMALLEST).pow(1 - strength) / inputs.clamp(min=SMALLEST).pow(strength)
     return torch.where((inputs > 0) & (weights > 0), scale, torch.ones_like(scale))
 
 
 def _value_and_output(graph: Graph, stub: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The linear that makes a layer's values and the one that reads its attention, if only shapes lie between."""
+    """The linear that produces a layer's values and the one that reads its attention, if only shapes change between."""
     source = stub.args[0]
     assert isinstance(source, fx.Node)
     produce = through_shape_ops(source)
@@ -293,7 +294,7 @@ def _value_and_output(graph: Graph, stub: fx.Node) -> tuple[fx.Node, fx.Node] | 
 
 
 def _read_as_value(stub: fx.Node) -> bool:
-    """Whether attention and the cache alone read what is stubbed, as values (some models make keys of values)."""
+    """Whether only attention and the cache read the stub, as values (some models derive keys from values)."""
     pending = [stub]
     while pending:
         node = pending.pop()
@@ -310,10 +311,10 @@ def _read_as_value(stub: fx.Node) -> bool:
 
 
 def _sole_reader(source: fx.Node, reader: fx.Node) -> bool:
-    """Whether nothing but `reader` gets to see `source`, through whatever shapes."""
+    """Whether `reader` is the only reader of `source`, looking through shape operators."""
     node = source
     while node is not reader:
-        # Sizes are read off a tensor without looking at its values.
+        # Reading a size does not read the tensor's values.
         users = [user for user in node.users if not is_call(user, aten.sym_size.int)]
         if len(users) != 1:
             return False

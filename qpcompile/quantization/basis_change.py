@@ -1,9 +1,9 @@
-"""How the change of basis T D of a linear's input changes weights and statistics: T a rotation, D = diag(scale).
+"""Apply the basis change T D of a linear's input to weights and statistics: T a rotation, D = diag(scale).
 
     W' = W D^-1 T^-1        x' = T D x        M' = T D M D T^T
 
-A wide T is applied by its factors, C (A + c) products a row instead of C^2: the layer of a 7B takes seconds instead of
-minutes. A narrow one is a matrix.
+A wide T is applied by its factors, C (A + c) operations per row instead of C^2: a layer of a 7B model takes seconds
+instead of minutes. A narrow one is a matrix.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from qpcompile.calibration.statistics import InputStatistics, strips
 from qpcompile.kernels.hadamard.reference import factors_f64, hadamard_matrix
 
-# Channels above which a rotation is applied by its factors.
+# The width above which a rotation is applied by its factors.
 WIDE = 2048
 
 
@@ -47,7 +47,7 @@ class Turn:
         return vector if self.scale is None else vector / self.scale
 
     def statistics(self, found: InputStatistics) -> InputStatistics:
-        """Of T D x from those of x."""
+        """Statistics of T D x from those of x."""
         if self.channels > WIDE:
             return found.turned(lambda rows: self._rows(rows if self.scale is None else rows * self.scale))
         matrix = rotation(self.channels, self.rotate, self.device)

@@ -1,10 +1,10 @@
-"""Weighted sums of the blocks of a symmetric matrix: all that the best factors of a Kronecker product ask of it.
+"""Weighted block sums of a symmetric matrix: all that optimizing the factors of a Kronecker product needs of it.
 
     S: [A c, A c] in A x A blocks of c x c        left[a, b] = sum_ij S[a i, b j] w[i, j]
                                                   right[i, j] = sum_ab S[a i, b j] w[a, b]
 
-Neither a float64 copy of S nor, where S = X^T X is of few rows, S itself is made: at 11,008 channels each takes a
-gigabyte, and S takes more time than all sums.
+Neither a float64 copy of S nor, if S = X^T X has few rows, S itself is materialized: at 11,008 channels each takes a
+gigabyte, and computing S takes longer than all sums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Elements of the rows that are worked on at a time.
+# Elements of the rows processed at a time.
 PART = 2**22
 
 
@@ -34,7 +34,7 @@ class BlockSums(ABC):
         """weights: f64[A, A], symmetric -> f64[c, c]."""
 
     def lifted(self, share: float) -> Lifted:
-        """Sums of S with `share` of its mean eigenvalue added to every eigenvalue."""
+        """Sums of the regularized S: `share` of its mean eigenvalue is added to every eigenvalue."""
         eye = torch.eye(self.sizes[1], dtype=torch.float64, device=self.device)
         return Lifted(self.sizes, self, share * float(self.left(eye).trace()) / (self.sizes[0] * self.sizes[1]))
 
@@ -70,7 +70,7 @@ class SumsOfMatrix(BlockSums):
 
 @dataclass(frozen=True)
 class SumsOfRows(BlockSums):
-    """S = X^T X, X: the rows of all `matrices`, f[N, A c] each. Products are float32, sums of parts float64."""
+    """S = X^T X, X: the rows of all `matrices`, f[N, A c] each. Products are float32, sums over blocks float64."""
 
     matrices: Sequence[torch.Tensor]
 
@@ -124,7 +124,7 @@ class Lifted(BlockSums):
 
 
 def sum_of(terms: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Of at least one term, without a zero to begin with."""
+    """The sum of at least one term, without an initial zero."""
     total = next(terms)
     for term in terms:
         total = total + term

@@ -1,4 +1,4 @@
-"""What a stub's value becomes once it is quantized: the numerics of the operators, in floating point."""
+"""Fake quantization of stubbed values: the numerics of the quantized operators, in floating point."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from qpcompile.recipe.quantize import QuantizeScheme
 
 
 class StubRounding:
-    """`fake_quantize` for one recipe over many samples: a weight, which is always the same, is rounded once.
+    """`fake_quantize` for one recipe over many samples: constant weights are rounded once and cached.
 
-    It is kept in 4 bits: all weights rounded, in 16 bits, would be a second copy of the model.
+    The cache is in 4 bits: all rounded weights in 16 bits would be a second copy of the model.
     """
 
     def __init__(self, scheme: QuantizeScheme) -> None:
@@ -39,7 +39,7 @@ class StubRounding:
 
 
 def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> torch.Tensor:
-    """x: f[...] as the 4-bit operators will see it; unchanged where the recipe keeps 16 bits."""
+    """x: f[...] quantized and dequantized; unchanged if the recipe keeps 16 bits."""
     if fact.role == "activation":
         if scheme.activations.bits == 16:
             return x
@@ -56,7 +56,7 @@ def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> to
 
 
 def round_trip(x: torch.Tensor, group_size: int, clip_ratio: float) -> torch.Tensor:
-    """x: f[..., C] through 4-bit codes and back."""
+    """x: f[..., C] quantized to 4-bit codes and dequantized."""
     return _widened(*quantize_int4(x, group_size, clip_ratio), x.dtype)
 
 

@@ -1,15 +1,15 @@
-"""What is trained at one input of linears: two factors of a change of basis, and how far the input is clipped.
+"""The trainable parameters at one linear input: two factors of a basis change, and a clip ratio.
 
     x' = (L kron R) x        W' = W (L kron R)^-1        scale of x' = sigmoid(c) max|x'| / 7
 
-rotation     L, R orthogonal: Cayley's (I - S)(I + S)^-1 of a skew S, so that a step never leaves the rotations
-flatquant    L, R free; they begin at the minimum of  tr(M Sigma) tr(M^-1 W^T W),  M = (L kron R)^T (L kron R), which
-             is the noise of rounding a spread-out x' to 4 bits, and are inverted as they are
+rotation     L, R orthogonal: Cayley's (I - S)(I + S)^-1 of a skew-symmetric S, so that every step stays a rotation
+flatquant    L, R free; initialized at the minimum of  tr(M Sigma) tr(M^-1 W^T W),  M = (L kron R)^T (L kron R), which
+             is the noise of rounding an outlier-free x' to 4 bits, and inverted directly
 
-Both begin behind the Hadamard rotation that is already there. Rounding passes gradients straight through.
+Both are initialized on top of the existing Hadamard rotation. Rounding uses the straight-through estimator.
 
-Sources: "FlatQuant" (arXiv 2410.09426), section 3; "SpinQuant" (arXiv 2405.16406), section 3.2; the beginning is ours:
-for one factor the minimum is the geometric mean of Sigma^-1 and W^T W.
+Sources: "FlatQuant" (arXiv 2410.09426), section 3; "SpinQuant" (arXiv 2405.16406), section 3.2; the initialization is
+ours: for one factor the minimum is the geometric mean of Sigma^-1 and W^T W.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from qpcompile.quantization.block_sums import BlockSums
 
 HIGHEST = 7
 SWEEPS = 5
-# Share of the mean eigenvalue below which an eigenvalue counts as this share.
+# Regularization: this share of the mean eigenvalue is added to every eigenvalue.
 FLOOR = 1e-3
 
 
 class LearnedTransform(nn.Module):
-    """Factors of sizes A and c, at first the identity; rotations, or free. `clip`: the ratio to begin with, < 1."""
+    """Factors of sizes A and c, initially the identity; rotations, or free. `clip`: the initial ratio, < 1."""
 
     def __init__(self, rotation: bool, left: int, right: int, clip: float) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class LearnedTransform(nn.Module):
         self.clip = nn.Parameter(torch.tensor(math.log(clip / (1 - clip))))
 
     def begin(self, second: BlockSums, gram: BlockSums) -> None:
-        """Start free factors from sums over second: f[C, C], x x^T, and over gram: f[C, C], W^T W, of any scale."""
+        """Initialize free factors from sums of second: f[C, C], x x^T, and gram: f[C, C], W^T W, of any scale."""
         left, right = balanced_factors(second, gram)
         with torch.no_grad():
             self.left.copy_(left)
@@ -51,7 +51,7 @@ class LearnedTransform(nn.Module):
         return self.left, self.right
 
     def inputs(self, x: torch.Tensor, group_size: int) -> torch.Tensor:
-        """x: f[..., C] -> f32[..., C], transformed and rounded as the operators will."""
+        """x: f[..., C] -> f32[..., C], transformed and fake-quantized."""
         left, right = self.factors()
         return rounded(kronecker_rows(x, left, right), group_size, torch.sigmoid(self.clip))
 
@@ -68,7 +68,7 @@ def kronecker_rows(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
 
 
 def rounded(x: torch.Tensor, group_size: int, clip: torch.Tensor | float) -> torch.Tensor:
-    """x: f[..., C] to 4-bit codes and back, one scale per row or group of a row; gradients go straight through."""
+    """x: f[..., C] fake-quantized to 4 bits, one scale per row or group of a row, with straight-through gradients."""
     groups = x.unflatten(-1, (-1, group_size)) if group_size else x.unsqueeze(-2)
     scale = (groups.abs().amax(dim=-1, keepdim=True) * clip / HIGHEST).clamp(min=1e-12)
     ratio = groups / scale
@@ -77,14 +77,14 @@ def rounded(x: torch.Tensor, group_size: int, clip: torch.Tensor | float) -> tor
 
 
 def cayley(free: torch.Tensor) -> torch.Tensor:
-    """The rotation that the upper triangle of f[n, n] stands for."""
+    """The rotation parameterized by the upper triangle of f[n, n]."""
     skew = free.triu(1) - free.triu(1).T
     eye = _eye(*free.shape).to(free)
     return torch.linalg.solve(eye + skew, eye - skew)
 
 
 def balanced_factors(second: BlockSums, gram: BlockSums) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric L: f32[A, A] and R: f32[c, c] of the module's docstring, by turns."""
+    """The symmetric L: f32[A, A] and R: f32[c, c] of the module's docstring, by alternating minimization."""
     second, gram = second.lifted(FLOOR), gram.lifted(FLOOR)
     first, last = (torch.eye(size, dtype=torch.float64) for size in second.sizes)
     for _ in range(SWEEPS):

@@ -1,13 +1,13 @@
-"""Search a scale per input channel for the least error of what linears give after rounding.
+"""Search per-channel input scales for the least output error of quantized linears (AWQ, MBQ).
 
     s = (mean |x|)^t / sqrt(max s min s)        t of 0, 1/20, ..., 19/20        x' = T (x / s)      W' = W diag(s) T^-1
     awq    min over t of  mean over tokens | W x - Q(W') Q(x') |^2
-    mbq    the same with  |.| instead of its square, and tokens weighed: 1 for text, rho for visual tokens
+    mbq    the same with  |.| instead of its square, and token weights: 1 for text, rho for visual tokens
 
-Q(x') is x' where activations stay in 16 bits. rho comes from gradients (`modality_ratios`).
+Q(x') is x' if activations stay in 16 bits. rho comes from gradients (`modality_ratios`).
 
-Sources: "AWQ" (arXiv 2306.00978), section 3.2; "MBQ" (arXiv 2412.19509), section 3.2, with its text tokens being all
-tokens that are not visual.
+Sources: "AWQ" (arXiv 2306.00978), section 3.2; "MBQ" (arXiv 2412.19509), section 3.2, where text tokens are all tokens
+that are not visual.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def search_scale(
 ) -> torch.Tensor:
     """rows: f[R, C] calibration tokens, weights: f[N, C], turn: f[C, C] orthogonal, importance: f[R] -> 1 / s: f64[C].
 
-    importance: how much each token's error counts; all ones for awq.
+    importance: the weight of each token's error; all ones for awq.
     """
     x, wide = rows.float(), weights.float()
     exact, rotation = x @ wide.T, turn.float()

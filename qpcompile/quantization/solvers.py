@@ -1,7 +1,7 @@
-"""Round a weight matrix to 4 bits: to nearest, or with GPTQ.
+"""Weight quantization solvers to 4 bits: round-to-nearest (RTN) and GPTQ.
 
     rtn    q = clamp(round(w / s), -8, 7), s per output channel or per group of inputs
-    gptq   columns one after the other; each one's rounding error is moved to the columns behind it through the
+    gptq   column by column; the rounding error of each is compensated in the columns after it through the
            inverse of H = X X^T + damping * mean(diag) I
 
 Source: "GPTQ" (arXiv 2210.17323), section 3 and algorithm 1.
@@ -24,7 +24,7 @@ def solve(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight: f[N, K]; moments: f32[K, K] (sum x x^T) or None -> codes i8[N, K], scale f32[N, G].
 
-    Without moments GPTQ has nothing to go by and rounds to nearest.
+    Without moments GPTQ falls back to rounding to nearest.
     """
     wide = weight.detach().float()
     scale = _scales(wide, moments, scheme)
@@ -34,7 +34,7 @@ def solve(
 
 
 def output_error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor | None) -> float:
-    """||(W - Q) X|| / ||W X|| from the second moments; of the weights themselves where there are none."""
+    """||(W - Q) X|| / ||W X|| from the second moments; without them, the error of the weights themselves."""
     if moments is None:
         wide = weight.detach().double()
         difference = wide - _expand(scale, wide.shape[1]).double() * codes.double()
@@ -50,7 +50,7 @@ def output_error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor,
 
 
 def _scales(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightScheme) -> torch.Tensor:
-    """f32[N, G]: the largest magnitude over 7, or the clipped one with the least weighted squared error."""
+    """f32[N, G]: the absolute maximum over 7, or the clipped one with the least weighted squared error."""
     rows, columns = weight.shape
     size = scheme.kernel_group or columns
     groups = weight.view(rows, columns // size, size)
@@ -90,7 +90,7 @@ def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, damp
 
 
 def _inverse_factor(moments: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of H^-1, f32[K, K]. Of a wide layer each f64[K, K] takes a gigabyte: two at a time."""
+    """The upper Cholesky factor of H^-1, f32[K, K]. Each f64[K, K] may take a gigabyte: at most two at once."""
     matrix = moments.to(torch.float64, copy=True)
     matrix[dead, dead] = 1.0
     matrix.diagonal().add_(damping * matrix.diagonal().mean())

@@ -1,6 +1,6 @@
-"""Scales that are fixed by calibration, one for visual and one for text tokens, and the graph's choice between them.
+"""Static activation scales from calibration, one per modality, and their per-token selection in the graph.
 
-    scale_m = r max|x| / 7 over calibration tokens of modality m;  r by search where the recipe asks, else 1
+    scale_m = r max|x| / 7 over calibration tokens of modality m;  r by search if the recipe asks, else 1
 
 Prefill selects by the visual mask, carried through token cuts; the tower and the projector see visual tokens only, and
 decode text only.
@@ -27,7 +27,7 @@ RATIOS = tuple(1 - 0.03 * step for step in range(25))
 
 
 def static_scales(statistics: InputStatistics, weights: torch.Tensor, search: bool) -> torch.Tensor:
-    """weights: f[N, C] of the linears behind -> f32[2], for visual and for text tokens; one stands in for the other."""
+    """weights: f[N, C] of the linears -> f32[2], for visual and text tokens; a missing one is replaced by the other."""
     gram = weights.float().T @ weights.float()
     visual, text = statistics.rows[statistics.visual], statistics.rows[~statistics.visual]
     found = [_scale(rows if len(rows) else statistics.rows, gram, search) for rows in (visual, text)]
@@ -50,7 +50,7 @@ def _scale(rows: torch.Tensor, gram: torch.Tensor, search: bool) -> float:
 
 
 def select_scale(graph: Graph, stub: fx.Node, scales: torch.Tensor, name: str) -> fx.Node:
-    """The scale of each token of a stubbed input: f32[1] where all tokens are of one kind, else f32[B, S, 1]."""
+    """The scale of each token of a stubbed input: f32[1] if all tokens have one modality, else f32[B, S, 1]."""
     mask = visual_mask(graph, stub) if graph.name == PREFILL else None
     if mask is None:
         kind = 1 if graph.name == DECODE else 0
@@ -62,7 +62,7 @@ def select_scale(graph: Graph, stub: fx.Node, scales: torch.Tensor, name: str) -
 
 
 def visual_mask(graph: Graph, stub: fx.Node) -> fx.Node | None:
-    """Which tokens are visual where the stub stands, bool[B, N]; None where its tokens are not the prompt's."""
+    """Which tokens are visual at the stub, bool[B, N]; None if its tokens are not the prompt's."""
     if VISUAL in graph.inputs:
         mask = graph.placeholder(VISUAL)
     else:
@@ -78,7 +78,7 @@ def visual_mask(graph: Graph, stub: fx.Node) -> fx.Node | None:
 
 
 def _kept(graph: Graph, select: fx.Node, mask: fx.Node) -> fx.Node:
-    """The mask behind a cut; made once."""
+    """The mask after a cut; created once."""
     index = next(user for user in select.users if user.target is operator.getitem and user.args[1] == 0)
     for user in mask.users:
         if is_call(user, aten.gather.default) and user.args == (mask, 1, index):

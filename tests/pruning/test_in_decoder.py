@@ -112,8 +112,8 @@ def test_withdrawal_takes_the_layer_from_the_mean() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["tokens.keep=0.3"], "needs the layer, or the mean"),
-        (["tokens.keep=0.3", "tokens.keep_of=mean", "tokens.candidate_layers=[2]"], "needs the layer, or the mean"),
+        (["tokens.keep=0.3"], "needs exactly one of the layer and the mean"),
+        (["tokens.keep=0.3", "tokens.keep_of=mean", "tokens.candidate_layers=[2]"], "needs exactly one of the layer and the mean"),
         (["tokens.keep=0.02", "tokens.keep_of=mean"], "is 0 layers that see the picture"),
         (["tokens.keep=1.0", "tokens.keep_of=mean"], "is 32 layers that see the picture"),
         (["tokens.candidate_layers=[2, 3]"], "vtw cuts once"),
@@ -280,5 +280,5 @@ def test_positions_that_nobody_reads_are_refused() -> None:
     program.plan = program.plan.changed(cuts=(Cut(layer=-1, ratio=0.5, numerator=1, denominator=2),))
     graph = program.graphs[PREFILL]
     add_input(graph, POSITIONS, tuple(value(graph.placeholder("inputs_embeds")).shape[:2]), torch.int64)
-    with pytest.raises(PlanError, match=r"nothing that the layers behind .* read is computed from position_ids"):
+    with pytest.raises(PlanError, match=r"nothing that the layers after .* read is computed from position_ids"):
         InsertTokenCuts().run(program)

@@ -63,7 +63,7 @@ def test_another_tower_is_read() -> None:
     [
         (Gelu(), "no attention layer"),
         (Attending(hides=True, behind=nn.GELU()), "hides some patches"),
-        (Attending(hides=False, behind=Halves()), "cannot be followed"),
+        (Attending(hides=False, behind=Halves()), "cannot be traced"),
     ],
 )
 def test_refuses_a_tower_that_cannot_be_read(module: nn.Module, text: str) -> None:

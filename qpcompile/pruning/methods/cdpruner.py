@@ -1,12 +1,12 @@
-"""CDPruner: visual tokens that are relevant to the question and unlike each other. QAPruner: and at risk at 4 bits.
+"""CDPruner: select by relevance to the question and diversity. QAPruner: and by quantization risk.
 
     r_i   text_relevance; QAPruner: a r_i + (1 - a) risk_i
     L     diag(r) S diag(r), S the cosines of the visual embeddings
-    keep  the greedy MAP of the determinantal process L: dpp_select
+    keep  greedy MAP of the determinantal point process L: dpp_select
 
 Sources: CDPruner (arXiv 2506.10967), section 3; QAPruner (arXiv 2604.02816), section 3, with the fusion of its code,
-into the relevance rather than into a final score. The cosine with the question is a stand-in for CLIP's, see
-kernels/text_relevance; all pictures of a prompt are one set.
+into the relevance rather than into a final score. The cosine with the question is a substitute for CLIP's, see
+kernels/text_relevance; all pictures of a prompt form one set.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""DART: a few pivot tokens, and the tokens least like them, so that what is dropped has a duplicate.
+"""DART: keep pivot tokens and the tokens least similar to them, so that dropped tokens are near-duplicates.
 
-Source: DART (arXiv 2502.11494), section 4, with the settings of its code: behind the decoder's second layer, pivots by
-the L1 norm of that layer's keys, 4 among visual tokens and 4 among the text behind them. Ours: cosines are of the
-residual stream, without the decoder's last norm, and what is left of a budget is dealt evenly (kernels/pivot_tokens).
+Source: DART (arXiv 2502.11494), section 4, with the settings of its code: after the decoder's second layer, pivots by
+the L1 norm of that layer's keys, 4 among visual tokens and 4 among the text after them. Ours: cosines are of the
+residual stream, without the decoder's final norm, and the remainder of a budget is divided evenly
+(kernels/pivot_tokens).
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class Dart:
         return False
 
     def schedule(self, program: Program) -> Schedule:
-        """One cut, behind the second layer or the one that the recipe names."""
+        """One cut, after the second layer or the one in the recipe."""
         return Schedule((one_layer(program, SECOND_LAYER),), lambda keep: (keep,))
 
     def scores(self, point: Point) -> fx.Node:
-        """2 for pivots, 1 for the tokens least like one, 0 for those that go."""
+        """2 for pivots, 1 for the tokens least similar to one, 0 for dropped tokens."""
         chosen = point.call(
             PIVOT_TOKENS,
             point.hidden(),

@@ -1,4 +1,4 @@
-"""DivPrune: visual tokens that are as far from each other as can be. Source: DivPrune (arXiv 2503.02175), section 3."""
+"""DivPrune: select visual tokens by max-min diversity. Source: DivPrune (arXiv 2503.02175), section 3."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qpcompile.pruning.pruner import Point, Pruner
 
 @dataclass(frozen=True)
 class DivPrune(BeforeDecoder):
-    """See the module's docstring. All pictures of a prompt are one set."""
+    """See the module's docstring. All pictures of a prompt form one set."""
 
     def scores(self, point: Point) -> fx.Node:
         """Earlier picks are higher."""

@@ -1,6 +1,6 @@
-"""FastV: one cut behind an early layer, by the attention that the last token pays there.
+"""FastV: one cut after an early layer, by the last token's attention there.
 
-    score_i = 1/H sum_h A^h[last, i]        of layer K-1, behind which keep * V tokens stay
+    score_i = 1/H sum_h A^h[last, i]        of layer K-1, after which keep * V tokens are kept
 
 Source: "FastV" (arXiv 2403.06764), section 4, with K = 2. Both variants of its code are `tokens.position_mode`.
 """
@@ -28,11 +28,11 @@ class FastV:
         return False
 
     def schedule(self, program: Program) -> Schedule:
-        """One cut, behind the second layer unless the recipe names another."""
+        """One cut, after the second layer unless the recipe names another."""
         return Schedule((one_layer(program, LAYER),), lambda keep: (keep,))
 
     def scores(self, point: Point) -> fx.Node:
-        """Attention from the last token, in the layer in front of the cut."""
+        """Attention from the last token, in the layer before the cut."""
         return attention_from(point, last(point), point.attention())
 
 

@@ -1,12 +1,11 @@
-"""joint: the best of several schedules tried on samples, attention of the text inside the decoder, diversity before it.
+"""joint: a schedule searched on samples, scored by text attention inside the decoder and diversity before it.
 
-    schedule   the one whose next token is closest to the full model's (passes/search_schedule.py): a layer that reads
-               the picture keeps it, layers that have read it let it go
-    score      behind layer l: attention from the text's queries, mean over heads, of the quantized layer
-               in front of the decoder, where nothing has looked yet: CDPruner's relevance and diversity
+    schedule   the one whose next-token distribution is closest to the full model's (passes/search_schedule.py)
+    score      after layer l: attention from the text's queries, mean over heads, of the quantized layer
+               before the decoder, where there is no attention yet: CDPruner's relevance and diversity
 
-Ours. QUOTA (arXiv 2604.17320) shares a fixed drop by a softmax over each layer's own deviation, and mixes magnitude,
-visual attention and residual into the score.
+Ours. QUOTA (arXiv 2604.17320) instead distributes a fixed drop by a softmax over each layer's own deviation, and adds
+magnitude, visual attention and residual to the score.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ class Joint:
     in_front: Pruner = field(default_factory=CdPruner)
 
     def profiles(self, recipe: Recipe) -> bool:
-        """Schedules are tried on samples."""
+        """Schedules are evaluated on samples."""
         return True
 
     def schedule(self, program: Program) -> Schedule:
-        """What the search found; its mean is the recipe's already."""
+        """The result of the search; its mean is already the recipe's."""
         layers, ratios = zip(*cut_layers_of(program.measured[SCHEDULE]), strict=True)
         return Schedule(layers, lambda keep: ratios)
 
     def scores(self, point: Point) -> fx.Node:
-        """What the text looks at, or, in front of the decoder, what is relevant and unlike the rest."""
+        """Attention from the text, or, before the decoder, relevance and diversity."""
         if point.layer == INPUT:
             return self.in_front.scores(point)
         return attention_from(point, QUERIES[point.recipe.tokens.queries](point), point.attention())

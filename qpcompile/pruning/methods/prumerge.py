@@ -1,13 +1,14 @@
-"""PruMerge+: tokens that the vision tower attends to, evenly spaced others, and every kept token takes up neighbours.
+"""PruMerge+: keep tokens with high vision-tower attention plus a uniform sample, and merge neighbours into each.
 
-    kept     the tokens with the highest attention received (one softmax over all heads joined), and evenly spaced ones
+    kept     the tokens with the highest attention received (one softmax over all heads concatenated), and evenly spaced
+    ones
     x_i   <- x_i + sum of a_j x_j over the 32 other tokens j with the closest keys, a = attention shares of the prompt
 
 Source: "LLaVA-PruMerge" (arXiv 2403.15388), section 3, and its released code. The count there depends on the picture
-(outliers of the attention), here it is the recipe's: a quarter for outliers and the rest spaced, as a step of a third
-of the outliers' spacing gives. Ours too: the layer is the one whose output the model uses, tokens are cut and merged
-behind the projector, shares sum to 1 over the visual tokens of a prompt, and the extra token that the source appends
-for all dropped ones is left out.
+(outliers of the attention), here it is the recipe's: a quarter for outliers and the rest spaced, which corresponds to a
+spacing of a third of the outliers'. Also ours: the layer is the one whose output the model uses, tokens are cut and
+merged after the projector, shares sum to 1 over the visual tokens of a prompt, and the extra token that the source
+appends for all dropped ones is omitted.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ class PruMergePlus:
         return Schedule((INPUT,), lambda keep: (keep,))
 
     def read_tower(self, program: Program) -> None:
-        """Attention and keys of all heads side by side."""
+        """Attention and keys of all heads concatenated."""
         add_tower_outputs(program, joined_heads=True)
 
     def scores(self, point: Point) -> fx.Node:
-        """2 for the most attended tokens, 1 for the spaced ones, 0 for those that go."""
+        """2 for the most attended tokens, 1 for the spaced ones, 0 for dropped tokens."""
         return spread_scores(point, SPACED)
 
     def merge(self, point: Point, scores: fx.Node) -> fx.Node:
-        """Every kept token with its neighbours' attention-weighted sum."""
+        """Add to every kept token the attention-weighted sum of its neighbours."""
         attention, keys = (point.graph.placeholder(path) for path in (VISUAL_SCORES, VISUAL_KEYS))
         visual = point.call(aten.bitwise_and.Tensor, point.visual, point.alive)
         stays = point.call(aten.bitwise_and.Tensor, visual, point.call(aten.gt.Scalar, scores, 0.0))

@@ -1,10 +1,10 @@
-"""PyramidDrop: cuts at a quarter, a half and three quarters of the depth, each by the layer behind it.
+"""PyramidDrop: cuts at a quarter, a half and three quarters of the depth, each scored by the layer after it.
 
     score_i = 1/H sum_h A^h[last, i]        of layer l+1, from the queries and keys of all its current tokens
-    r_i     = keep^(i / m)                  behind cut i of m: the paper's 50 %, 25 %, 12.5 % for keep = 12.5 %
+    r_i     = keep^(i / m)                  after cut i of m: the paper's 50 %, 25 %, 12.5 % for keep = 12.5 %
 
-The cut behind layer l lies inside layer l+1, between the projections and the rotary positions: its queries and keys
-score, and then only those of the kept tokens go on to its attention and into its cache.
+The cut after layer l is placed inside layer l+1, between the projections and the rotary embedding: its queries and keys
+compute the scores, and then only those of the kept tokens enter its attention and its cache.
 
 Source: "PyramidDrop" (arXiv 2410.17247), section 3.2, and its code for which layer scores.
 """
@@ -36,12 +36,12 @@ class PyramidDrop:
         return False
 
     def schedule(self, program: Program) -> Schedule:
-        """Three cuts, or those of the recipe, and a geometric row of ratios."""
+        """Three cuts, or those of the recipe, with geometrically decreasing ratios."""
         layers = cut_layers(program, layers_after(PARTS, len(program.layers)))
         return Schedule(layers, lambda keep: tuple(keep ** (i / len(layers)) for i in range(1, len(layers) + 1)))
 
     def place(self, graph: Graph, layer: int) -> fx.Node:
-        """Behind the last projection that the next layer's attention reads; what uses one moves behind this place."""
+        """After the last projection that the next layer's attention reads; readers of projections move after it."""
         read = read_attention(attention_node(graph, layer + 1))
         made_of = {
             node
@@ -65,7 +65,7 @@ class PyramidDrop:
         return moved[0] if moved else border
 
     def scores(self, point: Point) -> fx.Node:
-        """Attention from the last token, in the layer behind the cut."""
+        """Attention from the last token, in the layer after the cut."""
         return attention_from(point, last(point), point.attention(point.layer + 1))
 
 

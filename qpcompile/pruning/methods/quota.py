@@ -1,4 +1,4 @@
-"""QUOTA: a schedule by sensitivity, and scores of attention, magnitude and quantization residual.
+"""QUOTA: a sensitivity-based schedule, and scores from attention, magnitude and quantization residual.
 
 Source: "QUOTA" (arXiv 2604.17320), section 3.2 (equations 2 to 5) and 3.3 (equations 6 to 8); the thresholds of the
 candidate rule are ours.
@@ -34,18 +34,18 @@ class Quota:
     """See the module's docstring."""
 
     def profiles(self, recipe: Recipe) -> bool:
-        """Only where the layers to cut behind are found by measuring."""
+        """Only if the layers to cut after are selected by measurement."""
         return recipe.tokens.candidate_layers == "auto"
 
     def schedule(self, program: Program) -> Schedule:
-        """Candidate layers, and drops shared among them by how robust they are to quantization."""
+        """Candidate layers, with drops distributed by their robustness to quantization."""
         return sensitivity_schedule(program)
 
     def scores(self, point: Point) -> fx.Node:
         """The weighted sum of the four metrics, and the risk of quantization where the recipe asks for it."""
         tokens = point.recipe.tokens
         weights = tokens.weights
-        # A stage-wise order scores with what is known without the quantizer (table 3 of the paper).
+        # A stage-wise order scores without knowledge of the quantizer (table 3 of the paper).
         residual = weights.residual if point.recipe.order == "joint" else 0.0
         attention = point.attention()
         rounding = rounding_of(point)
@@ -75,7 +75,7 @@ class Quota:
 
 @dataclass(frozen=True)
 class _Rounding:
-    """What residual is measured on, f[B, N, C], and how it is rounded there."""
+    """The tensor whose residual is measured, f[B, N, C], and its quantizer."""
 
     value: fx.Node
     rotate: bool
@@ -84,7 +84,7 @@ class _Rounding:
 
 
 def rounding_of(point: Point) -> _Rounding:
-    """The residual stream, or the tensor that the next layer's first linear rounds; with the recipe's quantizer."""
+    """The residual stream, or the input of the next layer's first linear; with the recipe's quantizer."""
     scheme, tokens = point.recipe.quantize, point.recipe.tokens
     group_size, clip_ratio = (0, 1.0)
     if scheme is not None and scheme.activations.bits == 4:
@@ -100,7 +100,7 @@ def rounding_of(point: Point) -> _Rounding:
         clip_ratio = clip_ratio if fact.clip is None else fact.clip
         source = source.args[0]
         assert isinstance(source, fx.Node)
-    # Folded and online changes of basis are in this tensor already.
+    # This tensor includes folded and online basis changes already.
     return _Rounding(point.early(source), False, group_size, clip_ratio)
 
 
@@ -124,7 +124,7 @@ def sensitivity_schedule(program: Program) -> Schedule:
 
 
 def _profiled(program: Program) -> tuple[int, ...]:
-    """The candidate layers of the calibration run's profile."""
+    """The candidate layers by the profile from calibration."""
     tokens = program.recipe.tokens
     facts = program.plan.facts[:-1]
     return candidate_layers(

@@ -1,4 +1,4 @@
-"""Random tokens on QUOTA's schedule: the baseline that every other method has to beat."""
+"""Random tokens on QUOTA's schedule: the baseline for every other method."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PRIME, FACTOR = 1048573, 2654435761
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """See the module's docstring. `before_decoder` cuts once, in front of layer 0, as pre-decoder methods do."""
+    """See the module's docstring. `before_decoder` cuts once, before layer 0, like pre-decoder methods."""
 
     before_decoder: bool = False
 
     def profiles(self, recipe: Recipe) -> bool:
-        """The schedule is QUOTA's, so it is measured where that is."""
+        """As for QUOTA, whose schedule it uses."""
         return not self.before_decoder and recipe.tokens.candidate_layers == "auto"
 
     def schedule(self, program: Program) -> Schedule:
@@ -40,14 +40,14 @@ class RandomTokens:
             position = point.call(aten.gather.default, position, 1, point.kept)
         shifted = point.call(aten.add.Tensor, position, point.recipe.tokens.seed * 7919 + 1)
         mixed = _modulo(point, shifted, FACTOR)
-        # x^5 is one-to-one modulo this prime and, unlike x itself, spreads neighbours unevenly.
+        # x^5 is a bijection modulo this prime and, unlike x itself, decorrelates neighbours.
         square = _modulo(point, mixed, mixed)
         score = _modulo(point, _modulo(point, square, square), mixed)
         return point.only_visual(point.call(aten.to.dtype, score, torch.float32))
 
 
 def _modulo(point: Point, left: fx.Node, right: fx.Node | int) -> fx.Node:
-    """left * right modulo the largest prime below 2^20, which float32 holds exactly."""
+    """left * right modulo the largest prime below 2^20, which is exact in float32."""
     return point.call(aten.remainder.Scalar, point.call(aten.mul.Tensor, left, right), PRIME)
 
 

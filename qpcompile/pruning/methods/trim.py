@@ -1,8 +1,8 @@
-"""TRIM: visual tokens by their similarity with the question, to a static count.
+"""TRIM: select visual tokens by similarity to the question, with a static count.
 
-Source: TRIM (arXiv 2409.10994), section 3. Softmax keeps the order of the similarities, so the highest of these are
-chosen. Ours: the cosine is a stand-in for CLIP's (kernels/text_relevance), the count is the recipe's rather than that
-of outliers, and the mean of the dropped tokens is not appended: it would be a token without a position.
+Source: TRIM (arXiv 2409.10994), section 3. Softmax preserves the order of the similarities, so the highest ones are
+selected. Ours: the cosine is a substitute for CLIP's (kernels/text_relevance), the count is the recipe's rather than
+the number of outliers, and the mean of the dropped tokens is not appended: it would be a token without a position.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""VisionZip: the tokens that the vision tower attends to most, and a few spread ones that take up the rest.
+"""VisionZip: keep tokens with high vision-tower attention, and merge the rest into a few evenly spaced ones.
 
     dominant     the tokens with the highest attention received in the tower (tower.py)
     contextual   evenly spaced among the others; each becomes itself + the mean of the dropped tokens whose keys are
                  closest to its own
 
-Source: "VisionZip" (arXiv 2412.04467), section 3.2; 54 dominant and 10 contextual tokens of 64 as in its released
-code. Ours: tokens are cut and merged behind the projector, all pictures of a prompt share one budget, and contextual
-tokens lie at floor(j R / c) of the R others.
+Source: "VisionZip" (arXiv 2412.04467), section 3.2; 54 dominant and 10 contextual tokens of 64 as in its released code.
+Ours: tokens are cut and merged after the projector, all pictures of a prompt share one budget, and contextual tokens
+are at index floor(j R / c) of the R others.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ class VisionZip:
         add_tower_outputs(program, joined_heads=False)
 
     def scores(self, point: Point) -> fx.Node:
-        """2 for dominant tokens, 1 for contextual ones, 0 for those that go."""
+        """2 for dominant tokens, 1 for contextual ones, 0 for dropped tokens."""
         return spread_scores(point, CONTEXTUAL)
 
     def merge(self, point: Point, scores: fx.Node) -> fx.Node:
-        """The dropped tokens, averaged into the contextual one they are closest to."""
+        """Add to each contextual token the mean of the dropped tokens closest to it."""
         targets, dropped = (point.call(aten.eq.Scalar, scores, mark) for mark in (1.0, 0.0))
         attention, keys = (point.graph.placeholder(path) for path in (VISUAL_SCORES, VISUAL_KEYS))
         return point.call(MERGE_TOKENS, point.hidden(), keys, attention, targets, dropped, 0)
 
 
 def spread_scores(point: Point, share: float) -> fx.Node:
-    """The most attended tokens and evenly spaced others, `share` of the budget or what the recipe says instead."""
+    """The most attended tokens and evenly spaced others; `share` of the budget unless the recipe overrides it."""
     asked = point.recipe.tokens.spread_share
     counted = counted_tokens(point)
     marks = point.call(

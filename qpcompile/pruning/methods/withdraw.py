@@ -1,9 +1,9 @@
-"""VTW (visual tokens withdrawal): behind layer K no visual token is left.
+"""VTW (visual tokens withdrawal): drop all visual tokens after layer K.
 
 The mean over layers follows from K alone: with `keep_of: mean`, K is the last layer for which it is at most `keep`.
 
 Source: "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference"
-(arXiv 2405.05803), section 3; K is measured there, a key here.
+(arXiv 2405.05803), section 3; K is measured in the paper, and a recipe key here.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Withdraw:
         tokens = program.recipe.tokens
         if (tokens.candidate_layers == "auto") != (tokens.keep_of == "mean"):
             raise PlanError(
-                "vtw keeps no visual token behind its cut: it needs the layer, or the mean, not both and not neither",
+                "vtw keeps no visual token after its cut: it needs exactly one of the layer and the mean",
                 where="tokens.candidate_layers, tokens.keep_of",
                 do="write keep_of: mean and a keep, or keep_of: final and one layer in candidate_layers",
             )
-        # A hair more than the product, so that 0.3 of 10 layers is 3.
+        # Slightly more than the product, so that 0.3 of 10 layers is 3.
         layers = int(tokens.keep * len(program.layers) + 1e-9)
         if tokens.candidate_layers == "auto" and not 0 < layers < len(program.layers):
             raise PlanError(
@@ -48,7 +48,7 @@ class Withdraw:
         return Schedule((one_layer(program, layers - 1),), lambda keep: (0.0,))
 
     def scores(self, point: Point) -> fx.Node:
-        """All visual tokens alike: none stays."""
+        """Constant: no visual token is kept."""
         nothing = point.call(aten.to.dtype, point.visual, torch.float32)
         return point.only_visual(nothing)
 
