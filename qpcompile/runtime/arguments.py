@@ -1,7 +1,7 @@
-"""The arguments of one call of a component: by name, and none that its graph does not know.
+"""Check the arguments of a component call against its graph: all by name, none unknown.
 
-A graph computes what it was traced with. An argument that it has no input for would be dropped in silence, and the
-answer be a wrong one: that of a decoder without a cache, say, after transformers has given the cache another name.
+A graph computes what it was traced with. An argument without a graph input would be dropped silently and give a wrong
+answer: that of a decoder without a cache, for example, after transformers renamed the cache.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qpcompile.ir.sizes import value_type
 from qpcompile.ir.structure import named_tensors
 from qpcompile.ir.text import DTYPES, TYPE
 
-# Flags of a call that choose what is returned; they are not data. A graph's `constants` hold the traced ones.
+# Flags of a call that select what is returned; they are not data. A graph's `constants` hold the traced ones.
 FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
-# What may be given to a component and have no input in its graph, whatever its value. Keep this short.
+# Arguments that are allowed without a graph input, whatever their value. Keep this short.
 IGNORED = {
     "use_cache": "the decoder of a compiled model returns its cache or not as asked (run.py); others have none",
     "logits_to_keep": "rows are cut out by the host, of what the decoder returns and before the head sees them",
 }
-# What a flag says that was not given when the graph was traced.
+# The value of a flag that was not given when the graph was traced.
 ABSENT: dict[str, Any] = {
     "return_dict": True,
     "output_hidden_states": False,
@@ -55,17 +55,17 @@ def keyword_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: di
 
 
 def split_flags(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(flags, data) of a call; what is None or may be ignored is in neither."""
+    """(flags, data) of a call; None values and ignorable arguments are in neither."""
     said = {name: value for name, value in arguments.items() if value is not None and name not in IGNORED}
     flags = {name: value for name, value in said.items() if name in FLAGS}
     return flags, {name: value for name, value in said.items() if name not in FLAGS}
 
 
 def refuse_unknown(graph: Graph, flags: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Refuse a call that says something the graph was not traced with.
+    """Refuse a call with an argument the graph was not traced with.
 
-    data: after `prepare`, by the names that the graph's inputs have. Raises CaptureError that names component and
-    argument: a tensor without an input, or a value other than the traced one.
+    data: after `prepare`, by the names of the graph's inputs. Raises CaptureError naming component and argument: a
+    tensor without an input, or a value other than the traced one.
     """
     for name, value in data.items():
         tensors = [path for path, _ in named_tensors(value, name)]
@@ -78,7 +78,7 @@ def refuse_unknown(graph: Graph, flags: Mapping[str, Any], data: Mapping[str, An
 
 
 def input_kinds(graph: Graph) -> Kinds:
-    """Type and number of axes of each input of a graph, where they are known."""
+    """Type and number of axes of each input of a graph, if known."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     kinds: Kinds = {}
     for path, node in zip(graph.inputs, placeholders, strict=True):
@@ -91,10 +91,10 @@ def input_kinds(graph: Graph) -> Kinds:
 
 
 def fitted(graph: Graph, kinds: Kinds, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a call, with whole numbers in the width that the graph was traced with.
+    """The tensors of a call, with integers cast to the width that the graph was traced with.
 
-    Floating-point ones may have any type: `prepare` gives them the model's. Raises InputError that names an input of
-    another number of axes, or of another kind of numbers.
+    Floating-point tensors may have any type: `prepare` casts them to the model's. Raises InputError naming an input
+    with another number of axes or another kind of type.
     """
     given = dict(tensors)
     for path, tensor in tensors.items():
@@ -129,7 +129,7 @@ def _refuse_other(graph: Graph, name: str, value: Any) -> None:
 
 
 def _empty(value: Any) -> bool:
-    """A nest that holds nothing, like the features of no pictures."""
+    """Whether a nested value is empty, like the features of no pictures."""
     return isinstance(value, (Mapping, list, tuple)) and not any(True for _ in value)
 
 

@@ -1,4 +1,4 @@
-"""Move a program to another device: every tensor once, and what a graph makes anew is made there.
+"""Move a program to another device: every tensor once, and the devices of tensor-creating operators.
 
 %p = aten::arange(%s)                becomes      %p = aten::arange(%s, device=cuda:0)
 """
@@ -46,7 +46,7 @@ def _there(tensor: torch.Tensor, device: torch.device, moved: Moved) -> torch.Te
 
 
 def _move_nodes(graph: Graph, device: torch.device) -> None:
-    """Devices that the trace wrote down, and those of operators that make tensors from nothing."""
+    """Rewrite devices recorded in the trace, and those of operators that create tensors."""
     for node in graph.nodes:
         if node.op == "get_attr":
             node.meta["val"] = get_tensor(graph.module, str(node.target))

@@ -1,8 +1,8 @@
-"""Which settings of `generate` a compiled model serves, and which it refuses by name.
+"""Generation settings: which ones a compiled model supports, and which it refuses by name.
 
-transformers' own loop chooses tokens, stops, and records scores; the graphs give it logits. So every setting that works
-on logits or tokens is served as it is. What reads inside the decoder, calls it in another way, or fetches code is
-refused, be it an argument, part of `generation_config=`, or stored with the model.
+transformers' own loop chooses tokens, stops, and records scores; the graphs provide logits. Every setting that acts on
+logits or tokens is therefore supported. Settings that read decoder internals, call the decoder differently, or fetch
+code are refused, whether given as an argument, in `generation_config=`, or stored with the model.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ SERVED = frozenset(
     (
         # How long an answer is, and when it ends.
         "max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "max_time", "stop_strings",
-        # How a token is chosen.
+        # How a token is selected.
         "do_sample", "num_beams", "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "top_h",
         "typical_p", "epsilon_cutoff", "eta_cutoff", "length_penalty", "renormalize_logits", "remove_invalid_values",
-        # What is added to logits or taken away.
+        # Logits processors.
         "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
         "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty",
         "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "watermarking_config",
         # What is returned, and special tokens.
         "output_scores", "output_logits", "return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id",
-        # A compiled model has a cache of its own, whatever is asked: answers are eager's with one and without.
+        # A compiled model always uses its own cache: answers equal those of eager with and without a cache.
         "use_cache",
     )
 )
 # fmt: on
-# Read by nothing but what is refused below, or by encoder-decoder models: transformers ignores them here as well.
+# Only read by settings refused below, or by encoder-decoder models: transformers ignores them here as well.
 # fmt: off
 IDLE = frozenset(
     (
@@ -71,16 +71,16 @@ REFUSED = {
     "constraints": _REMOTE,
     "force_words_ids": _REMOTE,
 }
-# Values beside None and False with which a refused setting asks for nothing.
+# Values other than None and False for which a refused setting is inactive.
 NOTHING = {
     "guidance_scale": (1,),
     "num_beam_groups": (1,),
     "diversity_penalty": (0,),
     "penalty_alpha": (0,),
-    # "hybrid" stands in old folders; transformers takes its default cache for it.
+    # "hybrid" occurs in old folders; transformers uses its default cache for it.
     "cache_implementation": ("dynamic", "hybrid"),
 }
-# Arguments of `generate` that are no settings: what hooks into the loop is served.
+# Arguments of `generate` that are not settings: hooks into the loop are supported.
 # fmt: off
 HOOKS = frozenset(
     (
@@ -104,15 +104,15 @@ REFUSED_ARGUMENTS = {
     "cache_params": _OTHER_CACHE,
 }
 CACHES = ("past_key_values", "cache")
-# A prompt with its answer, answers at once, and both together: beyond them memory ends before the answer does.
+# Limits on prompt plus answer, on simultaneous answers, and on their product: beyond them memory is exhausted.
 MOST_TOKENS, MOST_ROWS, MOST_IN_ALL = 2**20, 2**12, 2**27
-# Settings that name tokens; transformers indexes logits with them.
+# Settings that contain token ids; transformers indexes logits with them.
 _RANGES = (("temperature", 1e-6, 1e6), ("length_penalty", 0, 1e3), ("repetition_penalty", 1e-6, 1e6))
 _TOKEN_IDS = ("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias")
 
 
 def settle(host: Any, given: Mapping[str, Any], vocabulary: int) -> tuple[dict[str, Any], bool]:
-    """The arguments for `host.generate`, after everything was found to be served.
+    """Check all arguments, and return those for `host.generate`.
 
     Args:
         host: the transformers model.
@@ -135,7 +135,7 @@ def settle(host: Any, given: Mapping[str, Any], vocabulary: int) -> tuple[dict[s
         raise InputError(
             "stop_strings needs a tokenizer", where="generate", do="pass tokenizer=processor.tokenizer too"
         )
-    # Arguments win over both configurations, and leave those as they are.
+    # Arguments override both configurations without modifying them.
     changes: dict[str, Any] = {}
     if not resolved.use_cache:
         changes["use_cache"] = True
@@ -145,14 +145,14 @@ def settle(host: Any, given: Mapping[str, Any], vocabulary: int) -> tuple[dict[s
 
 
 def plain_settings(host: Any) -> dict[str, Any]:
-    """Settings that run a prompt once, whatever is stored with the model: for measuring."""
+    """Settings for running a prompt once, independent of those stored with the model: for measuring."""
     stored = vars(host.generation_config)
     off = dict.fromkeys([name for name in (*REFUSED, "stop_strings") if stored.get(name) is not None])
     return {**off, "max_new_tokens": 1, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
 
 
 def _check_arguments(host: Any, given: Mapping[str, Any]) -> None:
-    """Refuse arguments that are no settings and that the model does not take, or not in this way."""
+    """Refuse arguments that are neither settings nor supported model inputs."""
     known = {*vars(GenerationConfig()), *HOOKS, *CACHES, *_taken(host)}
     for name, value in given.items():
         if value is None or value is False:
@@ -178,7 +178,7 @@ def _taken(host: Any) -> frozenset[str]:
 
 
 def _check_constant(host: Any, name: str, value: Any) -> None:
-    """Numbers and words that a model takes beside tensors are in the graphs as constants."""
+    """Refuse scalar model inputs that differ from the constants in the graphs."""
     if getattr(host.config, name, None) != value:
         raise _refused(
             name, "the graphs were traced with the model's own value", "an argument of generate", "leave it out"
@@ -186,7 +186,7 @@ def _check_constant(host: Any, name: str, value: Any) -> None:
 
 
 def _resolve(host: Any, given: Mapping[str, Any]) -> GenerationConfig:
-    """What transformers makes of arguments, `generation_config=` and what is stored."""
+    """The settings that transformers resolves from arguments, `generation_config=` and stored ones."""
     settings = {name: value for name, value in given.items() if name in vars(GenerationConfig())}
     try:
         return host._prepare_generation_config(given.get("generation_config"), **settings)[0]
@@ -232,7 +232,7 @@ def _check_sizes(given: Mapping[str, Any], resolved: GenerationConfig) -> None:
     ):
         if value > most:
             raise InputError(
-                f"{value} {what}; at most {most} are possible",
+                f"{value} {what}; at most {most} are supported",
                 where="num_beams, num_return_sequences, max_new_tokens, max_length",
                 do="ask for less",
             )
@@ -241,7 +241,7 @@ def _check_sizes(given: Mapping[str, Any], resolved: GenerationConfig) -> None:
 
 
 def _check_numbers(given: Mapping[str, Any], resolved: GenerationConfig) -> None:
-    """Refuse numbers that logits cannot be divided by, or raised to, without leaving what floats hold."""
+    """Refuse numbers for which the arithmetic on logits overflows."""
     for name, least, most in _RANGES:
         value = getattr(resolved, name)
         if value is not None and not (_is_number(value) and (value == 0 or least <= abs(value) <= most)):
@@ -257,7 +257,7 @@ def _is_number(value: Any) -> bool:
 def _check_tokens(resolved: GenerationConfig, vocabulary: int) -> None:
     if len(set(_whole_numbers(resolved.suppress_tokens))) >= vocabulary:
         raise InputError("suppress_tokens names every token", where="generate", do="leave some to answer with")
-    # Only this setting makes transformers index logits with the ids that end an answer.
+    # Only this setting makes transformers index logits with the end-of-sequence ids.
     ends = ("eos_token_id",) if resolved.exponential_decay_length_penalty is not None else ()
     for name in (*_TOKEN_IDS, *ends):
         wrong = [token for token in _whole_numbers(getattr(resolved, name)) if not 0 <= token < vocabulary]
@@ -268,7 +268,7 @@ def _check_tokens(resolved: GenerationConfig, vocabulary: int) -> None:
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:
-    """All token ids in a nest; the values of a mapping are no ids."""
+    """All token ids in a nested value; the values of a mapping are not ids."""
     if isinstance(value, int):
         yield value
     elif isinstance(value, (list, tuple, dict)):
@@ -290,5 +290,5 @@ def _unknown(name: str, known: set[str]) -> InputError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The message of an error, on one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

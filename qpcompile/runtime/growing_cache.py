@@ -1,10 +1,10 @@
-"""Caches that grow in place: one more token is written behind the others, where there is room for it.
+"""Caches that grow in place: a new token is appended within spare capacity.
 
     %k = aten::cat([%past_key_values.0.key, %new], 2)     copies the whole cache on every step
-      -> %k = append(%past_key_values.0.key, %new)        writes one token; the result is a view that is one longer
+      -> %k = append(%past_key_values.0.key, %new)        writes one token; the result is a view one token longer
 
-The numbers are the same. On a GPU `attention_kv4` reads packed codes only, so a 4-bit cache would be copied for it
-either way: it is left as it is. Beam search reorders rows, which copies the cache too.
+Results are identical. On a GPU `attention_kv4` requires contiguous codes, so a 4-bit cache would be copied in any case
+and is not rewritten. Beam search reorders rows, which copies the cache too.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from qpcompile.ir.operators import ATTENTION_KV4
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import CACHE
 
-# Tokens that a cache gets room for when it is full: this many, or a quarter of what it holds.
+# Spare capacity given to a full cache: this many tokens, or a quarter of its length.
 ROOM = 64
 
 
 class GrowingCaches:
-    """Which tensors are the filled front of a larger one, and nobody else's."""
+    """Tracks which tensors are the filled front of a larger buffer that is exclusively theirs."""
 
     def __init__(self) -> None:
         self._rooms = WeakTensorKeyDictionary()
 
     def append(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """past: [B, H, S, D], new: [B, H, N, D] -> [B, H, S + N, D]; `past` itself keeps its values."""
-        # Whoever appends to the same past again finds no room there, and gets a copy.
+        # A second append to the same cache finds no spare capacity and copies it.
         room = self._rooms.pop(past, None)
         start, end = past.shape[2], past.shape[2] + new.shape[2]
         if room is None or room.shape[2] < end:
@@ -43,13 +43,13 @@ class GrowingCaches:
         return grown
 
     def take(self, grown: torch.Tensor) -> torch.Tensor | None:
-        """The room behind `grown`, for the caller to append to: `append` will copy `grown` from now on."""
+        """Hand the buffer of `grown` over to the caller: `append` copies `grown` from now on."""
         return self._rooms.pop(grown, None)
 
 
 def grow_in_place(graph: Graph, caches: GrowingCaches, packed_codes: bool) -> int:
-    """Rewrite what appends to the caches of a decode graph, but what `attention_kv4` reads where its codes have to be
-    packed; returns how many were rewritten.
+    """Rewrite appends to the caches of a decode graph, except those read by `attention_kv4` if it needs contiguous
+    codes; returns the number of rewrites.
     """
     found = appends(graph)
     if packed_codes:
@@ -61,7 +61,7 @@ def grow_in_place(graph: Graph, caches: GrowingCaches, packed_codes: bool) -> in
 
 
 def appends(graph: Graph) -> list[fx.Node]:
-    """The nodes cat([cached, new], 2) whose results are returned as caches."""
+    """The nodes cat([cached, new], 2) that are returned as caches."""
     (results,) = graph.output_node.args
     assert isinstance(results, tuple)
     named = zip(graph.outputs, results, strict=True)

@@ -1,8 +1,8 @@
-"""The host: a transformers model without the weights that the graphs hold.
+"""The host: the transformers model stripped of the weights that the graphs hold.
 
-What happens between the graphs (putting picture features into the embeddings, rotary positions, the generation loop)
-stays transformers' own code. The host is that code on an empty copy of the model: weights of graphs become
-zero-sized, the others (embeddings, separators between picture tiles) are shared with the original.
+The code between the graphs (inserting picture features into the embeddings, position ids, the generation loop) remains
+transformers' own. The host is that code on an empty copy of the model: weights of graphs become zero-sized, the others
+(embeddings, separators between picture tiles) are shared with the original.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def empty_host(model_class: type[PreTrainedModel], config: object) -> PreTrained
 
 
 def host_tensors(model: torch.nn.Module, held: set[str]) -> dict[str, torch.Tensor]:
-    """Tensors of `model` that the host needs: every parameter and buffer whose dotted name is not in `held`."""
+    """The tensors that the host needs: every parameter and buffer of `model` whose dotted name is not in `held`."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
     return {name: get_tensor(model, name).detach() for name in names if name not in held}
 
 
 def fill_host(host: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    """Give the host its own tensors; all others become empty ones, so that `.dtype` and `.device` are the model's."""
+    """Set the host's own tensors; all others become empty, so that `.dtype` and `.device` are the model's."""
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     for module_name, module in host.named_modules():
         prefix = f"{module_name}." if module_name else ""

@@ -1,4 +1,4 @@
-"""Run a graph node by node and look at, or replace, what nodes give."""
+"""Run a graph node by node with a callback that observes or replaces node values."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import fx
 
 from qpcompile.ir.program import Graph
 
-# Gets a node, its arguments and the value it gave; returns the value to go on with.
+# Called with a node, its arguments and its value; returns the value to continue with.
 Look = Callable[[fx.Node, tuple[Any, ...], Any], Any]
 
 
 class Watcher(fx.Interpreter):
-    """An interpreter that shows every operator call to `look`."""
+    """An interpreter that calls `look` after every operator."""
 
     def __init__(self, graph: Graph, look: Look) -> None:
         super().__init__(graph.module, garbage_collect_values=True)
         self.look = look
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, then let `look` see it."""
+        """Run one node, then call `look`."""
         value = super().run_node(n)
         if n.op != "call_function":
             return value
@@ -31,7 +31,7 @@ class Watcher(fx.Interpreter):
 
 
 def run_watched(graph: Graph, feeds: dict[str, torch.Tensor], look: Look) -> dict[str, torch.Tensor]:
-    """Run a graph on tensors named by input path, showing each operator call to `look`."""
+    """Run a graph on tensors named by input path, calling `look` after each operator."""
     with torch.no_grad():
         results = Watcher(graph, look).run(*[feeds[name] for name in graph.inputs])
     return dict(zip(graph.outputs, results, strict=True))

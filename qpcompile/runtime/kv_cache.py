@@ -1,4 +1,4 @@
-"""The KV cache of a compiled model: whatever tensors the graphs pass on, with a length per layer."""
+"""The KV cache of a compiled model: the cache tensors of the graphs, with a length per layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from transformers.cache_utils import Cache
 
 
 class CompiledCache(Cache):
-    """What the prefill graph returned and the decode graph takes back, by name.
+    """The cache tensors that the prefill graph returns and the decode graph takes, by name.
 
     `tensors` holds the graphs' cache tensors; their token axes may differ from layer to layer. `kept[l]` holds the
-    original positions of the tokens that survive the cut after layer l, new tokens included: i64[B, N_l];
-    `alive[l]` says which of those slots hold a token and not padding: bool[B, N_l]. To transformers the cache looks
-    as long as the unpruned sequence, so that new tokens go on from the original positions.
+    original positions of the tokens kept by the cut after layer l, new tokens included: i64[B, N_l]; `alive[l]` marks
+    the slots that hold a token and not padding: bool[B, N_l]. To transformers the cache has the length of the unpruned
+    sequence, so that new tokens continue from the original positions.
 
-    While decode steps have their tokens elsewhere (static_decode.py), `bring` puts them back; whoever reads one of the
-    three above has it called first.
+    While decode steps keep their tokens in other buffers (static_decode.py), `bring` copies them back; every access to
+    one of the three properties calls it first.
     """
 
     def __init__(self, layer_count: int) -> None:
@@ -36,7 +36,7 @@ class CompiledCache(Cache):
 
     @property
     def kept(self) -> dict[int, torch.Tensor]:
-        """Layer of a cut -> original positions behind it."""
+        """Layer of a cut -> original positions of the tokens after it."""
         self.come_back()
         return self.parts[1]
 
@@ -47,13 +47,13 @@ class CompiledCache(Cache):
         return self.parts[2]
 
     def come_back(self) -> None:
-        """Have all tokens here again."""
+        """Copy all tokens back into this cache."""
         if self.bring is not None:
             bring, self.bring = self.bring, None
             bring(self)
 
     def clear(self) -> None:
-        """Hold no tensor here."""
+        """Release all tensors."""
         for part in self.parts:
             part.clear()
 
@@ -71,7 +71,7 @@ class CompiledCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer cuts its cache to a window: the mask applies windows."""
+        """No layer truncates its cache to a window: masks apply windows."""
         return [False] * self.layer_count
 
     @property
@@ -109,7 +109,7 @@ class CompiledCache(Cache):
         self.clear()
 
     def append(self, layer: int, new: int) -> None:
-        """The next `new` tokens join those kept behind the cut after `layer`."""
+        """Add the next `new` tokens to those kept by the cut after `layer`."""
         kept, alive = self.kept[layer], self.alive[layer]
         positions = torch.arange(self.seen, self.seen + new, device=kept.device).expand(kept.shape[0], new)
         self.kept[layer] = torch.cat([kept, positions], dim=1)

@@ -1,4 +1,4 @@
-"""Run a program: transformers' own code on the host, the graphs wherever it would call a component."""
+"""Execute a program: transformers' own code runs on the host, with graphs in place of its components."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from qpcompile.runtime.prepare import TABLE, absent_inputs, prepare
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 Decode = Callable[[CompiledCache, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
-# Slots of a row that hold no token: padding, or a row that kept fewer tokens than another.
+# Marks slots of a row without a token: padding, or a row that kept fewer tokens than another.
 NO_TOKEN = -1
 VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "tokens_seen"
 KEPT, ALIVE = "kept", "alive"
-# How transformers and torch say that inputs do not fit.
+# Exceptions of transformers and torch for inputs that do not fit.
 REFUSALS = (ValueError, IndexError, TypeError, RuntimeError, KeyError, AttributeError)
-# What a vision graph says of each visual token besides its features, for methods that prune by it.
+# Per-token outputs of a vision graph besides features, for pruning methods.
 VISUAL_SCORES, VISUAL_KEYS = "visual_scores", "visual_keys"
 
 
@@ -39,7 +39,7 @@ def execute_graph(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def visual_tokens(config: Any) -> torch.Tensor:
-    """The ids that pictures take the place of: i64[n]."""
+    """The ids of picture placeholder tokens: i64[n]."""
     tokens = [getattr(config, key, None) for key in ("image_token_id", "video_token_id")]
     return torch.tensor([token for token in tokens if token is not None], dtype=torch.int64)
 
@@ -47,9 +47,9 @@ def visual_tokens(config: Any) -> torch.Tensor:
 class Machine:
     """A program bound to its host: `host.generate(...)` runs the graphs.
 
-    `execute` runs one graph; passes that measure give their own. `decode` runs a step of the decoder on a cache of its
-    own making and lengthens it; without it that is a graph like the others. `last` is the cache of the latest prefill.
-    One answer at a time: what a prompt's tokens are is known between the host's calls, so other threads wait.
+    `execute` runs one graph; passes that measure replace it. `decode` runs a decode step on its own kind of cache and
+    appends to it; without it decode is a graph like the others. `last` is the cache of the latest prefill. One answer
+    at a time: the prompt's token kinds are state between the host's calls, so other threads wait.
     """
 
     def __init__(self, program: Program, execute: Execute = execute_graph, decode: Decode | None = None) -> None:
@@ -66,29 +66,29 @@ class Machine:
         self._bind()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The host's forward knows its machine, so that copies of programs copy it too.
+        # The host's forward refers to its machine, so that copies of programs copy it too.
         return {name: value for name, value in self.__dict__.items() if name != "_turn"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _turn=threading.RLock())
 
     def generate(self, **inputs: Any) -> Any:
-        """`host.generate` with a cache of ours. Raises InputError for what it cannot serve, before anything runs."""
+        """`host.generate` with our own cache. Raises InputError for unsupported arguments, before anything runs."""
         return self._answer(inputs)
 
     def prefill(self, inputs: dict[str, Any]) -> CompiledCache:
-        """Run the prompt once; returns the cache it left. Settings stored with the model play no part."""
+        """Run the prompt once; returns its cache. Settings stored with the model are ignored."""
         cache = CompiledCache(len(self.program.layers))
         self._answer({**inputs, **plain_settings(self.host), CACHE_ARGUMENT: cache})
         return cache
 
     def kept_tokens(self, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
-        """Which tokens of the prompt go on after each cut layer: layer -> i64[B, N], NO_TOKEN in slots without one."""
+        """The prompt tokens kept after each cut: layer -> i64[B, N], NO_TOKEN in slots without one."""
         cache = self.prefill(inputs)
         return {layer: kept.masked_fill(~cache.alive[layer], NO_TOKEN) for layer, kept in sorted(cache.kept.items())}
 
     def _answer(self, inputs: dict[str, Any]) -> Any:
-        """Check everything, then run; what transformers refuses of the prompt becomes an InputError."""
+        """Check everything, then run; errors of transformers about the prompt become an InputError."""
         settled, keeps_cache = settle(self.host, inputs, vocabulary_size(self.host))
         settled = check_inputs(self.host, settled)
         caches = [settled.pop(name, None) for name in CACHES]
@@ -100,7 +100,7 @@ class Machine:
             except torch.OutOfMemoryError:
                 raise
             except (KernelError, *REFUSALS) as error:
-                # Once the decoder has seen the prompt, what fails is no longer the prompt's fault.
+                # After the decoder has processed the prompt, errors are no longer caused by the prompt.
                 ours = isinstance(error, KernelError) and not isinstance(error.__cause__, REFUSALS)
                 if ours or cache.seen > before:
                     raise
@@ -135,7 +135,7 @@ class Machine:
         module.forward = function
 
     def _see(self, input_ids: torch.Tensor | None, attention_mask: Any) -> None:
-        """Remember which tokens of the prompt are visual, and which are padding."""
+        """Store which tokens of the prompt are visual, and which are padding."""
         if input_ids is None or input_ids.shape[-1] == 1:
             return
         self.visual = torch.isin(input_ids, visual_tokens(self.host.config).to(input_ids.device))
@@ -196,7 +196,7 @@ class Machine:
         return fitted(graph, self.kinds[graph.name], dict(named_tensors(data)))
 
     def marks(self, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which tokens of the prompt are visual, and which are no padding: bool[B, S] each."""
+        """Which tokens of the prompt are visual, and which are not padding: bool[B, S] each."""
         if self.visual is None or self.valid is None or self.visual.shape != (batch, length):
             nothing = torch.zeros(batch, length, dtype=torch.bool, device=self.host.device)
             return nothing, ~nothing
@@ -220,10 +220,10 @@ class Machine:
         return extra
 
     def _tower_feeds(self, visual: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the tower said since the last prompt, at the places of the visual tokens; zeros elsewhere."""
+        """The tower's outputs for this prompt, scattered to the visual tokens; zeros elsewhere."""
         dense: dict[str, torch.Tensor] = {}
         empty = torch.zeros(0, device=visual.device)
-        # A prompt without pictures has keys of width 1, which nobody reads.
+        # A prompt without pictures gets keys of width 1, which are never read.
         for name, nothing in ((VISUAL_SCORES, empty), (VISUAL_KEYS, empty[:, None])):
             rows = torch.cat(self.seen_by_tower.get(name, [nothing]))
             if len(rows) != int(visual.sum()):
@@ -238,7 +238,7 @@ class Machine:
         return dense
 
     def _store(self, cache: CompiledCache, results: dict[str, torch.Tensor], new: int) -> None:
-        """Put what a graph returned into the cache."""
+        """Store the cache outputs of a graph in the cache."""
         for name in [name for name in results if name.split(".")[0] in (CACHE, KEPT, ALIVE)]:
             kind, *rest = name.split(".")
             if kind == CACHE:

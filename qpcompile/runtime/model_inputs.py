@@ -1,6 +1,6 @@
-"""Inputs of a compiled model are checked before anything runs: ids, masks and pictures that fit no model.
+"""Validate the inputs of a compiled model before anything runs: token ids, masks and pictures.
 
-Costs a pass over ids and pixels, next to nothing beside one layer of the vision tower.
+Costs one pass over ids and pixels, negligible compared with one layer of the vision tower.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ _AGAIN = "build the inputs with the model's own processor"
 
 
 def vocabulary_size(host: Any) -> int:
-    """Number of tokens that the embedding has, or would have."""
+    """Number of rows of the token embedding, which a graph may hold."""
     return int(host.config.get_text_config().vocab_size)
 
 
 def check_inputs(host: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, with one entry per token in the type that graphs were traced with; InputError names what is wrong.
+    """`given`, with per-token inputs cast to the types that graphs were traced with. Raises InputError naming the
+    input.
 
     Args:
         host: the transformers model.
-        given: arguments of `generate`; what is no tensor and no list of tensors is let be.
+        given: arguments of `generate`; values other than tensors and lists of tensors are passed through.
     """
     if host.device.type == "meta":
         raise InputError("the weights were moved to the meta device", where="generate", do="load the model again")
@@ -73,7 +74,7 @@ def _check_ids(host: Any, ids: Any) -> None:
         raise InputError(f"{IDS} is {_kind(ids)}", where=IDS, do="give whole numbers, one row per prompt: i64[B, S]")
     if not ids.numel():
         raise InputError(f"the prompt is empty: {IDS} is {_kind(ids)}", where=IDS, do="give at least one token")
-    # Families that keep ids of pictures outside the vocabulary replace them before they look ids up.
+    # Families with picture token ids outside the vocabulary replace them before the embedding lookup.
     most = max([vocabulary_size(host) - 1, *placeholders(host.config).values()])
     lowest, highest = (int(value) for value in torch.aminmax(ids))
     if lowest < 0 or highest > most:
@@ -95,13 +96,13 @@ def _check_per_token(name: str, value: Any, ids: torch.Tensor) -> None:
 
 
 def placeholders(config: Any) -> dict[str, int]:
-    """ "image" and "video" -> the token that stands for it, where the model has one."""
+    """ "image" and "video" -> its placeholder token, if the model has one."""
     found = {kind: getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
     return {kind: token for kind, token in found.items() if isinstance(token, int)}
 
 
 def _check_pictures(host: Any, given: Mapping[str, Any], ids: torch.Tensor) -> None:
-    """Tokens of pictures need pictures; sizes of patches and patches agree."""
+    """Check that picture tokens come with pictures, and that grid sizes match the patches."""
     named = [name for name, tensor in _tensors(given) if tensor.dtype not in (*_WHOLE, torch.bool)]
     shown = {name for name in named if name.startswith(("pixel", "image", "video", "flattened"))}
     videos = {name for name in shown if "video" in name}
@@ -124,7 +125,7 @@ def _check_grid(name: str, grid: torch.Tensor, patches: torch.Tensor) -> None:
         raise InputError(
             f"{name} is {_kind(grid)}", where=name, do="give frames, rows and columns: i64[n, 3], 1 or more"
         )
-    # In double precision: products of hostile sizes would wrap around.
+    # In double precision: products of malicious sizes would overflow.
     if patches.ndim == 2 and float(grid.double().prod(dim=1).sum()) != len(patches):
         raise InputError(
             f"{name} has {int(grid.double().prod(dim=1).sum())} patches, {len(patches)} were given",

@@ -1,6 +1,6 @@
-"""What depends on values is computed on the host, before a graph runs: window and patch tables, dense deepstack.
+"""Host-side preprocessing of data-dependent values before a graph runs: window and patch tables, dense deepstack.
 
-The same function serves tracing and running, so that a graph always gets what it was traced with. It builds on
+The same function serves tracing and execution, so that a graph always gets the inputs it was traced with. It builds on
 `transformers.exporters`, which does the same for packed pictures (segments, window order, grid interpolation).
 """
 
@@ -22,9 +22,10 @@ TABLE, MASK_AXES, CAUSAL = "table", "mask_axes", "causal"
 
 
 def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | None = None) -> dict[str, Any]:
-    """The arguments of one call of `module` with everything data-dependent turned into tensors, on its device.
+    """The arguments of one call of `module` with all data-dependent values as tensors, on its device.
 
-    What is floating point gets the module's type, as the exporter does before it traces: pictures come in float32.
+    Floating-point tensors are cast to the module's type, like the exporter does before tracing: pictures come in
+    float32.
     """
     arguments = dict(arguments)
     if table is not None and arguments.get(SIZES) is not None:
@@ -41,7 +42,7 @@ def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | Non
 
 
 def _moved(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A nest of tensors on a device, with what is floating point in the given type."""
+    """Nested tensors moved to a device, floating-point ones cast to the given type."""
     if isinstance(value, torch.Tensor):
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
     if isinstance(value, dict):
@@ -52,14 +53,13 @@ def _moved(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def absent_inputs(graph: Graph, feeds: dict[str, torch.Tensor], seen: int) -> dict[str, torch.Tensor]:
-    """Inputs of a decoder graph that transformers leaves out where they would say nothing.
+    """Inputs of a decoder graph that transformers omits when they are trivial.
 
-    A mask that hides nothing, or nothing but the future: i64[B, S] of ones, or bool[B, 1, new, S] where the host makes
-    4-D masks.
+    A mask that is all ones, or purely causal: i64[B, S] of ones, or bool[B, 1, new, S] if the host creates 4-D masks.
     Deepstack features of a prompt without pictures: zeros.
 
     Args:
-        feeds: what the call has; `inputs_embeds: f[B, new, C]` at least.
+        feeds: the inputs of the call; at least `inputs_embeds: f[B, new, C]`.
         seen: tokens in the cache; S = seen + new.
     """
     embeds = feeds["inputs_embeds"]
@@ -81,9 +81,9 @@ def absent_inputs(graph: Graph, feeds: dict[str, torch.Tensor], seen: int) -> di
 
 
 def _scattered(like: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """Features of the visual tokens `visual: f[V, C]` at their places in the sequence, zero elsewhere: f[B, S, C].
+    """Features of the visual tokens `visual: f[V, C]` scattered into the sequence, zero elsewhere: f[B, S, C].
 
-    A dense tensor has the token axis of everything else, so a token cut gathers it as it gathers hidden states.
+    A dense tensor has the same token axis as hidden states, so a token cut gathers it like them.
     """
     dense = torch.zeros_like(like)
     dense[mask] = visual.to(like)
@@ -91,9 +91,9 @@ def _scattered(like: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -> 
 
 
 def patch_table(module: torch.nn.Module, sizes: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """Where each patch of a packed sequence comes from: i64[T, 3] of picture, row and column.
+    """The origin of each patch of a packed sequence: i64[T, 3] of picture, row and column.
 
-    `sizes` are the pixels (height, width) of pictures that stand in one frame.
+    `sizes` are the sizes (height, width) in pixels of pictures that are padded to one frame.
     """
     side = int(_attribute(module, "patch_size"))
     grids = [

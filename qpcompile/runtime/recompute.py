@@ -1,31 +1,31 @@
-"""Decoding with the cache against recomputing: the check that ends every compile.
+"""Self-check at the end of every compile: decoding with the cache must match recomputation without it.
 
-One sample is answered greedily, token by token, as a user's answer will be. Then the prompt and those tokens go through
-the prefill graph at once, without a cache: the cuts keep what they kept for the answer (`kept.l` of its cache), every
-token at its original position. Step t of the answer and row t of the recomputation have to agree.
+One sample is answered greedily, token by token, like a user's request. Then the prompt and those tokens run through the
+prefill graph at once, without a cache: the cuts are forced to the tokens kept for the answer (`kept.l` of its cache),
+every token at its original position. Step t of the answer and row t of the recomputation must agree.
 
     answer       prefill(prompt) -> y0    decode(t0, cache) -> y1    decode(t1, cache) -> y2   ...
     recomputed   prefill(prompt + t0 + t1 + ..., kept tokens forced) -> y0, y1, y2, ...
 
-What is exact and what is not. The same values are computed, but a matrix product over many rows adds up in another
-order than one over a single row. In float32 that is the last bits. Where something is rounded on the way (bfloat16,
-4-bit activations or caches) a last bit can become another code, and its step is seen in the logits. So logits are
+What is exact and what is not. The same values are computed, but a matrix product over many rows uses a different
+summation order than one over a single row. In float32 that affects the last bits. With intermediate rounding (bfloat16,
+4-bit activations or caches) a last bit can flip a code, and its quantization step shows in the logits. So logits are
 compared by their distance relative to their spread, `|y - z| / |z - mean(z)|`:
 
-- nothing rounded: each step within `EXACT`;
-- half precision: the mean over the steps within `LAST_BIT` times what the recomputation moves by when every embedding
-  moves by one last bit, which says how much of a difference rounding makes in this model. Tiny random models of
+- no intermediate rounding: each step within `EXACT`;
+- half precision: the mean over the steps within `LAST_BIT` times the change of the recomputation when every embedding
+is perturbed by one last bit, which measures the effect of rounding in this model. Tiny random models of
   several families: 0.001 to 0.005 apart, 0.006 to 0.01 moved;
-- 4-bit activations or caches: the mean within `ROUNDED`. There one last bit becomes another code, then as much as
-  any: the same tiny models move by 0.15 to 0.2, though most of them are 0 apart. So what the first layer stored of
-  the new tokens is compared too, before differences have grown: within `STORED`, codes by the share that differs;
-- the greedy tokens are equal, unless the recomputed logits of the two are nearer to each other than the allowed
-  distance: then either of them is the greedy one.
+- 4-bit activations or caches: the mean within `ROUNDED`. There one last bit flips a code, which then propagates: the
+same tiny models move by 0.15 to 0.2, though most of them are 0 apart. So the first layer's cache entries of the new
+tokens are compared too, before differences have grown: within `STORED`, codes by the share that differs;
+- the greedy tokens are equal, unless the recomputed logits of the two are closer than the allowed distance: then either
+of them is valid.
 
-The tests ignore the cache, leave a token out and shift a position, and each is found.
+The tests inject an ignored cache, a missing token and a shifted position, and each is detected.
 
-What the host derives from token ids is taken from the answer (embeddings, 4-D masks), what it counts is derived anew on
-the longer prompt (positions, 2-D masks), so that a host that counts wrongly is seen.
+Values that the host derives from token ids are taken from the answer (embeddings, 4-D masks), values that it counts are
+derived again on the longer prompt (positions, 2-D masks), so that wrong counts are detected.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ from qpcompile.runtime.machine import ALIVE, KEPT, Machine, execute_graph, visua
 from qpcompile.runtime.prepare import MASK
 
 Tensors = dict[str, Tensor]
-# Tokens that are decoded with the cache.
+# Number of tokens decoded with the cache.
 STEPS = 4
 EXACT, LAST_BIT, ROUNDED = 1e-2, 4.0, 0.25
-# A position that is off by one turns keys of 128 channels by 0.2; 4-bit codes that a last bit changes are few in 1,000.
+# An off-by-one position changes keys of 128 channels by 0.2; last bits flip only a few 4-bit codes in 1,000.
 STORED = 0.1
 SDPA = aten.scaled_dot_product_attention.default
 
 
 def check_decode(program: Program, machine: Machine, sample: dict[str, Any]) -> None:
-    """Answer `sample` with the cache and without, on the machine that users will get.
+    """Answer `sample` with and without the cache, on the machine that users will get.
 
-    sample: what `generate` takes; the first row of it counts where it has several.
-    Raises InvariantError where the two disagree: the compiled model must not be used.
+    sample: inputs of `generate`; only the first row is compared.
+    Raises InvariantError if the two disagree: the compiled model must not be used.
     """
     answer = _Answer(program, machine)
     try:
@@ -92,13 +92,13 @@ def _half(program: Program) -> bool:
 
 
 def _codes(program: Program) -> bool:
-    """Whether values become codes of a few bits between a token's input and its logits."""
+    """Whether values are quantized between a token's input and its logits."""
     scheme = program.recipe.quantize
     return scheme is not None and (scheme.activations.bits < 16 or scheme.kv_cache.bits < 16)
 
 
 def _allowed(program: Program, whole: Tensor, moved: Tensor) -> float:
-    """The distance of logits that is no defect; whole, moved: f32[T, V], recomputed as it is and from moved inputs."""
+    """The tolerated distance of logits; whole, moved: f32[T, V], recomputed from original and from perturbed inputs."""
     if _codes(program):
         return ROUNDED
     noise = float(_distances(moved, whole).mean()) if _half(program) else 0.0
@@ -106,7 +106,7 @@ def _allowed(program: Program, whole: Tensor, moved: Tensor) -> float:
 
 
 def _distances(found: Tensor, expected: Tensor) -> Tensor:
-    """f32[T]: how far two f32[T, V] are from each other, by the spread of the second; infinite where not finite."""
+    """f32[T]: the distance of two f32[T, V] relative to the spread of the second; infinite where not finite."""
     distance = (found - expected).norm(dim=1) / _spread(expected)
     return torch.where(distance.isfinite(), distance, torch.inf)
 
@@ -116,7 +116,7 @@ def _spread(logits: Tensor) -> Tensor:
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """How far stored tensors are from each other: the share of codes that differ, or a distance by the norm."""
+    """The distance of two cache tensors: the share of codes that differ, or a relative norm."""
     if found.shape != expected.shape:
         return float("inf")
     if not found.is_floating_point():
@@ -125,7 +125,7 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 
 def _compare(program: Program, found: Tensor, expected: Tensor, rounded: bool, allowed: float) -> None:
-    """found, expected: f32[T, V], logits with the cache and without. rounded: the mean of the steps counts."""
+    """found, expected: f32[T, V], logits with the cache and without. rounded: compare the mean over the steps."""
     spread, distance = _spread(expected), _distances(found, expected)
     step = int(distance.argmax())
     far = distance.mean() if rounded else distance.max()
@@ -133,7 +133,7 @@ def _compare(program: Program, found: Tensor, expected: Tensor, rounded: bool, a
         raise _defect(program, f"logits are {float(distance[step]):.2g} of their spread off, {allowed:g} allowed", step)
     own, other = found.argmax(dim=1, keepdim=True), expected.argmax(dim=1, keepdim=True)
     gap = (expected.gather(1, other) - expected.gather(1, own))[:, 0]
-    # Two logits, each off by what a single one is off at the most allowed distance, times three.
+    # Two logits, each off by the error of a single one at the largest tolerated distance, times three.
     margin = 6 * allowed * spread / expected.shape[1] ** 0.5
     for step in (gap > margin).nonzero()[:, 0].tolist():
         raise _defect(program, f"the greedy token is {int(own[step])}, recomputed {int(other[step])}", step)
@@ -151,22 +151,22 @@ def _defect(program: Program, what: str, step: int) -> InvariantError:
 
 
 class _Reached(Exception):
-    """The longer prompt has been through the prefill graph."""
+    """Raised when the longer prompt has run through the prefill graph."""
 
 
 @dataclass
 class _Answer:
-    """One answer, step by step, and what has to be known of it to compute it again."""
+    """One answer, step by step, and the data needed to recompute it."""
 
     program: Program
     machine: Machine
-    # What the decoder took and gave in the prefill and in each step, caches left out.
+    # Decoder inputs and outputs in the prefill and in each step, without caches.
     feeds: list[Tensors] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     pictures: list[Tensors] = field(default_factory=list)
     cache: CompiledCache = field(default_factory=lambda: CompiledCache(0))
-    # What the head reads and what is stored of prompt and answer recomputed at once; then from moved embeddings.
+    # Head inputs and cache of prompt and answer recomputed at once; then the same from perturbed embeddings.
     again: Tensor = field(default_factory=lambda: torch.empty(0))
     moved: Tensor = field(default_factory=lambda: torch.empty(0))
     whole: Tensors = field(default_factory=dict)
@@ -180,7 +180,7 @@ class _Answer:
             self.machine.generate(**{**sample, **settings, CACHE_ARGUMENT: self.cache})
 
     def stepwise(self) -> Tensor:
-        """Logits of each step, f[T, V]; hidden states where the program has no head."""
+        """Logits of each step, f[T, V]; hidden states if the program has no head."""
         return torch.cat([step[:1, -1] for step in self.logits or self.hidden])
 
     def recompute(self, sample: dict[str, Any]) -> None:
@@ -189,14 +189,14 @@ class _Answer:
             self.machine.prefill(self._longer(sample))
 
     def stored(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, decoded, recomputed) of what the first layer stored of the first row's new tokens: [1, H, T, ...]."""
+        """(name, decoded, recomputed) of the first layer's cache for the first row's new tokens: [1, H, T, ...]."""
         first = min(int(path.split(".")[1]) for path in self.whole)
         for path, tensor in self.whole.items():
             if int(path.split(".")[1]) == first:
                 yield path, self.cache.tensors[path][:1, :, -STEPS:], tensor[:1, :, -STEPS:]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of the answer's steps, f[T, V], from what the head reads."""
+        """Logits of the answer's steps, f[T, V], from the head's input."""
         rows = hidden[:, -len(self.feeds) :]
         head = self.program.graphs.get(HEAD)
         if head is None or not self.logits:
@@ -244,7 +244,7 @@ class _Answer:
         return dict(zip(graph.outputs, results, strict=True))
 
     def _longer(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """The prompt and as many tokens of text as were decoded; which ones does not matter."""
+        """The prompt extended by as many text tokens as were decoded; their ids do not matter."""
         ids = sample["input_ids"]
         new = len(self.feeds) - 1
         text = ids[0][~torch.isin(ids[0], visual_tokens(self.program.host.config).to(ids.device))]
@@ -256,7 +256,7 @@ class _Answer:
         return longer
 
     def _whole_feed(self, path: str, derived: Tensor) -> Tensor:
-        """What the prefill graph takes for all tokens: from the answer where it follows from the tokens themselves."""
+        """A prefill input for all tokens: taken from the answer if it depends on the token ids."""
         parts = [step.get(path) for step in self.feeds]
         present = [part for part in parts if part is not None]
         if len(present) < len(parts):
@@ -272,13 +272,13 @@ def _of_tokens(feed: Tensor) -> bool:
 
 
 def _last_bits(values: Tensor) -> Tensor:
-    """Every value with its last bit moved, up or down by a fixed draw."""
+    """Every value with its last bit changed, up or down by a fixed random draw."""
     signs = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(0)).to(values.device) * 2 - 1
     return (values.double() * (1 + signs * (torch.finfo(values.dtype).eps / 2))).to(values.dtype)
 
 
 def _joined_masks(like: Tensor, parts: list[Tensor]) -> Tensor:
-    """4-D masks of a prompt and of steps, [B, 1, 1, keys] each, as one [B, 1, S, S]; closed wherever none has a say."""
+    """4-D masks of a prompt and of steps, [B, 1, 1, keys] each, as one [B, 1, S, S]; masked where no part applies."""
     closed = 0 if like.dtype == torch.bool else torch.finfo(like.dtype).min
     whole = torch.full_like(like, closed)
     row = 0
@@ -298,7 +298,7 @@ def _hidden(graph: Graph) -> str:
 
 
 class _Whole(fx.Interpreter):
-    """The prefill graph on the prompt and `new` decoded tokens, its cuts keeping what the answer's cache has."""
+    """The prefill graph on the prompt and `new` decoded tokens, with cuts forced to the tokens in the cache."""
 
     def __init__(self, program: Program, graph: Graph, cache: CompiledCache, new: int) -> None:
         super().__init__(graph.module, garbage_collect_values=True)
@@ -316,7 +316,7 @@ class _Whole(fx.Interpreter):
         self.compacted = {layer: kept for layer, kept in cache.kept.items() if compacts and layer >= 0}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, or give what is forced; new tokens see in a scored layer what its cache holds."""
+        """Run one node, or return a forced value; in a scored layer new tokens see only what its cache holds."""
         if n in self.forced:
             return self.forced[n]
         layer = layer_of(n) if n.target in (SDPA, ATTENTION_KV4) else None
@@ -333,7 +333,7 @@ class _Whole(fx.Interpreter):
         return SDPA(query, key, held, mask, 0.0, False, **options)
 
     def _narrowed(self, mask: Tensor | None, query: Tensor, key: Tensor, layer: int, causal: bool) -> Tensor:
-        """The mask of a scored layer, with all but the kept tokens closed to the new ones: [B, 1 | H, S, S]."""
+        """The mask of a scored layer in which new tokens see kept tokens only: [B, 1 | H, S, S]."""
         total, kept = key.shape[2], self.compacted[layer]
         if mask is None:
             mask = torch.ones(total, total, dtype=torch.bool, device=query.device)
@@ -346,7 +346,7 @@ class _Whole(fx.Interpreter):
         return mask
 
     def _places(self, kept: Tensor, layer: int, total: int) -> Tensor:
-        """Where the kept tokens stand among those that the layer works on."""
+        """The indices of the kept tokens among the layer's current ones."""
         earlier = [each for each in self.cache.kept if each < layer]
         if not earlier:
             return kept

@@ -1,10 +1,10 @@
-"""Sums of residuals in a bound graph become the end of the linear in front of them.
+"""Fuse residual adds into the preceding linear's epilogue in a bound graph.
 
     %y = linear_w4a4(%q, %scale, @w, @w_scale, @bias, bf16); %h = add(%x, %y)
       -> %h = linear_w4a4(%q, %scale, @w, @w_scale, @bias, bf16, %x)
 
-What the linear gives is rounded before the sum, as two operators would: the bits stay. A result that somebody else
-reads too, or that is not of the type and sizes of what is added, is left.
+The linear's result is rounded before the add, like in two operators: results are bit-identical. Linears with another
+reader, or whose result differs in type or shape from the residual, are not fused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qpcompile.ir.text import value_types
 
 
 def join_residuals(graph: Graph) -> int:
-    """Join every sum behind a linear on 4-bit codes; returns how many there were."""
+    """Fuse every residual add after a linear on 4-bit codes; returns the number of fused adds."""
     types, joined = value_types(graph), 0
     for add in list(calls(graph, aten.add.Tensor)):
         if len(add.args) != 2 or add.kwargs or not all(isinstance(term, fx.Node) for term in add.args):

@@ -1,8 +1,8 @@
-"""The graphs of a program as the CPU runs them: kernels called directly, without torch's dispatcher in between.
+"""Bind the graphs of a program to CPU kernels, called directly without torch's dispatcher.
 
-Where the kernels in C are compiled (kernels/native/library.py), chains of operators on rows become one call
-(row_chains.py) and linears read their weight in 4 bits. Where they are not, it is unpacked once, since torch would do
-it on every call:
+If the C kernels are compiled (kernels/native/library.py), chains of row operators are fused into one call
+(row_chains.py) and linears read their weight in 4 bits. If not, the weight is unpacked once, since torch would do it on
+every call:
 
     %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
@@ -10,9 +10,9 @@ it on every call:
 Outside decode steps, residual adds are fused into the preceding linear's epilogue (residual_epilogue.py). Decode steps
 on 4-bit caches are replayed by one call of C (tape.py).
 
-The program itself is not touched: what is saved, exported and reported keeps its 4 bits. An unpacked weight takes one
-byte more per parameter in memory, shared between prefill and decode. The same numbers bit for
-bit, but for the order of sums in torch_operators.py.
+The program itself is unchanged: saved, exported and reported weights keep 4 bits. An unpacked weight takes one more
+byte per parameter in memory, shared between prefill and decode. Results are bit-identical, except for the summation
+order in torch_operators.py.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from qpcompile.runtime.cpu.torch_operators import FASTER
 from qpcompile.runtime.growing_cache import GrowingCaches, grow_in_place
 from qpcompile.runtime.residual_epilogue import join_residuals
 
-# What these operators do on the CPU; the way through torch's dispatcher costs as much as a kernel on one token.
+# CPU kernels of these operators; torch's dispatcher costs as much as a kernel on one token.
 KERNELS: dict[Any, Callable[..., Any]] = {
     **FASTER,
     **{spec.overload: spec.cpu for spec in SPECS if spec.cpu is not None},
 }
 Codes = dict[int, torch.Tensor]
 UNFIT = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError)
-"""What Python and torch raise for operands that do not belong together."""
+"""Exceptions that Python and torch raise for mismatched operands."""
 
 
 class BoundGraphs:
-    """Runs the graphs of one program: `bound(graph, feeds)` is what `graph(feeds)` is, sooner."""
+    """Runs the graphs of one program: `bound(graph, feeds)` is a faster `graph(feeds)`."""
 
     def __init__(self, program: Program) -> None:
         codes: Codes = {}
@@ -59,7 +59,7 @@ class BoundGraphs:
 
     @property
     def decode_problem(self) -> str:
-        """Why decode steps run node by node; empty where they are replayed by one call of C (tape.py)."""
+        """Why decode steps run node by node; empty if they are replayed by one C call (tape.py)."""
         decode = self.modules.get(DECODE)
         return decode.problem if isinstance(decode, TapedDecode) else "there is no decode graph"
 
@@ -70,7 +70,7 @@ class BoundGraphs:
         except torch.OutOfMemoryError:
             raise
         except UNFIT as error:
-            # The kernels check their operands, torch's own operators do so here.
+            # Kernels check their operands; errors of torch's operators surface here.
             raise KernelError(
                 f"{type(error).__name__}: {error}",
                 where=f"the graph {graph.name}",
@@ -80,7 +80,7 @@ class BoundGraphs:
 
 
 def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
-    """The graph as a module of its own on the same tensors; `codes` holds what was unpacked, by place in memory."""
+    """A copy of the graph on the same tensors, bound to kernels; `codes` holds unpacked weights by address."""
     own = fx.Graph()
     own.output(own.graph_copy(graph.module.graph, {}))
     module = fx.GraphModule(graph.module, own)
@@ -88,7 +88,7 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
     tensors = [get_tensor(module, str(node.target)) for node in own.nodes if node.op == "get_attr"]
     elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
     grow_in_place(bound, caches, packed_codes=elsewhere)
-    # Decode steps on the CPU are replayed (tape.py), where a sum is a call of its own.
+    # Decode steps on the CPU are replayed (tape.py), where a residual add is a separate call.
     if elsewhere or graph.name != DECODE:
         join_residuals(bound)
     if elsewhere:

@@ -1,12 +1,12 @@
-"""Chains of row operators in a bound graph become one call of C each (kernels/native/rows.py).
+"""Fuse chains of row operators in a bound graph into one C call each (kernels/native/rows.py).
 
     %a = to.dtype(%x, f64); %b = to.dtype(@w, f64); %n = rmsnorm(%a, %b, eps); %y = to.dtype(%n, f32)
     %k = kronecker(%y, @scale, @left, @right);  %c = sub(%k, @shift);  %q = quantize_int4(%c, group, clip)
       -> %q = rows(%x)
 
-Every part but the quantizer is optional. A chain is joined only where nobody else reads what lies inside it, and rounds
-where the graph rounds: float32 models get the bits that the operators one by one would give, half-precision models the
-same but for the order of sums and, in layer norms, a product where there was a quotient.
+Every part except the quantizer is optional. A chain is fused only if its intermediate values have no other reader, and
+it rounds where the graph rounds: float32 models get bit-identical results to separate operators, half-precision models
+too, except for the summation order and, in layer norms, a multiplication instead of a division.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from qpcompile.ir.text import value_types
 from qpcompile.kernels.native.rows import Kind, RowPlan
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-# Marks the nodes that are one call of C on rows.
+# Name of the nodes that are one C call on rows.
 IS_ROWS = "is_rows"
 FUSED: dict[Any, tuple[Kind, tuple[str, ...]]] = {
     RMSNORM_QUANTIZE: ("rmsnorm", ("weight", "constant")),
     LAYERNORM_QUANTIZE: ("layernorm", ("weight", "bias", "constant")),
     SILU_MUL_QUANTIZE: ("silu_mul", ()),
 }
-"""The kind of rows of an operator that the compiler joined, and what its arguments between rows and transform are."""
+"""The row kind of an operator that the compiler fused, and its arguments between rows and transform."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What makes the rows of a chain: their kind, the nodes they are made of, and arguments of a RowPlan."""
+    """The start of a chain: the kind of rows, their input nodes, and arguments of a RowPlan."""
 
     kind: Kind
     sources: tuple[Any, ...]
@@ -54,7 +54,7 @@ class Rows:
 
 
 def join_rows(graph: Graph) -> None:
-    """Join every chain of a bound graph; its dead nodes are left for the caller to remove."""
+    """Fuse every chain of a bound graph; dead nodes are left for the caller to remove."""
     joiner = _Joiner(graph.module, value_types(graph))
     for node in list(calls(graph, *FUSED)):
         joiner.join_fused(node)
@@ -70,19 +70,19 @@ def join_rows(graph: Graph) -> None:
 class _Joiner:
     module: fx.GraphModule
     types: dict[fx.Node, str]
-    """As printed (`f32[B, 1, 64]`): graphs of an artifact know no more of their values."""
+    """Printed types (`f32[B, 1, 64]`): graphs of an artifact have no other type information."""
 
     def dtype(self, node: Any) -> str:
-        """The type of a node's elements, as printed; empty where it is no tensor."""
+        """The element type of a node, as printed; empty if it is not a tensor."""
         return value_type(self.types.get(node, "")).dtype
 
     def channels(self, node: Any) -> int:
-        """The last axis of a node, 0 where it is not known."""
+        """The size of a node's last axis, 0 if unknown."""
         *_, last = value_type(self.types[node]).sizes or ("",)
         return int(last) if last.isdecimal() else 0
 
     def join_fused(self, node: fx.Node) -> None:
-        """An operator that the compiler joined already, on its weights."""
+        """Bind an operator that the compiler fused already to its weights."""
         kind, names = FUSED[node.target]
         count = 2 if kind == "silu_mul" else 1
         every: tuple[Any, ...] = node.args
@@ -94,7 +94,7 @@ class _Joiner:
             _replace(node, plan.quantized, sources)
 
     def join_quantizer(self, node: fx.Node) -> None:
-        """A quantizer with what makes its rows and changes their basis."""
+        """Fuse a quantizer with the producer of its rows and their basis change."""
         change: dict[str, Any] = {}
         every: tuple[Any, ...] = node.args
         x, group_size, clip_ratio = every
@@ -108,12 +108,12 @@ class _Joiner:
             _replace(node, plan.quantized, rows.sources)
 
     def join(self, node: fx.Node, rows: Rows | None, change: dict[str, Any] | None) -> None:
-        """Rows that are stored."""
+        """Fuse a chain whose rows are stored unquantized."""
         if rows is not None and change is not None and (plan := self.plan(rows, change)) is not None:
             _replace(node, plan.stored, rows.sources)
 
     def plan(self, rows: Rows, change: dict[str, Any], as_graph: bool = True) -> RowPlan | None:
-        """None where the C has no such rows: other types, or weights that the graph computes."""
+        """The plan, or None if C has no such rows: other types, or weights that the graph computes."""
         dtype, channels = self.dtype(rows.sources[0]), self.channels(rows.sources[0])
         arguments = {name: self.tensor(each) for name, each in (rows.arguments | change).items()}
         known = not any(isinstance(each, fx.Node) for each in arguments.values())
@@ -122,21 +122,21 @@ class _Joiner:
         return RowPlan(rows.kind, TYPES[dtype], channels, **arguments, as_graph=as_graph)
 
     def change(self, node: fx.Node) -> dict[str, Any] | None:
-        """The change of basis of a node kronecker or hadamard; None where its factors are computed in the graph."""
+        """The basis change of a kronecker or hadamard node; None if its factors are computed in the graph."""
         scale, *factors = (self.tensor(each) for each in node.args[1:])
         if any(isinstance(each, fx.Node) for each in (scale, *factors)) or self.dtype(node) not in TYPES:
             return None
         return {"scale": scale, "factors": tuple(factors) or True}
 
     def rows(self, node: fx.Node) -> Rows | None:
-        """How a node makes rows out of others, nobody else reading what lies inside; None where C has no such kind."""
+        """How a node computes rows, if intermediate values have no other reader; None if C has no such kind."""
         inner, wide = self.inside(node)
         if is_call(inner, RMSNORM, aten.layer_norm.default):
             return self.norm(inner, wide)
         return self.gate(node) if is_call(node, aten.mul.Tensor) else None
 
     def norm(self, node: fx.Node, wide: bool) -> Rows | None:
-        """A norm over the last axis with its weights: widened from float32, or in bfloat16."""
+        """A norm over the last axis with its weights: in float64 for float32 models, or in bfloat16."""
         every: tuple[Any, ...] = node.args
         if is_call(node, RMSNORM):
             x, weight, eps = every
@@ -171,18 +171,18 @@ class _Joiner:
         return None
 
     def inside(self, node: fx.Node) -> tuple[fx.Node, bool]:
-        """(the float64 node that `node` rounds to float32, True), or the node itself where it is in bfloat16."""
+        """(the float64 node that `node` rounds to float32, True), or the node itself if it is in bfloat16."""
         inner: Any = node.args[0] if is_call(node, aten.to.dtype) and self.dtype(node) == "f32" else None
         if inner is not None and self.dtype(inner) == "f64" and self.is_inner(inner):
             return inner, True
         return node, False
 
     def narrow(self, node: Any, wide: bool) -> Any:
-        """What a cast to float64 was made of; the node itself where nothing was widened."""
+        """The input of a cast to float64; the node itself if it is not such a cast."""
         return node.args[0] if wide and is_call(node, aten.to.dtype) else node
 
     def is_inner(self, node: Any) -> bool:
-        """Whether one node alone reads a node."""
+        """Whether a node has exactly one reader."""
         return isinstance(node, fx.Node) and len(node.users) == 1
 
     def is_vector(self, node: Any) -> bool:
@@ -191,7 +191,7 @@ class _Joiner:
         return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.dim() == 1
 
     def tensor(self, node: Any) -> Any:
-        """The tensor that a node reads off the module; anything else as it is."""
+        """The module's tensor of a get_attr node; anything else unchanged."""
         if isinstance(node, (tuple, list)):
             return tuple(self.tensor(each) for each in node)
         known = isinstance(node, fx.Node) and node.op == "get_attr"
@@ -199,7 +199,7 @@ class _Joiner:
 
 
 def _replace(node: fx.Node, function: Callable[..., Any], sources: tuple[Any, ...]) -> None:
-    """`node` becomes function(*sources)."""
+    """Replace `node` by function(*sources)."""
 
     def rows(*tensors: torch.Tensor) -> Any:
         return function(*tensors)

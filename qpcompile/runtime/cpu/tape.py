@@ -1,15 +1,16 @@
-"""Decode steps as one call of C: what the kernels of a bound decode graph are called with is written down once.
+"""Record and replay of decode steps: the kernel calls of a bound decode graph are recorded once, replayed by one C
+call.
 
-    front    masks, rotary tables, whatever the layers do not change      torch, on every step
-    layers   kernels in C, sums of residuals, views, tokens into caches   one call that replays what was written down
+    front    masks, rotary tables, all that does not depend on layers     torch, on every step
+    layers   C kernels, residual adds, views, appends to caches           one call that replays the recording
 
-An answer's first step runs node by node, which gives every cache room to grow. The second is written down: the kernels'
-calls are noted (kernels/native/tape.py) and the tensors they made are kept. From then on a step copies what the front
-made to where the second step had it, and replays. When a cache is full the first step comes again. The numbers are
-those of steps node by node, bit for bit.
+An answer's first decode step runs node by node, which gives every cache spare capacity. The second is recorded: the
+kernels' calls are captured (kernels/native/tape.py) and the tensors they created are kept. Later steps copy the front's
+results to the addresses of the recording, and replay it. When a cache is full the cycle starts over. Results are
+bit-identical to running node by node.
 
-Caches that come from elsewhere (beam search, a second answer) are run node by node, and a graph whose layers hold an
-operator without a kernel for this always is: `TapedDecode.problem` says which.
+Caches from elsewhere (beam search, a second answer) run node by node, and so does a graph whose layers contain an
+operator without a recordable kernel: `TapedDecode.problem` names it.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ from qpcompile.runtime.growing_cache import GrowingCaches
 KERNELS: tuple[Any, ...] = tuple(spec.cpu for spec in SPECS if spec.taped)
 VIEWS: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.unsqueeze.default)
 COMPUTES_NOTHING = frozenset({"empty", "view", "transpose", "unsqueeze", "expand", "slice", "alias", "as_strided"})
-"""Operators of torch that make room for numbers, or look at them in another way."""
+"""torch operators that allocate memory or create views."""
 
 
 class CannotTapeError(Exception):
-    """Why a graph or a step cannot be written down, in words; never leaves this file."""
+    """Why a graph or a step cannot be recorded, in words; never leaves this file."""
 
 
 class TapedDecode:
     """A bound decode graph, called with its inputs in their order.
 
-    `problem` says why every step runs node by node; it is empty where steps are replayed.
+    `problem` is the reason why every step runs node by node; empty if steps are replayed.
     """
 
     def __init__(self, graph: Graph, caches: GrowingCaches) -> None:
@@ -72,9 +73,9 @@ class TapedDecode:
         return results
 
     def _on_own_caches(self, feeds: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """A step behind the last one, replayed or written down; None where it can be neither."""
+        """A step that continues the last one, replayed or recorded; None if neither is possible."""
         pasts = [feeds[place] for place in self._inputs]
-        # Somebody may hold older caches and go on from them: those are not ours to append to.
+        # A caller may hold older caches and continue from them: appending to those is not safe.
         last, self._last = self._last, []
         if len(pasts) != len(last) or any(map(operator.is_not, pasts, last)):
             return None
@@ -82,14 +83,14 @@ class TapedDecode:
         if self._step is not None:
             return self._step.replay(values)
         try:
-            self._step = self._layers.write_down(values, pasts)
+            self._step = self._layers.record(values, pasts)
         except CannotTapeError as problem:
             self.problem = str(problem)
         return None if self._step is None else self._step.results()
 
 
 class _Layers:
-    """A bound decode graph in two: `front` computes what the other nodes read besides weights and caches."""
+    """A bound decode graph split in two: `front` computes what the layers read besides weights and caches."""
 
     def __init__(self, graph: Graph, caches: GrowingCaches) -> None:
         if not native.available():
@@ -124,10 +125,10 @@ class _Layers:
         own.eliminate_dead_code()
         return fx.GraphModule(self._module, own)
 
-    def write_down(self, values: Sequence[Any], pasts: Sequence[Tensor]) -> _Step | None:
-        """Run one step and note it; None where a cache has no room for it.
+    def record(self, values: Sequence[Any], pasts: Sequence[Tensor]) -> _Step | None:
+        """Run and record one step; None if a cache has no room for it.
 
-        values: what `front` returned. pasts: the caches that the step before returned.
+        values: the results of `front`. pasts: the caches returned by the previous step.
         """
         caches = {node: _Cache.of(past, self._caches) for node, past in zip(self._pasts, pasts, strict=True)}
         left = min(cache.left for cache in caches.values())
@@ -152,7 +153,7 @@ class _Layers:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that was written down. `results` may be read until the next replay."""
+    """A recorded step. `results` may be read until the next replay."""
 
     tape: Tape
     inputs: list[_Input]
@@ -161,7 +162,7 @@ class _Step:
     kept: list[Any]
 
     def replay(self, values: Sequence[Any]) -> list[Tensor] | None:
-        """The next step, on what the front made for it; None where this tape does not fit it."""
+        """Replay the next step on the results of the front; None if this tape does not fit it."""
         fits = self.tape.replays < self.room and self.tape.threads == torch.get_num_threads()
         if not fits or not all(map(_Input.put, self.inputs, values)):
             return None
@@ -169,14 +170,14 @@ class _Step:
         return self.results()
 
     def results(self) -> list[Tensor]:
-        """What the step returns; tensors of their own, but for the caches."""
+        """The results of the step; copies, except for the caches."""
         more = self.tape.replays
         return [each.grown(more) if isinstance(each, _Cache) else each.clone() for each in self.outputs]
 
 
 @dataclass(frozen=True)
 class _Cache:
-    """A cache and the room it is the front of: past: [B, H, S, D], room: [B, H, S + left, D]."""
+    """A cache and its buffer: past: [B, H, S, D], the front of room: [B, H, S + left, D]."""
 
     past: Tensor
     room: Tensor
@@ -184,26 +185,26 @@ class _Cache:
 
     @classmethod
     def of(cls, past: Tensor, caches: GrowingCaches) -> _Cache:
-        """Nobody else appends to this room from now on."""
+        """Take exclusive ownership of the cache's buffer."""
         room = caches.take(past)
         return cls(past, past, 0) if room is None else cls(past, room, room.shape[2] - past.shape[2])
 
     def append(self, token: Tensor) -> Tensor:
-        """token: [B, H, 1, D], behind the others."""
+        """Append token: [B, H, 1, D]."""
         batch, heads, _, width = self.room.shape
         if not token.is_contiguous() or token.shape != (batch, heads, 1, width) or token.dtype != self.room.dtype:
-            raise CannotTapeError(f"a cache is given tokens {list(token.shape)} that do not lie as it does")
+            raise CannotTapeError(f"a cache is given tokens {list(token.shape)} with another memory layout")
         native.call("append", token, self.room, batch * heads, width, self.room.shape[2], self.past.shape[2])
         return self.grown(0)
 
     def grown(self, more: int) -> Tensor:
-        """With the token of the first step and of `more` steps behind it."""
+        """The cache with the token of the first step and of `more` later steps."""
         return self.room.narrow(2, 0, self.past.shape[2] + 1 + more)
 
 
 @dataclass(frozen=True)
 class _Input:
-    """Where the layers find a value of the front: a number that stays, or a tensor with room along one axis."""
+    """Where the layers read a value of the front: a constant number, or a tensor with spare capacity along one axis."""
 
     now: Any
     axis: int
@@ -211,7 +212,7 @@ class _Input:
 
     @classmethod
     def of(cls, value: Any, axis: int, left: int) -> _Input:
-        """For a value that may grow by `left` along an axis."""
+        """The input for a value that may grow by `left` along an axis."""
         if not isinstance(value, Tensor):
             return cls(value, axis)
         sizes = list(value.shape)
@@ -220,7 +221,7 @@ class _Input:
         return cls(whole.narrow(axis, 0, value.shape[axis]).copy_(value), axis, whole)
 
     def put(self, value: Any) -> bool:
-        """Take the value of another step; False where it has no place here."""
+        """Store the value of another step; False if it does not fit."""
         if self.whole is None:
             return value == self.now
         length = value.shape[self.axis]
@@ -233,7 +234,7 @@ class _Input:
 
 
 class _NothingElse(TorchDispatchMode):
-    """Refuses every operator of torch that computes: it would not be on the tape."""
+    """Refuses every torch operator that computes: the tape would miss it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called in place of each operator."""
@@ -251,7 +252,7 @@ def _sum(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kernels_and_readers(graph: fx.Graph, caches: GrowingCaches) -> Iterator[fx.Node]:
-    """Every kernel and every append of a graph, and whatever depends on one."""
+    """Every kernel and every append of a graph, and all nodes that depend on one."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         first = node.op == "call_function" and (node.target in (*KERNELS, caches.append) or IS_ROWS in node.meta)
@@ -261,7 +262,7 @@ def _kernels_and_readers(graph: fx.Graph, caches: GrowingCaches) -> Iterator[fx.
 
 
 def _obstacle(node: fx.Node, types: dict[fx.Node, str], caches: GrowingCaches, pasts: Collection[fx.Node]) -> str:
-    """Why a node behind the front cannot be written down; empty where it can."""
+    """Why a node after the front cannot be recorded; empty if it can."""
     appends = node.target == caches.append
     if not appends and any(source in pasts for source in node.all_input_nodes):
         return f"{target_text(node.target)} reads a cache before a token is appended to it"
@@ -274,12 +275,12 @@ def _obstacle(node: fx.Node, types: dict[fx.Node, str], caches: GrowingCaches, p
 
 
 def _growing_axis(node: fx.Node, kind: str, inside: Collection[fx.Node]) -> int:
-    """The axis along which a value of the front is longer on every step, 0 where there is none."""
+    """The axis along which a value of the front grows on every step, 0 if there is none."""
     if kind == "int B":
         return 0
     found = value_type(kind)
     growing = [place for place, size in enumerate(found.sizes) if not size.isdecimal() and size != "B"]
     masks = all(is_call(user, attention_kv4) and user.args[5] is node for user in node.users if user in inside)
     if not found.is_tensor or len(growing) > 1 or (growing and not masks):
-        raise CannotTapeError(f"the layers read a value of type {kind or 'unknown'} that is another on every step")
+        raise CannotTapeError(f"the layers read a value of type {kind or 'unknown'} that changes on every step")
     return growing[0] if growing else 0

@@ -1,7 +1,7 @@
-"""Operators of torch that take another, faster way on the CPU in a bound graph: the same sums, maybe in another order.
+"""Faster CPU implementations of torch operators in bound graphs: same results up to the summation order.
 
 linear            of few rows: kernels/linear
-conv2d, conv3d    over patches that were cut apart before, each of the kernel's size: one product of rows
+conv2d, conv3d    over pre-extracted patches of the kernel's size (im2col is a view): one matrix product
 attention         of many queries: kernels/attention
 """
 
@@ -29,7 +29,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Arguments of torch.nn.functional.scaled_dot_product_attention, by their places there."""
+    """Positional arguments of torch.nn.functional.scaled_dot_product_attention."""
     if dropout_p or is_causal or not _by_heads(q, k, v):
         TORCH_RULE.check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
@@ -38,7 +38,7 @@ def attend(
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are laid out as kernels/attention takes them; torch broadcasts any leading sizes."""
+    """Whether the operands have the layout of kernels/attention; torch broadcasts any leading sizes."""
     four_axes = q.dim() == k.dim() == v.dim() == 4
     return four_axes and q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1]
 
@@ -56,7 +56,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any)
 
 
 def _whole(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor | None:
-    """One product of rows, if the kernel covers all of x and there is neither padding, dilation nor groups."""
+    """One matrix product, if the kernel covers all of x and there is no padding, dilation or grouping."""
     plain = all(given in (usual, [usual] * (x.dim() - 2)) for given, usual in zip(options[1:], (0, 1, 1), strict=False))
     if x.shape[1:] != weight.shape[1:] or not plain:
         return None

@@ -1,13 +1,13 @@
-"""Decode steps with fixed sizes and fixed places in memory, which a CUDA graph can hold.
+"""Decode steps with static shapes and addresses, so that a CUDA graph can capture them.
 
-Caches have room for a bucket of tokens, each group of layers for its own: 256, 512, 1024, ... For every batch size and
-choice of buckets there is one `Step`: its buffers, and what runs the static graph (static_graph.py) on them. An
-answer's first step copies its caches in; then a step copies the new token's embeddings, positions and mask, and
-replays. A full cache moves on to the next bucket. Whoever asks for the cache in between (beam search, a second answer
-that needs the same step) gets it copied out again.
+Caches have a capacity of one bucket of tokens, chosen per group of layers: 256, 512, 1024, ... For every batch size and
+choice of buckets there is one `Step`: its buffers, and the static graph (static_graph.py) on them. An answer's first
+step copies its caches in; each further step copies the new token's embeddings, positions and mask, and replays. A full
+cache moves to the next bucket. When the cache is accessed in between (beam search, a second answer that needs the same
+step), it is copied out.
 
-The same steps run without capture on every device. There they give the numbers of caches that grow but for the order
-of sums in `scaled_dot_product_attention`, which reads closed slots as zeros.
+The same steps run without capture on every device. There results equal those of growing caches, except for the
+summation order in `scaled_dot_product_attention`, which reads masked slots as zeros.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.machine import ALIVE, KEPT, SEEN
 
 SMALLEST = 256
-# Steps that stay for answers to come; the one that has waited longest goes first.
+# Cached steps for later answers; the least recently used one is evicted.
 STEPS = 4
 WARM_UP = 3
 
@@ -39,14 +39,14 @@ Capture = Callable[[Run], tuple[Callable[[], None], Tensors]]
 
 
 def bucket(tokens: int) -> int:
-    """The slots of a cache that holds `tokens` and soon more: a power of two."""
+    """The capacity of a cache that holds `tokens` and will grow: a power of two."""
     return max(SMALLEST, 1 << (tokens + ROOM - 1).bit_length())
 
 
 class StaticDecode:
-    """The decode steps of one program: `decode(cache, feeds)` is one token; `cache` grows by it.
+    """The decode steps of one program: `decode(cache, feeds)` processes one token and appends it to `cache`.
 
-    capture: what makes a replay of a step, see `cuda_graph`; None runs it operator by operator.
+    capture: creates the replay function of a step, see `cuda_graph`; None runs it operator by operator.
     """
 
     def __init__(self, program: Program, capture: Capture | None = None) -> None:
@@ -55,11 +55,11 @@ class StaticDecode:
 
     @functools.cached_property
     def graph(self) -> StaticGraph:
-        """The decode graph with fixed sizes. Raises KernelError where it cannot have them."""
+        """The decode graph with static shapes. Raises KernelError if that is impossible."""
         return static_graph(self._program.graphs[DECODE])
 
     def __call__(self, cache: CompiledCache, feeds: Tensors) -> Tensors:
-        """Results by output path, but for the caches. feeds: what the graph takes besides what `cache` holds."""
+        """Results by output path, without caches. feeds: the graph's inputs that are not in `cache`."""
         with torch.no_grad():
             step = self._step(cache, feeds)
             return step(feeds)
@@ -82,7 +82,7 @@ class StaticDecode:
 
 
 class Step:
-    """The buffers of one batch size and one choice of buckets, and the step on them. It holds one cache at a time.
+    """The buffers for one batch size and one choice of buckets, and the step on them. It holds one cache at a time.
 
     sizes: group of layers -> slots C of its caches.
     """
@@ -130,12 +130,12 @@ class Step:
         return self._replay is not None
 
     def holds(self, cache: CompiledCache) -> bool:
-        """Whether the cache's tokens lie in these buffers."""
-        # A cache that was emptied in between has forgotten this step, or lies in another.
+        """Whether the cache's tokens are in these buffers."""
+        # A cache that was cleared in between no longer refers to this step, or is in another one.
         return cache.bring == self._give
 
     def take(self, cache: CompiledCache, lengths: dict[str, int]) -> None:
-        """Copy the cache in; whichever was here before gets its tokens back. lengths: tokens per group."""
+        """Copy the cache in; the previous cache gets its tokens back. lengths: tokens per group."""
         tensors, kept, alive = cache.tensors, cache.kept, cache.alive
         self.free()
         for path, buffer in self._buffers.items():
@@ -145,7 +145,7 @@ class Step:
                 buffer[:, :, : tensors[path].shape[2]] = tensors[path]
             elif kind == KEPT:
                 count = lengths[rest]
-                # Every new token stays, at the position it comes at; what is never filled has some position too.
+                # Every new token is kept, at its own position; slots that are never filled have arbitrary positions.
                 buffer[:] = (self._numbers[rest] + (lengths[FULL] - count)).clamp(0, self._sizes[FULL] - 1)
                 buffer[:, :count] = kept[int(rest)]
             elif kind == ALIVE:
@@ -160,13 +160,13 @@ class Step:
         cache.clear()
 
     def free(self) -> None:
-        """Give the cache that is here its tokens back; they go with the buffers otherwise."""
+        """Copy the tokens back to the current cache before the buffers are released."""
         held = self._cache()
         if held is not None and self.holds(held):
             held.come_back()
 
     def _give(self, cache: CompiledCache) -> None:
-        """Copy the tokens out into `cache`, which is the one held here."""
+        """Copy the tokens out into `cache`, the one currently held."""
         counts = {group: count + self._taken for group, count in self._start.items()}
         tensors, kept, alive = cache.parts
         for path, buffer in self._buffers.items():
@@ -178,7 +178,7 @@ class Step:
         self._cache, self.room = lambda: None, 0
 
     def __call__(self, feeds: Tensors) -> Tensors:
-        """One token: what changes is copied in, what comes out is copied."""
+        """Process one token: changed inputs are copied in, results are copied out."""
         cache = self._cache()
         assert cache is not None and self.room > 0
         for path, axis in self._graph.mask_axes.items():
@@ -208,7 +208,7 @@ class Step:
         self._buffers[path].copy_(value)
 
     def _advance(self) -> Tensors:
-        """The step itself: nothing in it depends on a value that the host knows."""
+        """The step itself: nothing in it depends on host values."""
         feeds = dict(self._buffers)
         feeds[TOKENS] = self._slots[0]
         for place, (group, numbers) in enumerate(self._numbers.items()):
@@ -227,7 +227,7 @@ class Step:
 
 
 def _captured(capture: Capture, run: Run) -> tuple[Callable[[], None], Tensors]:
-    """What `capture` makes of `run`; where torch cannot, the way around it is said."""
+    """Capture `run`; a failure becomes a KernelError with a workaround."""
     try:
         return capture(run)
     except RuntimeError as error:
@@ -237,9 +237,9 @@ def _captured(capture: Capture, run: Run) -> tuple[Callable[[], None], Tensors]:
 
 
 def cuda_graph(run: Run) -> tuple[Callable[[], None], Tensors]:
-    """Capture `run` on the current CUDA device: what replays it, and the tensors that hold its results afterwards.
+    """Capture `run` on the current CUDA device: returns the replay function, and the tensors of its results.
 
-    The first runs compile kernels and make what they keep (tiles, factors of rotations), which a capture must not.
+    Warm-up runs compile kernels and fill caches (tiles, factors of rotations), which must not happen during capture.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

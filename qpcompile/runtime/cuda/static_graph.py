@@ -1,16 +1,16 @@
-"""A decode graph whose sizes stay what they are from step to step: caches with room for C tokens, filled slot by slot.
+"""Rewrite a decode graph to static shapes: caches with a capacity of C tokens, filled slot by slot.
 
-    %k = aten::cat([%past_key_values.0.key, %new], 2)      copies the cache, which is one token longer after each step
+    %k = aten::cat([%past_key_values.0.key, %new], 2)      copies the cache, which grows by one token per step
       -> %k = write_token(%past_key_values.0.key, %new, %slot)             %slot: i64[1], the number of tokens before
-    %q = aten::add(%zero, S)                               the length as a number in Python
+    %q = aten::add(%zero, S)                               the length as a Python number
       -> %q = aten::add(%zero, %tokens)                                    %tokens: i64[], the same on the device
     %y = aten::scaled_dot_product_attention(%q, %k, %v, %mask)
       -> %y = ...(%q, %k, %v, %mask & %open)                               %open: bool[1, 1, 1, C], slots with a token
     %y = qpcompile::attention_kv4(..., %mask, scale)
       -> %y = qpcompile::attention_kv4(..., %mask, scale, %filled)         %filled: i64[1], how many those are
 
-Layers between two token cuts share a length and with it %slot, %open and %filled. In layers before every cut the slot
-of a token is its position, as before. What counts slots in another way is refused.
+Layers between two token cuts share a length and therefore %slot, %open and %filled. In layers before every cut the slot
+of a token is its position, as before. Any other use of token counts is refused.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from qpcompile.runtime.growing_cache import appends
 from qpcompile.runtime.machine import ALIVE, KEPT, SEEN
 from qpcompile.runtime.residual_epilogue import join_residuals
 
-# The layers before every cut; the others are named by the layer of their cut.
+# The group of layers before every cut; other groups are named by the layer of their cut.
 FULL = "full"
-# Inputs that a static graph has besides those of the graph it is made from; all but the first per group of layers.
+# Additional inputs of a static graph; all except the first exist per group of layers.
 TOKENS, SLOT, OPEN, FILLED = "tokens", "slot", "open", "filled"
 MASK, SDPA = "attention_mask", aten.scaled_dot_product_attention.default
 
-# What to do where steps cannot have fixed sizes.
+# What to do if steps cannot have static shapes.
 GROWING = 'move the model with compiled.to("cuda", cuda_graphs=False): caches then grow with every token'
 FLOATS = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
-# Operators that treat every slot by itself, or sum over slots whose closed ones are 0.
+# Operators that process every slot independently, or sum over slots in which masked ones are 0.
 BY_SLOT = frozenset(
     {
         *(aten.add, aten.sub, aten.mul, aten.le, aten.lt, aten.ge, aten.gt, aten.eq, aten.ne, aten.where),
@@ -61,7 +61,7 @@ BY_SLOT = frozenset(
 
 @dataclass(frozen=True)
 class StaticGraph:
-    """A module that takes `inputs` and returns `outputs`; the caches among its inputs are changed in place.
+    """A module that takes `inputs` and returns `outputs`; the caches among its inputs are updated in place.
 
     groups: `FULL` and the cuts, as text. group_of: the group of each cache. mask_axes: the inputs, other than caches,
     that have one entry per slot of `FULL`, and the axis of it.
@@ -76,12 +76,12 @@ class StaticGraph:
 
 
 def write_token(past: torch.Tensor, new: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """Put new: [B, H, 1, D] at slot: i64[1] of past: [B, H, C, D]; returns `past`."""
+    """Write new: [B, H, 1, D] to slot: i64[1] of past: [B, H, C, D]; returns `past`."""
     return past.index_copy_(2, slot, new)
 
 
 def static_graph(graph: Graph) -> StaticGraph:
-    """The decode graph as above; the graph itself stays as it is. Raises KernelError where it cannot be made static."""
+    """The rewritten decode graph; the original is unchanged. Raises KernelError if it cannot be made static."""
     graph = clone(graph)
     lengths = _Lengths(graph)
     outside = {
@@ -110,7 +110,7 @@ def static_graph(graph: Graph) -> StaticGraph:
 
 
 class _Lengths:
-    """Which sizes of a decode graph count tokens: cached ones, or those and the new one, in which group of layers.
+    """Which sizes of a decode graph count tokens, with or without the new one, and in which group of layers.
 
     Sizes are read from the printed types, which a graph read from a file has too.
     """
@@ -128,22 +128,22 @@ class _Lengths:
         self.symbols = set[sympy.Basic]().union(*(each.free_symbols for each in self.totals.values()))
 
     def sizes(self, node: Any) -> list[sympy.Expr]:
-        """The sizes of a node's tensors, one after the other; of a number, and of what is no node, none."""
+        """The sizes of a node's tensors, concatenated; none for a number or a non-node."""
         tensors = value_type(self.types.get(node, "")).tensors
         return [size_expression(size) for tensor in tensors for size in tensor.sizes]
 
     def number(self, node: fx.Node) -> sympy.Expr | None:
-        """What a node that is a number counts, where that is tokens."""
+        """The token count that a scalar node represents, if it is one."""
         kind = value_type(self.types.get(node, ""))
         value = size_expression(kind.number) if kind.kind == "int" else None
         return value if value is not None and self.counts(value) else None
 
     def counts(self, size: sympy.Expr) -> bool:
-        """Whether a size is a number of tokens, or made from one."""
+        """Whether a size is a token count, or computed from one."""
         return bool(size.free_symbols & self.symbols)
 
     def axes(self, node: fx.Node) -> Iterator[int]:
-        """The axes of a tensor that count tokens, those of `FULL` with the new one; others are refused."""
+        """The axes of a tensor that count tokens, of `FULL` with the new one; other counts are refused."""
         for axis, size in enumerate(self.sizes(node)):
             if self.counts(size):
                 if size != self.totals[FULL]:
@@ -160,7 +160,7 @@ class _Lengths:
 
 
 def _write_in_place(graph: Graph, lengths: _Lengths, added: dict[str, fx.Node]) -> set[fx.Node]:
-    """Every cache is written to, not appended to; returns the nodes that write."""
+    """Replace appends to caches by in-place writes; returns the writing nodes."""
     found = appends(graph)
     written = {node.args[0][0] for node in found}  # type: ignore[index]
     for path in graph.inputs:
@@ -176,7 +176,7 @@ def _write_in_place(graph: Graph, lengths: _Lengths, added: dict[str, fx.Node]) 
 
 
 def _check(graph: Graph, lengths: _Lengths, written: set[fx.Node]) -> None:
-    """Refuse what does not treat every slot alike."""
+    """Refuse operators that do not treat all slots alike."""
     totals = set(lengths.totals.values())
     for node in graph.nodes:
         if node.op != "call_function" or node in written or not isinstance(node.target, torch._ops.OpOverload):
@@ -198,14 +198,14 @@ def _check(graph: Graph, lengths: _Lengths, written: set[fx.Node]) -> None:
 
 
 def _lengths_from_device(graph: Graph, lengths: _Lengths, added: dict[str, fx.Node]) -> None:
-    """A number of tokens that is counted with, not only a size, is read from the device."""
+    """Read token counts that take part in arithmetic, not only in sizes, from the device."""
     caches = {graph.placeholder(path) for path in graph.inputs if path.startswith(f"{CACHE}.")}
     for node in graph.nodes:
         number = lengths.number(node)
         if number is None:
             continue
         if is_call(node, aten.sym_size.int) and node.args[0] in caches and node.args[1] in (2, -2):
-            # There is room for the new token already.
+            # The capacity includes the new token already.
             with graph.module.graph.inserting_after(node):
                 before = graph.module.graph.call_function(operator.sub, (node, 1))
             node.replace_all_uses_with(before, lambda user, ours=before: user is not ours)
@@ -220,7 +220,7 @@ def _lengths_from_device(graph: Graph, lengths: _Lengths, added: dict[str, fx.No
 
 
 def _as_number(user: fx.Node, node: fx.Node) -> Iterator[int]:
-    """The arguments of `user` where the number `node` is counted with; where it is a size there is nothing to do."""
+    """The arguments of `user` where `node` takes part in arithmetic; where it is a size there is nothing to do."""
     if not isinstance(user.target, torch._ops.OpOverload):
         return
     for place, (argument, given) in enumerate(zip(user.target._schema.arguments, user.args, strict=False)):
@@ -234,14 +234,14 @@ def _as_number(user: fx.Node, node: fx.Node) -> Iterator[int]:
 
 
 def _on_device(graph: Graph, more: sympy.Expr, tokens: fx.Node, user: fx.Node) -> fx.Node:
-    """The node for so many more than the number of tokens, as a tensor: i64[]."""
+    """The node for the number of tokens plus `more`, as a tensor: i64[]."""
     if not more.is_Integer:
         raise _refusal("it counts with a number that is not the number of tokens and some", user)
     return graph.module.graph.call_function(aten.add.Tensor, (tokens, int(more))) if more != 0 else tokens
 
 
 def _close_attention(graph: Graph, lengths: _Lengths, added: dict[str, fx.Node]) -> None:
-    """No attention sees a slot that holds no token yet."""
+    """Mask slots without a token in every attention."""
     closed: dict[tuple[Any, str], fx.Node] = {}
     for node in list(calls(graph, ATTENTION_KV4)):
         group = lengths.group(node.args[1], 1)
@@ -260,7 +260,7 @@ def _close_attention(graph: Graph, lengths: _Lengths, added: dict[str, fx.Node])
 
 
 def _closed(graph: Graph, lengths: _Lengths, mask: fx.Node | None, is_open: fx.Node) -> fx.Node:
-    """A mask that closes what `is_open` does not hold."""
+    """The mask combined with `is_open`."""
     if mask is None:
         return is_open
     dtype = value_type(lengths.types[mask]).dtype
@@ -271,7 +271,7 @@ def _closed(graph: Graph, lengths: _Lengths, mask: fx.Node | None, is_open: fx.N
 
 
 def _drop_caches(graph: Graph) -> tuple[str, ...]:
-    """Caches are changed in place and not returned; returns what still is."""
+    """Drop the caches, which are updated in place, from the outputs; returns the remaining ones."""
     (results,) = graph.output_node.args
     kept = [(path, node) for path, node in zip(graph.outputs, results, strict=True) if not path.startswith(f"{CACHE}.")]  # type: ignore[arg-type]
     graph.output_node.args = (tuple(node for _, node in kept),)
@@ -281,7 +281,7 @@ def _drop_caches(graph: Graph) -> tuple[str, ...]:
 def _refusal(why: str, node: fx.Node) -> KernelError:
     where = target_text(node.target) if node.op == "call_function" else node.name
     return KernelError(
-        f"this decode graph cannot run with sizes that stay: {why}",
+        f"this decode graph cannot run with static shapes: {why}",
         where=f"decode, {node.name}: {where}",
         do=GROWING,
     )
