@@ -1,4 +1,4 @@
-"""A compiler for vision-language models: 4 bits and the visual tokens to keep, chosen together."""
+"""A compiler for vision-language models: 4-bit quantization and visual-token pruning, chosen together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompiledVLM", "Plan", "QPCompileError", "Recipe", "compile", "load"]
 
-# Looked up when they are asked for: torch and transformers take seconds to import, and many commands need neither.
+# Imported lazily: torch and transformers take seconds to import, and many commands need neither.
 _HOMES = {
     "CompiledVLM": "qpcompile.compiled",
     "Plan": "qpcompile.recipe.plan",

@@ -1,10 +1,10 @@
-"""Places that one process writes at a time: a lock that ends with the process says who.
+"""Exclusive claims on output paths, by file locks that end with the process.
 
-    .qpcompile-<hash of the name>.partial     beside a new output: what is being written, and locked meanwhile
+    .qpcompile-<hash of the name>.partial     beside a new output: the partial output, locked while it is written
     a folder for progress or rows             is locked itself
 
-A process that is killed leaves its lock open, so the next one that writes there removes what it left. Locks are those
-of `flock`: processes on one machine see each other's, machines that share a disk do not.
+The lock of a killed process is released, so the next writer removes its partial output. Locks are `flock` locks: they
+work between processes on one machine, not between machines that share a disk.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from qpcompile.errors import OutputError
 from qpcompile.write_errors import shown, unusable_path, writing
 
 Kind = Literal["folder", "file"]
-# Others may take or remove the same name in between; so often that is not by chance.
+# Other processes may take or remove the same name in between; this many attempts failing is not by chance.
 _TRIES = 100
 
 
 @dataclass
 class Claim(os.PathLike[str]):
-    """A new output that this process alone may write.
+    """A new output that only this process may write.
 
-    target: where it will be. aside: the locked file or folder beside it that becomes it.
+    target: the final path. aside: the locked temporary file or folder beside it that is renamed to it.
     """
 
     target: Path
@@ -48,7 +48,7 @@ class Claim(os.PathLike[str]):
         return str(self.target)
 
     def publish(self) -> None:
-        """Move what was written to its place; raises OutputError where something lies there by now."""
+        """Rename the output to its final path; raises OutputError if something exists there by now."""
         if not self.replaces:
             refuse_existing(self.target)
         self.aside.replace(self.target)
@@ -56,10 +56,10 @@ class Claim(os.PathLike[str]):
 
 @contextmanager
 def claimed(path: str | os.PathLike[str], kind: Kind, *, replaces: bool = False) -> Iterator[Claim]:
-    """Claim a path for a new file or folder until the block ends; a Claim of that path stays its owner's.
+    """Claim a path for a new file or folder until the block ends; an existing Claim keeps its owner.
 
-    replaces: a file that lies there may. Raises OutputError where something lies there else, another process writes
-    there, or nobody can.
+    replaces: an existing file may be replaced. Raises OutputError if anything else exists there, another process writes
+    there, or the path is not writable.
     """
     if isinstance(path, Claim) and path.kind == kind:
         yield path
@@ -74,12 +74,12 @@ def claimed(path: str | os.PathLike[str], kind: Kind, *, replaces: bool = False)
             if not replaces:
                 refuse_existing(target)
             lock = _take(claim, made)
-            # It may have appeared before the lock was ours.
+            # It may have appeared before we got the lock.
             if not replaces:
                 refuse_existing(target)
         yield claim
     finally:
-        # An error on the way is worth more than one of tidying up, which the next writer does again.
+        # An error of the block takes precedence over one of cleaning up, which the next writer repeats.
         with suppress(OSError):
             _discard(aside, lock)
         _remove_empty(made)
@@ -87,9 +87,9 @@ def claimed(path: str | os.PathLike[str], kind: Kind, *, replaces: bool = False)
 
 @contextmanager
 def held_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder that stays, made where there is none, for this process alone until the block ends.
+    """A persistent folder, created if missing, exclusive to this process until the block ends.
 
-    Raises OutputError where another process holds it, or it is no folder.
+    Raises OutputError if another process holds it, or it is not a folder.
     """
     folder = absolute(path)
     made: list[Path] = []
@@ -110,7 +110,7 @@ def held_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of an output; OutputError for a text that cannot be one."""
+    """The absolute path of an output; OutputError for text that is not a valid path."""
     text = os.fspath(path)
     if "\0" in text:
         raise unusable_path(text, "it has a NUL character")
@@ -123,7 +123,7 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise OutputError where something lies at `target`, or nothing ever can: nothing is overwritten."""
+    """Raise OutputError if something exists at `target`, or the path is impossible: nothing is overwritten."""
     with writing(target):
         try:
             os.lstat(target)
@@ -132,12 +132,12 @@ def refuse_existing(target: Path) -> None:
     raise OutputError(
         "the output exists already; nothing is overwritten",
         where=shown(target),
-        do="name another path, or remove what lies there first",
+        do="name another path, or remove what is there first",
     )
 
 
 def refuse_places(new: Mapping[str, Path | None], kept: Mapping[str, Path | None]) -> None:
-    """Raise OutputError where new outputs exist, or any two of all places lie in each other. Keys: what they are."""
+    """Raise OutputError if new outputs exist, or one of all paths contains another. Keys: what they are."""
     places = {name: absolute(path) for name, path in {**new, **kept}.items() if path is not None}
     for name in places.keys() & new.keys():
         refuse_existing(places[name])
@@ -145,17 +145,17 @@ def refuse_places(new: Mapping[str, Path | None], kept: Mapping[str, Path | None
     for (name, path), (other, outer) in permutations(real.items(), 2):
         if path == outer or outer in path.parents:
             raise OutputError(
-                f"{name} and {other} are the same place, or one lies in the other",
+                f"{name} and {other} are the same path, or one is inside the other",
                 where=shown(path),
-                do=f"name a path for {name} that lies outside of {other}",
+                do=f"name a path for {name} outside of {other}",
             )
 
 
 def _take(claim: Claim, made: list[Path]) -> int:
-    """Make what is written aside and lock it; what a dead process left there goes first."""
+    """Create and lock the temporary output; the remains of a dead process are removed first."""
     for _ in range(_TRIES):
         _make_folders(claim.target.parent, made)
-        # Where no file can be opened any more, nothing is made that could not be locked.
+        # If no file can be opened any more, nothing is created that could not be locked.
         os.close(os.open(claim.target.parent, os.O_RDONLY))
         try:
             if claim.kind == "folder":
@@ -171,7 +171,7 @@ def _take(claim: Claim, made: list[Path]) -> int:
 
 
 def _remove_left(claim: Claim) -> None:
-    """Remove what a dead process left; OutputError where the process lives."""
+    """Remove the remains of a dead process; OutputError if the process is alive."""
     if claim.aside.is_symlink():
         claim.aside.unlink(missing_ok=True)
     else:
@@ -179,16 +179,16 @@ def _remove_left(claim: Claim) -> None:
 
 
 def _lock(path: Path, target: Path, flags: int = 0) -> int | None:
-    """A descriptor that locks what lies at `path`; None where it is gone. OutputError where another has locked it."""
+    """A descriptor that locks `path`; None if it is gone. OutputError if another process has locked it."""
     try:
-        # A pipe in this place must not stop us.
+        # A pipe at this path must not block us.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     except FileNotFoundError:
         return None
     kept = False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The last owner may have moved or removed what was opened, and a new one made its own.
+        # The last owner may have moved or removed the opened file, and a new one created its own.
         kept = os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=not flags))
     except BlockingIOError:
         raise _busy(target) from None
@@ -201,7 +201,7 @@ def _lock(path: Path, target: Path, flags: int = 0) -> int | None:
 
 
 def _discard(aside: Path, lock: int | None) -> None:
-    """Remove what lies at `aside`, which `lock` is of, and let go of the lock."""
+    """Remove `aside`, locked by `lock`, and release the lock."""
     if lock is None:
         return
     try:
@@ -215,14 +215,14 @@ def _discard(aside: Path, lock: int | None) -> None:
 
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
-    """Make a folder and those above it; into `made` what was missing, deepest first."""
+    """Create a folder and its parents; appends those that were missing to `made`, deepest first."""
     missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each) and each not in made]
     made[:0] = missing
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove empty folders, deepest first; those that hold something stay."""
+    """Remove empty folders, deepest first; others are kept."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

@@ -28,9 +28,9 @@ from qpcompile.versions import tell_newer
 
 
 class CompiledVLM:
-    """A program that answers: transformers' generation loop around the compiled graphs.
+    """An executable compiled model: transformers' generation loop around the compiled graphs.
 
-    `processor` turns pictures and text into inputs, where the model came with one; `program` holds the graphs.
+    `processor` turns pictures and text into inputs, if the model came with one; `program` holds the graphs.
     """
 
     def __init__(self, program: Program, processor: Any = None) -> None:
@@ -39,11 +39,13 @@ class CompiledVLM:
         self._bind(cuda_graphs=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as the files of its artifact: whoever loads it gets the same answers, on the same kind of device."""
+        """Pickle as the files of the artifact, so that unpickling gives the same answers, on the same kind of
+        device.
+        """
         return _unpickled, (to_files(self.program, self.processor), str(self.device), self._cuda_graphs)
 
     def __copy__(self) -> CompiledVLM:
-        """A second name for the same graphs; pickle's way would load them again."""
+        """A shallow copy that shares the graphs; the default by pickling would load them again."""
         return self._with(dict(self.__dict__))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledVLM:
@@ -62,12 +64,12 @@ class CompiledVLM:
 
     @property
     def plan(self) -> Plan:
-        """What the compile decided."""
+        """The decisions of the compile."""
         return self.program.plan
 
     @property
     def recipe(self) -> Recipe:
-        """What was asked."""
+        """The recipe of the compile."""
         return self.program.recipe
 
     @property
@@ -77,12 +79,12 @@ class CompiledVLM:
 
     @property
     def generation_config(self) -> Any:
-        """The settings `generate` uses where it is given no others."""
+        """The default settings of `generate`."""
         return self.machine.host.generation_config
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs of `generate` must be."""
+        """The device on which the inputs of `generate` must be."""
         return self.machine.host.device
 
     @property
@@ -92,24 +94,24 @@ class CompiledVLM:
 
     @property
     def decode_problem(self) -> str:
-        """Why no call of C replays decode steps here; empty where one does. Says nothing of CUDA graphs."""
+        """Why decode steps are not replayed by one C call; empty if they are. Independent of CUDA graphs."""
         return self._graphs.decode_problem
 
     def to(self, device: torch.device | str | int, cuda_graphs: bool = False) -> CompiledVLM:
         """Move all weights to a device, each once; returns this model. The inputs of `generate` must be there too.
 
         Args:
-            device: what torch calls a device.
-            cuda_graphs: on a CUDA device, decode in steps of fixed sizes that are captured once and replayed
-                (runtime/cuda/static_decode.py) in place of operator by operator with caches that grow. Off unless
-                asked for, because no GPU has captured them yet.
+            device: a torch device.
+            cuda_graphs: on a CUDA device, decode in steps with static shapes that are captured once and replayed
+            (runtime/cuda/static_decode.py), instead of operator by operator with growing caches. Off by default,
+            because capture has not been tested on a GPU yet.
         """
         move(self.program, torch.device(device))
         self._bind(cuda_graphs)
         return self
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """What `model.generate` of transformers takes and returns. Of calls from several threads one runs at a time.
+        """Same arguments and result as transformers' `model.generate`. Calls from several threads are serialized.
 
         Args:
             inputs: i64[B, S] prompt tokens, as an alternative to `input_ids`.
@@ -118,7 +120,7 @@ class CompiledVLM:
         return self.machine.generate(**({} if inputs is None else {"inputs": inputs}), **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: `forward` of the transformers model runs a layer stack that a compiled model does not have."""
+        """Refused: `forward` of the transformers model runs layers that a compiled model does not have."""
         raise InputError(
             "a compiled model is not called; its graphs are run by generate",
             where="CompiledVLM.__call__",
@@ -126,12 +128,12 @@ class CompiledVLM:
         )
 
     def kept_tokens(self, **inputs: Any) -> dict[int, torch.Tensor]:
-        """Which tokens of the prompt go on after each cut layer.
+        """The tokens of the prompt that are kept after each cut.
 
         Args:
-            inputs: what `generate` takes, without generation settings.
+            inputs: model inputs of `generate`, without generation settings.
         Returns:
-            layer -> i64[B, N], positions in the prompt, ascending; -1 in slots of a row that hold no token.
+            layer -> i64[B, N], positions in the prompt, ascending; -1 in slots without a token.
         """
         return self.machine.kept_tokens(inputs)
 
@@ -147,19 +149,19 @@ class CompiledVLM:
         return total_bytes(stored_tensors(self.program), stage)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write the artifact folder; `qpcompile.load` reads it back. A folder that exists is refused."""
+        """Write the artifact folder, which `qpcompile.load` reads. An existing folder is refused."""
         artifact.save(self.program, self.processor, folder)
 
     def export_onnx(
         self, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = (), fast: bool = False
     ) -> None:
-        """Write graphs for onnxruntime with a runner beside them. Needs the extra `onnx`.
+        """Write graphs for onnxruntime together with a runner. Needs the extra `onnx`.
 
         Args:
             folder: a folder that does not exist yet.
-            check: inputs of `generate` that both sides answer; `check.json` then says where the answers differ.
-            fast: onnxruntime's own operators, several times as fast, whose numbers are not the module's: activations
-                and cache have 8 bits; `manifest.json` and docs/numerics.md say what changes.
+            check: inputs of `generate` that both sides answer; `check.json` then records where the answers differ.
+            fast: use onnxruntime's own operators, several times as fast but with different numerics: activations and
+            cache have 8 bits; see `manifest.json` and docs/numerics.md.
         """
         try:
             # Imported here because onnx is an optional dependency.
@@ -179,17 +181,17 @@ class CompiledVLM:
             path: a file that does not exist yet.
             samples: (picture, question) pairs whose kept tokens are drawn; a picture is a path or a PIL image.
         """
-        # Imported here because whoever only generates needs neither templates nor figures.
+        # Imported here because generation needs neither templates nor figures.
         from qpcompile.inspect.report import write_report
 
         write_report(self.machine, self.processor, path, samples, self.decode_problem)
 
 
 def load(folder: str | PathLike[str]) -> CompiledVLM:
-    """The compiled model saved in `folder`; nothing in it is executed.
+    """Load the compiled model saved in `folder`; no code in it is executed.
 
-    Raises ArtifactError for a folder that is incomplete, altered, of another version, contradicts itself, or holds what
-    no compile writes.
+    Raises ArtifactError for a folder that is incomplete, modified, of another version, inconsistent, or contains
+    anything that no compile writes.
     """
     tell_newer()
     refuse_onnx_folder(Path(folder))

@@ -1,4 +1,4 @@
-"""Every mistake a user can make has one class here, and one shape: what happened, where, what to do."""
+"""Exception classes, one per kind of user mistake; every message states what happened, where, and what to do."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ class RecipeError(QPCompileError):
 
 
 class ModelError(QPCompileError):
-    """A model that is no vision-language model, or cannot be loaded."""
+    """A model that is not a vision-language model, or cannot be loaded."""
 
 
 class CaptureError(QPCompileError):
@@ -41,15 +41,15 @@ class PlanError(QPCompileError):
 
 
 class InputError(QPCompileError):
-    """What `generate` was given is refused: a setting it cannot serve, or inputs that do not fit the model."""
+    """An argument of `generate` is refused: an unsupported setting, or inputs that do not fit the model."""
 
 
 class KernelError(QPCompileError):
-    """An operator got arguments it has no kernel for, or a kernel cannot run on this machine."""
+    """An operator got unsupported arguments, or a kernel cannot run on this machine."""
 
 
 class ArtifactError(QPCompileError):
-    """A saved folder is incomplete, altered, of another version, or holds what must not be loaded."""
+    """A saved folder is incomplete, modified, of another version, or contains something that must not be loaded."""
 
 
 class ExportError(QPCompileError):
@@ -61,7 +61,7 @@ class OutputError(QPCompileError):
 
 
 class InvariantError(QPCompileError):
-    """A pass left a graph that breaks the rules of its stage: a defect of the compiler, not of the input.
+    """A pass violated an invariant of its stage: a defect of the compiler, not of the input.
 
     ran: the pass that has just run (`capture` when none has). before: the passes that ran before it, in order.
     """
@@ -93,5 +93,5 @@ def describe(what: str, *, where: str | None = None, do: str | None = None) -> s
 
 
 def _known(where: str | None, do: str | None) -> list[tuple[str, str]]:
-    """The labelled parts of a message that are there."""
+    """The labelled parts of a message that are given."""
     return [(label, text) for label, text in (("where", where), ("what to do", do)) if text]

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all: written aside, flushed to disk, renamed at the end."""
+"""Atomic creation of files and folders: written to a temporary path, flushed to disk, renamed at the end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["refuse_existing", "replace_file", "sha256", "staged_folder", "write_
 
 @contextmanager
 def staged_folder(path: str | os.PathLike[str], *, needed: int | None = None) -> Iterator[Path]:
-    """A new empty folder to write in, which becomes `path` when the block ends well and vanishes when it does not.
+    """A new temporary folder, renamed to `path` if the block succeeds and removed if it fails.
 
-    path: may be a Claim, which stays its owner's. needed: bytes that will be written, when known; refused at once if
-    the disk has fewer. Raises OutputError for every error of the operating system in the block.
+    path: may be a Claim, which keeps its owner. needed: bytes that will be written, if known; refused at once if the
+    disk has fewer. Raises OutputError for every error of the operating system in the block.
     """
     with claimed(path, "folder") as claim, writing(claim.target, needed, claim.aside):
         _refuse_small_disk(claim.target, needed)
@@ -31,22 +31,22 @@ def staged_folder(path: str | os.PathLike[str], *, needed: int | None = None) ->
 
 
 def write_new_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """A new file that holds `data`, or none at all. Raises OutputError where it exists or cannot be written.
+    """Create a new file with `data` atomically. Raises OutputError if it exists or cannot be written.
 
-    path: may be a Claim, which stays its owner's.
+    path: may be a Claim, which keeps its owner.
     """
     with claimed(path, "file") as claim:
         _write(claim, data)
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """A file that holds `data`, in place of an older one of this name, whole or not at all. Raises OutputError."""
+    """Create or replace a file with `data` atomically. Raises OutputError."""
     with claimed(path, "file", replaces=True) as claim:
         _write(claim, data)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces."""
+    """Hex SHA-256 of a file's bytes, read in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -61,16 +61,16 @@ def _write(claim: Claim, data: bytes) -> None:
 
 
 def _refuse_small_disk(target: Path, needed: int | None) -> None:
-    """Refuse where the disk has no room; file systems without a size, such as /proc, say so on their own."""
+    """Refuse if the disk is too small; file systems without a size, such as /proc, report errors themselves."""
     room = shutil.disk_usage(target.parent)
     if needed is not None and room.total and room.free < needed:
         raise full(target, needed, room.free)
 
 
 def _flush(folder: Path) -> None:
-    """Force a folder's files and names to disk, so that the rename never outruns the bytes.
+    """fsync a folder's files and entries, so that the rename is never durable before the data.
 
-    Files get the mode that the umask gives new ones: some writers make private ones.
+    Files get the mode of the umask: some writers create private files.
     """
     mode = folder.stat().st_mode & 0o666
     for path in (*folder.rglob("*"), folder):

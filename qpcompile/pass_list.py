@@ -1,4 +1,4 @@
-"""THE LIST: every pass of a compile, in order. Read this first."""
+"""The pass pipeline: every pass of a compile, in order. Read this first."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from qpcompile.passes.widen_sums import WidenSums
 
 
 def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
-    """The passes for `count` calibration samples; what a recipe does not ask for changes nothing."""
+    """The passes for `count` calibration samples; a pass that the recipe does not need changes nothing."""
     return [
-        # One spelling per idea, and a mark wherever something may be quantized.
+        # Canonicalize, and mark quantizable values.
         Canonicalize(),
         InsertQuantStubs(),
-        # Measure, and change the basis of linear inputs so that 4 bits hold them.
+        # Calibrate, and transform linear inputs to remove outliers.
         Calibrate(samples, count),
         FoldTransforms(),
         SearchClips(),
         TrainTransforms(samples, count),
         MeasureSensitivity(samples, count),
         SearchSchedule(samples, count),
-        # Decide how many visual tokens each layer keeps, and drop the others.
+        # Plan how many visual tokens each layer keeps, and insert the token cuts.
         PlanTokenBudget(),
         InsertTokenCuts(),
         Recalibrate(samples, count),
-        # Make it small, then make it few operators.
+        # Quantize, then fuse operators and eliminate common subexpressions.
         SimulateQvlm(),
         QuantizeWeights(),
         QuantizeHead(),
         QuantizeKvCache(),
         FuseKernels(),
         MergeDuplicates(),
-        # Make every back end come to the same codes.
+        # Make all back ends produce identical codes.
         WidenSums(),
     ]

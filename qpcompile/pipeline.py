@@ -1,4 +1,4 @@
-"""A compile from end to end; the passes it runs, in order, are listed in pass_list.py.
+"""The end-to-end compile pipeline; its passes are listed in pass_list.py.
 
 transformers VLM --capture--> Program --passes--> Program --emit--> CompiledVLM | artifact folder | ONNX folder
                                  |  verified after every pass  |
@@ -50,22 +50,22 @@ def compile(
     after: Callable[[Step, Program], None] | None = None,
     resume: str | PathLike[str] | None = None,
 ) -> CompiledVLM:
-    """Compile a vision-language model: weights, activations, cache and visual tokens by one recipe.
+    """Compile a vision-language model by a recipe for weights, activations, KV cache and visual tokens.
 
     Args:
-        model: a transformers model, or the folder or hub name of one. The model itself is not changed; where the
-            caller keeps it, its weights stay in memory beside what becomes of them.
+        model: a transformers model, or the folder or hub name of one. The model itself is not modified; if the caller
+        keeps it, its weights stay in memory in addition to the compiled ones.
         recipe: the name of a preset, the path of a YAML file, or a Recipe.
-        processor: what makes inputs from pictures and text; loaded with the model where a folder or name is given.
-        calibration: model inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
-        after: called after each pass with what it did, for reports and dumps.
-        resume: a folder for what the long passes find; a compile that was stopped goes on from what lies there. One
-            compile works in it at a time.
+        processor: the transformers processor; loaded with the model if a folder or name is given. calibration: model
+        inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
+        after: called after each pass with its Step and the program, for reports and dumps.
+        resume: a checkpoint folder for the long passes; an interrupted compile resumes from it. Only one compile can
+        use it at a time.
 
-    Raises CalibrationError where the recipe measures something and there are no samples to measure it on, ExportError
-    for a processor whose chat template or tokenizer no artifact may hold,
-    OutputError for a folder of progress that another compile works in, that is damaged or that is of something else,
-    and InvariantError where the compiled model does not decode as it recomputes (qpcompile/runtime/recompute.py).
+    Raises CalibrationError if the recipe needs calibration samples and there are none, ExportError for a processor
+    whose chat template or tokenizer no artifact may contain, OutputError for a checkpoint folder that is in use,
+    damaged or foreign, and InvariantError if decoding of the compiled model does not match recomputation
+    (qpcompile/runtime/recompute.py).
     """
     tell_newer()
     recipe = Recipe.load(recipe)
@@ -78,7 +78,8 @@ def compile(
         check_tokenizer(processor)
         samples = _samples(calibration, processor, recipe)
         program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
-        # From here on the graphs hold the weights, and those that a pass replaces are freed unless the caller has them.
+        # From here on only the graphs hold the weights, and a weight that a pass replaces is freed unless the caller
+        # holds it.
         del model
         if progress is not None:
             program.checkpoint = Checkpoint.open(progress, checkpoint_key(program, samples))
@@ -100,7 +101,7 @@ def _samples(calibration: Source | None, processor: Any, recipe: Recipe) -> Samp
 def compile_captured(
     program: Program, processor: Any, samples: Samples | None, after: Callable[[Step, Program], None] | None = None
 ) -> CompiledVLM:
-    """All passes that have not run yet, by the recipe that `program` holds; it becomes the compiled model's own."""
+    """Run all remaining passes on `program`, by its recipe; the compiled model takes ownership of it."""
     check_layers(program.recipe, len(program.layers))
     listed = passes(samples or (), len(samples) if samples else 0)
     steps = [*(program.measured.get(STEPS) or ())]
@@ -111,7 +112,7 @@ def compile_captured(
             # Traces, and graphs that were replaced, are cycles: they would hold weights that later passes replace.
             gc.collect()
     program.measured[STEPS] = steps
-    # The passes have walked over the samples: their digest is known by now.
+    # The passes have iterated over the samples: their digest is known by now.
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
     program.plan = program.plan.changed(calibration=used, versions=package_versions())
     compiled = CompiledVLM(program, processor)
@@ -121,7 +122,7 @@ def compile_captured(
 
 
 def checkpoint_key(program: Program, samples: Samples | None) -> str:
-    """What a checkpoint rests on, as text: recipe, samples, versions and weights."""
+    """The inputs of a compile that identify its checkpoint, as text: recipe, samples, versions and weights."""
     total = hashlib.sha256()
     for module in (program.host, *(graph.module for graph in program.graphs.values())):
         for name, tensor in module.state_dict().items():
@@ -137,7 +138,7 @@ def checkpoint_key(program: Program, samples: Samples | None) -> str:
 
 
 def needs_samples(recipe: Recipe) -> list[str]:
-    """What in a recipe cannot be done without calibration samples, in words."""
+    """The settings of a recipe that need calibration samples, in words."""
     needs = []
     scheme = recipe.quantize
     if scheme is not None and scheme.weights.bits == 4:
@@ -158,7 +159,7 @@ def needs_samples(recipe: Recipe) -> list[str]:
 
 
 def blank_sample(model: Any, processor: Any) -> dict[str, Any]:
-    """A white picture and a short prompt, to trace a model with that comes without samples."""
+    """A white picture and a short prompt, to trace a model without samples."""
     folder = model.name_or_path
     if processor is None and folder and Path(folder).is_dir():
         processor = load_processor(folder)

@@ -1,4 +1,4 @@
-"""How far a long step is: a bar on a terminal, a log line now and then elsewhere, with time left and memory."""
+"""Progress of long operations: a bar on a terminal, periodic log lines elsewhere, with remaining time and memory."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def track(name: str, total: int, *, console: Console | None = None) -> Iterator[Callable[[], None]]:
-    """A function to call after each of `total` steps; what it shows goes to stderr, or to `console`."""
+    """A function to call after each of `total` steps; output goes to stderr, or to `console`."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
         lines = LogLines(name, total)
@@ -38,7 +38,7 @@ def track(name: str, total: int, *, console: Console | None = None) -> Iterator[
 
 @dataclass
 class LogLines:
-    """Progress as log lines, at most one per ten seconds, and one at the end; clock: seconds."""
+    """Progress as log lines, at most one per ten seconds, and one at the end; clock: a time source in seconds."""
 
     name: str
     total: int
@@ -51,7 +51,7 @@ class LogLines:
         self.started = self.last = self.clock()
 
     def step(self) -> None:
-        """Count one more step, and say so if the last line is old enough."""
+        """Count one step, and log it if the last line is old enough."""
         self.done += 1
         now = self.clock()
         if now - self.last < _SECONDS_BETWEEN_LINES:
@@ -61,7 +61,7 @@ class LogLines:
         _LOG.info("%s: %d of %d, %.0f s left, %s", self.name, self.done, self.total, left, memory())
 
     def finish(self) -> None:
-        """Say how long it took."""
+        """Log the total time."""
         took = self.clock() - self.started
         _LOG.info("%s: %d of %d in %.1f s, %s", self.name, self.done, self.total, took, memory())
 

@@ -1,8 +1,8 @@
-"""Versions of what this package is built on: those it was run with, and one line where the installed ones are newer.
+"""Tested versions of dependencies, and a warning if the installed ones are newer.
 
-`pyproject.toml` declares the same ranges (tests/test_versions.py compares the two). A range begins with the oldest
-version that the tests were run with. It ends before the next minor version where minor versions change what we build
-on, as those of torch and transformers do; else it is open, and a newer version is told, not refused.
+`pyproject.toml` declares the same ranges (tests/test_versions.py compares the two). A range starts at the oldest tested
+version. It ends before the next minor version for packages whose minor versions break us, such as torch and
+transformers; otherwise it is open, and a newer version is reported, not refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from importlib import metadata
 class Tested:
     """One package: the oldest and the newest version that the tests were run with.
 
-    below: the first version that installing refuses; empty: none. extra: the extra that asks for the package; empty:
-    nothing works without it. answers: whether answers depend on it, so that a newer version is worth a line.
+    below: the first version excluded from installation; empty: none. extra: the extra that requires the package; empty:
+    it is mandatory. answers: whether answers depend on it, so that a newer version is worth a warning.
     """
 
     oldest: str
@@ -30,7 +30,7 @@ class Tested:
 
     @property
     def declared(self) -> str:
-        """The range as pyproject.toml has it."""
+        """The range in the notation of pyproject.toml."""
         return f">={_short(self.oldest)}" + (f",<{self.below}" if self.below else "")
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ TESTED: dict[str, Tested] = {
     "onnxruntime": Tested("1.31.0", "1.32.0", extra="onnx", answers=True),
     "triton": Tested("3.7.1", "3.9.0", extra="triton", answers=True),
 }
-# What an artifact and a row of results say they were made with.
+# Packages whose versions are recorded in artifacts and result rows.
 RECORDED = ("qpcompile", "torch", "transformers", "safetensors")
 
 
@@ -75,12 +75,12 @@ def installed(name: str) -> str | None:
 
 
 def package_versions(names: tuple[str, ...] = RECORDED[:3]) -> dict[str, str]:
-    """Versions of what a compile depends on; "source" for a package that runs without being installed."""
+    """Versions of the dependencies of a compile; "source" for a package that runs without being installed."""
     return {name: installed(name) or "source" for name in names}
 
 
 def verdict(name: str, version: str | None) -> str:
-    """One package against the versions that it was tested in."""
+    """Compare a package version with the tested ones."""
     tested = TESTED[name]
     if version is None:
         return "not installed (optional)" if tested.extra else "missing"
@@ -90,7 +90,7 @@ def verdict(name: str, version: str | None) -> str:
 
 
 def newer_than_tested() -> str:
-    """One line that names every installed package, of those that answers depend on, that no test has seen; or empty."""
+    """One line naming every installed package, among those that affect answers, newer than tested; or empty."""
     found = {name: installed(name) for name, tested in TESTED.items() if tested.answers}
     newer = [
         f"{name} {version} (tested: {TESTED[name]})"
@@ -102,11 +102,11 @@ def newer_than_tested() -> str:
 
 @functools.cache
 def tell_newer() -> None:
-    """Say `newer_than_tested` through the logger `qpcompile`, once in a process."""
+    """Log `newer_than_tested` through the logger `qpcompile`, once per process."""
     if line := newer_than_tested():
         logging.getLogger("qpcompile").warning(line)
 
 
 def _short(version: str) -> str:
-    """5.23.0 as 5.23, 6.0.1 as it is."""
+    """5.23.0 as 5.23, 6.0.1 unchanged."""
     return version.removesuffix(".0") if version.count(".") > 1 else version

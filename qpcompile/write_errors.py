@@ -1,4 +1,4 @@
-"""What an operating system says about a path, as an OutputError: what, where, what to do."""
+"""Translate operating-system errors about a path to OutputErrors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DO = {
     errno.EILSEQ: "choose another path, or mend the text that is not valid Unicode",
     errno.ENOSPC: "free some space or name a folder on another disk",
 }
-# How libraries written in Rust report an error of the operating system, as text only.
+# Libraries written in Rust report errors of the operating system as text only.
 _RUST = re.compile(r"\(os error (\d+)\)")
 
 
@@ -34,7 +34,7 @@ _RUST = re.compile(r"\(os error (\d+)\)")
 def writing(target: Path, needed: int | None = None, aside: Path | None = None) -> Iterator[None]:
     """Errors of the operating system in the block become OutputErrors about `target`.
 
-    needed: bytes that the block writes, where known. aside: where it writes them.
+    needed: bytes that the block writes, if known. aside: where it writes them.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def writing(target: Path, needed: int | None = None, aside: Path | None = None) 
 
 
 def os_error(error: Exception) -> OSError | None:
-    """The operating system's error that an exception is or tells of; None where it is about something else."""
+    """The operating system's error that an exception is or reports; None if it is about something else."""
     if isinstance(error, QPCompileError):
         return None
     if isinstance(error, OSError):
@@ -59,7 +59,7 @@ def os_error(error: Exception) -> OSError | None:
 
 
 def cannot_write(target: Path, error: OSError, needed: int | None = None, aside: Path | None = None) -> OutputError:
-    """Why `target` is not there: to be asked before what was written of it, in `aside`, is removed."""
+    """Why `target` was not written: must be called before the partial output in `aside` is removed."""
     what = f"the output cannot be written: {error.strerror or error}"
     if error.errno in _FULL:
         what = f"the disk is full: {_room(target, needed, aside)}; nothing was left there"
@@ -70,7 +70,7 @@ def cannot_write(target: Path, error: OSError, needed: int | None = None, aside:
 
 
 def full(target: Path, needed: int, free: int) -> OutputError:
-    """A disk that has not enough room for what is to be written."""
+    """The error for a disk without enough room."""
     return OutputError(
         f"the disk is full: {_mebibytes(needed)} are needed, {_mebibytes(free)} are free",
         where=shown(target),
@@ -79,22 +79,22 @@ def full(target: Path, needed: int, free: int) -> OutputError:
 
 
 def unusable_path(path: str, why: str) -> OutputError:
-    """A text that no file can be called."""
+    """The error for text that is not a valid file name."""
     return OutputError(
         f"this is no name of a file: {why}", where=shown(path), do="choose a path without such characters"
     )
 
 
 def shown(path: str | bytes | os.PathLike[str]) -> str:
-    """A path as one line of text that every terminal takes."""
+    """A path as one line of printable text."""
     text = os.fsdecode(path)
     return text if text.isprintable() else repr(text)
 
 
 def _room(target: Path, needed: int | None, aside: Path | None) -> str:
-    """In what a full disk is full; no two numbers that contradict each other."""
+    """Why a disk is full, with consistent numbers."""
     written = _mebibytes(_size(aside))
-    # The folder that would hold the target may be gone: the nearest one left is on the same disk.
+    # The target's folder may be gone: the nearest remaining parent is on the same disk.
     above = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(above).free
     if needed is not None and free < needed:
@@ -106,7 +106,7 @@ def _room(target: Path, needed: int | None, aside: Path | None) -> str:
 
 
 def _size(path: Path | None) -> int:
-    """Bytes of a file, or of the files in a folder; 0 when it is not there."""
+    """Bytes of a file, or of the files in a folder; 0 if it does not exist."""
     if path is None or not os.path.lexists(path):
         return 0
     parts = path.rglob("*") if path.is_dir() else [path]
@@ -118,6 +118,6 @@ def _mebibytes(size: int) -> str:
 
 
 def _is_elsewhere(filename: str | bytes, target: Path, aside: Path | None) -> bool:
-    """Whether an error is about another file than the one that is written."""
+    """Whether an error is about a file other than the output."""
     named = Path(os.fsdecode(filename))
     return named != target and (aside is None or (named != aside and aside not in named.parents))

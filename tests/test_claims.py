@@ -142,7 +142,7 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
         ("out", "out/report.html", None, "report and output"),
         ("out", None, "out/progress", "resume and output"),
         ("out", "progress/report.html", "progress", "report and resume"),
-        ("out", "link/out", None, "output and report are the same place"),
+        ("out", "link/out", None, "output and report are the same path"),
         ("here", None, None, "exists already"),
         ("out", "here", None, "exists already"),
     ],

@@ -1,4 +1,4 @@
-"""`qpcompile::spread_tokens`: select top-scoring tokens plus a uniform sample of the others."""
+"""`qpcompile::spread_tokens`: select top-scoring tokens plus evenly spaced ones of the others."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ WHERE = "qpcompile::spread_tokens"
 def spread_tokens(scores: Tensor, counted: Tensor, budget: Tensor, share: float) -> Tensor:
     """scores: f32[B, S], counted: bool[B, S], budget: i64[B] counted tokens to keep, share: 0..1 -> f32[B, S].
 
-    2 for the best, 1 for the sampled ones, 0 for the rest. Plain torch on every device.
+    2 for the best, 1 for the evenly spaced ones, 0 for the rest. Plain torch on every device.
     """
     RULE.check(scores, counted, budget, share)
     return reference.spread_tokens(scores, counted, budget, share).contiguous()

@@ -1,4 +1,4 @@
-"""Split a row's budget between top-scoring tokens and tokens sampled uniformly from the rest.
+"""Split a row's budget between top-scoring tokens and tokens evenly spaced among the rest.
 
     c = floor(budget * share + 1/2)     spread over the R = n - d tokens that are not among the best
     d = budget - c                     best

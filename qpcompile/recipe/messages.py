@@ -1,6 +1,6 @@
-"""What a pydantic model allows, in words: for error messages and for the generated recipe reference.
+"""Allowed values of a pydantic model in words, for error messages and the generated recipe reference.
 
-The words come from the model's JSON schema, so that they cannot drift from what is really checked.
+The words come from the model's JSON schema, so that they cannot diverge from the validation.
 """
 
 import difflib
@@ -19,12 +19,12 @@ _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 
 def impossible(reasons: Mapping[str, str]) -> PydanticCustomError:
-    """An error for values that are fine alone but not together; reasons: key path below the model -> why."""
+    """An error for values that are valid alone but not together; reasons: key path below the model -> why."""
     return PydanticCustomError("impossible", "impossible combination", {"reasons": dict(reasons)})
 
 
 def allowed(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
-    """The values one JSON schema node accepts; root: the schema whose `$defs` it refers to."""
+    """The values a JSON schema node accepts; root: the schema with the `$defs` it refers to."""
     if "$ref" in node:
         return allowed(section(node, root), root)
     if "const" in node:
@@ -47,7 +47,7 @@ def allowed(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
 
 
 def numeral(value: float) -> str:
-    """Integers in full, fractions as short as they can be."""
+    """Integers in full, fractions in their shortest form."""
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
@@ -61,7 +61,7 @@ def _allowed_list(node: Mapping[str, Any], root: Mapping[str, Any]) -> str:
 
 
 def section(node: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The node itself, or what it refers to; an optional section stands for the section."""
+    """The node itself, or its reference resolved; an optional section resolves to the section."""
     if "$ref" in node:
         return section(root["$defs"][node["$ref"].rsplit("/", 1)[-1]], root)
     options = [option for option in node.get("anyOf", []) if option.get("type") != "null"]
@@ -71,7 +71,7 @@ def section(node: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, An
 def problems(model: type[BaseModel], error: ValidationError, data: Any) -> list[str]:
     """One line per wrong key of `data`, in the order found: its path, what was given, what is allowed.
 
-    Lines beyond `MOST` characters in all are counted, not written: a text of garbage has thousands.
+    Lines beyond `MOST` characters in total are only counted: garbage input yields thousands.
     """
     schema = _schema(model)
     details = error.errors(include_url=False, include_input=False)
@@ -79,7 +79,7 @@ def problems(model: type[BaseModel], error: ValidationError, data: Any) -> list[
     length = 0
     for seen, detail in enumerate(details, 1):
         for path, text in _explain(schema, detail, data):
-            # A union complains once per option, and a list about its length after a wrong item: the first says it.
+            # A union reports one error per option, and a list its length after a wrong item: only the first is kept.
             if path not in lines and not any(known.startswith(f"{path}.") for known in lines):
                 lines[path] = f"{short(path, LINE)}: {short(text, LINE)}"
                 length += len(lines[path])
@@ -90,12 +90,12 @@ def problems(model: type[BaseModel], error: ValidationError, data: Any) -> list[
 
 @cache
 def _schema(model: type[BaseModel]) -> Mapping[str, Any]:
-    """A model's JSON schema, which takes longer to write than all else here."""
+    """A model's JSON schema, cached because generating it dominates the time here."""
     return model.model_json_schema()
 
 
 def _explain(schema: Mapping[str, Any], detail: Mapping[str, Any], data: Any) -> list[tuple[str, str]]:
-    """(path, what is wrong there) for one pydantic error: several for an impossible combination."""
+    """(path, problem) for one pydantic error: several for an impossible combination."""
     loc, kind = detail["loc"], detail["type"]
     if kind == "missing" and isinstance(loc[-1], int):
         loc = loc[:-1]
@@ -132,7 +132,7 @@ def _locate(schema: Mapping[str, Any], loc: Sequence[str | int]) -> tuple[list[s
 
 
 def _given(data: Any, path: Sequence[str]) -> str:
-    """`given <value>` for the value at a path, or that the key was left out."""
+    """`given <value>` for the value at a path, or that the key is missing."""
     for part in path:
         if isinstance(data, BaseModel):
             data = data.model_dump(mode="json")
@@ -144,17 +144,17 @@ def _given(data: Any, path: Sequence[str]) -> str:
             return "not given"
     try:
         text = json.dumps(data.model_dump(mode="json") if isinstance(data, BaseModel) else data, default=str)
-    except (ValueError, RecursionError, TypeError):  # a value inside itself, huge integers, keys that are no text
+    except (ValueError, RecursionError, TypeError):  # self-referencing values, huge integers, keys that are not text
         text = f"a {type(data).__name__} that cannot be shown"
     return f"given {short(text, VALUE)}"
 
 
 def _plain(key: str) -> str:
-    """A key as it is, or in quotes where it would break the line it is written in."""
+    """A key unchanged, or quoted if it would break its line."""
     return key if key.isprintable() else json.dumps(key)
 
 
 def _unknown(key: str, known: list[str]) -> str:
-    """What to say of a key that is not in the section."""
+    """The message for a key that is not in the section."""
     close = difflib.get_close_matches(key, known, n=2)
     return f"unknown key; did you mean {' or '.join(close)}?" if close else f"unknown key; known: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""What a compile decided: the recipe made concrete for one model, with the measurements that led there.
+"""The plan: all decisions of a compile for one model, with the measurements they are based on.
 
 A cut after layer l keeps ceil(visual * numerator / denominator) of the visual tokens that entered the decoder
 ("QUOTA", arXiv 2604.17320, equations 4 and 5, with the ratio as a fraction so that graphs compute it in integers).
@@ -28,7 +28,7 @@ class Layer(Section):
 
 
 class LayerFacts(Section):
-    """What calibration measured on one decoder layer, over the samples."""
+    """Measurements of calibration on one decoder layer, over the samples."""
 
     layer: int = Field(ge=0, description="Index of the layer.")
     mass_median: float = Field(description="Median of the top-10 attention mass from text to visual tokens.")
@@ -37,7 +37,7 @@ class LayerFacts(Section):
 
 
 class Sensitivity(Section):
-    """How far quantization moves one candidate layer."""
+    """Sensitivity of one candidate layer to quantization."""
 
     layer: int = Field(ge=0, description="Index of the layer.")
     raw: float = Field(ge=0, description="Median relative deviation (equation 1).")
@@ -58,7 +58,7 @@ class Cut(Section):
 
 
 class Site(Section):
-    """One place that was quantized, and what runs there."""
+    """One quantized site, and its kernel."""
 
     graph: str = Field(min_length=1, description="Graph the site is in.")
     name: str = Field(min_length=1, description="Module path of the linear, or of the attention for a cache write.")
@@ -72,7 +72,7 @@ class Site(Section):
 
 
 class LeftOut(Section):
-    """One place in the recipe's scope that was not quantized."""
+    """One site in the recipe's scope that was not quantized."""
 
     graph: str = Field(min_length=1, description="Graph the site is in.")
     name: str = Field(min_length=1, description="Module path.")
@@ -80,15 +80,15 @@ class LeftOut(Section):
 
 
 class TrainedBlock(Section):
-    """One block whose change of basis was trained."""
+    """One block whose basis change was trained."""
 
-    name: str = Field(min_length=1, description="Graph and layer; the graph alone for what stands behind its layers.")
+    name: str = Field(min_length=1, description="Graph and layer; the graph alone for the part after its layers.")
     before: float = Field(ge=0, description="Relative squared error of the quantized block before training.")
     after: float = Field(ge=0, description="The same after training, before the weights are solved.")
 
 
 class CalibrationUsed(Section):
-    """Which data the plan rests on."""
+    """The calibration data of a plan."""
 
     samples: int = Field(default=0, ge=0, description="Samples used; 0 for a compile without data.")
     sha256: str | None = Field(
@@ -101,7 +101,7 @@ Named = TypeVar("Named", Site, LeftOut)
 
 
 class Plan(Section):
-    """The materialised recipe. Lists are kept sorted, so that equal decisions give equal text."""
+    """The plan of a compile. Lists are kept sorted, so that equal decisions give equal text."""
 
     version: Literal[1] = Field(default=1, description="Version of this format.")
     recipe: Recipe = Field(description="What was asked.")
@@ -152,7 +152,7 @@ class Plan(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _refuse_as_ours(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """One PlanError for everything that is wrong, whichever way the plan is made."""
+        """Raise one PlanError for all problems, however the plan is constructed."""
         try:
             return handler(data)
         except ValidationError as error:
@@ -162,13 +162,13 @@ class Plan(Section):
             ) from error
 
     def changed(self, **parts: Any) -> "Plan":
-        """A copy with other parts, sorted and checked as a new plan is."""
+        """A copy with other parts, sorted and validated like a new plan."""
         return Plan(**{**dict(self), **parts})
 
     def visual_tokens(self, visual: int, text: int = 0) -> tuple[int, ...]:
-        """Visual tokens that each decoder layer computes on, when `visual` tokens enter the decoder.
+        """Visual tokens that each decoder layer processes, when `visual` tokens enter the decoder.
 
-        text: the prompt's other tokens, which count where the recipe rounds to a multiple.
+        text: the prompt's other tokens, which matter if the recipe rounds to a multiple.
         """
         multiple = self.recipe.tokens.multiple_of
         shares = {cut.layer: cut.kept(visual) for cut in self.cuts}
@@ -184,12 +184,12 @@ class Plan(Section):
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """YAML text that `from_yaml` reads back to an equal plan."""
+        """YAML text that `from_yaml` parses to an equal plan."""
         return yaml_text.write(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str | None = None) -> "Plan":
-        """The plan of plain dicts, lists and scalars; `where` names its origin in errors."""
+        """The plan from plain dicts, lists and scalars; `where` names its origin in errors."""
         if not isinstance(data, Mapping):
             raise PlanError(f"a mapping is needed, got {type(data).__name__}", where=where or "plan", do=_DO)
         try:
@@ -199,13 +199,13 @@ class Plan(Section):
 
     @classmethod
     def from_yaml(cls, text: str, *, where: str = "plan text") -> "Plan":
-        """The plan written in `text`; `where` names its origin in errors."""
+        """Parse the plan in `text`; `where` names its origin in errors."""
         data = yaml_text.parse_mapping(text, lambda what: PlanError(what, where=where, do=_DO), most=yaml_text.LARGE)
         return cls.from_dict(data, where=where)
 
 
 def _contradictions(plan: Plan) -> dict[str, str]:
-    """Key -> why the parts of a plan cannot all be true."""
+    """Key -> why the parts of a plan contradict each other."""
     reasons: dict[str, str] = {}
     if [layer.index for layer in plan.layers] != list(range(len(plan.layers))):
         reasons["layers"] = "indices must be 0, 1, 2, ... without a gap"
@@ -214,7 +214,7 @@ def _contradictions(plan: Plan) -> dict[str, str]:
     for key, indices in _layer_lists(plan).items():
         if len(set(indices)) < len(indices):
             reasons[key] = "a layer is listed twice"
-        # A cut may lie before layer 0.
+        # A cut may be before layer 0.
         first = -1 if key == "cuts" else 0
         unknown = [index for index in indices if not first <= index < len(plan.layers)]
         if unknown:
@@ -235,7 +235,7 @@ def _contradictions(plan: Plan) -> dict[str, str]:
 
 
 def _layer_lists(plan: Plan) -> dict[str, list[int]]:
-    """The layer numbers that each part of a plan speaks of."""
+    """The layer numbers that each part of a plan refers to."""
     return {
         "candidate_layers": list(plan.candidate_layers),
         "facts": [facts.layer for facts in plan.facts],

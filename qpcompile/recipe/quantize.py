@@ -1,4 +1,4 @@
-"""The sections of a recipe: every key with its type, its bounds and its meaning; `tokens` is in tokens.py."""
+"""The section `quantize` of a recipe: every key with its type, bounds and meaning; `tokens` is in tokens.py."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -9,20 +9,20 @@ from qpcompile.recipe.messages import impossible
 
 Scope = Literal["vision", "projector", "language"]
 
-# Bounds beyond which a number asks for what no machine computes or no number type holds; keys say which.
+# Bounds beyond which a value is infeasible to compute or not representable; the keys say which.
 MOST_SAMPLES = 1_000_000
 MOST_SEED = 2**63 - 1
 WIDEST = 65536
 MOST_PATTERNS, LONGEST_PATTERN = 1000, 500
 
-# Python's matcher tries every way to share a name among repeats: ever more with their number, most where they nest.
+# Python's regex matcher backtracks over repeats: exponentially if they nest, so their number is limited.
 REPEATS = 4
 _REPEAT = re.compile(r"(?<!\\)[*+{]")
 _NESTED = re.compile(r"\)[*+{]")
 
 
 class Section(BaseModel):
-    """A frozen group of keys: nothing unknown, nothing converted, no NaN."""
+    """A frozen group of keys: no unknown keys, no conversions, no NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -30,7 +30,7 @@ class Section(BaseModel):
 class WeightScheme(Section):
     """How linear weights are stored."""
 
-    bits: Literal[4, 16] = Field(default=4, description="4 packs two weights in a byte; 16 leaves weights as they are.")
+    bits: Literal[4, 16] = Field(default=4, description="4 packs two weights per byte; 16 leaves weights unquantized.")
     granularity: Literal["channel", "group"] = Field(
         default="channel", description="One scale per output channel, or one per group of inputs of an output channel."
     )
@@ -38,12 +38,12 @@ class WeightScheme(Section):
         default=128,
         ge=1,
         le=WIDEST,
-        description="Inputs that share a scale; read with granularity group only. No linear is wider than the bound.",
+        description="Inputs that share a scale; used with granularity group only. No linear is wider than the bound.",
     )
     symmetric: bool = Field(default=True, description="Codes -8..7 around zero. The kernels take no weight zero point.")
     solver: Literal["gptq", "rtn"] = Field(
         default="gptq",
-        description="gptq corrects later columns for the rounding of earlier ones; rtn rounds to nearest.",
+        description="gptq compensates rounding errors in later columns; rtn rounds to nearest.",
     )
     damping: float = Field(
         default=0.01,
@@ -63,21 +63,22 @@ class WeightScheme(Section):
 
 
 class ActivationScheme(Section):
-    """How the inputs of linears are quantized, each token on its own, when the model runs."""
+    """How the inputs of linears are quantized at run time."""
 
     bits: Literal[4, 16] = Field(
-        default=4, description="4 multiplies integers; 16 leaves the inputs of linears as they are."
+        default=4, description="4 uses integer products; 16 leaves the inputs of linears unquantized."
     )
     granularity: Literal["token", "group", "modality"] = Field(
         default="token",
-        description="One scale per token, or per group of channels of a token, or two fixed by calibration: for visual "
+        description="One scale per token, or per group of channels of a token, or two static ones from calibration: "
+        "for visual "
         "and for text tokens.",
     )
     group_size: int = Field(
         default=128,
         ge=1,
         le=WIDEST,
-        description="Channels that share a scale; read with granularity group only. No linear is wider than the bound.",
+        description="Channels that share a scale; used with granularity group only. No linear is wider than the bound.",
     )
     symmetric: bool = Field(
         default=True, description="Codes -8..7 around zero. The kernels take no activation zero point."
@@ -86,11 +87,12 @@ class ActivationScheme(Section):
         default=1.0,
         ge=0.01,
         le=1,
-        description="The largest magnitude kept, as a share of the true one. Below 0.01 most codes are ends.",
+        description="Clip ratio: the largest magnitude kept, as a share of the maximum. Below 0.01 most codes "
+        "saturate.",
     )
     clip_search: bool = Field(
         default=False,
-        description="Search a clip ratio for each site, for the least output error on calibration tokens; read with "
+        description="Search a clip ratio per site, for the least output error on calibration tokens; used with "
         "4-bit inputs only.",
     )
 
@@ -101,23 +103,26 @@ class ActivationScheme(Section):
 
 
 class TrainingScheme(Section):
-    """How a learned change of basis is trained, block by block; read with transform rotation and flatquant only."""
+    """How a learned basis change is trained, block by block; used with transform rotation and flatquant only."""
 
     samples: int = Field(
-        default=32, ge=1, le=MOST_SAMPLES, description="Calibration samples that are trained on, the first of them."
+        default=32,
+        ge=1,
+        le=MOST_SAMPLES,
+        description="Number of calibration samples used for training, from the first.",
     )
     epochs: int = Field(
         default=8,
         ge=0,
         le=10_000,
-        description="Times that each block sees each sample; 0 keeps what a transform begins with. The bound is weeks.",
+        description="Passes of each block over the samples; 0 keeps the initial transform. The bound takes weeks.",
     )
-    batch: int = Field(default=4, ge=1, le=MOST_SAMPLES, description="Samples per step.")
+    batch: int = Field(default=4, ge=1, le=MOST_SAMPLES, description="Samples per optimizer step.")
     learning_rate: float = Field(
         default=5e-3,
         ge=1e-12,
         le=1,
-        description="Adam's first step size; it falls by a cosine. A step of 1 is as large as the entries it trains, "
+        description="Adam's initial learning rate, with cosine decay. A step of 1 is as large as the trained entries, "
         "one of 1e-12 is lost in rounding.",
     )
 
@@ -126,23 +131,25 @@ class CacheScheme(Section):
     """How keys (after rotary positions) and values are stored, before attention reads them."""
 
     bits: Literal[4, 8, 16] = Field(
-        default=4, description="4 packs two cache entries in a byte; 8 takes a byte each; 16 leaves the cache as it is."
+        default=4,
+        description="4 packs two cache entries per byte; 8 uses one byte each; 16 leaves the cache unquantized.",
     )
     granularity: Literal["token-head", "kivi"] = Field(
         default="token-head",
-        description="One scale and zero per token and head; kivi simulates, in floating point, keys per channel over "
+        description="One scale and zero point per token and head; kivi simulates, in floating point, keys per channel "
+        "over "
         "32 tokens and values per token, in the cache alone.",
     )
     symmetric: bool = Field(
         default=False, description="The cache kernels store unsigned codes with a zero point, only."
     )
     rotate: bool = Field(
-        default=True, description="Rotate queries and keys by an orthogonal matrix first: same products."
+        default=True, description="Rotate queries and keys by an orthogonal matrix first: same dot products."
     )
 
 
 class QuantizeScheme(Section):
-    """What is stored and computed in 4 bits."""
+    """What is quantized, and how."""
 
     weights: WeightScheme = Field(default=WeightScheme(), description="Weights of linears.")
     activations: ActivationScheme = Field(default=ActivationScheme(), description="Inputs of linears.")
@@ -150,37 +157,38 @@ class QuantizeScheme(Section):
     head_bits: Literal[8, 16] = Field(
         default=16,
         description="8 stores the language head, which never has 4 bits, with one scale per output channel; its inputs "
-        "stay as they are. A table of token embeddings that shares its matrix is read in the same 8 bits. 16 leaves "
-        "both as they are.",
+        "are not quantized. Token embeddings tied to the head read the same 8-bit codes. 16 leaves "
+        "both unquantized.",
     )
     simulation: Literal["none", "qvlm"] = Field(
         default="none",
-        description="qvlm rounds weights to NF4 and inputs per channel over tokens, in floating point: a comparison "
-        "that no integer operator runs.",
+        description="qvlm rounds weights to NF4 and inputs per channel over tokens, in floating point: a baseline "
+        "without integer operators.",
     )
     transform: Literal["none", "hadamard", "rotation", "flatquant"] = Field(
         default="hadamard",
-        description="Change of basis of the inputs of linears that spreads outlier channels: hadamard is a fixed "
-        "rotation; rotation is learned from it, layer by layer; flatquant learns any invertible one.",
+        description="Basis change of the inputs of linears that spreads outlier channels: hadamard is a fixed "
+        "rotation; rotation is trained starting from it, layer by layer; flatquant trains any invertible transform.",
     )
     training: TrainingScheme = Field(default=TrainingScheme(), description="Training of a learned transform.")
     smooth: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="Strength of the per-channel scaling moved from inputs to weights before the rotation; null: none.",
+        description="SmoothQuant strength of the per-channel scaling moved from inputs to weights before the "
+        "rotation; null: none.",
     )
     scaling: Literal["none", "awq", "mbq"] = Field(
         default="none",
         description="Search the per-channel scaling for the least output error instead of taking a strength: awq; "
-        "mbq weighs visual and text tokens by their gradients.",
+        "mbq weights visual and text tokens by their gradients.",
     )
     center: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="Subtract the mean of an input, put back through the bias, where it holds more than this share of "
-        "the input's energy; null: nowhere. Read with 4-bit weights only.",
+        description="Subtract the mean of an input, compensated in the bias, if it has more than this share of "
+        "the input's energy; null: nowhere. Used with 4-bit weights only.",
     )
     scope: tuple[Scope, ...] = Field(
         default=("vision", "projector", "language"),
@@ -192,7 +200,7 @@ class QuantizeScheme(Section):
         default=("lm_head",),
         strict=False,
         max_length=MOST_PATTERNS,
-        description="Linears left as they are: a module name or its last parts, or `re:` and a regular expression "
+        description="Linears left unquantized: a module name or its last components, or `re:` and a regular expression "
         "matched from the start of the name, with at most 4 repeats (`*`, `+`, `{`), none of a group. A pattern that "
         "matches nothing is an error.",
     )
@@ -227,14 +235,14 @@ class QuantizeScheme(Section):
 
 
 def matches_name(pattern: str, name: str) -> bool:
-    """Whether an `ignore` pattern means the module `name` (dotted path)."""
+    """Whether an `ignore` pattern matches the module `name` (dotted path)."""
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
     return name == pattern or name.endswith(f".{pattern}")
 
 
 def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
-    """Key -> why no kernel can run this combination."""
+    """Key -> why this combination is not supported."""
     weights, activations, cache = scheme.weights, scheme.activations, scheme.kv_cache
     reasons: dict[str, str] = {}
     if {weights.bits, activations.bits, cache.bits, scheme.head_bits} == {16}:

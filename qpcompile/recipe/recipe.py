@@ -1,4 +1,4 @@
-"""What a user asks for: one versioned YAML file, checked in full when it is read."""
+"""The recipe: all compile options in one versioned YAML file, fully validated when read."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -27,38 +27,39 @@ class CalibrationScheme(Section):
         default=128,
         ge=1,
         le=MOST_SAMPLES,
-        description="Samples used at most; fewer are used, and reported, when fewer come. Passes walk all of them.",
+        description="Maximum number of samples; fewer are used, and reported, if fewer are given. Passes iterate over "
+        "all of them.",
     )
     seed: int = Field(
-        default=0, ge=0, le=MOST_SEED, description="Seed of the choice of samples. Generators take 63 bits."
+        default=0, ge=0, le=MOST_SEED, description="Seed of the selection of samples. Generators take 63 bits."
     )
     after_cuts: bool = Field(
-        default=False, description="Collect what weights are solved for once more, on the tokens that cuts leave."
+        default=False, description="Recollect statistics for the weight solver after the cuts, on kept tokens."
     )
 
 
 class Recipe(Section):
-    """One compile: what is quantized, which visual tokens are kept, what calibrates both."""
+    """The options of one compile: quantization, visual tokens, calibration."""
 
     version: Literal[1] = Field(default=1, description="Version of this format.")
     quantize: QuantizeScheme | None = Field(default=None, description="What is quantized; null quantizes nothing.")
     tokens: TokenScheme = Field(default=TokenScheme(), description="Which visual tokens are kept.")
     order: Literal["joint", "quantize_then_prune", "prune_then_quantize"] = Field(
         default="joint",
-        description="joint plans cuts with the quantizer in view. Stage-wise orders do not: equal drops, no residual "
-        "in the score; prune_then_quantize profiles full precision and calibrates behind the cuts.",
+        description="joint plans cuts for the quantized model. Stage-wise orders do not: equal drops, no residual "
+        "in the score; prune_then_quantize profiles full precision and calibrates after the cuts.",
     )
     calibration: CalibrationScheme = Field(default=CalibrationScheme(), description="How calibration data is used.")
 
     @property
     def recalibrates(self) -> bool:
-        """Whether statistics are collected once more behind the cuts."""
+        """Whether statistics are recollected after the cuts."""
         return self.calibration.after_cuts or self.order == "prune_then_quantize"
 
     @model_validator(mode="wrap")
     @classmethod
     def _refuse_as_ours(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """One RecipeError for everything that is wrong, whichever way the recipe is made."""
+        """Raise one RecipeError for all problems, however the recipe is constructed."""
         try:
             return handler(data)
         except ValidationError as error:
@@ -96,13 +97,13 @@ class Recipe(Section):
 
     @classmethod
     def from_yaml(cls, text: str, *, where: str = "recipe text") -> "Recipe":
-        """The recipe written in `text`; `where` names its origin in errors."""
+        """Parse the recipe in `text`; `where` names its origin in errors."""
         data = yaml_text.parse_mapping(text, lambda what: RecipeError(what, where=where, do=_PLAIN))
         return cls.from_dict(data, where=where)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str | None = None) -> "Recipe":
-        """The recipe of plain dicts, lists and scalars; `where` names its origin in errors."""
+        """The recipe from plain dicts, lists and scalars; `where` names its origin in errors."""
         if not isinstance(data, Mapping):
             raise RecipeError(f"a mapping is needed, got {type(data).__name__}", where=where or "recipe", do=_PLAIN)
         try:
@@ -115,7 +116,7 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """YAML text with every key, defaults too: what `from_yaml` reads back to an equal recipe."""
+        """YAML text with every key, defaults too; `from_yaml` parses it to an equal recipe."""
         return yaml_text.write(self.to_dict())
 
     def with_overrides(self, overrides: Iterable[str]) -> "Recipe":
@@ -143,7 +144,7 @@ def _no_such_preset(name: str) -> RecipeError:
 
 
 def _close(name: str) -> str:
-    """The question whether a preset with a name like this one was meant, where there is one."""
+    """A suggestion of presets with similar names, if there are any."""
     close = difflib.get_close_matches(name, preset_names(), n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 

@@ -1,7 +1,7 @@
-"""The section `tokens` of a recipe: which visual tokens are dropped, where, and how they are chosen.
+"""The section `tokens` of a recipe: which visual tokens are dropped, where, and how they are selected.
 
-The keys are equations 1 to 9 of "QUOTA" (arXiv 2604.17320), and what other methods leave open; what a paper leaves open
-is a key too, with our default.
+The keys are the parameters of equations 1 to 9 of "QUOTA" (arXiv 2604.17320) and of the other methods; what a paper
+does not specify is a key too, with our default.
 """
 
 from itertools import pairwise
@@ -18,7 +18,7 @@ LayerList = Annotated[tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...], F
 
 
 class ScoreWeights(Section):
-    """Weights of the four terms of a visual token's score; sums stay far from the ends of float32."""
+    """Weights of the four terms of a visual token's score; sums stay far from the limits of float32."""
 
     inter: float = Field(default=0.45, ge=0, le=LARGEST_WEIGHT, description="Attention from text queries.")
     magnitude: float = Field(default=0.25, ge=0, le=LARGEST_WEIGHT, description="L2 norm of the hidden state.")
@@ -38,14 +38,14 @@ class ScoreWeights(Section):
 
 
 RISK_FUSED = ("quota", "visionzip")
-"""Methods that put the risk into their score on demand; qapruner always does."""
+"""Methods that optionally fuse the risk into their score; qapruner always does."""
 
 
 class RiskScheme(Section):
-    """What 4 bits would lose of each visual token, as a score: QAPruner."""
+    """The 4-bit quantization risk of each visual token as a score: QAPruner."""
 
     fuse: bool = Field(
-        default=False, description="Put the risk into the scores of quota and visionzip too; qapruner always does."
+        default=False, description="Fuse the risk into the scores of quota and visionzip too; qapruner always does."
     )
     metric: Literal[
         "complex",
@@ -67,18 +67,18 @@ class RiskScheme(Section):
         default=128,
         ge=1,
         le=WIDEST,
-        description="Channels that share a scale in the rounding error; at most the width counts.",
+        description="Channels that share a scale in the rounding error; larger values mean the full width.",
     )
     alpha: float = Field(
-        default=0.55, ge=0, le=1, description="Share of the method's own score; the rest is the risk's."
+        default=0.55, ge=0, le=1, description="Weight of the method's own score; the rest is the risk's."
     )
     dynamic_alpha: bool = Field(
-        default=True, description="Take up to 0.1 off alpha where the risks of a prompt's tokens vary much."
+        default=True, description="Reduce alpha by up to 0.1 if the risks of a prompt's tokens vary strongly."
     )
 
 
 class TokenScheme(Section):
-    """Which visual tokens are dropped, where, and how they are chosen."""
+    """Which visual tokens are dropped, where, and how they are selected."""
 
     method: Literal[
         "none",
@@ -99,29 +99,29 @@ class TokenScheme(Section):
         "trim",
     ] = Field(
         default="none",
-        description="none keeps all; joint tries schedules on samples; quota scores every token "
+        description="none keeps all; joint searches schedules on samples; quota scores every token "
         "at several layers; random draws by seed on the same schedule; fastv cuts once, by the last token's attention; "
-        "pyramiddrop three times, by that of the layer behind; sparsevlm three times, by the attention of chosen text; "
+        "pyramiddrop three times, by that of the next layer; sparsevlm three times, by the attention of selected text; "
         "vtw drops every visual token; random_input draws before the decoder; visionzip and prumerge_plus score by the "
         "vision tower's attention before the decoder and merge; dart keeps a few pivots and the tokens least "
-        "like them, behind the second layer; cdpruner, qapruner (with risk), divprune and trim choose before the "
+        "similar to them, after the second layer; cdpruner, qapruner (with risk), divprune and trim select before the "
         "decoder.",
     )
     keep: float = Field(
         default=1.0,
         ge=1e-6,
         le=1,
-        description="Share of visual tokens that stays; see keep_of. Ratios are stored in millionths.",
+        description="Share of visual tokens kept; see keep_of. Ratios are stored in millionths.",
     )
     keep_of: Literal["final", "mean"] = Field(
-        default="final", description="keep is the share behind the last cut, or the mean over decoder layers."
+        default="final", description="keep is the share after the last cut, or the mean over decoder layers."
     )
     multiple_of: int = Field(
         default=1,
         ge=1,
         le=WIDEST,
-        description="Behind every cut, tokens of a prompt, text included, are as many as keep asks for or the next "
-        "multiple of this: 64 fills the tiles of GPU kernels. Rows of a batch count from the longest one. A multiple "
+        description="After every cut, the tokens of a prompt, text included, are as many as keep asks for or the next "
+        "multiple of this: 64 fills the tiles of GPU kernels. A batch is counted by its longest row. A multiple "
         "longer than every prompt drops nothing.",
     )
     candidate_layers: Literal["auto"] | LayerList = Field(
@@ -130,19 +130,19 @@ class TokenScheme(Section):
         "model's own number of layers is checked as soon as it is known.",
     )
     max_candidates: int = Field(
-        default=5, ge=1, le=MOST_LAYERS, description="auto: cut after at most so many neighbouring layers."
+        default=5, ge=1, le=MOST_LAYERS, description="auto: cut after at most this many consecutive layers."
     )
     concentration_floor: float = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="auto: skip first layers whose top-10 attention mass is below this share of the best.",
+        description="auto: skip early layers whose top-10 attention mass is below this share of the largest.",
     )
     iqr_ceiling: float = Field(
         default=0.5,
         ge=0,
         le=1000,
-        description="auto: skip first layers whose mass varies (interquartile range) more than this x median. "
+        description="auto: skip early layers whose mass varies (interquartile range) more than this x median. "
         "1000 skips none.",
     )
     cosine_ceiling: float = Field(
@@ -155,13 +155,13 @@ class TokenScheme(Section):
         default=0.1, ge=0, lt=1, description="auto: never cut in this last share of the layers."
     )
     trial_samples: int = Field(
-        default=128, ge=1, le=MOST_SAMPLES, description="joint: samples that schedules are tried on, at most."
+        default=128, ge=1, le=MOST_SAMPLES, description="joint: maximum number of samples for the schedule search."
     )
     temperature: float = Field(
         default=1.25,
         ge=1e-3,
         le=1e3,
-        description="Higher spreads the drops evenly, lower favours robust layers. At the bounds one layer "
+        description="Higher distributes the drops evenly, lower favours robust layers. At the bounds one layer "
         "takes all, or all take the same.",
     )
     eta: float = Field(
@@ -175,7 +175,8 @@ class TokenScheme(Section):
     )
     sensitivity_input: Literal["full_precision", "quantized"] = Field(
         default="full_precision",
-        description="The quantized layer reads the layer before it in full precision, or as quantized as itself.",
+        description="Whether the quantized layer reads the full-precision or the quantized output of the layer before "
+        "it.",
     )
     sensitivity_percentiles: tuple[float, float] = Field(
         default=(10.0, 90.0), strict=False, description="Percentiles over candidate layers that become 0 and 1."
@@ -184,23 +185,25 @@ class TokenScheme(Section):
         default=(0.1, 0.9), strict=False, description="Bounds of the normalised sensitivity."
     )
     schedule: Literal["sensitivity", "uniform"] = Field(
-        default="sensitivity", description="quota, random: drop more behind robust layers, or the same behind each."
+        default="sensitivity", description="quota, random: drop more after robust layers, or the same after each."
     )
     weights: ScoreWeights = Field(default=ScoreWeights(), description="Weights of the score's terms.")
     scores_of: Literal["deployed", "full_precision"] = Field(
         default="deployed",
-        description="quota: score what the quantized decoder computes, or what it would without quantization. The "
-        "second is for comparison: the layers up to the cut run twice and keep their weights in full precision.",
+        description="quota: score values of the quantized decoder, or of the unquantized one. The "
+        "latter is for comparison: the layers up to the cut run twice and keep their weights in full precision.",
     )
     sink_ratio: float | None = Field(
         default=None,
         gt=1,
         le=1e6,
-        description="quota: leave channels whose largest magnitude over the visual tokens is more than this x that of "
-        "the median channel out of magnitude and residual; null: none. No channel is larger than the bound.",
+        description="quota: exclude channels whose largest magnitude over the visual tokens is more than this x that "
+        "of "
+        "the median channel from magnitude and residual; null: none. No channel is larger than the bound.",
     )
     normalize: Literal["percentile", "mad", "rank"] = Field(
-        default="percentile", description="How each term becomes 0..1 over the current visual tokens of a sample."
+        default="percentile",
+        description="How each term is normalized to 0..1 over the current visual tokens of a sample.",
     )
     percentiles: tuple[float, float] = Field(
         default=(1.0, 99.0), strict=False, description="normalize percentile: the percentiles that become 0 and 1."
@@ -208,20 +211,21 @@ class TokenScheme(Section):
     queries: Literal["after_image", "last", "raters"] = Field(
         default="after_image",
         description="quota: text queries that count for inter: all after the first picture token, the last, or those "
-        "that the picture's embeddings point at more than at the average one.",
+        "with an above-average share of the picture embeddings' attention.",
     )
     intra_mean: bool = Field(
         default=False, description="Divide intra by the number of visual queries that can see the token."
     )
     residual_space: Literal["transformed", "plain"] = Field(
         default="transformed",
-        description="Measure residual after the recipe's rotation, as linears see it, or without it.",
+        description="Measure residual after the recipe's rotation, like the inputs of linears, or without it.",
     )
     residual_of: Literal["stream", "input"] = Field(
         default="stream",
-        description="Measure residual on the layer's output, or on what the next layer's first linear really rounds.",
+        description="Measure residual on the layer's output, or on the quantized input of the next layer's first "
+        "linear.",
     )
-    residual_relative: bool = Field(default=False, description="Divide residual by the norm of what is rounded.")
+    residual_relative: bool = Field(default=False, description="Divide residual by the norm of the rounded tensor.")
     tower_queries: Literal["class_token", "all"] = Field(
         default="class_token",
         description="visionzip, prumerge_plus: whose attention in the vision tower counts, the class token's where the "
@@ -231,17 +235,17 @@ class TokenScheme(Section):
         default=None,
         ge=0,
         le=1,
-        description="visionzip, prumerge_plus: share of the kept tokens that lie evenly among the others; null: "
+        description="visionzip, prumerge_plus: share of the kept tokens that are evenly spaced among the others; null: "
         "10/64 and 3/4.",
     )
     relevance_sign: Literal["plus", "minus"] = Field(
         default="plus",
-        description="cdpruner, qapruner, trim: tokens whose embedding is like the question's text are relevant, or "
-        "those unlike it.",
+        description="cdpruner, qapruner, trim: whether tokens similar to the question's text are relevant, or "
+        "dissimilar ones.",
     )
-    risk: RiskScheme = Field(default=RiskScheme(), description="Risk of quantization as a score.")
+    risk: RiskScheme = Field(default=RiskScheme(), description="Quantization risk as a score.")
     position_mode: Literal["retain", "reindex"] = Field(
-        default="retain", description="Kept tokens keep their positions, or are counted anew."
+        default="retain", description="Kept tokens keep their positions, or are renumbered."
     )
     compact_scored_layer: bool = Field(
         default=True, description="Also drop the cut tokens from the cache of the layer that scored them."

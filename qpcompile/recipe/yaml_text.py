@@ -1,7 +1,7 @@
-"""Mappings in and out of YAML text: plain values only, no key twice, floats as YAML 1.2 spells them, bounded work.
+"""Safe YAML reader and writer: plain values only, no duplicate keys, YAML 1.2 floats, bounded work.
 
 PyYAML follows YAML 1.1, where `1e-6` is a string and a repeated key silently replaces the first one. Aliases, merge
-keys and long integers let a short text ask for unbounded time and memory: nothing here needs them, all are refused.
+keys and long integers let a short text demand unbounded time and memory: none are needed here, and all are refused.
 """
 
 import os
@@ -16,15 +16,15 @@ import yaml
 from qpcompile.errors import QPCompileError
 
 SMALL = 64 * 1024
-"""Most bytes of what people write: twenty times a recipe with every key."""
+"""Size limit in bytes of hand-written files: twenty times a recipe with every key."""
 LARGE = 1024 * 1024
-"""Most bytes of what a compile writes: several times the plan of a decoder with a hundred layers."""
+"""Size limit in bytes of generated files: several times the plan of a decoder with a hundred layers."""
 DEEPEST = 16
 LONGEST = 1000
 DIGITS = 40
 SHOWN = 200
 
-# PyYAML lets the last three escape on texts such as `0b_`, `!!bool x` and `!!timestamp x`.
+# PyYAML raises the last three on texts such as `0b_`, `!!bool x` and `!!timestamp x`.
 _MISTAKES = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$")
 _MERGE = "tag:yaml.org,2002:merge"
@@ -32,7 +32,7 @@ _INT = "tag:yaml.org,2002:int"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads `1e-6` as a number, refuses a repeated key, and stops before work that explodes."""
+    """SafeLoader that also reads `1e-6` as a number, refuses duplicate keys, and bounds its work."""
 
     depth = 0
 
@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
-        """An integer of bounded length: Python refuses, or takes long over, thousands of digits."""
+        """An integer of bounded length: Python refuses, or is slow on, thousands of digits."""
         if len(node.value) > DIGITS:
             raise _refusal(f"an integer of {len(node.value)} characters; {DIGITS} are read at most", node)
         return self.construct_yaml_int(node)
@@ -79,26 +79,28 @@ _Loader.add_constructor(_INT, _Loader.construct_int)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that writes every value out, without anchors, so that equal values print equally."""
+    """SafeDumper without anchors, so that equal values print equally."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-# Both ways, so that the text "1e6" is written in quotes. The table is copied into each class first: PyYAML's stay.
+# For both classes, so that the text "1e6" is quoted. Each class gets a copy of the table: PyYAML's is unchanged.
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def short(text: str, most: int = SHOWN) -> str:
-    """The text itself, or its beginning: messages stay readable whatever was given."""
+    """The text, truncated so that messages stay readable."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def read(path: Path, refuse: Callable[[str], QPCompileError], most: int = SMALL) -> str:
-    """The text of a file of at most `most` bytes; `refuse` makes the error of what is wrong, as in "cannot be read"."""
+    """The text of a file of at most `most` bytes; `refuse` creates the error from a problem such as "cannot be
+    read".
+    """
     try:
-        # A pipe would wait for a writer, and a device has no end.
+        # Reading a pipe would block, and a device has no end.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise refuse("cannot be read: a folder, a pipe or a device, not a file")
         with path.open("rb") as file:
@@ -115,7 +117,7 @@ def read(path: Path, refuse: Callable[[str], QPCompileError], most: int = SMALL)
 
 
 def parse(text: str, refuse: Callable[[str], QPCompileError], most: int = SMALL) -> Any:
-    """The value of YAML text of at most `most` characters; what is wrong goes through `refuse` and is raised."""
+    """The value of YAML text of at most `most` characters; problems are raised through `refuse`."""
     if len(text) > most:
         raise refuse(f"not valid YAML: {len(text)} characters; {most} are read at most")
     try:
@@ -128,7 +130,7 @@ def parse(text: str, refuse: Callable[[str], QPCompileError], most: int = SMALL)
 
 
 def parse_mapping(text: str, refuse: Callable[[str], QPCompileError], most: int = SMALL) -> dict[str, Any]:
-    """The mapping of YAML text; anything else is refused."""
+    """Parse a YAML mapping; anything else is refused."""
     value = parse(text, refuse, most)
     if not isinstance(value, dict):
         raise refuse(f"a mapping of keys is needed at the top, got {type(value).__name__}")

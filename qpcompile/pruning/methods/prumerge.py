@@ -1,4 +1,4 @@
-"""PruMerge+: keep tokens with high vision-tower attention plus a uniform sample, and merge neighbours into each.
+"""PruMerge+: keep tokens with high vision-tower attention plus evenly spaced ones, and merge neighbours into each.
 
     kept     the tokens with the highest attention received (one softmax over all heads concatenated), and evenly spaced
     ones
