@@ -39,9 +39,7 @@ class CompiledVLM:
         self._bind(cuda_graphs=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the files of the artifact, so that unpickling gives the same answers, on the same kind of
-        device.
-        """
+        """Pickle as the files of the artifact: unpickling gives the same answers, on the same kind of device."""
         return _unpickled, (to_files(self.program, self.processor), str(self.device), self._cuda_graphs)
 
     def __copy__(self) -> CompiledVLM:

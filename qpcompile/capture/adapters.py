@@ -1,7 +1,7 @@
-"""The code of a family that tracing cannot follow, and what stands in for it: the only place that knows families.
+"""Model-specific replacements for code that cannot be traced: the only place that knows model families.
 
-An entry is needed only where generic capture cannot know something. Both entries here are for one habit: a Python loop
-over pictures whose sizes are Python numbers would fix the number of pictures and their sizes in the graph.
+An entry is needed only where generic capture is impossible. Both entries address the same pattern: a Python loop over
+pictures with sizes as Python numbers would specialize the graph to the number and sizes of pictures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qpcompile.ir.operators import SEGMENT_ATTENTION
 
 @dataclass(frozen=True)
 class Adapter:
-    """A `forward` that can be traced, and the table (runtime/prepare.py) that it takes in place of `image_sizes`."""
+    """A traceable `forward`, and the table (runtime/prepare.py) that it takes instead of `image_sizes`."""
 
     forward: Callable[..., Any]
     table: str
@@ -28,7 +28,7 @@ class Adapter:
 
 @contextmanager
 def attending_in_segments(cu_seqlens: torch.Tensor) -> Iterator[None]:
-    """While tracing: torch's attention is attention inside segments, whatever mask the model's code gives it."""
+    """While tracing: torch's attention becomes block-diagonal attention over segments, ignoring the model's mask."""
 
     def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
         scale = options.get("scale") or query.shape[-1] ** -0.5
@@ -39,13 +39,13 @@ def attending_in_segments(cu_seqlens: torch.Tensor) -> Iterator[None]:
 
 
 def _packed_pictures(self: Any, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any) -> Any:
-    """Pixtral's tower; `image_sizes: i64[T, 3]` says picture, row and column of each patch."""
+    """Pixtral's tower; `image_sizes: i64[T, 3]` holds picture, row and column of each patch."""
     picture, row, column = image_sizes.unbind(-1)
     patches = self.patch_conv(pixel_values.to(self.patch_conv.weight.dtype))
     packed = self.ln_pre(patches[picture, :, row, column].unsqueeze(0))
     positions = self.patch_positional_embedding(packed, torch.stack([row, column], dim=-1))
     pictures = torch.arange(pixel_values.shape[0] + 1, device=picture.device)
-    # Only attention spelled out by the model ("eager") reads the mask; otherwise it is no part of the graph.
+    # Only eager attention reads the mask; otherwise it is not part of the graph.
     other = picture[:, None] != picture[None, :]
     mask = torch.zeros_like(other, dtype=packed.dtype).masked_fill(other, torch.finfo(packed.dtype).min)
     with attending_in_segments((picture[None, :] < pictures[:, None]).sum(dim=1)):
@@ -53,13 +53,13 @@ def _packed_pictures(self: Any, pixel_values: torch.Tensor, image_sizes: torch.T
 
 
 def _merged_patches(self: Any, image_features: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
-    """Mistral 3's merger; `image_sizes: i64[T / m^2, m^2]` says which patches become one token, channels first."""
+    """Mistral 3's merger; `image_sizes: i64[T / m^2, m^2]` lists the patches merged into each token, channels first."""
     squares = image_features[image_sizes].transpose(1, 2)
     return self.merging_layer(squares.flatten(1))
 
 
 ADAPTERS: dict[str, Adapter] = {
-    # Pixtral (also the tower of Mistral 3): cuts each picture out of its frame in a loop.
+    # Pixtral (also the tower of Mistral 3): crops each picture from its frame in a loop.
     "PixtralVisionModel": Adapter(capture_outputs(_packed_pictures), "patches"),
     # Mistral 3: merges the patches of each picture in a loop.
     "Mistral3PatchMerger": Adapter(_merged_patches, "merged"),
@@ -67,7 +67,7 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def table_of(module: torch.nn.Module) -> str | None:
-    """The table a component takes in place of the sizes of its pictures, if it has an adapter."""
+    """The table a component takes instead of picture sizes, if it has an adapter."""
     return next((adapter.table for part in module.modules() if (adapter := ADAPTERS.get(type(part).__name__))), None)
 
 
@@ -75,9 +75,9 @@ def table_of(module: torch.nn.Module) -> str | None:
 def traceable(module: torch.nn.Module) -> Iterator[None]:
     """While tracing: the replacements above, and deepstack as a plain sum.
 
-    Decoders with deepstack add features to the visual rows only, through a boolean index whose result has a size
-    unknown to the graph. The features come dense (runtime/prepare.py), so a sum is the same. Afterwards `module`
-    is as it was: the exporter leaves a `forward` of its own on it.
+    Decoders with deepstack add features to the visual rows only, through a boolean index with a data-dependent size.
+    The features are passed dense (runtime/prepare.py), so an add is equivalent. `module` is restored afterwards: the
+    exporter leaves its own `forward` on it.
     """
     own = {key: value for key, value in vars(module).items() if key == "forward"}
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""A transformers VLM becomes a Program: one graph per component, the rest stays on the host."""
+"""Capture a transformers VLM as a Program: one traced graph per component, the rest stays on the host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.host import empty_host, fill_host, host_tensors
 from qpcompile.runtime.machine import visual_tokens
 
-# Which call of which component each graph is traced from.
+# The component and the index of its call that each graph is traced from.
 SOURCES = (
     (VISION, "vision", 0),
     (PROJECTOR, "projector", 0),
@@ -34,12 +34,12 @@ SOURCES = (
 
 
 def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> Program:
-    """Trace every component of `model` as one small `generate` on `sample` calls it.
+    """Trace every component of `model`, as called by one small `generate` on `sample`.
 
-    Raises ModelError for a model that is no VLM and CaptureError, with the component and the line of the model's
-    code, where tracing fails or the graph differs from eager.
+    Raises ModelError for a model that is not a VLM and CaptureError, with the component and the line of the model's
+    code, if tracing fails or the graph differs from eager.
     """
-    find_components(model)  # refuses what is no VLM, before anything is run
+    find_components(model)  # refuses a model that is not a VLM, before running it
     pad = model.generation_config.pad_token_id
     prompt = two_rows(sample, pad if isinstance(pad, int) else 0)
     recording = record(model, prompt)
@@ -62,7 +62,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
     layers = _layers(graphs[PREFILL])
     planned = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in layers)
     program = Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=planned))
-    # Running binds a host to its program: a copy runs here, on the same tensors.
+    # Running binds a host to its program: run a copy, on the same tensors.
     tensors = [*host.parameters(), *host.buffers()]
     own = copy.deepcopy(host, {id(tensor): tensor for tensor in tensors})
     drop_unread(dataclasses.replace(program, host=own), prompt)
@@ -70,7 +70,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
 
 
 def _own_weights(graphs: dict[str, Graph]) -> set[str]:
-    """Rename each graph's tensors to their names in the model; returns the names that graphs hold."""
+    """Rename each graph's tensors to their names in the model; returns these names."""
     held: set[str] = set()
     for graph in graphs.values():
         prefix = f"{graph.owner}." if graph.owner else ""

@@ -1,12 +1,12 @@
-"""The one road from conversations to model inputs: what the processor's own `apply_chat_template` gives.
+"""Convert conversations to model inputs, always through the processor's own `apply_chat_template`.
 
     apply_chat_template(conversations, tokenize=True, return_dict=True, add_generation_prompt=True)
 
-It knows whether the template has written the first token already, and how this processor wants the pictures of several
-texts. Rows of a batch are padded on the left, so that every answer begins where its prompt ends.
+It handles whether the template already contains the BOS token, and how this processor takes the pictures of several
+texts. Rows of a batch are left-padded, so that every answer starts where its prompt ends.
 
-What a user writes is text. Tokenizers turn the name of a special token inside it into that token, which would end the
-user's turn or stand for a picture that is not there; such text is refused.
+User input is text. Tokenizers convert the name of a special token inside it to that token, which would end the user's
+turn or refer to a missing picture; such text is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qpcompile.errors import CalibrationError
 
 # A list of messages as `apply_chat_template` takes it: {"role": ..., "content": [parts]}.
 Conversation = list[dict[str, Any]]
-# What a processor looks for in text and replaces by the tokens of a picture, a video or a sound.
+# Placeholders in text that a processor replaces by the tokens of a picture, a video or audio.
 _PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 
 
@@ -35,10 +35,10 @@ def chat_inputs(processor: Any, conversations: Sequence[Conversation], places: S
     Args:
         processor: a transformers processor with a chat template.
         conversations: one or more; a picture part has its Pillow image under "image".
-        places: what each conversation is called in errors: a picture, a line of a file.
+        places: how errors refer to each conversation: a picture, a line of a file.
 
-    Raises CalibrationError where there is no template, where a text holds a special token, and where template or
-    processor refuse.
+    Raises CalibrationError if there is no template, if a text contains a special token, and if template or processor
+    fail.
     """
     if getattr(processor, "chat_template", None) is None:
         raise CalibrationError(
@@ -51,7 +51,7 @@ def chat_inputs(processor: Any, conversations: Sequence[Conversation], places: S
         check_texts(processor, texts(conversation), place)
     try:
         return _applied(processor, conversations)
-    except Exception as error:  # noqa: BLE001 templates and processors raise what they like
+    except Exception as error:  # noqa: BLE001 templates and processors raise arbitrary exceptions
         place, cause = _culprit(processor, conversations, places, error)
         raise CalibrationError(
             f"the processor makes no model inputs of this: {type(cause).__name__}: {_said(cause)}",
@@ -61,14 +61,14 @@ def chat_inputs(processor: Any, conversations: Sequence[Conversation], places: S
 
 
 def texts(conversation: Conversation) -> list[str]:
-    """Everything in a conversation that is text."""
+    """All texts of a conversation."""
     contents = [message.get("content") or [] for message in conversation]
     parts = [[content] if isinstance(content, str) else [part.get("text") for part in content] for content in contents]
     return [text for found in parts for text in found if isinstance(text, str)]
 
 
 def check_texts(processor: Any, found: Iterable[str], place: str) -> None:
-    """Refuse text in which the tokenizer or the processor would see one of their own tokens."""
+    """Refuse text that the tokenizer or the processor would parse as special tokens."""
     names = [getattr(processor, name, None) for name in _PLACEHOLDERS]
     control = _control_tokens(processor)
     for text in found:
@@ -85,9 +85,9 @@ def check_texts(processor: Any, found: Iterable[str], place: str) -> None:
 
 
 def _control_tokens(processor: Any) -> dict[int, str]:
-    """Id -> name of the tokens that text must not hold: special ones, and bracketed ones that the template writes.
+    """Id -> name of the tokens forbidden in text: special ones, and bracketed ones that the template writes.
 
-    The token for unknown words is none of them: text gives it in good faith.
+    The token for unknown words is allowed: ordinary text produces it.
     """
     tokenizer = getattr(processor, "tokenizer", None)
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -100,7 +100,7 @@ def _control_tokens(processor: Any) -> dict[int, str]:
 
 
 def _applied(processor: Any, conversations: Sequence[Conversation]) -> dict[str, Any]:
-    # A single row needs no padding token, which some tokenizers do not have.
+    # A single row needs no padding token, which some tokenizers lack.
     padding = {"padding": True, "padding_side": "left"} if len(conversations) > 1 else {}
     return dict(
         processor.apply_chat_template(
@@ -117,7 +117,7 @@ def _applied(processor: Any, conversations: Sequence[Conversation]) -> dict[str,
 def _culprit(
     processor: Any, conversations: Sequence[Conversation], places: Sequence[str], error: Exception
 ) -> tuple[str, Exception]:
-    """(place, error) of the first conversation that fails alone; of all of them where only the batch does."""
+    """(place, error) of the first conversation that fails alone; of all of them if only the batch fails."""
     if len(conversations) == 1:
         return places[0], error
     for conversation, place in zip(conversations, places, strict=True):
@@ -129,5 +129,5 @@ def _culprit(
 
 
 def _said(error: Exception) -> str:
-    """What an exception says, on one line."""
+    """The message of an exception, on one line."""
     return " ".join(str(error).split())[:300] or "no message"

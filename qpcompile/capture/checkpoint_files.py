@@ -1,4 +1,4 @@
-"""The files of a checkpoint's folder, looked at before transformers reads them: each defect is named with its file."""
+"""Validate the files of a checkpoint folder before transformers reads them; errors name the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# What transformers reads of a folder beside the weights.
+# Files that transformers reads besides the weights.
 SETTINGS = (
     CONFIG,
     "generation_config.json",
@@ -37,7 +37,7 @@ FULL_PRECISION = "give the full-precision checkpoint that it was made from: the 
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raise ModelError that names the first file of a checkpoint that is missing, empty, damaged or quantized."""
+    """Raise ModelError naming the first file of a checkpoint that is missing, empty, damaged or quantized."""
     try:
         for name in SETTINGS:
             if _there(folder / name):
@@ -67,7 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a file that cannot hold what its name says."""
+    """Refuse a file whose content cannot match its name."""
     if not path.is_file():
         raise ModelError(f"{path.name} is no file, or a link that leads nowhere", where=str(path), do=AGAIN)
     with path.open("rb") as file:
@@ -87,7 +87,7 @@ def _check_file(path: Path) -> None:
 
 
 def _refuse_other_places(folder: Path) -> None:
-    """Refuse settings by which transformers opens a file that is not one of the folder's own."""
+    """Refuse settings that make transformers open files outside the folder."""
     for name in ("tokenizer_config.json", "processor_config.json"):
         data = _read_json(folder / name) if _there(folder / name) else {}
         if not isinstance(data, dict):
@@ -96,7 +96,7 @@ def _refuse_other_places(folder: Path) -> None:
         for each in listed if isinstance(listed, list) else [listed]:
             if each is not None and (not isinstance(each, str) or Path(each).name != each):
                 raise ModelError(
-                    f"fast_tokenizer_files names {each!r:.80}, which lies outside the folder",
+                    f"fast_tokenizer_files names {each!r:.80}, which is outside the folder",
                     where=str(folder / name),
                     do="use file names only",
                 )
@@ -109,10 +109,10 @@ def _refuse_other_places(folder: Path) -> None:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Refuse a file whose header does not fit its size, and codes that would be taken for weights.
+    """Refuse a file whose header does not match its size, and quantized codes that would be taken for weights.
 
-    transformers converts whatever number type a file has to the model's: integers or 8-bit floats without the scales
-    that belong to them become wrong weights. The tensors themselves are not read.
+    transformers casts any stored type to the model's: integers or 8-bit floats without their scales become wrong
+    weights. The tensors themselves are not read.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -127,7 +127,7 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files in an index, which must lie beside it."""
+    """The files listed in an index, which must be in the same folder."""
     content = _read_json(index)
     table = content.get("weight_map") if isinstance(content, dict) and "metadata" in content else None
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
@@ -136,7 +136,7 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise ModelError(
-                f"{index.name} names {name!r}, which lies outside the folder",
+                f"{index.name} names {name!r}, which is outside the folder",
                 where=str(index),
                 do="use file names only",
             )

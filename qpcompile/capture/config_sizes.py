@@ -1,7 +1,7 @@
-"""A configuration against the tensors in its folder: what would make a far larger model is refused before it is built.
+"""Check a configuration against the stored tensors: one that describes a far larger model is refused before allocation.
 
-Two looks, both without reading a weight. Settings that count layers are compared with the number of tensors, since each
-layer has one at least. Then the model is built without memory, and its numbers are counted.
+Two checks, both without reading a weight. Settings that count layers are compared with the number of tensors, since
+each layer has at least one. Then the model is built on the meta device, and its parameters are counted.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from qpcompile.errors import ModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
 _COUNTS = re.compile(r"\w*(layers?|blocks?|depths?|experts?|stages?)", re.ASCII)
-# More modules than any model has for each tensor in its files: experts, which may lie in one tensor.
+# More modules per stored tensor than any model has: experts may be stored in one tensor.
 _MOST_EXPERTS = 1024
-# Up to this factor the loading report says better which tensors are missing or have another shape.
+# Up to this factor transformers' loading report is more precise about missing or mismatched tensors.
 _ROOM = 2
 _DO = "give the config.json that belongs to these weights"
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the folder's safetensors files; empty where the weights are of another kind."""
+    """Name -> shape of every tensor in the folder's safetensors files; empty if the weights have another format."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
@@ -38,9 +38,9 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_counts(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
-    """Raise ModelError for more layers than there are tensors, by the name of the setting.
+    """Raise ModelError for more layers than there are tensors, naming the setting.
 
-    config: what config.json holds. shapes: of all tensors in the files.
+    config: the contents of config.json. shapes: of all tensors in the files.
     """
     most = max(len(shapes), _MOST_EXPERTS)
     for path, value in _numbers(config):
@@ -51,9 +51,9 @@ def refuse_counts(config: Mapping[str, Any], shapes: Shapes, where: str) -> None
 
 
 def refuse_larger(config: Any, shapes: Shapes, where: str) -> None:
-    """Raise ModelError for a model that would hold far more numbers than the files do.
+    """Raise ModelError for a model with far more parameters than the files contain.
 
-    config: the configuration that the model would be made from.
+    config: the configuration of the model.
     """
     if not shapes:
         return
@@ -77,7 +77,7 @@ def refuse_larger(config: Any, shapes: Shapes, where: str) -> None:
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted name, whole number) of all settings, those in lists too."""
+    """(dotted name, integer) of all settings, including those in lists."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _numbers(item, f"{path}.{name}" if path else str(name))

@@ -1,6 +1,6 @@
-"""A data set on disk: pictures and `data.jsonl` with one question per line (`data_line.py` says what a line holds).
+"""Data folders: pictures and `data.jsonl` with one question per line (format: `data_line.py`).
 
-A line becomes model inputs through the model's own processor and chat template.
+A line is converted to model inputs by the model's own processor and chat template.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a data folder. `place` is what errors call it: the file and the line."""
+    """One line of a data folder. `place` is its location in errors: the file and the line."""
 
     image: Path
     question: str
@@ -32,16 +32,16 @@ class Question:
 
     @property
     def where(self) -> str:
-        """The place, or the picture's path for a question that no file holds."""
+        """The place, or the picture's path for a question that is not from a file."""
         return self.place or str(self.image)
 
 
 def read_questions(folder: Path) -> list[Question]:
-    """All lines of a data folder, each checked, its picture found.
+    """All lines of a data folder, each validated, including that its picture exists.
 
     Pictures are relative to the folder. A data folder is the user's own: absolute paths, `..` and links are followed.
 
-    Raises CalibrationError that names the file, the first line that is wrong, its key, and how many lines are.
+    Raises CalibrationError naming the file, the first invalid line, its key, and the number of invalid lines.
     """
     path = folder / DATA_FILE
     if not is_file(path):
@@ -70,13 +70,13 @@ def first_pictures(folder: Path, count: int) -> list[tuple[Path, str]]:
 
 
 def check_pictures(questions: Sequence[Question]) -> None:
-    """Refuse files that are no pictures, as far as their headers say."""
+    """Refuse files that are not pictures, judging by their headers."""
     for image, where in {question.image: question.where for question in reversed(questions)}.items():
         check_picture(image, where=where)
 
 
 def check_questions(processor: Any, questions: Sequence[Question]) -> None:
-    """Refuse what can be seen without decoding: files that are no pictures, texts with a token of the model in them."""
+    """Checks that need no decoding: refuse files that are not pictures, and texts with special tokens."""
     check_pictures(questions)
     for question in questions:
         check_texts(processor, (question.question, *question.choices), question.where)
@@ -98,7 +98,7 @@ def _question(folder: Path, raw: bytes, place: str) -> Question:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file; a path that cannot be one is none."""
+    """Whether a regular file exists; False for an invalid path."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
@@ -106,11 +106,11 @@ def is_file(path: Path) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes) of every line that is not blank. Lines end at a line feed only: JSON texts may hold U+2028."""
+    """(number, bytes) of every non-blank line. Only a line feed ends a line: JSON text may contain U+2028."""
     number = 0
     try:
         with path.open("rb") as file:
-            # One byte more than a line may have: what is longer is refused as such, and its rest is skipped.
+            # One byte more than allowed: a longer line is refused, and its rest is skipped.
             while raw := file.readline(MOST_LINE_BYTES + 2):
                 number += 1
                 rest = raw

@@ -2,8 +2,8 @@
 
     {"image": "00000.png", "question": "what color is the star?", "answer": "red", "choices": ["red", "blue"]}
 
-Numbers as answers or choices become the text that is written in the line: 0 is "0", 1.50 is "1.50". Other keys are
-columns of somebody's export and have no meaning here; one that stands for a key of ours that is missing is refused.
+Numbers as answers or choices keep the text in the file: 0 is "0", 1.50 is "1.50". Other keys are foreign columns and
+are ignored; a common alias of a missing key is refused.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-# A line holds names and text, no picture: what is longer is no line of ours.
+# A line contains names and text, not pictures: a longer line is invalid.
 MOST_LINE_BYTES = 1 << 20
-# Names that exports have for our keys.
+# Common aliases of our keys in exports.
 _MEANT = {
     "images": "image",
     "image_path": "image",
@@ -37,7 +37,7 @@ class LineError(ValueError):
 
 @dataclass(frozen=True)
 class Line:
-    """The checked fields of a line."""
+    """The validated fields of a line."""
 
     image: str
     question: str
@@ -46,11 +46,11 @@ class Line:
 
 
 class _Number(str):
-    """A number as it is written in the line."""
+    """The literal text of a number in the line."""
 
 
 def parse_line(raw: bytes) -> Line:
-    """The fields of one line (UTF-8, without its line end). Raises LineError for everything that is no question."""
+    """The fields of one line (UTF-8, without its line end). Raises LineError for invalid lines."""
     entry = _object(raw)
     for key in entry:
         plain = key.strip().casefold()
@@ -133,7 +133,7 @@ def _choices(entry: dict[str, Any], answer: str) -> tuple[str, ...]:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The kind of a JSON value, in words."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     kinds = {_Number: "a number", str: "a text", list: "a list", dict: "an object"}

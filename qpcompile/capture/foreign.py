@@ -1,4 +1,4 @@
-"""Folders and configurations that transformers would load as something else than they are, refused by name."""
+"""Refuse folders and configurations that transformers would silently load as something else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from qpcompile.capture.checkpoint_files import FULL_PRECISION
 from qpcompile.errors import ModelError
 
-# What quantizers write beside config.json, and the keys that name the method there.
+# Files that quantizers write next to config.json, and the keys that name the method there.
 SIDECARS = {
     "hf_quant_config.json": ("quantization", "quant_algo"),
     "quantize_config.json": ("quant_method",),
@@ -24,7 +24,7 @@ MERGE = (
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """Raise ModelError for a folder of ours, of an adapter, of another format or of quantized weights."""
+    """Raise ModelError for one of our artifacts, an adapter, another format or quantized weights."""
     if (folder / "manifest.json").is_file() or (folder / "graph").is_dir():
         raise ModelError(
             "this is a compiled model already",
@@ -34,7 +34,7 @@ def refuse_foreign_folder(folder: Path) -> None:
     if (folder / ADAPTER).is_file():
         whole = (folder / "config.json").is_file()
         raise ModelError(
-            "an adapter lies beside the model, and it would not be applied"
+            "an adapter is stored with the model, and it would not be applied"
             if whole
             else "this is an adapter without the model that it changes",
             where=str(folder / ADAPTER),
@@ -73,7 +73,7 @@ def refuse_foreign_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _settings(config: Mapping[str, Any], at: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a configuration and of those inside it."""
+    """(dotted key, value) of a configuration and of nested ones."""
     for key, value in config.items():
         path = f"{at}{key}"
         yield path, value
@@ -86,7 +86,7 @@ def _quantized(method: str, where: str) -> ModelError:
 
 
 def _method(path: Path, keys: tuple[str, ...]) -> str:
-    """What a quantizer's own file says that it did."""
+    """The method named in a quantizer's own file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

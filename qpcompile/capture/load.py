@@ -1,7 +1,7 @@
-"""A transformers model and its processor from a folder or a hub name: whole, in full precision, or refused.
+"""Load a transformers model and its processor, complete and in full precision, or refuse it.
 
-transformers fills what a checkpoint lacks with random numbers and leaves out what it has no place for, and says so in a
-log only. Here each of these is an error that names the tensors.
+transformers initializes missing tensors randomly and drops unexpected ones, with a log message only. Here both are
+errors naming the tensors.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ WHOLE = "give the folder or the hub name of a whole model that transformers.Auto
 
 
 def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, Any]:
-    """The model and the processor in a folder or under a hub name; code from either is never run.
+    """Load model and processor from a folder or hub name; code from either is never run.
 
-    processor: taken in place of the folder's own.
+    processor: used instead of the folder's own.
 
-    Raises ModelError for whatever does not load in full: files that are missing or damaged, tensors that the checkpoint
-    lacks or the model has no place for, numbers that are not finite, quantized weights, adapters.
+    Raises ModelError for anything that does not load completely: missing or damaged files, missing or unexpected
+    tensors, non-finite weights, quantized weights, adapters.
     """
     config = read_config(source)
     auto: Any = AutoModelForImageTextToText
@@ -66,7 +66,7 @@ def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, 
 
 
 def read_config(source: Source) -> Any:
-    """The configuration of a model. Raises ModelError for what can be refused before weights are read."""
+    """The configuration of a model. Raises ModelError for problems detectable before weights are read."""
     _refuse_no_folder(source)
     if Path(source).is_dir():
         refuse_foreign_folder(Path(source))
@@ -90,13 +90,13 @@ def read_config(source: Source) -> Any:
 
 
 def load_processor(source: Source) -> Any:
-    """What makes model inputs of pictures and text. Raises ModelError where its files are missing or damaged."""
+    """Load the processor. Raises ModelError if its files are missing or damaged."""
     do = "add preprocessor_config.json, processor_config.json and the tokenizer's files, or pass processor=..."
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"the processor of {source} does not load: {told(error)}", where=str(source), do=do) from error
-    # Where files are missing, transformers gives what is left: a tokenizer that silently drops pictures.
+    # If files are missing, transformers falls back to a tokenizer, which silently drops pictures.
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(
             f"{source} has no processor for pictures and text, only a {type(processor).__name__}",
@@ -107,7 +107,7 @@ def load_processor(source: Source) -> Any:
 
 
 def told(error: BaseException) -> str:
-    """The first sentence that an exception says, shortened; its class where it says little."""
+    """The first sentence of an exception's message, shortened; its class if the message is uninformative."""
     lines = [_plain(line) for line in str(error).strip().splitlines()] or [""]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     text = text.partition(". ")[0]
@@ -117,7 +117,7 @@ def told(error: BaseException) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without the codes that colour a terminal."""
+    """The text without terminal colour codes."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
 
 
@@ -126,16 +126,16 @@ def _short(text: str) -> str:
 
 
 def named(names: Iterable[str]) -> str:
-    """`3 (a, b, c)`: how many, and the first few in order."""
+    """`3 (a, b, c)`: the count, and the first few in order."""
     ordered = sorted(names)
     more = ", ..." if len(ordered) > NAMED else ""
     return f"{len(ordered)} ({', '.join(ordered[:NAMED])}{more})"
 
 
 def _refuse_other_tensors(source: Source, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose tensors are not those of the model, by transformers' loading report.
+    """Refuse a checkpoint whose tensors do not match the model, by transformers' loading report.
 
-    The report leaves out tied weights and what each class lists as harmless, such as buffers of older versions.
+    The report excludes tied weights and tensors that each class declares harmless, such as buffers of older versions.
     """
     shapes = [
         f"{name}: {list(held)} in the file, {list(own)} in the model" for name, held, own in found["mismatched_keys"]
@@ -158,7 +158,7 @@ def _refuse_other_tensors(source: Source, found: Mapping[str, Any]) -> None:
 
 
 def _refuse_no_folder(source: Source) -> None:
-    """Refuse what is neither a folder nor a hub name."""
+    """Refuse sources that are neither a folder nor a hub name."""
     name = _short(str(source))
     try:
         if Path(source).is_dir():
@@ -173,7 +173,7 @@ def _refuse_no_folder(source: Source) -> None:
 
 
 def _no_config(source: Source, raw: Mapping[str, Any], error: Exception) -> ModelError:
-    """Why the configuration is of no use."""
+    """The error for an unusable configuration."""
     kind, saved = raw.get("model_type"), raw.get("transformers_version")
     if raw and isinstance(error, ValueError) and "auto_map" in raw and "custom code" in str(error):
         return ModelError(
@@ -213,7 +213,7 @@ def _does_not_load(source: Source, error: Exception) -> ModelError:
 
 
 def _refuse_damaged_snapshot(source: Source) -> None:
-    """The same look at the files that a hub gave, which are there only after they were loaded."""
+    """The same checks on the files of a hub snapshot, which exist only after loading."""
     if Path(source).is_dir():
         return
     config = cached_file(str(source), "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)

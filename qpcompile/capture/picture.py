@@ -1,13 +1,13 @@
-"""The one reader of pictures: whatever a file holds becomes RGB of 8 bits, upright, as viewers show it.
+"""Picture reader: decode any supported file to upright 8-bit RGB, as image viewers show it.
 
-- The EXIF orientation is applied. Of several frames or pages the first one is taken.
+- The EXIF orientation is applied. Of several frames or pages the first one is used.
 - Transparent pixels are blended with white. Palette, CMYK, YCbCr and 1-bit pictures are converted by Pillow; embedded
   colour profiles are not applied.
-- Grey with more than 8 bits keeps its meaning, where Pillow alone would clip at 255: 16 bits are divided by the range
-  of the type, 0..65535. Floats and 32-bit integers have no range that all programs agree on: see `_eight_bits`.
+- Greyscale with more than 8 bits is rescaled, where Pillow alone would clip at 255: 16 bits are divided by the range of
+the type, 0..65535. Floats and 32-bit integers have no standard range: see `_eight_bits`.
 
-A file is checked before it is opened and its size in pixels before it is decoded, so neither a pipe nor a small file
-that unpacks to gigabytes holds the process up.
+A file is checked before it is opened and its size in pixels before it is decoded, so neither a pipe nor a decompression
+bomb blocks the process.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from PIL import ExifTags, Image
 
 from qpcompile.errors import CalibrationError
 
-# Formats that Pillow decodes by itself. EPS and WMF are left out: those are programs that another program would run.
+# Formats that Pillow decodes itself. EPS and WMF are excluded: they are programs run by external interpreters.
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX"),
     *("PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
 )
-# Width times height. Twice Pillow's `MAX_IMAGE_PIXELS`, which is where Pillow itself refuses: about 700 MB decoded.
+# Width times height. Twice Pillow's `MAX_IMAGE_PIXELS`, where Pillow itself raises an error: about 700 MB decoded.
 MOST_PIXELS = 178_956_970
-# EXIF orientation -> what turns the stored pixels upright.
+# EXIF orientation -> the transposition that makes the stored pixels upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,20 +43,20 @@ _TURNS = {
 _SIXTEEN = 65535
 # Modes with an alpha band.
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
-# TIFF tags: bits of a sample; 0 where the least value is white.
+# TIFF tags: bits per sample; 0 if the smallest value is white.
 _BITS, _PHOTOMETRIC = 258, 262
 _REPLACE = "replace the picture, or save it again as PNG or JPEG"
 
 
 def read_picture(source: str | PathLike[str] | Image.Image, *, where: str | None = None) -> Image.Image:
-    """A picture as RGB of 8 bits: of a file, or of an image that is in memory already.
+    """Read a picture as 8-bit RGB, from a file or from an image in memory.
 
     Args:
         source: path of a picture file, or a Pillow image, which is not changed.
-        where: who asked for it (a line of a data folder), said in errors beside the path.
+        where: where it is referenced (a line of a data folder), reported in errors with the path.
 
-    Raises CalibrationError that names the file: missing, no regular file, empty, no picture, damaged, cut short, too
-    large, or with values that are no brightness.
+    Raises CalibrationError naming the file: missing, not a regular file, empty, not a picture, damaged, truncated, too
+    large, or with non-finite values.
     """
     if isinstance(source, Image.Image):
         return _converted(source, "a picture in memory", where)
@@ -66,7 +66,7 @@ def read_picture(source: str | PathLike[str] | Image.Image, *, where: str | None
 
 
 def check_picture(path: Path, *, where: str | None = None) -> None:
-    """Refuse what `read_picture` would refuse by a file's kind and header, without decoding it."""
+    """The checks of `read_picture` on a file's kind and header, without decoding it."""
     with _opened(path, where):
         pass
 
@@ -79,7 +79,7 @@ def _opened(path: Path, where: str | None) -> Image.Image:
         image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError as error:
         raise _error(f"has too many pixels: {error}", path, where, "make it smaller first") from error
-    except Exception as error:  # decoders raise what they like on damaged bytes
+    except Exception as error:  # decoders raise arbitrary exceptions on damaged bytes
         raise _error(f"is no picture that can be read: {_said(error)}", path, where, _REPLACE) from error
     if image.width * image.height > MOST_PIXELS or not image.width * image.height:
         image.close()
@@ -89,7 +89,7 @@ def _opened(path: Path, where: str | None) -> Image.Image:
 
 
 def _check_file(path: Path, where: str | None) -> None:
-    """Refuse what is no file with something in it: opening a pipe or a device may wait for ever."""
+    """Refuse anything but a non-empty regular file: opening a pipe or a device may block forever."""
     try:
         found = path.stat()
     except FileNotFoundError as error:
@@ -104,19 +104,19 @@ def _check_file(path: Path, where: str | None) -> None:
 
 
 def _converted(image: Image.Image, name: str | Path, where: str | None) -> Image.Image:
-    """Decode, convert and turn upright; whatever a decoder raises names the picture."""
+    """Decode, convert and apply the orientation; decoder errors are reported with the picture's name."""
     try:
         image.load()
-        # Orientations that are none of the eight, and EXIF that is none, are shown as they are stored by viewers too.
+        # Invalid orientations and invalid EXIF data are ignored, as viewers do.
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         seen = _on_white(image)
         return seen if turn is None else seen.transpose(turn)
-    except Exception as error:  # decoders raise what they like on damaged bytes
+    except Exception as error:  # decoders raise arbitrary exceptions on damaged bytes
         raise _error(f"cannot be decoded: {_said(error)}", name, where, _REPLACE) from error
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """RGB of 8 bits, what is transparent blended with white."""
+    """8-bit RGB, with transparency blended with white."""
     clear = image.info.get("transparency")
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
@@ -127,19 +127,19 @@ def _on_white(image: Image.Image) -> Image.Image:
     palette = image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA"
     if clear is None and not palette and image.mode not in _WITH_ALPHA:
         return image.convert("RGB")
-    # Pillow has no road from premultiplied grey to colour.
+    # Pillow has no conversion from premultiplied grey to colour.
     seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 
 def _eight_bits(values: NDArray[Any], image: Image.Image) -> NDArray[Any]:
-    """Grey values of more than 8 bits as 0..255, not yet rounded to a type: [H, W].
+    """Rescale grey values of more than 8 bits to 0..255, not yet rounded: [H, W].
 
-    16 bits: 0..65535 (of a 12-bit TIFF: 0..4095) become 0..255, the same for every picture. Others, by the first that
-    holds for all values: floats in 0..1 are shares of white; 0..255 stay as they are, as in Pillow; integers in
-    0..65535 are 16 bits in a wider type; everything else is stretched from its own least to its own largest value.
+    16 bits: 0..65535 (of a 12-bit TIFF: 0..4095) become 0..255, the same for every picture. Others, by the first rule
+    that holds for all values: floats in 0..1 are fractions of white; 0..255 are unchanged, as in Pillow; integers in
+    0..65535 are 16 bits in a wider type; everything else is normalized from its own minimum to its own maximum.
 
-    Raises ValueError for NaN and infinity, which are no brightness.
+    Raises ValueError for NaN and infinity.
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -165,6 +165,6 @@ def _error(problem: str, name: str | Path, where: str | None, do: str) -> Calibr
 
 
 def _said(error: Exception) -> str:
-    """What an exception says, on one line."""
+    """The message of an exception, on one line."""
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(said).split())[:300]

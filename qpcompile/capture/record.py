@@ -1,4 +1,4 @@
-"""Run one small `generate` and write down how transformers calls each component of a VLM."""
+"""Run one small `generate` and record how transformers calls each component of a VLM."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
 
     def first(self, component: str, occurrence: int = 0) -> Call | None:
-        """The call number `occurrence` of a component, or None if it was called less often."""
+        """Call number `occurrence` of a component, or None if there were fewer calls."""
         found = [call for call in self.calls if call.component == component]
         return found[occurrence] if occurrence < len(found) else None
 
@@ -80,7 +80,7 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
             stack.callback(module.register_forward_pre_hook(_entry(recording, component), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(_exit(recording, component), with_kwargs=True).remove)
         settings: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1}
-        # A cache made without the config keeps all tokens in every layer: masks apply the windows, as in our graphs.
+        # A cache created without the config keeps all tokens in every layer: masks apply the windows, as in our graphs.
         settings |= {"use_cache": True, CACHE_ARGUMENT: DynamicCache()}
         try:
             cast(Any, model).generate(**copy.deepcopy(inputs), **settings)

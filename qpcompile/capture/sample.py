@@ -1,4 +1,4 @@
-"""The sample a model is traced with: two rows, one of them padded, so that no axis is specialised."""
+"""Prepare the tracing sample: two rows, one of them padded, so that no axis is specialized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "p
 
 
 def check_sample(inputs: dict[str, Any]) -> None:
-    """Refuse a sample that is not what `model.generate(**inputs)` takes, has no picture, or numbers that are none."""
+    """Refuse a sample that is not valid input of `model.generate(**inputs)`, has no picture, or non-finite values."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.numel():
         raise _error("has no input_ids of shape [batch, tokens]", inputs)
@@ -42,9 +42,9 @@ def _error(problem: str, inputs: dict[str, Any]) -> CalibrationError:
 
 
 def two_rows(inputs: dict[str, Any], pad: int) -> dict[str, Any]:
-    """At least two rows, one token longer: row 0 padded on the left, the others with their last token also in front.
+    """At least two rows, one token longer: row 0 left-padded, the others with their last token also prepended.
 
-    So no axis has the size 1, and no mask is all ones (which transformers would leave out).
+    So no axis has size 1, and no mask is all ones (which transformers would omit).
 
     Args:
         inputs: one or more rows, as the processor returns them.
@@ -60,7 +60,7 @@ def two_rows(inputs: dict[str, Any], pad: int) -> dict[str, Any]:
             continue
         rows = torch.cat([value, value]) if shape[0] == 1 else value
         if key in ROWS and value.shape[:2] == shape:
-            rows = torch.cat([rows[:, -1:], rows], dim=1)  # the last token is text: the first may stand for a picture
+            rows = torch.cat([rows[:, -1:], rows], dim=1)  # the last token is text, the first may not be
             rows[0, 0] = {"input_ids": pad, "attention_mask": 0}.get(key, int(rows[0, 0]))
         longer[key] = rows
     return longer

@@ -1,4 +1,4 @@
-"""Calibration samples: however they come, they can be walked over again, one in memory at a time."""
+"""Calibration samples from any source, re-iterable, with one in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Source = str | PathLike[str] | Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class _Spooled:
-    """A sample that lies on disk."""
+    """A sample stored on disk."""
 
     path: Path
 
@@ -32,11 +32,11 @@ class _Spooled:
 class Samples:
     """Up to `limit` samples from a data folder, a sequence or any iterable of model inputs.
 
-    Folders and sequences are drawn from by `seed`, in their order; other iterables are taken from the start and kept
-    on disk, since they may not be walked over twice. Each sample is checked when it is reached; of a folder, texts and
-    the headers of the pictures at once.
+    Folders and sequences are sampled by `seed`, preserving order; other iterables are consumed from the start and
+    spooled to disk, since they may not be re-iterable. Each sample is validated when it is reached; for a folder, texts
+    and picture headers are validated up front.
 
-    Raises CalibrationError for a source that is none, and with the sample's number for what its iterator raises.
+    Raises CalibrationError for an invalid source, and, with the sample's number, for errors of its iterator.
     """
 
     def __init__(self, source: Source, processor: Any, limit: int, seed: int) -> None:
@@ -82,7 +82,7 @@ class Samples:
         self._digest = self._digest or total.hexdigest()
 
     def digest(self) -> str:
-        """SHA-256 over all tensors of all samples, in order; taken on the first walk over all of them."""
+        """SHA-256 over all tensors of all samples, in order; computed during the first complete iteration."""
         for _ in self if self._digest is None else ():
             pass
         assert self._digest is not None
@@ -111,7 +111,7 @@ class Samples:
 
 
 def _taken(source: Iterable[Any], limit: int) -> Iterator[Any]:
-    """The first `limit` items; what the iterable raises says at which item."""
+    """The first `limit` items; errors of the iterable are reported with the item's number."""
     number = 0
     try:
         items = iter(source)
@@ -120,7 +120,7 @@ def _taken(source: Iterable[Any], limit: int) -> Iterator[Any]:
             number += 1
     except StopIteration:
         return
-    except Exception as error:  # an iterable of the user's raises what it likes
+    except Exception as error:  # a user's iterable raises arbitrary exceptions
         raise CalibrationError(
             f"the iterable of samples raised {type(error).__name__}: {error}",
             where=f"calibration sample {number}",
@@ -129,7 +129,7 @@ def _taken(source: Iterable[Any], limit: int) -> Iterator[Any]:
 
 
 def _inputs_of(sample: Any, number: int) -> dict[str, Any]:
-    """A sample of the user's as a dict."""
+    """A user's sample as a dict."""
     if not isinstance(sample, Mapping):
         raise CalibrationError(
             f"a sample is {type(sample).__name__}, not a dict of model inputs",
@@ -140,11 +140,11 @@ def _inputs_of(sample: Any, number: int) -> dict[str, Any]:
 
 
 def _add(total: hashlib._Hash, sample: dict[str, Any]) -> None:
-    """Take the tensors of a sample into a digest."""
+    """Add the tensors of a sample to a digest."""
     for key in sorted(sample):
         if isinstance(sample[key], torch.Tensor):
             total.update(key.encode())
-            # By way of bytes: numpy has no bfloat16.
+            # Through bytes: numpy has no bfloat16.
             total.update(sample[key].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
@@ -157,7 +157,7 @@ def _written(path: Path, sample: dict[str, Any], number: int) -> Path:
                 where=f"calibration sample {number}",
                 do='make tensors of it (return_tensors="pt"), or give the samples as a list, which stays in memory',
             )
-    # Clones: two entries may share their memory, which the file format has no word for.
+    # Clones: two entries may share memory, which the file format cannot represent.
     tensors = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in sample.items()}
     try:
         save_file(tensors, path)

@@ -30,18 +30,18 @@ from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, templat
 from qpcompile.runtime.arguments import FLAGS
 from qpcompile.runtime.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 
-# The exporter's own preparation of inputs, left out: `prepare` does it, the same way for tracing and running.
+# The exporter's own preparation of inputs is skipped: `prepare` does it, identically for tracing and execution.
 _PRECOMPUTE = "transformers.exporters.utils.precompute_export_inputs"
 
-# Where code lies that is nobody's model: Python, its packages, and this one.
+# Paths of code that is not model code: Python, its packages, and this one.
 _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parents[1]))
 
 
 def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
-    """Trace `module` as it was called in `call`, all shapes symbolic, and check the graph against that call.
+    """Trace `module` as called in `call`, with symbolic shapes, and check the graph against that call.
 
-    Raises CaptureError with the line of the model's code that cannot be traced, or if the graph's results differ
-    from eager's.
+    Raises CaptureError with the line of the model's code that cannot be traced, or if the graph's results differ from
+    eager's.
     """
     table = table_of(module)
     flags = {key: value for key, value in call.inputs.items() if key in FLAGS}
@@ -83,7 +83,7 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
 
 
 def _one_token_count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Say that masks count the tokens of cache and embeddings, so that the trace has one symbol for them."""
+    """Assert that masks have as many tokens as cache plus embeddings, so that the trace has one symbol for them."""
     embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(CACHE_ARGUMENT)
     if embeds is not None and cache is not None:
         for _, mask in named_tensors(kwargs.get(MASK)):
@@ -92,16 +92,16 @@ def _one_token_count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
 
 
 def _mask_facts(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What has to be known to make up a mask that a call leaves out (qpcompile/runtime/prepare.py)."""
+    """The facts needed to create a mask that a call omits (qpcompile/runtime/prepare.py)."""
     axes = [tensor.ndim for path, tensor in tensors.items() if path.split(".")[0] == MASK]
     causal = all(getattr(part, "is_causal", True) for part in module.modules())
     return {MASK_AXES: axes[0], CAUSAL: causal} if axes else {}
 
 
 def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Which axes get a symbol: all, except the channels of embeddings and the heads and channels of the cache.
+    """The dynamic axes: all, except the channels of embeddings and the heads and channels of the cache.
 
-    Fewer symbols trace faster, and an axis that is the same in every call has no business being one.
+    Fewer symbols trace faster, and an axis that is constant across calls should not be symbolic.
     """
     axes = {key: exporter_dynamo.get_auto_dynamic_shapes(value) for key, value in arguments.items()}
     if "inputs_embeds" in axes:
@@ -133,8 +133,8 @@ def _quiet() -> Iterator[None]:
 def _attention_by_segment() -> Iterator[None]:
     """Trace attention over packed segments (windows, pictures of several sizes) as one operator.
 
-    The exporter reshapes segments into a batch, which is right only where all have one length; windows at a
-    picture's border have not.
+    The exporter reshapes segments into a batch, which is correct only if all have the same length; windows at a
+    picture's border do not.
     """
     original = exporter_dynamo._reshaped_vision_attention_forward
 
@@ -156,7 +156,7 @@ def _plain(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     constants = [not isinstance(name, str) for name in exported.graph_signature.user_inputs]
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, constant in zip(placeholders, constants, strict=True):
-        if constant:  # a number or None: the trace has it inside, nobody reads it
+        if constant:  # a number or None: a constant in the trace, never read
             module.graph.erase_node(node)
     plain = fx.GraphModule(module, module.graph)
     plain.graph.eliminate_dead_code()
@@ -165,7 +165,7 @@ def _plain(exported: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def _input_names(exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    """Dotted names of the graph's inputs, in its order: that of the keyword arguments it was traced with."""
+    """Dotted names of the graph's inputs, in the order of the traced keyword arguments."""
     wanted = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
     signature = exported.call_spec.in_spec
     arguments = list(signature.child(1).context) if signature is not None else []
@@ -198,7 +198,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _model_line(error: BaseException) -> str:
-    """The innermost line of the model's own code in a traceback: not of Python, torch or what drives the tracing."""
+    """The innermost line of the model's own code in a traceback: not of Python, torch or the tracing driver."""
     for cause in (error, error.__cause__, error.__context__):
         for frame in reversed(traceback.extract_tb(cause.__traceback__ if cause else None)):
             name = frame.filename

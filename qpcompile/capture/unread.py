@@ -1,7 +1,7 @@
-"""Drop what a vision tower returns and nobody reads: with it go the layers that only it needs.
+"""Remove unused outputs of the vision tower, and with them the layers that only they need.
 
-LLaVA takes the last layer but one, and throws away what the last one, the final norm and the pooler make. Which outputs
-the host reads is found by trying: an output full of NaN that leaves the prompt's embeddings as they were is not read.
+LLaVA uses the second-to-last layer, and discards the last one, the final norm and the pooler. Which outputs the host
+reads is determined by experiment: an output filled with NaN that leaves the prompt's embeddings unchanged is not read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def drop_unread(program: Program, prompt: dict[str, Any]) -> tuple[str, ...]:
     try:
         same = torch.equal(host.embeddings(), expected)
     except InputError:
-        # A host may look at an output without computing with it, at its size say.
+        # A host may read an output's metadata without its values, for example its size.
         same = False
     if not same:
         graph.outputs, graph.returns = before
@@ -46,7 +46,7 @@ def drop_unread(program: Program, prompt: dict[str, Any]) -> tuple[str, ...]:
 
 
 class _Reached(Exception):
-    """The decoder was called; nothing behind it matters here."""
+    """Raised when the decoder is called; nothing after it matters here."""
 
 
 class _Host:
@@ -60,7 +60,7 @@ class _Host:
         self.found = torch.empty(0)
 
     def embeddings(self, poisoned: str = "") -> torch.Tensor:
-        """What the decoder gets, f[B, S, C]."""
+        """The decoder's input, f[B, S, C]."""
         self.calls, self.poisoned = 0, poisoned
         try:
             self.machine.prefill(self.prompt)
@@ -84,7 +84,7 @@ class _Host:
 
 
 def _without(template: Any, dropped: tuple[str, ...]) -> Any:
-    """A template of results (qpcompile/ir/structure.py) with None in place of some."""
+    """A template of results (qpcompile/ir/structure.py) with some replaced by None."""
     if isinstance(template, str):
         return None if template in dropped else template
     if isinstance(template, dict):

@@ -1,9 +1,9 @@
-"""Which rows of a vision tower become the visual tokens of the sequence, read off the run a model is captured from.
+"""Determine which rows of a vision tower become the visual tokens of the sequence, from the recorded run.
 
     tower output [pictures, 1 + P, C] -> without its first row -> projector -> rows of the embeddings, in their order
 
-Models that do more on the host (separators between rows of patches, cropped tiles, patches folded together) have no
-such path; pruning methods that score by the tower's attention refuse them.
+Models with more processing on the host (separators between rows of patches, cropped tiles, merged patches) have no such
+path; pruning methods that score by the tower's attention refuse them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from qpcompile.pruning.visual_rows import OUTPUT, SKIPPED
 
 
 def visual_path(recording: Recording, ids: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
-    """Constants of the vision graph (qpcompile/pruning/visual_rows.py); empty where there is no plain path.
+    """Constants of the vision graph (qpcompile/pruning/visual_rows.py); empty if there is no such path.
 
     Args:
         ids: i64[B, S], the prompt of the recorded run.
-        tokens: i64[n], the ids that pictures take the place of.
+        tokens: i64[n], the ids of picture placeholder tokens.
     """
     language = recording.first("language")
     embeds = language.inputs.get("inputs_embeds") if language else None
@@ -49,7 +49,7 @@ def visual_path(recording: Recording, ids: torch.Tensor, tokens: torch.Tensor) -
 
 
 def _results(recording: Recording, component: str) -> list[dict[str, torch.Tensor]]:
-    """What every call of a component returned, by name."""
+    """The results of every call of a component, by name."""
     return [
         {path or "output": tensor for path, tensor in named_tensors(call.output)}
         for call in recording.calls
@@ -58,7 +58,7 @@ def _results(recording: Recording, component: str) -> list[dict[str, torch.Tenso
 
 
 def _skipped(whole: torch.Tensor, taken: torch.Tensor) -> int | None:
-    """How many rows of each picture are missing at the front of `taken`; None where it is no part of `whole`."""
+    """How many leading rows of each picture are missing in `taken`; None if it is not a part of `whole`."""
     if whole.ndim != taken.ndim or whole.ndim < 2 or whole.shape[-2] < taken.shape[-2]:
         return None
     skipped = whole.shape[-2] - taken.shape[-2]
@@ -67,7 +67,7 @@ def _skipped(whole: torch.Tensor, taken: torch.Tensor) -> int | None:
 
 
 def _same_rows(parts: Sequence[torch.Tensor], rows: torch.Tensor) -> bool:
-    """Whether the rows of `parts` are `rows: f[N, C]` in their order, but for a factor that models may apply."""
+    """Whether the rows of `parts` are `rows: f[N, C]` in order, up to a factor that models may apply."""
     if any(part.ndim < 2 or part.shape[-1] != rows.shape[1] for part in parts):
         return False
     found = torch.cat([part.flatten(0, -2) for part in parts]).to(rows)

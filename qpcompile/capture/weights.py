@@ -1,4 +1,4 @@
-"""A model object before it is captured: a whole transformers model with finite numbers in floating point."""
+"""Validate a model object before capture: a complete transformers model with finite floating-point weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from qpcompile.errors import ModelError
 
 PASS = "pass the transformers model itself, or the folder or the hub name of one"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Tables of positions and masks.
+# Buffers with position and mask tables.
 COUNTS = (torch.int64, torch.bool)
 FEW = 4
 
 
 def check_model(model: Any, where: str | None = None) -> Any:
-    """The model itself. Raises ModelError for what is no model, quantized, with adapters, or has no usable numbers."""
+    """Returns the model. Raises ModelError if it is not a model, is quantized, has adapters, or unusable weights."""
     where = where or type(model).__name__
     if hasattr(model, "merge_and_unload"):
         raise ModelError(
@@ -45,7 +45,7 @@ def _refuse_adapters(model: PreTrainedModel, where: str) -> None:
 
 
 def _refuse_quantized(model: PreTrainedModel, where: str) -> None:
-    """Refuse by the weights themselves, or by the mark of transformers' quantizers."""
+    """Refuse quantized models, by the weights themselves or the mark of transformers' quantizers."""
     mark = getattr(model.config, "quantization_config", None)
     if getattr(model, "hf_quantizer", None) is not None or mark is not None:
         kind = mark.get("quant_method") if isinstance(mark, dict) else getattr(mark, "quant_method", None)
@@ -56,9 +56,9 @@ def _refuse_quantized(model: PreTrainedModel, where: str) -> None:
 
 
 def _codes(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
-    """(name, kind) of what quantizers put in the place of weights.
+    """(name, kind) of tensors that quantizers substitute for weights.
 
-    They store codes as integers, as 8-bit floats, as a tensor class of their own, or as tables that are no parameters.
+    They store codes as integers, as 8-bit floats, as tensor subclasses, or as buffers.
     """
     for name, tensor in model.named_parameters():
         if type(tensor) is not torch.nn.Parameter:
@@ -95,7 +95,7 @@ def _refuse_not_finite(model: PreTrainedModel, where: str) -> None:
 
 
 def _not_finite(model: PreTrainedModel) -> Iterator[str]:
-    """Names of parameters with a number that is not finite. Extremes carry NaN on, and take no memory."""
+    """Names of parameters with non-finite values. Minimum and maximum propagate NaN, and need no memory."""
     for name, tensor in model.named_parameters():
         if tensor.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(tensor.detach())):
             yield name

@@ -201,7 +201,7 @@ def test_quantized_configurations_of_other_forms(folder: Path, settings: dict[st
         ("hf_quant_config.json", '{"quantization": {"quant_algo": "NVFP4"}}', "(NVFP4)"),
         ("quantize_config.json", '{"quant_method": "gptq"}', "(gptq)"),
         ("quant_config.json", "{", "(quant_config.json)"),
-        ("adapter_config.json", "{}", "an adapter lies beside the model"),
+        ("adapter_config.json", "{}", "an adapter is stored with the model"),
         ("manifest.json", "{}", "this is a compiled model already"),
     ],
 )
@@ -273,7 +273,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (pipe("tokenizer.json"), "tokenizer.json is no file"),
         (
             write("tokenizer_config.json", b'{"fast_tokenizer_files": ["../elsewhere/tokenizer.4.0.0.json"]}'),
-            "fast_tokenizer_files names '../elsewhere/tokenizer.4.0.0.json', which lies outside the folder",
+            "fast_tokenizer_files names '../elsewhere/tokenizer.4.0.0.json', which is outside the folder",
         ),
         (
             write("processor_config.json", b'{"audio_tokenizer": {"audio_tokenizer_name_or_path": "/elsewhere"}}'),
@@ -304,7 +304,7 @@ def shard(folder: Path) -> dict[str, Any]:
     ("change", "said"),
     [
         ({}, None),
-        ({"weight_map": {"a": "../outside.safetensors"}}, "'../outside.safetensors', which lies outside the folder"),
+        ({"weight_map": {"a": "../outside.safetensors"}}, "'../outside.safetensors', which is outside the folder"),
         ({"weight_map": {"a": "model-00003.safetensors"}}, "model-00003.safetensors is missing"),
         ({"weight_map": {}}, "has no metadata or no table of files"),
         ({"weight_map": [1]}, "has no metadata or no table of files"),
