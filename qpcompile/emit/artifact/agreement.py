@@ -1,4 +1,4 @@
-"""What the files of an artifact say of one another: each fact that stands in two of them has to be the same in both."""
+"""Cross-file consistency checks of an artifact: facts stored in two files must be equal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMBEDS = "inputs_embeds"
 
 
 def check_counts(config: PreTrainedConfig, layers: int) -> None:
-    """Refuse a configuration of another decoder before anything is allocated by it."""
+    """Refuse a configuration of another decoder before allocating anything from it."""
     text: Any = config.get_text_config()
     if text.num_hidden_layers != layers:
         raise ArtifactError(
@@ -31,7 +31,7 @@ def check_counts(config: PreTrainedConfig, layers: int) -> None:
 
 
 def check_agreement(program: Program, manifest: Manifest) -> None:
-    """Refuse a program whose parts contradict one another. Raises ArtifactError with the first contradiction."""
+    """Refuse an inconsistent program. Raises ArtifactError with the first contradiction."""
     for where, what in _contradictions(program, manifest):
         raise ArtifactError(f"the artifact contradicts itself: {what}", where=where, do=AGAIN)
 
@@ -76,7 +76,7 @@ def _of_graph(name: str, graph: Graph, program: Program) -> Iterator[str]:
 
 
 def _of_cache(program: Program) -> Iterator[tuple[str, str]]:
-    """What prefill leaves in the cache is what decode takes and leaves."""
+    """The cache that prefill returns must be the one that decode takes and returns."""
     prefill, decode = program.graphs[PREFILL], program.graphs[DECODE]
     left, taken, kept = (
         {name for name in names if name.partition(".")[0] == CACHE}
@@ -88,5 +88,5 @@ def _of_cache(program: Program) -> Iterator[tuple[str, str]]:
 
 
 def _type(graph: Graph, path: str) -> str:
-    """The printed type of an input; "" where the graph has none of that name."""
+    """The printed type of an input; "" if the graph has no input of that name."""
     return str(graph.placeholder(path).meta[TYPE]) if path in graph.inputs else ""

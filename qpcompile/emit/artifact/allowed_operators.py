@@ -1,10 +1,10 @@
-"""Every operator that a saved graph may hold, with its overload: what capture and passes emit, and pure siblings.
+"""Allowlist of operator overloads in saved graphs: those emitted by capture and passes, and pure siblings.
 
-None of them draws random numbers by default, returns memory that nobody wrote, or reaches outside the graph, and torch
-checks their indices; what it does not check is refused by safe_calls.py. `copy_` alone changes what it is given, which
-must lie in memory that the graph has made.
-`python tests/emit/list_operators.py` compiles every family of the tests and says what is missing here. What a new
-family needs is added by hand, after a look at what it does. The project's own are those
+None of them draws random numbers by default, returns uninitialized memory, or has effects outside the graph, and torch
+checks their indices; unchecked cases are refused by safe_calls.py. Only `copy_` modifies its argument, which must be
+memory allocated by the graph.
+`python tests/emit/list_operators.py` compiles every family of the tests and reports missing operators. New ones are
+added by hand, after reviewing what they do. The project's own are those
 with a record (kernels/spec.py).
 """
 

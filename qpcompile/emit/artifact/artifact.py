@@ -1,10 +1,10 @@
-"""The artifact folder: a compiled model as safetensors and text, checked in full before anything is read.
+"""The artifact folder: a compiled model as safetensors and text, fully verified before it is loaded.
 
 config.json  generation_config.json  processor and tokenizer files     as Hugging Face writes them
-recipe.yaml  plan.yaml                                                  asked, decided
+recipe.yaml  plan.yaml                                                  options, decisions
 graph/<name>.json  graph/<name>.txt                                     to load, to read
 model-00001-of-0000N.safetensors  model.safetensors.index.json          every tensor once
-manifest.json                                                           hashes, versions, what each site became
+manifest.json                                                           hashes, versions, quantized sites
 README.md                                                               model card
 """
 
@@ -47,9 +47,9 @@ from qpcompile.runtime.host import empty_host, fill_host, host_tensors
 
 
 def save(program: Program, processor: Any, folder: str | PathLike[str]) -> None:
-    """Write the artifact folder of a program; it appears whole or not at all.
+    """Write the artifact folder of a program atomically.
 
-    Raises OutputError for a folder that exists or a full disk, ExportError for a model that could not be loaded again.
+    Raises OutputError for an existing folder or a full disk, ExportError for a model that could not be loaded again.
     """
     stored = stored_tensors(program)
     with staged_folder(folder, needed=total_bytes(stored)) as out:
@@ -66,9 +66,9 @@ def save(program: Program, processor: Any, folder: str | PathLike[str]) -> None:
 
 
 def load(folder: Path) -> tuple[Program, Any]:
-    """The program and the processor saved in `folder`, after every hash was checked; no code in it is run.
+    """Load the program and the processor saved in `folder`, after checking every hash; no code in it is run.
 
-    Raises ArtifactError naming the file that is missing, altered, of another version, or must not be loaded.
+    Raises ArtifactError naming the file that is missing, modified, of another version, or must not be loaded.
     """
     with reading("the artifact", folder):
         manifest = read_manifest(folder)
@@ -100,7 +100,7 @@ def _program(folder: Path, manifest: Manifest, tensors: dict[str, torch.Tensor])
 
 
 def _write_settings(program: Program, processor: Any, out: Path) -> None:
-    """Everything that is neither a graph nor a tensor."""
+    """Write everything except graphs and tensors."""
     host: Any = program.host
     class_of(type(host).__name__, PreTrainedModel, ExportError, CONFIG)
     config = copy.deepcopy(host.config)
@@ -113,13 +113,13 @@ def _write_settings(program: Program, processor: Any, out: Path) -> None:
     leave_out_leads(out)
     _write(out / "recipe.yaml", program.recipe.to_yaml())
     plan = program.plan.to_yaml()
-    # Passes may have changed the plan without its checks; what could not be loaded again is not written.
+    # Passes may have modified the plan without validation; an unloadable plan is not written.
     Plan.from_yaml(plan, where="the plan of the program")
     _write(out / "plan.yaml", plan)
 
 
 def _refuse_unreadable(out: Path) -> None:
-    """Whatever a load would refuse is not written."""
+    """Refuse to write anything that loading would refuse."""
     refuse_files(out, ExportError)
     try:
         check_settings(out, files(out))
@@ -130,7 +130,7 @@ def _refuse_unreadable(out: Path) -> None:
 
 
 def _facts(program: Program, processor: Any, stored: StoredTensors) -> dict[str, Any]:
-    """What the other files do not say."""
+    """The facts that no other file contains."""
     host: Any = program.host
     return {
         "model_class": type(host).__name__,

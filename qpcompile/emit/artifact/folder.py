@@ -1,4 +1,4 @@
-"""The files of an artifact folder: what may lie in it, and reading one. Links and devices are refused, not followed."""
+"""List and read the files of an artifact folder. Links and devices are refused, not followed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qpcompile.emit.artifact import json_text
 from qpcompile.errors import ArtifactError, ExportError, QPCompileError
 
 AGAIN = "get the folder again from where it was saved, or save the model again"
-# Left by git, the hub and file managers beside the files of a model; nothing reads what is in them.
+# Created by git, the hub and file managers next to model files; never read.
 HIDDEN = frozenset({".git", ".gitattributes", ".gitignore", ".cache", ".huggingface", ".DS_Store"})
 MOST_FILES, MOST_DEPTH = 10_000, 4
-# Of a text that is not JSON: recipe, plan, template, card.
+# Size limit of text files other than JSON: recipe, plan, template, card.
 MOST_BYTES = 8 * 2**20
 
 
@@ -56,7 +56,7 @@ def _walk(root: Path, folder: Path, depth: int, error: type[ArtifactError] | typ
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """A text of the folder. Raises ArtifactError for one that is too large, cannot be read, or is no text."""
+    """Read a text file of the folder. Raises ArtifactError if it is too large, unreadable, or not text."""
     with reading("the file", path):
         if path.stat().st_size > most:
             raise ValueError(f"it has {path.stat().st_size} bytes, {most} are read")
@@ -64,7 +64,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file of the folder. Raises ArtifactError for anything else."""
+    """Read a JSON file of the folder. Raises ArtifactError for anything else."""
     text = read_text(path, json_text.MOST_BYTES)
     with reading("the file", path):
         return json_text.parse(text)
@@ -72,9 +72,9 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def reading(what: str, where: PathLike[str] | str, do: str = AGAIN) -> Iterator[None]:
-    """Whatever goes wrong inside is an ArtifactError that names `what` and `where`, with the cause chained.
+    """Convert any error in the block to an ArtifactError naming `what` and `where`, with the cause chained.
 
-    Libraries that read files of strangers raise what they please, and Rust's panics are not even an Exception.
+    Libraries raise arbitrary errors on untrusted files, and Rust panics are not even Exceptions.
     """
     try:
         yield

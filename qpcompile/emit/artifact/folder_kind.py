@@ -1,4 +1,4 @@
-"""Tell an exported ONNX folder from an artifact: both hold a manifest.json."""
+"""Distinguish an exported ONNX folder from an artifact: both contain a manifest.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qpcompile.errors import ArtifactError
 
 
 def refuse_onnx_folder(folder: Path) -> None:
-    """Raise ArtifactError where graphs for onnxruntime lie in the place of a compiled model."""
+    """Raise ArtifactError if the folder is an ONNX export instead of a compiled model."""
     if (folder / "prefill.onnx").is_file():
         raise ArtifactError(
             "this is an ONNX folder, not a compiled model",

@@ -1,4 +1,4 @@
-"""Graphs in and out of JSON text: operators of a fixed list (allowed_operators.py), names of one grammar, never code.
+"""Serialize graphs to JSON and back: allowlisted operators (allowed_operators.py), names of one grammar, no code.
 
     {"format": 2, "name": "prefill", "owner": "model.language_model", "inputs": [...], "outputs": [...], ...,
      "nodes": [
@@ -7,8 +7,8 @@
       {"label": "%1", "op": "call", "target": "aten::mul.Tensor", "args": [{"ref": "%0"}, {"ref": "@norm.weight"}], ...}
     ]}
 
-Labels are those of the printed graph, so that both can be read side by side. What JSON has no word for is an object
-with one key: a reference, a tuple, a dtype, a device, a layout, a memory format, a float that is not finite.
+Labels are those of the printed graph, so that both can be compared. Values without a JSON equivalent are objects with
+one key: a reference, a tuple, a dtype, a device, a layout, a memory format, a non-finite float.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from qpcompile.runtime.prepare import CAUSAL, MASK_AXES, TABLE, TABLES
 
 FORMAT = 2
 NAMESPACES = {"aten": torch.ops.aten, "qpcompile": operators.ours}
-# The module that defines the one operator of another package that graphs of transformers models hold.
+# The module that defines the only third-party operator in graphs of transformers models.
 EXPERTS_MODULE = "transformers.integrations.moe"
 MOST_NODES = 100_000
 _SIZES = (
@@ -50,7 +50,7 @@ _SIZES = (
     *(torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_ite),
 )
 SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {target_text(function): function for function in _SIZES}
-# What a node of each kind has to have and may have.
+# Required and optional keys of each kind of node.
 REQUIRED = {
     "input": {"label", "op", "type"},
     "weight": {"label", "op", "type", "key"},
@@ -66,7 +66,7 @@ _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d{1,3})?", re.ASCII)
 
 
 def write_graph(graph: Graph, keys: Mapping[str, str]) -> str:
-    """JSON text of a graph, one node per line; `keys` names the stored tensor of each `get_attr` target.
+    """Serialize a graph to JSON, one node per line; `keys` names the stored tensor of each `get_attr` target.
 
     Raises ExportError for an operator that reading would refuse.
     """
@@ -88,9 +88,9 @@ def write_graph(graph: Graph, keys: Mapping[str, str]) -> str:
 
 
 def read_graph(text: str, tensors: Mapping[str, torch.Tensor], where: str) -> Graph:
-    """The graph of JSON text, reading the stored `tensors`; `where` names the file in errors.
+    """Deserialize a graph from JSON, referring to the stored `tensors`; `where` names the file in errors.
 
-    Raises ArtifactError for an operator outside the list, a reference to nothing, or any other text.
+    Raises ArtifactError for an operator outside the allowlist, a dangling reference, or any other invalid text.
     """
     try:
         return _Reader(tensors, where).graph(json_text.parse(text))
@@ -159,7 +159,7 @@ def _encode(value: Any, labels: Labels) -> Any:
 
 
 class _Reader:
-    """Builds one graph; `values` are the nodes made so far, by label."""
+    """Builds one graph; `values` are the nodes created so far, by label."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
         self.tensors = tensors
@@ -189,7 +189,7 @@ class _Reader:
         return graph
 
     def _check_head(self, data: Any) -> None:
-        """What stands before the nodes."""
+        """Check the header keys."""
         head = ("format", "name", "owner", "inputs", "outputs", "returns", "constants", "nodes")
         if not isinstance(data, dict) or sorted(data) != sorted(head):
             raise _refused(f"this is not a graph: it has not the keys {', '.join(head)}", self.where)
@@ -248,7 +248,7 @@ class _Reader:
             )
         return text
 
-    # Names become Python identifiers in the text torch makes of a graph, so they are ours, not the file's.
+    # Names become Python identifiers in torch's generated code, so we generate them instead of using the file's.
     def _input(self, entry: dict[str, Any]) -> fx.Node:
         return self.made.placeholder(f"v{len(self.values)}")
 
@@ -276,7 +276,7 @@ class _Reader:
         return node
 
     def _stack(self, path: Any) -> dict[str, tuple[str, str]]:
-        """A module stack as tracing leaves it: every module on the way to `path`."""
+        """A module stack like that of tracing: every module on the path to `path`."""
         if path != "" and not names.is_path(path):
             raise _refused(f"{path!r:.80} is no name of a module", self.where)
         parts = path.split(".")
@@ -327,7 +327,7 @@ class _Reader:
 
 
 def _is_template(shape: Any, outputs: frozenset[str]) -> bool:
-    """Whether `shape` is what `structure.template` makes of a result with these outputs."""
+    """Whether `shape` is a valid `structure.template` of a result with these outputs."""
     if isinstance(shape, dict):
         return all(names.is_path(key) and _is_template(item, outputs) for key, item in shape.items())
     if isinstance(shape, list):
@@ -336,7 +336,7 @@ def _is_template(shape: Any, outputs: frozenset[str]) -> bool:
 
 
 def _are_constants(constants: Any) -> bool:
-    """Whether `constants` are arguments a component was traced with, and facts of ours about its masks."""
+    """Whether `constants` are valid traced arguments of a component, and facts about its masks."""
     if not isinstance(constants, dict) or not all(names.is_path(key) for key in constants):
         return False
     own = {TABLE: (None, *TABLES), MASK_AXES: (2, 4), CAUSAL: (True, False)}

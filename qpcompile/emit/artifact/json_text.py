@@ -1,6 +1,6 @@
-"""JSON from strangers: bounded before it is parsed, and nothing in it twice.
+"""Strict JSON parser for untrusted input: size limits before parsing, no duplicate keys.
 
-Python's reader takes repeated keys, NaN, numbers of any length and any number of entries; an artifact holds none.
+Python's reader accepts duplicate keys, NaN, numbers of any length and any number of entries; artifacts contain none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOST_DIGITS = 64
 
 
 def parse(text: str | bytes, most_bytes: int = MOST_BYTES) -> Any:
-    """The value of JSON text. Raises ValueError for anything else, and for what is larger or deeper than is written."""
+    """Parse JSON text. Raises ValueError for invalid text, and for text beyond the size and depth limits."""
     if len(text) > most_bytes:
         raise ValueError(f"it is too large: {len(text)} characters, {most_bytes} are read")
     if isinstance(text, bytes):
@@ -41,7 +41,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice[:80]!r} stands in it twice")
+        raise ValueError(f"the key {twice[:80]!r} occurs twice")
     return found
 
 

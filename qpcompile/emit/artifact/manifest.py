@@ -1,7 +1,7 @@
-"""manifest.json: which files belong to an artifact, their hashes, and the versions that wrote them.
+"""manifest.json: the files of an artifact, their hashes, and the versions that wrote them.
 
-A hash shows that a file is the one that was written. It does not show who wrote it: a folder from a stranger is safe to
-load because nothing in it is executed, not because its hashes agree.
+A hash shows that a file is unmodified, not who wrote it: an untrusted folder is safe to load because nothing in it is
+executed, not because its hashes match.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from qpcompile.versions import RECORDED, package_versions
 
 NAME = "manifest.json"
 FORMAT = 2
-# What an artifact may hold. A sentencepiece vocabulary (.model) is data that no text form exists for.
+# Allowed file types. A sentencepiece vocabulary (.model) is binary data without a text format.
 SUFFIXES = frozenset({".json", ".jsonl", ".yaml", ".txt", ".md", ".jinja", ".safetensors", ".model"})
-# What may lie beside it and is never read: a report, pictures for the model card, files of git and of the hub.
+# Allowed additional files that are never read: a report, pictures for the model card, files of git and of the hub.
 BESIDE = frozenset({".html", ".md", ".png", ".svg", ".jpg", ".pdf", ".csv"})
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".h5", ".msgpack"})
 _PATH = re.compile(r"[\w-][\w.-]{0,199}(/[\w-][\w.-]{0,199}){0,4}", re.ASCII)
@@ -48,10 +48,10 @@ class FileEntry(Section):
 
 
 class Manifest(Section):
-    """What the other files do not say. Every key is checked against them."""
+    """The facts that no other file contains. Every key is checked against the other files."""
 
-    format: Literal["qpcompile"] = Field(description="Whose folder this is.")
-    format_version: Literal[2] = Field(description="How it is written.")
+    format: Literal["qpcompile"] = Field(description="Identifies the format.")
+    format_version: Literal[2] = Field(description="Version of the format.")
     versions: dict[Name, Annotated[str, Field(max_length=80)]] = Field(description="Packages that wrote it.")
     model_class: Name = Field(description="Class of the host in transformers.")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(description="Floating-point type of the model.")
@@ -68,7 +68,7 @@ class Manifest(Section):
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """List and hash every file of the folder, with `facts` beside them. Raises ExportError for facts no load takes."""
+    """List and hash every file of the folder, and add `facts`. Raises ExportError for facts that loading refuses."""
     listed = {
         path: {"sha256": sha256(folder / path), "bytes": (folder / path).stat().st_size}
         for path in files(folder, ExportError)
@@ -85,7 +85,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest, after every file it lists was found unaltered and no file beside them could be taken for one."""
+    """Read the manifest, after checking that every listed file is unmodified and no other file could be read."""
     content = _parse(folder)
     manifest = _checked(content, folder, ArtifactError)
     for path in (found := files(folder)):
@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def refuse_files(folder: Path, error: type[ArtifactError] | type[ExportError]) -> None:
-    """Refuse pickles, by name and by content, and kinds of files that an artifact does not hold."""
+    """Refuse pickles, by name and by content, and file types that are not allowed."""
     for path in files(folder, error):
         suffix = Path(path).suffix.lower()
         if suffix in PICKLES or _pickled(folder / path):
@@ -114,7 +114,7 @@ def refuse_files(folder: Path, error: type[ArtifactError] | type[ExportError]) -
 
 
 def _parse(folder: Path) -> dict[str, Any]:
-    """What the manifest says, if it is what was written to the last byte."""
+    """Parse the manifest, after checking its own digest."""
     path = folder / NAME
     with reading("the folder", folder):
         is_folder, is_file = folder.is_dir(), path.is_file()
@@ -166,7 +166,7 @@ def _check_file(folder: Path, path: str, entry: FileEntry, found: frozenset[str]
 
 
 def _refuse_stranger(folder: Path, path: str) -> None:
-    """A file the manifest does not list is let be only if nothing would ever read it."""
+    """Refuse a file that is not listed in the manifest, unless it is never read."""
     suffix = Path(path).suffix.lower()
     if suffix in BESIDE and not Path(path).name.startswith(".") and not _pickled(folder / path):
         return
@@ -179,7 +179,7 @@ def _refuse_stranger(folder: Path, path: str) -> None:
 
 
 def _pickled(path: Path) -> bool:
-    """Whether a file begins as a pickle or as the zip archive that torch.save makes."""
+    """Whether a file starts like a pickle or like the zip archive of torch.save."""
     with reading("the file", path), path.open("rb") as file:
         start = file.read(4)
     return bool(_PICKLE_PROTOCOL.match(start)) or start == b"PK\x03\x04"

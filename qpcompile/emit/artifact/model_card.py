@@ -1,4 +1,4 @@
-"""README.md of an artifact folder: what the model is, what was done to it, how to run it."""
+"""The model card (README.md) of an artifact folder."""
 
 from __future__ import annotations
 

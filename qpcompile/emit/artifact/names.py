@@ -1,4 +1,4 @@
-"""Names in an artifact, each by one grammar: graphs, values, weights, inputs and outputs, modules, classes."""
+"""Grammars of the names in an artifact: graphs, values, weights, inputs and outputs, modules, classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GRAPHS = frozenset({VISION, PROJECTOR, PREFILL, DECODE, HEAD, EMBED})
 MOST_CHARACTERS = 250
 _PATH = re.compile(r"\w+(\.-?\w+)*", re.ASCII)
 _VALUE = re.compile(r"%(0|[1-9]\d{0,6})", re.ASCII)
-# What every module has: a weight of that name would replace it, or be taken for it.
+# Attributes of every module: a weight of that name would shadow one.
 _TAKEN = frozenset(dir(torch.nn.Module()))
 
 
@@ -39,7 +39,7 @@ def is_value(label: Any) -> bool:
 
 
 def is_weight(label: Any) -> bool:
-    """Whether this labels a weight: `@layers.0.mlp.weight`, no part of it a word of Python or of torch modules."""
+    """Whether this labels a weight: `@layers.0.mlp.weight`, without Python keywords or torch module attributes."""
     if not isinstance(label, str) or not label.startswith("@") or not is_path(label[1:]):
         return False
     parts = label[1:].split(".")

@@ -1,4 +1,4 @@
-"""A compiled model as bytes for pickle: the files of its artifact folder, with the same hashes and the same checks."""
+"""Pickling of a compiled model as the files of its artifact folder, with the same hashes and checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def to_files(program: Program, processor: Any) -> dict[str, bytes]:
 
 
 def from_files(files: dict[str, bytes]) -> tuple[Program, Any]:
-    """The program and the processor that `to_files` was given."""
+    """The inverse of `to_files`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / _NAME
         for path, content in files.items():

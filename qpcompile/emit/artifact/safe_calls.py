@@ -1,4 +1,4 @@
-"""What a call in a saved graph may not be, as far as it can be said before values are known."""
+"""Static safety checks of the calls in a saved graph."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import fx
 
-# Results of these may be their first operand, or share its memory, without that their schema says so.
+# Results of these may alias their first operand, although their schema does not declare it.
 _MAYBE_THE_SAME = frozenset(
     f"aten::{name}" for name in ("contiguous", "reshape", "flatten", "to", "type_as", "dropout", "expand_as", "chunk")
 )
 
 
 def bad_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What is wrong with the arguments of a call, as far as names and numbers of them say; "" for nothing."""
+    """What is wrong with the arguments of a call, by names, counts and constants; "" for nothing."""
     if not isinstance(target, torch._ops.OpOverload):
         if target is operator.getitem:
             fine = len(args) == 2 and isinstance(args[0], fx.Node) and isinstance(args[1], int) and not kwargs
             return "" if fine else "it takes a value and the number of a part of it"
-        # On sizes: text and lists mean something else to these functions, a repetition that fills the memory.
+        # For sizes only: on text and lists these functions mean repetition, which can exhaust memory.
         fine = not kwargs and all(_is_number(each) for each in args)
         return "" if fine else "it takes numbers and values that are no lists"
     if target._schema.is_mutable and not (args and _made_by_the_graph(args[0])):
@@ -50,7 +50,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _made_by_the_graph(value: Any) -> bool:
-    """Whether a value lies in memory of its own, neither in an input's nor in a weight's."""
+    """Whether a value is in memory allocated by the graph, neither an input's nor a weight's."""
     while isinstance(value, fx.Node) and value.op == "call_function":
         target: Any = value.target
         overload = isinstance(target, torch._ops.OpOverload)
@@ -62,7 +62,7 @@ def _made_by_the_graph(value: Any) -> bool:
 
 
 def _undefined(target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What torch does not check itself: it ends the process, or gives memory that nobody wrote."""
+    """Checks that torch lacks: violations crash the process, or return uninitialized memory."""
     named = dict(zip((each.name for each in target._schema.arguments), args, strict=False)) | kwargs
     if named.get("rounding_mode") not in (None, "floor"):
         return f"the rounding mode {named['rounding_mode']!r:.80}; a compile writes 'floor'"

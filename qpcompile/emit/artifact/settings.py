@@ -1,8 +1,8 @@
-"""Settings in an artifact that transformers reads: config, generation settings, processor and tokenizer files.
+"""Validate settings that transformers reads: config, generation settings, processor and tokenizer files.
 
-transformers takes them from publishers it trusts: some name a file, a hub repository or a class, others say how much
-to allocate. What a compile never writes is refused here, before transformers sees it. Checkpoints do have such settings
-(where a part came from, code beside the weights): a compile leaves them out, as nothing of an artifact needs them.
+transformers trusts them: some name a file, a hub repository or a class, others control allocation sizes. Anything that
+a compile never writes is refused here, before transformers reads it. Checkpoints may contain such settings (the origin
+of a component, code with the weights): a compile omits them, as an artifact does not need them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from qpcompile.errors import ArtifactError, ExportError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
-# A quantization that transformers refuses by quoting it, whichever class is asked to load the folder or a part of it.
+# A quantization method that transformers refuses and quotes in the error, whichever class loads the folder.
 MARKED = "quantization_config"
 MARK = {
     "quant_method": "quanto",
     "weights": "a model compiled by qpcompile: load this folder with qpcompile.load(folder)",
 }
 _CONFIGS = (CONFIG, GENERATION)
-# Files in JSON that are no settings.
+# JSON files other than settings.
 _TABLES = frozenset({INDEX, "manifest.json", "tokenizer.json", "vocab.json", "added_tokens.json"})
 # Settings that lead to code, a file or a repository.
 _LEADS = re.compile(
@@ -40,10 +40,10 @@ _LEADS = re.compile(
     r"|tokenizer_file|merges_file|spm_file|\w+_(file|path|dir|folder|url|repo|repo_id)",
     re.ASCII,
 )
-# The only ones whose text may have slashes, as paths and addresses do: tokens, templates, numbered labels; and tags.
+# The only settings whose text may contain slashes, like paths and URLs: tokens, templates, numbered labels; and tags.
 _FREE = re.compile(r"(chat_)?template|content|stop_strings|\d+|\w*(token|prompt|prefix|suffix|format)s?", re.ASCII)
 _SLASH, _TAG = re.compile(r"[/\\\\]"), re.compile(r"</?[^<>/\\\\]*>")
-# Settings that name a class, and what they must be derived from.
+# Settings that name a class, and its required base class.
 _CLASSES = {
     "tokenizer_class": transformers.PreTrainedTokenizerBase,
     "processor_class": transformers.ProcessorMixin,
@@ -51,7 +51,7 @@ _CLASSES = {
     "video_processor_type": object,
     "feature_extractor_type": object,
 }
-# Settings that count modules, or repeat a computation, and the most that a real one has with room to spare.
+# Settings that count modules or repetitions, with generous upper limits.
 _COUNTS = re.compile(r"\w*(layers?|blocks?|depths?|experts?|heads?|stages?|num_beams|num_beam_groups)", re.ASCII)
 _SEQUENCES = re.compile(r"num_return_sequences|num_(assistant|additional_image)_tokens|\w*num_frames", re.ASCII)
 MOST_COUNTED, MOST_SEQUENCES, MOST_NUMBER = 2048, 4096, 2**31
@@ -59,16 +59,16 @@ MOST_TEXT = 100_000
 
 
 def write_config(config: PreTrainedConfig, folder: Path) -> None:
-    """config.json, marked so that plain transformers refuses the folder instead of making random weights."""
+    """Write config.json, marked so that plain transformers refuses the folder instead of using random weights."""
     for part in _parts(config):
         setattr(part, MARKED, dict(MARK))
     config.save_pretrained(folder)
 
 
 def leave_out_leads(folder: Path) -> None:
-    """Rewrite settings that were just saved without those that lead to code or to another file.
+    """Rewrite just-saved settings without those that refer to code or to another file.
 
-    What a processor may work with stays, to be refused: its audio tokenizer, and texts with slashes under other names.
+    Settings that a processor may need are kept, to be refused: its audio tokenizer, and other texts with slashes.
     """
     for path in folder.glob("*.json"):
         if path.name in _TABLES:
@@ -80,7 +80,7 @@ def leave_out_leads(folder: Path) -> None:
 
 
 def read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
-    """The configuration in config.json without its mark, which artifacts of earlier versions do not have."""
+    """Read the configuration in config.json without the mark, which artifacts of earlier versions lack."""
     data = read_json(folder / CONFIG)
     if not isinstance(data, dict):
         raise _refused("config.json is no mapping", CONFIG)
@@ -123,7 +123,7 @@ def class_of(name: Any, base: type, error: type[ArtifactError] | type[ExportErro
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those in it."""
+    """A configuration and its nested ones."""
     yield config
     for value in list(vars(config).values()):
         if isinstance(value, PreTrainedConfig):
@@ -137,7 +137,7 @@ def _unmarked(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_leads(value: Any, leads: Callable[[str, Any], bool]) -> Any:
-    """Settings without those that lead to code or to another file, at every level."""
+    """Settings without those that refer to code or to another file, at every level."""
     if isinstance(value, list):
         return [_without_leads(item, leads) for item in value]
     if not isinstance(value, dict):
@@ -151,7 +151,7 @@ def _without_leads(value: Any, leads: Callable[[str, Any], bool]) -> Any:
 
 
 def _leads(key: str, value: Any) -> bool:
-    """Whether a setting may lead to code, a file or a repository: by its name, or by a text with slashes."""
+    """Whether a setting may refer to code, a file or a repository: by its name, or by text with slashes."""
     if _LEADS.fullmatch(key):
         return _leads_by_name(key, value)
     texts = value if isinstance(value, list) else [value]
@@ -165,7 +165,7 @@ def _leads_by_name(key: str, value: Any) -> bool:
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting with its name, those in mappings and lists too."""
+    """Every setting with its name, including nested ones."""
     yield key, value
     if isinstance(value, dict):
         for name, item in value.items():

@@ -1,9 +1,9 @@
-"""tokenizer.json of an artifact: what its rules may cost is bounded before the tokenizer is made.
+"""Static checks of tokenizer.json: the cost of its rules is bounded before the tokenizer is created.
 
-Its regular expressions run in a library that goes back and tries again: `(a+)+$` takes 2**n steps on n letters. Here an
-expression is read once, without being run: repeats inside repeats and references back are refused, and so are more than
-a few repeats after one another, which cost a power of the text's length. Replacements may lengthen a text, but not one
-after the other without an end, and padding has a most.
+Its regular expressions run in a backtracking library: `(a+)+$` takes 2**n steps on n letters. Here an expression is
+scanned once, without running it: nested repeats and backreferences are refused, and so are more than a few consecutive
+repeats, whose cost is polynomial in the text's length. The combined growth by replacements is limited, and so is
+padding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qpcompile.errors import ArtifactError, ExportError
 TOKENIZER = "tokenizer.json"
 MOST_PATTERN, MOST_REPEATS, MOST_TIMES = 4000, 3, 1000
 MOST_GROWTH, MOST_PADDING = 1000, 2**20
-# In the order in which they work; the model and its vocabulary run no rules of their own.
+# In order of application; the model and its vocabulary contain no rules.
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _TOKEN = re.compile(
     r"(?P<back>\\(?:[1-9]|[kg][<'{]))"
@@ -39,7 +39,7 @@ def check_tokenizers(folder: Path, files: list[str]) -> None:
 
 
 def check_tokenizer(processor: Any) -> None:
-    """Refuse a processor whose tokenizer no artifact may hold, before anything is computed. Raises ExportError."""
+    """Refuse a processor whose tokenizer no artifact may contain, before any work. Raises ExportError."""
     rules = getattr(getattr(processor, "tokenizer", None), "backend_tokenizer", None)
     if rules is not None and (problem := tokenizer_problem(json.loads(rules.to_str()))):
         raise ExportError(
@@ -72,11 +72,11 @@ def tokenizer_problem(data: Any) -> str:
 
 
 def pattern_problem(expression: str) -> str:
-    """Why the work of a regular expression is not bounded, "" where it is."""
+    """Why the work of a regular expression is not bounded, "" if it is."""
     if len(expression) > MOST_PATTERN:
         return f"has {len(expression)} characters; at most {MOST_PATTERN} are read"
-    # Of each group that is open: repeats without an end in this branch, the most in one before, and whether there is
-    # more than one way through it. Of the group that has just been closed: the same.
+    # For each open group: unbounded repeats in this branch, the most in an earlier one, and whether there is
+    # more than one way through it. The same for the group closed last.
     branch, most, ways = [0], [0], [False]
     repeats, has_ways = 0, False
     for token in _TOKEN.finditer(expression):
@@ -104,7 +104,7 @@ def pattern_problem(expression: str) -> str:
 
 
 def _times(repeat: str) -> float:
-    """How often at most."""
+    """The maximum number of repetitions."""
     if repeat in ("*", "+"):
         return float("inf")
     if repeat == "?":
@@ -114,7 +114,7 @@ def _times(repeat: str) -> float:
 
 
 def _rules(value: Any) -> Iterator[dict[str, Any]]:
-    """Every mapping in a part, in order."""
+    """Every mapping in a component, in order."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, (dict, list)):

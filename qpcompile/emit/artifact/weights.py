@@ -1,7 +1,7 @@
-"""The tensors of a program, each once, in and out of safetensors files.
+"""Store the tensors of a program in safetensors files, each once, and load them.
 
-A tensor is stored under its name in the model, `<owner of the graph>.<target>`. Prefill and decode read the same
-weights, and a head may share its matrix with the embeddings: the graphs' files say which key each of them reads.
+A tensor is stored under its name in the model, `<owner of the graph>.<target>`. Prefill and decode share weights, and a
+head may be tied to the embeddings: the graphs' files refer to tensors by key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STORED = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8
 
 @dataclass
 class StoredTensors:
-    """`tensors` by key; `graphs[name][target]` and `host[name]` say which key a graph's or the host's tensor has."""
+    """`tensors` by key; `graphs[name][target]` and `host[name]` map a graph's or the host's tensor to its key."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     graphs: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class StoredTensors:
     _places: dict[tuple[object, ...], str] = field(default_factory=dict)
 
     def add(self, name: str, tensor: torch.Tensor, reader: str) -> str:
-        """The key of a tensor called `name` in the model; `reader` tells apart two tensors of one name."""
+        """Add a tensor called `name` in the model; returns its key. `reader` disambiguates two tensors of one name."""
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in self._places:
             return self._places[place]
@@ -61,7 +61,7 @@ def stored_tensors(program: Program) -> StoredTensors:
             target: stored.add(prefix + target, get_tensor(graph.module, target).detach(), graph.name)
             for target in targets
         }
-    # A weight that a graph holds is zero-sized in the host.
+    # A weight held by a graph is zero-sized in the host.
     own = {name: tensor for name, tensor in host_tensors(program.host, set()).items() if tensor.numel()}
     stored.host = {name: stored.add(name, tensor, "host") for name, tensor in own.items()}
     return stored
@@ -74,7 +74,7 @@ def total_bytes(stored: StoredTensors, graph: str | None = None) -> int:
 
 
 def write_weights(tensors: Mapping[str, torch.Tensor], folder: Path, limit: int = SHARD_BYTES) -> None:
-    """Write safetensors files of at most `limit` bytes (a larger tensor has one of its own) and their index."""
+    """Write safetensors files of at most `limit` bytes (larger tensors get their own file) and their index."""
     shards = list(_shards(tensors, limit))
     where: dict[str, str] = {}
     for number, keys in enumerate(shards, 1):
@@ -82,7 +82,7 @@ def write_weights(tensors: Mapping[str, torch.Tensor], folder: Path, limit: int 
         (folder / name).touch()
         mode = stat.S_IMODE((folder / name).stat().st_mode)
         save_file({key: _own_copy(tensors[key]) for key in keys}, folder / name, metadata={"format": "pt"})
-        # safetensors renames a file that its owner alone may read; this one is as public as its neighbours.
+        # safetensors creates files readable by the owner only; use the mode of the other files.
         (folder / name).chmod(mode)
         where |= dict.fromkeys(keys, name)
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -91,9 +91,9 @@ def write_weights(tensors: Mapping[str, torch.Tensor], folder: Path, limit: int 
 
 
 def read_weights(folder: Path, files: Collection[str]) -> dict[str, torch.Tensor]:
-    """All tensors by key, mapped from the files rather than copied. `files` are the paths that belong to the folder.
+    """All tensors by key, memory-mapped rather than copied. `files` are the paths that belong to the folder.
 
-    Raises ArtifactError for an index or a file that is not what `write_weights` writes.
+    Raises ArtifactError for an index or a file that `write_weights` could not have written.
     """
     index = _read_index(folder)
     tensors: dict[str, torch.Tensor] = {}
@@ -118,7 +118,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _check_header(path: Path, expected: Collection[str]) -> None:
-    """Refuse a header that is larger than any we write, or that has other tensors than the index says."""
+    """Refuse a header larger than any we write, or with other tensors than in the index."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -128,7 +128,7 @@ def _check_header(path: Path, expected: Collection[str]) -> None:
     if not isinstance(header, dict) or header.keys() - {"__metadata__"} != set(expected):
         raise ValueError("it does not hold the tensors that the index says")
     for key in expected:
-        # What is stored as bits that torch would show as another type is not what a compile wrote.
+        # Types that torch would load as another type are never written by a compile.
         if not isinstance(header[key], dict) or header[key].get("dtype") not in _STORED:
             raise ValueError(f"the tensor {key!r:.80} has a type that no compile writes")
 
@@ -151,7 +151,7 @@ def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> Iterator[list[st
 
 
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU in a storage that holds nothing else, as safetensors asks."""
+    """The tensor on the CPU in its own storage, as safetensors requires."""
     tensor = tensor.cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

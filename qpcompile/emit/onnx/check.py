@@ -1,7 +1,7 @@
-"""Whether an ONNX folder answers as the compiled module does; where not, by how much the module preferred its token.
+"""Compare the answers of an ONNX folder with the compiled module's, with logit margins where they differ.
 
-Codes are made of sums that both sides round alike (kernels/sums.py), so answers differ only where one value in some
-10^8 is rounded the other way and the answer hangs on it, or where two tokens tie.
+Both sides compute codes from identically rounded sums (kernels/sums.py), so answers differ only if one value in about
+10^8 is rounded differently and affects the answer, or if two tokens tie.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TAKES = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
 
 @dataclass(frozen=True)
 class Difference:
-    """The first token of an answer in which onnxruntime differs; `margin` is how far ahead the module's token was."""
+    """The first token of an answer at which onnxruntime differs; `margin` is the lead of the module's token."""
 
     row: int
     step: int
@@ -31,13 +31,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many answers were compared, and those that differ."""
+    """The number of compared answers, and the differences."""
 
     answers: int
     different: tuple[Difference, ...]
 
     def to_dict(self, fast: bool = False) -> dict[str, Any]:
-        """Plain values, with the reason in words; `fast` says that the folder's numbers are not the module's."""
+        """Plain values, with the reason in words; `fast`: the folder's numerics are not the module's."""
         why = (
             "the folder's numbers are other ones, see manifest.json"
             if fast
@@ -50,13 +50,13 @@ class Comparison:
 def compare(
     generate: Callable[..., Any], folder: Path, batches: Iterable[dict[str, Any]], new_tokens: int = 8
 ) -> Comparison:
-    """Ask both sides the same.
+    """Generate with both sides on the same inputs.
 
     Args:
-        generate: the compiled module's.
+        generate: `generate` of the compiled module.
         folder: the exported folder.
-        batches: what `generate` takes.
-        new_tokens: how long answers may be.
+        batches: inputs of `generate`.
+        new_tokens: maximum length of answers.
     """
     runner = OnnxVLM(folder, torch.get_num_threads())
     runner.generation = {**runner.generation, "do_sample": False}
@@ -77,7 +77,7 @@ def compare(
 
 
 def _array(tensor: torch.Tensor) -> Any:
-    """The tensor for the runner, which knows no half precision."""
+    """The tensor as an array for the runner, which does not support half precision."""
     return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 

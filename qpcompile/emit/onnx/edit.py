@@ -1,4 +1,4 @@
-"""Edits on one part of a program on its way to ONNX."""
+"""Graph edits on one part of a program before its ONNX export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def calls(part: Part, *targets: object) -> list[fx.Node]:
 
 
 def put(part: Part, before: fx.Node, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
-    """A call before a node, in the module that `like` was traced in."""
+    """Insert a call before a node, in the module that `like` was traced in."""
     with part.module.graph.inserting_before(before):
         node = part.module.graph.call_function(target, args, kwargs)
     node.meta.update({key: found for key, found in like.meta.items() if key != "val"})
@@ -25,6 +25,6 @@ def put(part: Part, before: fx.Node, target: Callable[..., Any], *args: Any, lik
 
 
 def replace(part: Part, node: fx.Node, new: fx.Node) -> None:
-    """Let `new` take the place of attention, which is never removed as dead: for all torch knows it draws numbers."""
+    """Replace attention by `new`. torch treats attention as random, so dead-code elimination would not remove it."""
     node.replace_all_uses_with(new)
     part.module.graph.erase_node(node)

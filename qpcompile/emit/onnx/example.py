@@ -1,4 +1,4 @@
-"""Example inputs for the graphs of an ONNX folder, in two sizes: whatever may vary differs between them."""
+"""Example inputs for the graphs of an ONNX folder, in two sizes that differ in every dynamic dimension."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qpcompile.runtime.machine import ALIVE, KEPT
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large one example is; `grids` are in units of merged patches."""
+    """The sizes of one example; `grids` are in units of merged patches."""
 
     batch: int
     before: int
@@ -33,7 +33,7 @@ SIZES = (Sizes(2, 3, 23, 6, ((4, 6), (10, 2))), Sizes(3, 5, 57, 10, ((4, 7), (9,
 
 
 def vision_example(program: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
-    """Pictures; of several sizes where the tower takes that."""
+    """Pictures; of several sizes if the tower supports that."""
     host: Any = program.host
     if GRID not in program.graphs[VISION].inputs:
         return {PICTURES: torch.zeros(sizes.batch, *(picture_shape(program) or ()), dtype=host.dtype)}
@@ -48,7 +48,7 @@ def vision_example(program: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
 
 
 def _patches(program: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
-    """Packed patches of pictures of several sizes, and what a tower wants to know about them."""
+    """Packed patches of pictures of several sizes, and the layout inputs of a tower."""
     host: Any = program.host
     config, dtype = host.config.vision_config, host.dtype
     merge = config.spatial_merge_size
@@ -62,7 +62,7 @@ def _patches(program: Program, sizes: Sizes) -> dict[str, torch.Tensor]:
 
 
 def prefill_example(program: Program, sizes: Sizes, said: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Prompts with a picture each; said: what the vision graph returns, f[N, ...] for any visual tokens."""
+    """Prompts with one picture each; said: the outputs of the vision graph, f[N, ...] for any visual tokens."""
     host: Any = program.host
     token = host.config.image_token_id
     ids = torch.full((sizes.batch, sizes.before + sizes.visual + sizes.after), 0 if token else 1)
@@ -87,7 +87,7 @@ def prefill_example(program: Program, sizes: Sizes, said: Mapping[str, torch.Ten
 def decode_example(
     program: Program, prompt: dict[str, torch.Tensor], results: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """One token on top of what the prefill graph returned for `prompt`."""
+    """One token after the prefill results of `prompt`."""
     ids, mask = prompt[IDS], prompt[MASK]
     example = {
         IDS: ids[:, :1],

@@ -1,10 +1,10 @@
-"""A program becomes an ONNX folder that onnxruntime and numpy run on their own.
+"""Export a program as an ONNX folder that runs with onnxruntime and numpy only.
 
-    vision.onnx   prefill.onnx   decode.onnx   weights.data    the graphs; weights they share are stored once
-    runner.py     config.json    generation_config.json        what generates
-    recipe.yaml   plan.yaml      manifest.json                 what was asked, what was decided, what every file is
+    vision.onnx   prefill.onnx   decode.onnx   weights.data    the graphs; shared weights are stored once
+    runner.py     config.json    generation_config.json        the runner and its settings
+    recipe.yaml   plan.yaml      manifest.json                 options, decisions, list of files
 
-Writing the same program twice gives the same bytes.
+The export is deterministic: the same program gives the same bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from os import PathLike
 
-# Every translation there is: torch's operators, then this project's own.
+# All translations: torch's operators, then this project's own.
 TORCH = onnx_aten.table() | onnx_aten_shape.table()
 FORMS = {spec.overload: spec.onnx() for spec in SPECS if spec.onnx is not None}
 OWN = {overload: form.translation for overload, form in FORMS.items()}
@@ -58,13 +58,13 @@ def export_onnx(
     fast: bool = False,
     generate: Callable[..., Any] | None = None,
 ) -> None:
-    """Write the ONNX folder; it appears whole or not at all.
+    """Write the ONNX folder atomically.
 
-    `check` is what `generate`, of the same program, and the folder are both asked; `check.json` says where they differ.
-    With `fast` the graphs are those of emit/onnx/fast/graphs.py, whose numbers are not the module's.
+    `check`: inputs on which `generate`, of the same program, and the folder are compared; `check.json` records
+    differences. With `fast` the graphs are those of emit/onnx/fast/graphs.py, whose numerics differ from the module's.
 
-    Raises OutputError if `folder` exists and ExportError if the model cannot be written as ONNX, or the runner has
-    no code for its inputs.
+    Raises OutputError if `folder` exists and ExportError if the model cannot be exported to ONNX, or the runner does
+    not support its inputs.
     """
     _check_supported(program)
     _check_settings(program)
@@ -109,7 +109,7 @@ def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.M
     shapes = [value.shape for value in model.graph.outputs]
     for clean in CLEAN_UP:
         clean(model)
-    # Merging equal nodes keeps the names of outputs, not of their sizes.
+    # Common-subexpression elimination keeps the names of outputs, not of their sizes.
     for value, shape in zip(model.graph.outputs, shapes, strict=True):
         value.shape = shape
     return model
@@ -126,14 +126,14 @@ def _check_supported(program: Program) -> None:
     host: Any = program.host
     if getattr(host.config, "image_token_id", None) is None:
         raise ExportError(
-            "the tokens that pictures take the place of have no id of their own",
+            "the model has no token id for picture placeholders",
             where=f"{type(host).__name__}, config.image_token_id",
             do="use the compiled module: this family cannot be written as an ONNX folder yet",
         )
 
 
 def _check_settings(program: Program) -> None:
-    """Settings stored with the model count in the runner as well: those that it cannot honour are refused here."""
+    """Settings stored with the model also apply in the runner: those that it does not support are refused here."""
     host: Any = program.host
     settings = json.loads(host.generation_config.to_json_string(use_diff=False))
     try:
@@ -147,7 +147,7 @@ def _check_settings(program: Program) -> None:
 
 
 def _check_graph(path: Path) -> None:
-    """The runner lets only listed operators through; what it would refuse is not written."""
+    """The runner only accepts listed operators: refuse to write a graph that it would reject."""
     try:
         check_graph(path, (path.parent / DATA).stat().st_size)
     except RunnerError as error:
@@ -168,8 +168,8 @@ def _check_inputs(name: str, part: Part) -> None:
 
 
 def _write_texts(program: Program, folder: Path) -> None:
-    """Everything in the folder that is text, but for the manifest."""
-    # Some families store the id of image tokens under another name; the runner looks for one.
+    """Write all text files except the manifest."""
+    # Some families store the id of image tokens under another name; the runner expects this one.
     host: Any = program.host
     config = host.config.to_dict() | {"image_token_id": host.config.image_token_id}
     texts = {
@@ -184,7 +184,7 @@ def _write_texts(program: Program, folder: Path) -> None:
 
 
 def _write_manifest(folder: Path, numbers: Sequence[str]) -> None:
-    """The manifest names all other files, and is written again where one joins them."""
+    """Write the manifest, which lists all other files; rewritten when a file is added."""
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,

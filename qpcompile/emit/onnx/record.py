@@ -1,4 +1,4 @@
-"""Record ONNX operators as they are called: `op.Add(x, 1)` appends a node to a graph under construction.
+"""Build ONNX graphs by recording operator calls: `op.Add(x, 1)` appends a node to a graph under construction.
 
 Translations are plain functions on `ir.Value`; while one runs, a Recorder is onnxscript's evaluator. Python numbers,
 lists and numpy arrays among the inputs become constants of the type that the operator's schema asks for.
@@ -19,7 +19,7 @@ _FORMAL = onnx.defs.OpSchema.FormalParameterOption
 class Recorder:
     """An onnxscript evaluator that appends nodes to `graph`; equal constants are stored once.
 
-    Nodes are named after `scope`, the module that is being translated.
+    Nodes are named after `scope`, the module being translated.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -39,7 +39,7 @@ class Recorder:
         inputs, types = self._inputs(schema, args, {name: given[name] for name in given.keys() - attributes.keys()})
         outputs = [each for each in schema.outputs if each.option is not _FORMAL.Optional]
         result = self._node(schema.domain, schema.name, inputs, attributes, len(outputs))
-        # Types are carried along, so that numbers become constants of the type that they are combined with.
+        # Types are propagated, so that numbers become constants of the type that they are combined with.
         for parameter, value in zip(outputs, result if isinstance(result, tuple) else (result,), strict=True):
             dtype = ir.DataType(attributes["to"]) if schema.name == "Cast" else types.get(parameter.type_str)
             if dtype is not None:
@@ -47,7 +47,7 @@ class Recorder:
         return result
 
     def eval_function(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """A call of a scripted function: a node that refers to it, to be inlined at the end."""
+        """A call of a scripted function: a node that refers to it, inlined at the end."""
         proto = function.to_function_proto()
         stored = ir.serde.deserialize_function(proto)
         # Opsets 19 to 21 only add types to the operators that scripted functions use.
@@ -86,7 +86,7 @@ class Recorder:
     def node(
         self, domain: str, name: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], outputs: int
     ) -> Any:
-        """A node of a domain that onnxscript has no schema of: its first version, the inputs as they are."""
+        """A node of a domain without an onnxscript schema: version 1, inputs unchanged."""
         self.graph.opset_imports.setdefault(domain, 1)
         return self._node(domain, name, inputs, attributes, outputs)
 
@@ -109,7 +109,7 @@ class Recorder:
     def _inputs(
         self, schema: onnx.defs.OpSchema, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[list[Any], dict[str, ir.DataType]]:
-        """The inputs as values, and the type that each type variable of the schema stands for, where it is known."""
+        """The inputs as values, and the binding of each type variable of the schema, if known."""
         formal = list(schema.inputs)
         given: list[tuple[Any, Any]] = []
         for index, arg in enumerate(args):
@@ -135,7 +135,7 @@ class Recorder:
         return self.constant(value, dtype)
 
     def vector(self, items: Sequence[Any]) -> ir.Value:
-        """i64[n] of numbers, some of them only known when the graph runs."""
+        """i64[n] of numbers, some of them only known at run time."""
         if not any(isinstance(item, ir.Value) for item in items):
             return self.constant(list(items), ir.DataType.INT64)
         parts: list[Any] = []
@@ -148,7 +148,7 @@ class Recorder:
 
 
 def _only(parameter: onnx.defs.OpSchema.FormalParameter) -> ir.DataType | None:
-    """The type of an input that allows just one."""
+    """The type of an input that allows only one."""
     types = [name for name in parameter.types if name.startswith("tensor(")]
     return _NAMES.get(types[0]) if len(types) == 1 else None
 

@@ -1,4 +1,4 @@
-"""`runner.py` of an exported folder: the parts of the runner as one file that imports numpy and onnxruntime alone."""
+"""Generate `runner.py` of an exported folder: the runner's modules merged into one file without other imports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS: tuple[ModuleType, ...] = (onnx_folder, onnx_choice, onnx_inputs, onnx_lay
 
 
 def runner_text() -> str:
-    """The source of all parts: one docstring, the imports, then everything else in order."""
+    """The merged source: one docstring, the imports, then everything else in order."""
     imports: set[str] = set()
     bodies: list[str] = []
     for part in PARTS:

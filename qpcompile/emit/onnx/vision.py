@@ -1,9 +1,9 @@
-"""What a host does between a vision tower for pictures of one size and its projector, as a small graph.
+"""Trace the host's code between a fixed-size vision tower and its projector as a small graph.
 
     pixel_values -> [tower graph] -> choose a layer, drop the class token, ... -> [projector graph] -> image features
 
-The middle is the host's own code, traced from what the tower returns to what the projector takes. What the host does
-after the projector must not change the numbers, only split them by picture; that is checked on random pictures.
+The middle is the host's own code, traced from the tower's results to the projector's inputs. After the projector the
+host may only split the features by picture, not change them; this is checked on random pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Chain:
 
 
 def host_chain(program: Program) -> Chain | None:
-    """The chain of a tower whose pictures have one size, or None where the host does something else."""
+    """The chain of a fixed-size tower, or None if the host does anything else."""
     shape = picture_shape(program)
     tower, projector = program.graphs[VISION], program.graphs.get(PROJECTOR)
     if shape is None or tower.inputs != (PICTURES,):
@@ -71,7 +71,7 @@ def _chain(program: Program, tower: Graph, projector: Graph | None, shape: tuple
 
 
 def picture_shape(program: Program) -> tuple[int, int, int] | None:
-    """Channels, height and width of the pictures of a tower that takes one size."""
+    """Channels, height and width of the pictures of a fixed-size tower."""
     host: Any = program.host
     config = host.config.vision_config
     size = getattr(config, "image_size", None)
@@ -101,7 +101,7 @@ def _trace(program: Program, projector: Graph, returned: dict[str, torch.Tensor]
 
 
 class _Reached(Exception):
-    """Carries what the projector was called with out of the host's code."""
+    """Carries the projector's arguments out of the host's code."""
 
     def __init__(self, feeds: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _Between(torch.nn.Module):
 
     def __init__(self, host: torch.nn.Module, tower: Graph, projector: Graph, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        # In a tuple, so that the host's own tensors do not become this module's.
+        # In a tuple, so that the host is not registered as a submodule.
         self.held = (host, tower, projector)
         self.shape = shape
 
@@ -136,7 +136,7 @@ class _Between(torch.nn.Module):
 
 @contextmanager
 def _answering(host: torch.nn.Module, graphs: Mapping[str, Graph]) -> Iterator[None]:
-    """For a while, the components of the host run their graphs."""
+    """Within the block, the host's components run their graphs."""
 
     def run(graph: Graph) -> Answer:
         return lambda feeds: rebuild(graph.returns, graph({name: feeds[name] for name in graph.inputs}))
@@ -147,7 +147,7 @@ def _answering(host: torch.nn.Module, graphs: Mapping[str, Graph]) -> Iterator[N
 
 @contextmanager
 def _replaced(host: torch.nn.Module, answers: Mapping[str, Answer]) -> Iterator[None]:
-    """For a while, calls of the host's modules are answered by functions of their named tensors."""
+    """Within the block, calls of the host's modules are replaced by functions of their named tensors."""
     modules: dict[str, Any] = {name: host.get_submodule(name) for name in answers}
     before = {name: module.__dict__.get("forward") for name, module in modules.items()}
     for name, module in modules.items():

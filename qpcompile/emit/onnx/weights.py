@@ -1,4 +1,4 @@
-"""Weights of several ONNX graphs in one data file: what two graphs share is stored once."""
+"""Store the weights of several ONNX graphs in one data file, shared ones once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 DATA = "weights.data"
 SMALL = 1024  # bytes; smaller tensors stay in the graph's own file
-LARGE, PAGE, LINE = 2**20, 4096, 64  # runtimes map large tensors from the file: they begin on a page
+LARGE, PAGE, LINE = 2**20, 4096, 64  # runtimes memory-map large tensors: page-aligned
 
 
 def save_models(models: Mapping[str, ir.Model], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The three graphs of an ONNX folder, put together from a program's graphs and what the host does between them.
+"""Compose the three graphs of an ONNX folder from a program's graphs and the host's code between them.
 
     vision   pictures                                        -> image_features f[N, C]
     prefill  input_ids, image_features, masks, positions     -> logits f[B, V] of the last token, caches
@@ -40,7 +40,7 @@ class Part:
 
 
 def language(program: Program, name: str) -> Part:
-    """Token embeddings, a decoder graph and the head on the last token."""
+    """Compose token embeddings, a decoder graph and the head on the last token."""
     graph, head = program.graphs[name], program.graphs[HEAD]
     host: Any = program.host
     embed = host.get_input_embeddings()
@@ -72,10 +72,10 @@ def language(program: Program, name: str) -> Part:
 
 
 def vision(program: Program) -> Part:
-    """Everything from pictures to what takes the place of image tokens.
+    """Compose everything from pictures to the features that replace image tokens.
 
-    A tower over packed patches of pictures of any size is its graph as it is; for one whose pictures have one size
-    the host's own chain of tower, choice of layer and projector is traced.
+    A tower over packed patches of any picture size is exported as its graph; for a fixed-size tower the host's own
+    chain of tower, layer selection and projector is traced.
     """
     graph = program.graphs[VISION]
     if GRID not in graph.inputs:
@@ -109,7 +109,7 @@ def _said_by_tower(results: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
 
 
 def present(path: str) -> str:
-    """The name of the output that becomes the input `path` of the next step."""
+    """The name of the output that becomes the input `path` of the next decode step."""
     return f"present.{path.removeprefix(CACHE + '.')}"
 
 
@@ -122,7 +122,7 @@ def _unknown(what: str, where: str) -> ExportError:
 
 
 def _merge(builder: _Builder, ids: fx.Node, embeds: fx.Node, features: fx.Node, image_token: int) -> fx.Node:
-    """Image tokens, in reading order over the batch, take the rows of `features`: f[N, C] one after the other."""
+    """Replace image tokens, in reading order over the batch, by the rows of `features`: f[N, C]."""
     visual, rows = _at_pictures(builder, ids, features, image_token)
     return builder.call(aten.where.self, builder.call(aten.unsqueeze.default, visual, -1), rows, embeds)
 
@@ -138,7 +138,7 @@ def _at_pictures(builder: _Builder, ids: fx.Node, rows: fx.Node, image_token: in
 
 
 class _Builder:
-    """Puts graphs together in one new graph over `root`."""
+    """Composes graphs to one new graph over `root`."""
 
     def __init__(self, root: torch.nn.Module) -> None:
         self.root = root
@@ -147,7 +147,7 @@ class _Builder:
         self._last_input: fx.Node | None = None
 
     def input(self, path: str) -> fx.Node:
-        """A new input called `path`; inputs stand before everything else."""
+        """A new input called `path`; inputs come before all other nodes."""
         before = self._last_input.next if self._last_input is not None else next(iter(self.graph.nodes), None)
         with self.graph.inserting_before(before):
             self._last_input = self.graph.placeholder(identifier(path))
@@ -163,7 +163,7 @@ class _Builder:
         return self.graph.call_function(target, args)
 
     def inline(self, prefix: str, graph: Graph, values: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
-        """Copy the nodes of `graph`, which lies in `root` as `prefix`; returns its results by name."""
+        """Copy the nodes of `graph`, which is in `root` as `prefix`; returns its results by name."""
         mapped: dict[fx.Node, fx.Node] = {}
         for path, node in zip(graph.inputs, (n for n in graph.nodes if n.op == "placeholder"), strict=True):
             if path in values:

@@ -1,9 +1,9 @@
-"""Chat templates of an artifact: programs in Jinja, accepted only where their work is bounded by what they are given.
+"""Static analysis of chat templates: Jinja programs are accepted only if their work is provably bounded.
 
-Jinja's sandbox keeps a template from reaching Python; it does not keep one from looping or growing for ever. Here a
-template is walked once without being run. Every value has a size: of a text its length, of a number its magnitude, of
-what the caller gives `GIVEN`. Loops multiply, joins add, and what is carried from one turn of a loop to the next may
-grow by a sum only. What the walk has no rule for is refused: Jinja has many ways to write 10**9 spaces.
+Jinja's sandbox isolates a template from Python, but does not bound its time and memory. Here the syntax tree is
+interpreted abstractly, without running it. Every value has a size: of text its length, of a number its magnitude, of
+caller inputs `GIVEN`. Loops multiply, concatenations add, and loop-carried values may only grow additively. Anything
+without a rule is refused: Jinja has many ways to write 10**9 spaces.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEMPLATE = "chat_template"
 
 
 class _Generation(Extension):
-    """`{% generation %}` of transformers, which marks what the assistant says and changes nothing."""
+    """`{% generation %}` of transformers, which marks assistant text and has no other effect."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -56,7 +56,7 @@ def check_template(text: str, where: str) -> None:
 
 
 def check_processor(processor: Any) -> None:
-    """Refuse a processor whose template no artifact may hold, before anything is computed. Raises ExportError."""
+    """Refuse a processor whose template no artifact may contain, before any work. Raises ExportError."""
     for part in (processor, getattr(processor, "tokenizer", None)):
         for text in _texts_of({TEMPLATE: getattr(part, TEMPLATE, None)}):
             try:

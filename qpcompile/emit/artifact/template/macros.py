@@ -1,10 +1,11 @@
-"""Macros that call themselves: accepted where what they are given ends them, and nothing else is carried down.
+"""Recursive macros: accepted only with structural recursion on their first argument.
 
     {% macro show(x) %}{% for key, value in x | dictsort %}{{ show(value) }}{% endfor %}{% endmacro %}
 
-A call may hand on a part of what the macro was given, and what stays the same. A text has no smaller parts than its
-characters, and those have themselves; so without a counter such a macro ends, or Python stops it. With one it could
-call itself 2**60 times: counters are other arguments, slices of a text, ranges, and values in outer namespaces.
+A recursive call may pass on a part of the macro's first argument, and unchanged values. A text has no parts smaller
+than its characters, which contain themselves; so without a counter such a macro terminates, or hits Python's recursion
+limit. With a counter it could call itself 2**60 times: counters are other arguments, slices of a text, ranges, and
+values in outer namespaces.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _ENTRIES = frozenset({"items", "values", "keys"})
 
 
 def goes_down(macro: jinja.Macro, call: jinja.Call) -> bool:
-    """Whether this call of a macro, in its own body, hands on a part of its first argument and nothing that changes."""
+    """Whether a recursive call passes on a part of the macro's first argument and otherwise only unchanged values."""
     if not macro.args or not call.args or call.dyn_args is not None or call.dyn_kwargs is not None:
         return False
     bound = list(_bound(macro))
@@ -32,12 +33,12 @@ def goes_down(macro: jinja.Macro, call: jinja.Call) -> bool:
 
 
 def sets_outer(template: jinja.Template) -> int:
-    """The line where a macro sets a value in a namespace that it has not made itself; 0 for none."""
+    """The line where a macro sets a value in a namespace that it did not create; 0 for none."""
     return next((line for macro in template.find_all(jinja.Macro) for line in _outer(macro.body, set())), 0)
 
 
 def makes_namespace(node: jinja.Node) -> str:
-    """The name that a statement gives to a new namespace; "" for any other."""
+    """The name a statement binds to a new namespace; "" for any other statement."""
     made = node.node if isinstance(node, jinja.Assign) else None
     is_space = isinstance(made, jinja.Call) and isinstance(made.node, jinja.Name) and made.node.name == "namespace"
     return node.target.name if is_space and isinstance(node.target, jinja.Name) else ""  # type: ignore[attr-defined]
@@ -50,14 +51,14 @@ def _outer(body: list[jinja.Node], own: set[str]) -> Iterator[int]:
         elif isinstance(node, (jinja.Assign, jinja.AssignBlock)):
             targets = [node.target, *node.target.find_all(jinja.NSRef)]
             yield from (each.lineno for each in targets if isinstance(each, jinja.NSRef) and each.name not in own)
-        # What one branch makes is not there in another.
+        # Definitions of one branch do not exist in another.
         for branch in (getattr(node, kind, None) for kind in ("body", "elif_", "else_")):
             if branch and not isinstance(node, jinja.Macro):
                 yield from _outer(branch, set(own))
 
 
 def _bound(macro: jinja.Macro) -> Iterator[tuple[str, Any]]:
-    """(name, value) of all that is set in a macro; the value of a loop is what it goes over, None is no value."""
+    """(name, value) of all bindings in a macro; the value of a loop variable is its iterable, None is unknown."""
     for node in macro.find_all((jinja.For, jinja.Assign, jinja.AssignBlock, jinja.Macro)):
         if isinstance(node, jinja.Macro):
             yield from ((argument.name, None) for argument in node.args)
@@ -69,7 +70,7 @@ def _bound(macro: jinja.Macro) -> Iterator[tuple[str, Any]]:
 
 
 def _gone_over(node: jinja.Node) -> jinja.Node:
-    """Whose values a loop goes over: `x` of `x`, of `x | dictsort` and of `x.items()`."""
+    """The container a loop iterates over: `x` of `x`, of `x | dictsort` and of `x.items()`."""
     if isinstance(node, jinja.Filter) and node.name in ("dictsort", "items") and node.node is not None:
         return node.node
     if isinstance(node, jinja.Call) and isinstance(node.node, jinja.Getattr) and node.node.attr in _ENTRIES:
@@ -78,7 +79,7 @@ def _gone_over(node: jinja.Node) -> jinja.Node:
 
 
 def _parts(macro: jinja.Macro, bound: list[tuple[str, Any]]) -> set[str]:
-    """Names in a macro that hold nothing but its first argument and parts of it."""
+    """Names in a macro that are only bound to its first argument and parts of it."""
     parts = {macro.args[0].name, *(name for name, _ in bound)}
     while wrong := {name for name, value in bound if name in parts and not _is_part(value, parts)}:
         parts -= wrong
@@ -86,7 +87,7 @@ def _parts(macro: jinja.Macro, bound: list[tuple[str, Any]]) -> set[str]:
 
 
 def _is_part(node: Any, parts: set[str]) -> bool:
-    """Whether an expression is one of these names, or an entry of one by a constant name or place."""
+    """Whether an expression is one of these names, or an entry of one by a constant name or index."""
     if isinstance(node, jinja.Name):
         return node.name in parts
     if isinstance(node, jinja.Getattr):

@@ -1,4 +1,4 @@
-"""How large the values of a Jinja template can get: the walk behind `chat_template.py`."""
+"""Abstract interpretation of Jinja templates: upper bounds on value sizes, for `chat_template.py`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jinja2 import nodes as jinja
 from qpcompile.emit.artifact.template.macros import goes_down, makes_namespace, sets_outer
 from qpcompile.emit.artifact.template.values import Scope, Size, Turn
 
-# Turns of nested loops, and the size of one value, that are let through.
+# Limits on iterations of nested loops, and on the size of one value.
 MOST_TURNS, MOST_SIZE, MOST_PRINTED, MOST_STEPS = 10**5, 5 * 10**8, 10**9, 20_000
 MOST_LOOPS, MOST_CALLS = 6, 8
-# Filters and methods that give no more than they are given, one argument added to another.
+# Filters and methods whose result is at most the sum of their arguments.
 _FILTERS = (
     "trim first last list upper lower capitalize title string safe sort unique reverse items dictsort abs select reject"
     " selectattr rejectattr default d sum min max"
@@ -34,7 +34,7 @@ _ESCAPED, _MOST_INDENT, _MOST_FORMAT, _DIGITS = 8, 32, 64, 24
 
 
 class Unbounded(Exception):
-    """A template that may work for ever; `line` is where."""
+    """A template whose work may be unbounded; `line` is where."""
 
     def __init__(self, what: str, line: int) -> None:
         super().__init__(what)
@@ -42,7 +42,7 @@ class Unbounded(Exception):
 
 
 class TemplateWalk:
-    """One walk over a template. `state` holds the attributes of all namespaces: what outlives a turn of a loop."""
+    """One walk over a template. `state` holds the attributes of all namespaces, which outlive a loop iteration."""
 
     def __init__(self) -> None:
         self.state: Scope = {}
@@ -57,9 +57,9 @@ class TemplateWalk:
         self.recursive = self.nested = 0
 
     def run(self, template: jinja.Template) -> None:
-        """Raises Unbounded for a template that may work for ever."""
+        """Raises Unbounded for a template whose work may be unbounded."""
         self._body(template.body, {})
-        # A macro that goes down what it is given comes to an end; what a template builds may be too deep for that.
+        # Structural recursion terminates on inputs, but a template may build values too deep for that.
         if self.recursive and self.nested:
             raise Unbounded("a macro calls itself, and lists are made of values", self.recursive)
         if self.recursive and (line := sets_outer(template)):
@@ -115,7 +115,7 @@ class TemplateWalk:
             raise Unbounded(f"the macro {node.name} is there twice", node.lineno)
 
     def _on_continue(self, node: jinja.Continue, scope: Scope) -> None:
-        """Ends a turn early."""
+        """Ends an iteration early."""
 
     _on_break = _on_continue
 
@@ -127,14 +127,14 @@ class TemplateWalk:
         self.loops += 1
         if self.turns * turns > MOST_TURNS or self.loops > MOST_LOOPS:
             raise Unbounded(f"{self.loops} loops in loops make {self.turns * turns:.0f} turns", node.lineno)
-        # What an outer turn began with must not be added on every inner one.
+        # A value carried by the outer loop must not be added in every inner iteration.
         inner = {name: replace(size, carry=math.inf if size.carry else 0) for name, size in scope.items()}
         self._bind(node.target, over, inner)
         inner["loop"] = over
         if node.test is not None:
             self.size(node.test, inner)
         outer, self.turn = self.turn, Turn()
-        # Twice, because what was a number before the loop may be a text after its first turn.
+        # Twice, because a number before the loop may be a text after the first iteration.
         for _ in range(2):
             self.state = {name: Size(0, 1, size.number) for name, size in self.state.items()}
             self.turns *= turns
@@ -143,10 +143,10 @@ class TemplateWalk:
         self.loops -= 1
         if any(size.carry > 1 for size in self.state.values()):
             raise Unbounded("a value grows by itself on every turn of a loop", node.lineno)
-        # Turns as many as an outer turn began with add what grows by itself there.
+        # A loop over an outer-carried value adds growth in proportion to that value.
         turn, self.turn = self.turn, outer
         added = self._largest(turn.grown).plain if turn.grown else 0
-        # A value is at most the largest before the loop or the largest fresh one, and what every turn adds.
+        # A value is at most the largest before the loop or the largest fresh one, plus the growth of every iteration.
         largest = self._largest(before) | self._largest(turn.fresh)
         largest = self._kept(largest + Size(added * turns, over.carry * added if added else 0), node)
         after = {name: before[name] | turn.fresh[name] if name in before else turn.fresh[name] for name in turn.fresh}
@@ -178,7 +178,7 @@ class TemplateWalk:
         return size
 
     def _printed(self, body: list[jinja.Node], scope: Scope) -> Size:
-        """What is printed there, as a value: counted once per turn of the loops inside."""
+        """The printed output as a value, counted once per iteration of inner loops."""
         printed, turns = self.printed, self.turns
         self.printed, self.turns = Size(0), 1.0
         self._body(body, scope)
@@ -346,7 +346,7 @@ class TemplateWalk:
         if name in ("join", "replace") and all(size.carry == 0 for size in sizes):
             return inner.times(1 + max((size.plain for size in sizes), default=0))
         if name in plain:
-            # What stands in for a value that is not there is a value; other arguments say how, and are in no result.
+            # A default value may be the result; other arguments are options and are not part of the result.
             stands_in = {"get": sizes[1:], "default": sizes, "d": sizes, "cycle": sizes, "sum": sizes}.get(name, [])
             found = functools.reduce(operator.or_, stands_in, inner)
             return replace(found, number=name in ("index", "find", "rfind") or (name == "abs" and inner.number))

@@ -1,16 +1,16 @@
-"""Sizes of values in a Jinja template, and what one turn of a loop does to them: see `template/sizes.py`."""
+"""Abstract values of the template analysis: sizes, and the effect of one loop iteration (see `template/sizes.py`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# What a caller's text or list counts.
+# The assumed size of a caller's text or list.
 GIVEN = 1
 
 
 @dataclass(frozen=True)
 class Size:
-    """plain: how large. carry: how often what the turn of the loop began with is in it. number: surely no text."""
+    """plain: the size. carry: how often the loop-carried value is contained. number: certainly not text."""
 
     plain: float = GIVEN
     carry: float = 0
@@ -20,11 +20,11 @@ class Size:
         return Size(self.plain + other.plain, self.carry + other.carry, self.number and other.number)
 
     def __or__(self, other: Size) -> Size:
-        """The larger of two that may both be."""
+        """The maximum of two alternatives."""
         return Size(max(self.plain, other.plain), max(self.carry, other.carry), self.number and other.number)
 
     def times(self, factor: float) -> Size:
-        """So often the same."""
+        """The size of `factor` repetitions."""
         return Size(self.plain * factor, self.carry * factor, self.number)
 
 
@@ -33,15 +33,15 @@ Scope = dict[str, Size]
 
 @dataclass
 class Turn:
-    """What one turn of a loop sets in namespaces, largest size by attribute.
+    """The namespace attributes set in one loop iteration, with their largest sizes.
 
-    fresh: values that hold nothing of what the turn began with. grown: values that hold an older one and this much.
+    fresh: values independent of the previous iteration. grown: values that contain an older one plus this much.
     """
 
     fresh: Scope = field(default_factory=dict)
     grown: Scope = field(default_factory=dict)
 
     def sets(self, name: str, size: Size) -> None:
-        """Note that an attribute is set."""
+        """Record that an attribute is set."""
         kind = self.grown if size.carry else self.fresh
         kind[name] = size | kind.get(name, size)

@@ -1,8 +1,8 @@
-"""Attention, caches and rotary positions of graphs for speed (graphs.py): one operator each.
+"""Attention, caches and rotary embeddings in fast graphs (graphs.py): one fused operator each.
 
 prefill  attention_kv4(%q, kv4_write(%k), ...)     ->  causal_attention(%q, %k, ...), the cache: channel_codes(%k)
 decode   cat(%past, kv4_write(%k)), attention_kv4  ->  %y, %key, %value = cached_attention(%q, %k, %v, %past_key, ...)
-both     rope(%x, %cos, %sin)                      ->  doubled_rope, where both halves of a head turn alike
+both     rope(%x, %cos, %sin)                      ->  doubled_rope, if both halves of a head use the same angles
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from qpcompile.ir.structure import CACHE
 
 Tensor = torch.Tensor
 
-# A new token may be this much larger than any of the prompt before its code is clipped.
+# Headroom: a new token may be this much larger than the prompt's maximum before its code is clipped.
 HEADROOM = 1.5
-# onnxruntime's attention takes heads whose width is a multiple of this.
+# onnxruntime's attention requires a head width that is a multiple of this.
 WIDTHS = 8
-# Operators that treat the elements of the last axis alike, or move other axes.
+# Operators that are elementwise on the last axis, or move other axes.
 _ALIKE = (aten.to.dtype, aten.cos.default, aten.sin.default, aten.mul.Tensor, aten.unsqueeze.default)
 
 
 def rotary_in_one(part: Part) -> None:
-    """Rotary positions whose two halves turn alike, as most models have them, in onnxruntime's own operator."""
+    """Replace rotary embeddings with equal angles in both halves, as in most models, by onnxruntime's operator."""
     for node in calls(part, ROPE):
         x, cos, sin = node.args
         assert isinstance(x, fx.Node) and isinstance(cos, fx.Node) and isinstance(sin, fx.Node)
         tokens = list(value(x).shape)
-        # Heads are the axis behind the batch, or behind the tokens of a picture.
+        # Heads are the axis after the batch, or after the tokens of a picture.
         tokens[1] = 1
         if len(tokens) not in (3, 4) or any(list(value(each).shape) != tokens for each in (cos, sin)):
             continue
@@ -50,7 +50,7 @@ def rotary_in_one(part: Part) -> None:
 
 
 def _is_doubled(node: fx.Node) -> bool:
-    """Whether a node's last axis is one half, twice: cat([y, y], -1) behind what treats all elements alike."""
+    """Whether a node's last axis is one half repeated: cat([y, y], -1) followed by elementwise operators."""
     while is_call(node, *_ALIKE) and isinstance(node.args[0], fx.Node):
         if any(isinstance(other, fx.Node) for other in node.args[1:]):
             return False
@@ -68,14 +68,14 @@ def doubled_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _written(node: object) -> fx.Node | None:
-    """The keys or values that a node holds the codes or scales of."""
+    """The keys or values whose codes or scales a node holds."""
     if is_call(node, operator.getitem) and is_call(node.args[0], KV4_WRITE, KV8_WRITE):
         return node.args[0].args[0]  # type: ignore[return-value]
     return None
 
 
 def _unrotated(node: Any) -> fx.Node:
-    """What is turned for the sake of 4-bit codes: a product of queries and keys that are both turned needs it not."""
+    """The input of a rotation for 4-bit codes, which cancels in the product of rotated queries and keys."""
     assert isinstance(node, fx.Node)
     if is_call(node, HADAMARD) and node.args[1] is None:
         return node.args[0]  # type: ignore[return-value]
@@ -83,7 +83,7 @@ def _unrotated(node: Any) -> fx.Node:
 
 
 def float_keys(part: Part, small_cache: bool) -> Part:
-    """Prefill (and the tower, which writes no cache): keys and values are not rounded until they are cached."""
+    """Prefill (and the tower, which has no cache): attend to unquantized keys and values, quantize only the cache."""
     for node in calls(part, KV4_READ, KV8_READ):
         if (held := _written(node.args[0])) is not None:
             node.replace_all_uses_with(held)
@@ -106,7 +106,7 @@ def float_keys(part: Part, small_cache: bool) -> Part:
 
 
 def _sees_no_later(mask: Any) -> bool:
-    """Whether no token of the example, which has a picture, sees one behind it."""
+    """Whether the mask is causal on the example, which contains a picture."""
     flags = mask.meta.get("val") if isinstance(mask, fx.Node) else None
     if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.shape[-1] != flags.shape[-2]:
         return False
@@ -120,12 +120,12 @@ def open_attention(query: Tensor, key: Tensor, held: Tensor, mask: Tensor | None
 
 
 def causal_attention(query: Tensor, key: Tensor, held: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The same, with a mask that lets no token see a later one."""
+    """The same, with a causal mask."""
     return open_attention(query, key, held, mask, scale)
 
 
 def _prompt_cache(part: Part, small_cache: bool) -> Part:
-    """The outputs of prefill: `present.l.key`, and with a small cache `present.l.key.scale`."""
+    """Rewrite the outputs of prefill: `present.l.key`, and with an 8-bit cache `present.l.key.scale`."""
     output = next(reversed(part.module.graph.nodes))
     results: dict[str, Any] = {}
     for path, node in zip(part.outputs, output.args[0], strict=True):  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def _prompt_cache(part: Part, small_cache: bool) -> Part:
 
 
 def _stored(part: Part, node: fx.Node) -> fx.Node:
-    """Keys or values in place of their codes, gathered where those of dropped tokens are taken out."""
+    """Keys or values instead of their codes, gathered like the codes where tokens are dropped."""
     if not is_call(node, aten.gather.default):
         held = _written(node)
         if held is None:
@@ -161,7 +161,7 @@ def _stored(part: Part, node: fx.Node) -> fx.Node:
 
 
 def channel_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: f[B, H, S, D] -> codes: i8[B, H, S, D], scale: f32[H, 1, D], one per channel of a head for all rows."""
+    """x: f[B, H, S, D] -> codes: i8[B, H, S, D], scale: f32[H, 1, D], one per channel of a head, shared by all rows."""
     scale = x.float().abs().amax((0, 2))[:, None] * (HEADROOM / 127)
     scale = torch.where(scale == 0, 1.0, scale)
     return torch.clamp(torch.round(x.float() / scale), -128, 127).to(torch.int8), scale
@@ -180,14 +180,14 @@ def cached_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """query: f[B, Hq, 1, D], key, held: f[B, Hkv, 1, D], past: [B, Hkv, room, D], mask: [B | 1, 1, 1, S + 1].
 
-    Writes the new token at slot S of both caches. Returns attention over S + 1 slots, and the caches. Only sizes are
-    asked of this function, whose translation is GroupQueryAttention.
+    Writes the new token to slot S of both caches. Returns attention over S + 1 slots, and the caches. This function
+    only provides shapes; its translation is GroupQueryAttention.
     """
     return torch.empty_like(query), past_key, past_value
 
 
 def append_in_place(part: Part, small_cache: bool) -> Part:
-    """Decode: one operator appends to the cache and reads it, and the caches are inputs and outputs of any room."""
+    """Decode: one operator appends to the cache and attends to it; caches are inputs and outputs of any capacity."""
     rewriter = _InPlace(part, small_cache)
     for node in calls(part, ATTENTION_KV4, aten.scaled_dot_product_attention.default):
         rewriter.attention(node)
@@ -212,7 +212,7 @@ class _InPlace:
             read = read_attention(node)
             query, keys, values, mask, scale = read.query, read.key, read.value, read.mask, read.scale
         key_path, key = self._appended(keys, node)
-        # Prefill leaves keys that are not turned.
+        # Prefill caches keys without the Hadamard rotation.
         if is_call(query, HADAMARD) != is_call(key, HADAMARD):
             raise _cache_error(node)
         query, key = _unrotated(query), _unrotated(key)
@@ -227,7 +227,7 @@ class _InPlace:
         replace(self.part, node, y)
 
     def _appended(self, node: Any, attention: fx.Node) -> tuple[str, fx.Node]:
-        """The path of the cached tensor that attention reads, and what this step adds to it."""
+        """The path of the cached tensor that attention reads, and the tensor that this step appends."""
         joined = through_shape_ops(node, extra=(KV8_READ,))
         parts = joined.args[0] if is_call(joined, aten.cat.default) else ()
         if not isinstance(parts, (list, tuple)) or len(parts) != 2 or parts[0] not in self.paths:
@@ -254,7 +254,7 @@ class _InPlace:
         return node
 
     def finish(self) -> Part:
-        """The part with the new inputs and outputs. Raises ExportError where a cache is still copied."""
+        """The part with the new inputs and outputs. Raises ExportError if a cache is still copied."""
         graph = self.part.module.graph
         self._read_lengths_elsewhere()
         output = next(reversed(graph.nodes))
@@ -279,7 +279,7 @@ class _InPlace:
         return Part(self.part.module, tuple(inputs_in_order), tuple(results))
 
     def _read_lengths_elsewhere(self) -> None:
-        """The size of a cache says nothing of how many tokens are in it: `tokens_seen` has as many entries."""
+        """Read token counts from `tokens_seen`: a cache's size is its capacity, not its number of tokens."""
         for node in calls(self.part, aten.sym_size.int):
             path = self.paths.get(node.args[0], "")  # type: ignore[arg-type]
             if not path.startswith(f"{CACHE}."):
@@ -296,14 +296,14 @@ class _InPlace:
 
 
 def _fits(query: Any, key: fx.Node, held: fx.Node) -> bool:
-    """Whether onnxruntime's attention on a cache takes these heads, f[B, H, 1, D]."""
+    """Whether onnxruntime's cached attention supports these heads, f[B, H, 1, D]."""
     width, others = value(query).shape[-1], [value(each).shape[-1] for each in (key, held)]
     return width % WIDTHS == 0 and others == [width, width]
 
 
 def _cache_error(node: fx.Node) -> ExportError:
     return ExportError(
-        "onnxruntime's attention on a cache that grows in place does not take this layer: it wants a mask, heads of "
+        "onnxruntime's attention with an in-place cache does not support this layer: it needs a mask, heads of "
         f"one width that {WIDTHS} divides, and keys and values appended to those that are cached",
         where=f"export_onnx(fast=True), {node.name}",
         do="leave out fast=True: the exact graphs have none of these limits",

@@ -1,17 +1,17 @@
-"""A part of a program as onnxruntime runs it fastest: `export_onnx(..., fast=True)`. The numbers change, as told here.
+"""Rewrite graphs for speed in onnxruntime: `export_onnx(..., fast=True)`. The numerics change as listed here.
 
     linear layers on 4-bit codes     %q, %s = quantize_int4(%x); linear_w4a4(%q, %s, W)  ->  linear_w4a16(%x, W)
-                                     with the same 4-bit weights; activations are rounded to 8 bits where they are used
+                                     with the same 4-bit weights; activations are rounded to 8 bits inside the operator
     the head                         linear(%x, W)  ->  linear_w8(%x, W'), 8-bit weights in blocks of 128
                                      linear_w8a16(%x, W)  ->  linear_w8(%x, W), the same 8-bit weights
     token embeddings                 embedding(W, %ids)  ->  embedding_16, 16 bits per number
     sums in float64                  are float32 again
-    attention in prefill             on keys and values that nobody has rounded
+    attention in prefill             on unquantized keys and values
     a cache of 4 or 8 bits           is 8 bits, with one scale per channel of a head, taken from the prompt
     attention of a tower             within segments, in onnxruntime's operator (segments.py)
     attention in decode              cat(%past, %new) and what reads it  ->  cached_attention, which appends in place
 
-All edits are on the part alone, whose nodes are copies; weights are shared with the program, which stays as it was.
+All edits are on the part only, whose nodes are copies; weights are shared with the program, which is unchanged.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from qpcompile.ir.shapes import value
 
 Tensor = torch.Tensor
 
-# What an exported folder says of its numbers.
+# Descriptions of the numerics, stored in the manifest of an exported folder.
 EXACT = ("the compiled module's; of a float32 model code for code, with float64 sums in front of quantizers",)
 CHANGES = (
     "weights are the compiled model's 4-bit weights; in front of them activations have 8 bits, one scale per token in "
@@ -64,9 +64,9 @@ HEAD_BLOCK = 128
 
 
 def fast_parts(program: Program, parts: Mapping[str, Part]) -> dict[str, Part]:
-    """The graphs of a folder for speed, made of those that are exact, which are spent.
+    """The fast graphs of a folder, made from the exact ones, which are consumed.
 
-    Raises ExportError where a cache cannot grow in place.
+    Raises ExportError if a cache cannot grow in place.
     """
     picture = vision_example(program, SIZES[0])
     said = _note_values(parts[VISION], picture)
@@ -77,7 +77,7 @@ def fast_parts(program: Program, parts: Mapping[str, Part]) -> dict[str, Part]:
 
 
 class _Noting(fx.Interpreter):
-    """Leaves the type and sizes of every value in its node, and the masks as they are."""
+    """Records type and sizes of every value in its node, and the values of masks."""
 
     def run_node(self, n: fx.Node) -> Any:
         found = super().run_node(n)
@@ -110,7 +110,7 @@ def _fast_part(program: Program, name: str, part: Part) -> Part:
 
 
 def _narrow(part: Part) -> None:
-    """Undo what the pass `widen_sums` did: no cast to float64 is left."""
+    """Undo the pass `widen_sums`: remove all casts to float64."""
     for node in calls(part, aten.to.dtype):
         source = node.args[0]
         tensor = source.meta.get("val") if isinstance(source, fx.Node) else None
@@ -119,7 +119,7 @@ def _narrow(part: Part) -> None:
 
 
 def _float_activations(part: Part) -> None:
-    """Linear layers read what was quantized for them."""
+    """Make linear layers read the inputs of their quantizers."""
     sources: dict[fx.Node, fx.Node | None] = {}
     for node in calls(part, LINEAR_W4A4):
         codes, _, weight, weight_scale, bias, dtype = node.args
@@ -130,7 +130,7 @@ def _float_activations(part: Part) -> None:
             sources[pair] = _unquantized(part, pair)
         if (source := sources[pair]) is not None:
             if dtype != torch.float32:
-                # Scales and shifts of activations are float32: what stood in front of the quantizer may be wider.
+                # Scales and shifts of activations are float32: the quantizer's input may be wider.
                 source = put(part, node, aten.to.dtype, source, dtype, like=node)
             new = put(part, node, LINEAR_W4A16, source, weight, weight_scale, bias, like=node)
             new.meta["val"] = value(node)
@@ -138,7 +138,7 @@ def _float_activations(part: Part) -> None:
 
 
 def _unquantized(part: Part, pair: fx.Node) -> fx.Node | None:
-    """What a quantizer makes codes of; None where the node is no quantizer that is known."""
+    """The input of a quantizer; None if the node is not a known quantizer."""
     args = pair.args
     if is_call(pair, QUANTIZE_INT4, QUANTIZE_INT4_STATIC):
         return args[0]  # type: ignore[return-value]
@@ -166,7 +166,7 @@ def linear_w8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> T
 
 
 def quantize_w8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight: f[N, K] -> codes and scale of `linear_w8`; a block that K does not fill ends in zeros."""
+    """weight: f[N, K] -> codes and scale of `linear_w8`; a partial last block is zero-padded."""
     wide = weight.detach().float()
     wide = torch.nn.functional.pad(wide, (0, -wide.shape[1] % HEAD_BLOCK)).unflatten(1, (-1, HEAD_BLOCK))
     scale = wide.abs().amax(-1) / 127
@@ -175,7 +175,7 @@ def quantize_w8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_blocks(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """codes: i8[N, K], scale: f32[N, 1] of `linear_w8a16` -> those of `linear_w8`; a last block ends in zeros."""
+    """codes: i8[N, K], scale: f32[N, 1] of `linear_w8a16` -> those of `linear_w8`; the last block is zero-padded."""
     moved = torch.nn.functional.pad(codes.view(torch.uint8) ^ 128, (0, -codes.shape[1] % HEAD_BLOCK), value=128)
     blocks = moved.unflatten(1, (-1, HEAD_BLOCK))
     return blocks, scale.repeat(1, blocks.shape[1])

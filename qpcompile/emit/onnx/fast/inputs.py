@@ -1,6 +1,6 @@
-"""Where pictures and tokens enter a model, in graphs for speed (graphs.py).
+"""Patch and token embeddings in fast graphs (graphs.py).
 
-patches   conv3d(%x, W, b) of patches that were cut apart before, each of the kernel's size  ->  linear(%x, W', b)
+patches   conv3d(%x, W, b) of pre-extracted patches of the kernel's size (im2col)    ->  linear(%x, W', b)
 tokens    embedding(W, %ids)                                    ->  embedding_16, a table of 16 bits per number
 """
 
@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 
 
 def patches_in_one(part: Part) -> None:
-    """A convolution whose kernel covers all of its input is a product of rows."""
+    """Replace convolutions whose kernel covers the whole input by matrix products."""
     for node in calls(part, aten.conv2d.default, aten.conv3d.default):
         x, weight, bias, *options = (*node.args, None)[: max(3, len(node.args))]
         assert isinstance(x, fx.Node)
@@ -46,13 +46,13 @@ def patches_in_one(part: Part) -> None:
 
 
 def _covers(x: Tensor, options: list[Any]) -> bool:
-    """Whether there is neither padding, dilation nor groups: `options` are stride, padding, dilation, groups."""
+    """Whether a convolution has no padding, dilation or groups: `options` are stride, padding, dilation, groups."""
     rest = options[1:]
     return all(given in (usual, [usual] * (x.dim() - 2)) for given, usual in zip(rest, (0, 1, 1), strict=False))
 
 
 def tokens_in_16_bits(part: Part) -> None:
-    """Tables of token embeddings with half the bytes; 8-bit codes and the scale of each stay as they are."""
+    """Store token embeddings in 16 bits; 8-bit codes and their scales are unchanged."""
     for node in calls(part, aten.embedding.default):
         weight, ids, *_ = node.args
         if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
@@ -65,12 +65,12 @@ def tokens_in_16_bits(part: Part) -> None:
 
 
 def embedding_16(weight: Tensor, ids: Tensor) -> Tensor:
-    """weight: f[V, C], ids: i64[...] -> f[..., C], of the numbers that `table_16` stores."""
+    """weight: f[V, C], ids: i64[...] -> f[..., C], from the table stored by `table_16`."""
     return torch.nn.functional.embedding(ids, weight)
 
 
 def table_16(weight: np.ndarray) -> ir.Tensor:
-    """weight: f32[V, C] -> as bfloat16 where that loses nothing, else as float16, whose steps are smaller."""
+    """weight: f32[V, C] -> bfloat16 if that is lossless, else float16, which is more precise."""
     bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
     if not (bits & 0xFFFF).any():
         return ir.Tensor((bits >> 16).astype(np.uint16), dtype=ir.DataType.BFLOAT16)

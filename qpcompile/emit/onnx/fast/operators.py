@@ -1,4 +1,4 @@
-"""Translations for `export_onnx(..., fast=True)`: onnxruntime's own operators, and float32 where others are wider."""
+"""Translations for `export_onnx(..., fast=True)`: onnxruntime's contrib operators, and float32 instead of float64."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from qpcompile.kernels.hadamard.reference import factor_arrays
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
 CONTRIB = "com.microsoft"
-# Of a key that may not be seen. Finite, because a row that sees nothing would be NaN.
+# The bias of a masked key. Finite, because a fully masked row would be NaN.
 HIDDEN = -1e30
 
 
 def contrib(name: str, inputs: list[Any], outputs: int = 1, **attributes: Any) -> Any:
-    """A node of onnxruntime's own domain; its inputs are values of the graph, None for one that is left out."""
+    """A node of onnxruntime's contrib domain; its inputs are values of the graph, None if omitted."""
     recorder = evaluator.default()
     assert isinstance(recorder, Recorder)
     return recorder.node(CONTRIB, name, inputs, attributes, outputs)
@@ -47,7 +47,7 @@ def head(x: Any, codes: Any, scale: Any, bias: Any) -> Any:
 
 
 def rmsnorm(x: Any, weight: Any, eps: float) -> Any:
-    """x: f32[..., C], weight: f32[C] -> f32[..., C], in the operators that onnxruntime makes one of."""
+    """x: f32[..., C], weight: f32[C] -> f32[..., C], in the pattern that onnxruntime fuses."""
     mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1)
     return op.Mul(op.Div(x, op.Sqrt(op.Add(mean, eps))), weight)
 
@@ -86,7 +86,7 @@ def in_place(
     mask: Any,
     scale: float,
 ) -> Any:
-    """The translation of `cached_attention`: GroupQueryAttention writes where its caches' room begins."""
+    """The translation of `cached_attention`: GroupQueryAttention appends in place."""
     heads, groups, width = query.shape[1], key.shape[1], query.shape[3]
     rows = [op.Reshape(each, [0, 1, count * width]) for each, count in ((query, heads), (key, groups), (held, groups))]
     counts = _counts(query, op.Shape(mask, start=3, end=4))
@@ -105,12 +105,12 @@ def open_attention_in_one(query: Any, key: Any, value: Any, mask: Any, scale: fl
 
 
 def causal_attention_in_one(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
-    """The translation of `causal_attention`: keys behind a query are not even read."""
+    """The translation of `causal_attention`: keys after a query are skipped."""
     return attention(query, key, value, mask, scale, causal=True)
 
 
 def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, causal: bool) -> Any:
-    """query: f32[B, Hq, S, D], key, value: f32[B, Hkv, S, D] -> f32[B, Hq, S, D], in one operator if that can be."""
+    """query: f32[B, Hq, S, D], key, value: f32[B, Hkv, S, D] -> f32[B, Hq, S, D], in one operator if possible."""
     heads, groups, width = query.shape[1], key.shape[1], query.shape[3]
     if not _same_size(query.shape[2], key.shape[2]) or value.shape[3] != width or width % WIDTHS:
         return plain_attention(query, key, value, mask, scale=scale)
@@ -119,7 +119,7 @@ def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, causal:
         for each, count in ((query, heads), (key, groups), (value, groups))
     ]
     if mask is None and not causal and heads == groups:
-        # The faster of the two, which takes no mask.
+        # The faster of the two, which supports no mask.
         y = contrib("MultiHeadAttention", rows, num_heads=heads, scale=float(scale))
         return op.Transpose(op.Reshape(y, [0, 0, heads, width]), perm=[0, 2, 1, 3])
     counts = _counts(query, op.Shape(query, start=2, end=3))
@@ -130,9 +130,9 @@ def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, causal:
 
 
 def rope(x: Any, cos: Any, sin: Any) -> Any:
-    """The translation of `doubled_rope`: each token has a row of its own in the tables.
+    """The translation of `doubled_rope`: each token has its own row in the tables.
 
-    Rows are counted in the tables, which all layers share, and not in x: they are then counted once.
+    The number of rows is taken from the tables, which all layers share, instead of x: it is then computed once.
     """
     half = x.shape[-1] // 2
     tables = [op.Reshape(op.Slice(each, [0], [half], [-1]), [-1, half]) for each in (cos, sin)]
@@ -146,7 +146,7 @@ def rope(x: Any, cos: Any, sin: Any) -> Any:
 
 
 def unbind(x: Any, dim: int = 0) -> tuple[Any, ...]:
-    """x: [..., n, ...] -> n tensors without that axis, cut out before axes are moved: less is copied."""
+    """x: [..., n, ...] -> n tensors without that axis, sliced before axes are permuted: less is copied."""
     moved = x.producer()
     if moved is None or moved.op_type != "Transpose":
         return tuple(op.Gather(x, index, axis=dim) for index in range(x.shape[dim]))
@@ -164,7 +164,7 @@ def _same_size(left: Any, right: Any) -> bool:
 
 
 def _counts(query: Any, length: Any) -> tuple[Any, Any]:
-    """length: i64[1] -> i32[B], the last slot, and i32[], their number, as GroupQueryAttention wants them."""
+    """length: i64[1] -> i32[B], the last slot, and i32[], the number of slots, for GroupQueryAttention."""
     total = op.Cast(length, to=ir.DataType.INT32)
     last = op.Expand(op.Sub(total, op.Constant(value=ir.tensor([1], dtype=ir.DataType.INT32))), op.Shape(query, end=1))
     return last, op.Squeeze(total, [0])

@@ -1,9 +1,9 @@
-"""Attention within segments (kernels/segment_attention) as onnxruntime runs it fastest: MultiHeadAttention.
+"""Block-diagonal attention over segments (kernels/segment_attention) by onnxruntime's MultiHeadAttention.
 
-Without a mask that goes through queries and keys in blocks and holds no matrix of T x T.
+Without a mask that is blocked over queries and keys, and never materializes a T x T matrix.
 
-Segments of one length are a batch: the one picture of a tower without windows, frames, most windows. Others go one by
-one, in a Loop.
+Segments of equal length form a batch: the one picture of a tower without windows, frames, most windows. Others run one
+by one, in a Loop.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def attention_in_segments(query, key, value, starts, ends, heads: int, scale: fl
 
 
 def segment_attention(q: Any, k: Any, v: Any, cu_seqlens: Any, scale: float) -> Any:
-    """q, k, v: f32[1, H, T, D], cu_seqlens: i[S + 1] -> f32[1, H, T, D]; as without speed where heads are grouped."""
+    """q, k, v: f32[1, H, T, D], cu_seqlens: i[S + 1] -> f32[1, H, T, D]; the standard one for grouped heads."""
     heads, width = q.shape[1], q.shape[3]
     if (k.shape[1], v.shape[3]) != (heads, width):
         return plain_segments(q, k, v, cu_seqlens, scale)
     query, key, value = (op.Reshape(op.Transpose(each, perm=[0, 2, 1, 3]), [0, 0, heads * width]) for each in (q, k, v))
-    # Where an empty segment ends, its neighbour does.
+    # An empty segment ends where its neighbour does.
     places = op.Unique(op.Cast(cu_seqlens, to=ir.DataType.INT64), sorted=1)
     starts, ends = op.Slice(places, [0], [-1], [0]), op.Slice(places, [1], [2**62], [0])
     y = attention_in_segments(query, key, value, starts, ends, heads, float(scale))

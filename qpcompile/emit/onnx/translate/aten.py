@@ -1,7 +1,7 @@
-"""ATen operators in plain ONNX operators: arithmetic, comparisons, reductions and layers.
+"""ATen operators in standard ONNX operators: arithmetic, comparisons, reductions and layers.
 
-Every translation takes `out`, what is known of the result (its type, its constant sizes), then the operator's own
-arguments, and returns the value that stands for the result. Operators are computed in the type torch computes them in.
+Every translation takes `out`, the known type and constant sizes of the result, then the operator's own arguments, and
+returns the result's value. Operators are computed in the same type as in torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _compare(operator: str) -> Translation:
 
 
 def _common(left: Any, right: Any) -> torch.dtype:
-    """The type in which torch compares two operands, one of which may be a number."""
+    """The promoted type in which torch compares two operands, one of which may be a number."""
     types = [onnx_type.inverse[side.dtype] for side in (left, right) if isinstance(side, ir.Value)]
     numbers = [side for side in (left, right) if not isinstance(side, ir.Value)]
     dtype = types[0] if len(types) == 1 else torch.promote_types(types[0], types[1])
@@ -76,7 +76,7 @@ def _div_mode(out: Fact, left: Any, right: Any, *, rounding_mode: str | None = N
     if out.dtype.is_floating_point:
         quotient = _arithmetic("Div")(out, left, right)
         return op.Floor(quotient) if rounding_mode == "floor" else _truncate(quotient, out.dtype)
-    # ONNX divides integers towards zero; the remainder with the sign of the divisor makes it the floor.
+    # ONNX integer division truncates; correcting by the remainder with the divisor's sign gives the floor.
     left, right = cast(left, out.dtype), cast(right, out.dtype)
     return op.Div(op.Sub(left, op.Mod(left, right)) if rounding_mode == "floor" else left, right)
 
@@ -149,7 +149,7 @@ def _argmax(_: Fact, x: Any, dim: int, keepdim: bool = False) -> Any:
 
 
 def _argsort(_: Fact, x: Any, dim: int = -1, descending: bool = False, **named: Any) -> Any:
-    """A stable order: onnxruntime's TopK takes the lower index first among equals."""
+    """A stable sort: onnxruntime's TopK breaks ties by the lower index."""
     axis = dim % len(x.shape)
     _, index = op.TopK(x, op.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending), sorted=1)
     return index
@@ -160,7 +160,7 @@ def _matmul(out: Fact, left: Any, right: Any) -> Any:
 
 
 def _linear(_: Fact, x: Any, weight: Any, bias: Any = None) -> Any:
-    """weight: f[N, C]; a weight that is a constant is stored transposed, see `Translator.transposed`."""
+    """weight: f[N, C]; a constant weight is stored transposed, see `Translator.transposed`."""
     product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
     return product if bias is None else op.Add(product, bias)
 

@@ -1,6 +1,6 @@
-"""ATen operators in plain ONNX operators: shapes, slices, indices, new tensors and sizes as numbers.
+"""ATen operators in standard ONNX operators: shapes, slices, indices, new tensors and arithmetic on sizes.
 
-The conventions are those of aten.py. A size that varies is a scalar i64 value, any other a Python number.
+The conventions are those of aten.py. A dynamic size is a scalar i64 value, a constant one a Python number.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _sizes(x: Any, first: int, last: int) -> list[Any]:
 
 
 def size_of(x: Any, axis: int) -> Any:
-    """The size of an axis: a number where it is known, else a scalar i64 value."""
+    """The size of an axis: a number if constant, else a scalar i64 value."""
     axis %= len(x.shape)
     known = x.shape[axis]
     return known if isinstance(known, int) else op.Squeeze(op.Shape(x, start=axis, end=axis + 1), [0])
@@ -73,7 +73,7 @@ def _squeeze(_: Fact, x: Any, dim: int) -> Any:
 
 
 def _expand(out: Fact, x: Any, sizes: Sequence[Any], **named: Any) -> Any:
-    # ONNX broadcasts both ways, so 1 keeps a size as -1 does in torch.
+    # ONNX broadcasts in both directions, so 1 keeps a size like -1 does in torch.
     return op.Expand(x, [1 if isinstance(size, int) and size == -1 else size for size in sizes])
 
 
@@ -100,7 +100,7 @@ def _select(_: Fact, x: Any, dim: int, index: Any) -> Any:
 
 
 def _cat(out: Fact, parts: Sequence[Any], dim: int = 0) -> Any:
-    # torch lets a vector without elements, an empty cache, join tensors of any rank.
+    # torch's cat accepts an empty vector (an empty cache) with tensors of any rank.
     full = [cast(part, out.dtype) for part in parts if list(part.shape) != [0]]
     return op.Concat(*full, axis=dim) if len(full) > 1 else full[0]
 
@@ -196,10 +196,10 @@ def _pad(out: Fact, x: Any, pads: Sequence[Any], value: float = 0) -> Any:
 
 
 def _number(name: str) -> Translation:
-    """Arithmetic on sizes that vary."""
+    """Arithmetic on dynamic sizes."""
 
     def translate(_: Any, left: Any, right: Any) -> Any:
-        # Sizes are never negative, so division towards zero is the floor.
+        # Sizes are non-negative, so truncating division is the floor.
         return getattr(op, _NUMBERS[name])(cast(left, torch.int64), cast(right, torch.int64))
 
     return translate

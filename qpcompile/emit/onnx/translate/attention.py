@@ -1,7 +1,7 @@
-"""`aten::scaled_dot_product_attention` in plain ONNX operators.
+"""`aten::scaled_dot_product_attention` in standard ONNX operators.
 
-The stock translation gives NaN for a query that may see no key, such as a padding token on the left, and the NaN
-spreads through the keys of the next layer. Here such a row is 0, as in torch.
+The stock translation gives NaN for a query whose keys are all masked, such as a padding token on the left, and the NaN
+propagates through the keys of the next layer. Here such a row is 0, as in torch.
 """
 
 from __future__ import annotations

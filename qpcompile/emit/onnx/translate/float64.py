@@ -1,4 +1,4 @@
-"""Operators in float64 for which onnxruntime has float32 kernels only, in operators it has (passes/widen_sums.py)."""
+"""float64 operators for which onnxruntime has float32 kernels only, decomposed (for passes/widen_sums.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REACH, PERIOD, TERMS = 6.0, 4.0, 24
 
 
 def gelu(x: Any, approximate: str) -> Any:
-    """x: f64[...] -> f64[...], x Phi(x), or its form with tanh."""
+    """x: f64[...] -> f64[...], x Phi(x), or its tanh approximation."""
     if approximate == "tanh":
         inner = op.Mul(op.Add(x, op.Mul(op.Mul(op.Mul(x, x), x), 0.044715)), math.sqrt(2.0 / math.pi))
         bell = op.Tanh(inner)
@@ -60,9 +60,10 @@ def layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
 
 
 def patch_convolution(out: Fact, x: Any, weight: Any, bias: Any, strides: Sequence[int]) -> Any:
-    """x: f64[N, C, ...], weight: f64[D, C, *strides] -> f64[N, D, ...]: patches that do not overlap, as one product.
+    """x: f64[N, C, ...], weight: f64[D, C, *strides] -> f64[N, D, ...]: patches that do not overlap, as one matrix
+    product (im2col).
 
-    Sizes that vary leave no way but the float32 kernel; its last bit may then differ from torch's.
+    Dynamic sizes fall back to the float32 kernel, whose last bit may differ from torch's.
     """
     sides = [side for side in out.shape[2:] if side is not None]
     if len(sides) < len(strides):

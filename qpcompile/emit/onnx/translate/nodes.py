@@ -1,7 +1,7 @@
-"""An FX graph becomes an ONNX graph, node by node.
+"""Translate an FX graph to an ONNX graph, node by node.
 
-No second export: the graph is run twice, on examples of different sizes, and what differs between the two runs is
-what varies. Sizes that agree are constants that translations may use; everything else stays a value in the graph.
+No second trace: the graph runs twice, on examples of different sizes, and sizes that differ between the two runs are
+dynamic. Equal sizes are constants that translations may use; everything else is a value in the graph.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Tables = tuple[Mapping[Any, Any], Mapping[Any, Any]]
 
 
 def to_onnx(name: str, part: Part, examples: tuple[Feeds, Feeds], tables: Tables) -> ir.Model:
-    """One ONNX model with the part's inputs and outputs by name.
+    """Translate a part to an ONNX model with the same input and output names.
 
     Args:
-        examples: two sets of inputs in which every size that varies has two values.
+        examples: two sets of inputs in which every dynamic size has two values.
         tables: translations of torch's operators (they take a Fact first) and of this project's.
     Raises ExportError for an operator without a translation.
     """
@@ -48,13 +48,13 @@ def to_onnx(name: str, part: Part, examples: tuple[Feeds, Feeds], tables: Tables
 
 
 def results(part: Part, example: Feeds) -> dict[str, torch.Tensor]:
-    """What a part returns, by name."""
+    """The results of a part, by name."""
     with torch.no_grad():
         return dict(zip(part.outputs, part.module(*[example[path] for path in part.inputs]), strict=True))
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and keeps the type and the sizes of every value."""
+    """Runs a graph and records type and sizes of every value."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -107,7 +107,7 @@ class _Translator:
         self.names: dict[tuple[int, int], str] = {}
 
     def translate(self) -> None:
-        """Fill the graph."""
+        """Translate all nodes."""
         nodes = list(self.part.module.graph.nodes)
         placeholders = [node for node in nodes if node.op == "placeholder"]
         for path, node in zip(self.part.inputs, placeholders, strict=True):
@@ -141,7 +141,7 @@ class _Translator:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         try:
             if not isinstance(node.target, torch._ops.OpOverload) and not any(map(_holds_value, args)):
-                # Arithmetic on sizes that turned out to be constant.
+                # Arithmetic on constant sizes.
                 number: Any = node.target
                 result = number(*args, **kwargs)
             elif node.target in self.own_table:
@@ -161,7 +161,7 @@ class _Translator:
         return result
 
     def _describe(self, name: str, result: Any, fact: Any) -> None:
-        """Give a fresh value its type, its sizes and the name it has in the FX graph."""
+        """Set a new value's type, sizes and name, as in the FX graph."""
         if isinstance(result, tuple):
             for index, (value, each) in enumerate(zip(result, fact or [None] * len(result), strict=False)):
                 self._describe(f"{name}.{index}", value, each)
@@ -171,9 +171,9 @@ class _Translator:
             result.shape = self._shape(fact) if fact else ir.Shape(())
 
     def _shape(self, fact: Fact) -> ir.Shape:
-        """Sizes as ONNX states them. One that varies has the name of the input or output that has the same size.
+        """Sizes as an ONNX shape. A dynamic size has the name of the input or output axis with the same size.
 
-        onnxruntime would else spell sizes as sums and products of each other, longer with every layer.
+        onnxruntime would otherwise derive sizes as sums and products of each other, longer with every layer.
         """
         return ir.Shape([a if a == b else self.names.get((a, b)) for a, b in fact.sizes])
 
@@ -191,7 +191,7 @@ class _Translator:
         return self.tensors[name]
 
     def _transposed(self, weight: Any) -> ir.Value | None:
-        """The transpose of a constant weight, stored that way: f[C, N] of f[N, C]."""
+        """The transpose of a constant weight, stored transposed: f[C, N] of f[N, C]."""
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return None
         name = f"{weight.target}.transposed"
@@ -208,7 +208,7 @@ def _product(args: Sequence[Any], kwargs: Mapping[str, Any], weight: ir.Value) -
 
 
 def _tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
-    """A tensor whose bytes are laid out only when they are written; half precision is written as float32."""
+    """A tensor that is serialized lazily; half precision is written as float32."""
     detached = tensor.detach()
     wide = torch.float32 if tensor.dtype in HALF else tensor.dtype
     return ir.LazyTensor(
@@ -232,7 +232,7 @@ def _holds_value(arg: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Arguments as translations of our own operators take them: types are ONNX's."""
+    """Arguments for translations of our own operators: types become ONNX's."""
     if isinstance(value, torch.dtype):
         return int(onnx_type[value])
     if isinstance(value, Mapping):
@@ -241,12 +241,12 @@ def _plain(value: Any) -> Any:
 
 
 def _data(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments without those that say where and how a tensor is stored."""
+    """Keyword arguments without device, layout and memory options."""
     storage = ("dtype", "device", "layout", "pin_memory", "memory_format", "non_blocking", "copy", "implicit")
     return {key: value for key, value in kwargs.items() if key not in storage}
 
 
-# Names of the sizes that vary, axis by axis from the last one named; sizes that are constant need none.
+# Names of dynamic sizes, axis by axis from the last one named; constant sizes need none.
 AXES = {
     "input_ids": ("batch", "tokens"),
     "image_features": ("visual_tokens", ""),
@@ -268,7 +268,7 @@ AXES = {
 
 
 def axis_names(path: str, rank: int) -> list[str]:
-    """A name for each axis of an input or output, in case its size varies."""
+    """A name for each axis of an input or output, used if it is dynamic."""
     first, *rest = path.split(".")
     if rest and rest[0] in ("kept", "alive"):
         first, *rest = rest

@@ -1,4 +1,4 @@
-"""Types and sizes that translations to ONNX ask for."""
+"""Types and sizes of values during translation to ONNX."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ onnx_type = _Types(
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of a tensor before it is computed: its type, and its sizes in two runs on inputs of two sizes."""
+    """Static knowledge about a tensor: its type, and its sizes in two runs on inputs of different sizes."""
 
     dtype: torch.dtype
     sizes: tuple[tuple[int, int], ...]
 
     @property
     def shape(self) -> tuple[int | None, ...]:
-        """The sizes, None where they vary."""
+        """The sizes, None if dynamic."""
         return tuple(first if first == second else None for first, second in self.sizes)
 
 
