@@ -1,6 +1,6 @@
-"""What can run on this machine and why the rest cannot: processor, packages, operators, presets.
+"""Diagnostics: what can run on this machine, and why the rest cannot: processor, packages, operators, presets.
 
-Operators are tried, not guessed: each runs once on small tensors, and exact ones are compared with the reference.
+Operators are tested, not guessed: each runs once on small tensors, and exact ones are compared with the reference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qpcompile.recipe.recipe import Recipe, preset_names
 from qpcompile.versions import TESTED, installed, verdict
 
 CPU_INFO = Path("/proc/cpuinfo")
-# Instructions that multiply 8-bit integers and add up in 32 bits, as Linux names them (x86, then Arm).
+# Instructions for 8-bit integer products with 32-bit accumulation, by their Linux names (x86, then Arm).
 INTEGER = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -30,7 +30,7 @@ Speed = Literal["fast", "slow", "not at all"]
 
 @dataclass(frozen=True)
 class Package:
-    """A package this project builds on; version None: not installed."""
+    """A dependency; version None: not installed."""
 
     name: str
     version: str | None
@@ -40,7 +40,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operator; `note` says why not, or what is special."""
+    """One back end of an operator; `note`: why it does not run, or remarks."""
 
     runs: bool
     note: str = ""
@@ -56,7 +56,7 @@ class OperatorState:
 
 @dataclass(frozen=True)
 class PresetState:
-    """How a recipe would run on this machine's processor."""
+    """How well a recipe would run on this machine's processor."""
 
     name: str
     speed: Speed
@@ -75,7 +75,7 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Look at this machine."""
+    """Examine this machine."""
     instructions = integer_instructions()
     packages = tuple(package_state(name, installed(name)) for name in TESTED)
     operators = tuple(operator_state(name, packages) for name in PROBES)
@@ -84,7 +84,7 @@ def examine() -> Diagnosis:
 
 
 def machine(instructions: tuple[str, ...]) -> dict[str, str]:
-    """Label -> what this machine has."""
+    """Label -> description of this machine's hardware."""
     gpu = "none that torch sees"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -100,7 +100,7 @@ def machine(instructions: tuple[str, ...]) -> dict[str, str]:
 
 
 def native_state(loaded: native.Library) -> str:
-    """Whether operators on the processor are the compiled ones, and why not."""
+    """Whether the compiled CPU operators are in use, and why not."""
     if loaded.path is None:
         return f"none, torch's are used: {loaded.problem}"
     parts = [f"compiled, {native.LEVELS[loaded.level]}"]
@@ -110,7 +110,7 @@ def native_state(loaded: native.Library) -> str:
 
 
 def integer_instructions(cpuinfo: str | None = None) -> tuple[str, ...]:
-    """Those of INTEGER that the processor has; `cpuinfo`: the text of /proc/cpuinfo, read where None."""
+    """Those of INTEGER that the processor supports; `cpuinfo`: the text of /proc/cpuinfo, read if None."""
     if cpuinfo is None:
         cpuinfo = CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.is_file() else ""
     flags: set[str] = set()
@@ -122,12 +122,12 @@ def integer_instructions(cpuinfo: str | None = None) -> tuple[str, ...]:
 
 
 def package_state(name: str, version: str | None) -> Package:
-    """A package against the range of versions it was tested in."""
+    """A package version compared with its tested range."""
     return Package(name, version, str(TESTED[name]), verdict(name, version))
 
 
 def operator_state(name: str, packages: tuple[Package, ...]) -> OperatorState:
-    """Try an operator on every back end there is for it."""
+    """Test an operator on all of its back ends."""
     versions = {package.name: package.version for package in packages}
     failure = probe(name, torch.device("cpu"))
     own_path = _has_file(name, "cpu")
@@ -143,7 +143,7 @@ def operator_state(name: str, packages: tuple[Package, ...]) -> OperatorState:
 def recipe_state(
     name: str, recipe: Recipe, instructions: tuple[str, ...], operators: tuple[OperatorState, ...]
 ) -> PresetState:
-    """How a recipe would run on the processor, with the operators tried before."""
+    """How a recipe would run on the processor, from the states of its operators."""
     states = {state.name: state.backends["cpu"] for state in operators}
     needed = needed_operators(recipe)
     if broken := [operator for operator in needed if not states[operator].runs]:
@@ -173,11 +173,11 @@ CHOOSES_BY: dict[str, tuple[str, ...]] = {
     "visionzip": ("attention_received", "spread_tokens", "merge_tokens"),
     "vtw": (),
 }
-"""Operators that a method of pruning chooses tokens by, where it is not `token_scores`."""
+"""Scoring operators of pruning methods other than `token_scores`."""
 
 
 def needed_operators(recipe: Recipe) -> list[str]:
-    """Operators that graphs of this recipe may hold."""
+    """Operators that graphs of this recipe may contain."""
     needed = ["rmsnorm", "rope"]
     if recipe.tokens.method != "none":
         needed += [*CHOOSES_BY.get(recipe.tokens.method, ("token_scores",)), "select_tokens"]
@@ -201,7 +201,7 @@ def needed_operators(recipe: Recipe) -> list[str]:
 
 
 def recipe_warning(recipe: Recipe) -> str | None:
-    """What to say before a compile whose result would be slow here, or not run; None where all is well."""
+    """The warning before a compile whose result would be slow here, or not run; None if it runs fast."""
     packages = tuple(package_state(name, installed(name)) for name in TESTED)
     operators = tuple(operator_state(name, packages) for name in needed_operators(recipe))
     state = recipe_state("this recipe", recipe, integer_instructions(), operators)

@@ -1,4 +1,4 @@
-"""What a compile would do, pass by pass, told from the recipe and the model's configuration alone."""
+"""Dry run: what a compile would do, pass by pass, from the recipe and the model's configuration only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOTHING = "nothing to do for this recipe"
 
 @dataclass(frozen=True)
 class Forecast:
-    """A compile before it is run: the model in words, samples that would be used, (pass, what it would do)."""
+    """The forecast of a compile: the model in words, the number of samples used, (pass, what it would do)."""
 
     model: str
     samples: int
@@ -28,7 +28,7 @@ class Forecast:
 
 
 def forecast(model: str | PathLike[str], recipe: Recipe, data: Path | None) -> Forecast:
-    """Look ahead. Raises the errors that a compile would raise from what is known without weights."""
+    """Forecast a compile. Raises the errors that a compile would raise without reading weights."""
     config = read_config(model)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     check_layers(recipe, layers)
@@ -76,7 +76,7 @@ def _clips(recipe: Recipe, samples: int) -> str:
     scheme = recipe.quantize
     if scheme is None or scheme.weights.bits == 16 or not scheme.activations.clip_search:
         return NOTHING
-    return "a clip ratio for every quantized input, by search"
+    return "search a clip ratio for every quantized input"
 
 
 def _training(recipe: Recipe, samples: int) -> str:
@@ -90,20 +90,20 @@ def _training(recipe: Recipe, samples: int) -> str:
 def _behind_cuts(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.tokens.method == "none" or not recipe.recalibrates or not samples:
         return NOTHING
-    return f"{samples} samples once more, on the tokens that each layer still has"
+    return f"{samples} samples again, on the tokens that each layer still has"
 
 
 def _sensitivity(recipe: Recipe, samples: int) -> str:
     if recipe.tokens.method == "none" or not samples:
         return NOTHING
-    return f"{samples} samples, each layer twice: as it is and quantized; attention mass and redundancy per layer"
+    return f"{samples} samples, each layer twice: full precision and quantized; attention mass and redundancy per layer"
 
 
 def _schedule(recipe: Recipe, samples: int) -> str:
     if recipe.tokens.method != "joint" or not samples:
         return NOTHING
     tried = min(samples, recipe.tokens.trial_samples)
-    return f"{tried} samples, schedules with a mean of {recipe.tokens.keep:g}, quantized; the worse half goes, twice"
+    return f"{tried} samples, schedules with a mean of {recipe.tokens.keep:g}, quantized; successive halving"
 
 
 def _budget(recipe: Recipe, samples: int) -> str:
@@ -111,19 +111,19 @@ def _budget(recipe: Recipe, samples: int) -> str:
     if tokens.method == "none":
         return NOTHING
     layers = "chosen by the profile" if tokens.candidate_layers == "auto" else str(list(tokens.candidate_layers))
-    return f"{tokens.method}: keep {tokens.keep:g} of the visual tokens in the end, cut behind layers {layers}"
+    return f"{tokens.method}: keep {tokens.keep:g} of the visual tokens in the end, cut after layers {layers}"
 
 
 def _cuts(recipe: Recipe, samples: int) -> str:
     if recipe.tokens.method == "none":
         return NOTHING
-    return "score, select and gather behind the chosen layers, in prefill; caches of their own length in decode"
+    return "score, select and gather after the chosen layers, in prefill; per-layer cache lengths in decode"
 
 
 def _simulation(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.quantize.simulation != "qvlm":
         return NOTHING
-    return "Q-VLM's quantizer in floating point, in place of integer operators"
+    return "Q-VLM's quantizer in floating point, instead of integer operators"
 
 
 def _weights(recipe: Recipe, samples: int) -> str:
@@ -138,37 +138,37 @@ def _weights(recipe: Recipe, samples: int) -> str:
 def _head(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.quantize.head_bits == 16:
         return NOTHING
-    return "int8, one scale per output channel, for float inputs; a table of embeddings with its matrix reads the same"
+    return "int8, one scale per output channel, for float inputs; tied token embeddings read the same codes"
 
 
 def _cache(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.quantize.kv_cache.bits == 16:
         return NOTHING
     bits = recipe.quantize.kv_cache.bits
-    return f"keys and values in {bits} bits, one scale per token and head, after rotary positions"
+    return f"keys and values in {bits} bits, one scale per token and head, after the rotary embedding"
 
 
 def _fuse(recipe: Recipe, samples: int) -> str:
     scheme = recipe.quantize
     if scheme is None or scheme.weights.bits == 16 or scheme.activations.bits == 16:
         return NOTHING
-    return "norm + quantize and silu * up + quantize become one operator each"
+    return "fuse norm + quantize and silu * up + quantize into one operator each"
 
 
 def _merge(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None and recipe.tokens.method == "none":
         return NOTHING
-    return "what cuts and caches compute twice is computed once"
+    return "eliminate common subexpressions of cuts and caches"
 
 
 def _widen(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.quantize.activations.bits == 16:
         return NOTHING
-    return "on the CPU, sums in front of quantizers in float64: the same codes on every back end"
+    return "on the CPU, reductions before quantizers in float64: identical codes on all back ends"
 
 
 EXPECT: dict[str, Callable[[Recipe, int], str]] = {
-    "canonicalize": lambda recipe, samples: "one spelling per idea: linear, norm, attention",
+    "canonicalize": lambda recipe, samples: "canonical forms of linear, norm and attention",
     "insert_quant_stubs": _stubs,
     "calibrate": _calibrate,
     "fold_transforms": _transforms,

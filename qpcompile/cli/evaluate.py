@@ -16,7 +16,7 @@ MB: all weights; KV: the cache of one answer"""
 
 
 def seeded(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe with another draw of calibration samples, and of tokens where it draws tokens."""
+    """The recipe with another seed for calibration samples, and for random tokens."""
     return recipe.with_overrides([f"calibration.seed={seed}", f"tokens.seed={seed}"])
 
 
@@ -40,7 +40,7 @@ def recipe_rows(
 
 
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """One line per row under HEADS; retention where a row of the same questions is full precision."""
+    """One line per row under HEADS; with retention if there is a full-precision row of the same questions."""
     full = next((row for row in rows if row.recipe is None), None)
     return [_cells(row, full) for row in rows]
 

@@ -1,9 +1,9 @@
 """The command `qpcompile`: compile, run, export, inspect, eval, sweep, search, doctor.
 
 Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 128 + the signal that stopped it: 130
-for Ctrl-C, 143 for SIGTERM, 129 where the terminal went away.
+for Ctrl-C, 143 for SIGTERM, 129 if the terminal was closed.
 
-torch and transformers take seconds to import: commands do it when their arguments are known to be good.
+torch and transformers take seconds to import: commands import them after validating their arguments.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Data = Annotated[
 ]
 MODEL_HELP = "Folder or hub name of a transformers model."
 ARTIFACT_HELP = "Folder written by `qpcompile compile`."
-DRAWN = 4  # pictures of a data folder that a report draws kept tokens on
+DRAWN = 4  # number of pictures of a data folder for which a report draws kept tokens
 
 
 def print_version(asked: bool) -> None:
@@ -71,7 +71,7 @@ def options(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
     ] = False,
 ) -> None:
-    """What stands in front of a command."""
+    """Options before a command."""
 
 
 @app.command(
@@ -88,9 +88,9 @@ def compile_command(
     data: Data = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder for the compiled model.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of passes; loads no weights.")] = False,
-    report: Annotated[Path | None, typer.Option("--report", help="New HTML file with everything to see.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="New HTML file with the report.")] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Folder for progress: a compile that was stopped goes on from it.")
+        Path | None, typer.Option("--resume", help="Checkpoint folder: an interrupted compile resumes from it.")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -153,12 +153,14 @@ def export_command(
     recipe: RecipeName = "none",
     overrides: Overrides = None,
     data: Data = None,
-    fast: Annotated[bool, typer.Option("--fast", help="onnxruntime's own operators: faster, other numbers.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Use onnxruntime's own operators: faster, different numerics.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Write graphs for onnxruntime, with a runner beside them that needs no torch.
+    """Write graphs for onnxruntime, with a runner that needs no torch.
 
-    Recipe and data are read for a model only: a compiled folder has its own.
+    Recipe and data apply to a model only: a compiled folder has its own.
     """
     with told_as_text(debug):
         with claimed(output, "folder") as folder:
@@ -184,7 +186,7 @@ def inspect_command(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show what was decided, what was quantized and which graphs run."""
+    """Show the plan, the quantized sites and the graphs."""
     with told_as_text(debug), nullcontext() if report is None else claimed(report, "file") as page:
         compiled = load_artifact(artifact)
         if page is not None:
@@ -213,9 +215,9 @@ def eval_command(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", help="Folder that samples are drawn from.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for rows; what is there stays.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for rows; existing ones are kept.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many questions only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
     scoring: Annotated[
         Scoring, typer.Option(help="Questions with choices: the most probable choice, or the one the text names.")
@@ -223,7 +225,7 @@ def eval_command(
     split: Annotated[str, typer.Option(help="ScienceQA: which split.")] = "test",
     debug: Debug = False,
 ) -> None:
-    """Share of questions answered right: of a model, an artifact, or of many recipes side by side."""
+    """Accuracy on questions: of a model, an artifact, or many recipes."""
     with told_as_text(debug):
         questions = read_data(data, split)[:limit]
         quiet_libraries()
@@ -252,7 +254,7 @@ def eval_command(
 
 
 def ask_once(source: str, exam: Exam) -> None:
-    """Ask everything and print the share of right answers."""
+    """Ask all questions and print the accuracy."""
     from qpcompile.evaluate.questions.scoring import right_answers
     from qpcompile.evaluate.run.evaluation import ask
 
@@ -267,10 +269,10 @@ def ask_once(source: str, exam: Exam) -> None:
 @app.command("sweep", epilog="Example:\n\nqpcompile sweep docs/results/llava.yaml --out build/sweep/")
 def sweep_command(
     plan: Annotated[Path, typer.Argument(help="YAML file: testbeds, quantizers, pruners, shares, ablations.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, tables, figures; what is there stays.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, tables, figures; existing rows are kept.")],
     debug: Debug = False,
 ) -> None:
-    """Every pruner with every quantizer at matched visual tokens: rows, tables, figures. Killed, it goes on."""
+    """Every pruner with every quantizer at matched visual tokens: rows, tables, figures. Resumable."""
     with told_as_text(debug):
         asked = SweepPlan.load(plan)
         quiet_libraries()
@@ -291,17 +293,17 @@ def sweep_command(
 def search_command(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     accuracy: Annotated[float, typer.Option(min=0, max=1, help="Share of full precision's accuracy to keep.")],
-    data: Annotated[Path, typer.Option("--data", "-d", help="Questions to choose on; report on others.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Questions for the selection; report on others.")],
     calibration: Annotated[Path, typer.Option("--calibration", help="Folder that samples are drawn from.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, recipe and plot; what is there stays.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, recipe and plot; existing rows are kept.")],
     recipe: RecipeName = "quota-30",
     overrides: Overrides = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many questions only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
     debug: Debug = False,
 ) -> None:
-    """The recipe with the fewest tokens and bits that keeps the accuracy you name."""
+    """Find the recipe with the fewest tokens and bits that keeps a given accuracy."""
     with told_as_text(debug):
         asked = Recipe.load(recipe).with_overrides(overrides or [])
         questions = read_data(data)[:limit]
@@ -323,7 +325,7 @@ def search_command(
 
 @app.command("doctor", epilog="Example:\n\nqpcompile doctor")
 def doctor_command(debug: Debug = False) -> None:
-    """Tell what can run on this machine, and why the rest cannot."""
+    """Show what can run on this machine, and why the rest cannot."""
     with told_as_text(debug):
         quiet_libraries()
         from qpcompile.cli.doctor import examine
@@ -332,7 +334,7 @@ def doctor_command(debug: Debug = False) -> None:
 
 
 def compile_told(model: str, recipe: Recipe, data: Path | None, resume: Path | None = None) -> CompiledVLM:
-    """A compile that says on stderr what each pass did."""
+    """Compile, reporting each pass on stderr."""
     quiet_libraries()
     from qpcompile.pipeline import compile
 
@@ -353,14 +355,14 @@ def load_artifact(folder: str | Path) -> CompiledVLM:
 
 
 def is_artifact(source: str | Path) -> bool:
-    """Whether a folder looks like one of ours, be it damaged."""
+    """Whether a folder looks like an artifact, even a damaged one."""
     folder = Path(source)
     refuse_onnx_folder(folder)
     return (folder / "manifest.json").is_file() or (folder / "graph").is_dir()
 
 
 def open_model(source: str) -> tuple[Any, Any]:
-    """(something with `generate`, processor) of a compiled folder or of a transformers model."""
+    """(object with `generate`, processor) of a compiled folder or of a transformers model."""
     if not is_artifact(source):
         quiet_libraries()
         from qpcompile.capture.load import load_model
@@ -371,7 +373,7 @@ def open_model(source: str) -> tuple[Any, Any]:
 
 
 def need_processor(processor: Any, source: str | Path) -> Any:
-    """The processor, or an error that says how a compiled model gets one."""
+    """The processor, or an error that explains how a compiled model gets one."""
     if processor is None:
         raise ArtifactError(
             "the compiled model has no processor, so pictures and questions cannot be turned into inputs",
@@ -382,7 +384,7 @@ def need_processor(processor: Any, source: str | Path) -> Any:
 
 
 def write_report(compiled: CompiledVLM, page: Claim, data: Path | None) -> None:
-    """The report of a compiled model, with kept tokens drawn on the first pictures of a data folder."""
+    """Write the report of a compiled model, with kept tokens drawn on the first pictures of a data folder."""
     compiled.report(page, first_pictures(data, DRAWN) if data else None)
     note(f"wrote {shown(page)}")
 

@@ -1,4 +1,4 @@
-"""How the command line talks: tables and notes, and errors as what, where and what to do."""
+"""Terminal output: tables and notes, and errors as what, where and what to do."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAILED, INTERRUPTED = 1, 130
 
 
 class Stopped(BaseException):
-    """A signal asks the process to end; no Exception, so that nothing but tidying up comes in between."""
+    """Raised on a termination signal; not an Exception, so that only cleanup code handles it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -43,9 +43,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def told_as_text(debug: bool) -> Iterator[None]:
-    """Errors of ours become text and exit code 1, signals 128 + their number; with `debug` the traceback comes first.
+    """Turn our errors into text and exit code 1, signals into 128 + their number; with `debug` the traceback comes
+    first.
 
-    What is printed is printed when the block ends, so that a full disk behind stdout is an error too.
+    stdout is flushed when the block ends, so that a full disk is an error too.
     """
     try:
         with _results():
@@ -66,12 +67,12 @@ def told_as_text(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _results() -> Iterator[None]:
-    """What goes wrong with stdout is an error of ours, but for a reader that has gone, which is none."""
+    """Turn stdout errors into ours, except for a closed pipe, which is not an error."""
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has what it wanted. Python would complain about what is left when it ends.
+        # The reader has closed the pipe. Python would report the unflushed rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None
     except OSError as error:
@@ -85,9 +86,9 @@ def _results() -> Iterator[None]:
 
 @contextmanager
 def standing_streams() -> Iterator[None]:
-    """All three standard streams are there and take every character, whatever the caller left open.
+    """Ensure that all three standard streams are open and accept every character.
 
-    A closed one would be reused for the next file, and what libraries print would land in that.
+    The descriptor of a closed one would be reused for the next file, and library output would be written there.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -103,9 +104,9 @@ def standing_streams() -> Iterator[None]:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block by an exception, so that what is half done is tidied up.
+    """SIGTERM and SIGHUP end the block by an exception, so that partial work is cleaned up.
 
-    A signal that the caller has set to be ignored (nohup) stays so.
+    A signal that the caller ignores (nohup) stays ignored.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -124,9 +125,9 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Progress of ours as log lines where there is no terminal; no bars and no warnings of transformers.
+    """Log our progress if there is no terminal; disable progress bars and warnings of transformers.
 
-    Says on one line if a library is newer than any that was tested.
+    Logs one line if a library is newer than any tested version.
 
     Imports transformers, which takes a second.
     """
@@ -144,7 +145,7 @@ def quiet_libraries() -> None:
 
 
 def note(text: str) -> None:
-    """A line that is no result: to stderr."""
+    """Print a note to stderr."""
     typer.echo(text, err=True)
 
 
@@ -153,7 +154,7 @@ def _complain(text: str) -> None:
 
 
 def console() -> Console:
-    """Where results go; made when needed, so that a replaced stdout is respected."""
+    """The console for results; created on demand, so that a replaced stdout is respected."""
     return Console(highlight=False, soft_wrap=False)
 
 
@@ -168,7 +169,7 @@ def table(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> Ta
 
 
 def show_forecast(forecast: Forecast) -> None:
-    """The plan of passes."""
+    """Print the forecast."""
     rows = [(str(number), name, words) for number, (name, words) in enumerate(forecast.steps, 1)]
     out = console()
     out.print(f"model: {forecast.model}", markup=False)
@@ -177,7 +178,7 @@ def show_forecast(forecast: Forecast) -> None:
 
 
 def show_diagnosis(diagnosis: Diagnosis) -> None:
-    """What can run on this machine."""
+    """Print the diagnosis."""
     out = console()
     out.print(table("machine", ("", ""), list(diagnosis.machine.items())))
     packages = [(item.name, item.version or "-", item.tested, item.verdict) for item in diagnosis.packages]
@@ -195,7 +196,7 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
 
 
 def _reasons(diagnosis: Diagnosis) -> dict[str, list[str]]:
-    """Why something does not run, or is special -> operators, each reason once per back end."""
+    """Reason or remark -> operators, each reason once per back end."""
     reasons: dict[str, list[str]] = {}
     for state in diagnosis.operators:
         for name, backend in state.backends.items():
@@ -205,7 +206,7 @@ def _reasons(diagnosis: Diagnosis) -> dict[str, list[str]]:
 
 
 def show_model(compiled: CompiledVLM) -> None:
-    """A compiled model on one screen: graphs, decisions, quantized sites, what was left out."""
+    """Print a compiled model on one screen: graphs, decisions, quantized sites, sites left out."""
     plan, graphs = compiled.plan, compiled.program.graphs
     out = console()
     facts = [
@@ -222,7 +223,7 @@ def show_model(compiled: CompiledVLM) -> None:
     ]
     out.print(table("graphs", ("graph", "module", "nodes", "weights"), sizes))
     if plan.cuts:
-        out.print(table("visual tokens", ("cut behind layer", "share kept", "fraction"), _cuts(plan)))
+        out.print(table("visual tokens", ("cut after layer", "share kept", "fraction"), _cuts(plan)))
     else:
         out.print("visual tokens: all are kept in every layer")
     if plan.sites:
@@ -236,7 +237,7 @@ def show_model(compiled: CompiledVLM) -> None:
 
 
 def show_rows(rows: Sequence[Row]) -> None:
-    """Results side by side."""
+    """Print a table of results."""
     from qpcompile.cli.evaluate import HEADS, HEADS_MEAN, table_cells
 
     out = console()

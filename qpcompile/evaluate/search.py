@@ -1,12 +1,12 @@
 """The recipe with the fewest tokens and bits that keeps a share of full precision's accuracy.
 
 One recipe, two coordinates: bits from the LADDER, and the mean share of visual tokens from SHARES. For each rung the
-smallest share that is good enough is found by bisection, on the assumption that more tokens answer no worse. Among
-those the cheapest is taken, in bit operations relative to full precision with all tokens:
+smallest sufficient share is found by bisection, assuming that accuracy is monotonic in the number of tokens. Of these
+the cheapest is selected, in bit operations relative to full precision with all tokens:
 
     cost = FLOPs share x bits of weights / 16 x bits of activations / 16        (ties: fewer bytes of cache)
 
-Questions used here have been chosen on: report a recipe's accuracy on others.
+The questions used here are a selection set: report a recipe's accuracy on others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LADDER: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe that was tried."""
+    """One evaluated recipe."""
 
     bits: str
     share: float
@@ -56,7 +56,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """All trials, and the cheapest that is good enough."""
+    """All trials, and the cheapest sufficient one."""
 
     trials: tuple[Trial, ...]
     best: Trial
@@ -64,13 +64,13 @@ class Found:
 
 
 def search(examiner: Examiner, recipe: Recipe, accuracy: float, say: Callable[[str], None]) -> Found:
-    """Find the cheapest recipe whose retention is at least `accuracy`; PlanError where none is.
+    """Find the cheapest recipe whose retention is at least `accuracy`; PlanError if there is none.
 
     Args:
         examiner: model, questions and calibration data.
-        recipe: where the method and all other settings are taken from; it quantizes to 4 bits and drops tokens.
-        accuracy: share of full precision's accuracy to keep, e.g. 0.97.
-        say: is told of each trial.
+        recipe: the source of the method and all other settings; it quantizes to 4 bits and drops tokens. accuracy:
+        share of full precision's accuracy to keep, e.g. 0.97.
+        say: called with a line per trial.
     """
     if recipe.quantize is None or recipe.tokens.method == "none":
         raise PlanError(
@@ -97,14 +97,14 @@ def search(examiner: Examiner, recipe: Recipe, accuracy: float, say: Callable[[s
 def _smallest_share(
     examiner: Examiner, recipe: Recipe, bits: str, full: Row, accuracy: float, say: Callable[[str], None]
 ) -> list[Trial]:
-    """All trials of a bisection over SHARES, with all tokens first: where those are not enough, nothing is."""
+    """All trials of a bisection over SHARES, starting with all tokens: if those are insufficient, every share is."""
     tried: list[Trial] = []
 
     def enough(place: int) -> bool:
         try:
             trial = _try(examiner, recipe, bits, SHARES[place], full)
         except OutputError:
-            raise  # a full disk says nothing about a recipe
+            raise  # a full disk is not a property of the recipe
         except QPCompileError as error:
             say(f"{bits}, {SHARES[place]:g} of the tokens: not possible: {error.what}")
             return False
@@ -129,7 +129,7 @@ def _try(examiner: Examiner, recipe: Recipe, bits: str, share: float, full: Row)
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
-    """Trials that no other beats in both cost and retention, cheapest first."""
+    """The Pareto front: trials not dominated in cost and retention, cheapest first."""
     best: list[Trial] = []
     for trial in sorted(trials, key=lambda trial: (trial.cost, -trial.kept.estimate)):
         if not best or trial.kept.estimate > best[-1].kept.estimate:
@@ -167,7 +167,7 @@ def table(found: Found) -> str:
 
 
 def pareto_figure(found: Found) -> Figure:
-    """Retention against cost, a colour per rung of the ladder, the front as a line."""
+    """Retention against cost, one colour per rung of the ladder, the front as a line."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 4.6), layout="constrained")
         axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""One part of a printed graph as an SVG drawing: operators as boxes, values as lines from top to bottom.
+"""Draw one part of a printed graph as SVG: operators as boxes, values as lines from top to bottom.
 
 svg = layer_svg(graph_text(program.graphs["prefill"]), "layers.3")
 """
@@ -13,7 +13,7 @@ from itertools import pairwise
 from qpcompile.inspect.layer_nodes import Node, layer_nodes
 from qpcompile.inspect.layered_layout import Layout, place
 
-# Values of these are other views of what they read.
+# Operators that return views of their input.
 _SHAPE = re.compile(
     r"^(aten::(view|reshape|transpose|permute|unsqueeze|squeeze|expand|slice|contiguous|clone|select|flatten|_unsafe_view)"
     r"(\.\w+)?|item \d+)$"
@@ -49,7 +49,7 @@ _COLOURS = f"{_LIGHT}@media screen and (prefers-color-scheme: dark) {{{_DARK}}}\
 
 
 def layer_svg(text: str, part: str, *, standalone: bool = True) -> str:
-    """Draw `part` of a printed graph; a standalone drawing is a file of its own, else an element for a page."""
+    """Draw `part` of a printed graph; standalone: a complete file, otherwise an element for a page."""
     nodes = layer_nodes(text, part)
     rows = {node.name: _lines(node, part) for node in nodes}
     widths = {name: max(_width(kind, line) for kind, line in lines) + 2 * _PADDING for name, lines in rows.items()}
@@ -81,13 +81,13 @@ def _lines(node: Node, part: str) -> list[tuple[str, str]]:
 
 
 def _module(weight: str, part: str) -> str:
-    """The module a weight belongs to, within the part: `self_attn.q_proj` for its codes, scales and bias alike."""
+    """The module of a weight, within the part: `self_attn.q_proj` for its codes, scales and bias."""
     name = weight.split(f"{part}.", 1)[-1]
     return re.sub(r"\.(weight|bias)(_\w+)?$", "", name)
 
 
 def _short_type(text: str) -> str:
-    """A type with long sizes written as `..`."""
+    """A type with long sizes abbreviated to `..`."""
     text = re.sub(r"\(?[A-Z]\d*[^,\[\]]*[()][^,\[\]]*", "..", text) if len(text) > _LONGEST_TYPE else text
     return text if len(text) <= 2 * _LONGEST_TYPE else f"{text[: 2 * _LONGEST_TYPE - 2]}.."
 

@@ -1,6 +1,6 @@
-"""One part of a printed graph (`ir/text.py`) as nodes and edges: what is computed there, and from what.
+"""Parse one part of a printed graph (`ir/text.py`) into nodes and edges.
 
-Sizes (`int`, `bool` scalars) are left out: they say how a shape is computed, and hide what is.
+Size computations (`int`, `bool` scalars) are omitted: they would obscure the data flow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Node:
 
 
 def layer_text(text: str, part: str) -> str:
-    """The lines of a printed graph that belong to `part` (`layers.3`), as they stand."""
+    """The lines of a printed graph that belong to `part` (`layers.3`), unchanged."""
     lines = [line for line, owner in _owned(text) if owner == part]
     return "".join(f"{line}\n" for line in lines)
 
@@ -66,7 +66,7 @@ def layer_nodes(text: str, part: str) -> list[Node]:
 
 
 def _owned(text: str) -> list[tuple[str, str]]:
-    """(line, part it belongs to) of every line but the comments; inputs, and what comes before a part, are ""."""
+    """(line, part it belongs to) of every line except comments; "" for inputs and lines before the first part."""
     found, owner = [], ""
     for line in text.splitlines():
         if line.startswith("# "):
@@ -95,7 +95,7 @@ def _from_outside(node: Node) -> Node:
 
 
 def _inside(node: Node, shown: set[str], readers: list[str]) -> Node:
-    """The node with the edges that are drawn; a returned value is named as the output it is."""
+    """The node with its drawn edges; a returned value has the name of its output."""
     named = tuple(dict.fromkeys(path for path in readers if path)) or (("",) if readers else ())
     sources = tuple(source for source in node.sources if source in shown)
     return Node(node.name, node.operator, node.weights, node.type, sources, leaves=named)

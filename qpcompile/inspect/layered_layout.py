@@ -1,6 +1,6 @@
-"""Places for the nodes of an acyclic graph, in rows from top to bottom: each below everything it reads.
+"""Layered layout of an acyclic graph, in rows from top to bottom: each node below everything it reads.
 
-Rows by longest path, order in a row by the mean place of neighbours, then places pulled towards neighbours without
+Rows by longest path, order in a row by the barycentre of neighbours, then positions pulled towards neighbours without
 overlap: "Methods for Visual Understanding of Hierarchical System Structures" (Sugiyama, Tagawa, Toda, 1981).
 """
 
@@ -24,7 +24,7 @@ class Layout:
 
 @dataclass
 class _Rows:
-    """Rows of nodes, with a stand-in for each edge in each row that it passes."""
+    """Rows of nodes, with a dummy node for each edge in each row that it crosses."""
 
     rows: list[list[str]]
     widths: dict[str, float]
@@ -38,7 +38,7 @@ class _Rows:
 
 
 def place(sources: Mapping[str, Sequence[str]], widths: Mapping[str, float], gap: float) -> Layout:
-    """Places of nodes given in an order in which each comes after its sources; widths and gap in pixels."""
+    """Positions of nodes given in topological order; widths and gap in pixels."""
     ranks = _ranks(sources)
     rows = _with_stand_ins(sources, ranks, dict(widths))
     for sweep in range(_SWEEPS):
@@ -73,7 +73,7 @@ def _with_stand_ins(sources: Mapping[str, Sequence[str]], ranks: Mapping[str, in
         for source in dict.fromkeys(read):
             chain = [source]
             for rank in range(ranks[source] + 1, ranks[name]):
-                # One line per source and row serves all readers further down.
+                # One line per source and row serves all readers below.
                 stand_in = f"{source}|{rank}"
                 if stand_in not in widths:
                     widths[stand_in] = 2.0
@@ -94,7 +94,7 @@ def _order(rows: _Rows, downwards: bool) -> None:
 
 
 def _packed(row: Sequence[str], widths: Mapping[str, float], gap: float) -> list[float]:
-    """Middles of boxes side by side, the row's middle at 0."""
+    """Centres of adjacent boxes, with the row's centre at 0."""
     middles, x = [], 0.0
     for name in row:
         middles.append(x + widths[name] / 2)
@@ -103,7 +103,7 @@ def _packed(row: Sequence[str], widths: Mapping[str, float], gap: float) -> list
 
 
 def _pull(rows: _Rows, middle: dict[str, float], gap: float, downwards: bool) -> None:
-    """Move every row towards its neighbours: the mean of pushing overlaps to the right and to the left."""
+    """Move every row towards its neighbours: the mean of resolving overlaps to the right and to the left."""
     neighbours = rows.above if downwards else rows.below
     for row in rows.rows if downwards else reversed(rows.rows):
         wish = [_mean([middle[other] for other in neighbours.get(name, ())], middle[name]) for name in row]

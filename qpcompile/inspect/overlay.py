@@ -1,8 +1,8 @@
-"""Which visual tokens of a picture each decoder layer still sees, as cells drawn over the picture.
+"""Overlays of the visual tokens that each decoder layer still sees, as cells drawn over the picture.
 
-Visual tokens of one picture come in raster order. Where the processor says the grid (`image_grid_thw`) it is that grid
-divided by the merge size; a tower of fixed size has a square one. What has no single grid (tiles, several pictures)
-is counted but not drawn.
+Visual tokens of one picture come in raster order. If the processor returns the grid (`image_grid_thw`) it is that grid
+divided by the merge size; a fixed-size tower has a square one. Tokens without a single grid (tiles, several pictures)
+are counted but not drawn.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LONGEST_SIDE = 448
 
 @dataclass(frozen=True)
 class Panel:
-    """Neighbouring layers that see the same visual tokens; `kept` are raster indices of `total` tokens."""
+    """Consecutive layers that see the same visual tokens; `kept` are raster indices of `total` tokens."""
 
     first_layer: int
     last_layer: int
@@ -49,7 +49,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Overlay:
-    """One sample: the picture as the model sees it, its token grid (None: not drawn), and what each layer keeps."""
+    """One sample: the picture as the model sees it, its token grid (None: not drawn), and the kept tokens per layer."""
 
     question: str
     answer: str
@@ -70,9 +70,9 @@ class Overlay:
 
 
 def overlays(machine: Machine, processor: Any, samples: Iterable[Sample]) -> list[Overlay]:
-    """Run every (picture, question) and draw what was kept.
+    """Run every (picture, question) and collect the kept tokens.
 
-    Raises CalibrationError for a picture that cannot be read and for a model without a processor.
+    Raises CalibrationError for an unreadable picture and for a model without a processor.
     """
     if processor is None:
         raise CalibrationError(
@@ -84,7 +84,7 @@ def overlays(machine: Machine, processor: Any, samples: Iterable[Sample]) -> lis
 
 
 def token_grid(config: Any, inputs: Mapping[str, Any], count: int) -> tuple[int, int] | None:
-    """(rows, columns) of the `count` visual tokens of the one picture in `inputs`; None where they form no one grid."""
+    """(rows, columns) of the `count` visual tokens of the one picture in `inputs`; None if they form no single grid."""
     sizes = inputs.get("image_grid_thw")
     if isinstance(sizes, torch.Tensor):
         merge = int(getattr(config.vision_config, "spatial_merge_size", 1))
@@ -100,7 +100,7 @@ def token_grid(config: Any, inputs: Mapping[str, Any], count: int) -> tuple[int,
 
 
 def panels(plan: Plan, kept: Mapping[int, torch.Tensor], visual: torch.Tensor) -> tuple[Panel, ...]:
-    """What each run of layers sees of one row.
+    """The kept tokens of one row, per run of consecutive layers.
 
     Args:
         kept: cut layer -> i64[N], positions in the prompt, -1 for no token.
@@ -118,7 +118,7 @@ def panels(plan: Plan, kept: Mapping[int, torch.Tensor], visual: torch.Tensor) -
 
 
 def cells_path(cells: Iterable[int], grid: tuple[int, int], width: int, height: int) -> str:
-    """SVG path data of grid cells (raster indices) over a picture of `width` x `height`; runs in a row are one box."""
+    """SVG path data of grid cells (raster indices) over a picture of `width` x `height`; runs in a row are merged."""
     rows, columns = grid
     runs: list[list[int]] = []
     for cell in sorted(cells):
@@ -136,7 +136,7 @@ def _box(start: int, end: int, columns: int, across: float, down: float) -> str:
 
 
 def seen_picture(picture: Image.Image, inputs: Mapping[str, Any], processor: Any) -> Image.Image:
-    """The picture after the processor's resizing and cropping where its output still is a picture, else as given."""
+    """The picture after the processor's resizing and cropping if its output still is an image, else unchanged."""
     pixels, settings = inputs.get("pixel_values"), getattr(processor, "image_processor", None)
     mean, deviation = getattr(settings, "image_mean", None), getattr(settings, "image_std", None)
     if not isinstance(pixels, torch.Tensor) or pixels.ndim < 4 or math.prod(pixels.shape[:-3]) != 1:
@@ -171,7 +171,7 @@ def _overlay(
 
 
 def _embedded(picture: Image.Image) -> tuple[str, int, int]:
-    """A picture as a data address, with its width and height; large ones are made smaller."""
+    """A picture as a data URL, with its width and height; large ones are downscaled."""
     small = picture.copy()
     small.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     target = io.BytesIO()

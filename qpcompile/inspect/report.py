@@ -1,4 +1,4 @@
-"""The report of a compiled model: one HTML file that needs nothing beside it."""
+"""The report of a compiled model: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qpcompile.recipe.plan import Plan
 from qpcompile.runtime.machine import Machine
 from qpcompile.versions import package_versions
 
-# The schedule is drawn for so many visual tokens where neither a sample nor the model says how many a picture has.
+# The schedule is drawn for this many visual tokens if neither a sample nor the model determines the number.
 _UNKNOWN_VISUAL = 100
 _PACKED, _SCALE = "_packed", "_scale"
 
@@ -40,13 +40,13 @@ def write_report(
     """Write the report as a new HTML file.
 
     Args:
-        machine: the compiled program; one that was loaded has its passes listed without counts.
-        processor: what makes inputs of samples.
-        path: the file; one that exists is refused.
+        machine: the compiled program; for a loaded one passes are listed without operator counts.
+        processor: the processor for samples.
+        path: the file; an existing one is refused.
         samples: (picture, question) pairs, on which kept tokens are drawn. A picture is a path or a PIL image.
-        decode_problem: why decode steps run node by node here; empty where one call of C replays them.
+        decode_problem: why decode steps run node by node here; empty if one C call replays them.
 
-    Raises OutputError for a path that cannot be written, CalibrationError for samples that the model does not take.
+    Raises OutputError for a path that cannot be written, CalibrationError for samples that the model does not accept.
     """
     with claimed(path, "file") as claim:
         drawn = None if samples is None else overlays(machine, processor, samples)
@@ -54,7 +54,7 @@ def write_report(
 
 
 def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: str) -> str:
-    """The page's text; `drawn` holds the samples with what was kept of them."""
+    """The page's text; `drawn` holds the samples with their kept tokens."""
     program, config = machine.program, machine.host.config
     plan = program.plan
     steps = program.measured.get(STEPS)
@@ -113,7 +113,7 @@ def _model(machine: Machine, decode_problem: str) -> dict[str, Any]:
 
 
 def _decode_steps(problem: str) -> str:
-    return f"node by node: {problem}" if problem else "replayed by one call of C"
+    return f"node by node: {problem}" if problem else "replayed by one C call"
 
 
 def _heads(text: Any) -> str:
@@ -145,7 +145,7 @@ def _weight_bytes(program: Program) -> tuple[int, int]:
     full = 0
     for name, tensor in tensors.items():
         if name.endswith(_PACKED):
-            # Two codes in a byte.
+            # Two codes per byte.
             full += tensor.numel() * 2 * 2
         elif not (name.endswith(_SCALE) and f"{name.removesuffix(_SCALE)}{_PACKED}" in tensors):
             full += tensor.numel() * 2
@@ -178,13 +178,13 @@ def _schedule_note(plan: Plan, visual: int, known: bool) -> str:
 
 
 def _graphs(program: Program) -> list[dict[str, Any]]:
-    """The layer in front of which tokens are cut first, and the last layer, of the prefill graph."""
+    """The layer before which tokens are cut first, and the last layer, of the prefill graph."""
     text = graph_text(program.graphs[PREFILL])
     names = layer_names(text)
     by_index = {name.rsplit(".", 1)[-1]: name for name in names}
     chosen = {names[-1]: "the last layer"}
     if program.plan.cuts and (first := by_index.get(str(program.plan.cuts[0].layer + 1))):
-        chosen = {first: "with the first cut in front of it"} | chosen
+        chosen = {first: "with the first cut before it"} | chosen
     return [
         {
             "layer": name,

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from qpcompile.recipe.plan import Plan
 
-# Stand-ins that matplotlib can parse, each replaced by a variable of the page.
+# Placeholder colours that matplotlib can parse, each replaced by a CSS variable.
 INK, MUTED, GRID, ACCENT, SECOND, SHADE = (f"#{digit}{digit}{digit}7{digit}7" for digit in "123456")
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", SECOND: "second", SHADE: "shade"}
 _STYLE: dict[Any, Any] = {
@@ -42,12 +42,12 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelcolor": MUTED,
 }
 _INCHES = 8.6
-# Beyond this many layers not every tick of the axis can carry its number.
+# Beyond this many layers not every tick of the axis is labelled.
 _MOST_TICKS = 40
 
 
 def schedule_svg(plan: Plan, visual: int) -> str:
-    """Visual tokens that each layer computes on, when `visual` tokens enter the decoder; SVG text."""
+    """Visual tokens that each layer processes, when `visual` tokens enter the decoder; SVG text."""
     counts = plan.visual_tokens(visual)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "schedule"}):
         figure = Figure(figsize=(_INCHES, 2.7), layout="constrained")
@@ -70,7 +70,7 @@ def schedule_svg(plan: Plan, visual: int) -> str:
 
 
 def profile_svg(plan: Plan) -> str:
-    """What calibration measured per layer, candidate layers shaded and cuts dashed; "" where nothing was measured."""
+    """Calibration measurements per layer, candidate layers shaded and cuts dashed; "" if there are none."""
     panels = [
         draw for draw, there in ((_sensitivity, plan.sensitivity), (_mass, plan.facts), (_cosine, plan.facts)) if there
     ]
@@ -129,7 +129,7 @@ def _layer_axis(axes: Axes, plan: Plan) -> None:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element for a page: no declaration, no address, sizes that follow the page."""
+    """The figure as an `<svg>` element for a page: no XML declaration, no URL, responsive size."""
     target = io.StringIO()
     FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = target.getvalue()

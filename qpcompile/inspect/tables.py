@@ -1,4 +1,4 @@
-"""Rows of the report's tables, made from a plan and from what the passes did."""
+"""Rows of the report's tables, from the plan and the pass records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NUMBERED = re.compile(r"^(?P<stem>.*?)\.(?P<layer>\d+)\.(?P<part>.+)$")
 
 @dataclass(frozen=True)
 class GraphChange:
-    """Operators of one graph before and after a pass; `changes` are (operator, how many more), largest loss first."""
+    """Operators of one graph before and after a pass; `changes` are (operator, difference), largest loss first."""
 
     graph: str
     before: int
@@ -26,7 +26,7 @@ class GraphChange:
 
 @dataclass(frozen=True)
 class PassRow:
-    """One pass: what it is for, whether it changed anything (None: not known), and what in which graph."""
+    """One pass: its purpose, whether it changed anything (None: unknown), and the changes per graph."""
 
     name: str
     purpose: str
@@ -36,7 +36,7 @@ class PassRow:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One quantized place; graphs in which it is the same share a row."""
+    """One quantized site; identical sites of several graphs share a row."""
 
     site: Site
     graphs: str
@@ -47,7 +47,7 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class LeftOutRow:
-    """One place that was left as it is."""
+    """One site that was left unquantized."""
 
     name: str
     graphs: str
@@ -64,7 +64,7 @@ class ErrorTable:
 
 
 def pass_rows(steps: Sequence[Step] | None, history: Iterable[str]) -> list[PassRow]:
-    """One row per pass; from `history` alone, without counts, where the steps are not known."""
+    """One row per pass; from `history` alone, without counts, if the steps are unknown."""
     purposes = pass_purposes()
     if steps is None:
         return [PassRow(name, purposes.get(name, ""), None, ()) for name in history]
@@ -72,13 +72,13 @@ def pass_rows(steps: Sequence[Step] | None, history: Iterable[str]) -> list[Pass
 
 
 def pass_purposes() -> dict[str, str]:
-    """The first sentence of each pass's own text."""
+    """The first sentence of each pass's module docstring."""
     texts = {item.name: sys.modules[type(item).__module__].__doc__ or "" for item in passes((), 0)}
     return {name: _first_sentence(text) for name, text in texts.items()}
 
 
 def _first_sentence(text: str) -> str:
-    """The first sentence of a docstring; one that leads into a formula ends before it."""
+    """The first sentence of a docstring; one that introduces a formula ends before it."""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     return re.sub(r":$", ".", re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0])
 
@@ -93,7 +93,7 @@ def site_rows(sites: Iterable[Site]) -> list[SiteRow]:
 
 
 def left_out_rows(places: Iterable[LeftOut]) -> list[LeftOutRow]:
-    """Rows by name; graphs that leave out the same place for the same reason share one."""
+    """Rows by name; graphs that leave out the same site for the same reason share one."""
     groups: dict[tuple[str, str], list[str]] = {}
     for place in places:
         groups.setdefault((place.name, place.reason), []).append(place.graph)
@@ -101,7 +101,7 @@ def left_out_rows(places: Iterable[LeftOut]) -> list[LeftOutRow]:
 
 
 def error_tables(rows: Sequence[SiteRow]) -> list[ErrorTable]:
-    """One table per stack of numbered layers in which an error is known."""
+    """One table per stack of numbered layers with a known error."""
     tables = []
     for stem in dict.fromkeys(row.stem for row in rows if row.layer is not None):
         known = [row for row in rows if row.stem == stem and row.layer is not None and row.site.error is not None]
@@ -115,7 +115,7 @@ def error_tables(rows: Sequence[SiteRow]) -> list[ErrorTable]:
 
 
 def settings(plan: Plan) -> list[tuple[str, str]]:
-    """What the recipe asks for, in words."""
+    """The recipe's settings, in words."""
     scheme, tokens = plan.recipe.quantize, plan.recipe.tokens
     rows = []
     if scheme is None:

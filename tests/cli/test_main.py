@@ -297,7 +297,7 @@ def test_the_whole_road_on_the_testbed(tmp_path: Path) -> None:
 
     seen = invoke("inspect", out)
     assert seen.exit_code == 0, seen.output
-    for word in ("LlavaForConditionalGeneration", "W4A4", "KV4", "cut behind layer"):
+    for word in ("LlavaForConditionalGeneration", "W4A4", "KV4", "cut after layer"):
         assert word in seen.output
     graph = invoke("inspect", out, "--graph", "prefill")
     assert graph.output.startswith("graph prefill") and "qpcompile::select_tokens" in graph.output

@@ -147,7 +147,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
     ),
     "key twice in the manifest": (
         lambda folder: replace(folder, MANIFEST, (folder / MANIFEST).read_text().replace("{", '{"format": 2,', 1)),
-        "stands in it twice",
+        "occurs twice",
     ),
     "deep manifest": (lambda folder: replace(folder, MANIFEST, "[" * 100_000), "nested too deep"),
     "number of 5,000 digits": (text("config.json", '{"x": ' + "1" * 5000 + "}"), "too many digits"),

@@ -3,9 +3,9 @@
 None of them draws random numbers by default, returns uninitialized memory, or has effects outside the graph, and torch
 checks their indices; unchecked cases are refused by safe_calls.py. Only `copy_` modifies its argument, which must be
 memory allocated by the graph.
+
 `python tests/emit/list_operators.py` compiles every family of the tests and reports missing operators. New ones are
-added by hand, after reviewing what they do. The project's own are those
-with a record (kernels/spec.py).
+added by hand, after reviewing what they do. The project's own are those with a record (kernels/spec.py).
 """
 
 from __future__ import annotations

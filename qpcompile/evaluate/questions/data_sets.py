@@ -1,4 +1,4 @@
-"""Questions from a folder, whichever of the known layouts it has; and a hash that says which questions they were."""
+"""Read questions from a folder in any supported layout, and hash them for identification."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""When an answer is right: exact text, or one of several choices.
+"""Scoring of answers: exact match, or multiple choice.
 
-A question with choices is answered by the choice to which the model gives the highest probability:
+A question with choices is answered by the choice with the highest probability under the model:
 
     argmax over choices c of sum over its tokens t of log p(t | prompt, c before t)
 
-c ends with the end token, unless all choices of a batch are one token long. Found inside `generate`: only tokens that
-continue a choice are allowed, and there are as many beams as choices, so no choice is lost on the way. Every model
-with `generate` can be scored so, pruned caches included.
+c ends with the end token, unless all choices of a batch are one token long. Computed by constrained beam search in
+`generate`: only tokens that continue a choice are allowed, and there are as many beams as choices, so no choice is
+pruned. This works for every model with `generate`, including pruned caches.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _LETTER = re.compile(r"^\(?([A-Z])(?:[.):]|\s|$)|answer is:?\s*\(?([A-Z])\b")
 
 
 def right_answers(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
-    """Which answers are right, in order."""
+    """Whether each answer is right, in order."""
     return [is_right(question, answer) for question, answer in zip(questions, answers, strict=True)]
 
 
 def is_right(question: Question, answer: str) -> bool:
-    """Whether an answer is the ground truth; text that names one of the choices stands for that choice."""
+    """Whether an answer equals the ground truth; text that names one of the choices counts as that choice."""
     given = answer.strip()
     if question.choices:
         given = named_choice(given, question.choices) or given
@@ -37,7 +37,7 @@ def is_right(question: Question, answer: str) -> bool:
 
 
 def named_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that a generated text names: the choice itself, in any case, or its letter; None: no single one."""
+    """The choice that a generated text names: the choice itself, in any case, or its letter; None if not unique."""
     plain = text.strip().rstrip(".").casefold()
     same = [choice for choice in choices if choice.strip().casefold() == plain]
     if len(same) == 1:

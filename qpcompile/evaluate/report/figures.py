@@ -1,6 +1,6 @@
-"""The figures of a sweep: retention against mean tokens, ablations as bars, and what layers look at.
+"""The figures of a sweep: retention against mean tokens, ablations as bars, and layer profiles.
 
-Figures of "QUOTA" (arXiv 2604.17320) that they repeat on other models: 2 and 3 (concentration and redundancy per
+Figures of "QUOTA" (arXiv 2604.17320) that they reproduce on other models: 2 and 3 (concentration and redundancy per
 layer), 4 (stage-wise against joint, an ablation here).
 """
 
@@ -22,7 +22,7 @@ from qpcompile.evaluate.run.bootstrap import Interval, difference, retention
 from qpcompile.evaluate.run.rows import Row
 from qpcompile.evaluate.sweep.plan import BASE
 
-# Eight colours that colour-blind readers tell apart (Okabe and Ito), then again with other markers.
+# Eight colour-blind-safe colours (Okabe and Ito), repeated with other markers.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d1f")
 MARKERS = ("o", "s", "^", "D", "v")
 STYLE: dict[Any, Any] = {
@@ -43,7 +43,7 @@ GREY = "#777777"
 
 
 def retention_figure(found: Sequence[Group], bed: str, quantizer: str) -> Figure | None:
-    """Retention against mean visual tokens, a line per pruner; None where nothing was pruned."""
+    """Retention against mean visual tokens, a line per pruner; None if nothing was pruned."""
     full = full_precision(found, bed)
     chosen = [group for group in factorial(found, bed, quantizer) if group.rows]
     pruned = [group for group in chosen if group.mean("mean_visual_tokens") < full.mean("visual_tokens")]
@@ -74,7 +74,7 @@ def retention_figure(found: Sequence[Group], bed: str, quantizer: str) -> Figure
 
 
 def ablation_figure(found: Sequence[Group], bed: str, name: str) -> Figure | None:
-    """Points of accuracy that each variant gains over the unchanged recipe; None where that was not computed."""
+    """Accuracy gain of each variant over the unchanged recipe, in points; None if the recipe was not computed."""
     chosen = [group for group in ablation(found, bed, name) if group.rows]
     base = next((group for group in chosen if group.key.variant == BASE), None)
     if base is None:
@@ -95,7 +95,7 @@ def ablation_figure(found: Sequence[Group], bed: str, name: str) -> Figure | Non
 
 @dataclass(frozen=True)
 class Profile:
-    """What calibration measured on each layer under one quantizer."""
+    """Calibration measurements of each layer under one quantizer."""
 
     name: str
     layers: list[int]
@@ -106,7 +106,7 @@ class Profile:
 
 
 def profiles(found: Sequence[Group], bed: str) -> list[Profile]:
-    """One profile per quantizer: of the first profiled row, one with candidate layers where there is one."""
+    """One profile per quantizer: of the first profiled row, preferring rows with candidate layers."""
     rows = [(group.key.quantizer, row) for group in found if group.key.bed == bed for row in group.rows]
     first: dict[str, Row] = {}
     for name, row in sorted(rows, key=lambda pair: not pair[1].plan.get("candidate_layers")):

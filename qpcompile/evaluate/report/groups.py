@@ -1,4 +1,4 @@
-"""Rows of one recipe over its seeds, and what tables and figures say of them."""
+"""Groups of rows of one recipe over its seeds, and their statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qpcompile.evaluate.sweep.sweep import Result
 
 @dataclass(frozen=True)
 class Key:
-    """Where a group belongs."""
+    """The position of a group in tables and figures."""
 
     bed: str
     quantizer: str
@@ -26,7 +26,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one place in the tables, one per seed; none where the recipe was refused."""
+    """The rows of one table entry, one per seed; none if the recipe was refused."""
 
     key: Key
     rows: tuple[Row, ...]
@@ -73,7 +73,7 @@ def full_precision(found: Sequence[Group], bed: str) -> Group:
 
 
 def factorial(found: Sequence[Group], bed: str, quantizer: str) -> list[Group]:
-    """Pruners at shares with one quantizer, without ablations."""
+    """All combinations of pruner and share with one quantizer, without ablations."""
     return [g for g in found if (g.key.bed, g.key.quantizer, g.key.ablation) == (bed, quantizer, None)]
 
 

@@ -1,7 +1,7 @@
-"""Which visual tokens stay, with full-precision numbers and with low bits: pictures, and how far the sets agree.
+"""Kept visual tokens in full precision and in low bits: pictures, and the agreement of the sets.
 
-Repeats Figure 5 of "QUOTA" (arXiv 2604.17320) with a number beside it: the shared part of two sets of kept tokens,
-intersection over union, where a random choice of the share r of all tokens has about r / (2 - r).
+Reproduces Figure 5 of "QUOTA" (arXiv 2604.17320), with the intersection over union of two sets of kept tokens; a random
+selection of a share r of all tokens has about r / (2 - r).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ PICTURES = 3
 
 
 def agreement(first: Row, second: Row) -> float | None:
-    """Mean intersection over union of what two rows keep behind their last cuts; None where either drops nothing."""
+    """Mean intersection over union of the tokens kept after the last cuts of two rows; None if either drops nothing."""
     pairs = [(_last(one), _last(two)) for one, two in zip(first.kept, second.kept, strict=False)]
     shares = [len(one & two) / len(one | two) for one, two in pairs if one and two]
     return float(np.mean(shares)) if shares else None
 
 
 def agreements(found: Sequence[Group], bed: str, quantizers: Sequence[str]) -> list[dict[str, str | float]]:
-    """One line per pruner and share: how far the first and the last quantizer keep the same tokens."""
+    """One line per pruner and share: agreement of kept tokens between the first and the last quantizer."""
     first, last = (_by_place(factorial(found, bed, name)) for name in (quantizers[0], quantizers[-1]))
     lines: list[dict[str, str | float]] = []
     for place in first:
@@ -48,7 +48,7 @@ def kept_figure(
     share: float,
     questions: Sequence[Question],
 ) -> Figure | None:
-    """A row of pictures per quantizer, what is dropped darkened; None where nothing is dropped or there is no grid."""
+    """A row of pictures per quantizer, dropped tokens darkened; None if nothing is dropped or there is no grid."""
     rows = {name: _by_place(factorial(found, bed, name)).get((pruner, share)) for name in quantizers}
     drawn = {name: row for name, row in rows.items() if row is not None and any(row.kept)}
     if not drawn:
@@ -65,7 +65,7 @@ def kept_figure(
 
 
 def token_grid(width: int, height: int, count: int) -> tuple[int, int] | None:
-    """(rows, columns) of `count` tokens in the picture's proportions; None where they fill no such grid."""
+    """(rows, columns) of `count` tokens in the picture's aspect ratio; None if they fill no such grid."""
     for columns in range(1, count + 1):
         rows = count // columns
         if rows * columns == count and abs(rows * width - columns * height) < 0.51 * max(width, height):
@@ -79,7 +79,7 @@ def _by_place(found: Iterable[Group]) -> dict[tuple[str, float], Row]:
 
 
 def _last(kept: dict[str, list[int]]) -> set[int]:
-    """Raster indices behind the last cut."""
+    """Raster indices after the last cut."""
     return set(kept[max(kept, key=int)]) if kept else set()
 
 

@@ -1,4 +1,4 @@
-"""What a sweep leaves to read: tables (Markdown, CSV) and figures (PNG, SVG), written again from the rows each time."""
+"""The report of a sweep: tables (Markdown, CSV) and figures (PNG, SVG), regenerated from the rows each time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qpcompile.files import replace_file
 
 
 def write_sweep(plan: SweepPlan, results: Sequence[Result], out: Path, command: str) -> None:
-    """Write tables.md, tables.csv and figures/ into `out`; `command` is what made them."""
+    """Write tables.md, tables.csv and figures/ into `out`; `command` is the command line to record."""
     found = groups(results)
     parts = [f"# Sweep\n\nMade by `{command}`.\n\n{tables.PREFACE}\n"]
     every: dict[str, list[tables.Line]] = {}
@@ -39,7 +39,7 @@ def write_sweep(plan: SweepPlan, results: Sequence[Result], out: Path, command: 
 
 
 def bed_figures(plan: SweepPlan, found: Sequence[Group], bed: Bed) -> dict[str, Figure]:
-    """File name -> figure, for one bed; what was not computed has none."""
+    """File name -> figure, for one bed; omitted where rows are missing."""
     figures = {f"retention-{name}": retention_figure(found, bed.name, name) for name in plan.quantizers}
     figures |= {f"ablation-{name}": ablation_figure(found, bed.name, name) for name in plan.ablations}
     figures["profile"] = profile_figure(bed.name, profiles(found, bed.name))

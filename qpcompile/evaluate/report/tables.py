@@ -1,4 +1,4 @@
-"""The tables of a sweep, as Markdown to read and as CSV to compute with; PREFACE says what the columns are."""
+"""The tables of a sweep, as Markdown and as CSV; PREFACE explains the columns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WORDS: Mapping[str, str] = {
 
 
 def lines(found: Sequence[Group], full: Group, against: Mapping[str, Group | None]) -> list[Line]:
-    """One line per group; `against`: what a group is compared with, by the group's own key text."""
+    """One line per group; `against`: the comparison group, by the group's key text."""
     return [_line(group, full, against.get(text(group))) for group in found]
 
 
@@ -71,7 +71,7 @@ def markdown(title: str, table: Sequence[Line]) -> str:
 
 
 def agreement_table(title: str, shared: Sequence[Mapping[str, str | float]]) -> str:
-    """How far two quantizers keep the same tokens."""
+    """The agreement of kept tokens between two quantizers."""
     rows = [f"| {line['pruner']} | {line['share']:g} | {line['agreement']:.3f} |" for line in shared]
     head = ["| pruner | share | intersection over union |", "| --- | --- | --- |"]
     return "\n".join([f"## {title}\n", *head, *rows, ""])
@@ -89,7 +89,7 @@ def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
 
 
 def _references(plan: SweepPlan, found: Sequence[Group]) -> dict[str, Group | None]:
-    """Each pruned group's opponent: the plan's reference at the same share."""
+    """The comparison group of each pruned group: the plan's reference at the same share."""
     opponents = {g.key.share: g for g in found if g.key.pruner == plan.reference and g.rows}
     return {text(group): opponents.get(group.key.share) for group in found}
 
@@ -115,7 +115,7 @@ def _interval(name: str, found: Interval) -> Line:
 
 
 def _cell(head: str, line: Line) -> str:
-    """One cell for people."""
+    """One formatted cell."""
     value = line.get(head)
     if value is None:
         return ""

@@ -1,4 +1,4 @@
-"""How many questions a model answers exactly right: generated text against the answer, greedy, in padded batches.
+"""Exact-match accuracy of a model: greedily generated text against the answer, in padded batches.
 
 accuracy = answers equal to the ground truth, white space at the ends aside / questions
 """
@@ -21,7 +21,7 @@ Generate = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers of `total` questions, and what was answered to each, in order."""
+    """The number of right answers to `total` questions, and all answers, in order."""
 
     correct: int
     total: int
@@ -46,11 +46,11 @@ def accuracy(
 
     Args:
         generate: `generate` of a transformers model or of a compiled one, or `on_numpy(runner)`.
-        processor: what turns pictures and questions into inputs of that model.
+        processor: the processor of that model.
         questions: pictures, questions and answers, as `read_questions` gives them.
         batch_size: questions asked at once.
         max_new_tokens: longest answer.
-        name: what the progress bar says.
+        name: title of the progress bar.
     """
     if not questions:
         raise CalibrationError("there is no question to ask", where="questions", do="give at least one line of data")
@@ -80,7 +80,7 @@ def answer(generate: Generate, processor: Any, questions: Sequence[Question], ma
 def on_numpy(runner: Any) -> Generate:
     """`generate` of an ONNX runner, which takes and returns arrays, for inputs that are tensors.
 
-    Inputs that the runner would drop are refused by it.
+    The runner refuses inputs that it does not support.
     """
 
     def generate(*, max_new_tokens: int, do_sample: bool = False, **inputs: torch.Tensor) -> Any:

@@ -1,9 +1,9 @@
-"""How sure a difference between two rows is: the paired bootstrap over questions.
+"""Confidence intervals of differences between rows: the paired bootstrap over questions.
 
-Both rows answered the same questions. Questions are drawn with replacement, both rows' marks with them, and the
-statistic is computed anew; the middle 95 % of many such draws is the interval. Where a row stands for several seeds,
-its mark of a question is the mean over the seeds: the interval speaks of the questions, and the spread of the seeds is
-told beside it.
+Both rows answered the same questions. Questions are resampled with replacement, together with both rows' marks, and the
+statistic is recomputed; the middle 95 % of many resamples is the interval. If a row represents several seeds, its mark
+of a question is the mean over the seeds: the interval covers the questions, and the spread over seeds is reported
+separately.
 
 Source: Efron and Tibshirani, "An Introduction to the Bootstrap", chapter 13 (percentile interval).
 """

@@ -1,4 +1,4 @@
-"""One row: a model under a recipe answers all questions, and what that takes is measured."""
+"""Evaluate one row: a model under a recipe answers all questions; accuracy and cost are measured."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.versions import package_versions
 
-# Questions asked one at a time to measure the cache, and those whose kept tokens are noted.
+# Number of questions asked one at a time to measure the cache, and of those whose kept tokens are recorded.
 CACHES_MEASURED, KEPT_NOTED = 8, 4
 
 
 @dataclass(frozen=True)
 class Exam:
-    """What is asked, and how."""
+    """The questions and how they are asked and scored."""
 
     data: str
     questions: Sequence[Question]
@@ -43,7 +43,7 @@ class Exam:
 
     @cached_property
     def digest(self) -> str:
-        """Which questions they are."""
+        """Hash of the questions."""
         return questions_digest(self.questions)
 
 
@@ -58,7 +58,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is examined. `plan` is None for a transformers model, which computes in full precision."""
+    """A model under evaluation. `plan` is None for a transformers model in full precision."""
 
     generate: Generate
     processor: Any
@@ -80,7 +80,7 @@ class Subject:
 
     @classmethod
     def compiled(cls, compiled: CompiledVLM, processor: Any) -> Subject:
-        """A compiled model; codes and scales count as stored, what is left in floating point as fp16."""
+        """A compiled model; codes and scales count as stored, floating-point tensors as fp16."""
 
         def cache_bytes(inputs: dict[str, Any], tokens: int) -> int:
             compiled.generate(**inputs, max_new_tokens=tokens, do_sample=False)
@@ -107,7 +107,7 @@ def identity(model: str, recipe: Recipe | None, exam: Exam, calibration: str | N
     """The id of a row; its seed is the recipe's.
 
     Args:
-        model: what `model_digest` says.
+        model: the result of `model_digest`.
         calibration: hash of the questions that samples are drawn from.
     """
     return row_id(
@@ -133,7 +133,7 @@ def evaluate(
     id: str,
     compile_seconds: float = 0.0,
 ) -> Row:
-    """Ask everything and measure. `prompts` holds the sizes of every question's prompt, in order."""
+    """Ask all questions and measure. `prompts` holds the sizes of every question's prompt, in order."""
     started = time.monotonic()
     answers = ask(subject.generate, subject.processor, exam, name)
     seconds = time.monotonic() - started
@@ -180,7 +180,7 @@ def evaluate(
 def prompt_sizes(
     exam: Exam, processor: Any, image_token: int, picture_flops: Callable[[dict[str, Any]], int]
 ) -> list[Prompt]:
-    """Sizes of every question's prompt. `picture_flops` is asked once per size of picture."""
+    """Sizes of every question's prompt. `picture_flops` is called once per picture size."""
     known: dict[str, int] = {}
     sizes = []
     with track("prompt sizes", len(exam.questions)) as step:
@@ -208,7 +208,7 @@ def source_digest() -> str:
 
 
 def ask(generate: Generate, processor: Any, exam: Exam, name: str) -> list[str]:
-    """One answer per question, in order, asked in batches; `name` is what the progress bar says."""
+    """One answer per question, in order, asked in batches; `name` is the title of the progress bar."""
     check_questions(processor, exam.questions)
     answers: list[str] = []
     with track(name, len(exam.questions)) as step:
@@ -223,7 +223,7 @@ def ask(generate: Generate, processor: Any, exam: Exam, name: str) -> list[str]:
 
 
 def _batches(exam: Exam) -> list[list[Question]]:
-    """Neighbours that are scored in the same way."""
+    """Batches of consecutive questions with the same kind of scoring."""
     batches: list[list[Question]] = []
     for question in exam.questions:
         if not batches or len(batches[-1]) == exam.batch_size or bool(batches[-1][0].choices) != bool(question.choices):
@@ -233,7 +233,7 @@ def _batches(exam: Exam) -> list[list[Question]]:
 
 
 def _kept(subject: Subject, inputs: dict[str, Any]) -> dict[str, list[int]]:
-    """Layer -> raster indices of the visual tokens that go on behind its cut."""
+    """Layer -> raster indices of the visual tokens kept by its cut."""
     visual = (inputs["input_ids"][0] == subject.config.image_token_id).nonzero()[:, 0].tolist()
     raster = {position: index for index, position in enumerate(visual)}
     return {
@@ -243,7 +243,7 @@ def _kept(subject: Subject, inputs: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _plan(plan: Plan | None) -> dict[str, Any]:
-    """What a plan decided and measured about tokens."""
+    """The token decisions and measurements of a plan."""
     if plan is None:
         return {}
     whole = plan.to_dict()
@@ -251,7 +251,7 @@ def _plan(plan: Plan | None) -> dict[str, Any]:
 
 
 def _bytes(tensor: torch.Tensor, as_half: bool) -> int:
-    """As stored, or two bytes a number for floating point."""
+    """Bytes as stored, or two bytes per element for floating point."""
     return 2 * tensor.numel() if as_half and tensor.is_floating_point() else tensor.nbytes
 
 

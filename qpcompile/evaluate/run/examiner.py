@@ -1,4 +1,4 @@
-"""Rows on demand: what is in the output folder already is read, what is not is compiled, asked and kept."""
+"""Rows on demand: cached rows are read from the output folder, others are computed and stored."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Examiner:
 
     Args:
         source: folder or hub name of a transformers model.
-        exam: what is asked.
+        exam: the questions.
         calibration: folder that samples are drawn from, or None for recipes that need none.
-        kept: where rows are kept; None keeps none.
+        kept: the folder of stored rows; None stores none.
     """
 
     def __init__(self, source: str, exam: Exam, calibration: Path | None, kept: RowFolder | None = None) -> None:
@@ -37,7 +37,7 @@ class Examiner:
         return identity(self._model, recipe, self.exam, self._digest)
 
     def known(self, recipe: Recipe | None) -> Row | None:
-        """The row if it was computed before."""
+        """The stored row, if there is one."""
         return None if self.kept is None else self.kept.get(self.id(recipe))
 
     def row(self, name: str, recipe: Recipe | None) -> Row:
@@ -90,7 +90,7 @@ def artifact_row(source: str, compiled: CompiledVLM, processor: object, exam: Ex
     if kept is not None and (found := kept.get(id)):
         return found
     token = compiled.config.image_token_id
-    # Counting binds the host to a machine of its own; afterwards it is the model's again.
+    # Counting binds the host to another machine; rebind it to the model's afterwards.
     prompts = prompt_sizes(exam, processor, token, lambda inputs: picture_flops(compiled.program, inputs))
     subject = Subject.compiled(CompiledVLM(compiled.program, processor), processor)
     row = evaluate(subject, exam, prompts, name=Path(source).name, model=source, id=id)

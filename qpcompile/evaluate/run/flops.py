@@ -27,7 +27,7 @@ from qpcompile.runtime.machine import Machine, execute_graph
 
 @dataclass(frozen=True)
 class Decoder:
-    """The widths that decide what a decoder layer costs."""
+    """The widths that determine the cost of a decoder layer."""
 
     hidden: int
     attention: int
@@ -56,8 +56,8 @@ class Decoder:
 def picture_flops(program: Program, inputs: dict[str, Any]) -> int:
     """Operations of the tower and the projector on the pictures of `inputs`, counted while they run.
 
-    Elementwise operators and softmax are left out. The program's host is bound to a machine of its own, so give a copy
-    of a program that answers questions.
+    Elementwise operators and softmax are left out. The program's host is bound to another machine, so pass a copy of a
+    program that is in use.
     """
     total = 0
 
@@ -88,7 +88,7 @@ def _linear_w4a16(x: Sequence[int], packed: Sequence[int], *_: Any, out_shape: A
     return 2 * math.prod(x) * packed[0]
 
 
-# What PyTorch's counter does not know: attention on the CPU, and our linears.
+# Operators missing in PyTorch's counter: attention on the CPU, and our linears.
 OURS = (
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention),
     (LINEAR_W4A4.overloadpacket, _linear),

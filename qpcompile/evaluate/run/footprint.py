@@ -1,4 +1,4 @@
-"""What a compiled model takes: bytes of the decoder's linear weights and of the cache of one answer."""
+"""Memory footprint of a compiled model: bytes of the decoder's linear weights and of the cache of one answer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Footprint:
 
 
 def cache_footprint(generate: Callable[..., Any], inputs: dict[str, torch.Tensor], max_new_tokens: int) -> Footprint:
-    """The cache a transformers model holds at the end of one answer."""
+    """The cache size of a transformers model at the end of one answer."""
     answer = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
     tensors = [tensor for layer in answer[CACHE_ARGUMENT].layers for tensor in (layer.keys, layer.values)]
     return Footprint(sum(tensor.nbytes for tensor in tensors), sum(2 * tensor.numel() for tensor in tensors))

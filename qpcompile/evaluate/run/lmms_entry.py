@@ -1,6 +1,6 @@
-"""How lmms-eval finds the model class: it loads this through the entry point `lmms_eval.models` of this package.
+"""Entry point `lmms_eval.models`, through which lmms-eval finds the model class.
 
-Kept apart from the class so that listing models does not load torch graphs.
+Separate from the class, so that listing models does not import it.
 """
 
 from __future__ import annotations

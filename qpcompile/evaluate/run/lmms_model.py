@@ -3,7 +3,7 @@
     lmms-eval eval --model qpcompile --model_args pretrained=out/ --tasks mmbench_en_dev
     lmms-eval eval --model qpcompile --model_args pretrained=MODEL,recipe=quota-30,calibration=photos/ --tasks mme
 
-Tasks that generate text are answered; tasks that ask for the likelihood of given text are refused.
+Generation tasks are supported; tasks that need the likelihood of given text are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qpcompile.pipeline import compile
 from qpcompile.progress import track
 
 MAX_NEW_TOKENS = 1024
-# What lmms-eval's tasks may set and transformers' generate takes under the same name.
+# Settings with the same name in lmms-eval's tasks and transformers' generate.
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "num_beams")
 
 
@@ -65,7 +65,7 @@ class LmmsModel(lmms):
         self.model, self.processor = _open(pretrained, recipe, calibration)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """One answer per request, in order; neighbours with equal settings and one picture each share a batch."""
+        """One answer per request, in order; consecutive ones with equal settings and one picture each share a batch."""
         answers: list[str] = []
         with track("lmms-eval", len(requests)) as step:
             for batch in self._batches(requests):
@@ -75,11 +75,11 @@ class LmmsModel(lmms):
         return answers
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not offered: a compiled model takes the whole prompt at once."""
+        """Not supported: a compiled model takes the whole prompt at once."""
         raise ModelError("a compiled model takes the whole prompt at once", do="choose a task of one round")
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: answers are generated."""
+        """Not supported: answers are generated."""
         raise ModelError("answers are generated, not scored", do="choose a task with output_type generate_until")
 
     def _batches(self, requests: Sequence[Instance]) -> list[list[Instance]]:

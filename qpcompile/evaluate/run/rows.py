@@ -1,10 +1,10 @@
-"""Results as rows: one file per row in a folder, each whole or not there, and one table over all of them.
+"""Result rows: one atomically written file per row in a folder, and one table over all of them.
 
-    DIR/rows/<id>.json      a row with everything, written aside and renamed
+    DIR/rows/<id>.json      a complete row, written to a temporary name and renamed
     DIR/rows.json, .csv     all rows; the CSV without answers and plans
 
-`id` is a hash of what the row depends on: model, recipe with its seed, questions, scoring and versions. A row that is
-there is not computed again, so a run that was killed goes on where it was.
+`id` is a hash of what the row depends on: model, recipe with its seed, questions, scoring and versions. An existing row
+is not recomputed, so an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Row(Section):
     """One model under one recipe on one set of questions. Means are over questions."""
 
     id: str = Field(description="Hash of all that the result depends on.")
-    name: str = Field(description="What the row is called in tables.")
+    name: str = Field(description="Name of the row in tables.")
     model: str = Field(description="Folder or hub name.")
     data: str = Field(description="Folder of the questions.")
     data_sha256: str = Field(description="Hash of the questions.")
@@ -40,26 +40,26 @@ class Row(Section):
     seed: int | None = Field(description="Seed of the calibration draw; null: nothing was drawn.")
     calibration_samples: int = Field(description="Samples used.")
     calibration_sha256: str | None = Field(description="Hash of the samples.")
-    scoring: Scoring = Field(description="How answers were found right.")
+    scoring: Scoring = Field(description="How answers were scored.")
     versions: dict[str, str] = Field(description="Packages.")
     source: str = Field(description="Hash of the package's own code, which `id` leaves out.")
     questions: int = Field(ge=1, description="Questions asked.")
     correct: int = Field(ge=0, description="Right answers.")
     accuracy: float = Field(ge=0, le=1, description="correct / questions.")
     right: str = Field(pattern="^[01]+$", description="One digit per question: 1 right.")
-    answers: tuple[str, ...] = Field(strict=False, description="What was answered.")
+    answers: tuple[str, ...] = Field(strict=False, description="The answers.")
     visual_tokens: float = Field(description="Visual tokens of a prompt.")
-    mean_visual_tokens: float = Field(description="Visual tokens that a decoder layer computes on, mean over layers.")
-    final_visual_tokens: float = Field(description="Visual tokens that the last layer computes on.")
+    mean_visual_tokens: float = Field(description="Visual tokens that a decoder layer processes, mean over layers.")
+    final_visual_tokens: float = Field(description="Visual tokens that the last layer processes.")
     flops: float = Field(description="Operations of a prompt: tower, projector, decoder layers.")
     flops_share: float = Field(description="The same over those with all visual tokens in every layer.")
     weight_bytes: int = Field(description="All weights; floating-point weights as fp16, scales as stored.")
     kv_bytes: float = Field(description="The cache of an answer at its end; 16-bit caches as fp16.")
-    compile_seconds: float = Field(description="Time to compile, shared measurements left out.")
+    compile_seconds: float = Field(description="Time to compile, without shared measurements.")
     answer_seconds: float = Field(description="Time to answer all questions.")
     plan: dict[str, Any] = Field(description="Cuts and measurements per layer; empty: full precision.")
     kept: tuple[dict[str, list[int]], ...] = Field(
-        strict=False, description="Of the first questions: layer -> raster indices of the visual tokens behind its cut."
+        strict=False, description="Of the first questions: layer -> raster indices of the visual tokens after its cut."
     )
 
     @property
@@ -84,17 +84,17 @@ class RowFolder:
             self.rows[row.id] = row
 
     def get(self, row: str) -> Row | None:
-        """A row that was computed before."""
+        """A stored row, if it exists."""
         return self.rows.get(row)
 
     def add(self, row: Row) -> None:
-        """Keep a new row, and write the table over all rows again."""
+        """Store a new row, and rewrite the table over all rows."""
         write_new_file(self.folder / "rows" / f"{row.id}.json", _json(row.model_dump(mode="json")))
         self.rows[row.id] = row
         self.write_tables()
 
     def write_tables(self) -> None:
-        """The table over all rows, once more: a run that stopped between a row and its table has left an older one."""
+        """Rewrite the table over all rows: a run interrupted between a row and its table has left an older one."""
         rows = [row.model_dump(mode="json") for row in self.rows.values()]
         replace_file(self.folder / "rows.json", _json(rows))
         replace_file(self.folder / "rows.csv", _csv(rows))
@@ -116,7 +116,7 @@ def _json(value: Any) -> bytes:
 
 
 def _csv(rows: list[dict[str, Any]]) -> bytes:
-    """Every field that is one value; of the recipe the settings that most rows differ in."""
+    """All scalar fields; of the recipe the settings in which rows usually differ."""
     text = io.StringIO()
     heads = [name for name in Row.model_fields if name not in ("recipe", "versions", "answers", "plan", "kept")]
     writer = csv.DictWriter(text, [*heads, "recipe", "versions"], lineterminator="\n")

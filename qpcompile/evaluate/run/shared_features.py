@@ -1,7 +1,7 @@
-"""Visual features that rows share: the vision tower runs once for all recipes that leave it the same.
+"""Cache of visual features: the vision tower runs once for all recipes with an identical tower.
 
-Recipes that differ in their tokens alone have equal towers, and the same questions show them the same pictures; the
-tower is the larger part of an answer on small models. Kept are the features of one tower, the latest.
+Recipes that differ only in their tokens have identical towers and see the same pictures; on small models the tower
+dominates the cost of an answer. Only the features of the latest tower are cached.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from qpcompile.ir.text import graph_text
 
 
 class SharedFeatures:
-    """See the module's docstring. Memory: what the vision graph gives for all pictures that were asked about."""
+    """See the module's docstring. Memory: the vision graph's outputs for all pictures seen."""
 
     def __init__(self) -> None:
         self._tower = ""
         self._kept: dict[str, dict[str, torch.Tensor]] = {}
 
     def serve(self, compiled: CompiledVLM) -> None:
-        """Let this model's vision graph answer from what was computed before, and remember what it computes."""
+        """Make this model's vision graph use and fill the cache."""
         graphs, execute = compiled.program.graphs, compiled.machine.execute
         if VISION not in graphs:
             return
@@ -44,7 +44,7 @@ class SharedFeatures:
 
 
 def graph_digest(graph: Graph) -> str:
-    """Hash of what a graph computes: its text and its tensors."""
+    """Hash of a graph: its text and its tensors."""
     tensors = dict(graph.module.state_dict())
     return hashlib.sha256((graph_text(graph) + tensors_digest(tensors)).encode()).hexdigest()
 

@@ -1,8 +1,8 @@
-"""One model with its calibration data, compiled by many recipes: what they share is done once.
+"""Compile one model by many recipes, with shared work done once.
 
-A compile here gives the plan and the bytes that `qpcompile.compile` gives. Shared are the captured graphs of a draw of
-samples; the program as it is after the passes that do not look at `tokens`, for recipes that differ in nothing else;
-and the sensitivity of layers, for recipes that differ only in what is decided from it.
+A compile here gives the same plan and bytes as `qpcompile.compile`. Shared are the captured graphs per selection of
+samples; the program after the passes that do not read `tokens`, for recipes that differ in nothing else; and the layer
+sensitivity, for recipes that differ only in the decisions based on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qpcompile.pruning.budget import DEVIATIONS
 from qpcompile.recipe.plan import LayerFacts
 from qpcompile.recipe.recipe import Recipe
 
-# The last pass that reads nothing under `tokens`.
+# The last pass that reads no key under `tokens`.
 SHARED_UP_TO = "train_transforms"
 # Keys under `tokens` that measure_sensitivity reads.
 SENSITIVITY_KEYS = ("eta", "sensitivity_of", "sensitivity_input")
@@ -52,7 +52,7 @@ class Workbench:
         self._sensitivity: dict[str, Sensitivity] = {}
 
     def captured(self, recipe: Recipe) -> tuple[Program, Samples | None]:
-        """A program of its own with this recipe, whose weights are the model's; and the samples the recipe draws."""
+        """A new program with this recipe, sharing the model's weights, and the samples the recipe selects."""
         samples = None
         asked = recipe.calibration
         if self.calibration is not None:
@@ -65,7 +65,7 @@ class Workbench:
         return _copy(self._captured[2], recipe), samples
 
     def compile(self, recipe: Recipe) -> CompiledVLM:
-        """What `qpcompile.compile` makes of the model and this recipe."""
+        """Compile the model by this recipe, like `qpcompile.compile`."""
         program, samples = self.captured(recipe)
         if samples is None and (needs := needs_samples(recipe)):
             raise CalibrationError(
@@ -78,7 +78,7 @@ class Workbench:
         return compile_captured(program, self.processor, samples, self._remember)
 
     def _recall(self, program: Program) -> Program:
-        """The program as far as earlier compiles have brought it."""
+        """The program with the shared state of earlier compiles restored."""
         recipe = program.recipe
         if self._shared is not None and self._shared[0] == _without_tokens(recipe):
             program = _copy(self._shared[1], recipe)
@@ -88,10 +88,10 @@ class Workbench:
         return program
 
     def _remember(self, step: Step, program: Program) -> None:
-        """After a pass: keep what later compiles can start from, before later passes change it."""
+        """After a pass: save the state that later compiles can start from, before later passes modify it."""
         assert self._captured is not None
         if step.name == SHARED_UP_TO:
-            # A host that has run is bound to this program: the copy gets one that has not.
+            # A host that has run is bound to this program: the copy gets an unbound one.
             apart = dataclasses.replace(program, host=self._captured[2].host)
             self._shared = _without_tokens(program.recipe), _copy(apart, program.recipe)
         if step.name == "measure_sensitivity" and DEVIATIONS in program.measured:
@@ -101,25 +101,25 @@ class Workbench:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What the pass measure_sensitivity found: layer -> deviations, and the facts of the plan."""
+    """The results of the pass measure_sensitivity: layer -> deviations, and the facts of the plan."""
 
     deviations: dict[int, list[float]]
     facts: tuple[LayerFacts, ...]
 
 
 def _without_tokens(recipe: Recipe) -> str:
-    """All of a recipe but its `tokens`, as text."""
+    """A recipe without its `tokens`, as text."""
     return json.dumps({key: value for key, value in recipe.to_dict().items() if key != "tokens"}, sort_keys=True)
 
 
 def _sensitivity_key(recipe: Recipe) -> str:
-    """All of a recipe that measure_sensitivity reads, as text."""
+    """The parts of a recipe that measure_sensitivity reads, as text."""
     tokens = recipe.to_dict()["tokens"]
     return _without_tokens(recipe) + json.dumps({key: tokens[key] for key in SENSITIVITY_KEYS}, sort_keys=True)
 
 
 def _copy(program: Program, recipe: Recipe) -> Program:
-    """A program with this recipe that can be changed without changing the original; tensors are shared.
+    """A copy of a program with this recipe; tensors are shared.
 
     Passes replace tensors of graphs, they never write into one.
     """

@@ -1,4 +1,4 @@
-"""What a sweep computes: every pruner with every quantizer at every share of tokens, and ablations, on every testbed.
+"""Sweep plans: every pruner with every quantizer at every share of tokens, and ablations, on every testbed.
 
     version: 1
     beds:
@@ -16,7 +16,7 @@
       score: {quantizer: w4a4kv4, pruner: quota, share: 0.3, variants: {no residual: [tokens.weights.residual=0]}}
 
 A row's recipe takes `quantize` from the quantizer and `tokens` from the pruner, then both lists of overrides, then
-`budget` with the share put in. A pruner whose method is none has one row per quantizer, with all tokens.
+`budget` with the share filled in. A pruner whose method is none has one row per quantizer, with all tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ALL_TOKENS = 1.0
 class Bed(Section):
     """A model with its questions and its calibration data."""
 
-    name: str = Field(min_length=1, description="What tables call it.")
+    name: str = Field(min_length=1, description="Name in tables.")
     model: str = Field(min_length=1, description="Folder or hub name.")
     data: str = Field(min_length=1, description="Folder of the questions.")
     calibration: str = Field(min_length=1, description="Folder that samples are drawn from.")
@@ -60,7 +60,7 @@ class Setting(Section):
 
 
 class Ablation(Section):
-    """One combination, and what becomes of it when single settings change."""
+    """One combination, and its variants with single settings changed."""
 
     quantizer: str = Field(description="Name under `quantizers`.")
     pruner: str = Field(description="Name under `pruners`.")
@@ -73,8 +73,8 @@ class SweepPlan(Section):
     """See the module's docstring."""
 
     version: Literal[1] = Field(default=1, description="Version of this format.")
-    beds: tuple[Bed, ...] = Field(strict=False, min_length=1, description="What is examined.")
-    questions: int | None = Field(default=None, ge=1, description="Ask the first so many; null: all.")
+    beds: tuple[Bed, ...] = Field(strict=False, min_length=1, description="Models and data to evaluate.")
+    questions: int | None = Field(default=None, ge=1, description="Ask only the first N; null: all.")
     max_new_tokens: int = Field(default=16, ge=1, description="Longest answer, in tokens.")
     seeds: Seeds = Field(default=(0,), description="Calibration draws.")
     shares: tuple[Share, ...] = Field(default=(), strict=False, description="Shares of visual tokens.")
@@ -86,8 +86,8 @@ class SweepPlan(Section):
     samples: int | None = Field(
         default=None, ge=1, le=MOST_SAMPLES, description="Calibration samples of a draw; null: the recipe's."
     )
-    quantizers: dict[str, Setting] = Field(min_length=1, description="Name -> how numbers are stored.")
-    pruners: dict[str, Setting] = Field(min_length=1, description="Name -> how tokens are chosen.")
+    quantizers: dict[str, Setting] = Field(min_length=1, description="Name -> quantization setting.")
+    pruners: dict[str, Setting] = Field(min_length=1, description="Name -> pruning setting.")
     reference: str | None = Field(default=None, description="The pruner others are compared with.")
     ablations: dict[str, Ablation] = Field(default={}, description="Name -> ablation.")
 
@@ -116,7 +116,7 @@ class SweepPlan(Section):
 
     @classmethod
     def load(cls, path: Path) -> SweepPlan:
-        """The plan in a YAML file; RecipeError that names every wrong key."""
+        """Load the plan in a YAML file; RecipeError naming every invalid key."""
         where, do = yaml_text.short(str(path)), "write the plan as the harness page of the documentation shows"
         refuse = partial(RecipeError, where=where, do=do)
         text = yaml_text.read(path, lambda what: refuse(f"the plan {what}"))
@@ -130,7 +130,7 @@ class SweepPlan(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One row to compute: where it belongs in the tables, and its recipe (None: full precision)."""
+    """One row to compute: its position in the tables, and its recipe (None: full precision)."""
 
     bed: Bed
     quantizer: str
@@ -143,7 +143,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """One line for people."""
+        """A human-readable name."""
         if self.recipe is None:
             return f"{self.bed.name}, full precision"
         what = f"{self.bed.name}, {self.quantizer}, {self.pruner} at {self.share:g}, seed {self.seed}"
@@ -185,7 +185,7 @@ def _ablations(plan: SweepPlan, bed: Bed, seed: int, quantizer: str) -> Iterator
 
 
 def _seeds(plan: SweepPlan, quantizer: str, pruner: str) -> tuple[int, ...]:
-    """A pruner's own seeds before a quantizer's, before the plan's."""
+    """The seeds of the pruner, else of the quantizer, else of the plan."""
     return plan.pruners[pruner].seeds or plan.quantizers[quantizer].seeds or plan.seeds
 
 

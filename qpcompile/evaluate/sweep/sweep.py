@@ -1,4 +1,4 @@
-"""Compute all rows of a sweep in one process, then its tables and figures. Killed, it goes on where it was."""
+"""Compute all rows of a sweep in one process; an interrupted sweep resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qpcompile.evaluate.sweep.plan import Bed, Cell, SweepPlan, cells
 
 @dataclass(frozen=True)
 class Result:
-    """A row and where it belongs; or why there is none."""
+    """A row and its position; or why there is none."""
 
     cell: Cell
     row: Row | None
@@ -25,14 +25,14 @@ class Result:
 
 
 def sweep(plan: SweepPlan, out: Path, say: Callable[[str], None]) -> list[Result]:
-    """All rows of a plan, in `out`; `say` is told of each row and of the time left.
+    """Compute all rows of a plan, in `out`; `say` is called with each row and the remaining time.
 
-    A recipe that this package refuses (a share that a method's layers cannot reach, say) is a result without a row.
+    A refused recipe (for example a share that a method's layers cannot reach) is a result without a row.
     """
     kept = RowFolder(out)
     examiners = {bed.name: _examiner(plan, bed, kept) for bed in plan.beds}
     asked = list(cells(plan))
-    # Equal recipes under different names, such as an ablation's base, are one row.
+    # Equal recipes under different names, such as an ablation's base, share a row.
     ids = {examiners[cell.bed.name].id(cell.recipe) for cell in asked}
     clock = _Clock(len(ids - set(kept.rows)))
     say(f"{len(asked)} places in tables, {len(ids)} rows, {clock.missing} of them to compute")
@@ -50,7 +50,7 @@ def _result(examiner: Examiner, cell: Cell) -> Result:
     try:
         return Result(cell, examiner.row(cell.name, cell.recipe))
     except OutputError:
-        raise  # a full disk says nothing about a recipe
+        raise  # a full disk is not a property of the recipe
     except QPCompileError as error:
         return Result(cell, None, error.what)
 
@@ -69,7 +69,7 @@ def _examiner(plan: SweepPlan, bed: Bed, kept: RowFolder) -> Examiner:
 
 @dataclass
 class _Clock:
-    """Rows done and the time that the others will take."""
+    """Completed rows and the estimated remaining time."""
 
     missing: int
     done: int = 0
@@ -79,7 +79,7 @@ class _Clock:
         self.started = time.monotonic()
 
     def tick(self) -> str:
-        """Count one row; how far it is."""
+        """Count one row; returns the progress as text."""
         self.done += 1
         each = (time.monotonic() - self.started) / self.done
         left = each * (self.missing - self.done)
