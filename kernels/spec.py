@@ -1,9 +1,9 @@
-"""The record of an operator: everything the compiler asks about it, in kernels/<op>/spec.py.
+"""Operator records: everything the compiler needs to know about an operator, in kernels/<op>/spec.py.
 
     SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.rope, taped=True, onnx=_onnx)
 
 Tables by operator are derived from these records (qpcompile/ir/operators.py), so that adding an operator is adding a
-folder. A record imports torch alone: ONNX and Triton are optional, and what needs them imports them when it is called.
+folder. A record imports torch only: ONNX and Triton are optional dependencies, and are imported lazily.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class OnnxForm:
     translation: Function
     """Takes the operator's arguments, values of an ONNX graph, and records the nodes that compute its results."""
     lower: Function | None = None
-    """For a translation that leaves placeholders: replaces them in a model (onnx_ir.Model), once weights are in it."""
+    """For a translation that emits placeholders: replaces them in a model (onnx_ir.Model), once weights have data."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,27 @@ class Spec:
     """The record of one operator of the namespace `qpcompile`."""
 
     overload: torch._ops.OpOverload
-    """What graphs call."""
+    """The call target in graphs."""
     rule: Rule
-    """What it may be given and what it gives."""
+    """The rule of its operands and results."""
     probe: Probe
     """One small call of the operator on a device, for `qpcompile doctor`.
 
-    Where the operator is exact, its result and the reference's, which must be equal: integer kernels differ from
-    processor to processor.
+    For an exact operator it returns the CPU kernel's and the reference's result, which must be equal: integer kernels
+    differ between processors.
     """
     cpu: Function | None = None
-    """What bound graphs call on the CPU; None: the operator itself, by way of torch's dispatcher."""
+    """The call target of bound graphs on the CPU; None: the operator itself, through torch's dispatcher."""
     taped: bool = False
-    """Whether `cpu` is calls of C alone, which the tape of a decode step records."""
+    """Whether `cpu` consists of C calls only, which the tape of a decode step can record."""
     differentiable: Function | None = None
-    """The same in plain torch for blocks that are trained; None: gradients do not pass through the operator."""
+    """A differentiable version in plain torch, for training; None: the operator is not differentiable."""
     onnx: Callable[[], OnnxForm] | None = None
-    """Imports and returns its ONNX form; None: exported graphs never hold the operator."""
+    """Imports and returns its ONNX form; None: exported graphs never contain the operator."""
 
     @property
     def name(self) -> str:
-        """The operator's name without its namespace, which is its folder's."""
+        """The operator's name without its namespace, equal to its folder's name."""
         return self.rule.name.removeprefix("qpcompile::")
 
 

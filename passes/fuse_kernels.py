@@ -62,7 +62,7 @@ class FuseKernels:
 
 
 def _fuse(graph: Graph, quantize: fx.Node) -> str | None:
-    """Fuse a quantizer with what computes its input. None where it was done, else the reason, "" where none is near."""
+    """Fuse a quantizer with its input's producer. Returns None on success, else the reason, "" for no near miss."""
     x, group_size, clip_ratio = quantize.args
     assert isinstance(x, fx.Node)
     source, scale, rotate = _split_transform(x)
@@ -80,7 +80,7 @@ def _fuse(graph: Graph, quantize: fx.Node) -> str | None:
 
 
 def _producer(source: fx.Node) -> tuple[OpOverload, Sequence[Any]] | str:
-    """(the fused operator that begins with this node, the operands it begins with), or the reason why there is none."""
+    """(fused operator that starts with this node, its leading operands), or the reason why there is none."""
     if is_call(source, RMSNORM):
         found = RMSNORM_QUANTIZE, source.args
     elif is_call(source, aten.layer_norm.default):
@@ -97,7 +97,7 @@ def _producer(source: fx.Node) -> tuple[OpOverload, Sequence[Any]] | str:
         if not is_call(gate, aten.silu.default) or len(gate.users) != 1:
             return "the silu has another reader"
         if not isinstance(up, fx.Node) or value(up).dtype != value(gate).dtype:
-            return f"{source.name} multiplies by what is no tensor of the same type"
+            return f"{source.name} multiplies by something other than a tensor of the same type"
         found = SILU_MUL_QUANTIZE, (gate.args[0], up)
     else:
         return ""
@@ -120,9 +120,9 @@ def _split_transform(x: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
 
 
 def _fuse_rope(graph: Graph, add: fx.Node) -> str | None:
-    """Fuse a sum if it rotates the halves of a head, with the casts around it where it does that in float32.
+    """Fuse an add that is a rotary embedding, including the casts around it if it computes in float32.
 
-    None where it was done, else the reason, "" where nothing is near.
+    Returns None on success, else the reason, "" for no near miss.
     """
     found = _rotated_halves(add)
     if isinstance(found, str):
@@ -142,7 +142,7 @@ def _fuse_rope(graph: Graph, add: fx.Node) -> str | None:
 
 
 def _rotated_halves(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | str:
-    """(x, cos, sin) where the node is x * cos + cat(-x2, x1) * sin, x = (x1, x2) along the last axis; else why not."""
+    """(x, cos, sin) if the node is x * cos + cat(-x2, x1) * sin, x = (x1, x2) along the last axis; else why not."""
     parts = [part for part in add.args if isinstance(part, fx.Node) and is_call(part, aten.mul.Tensor)]
     if len(parts) != 2 or add.kwargs:
         return ""

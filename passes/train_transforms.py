@@ -258,8 +258,7 @@ class _Training:
                 optimizer.step()
 
     def fold(self, program: Program) -> None:
-        """Write the learned transform into factors, weights, shifts, clips and statistics, in all graphs.
-        """
+        """Write the learned transform into factors, weights, shifts, clips and statistics, in all graphs."""
         with torch.no_grad():
             learned = {site: transform.factors() for site, transform in self.sites.items()}
             moved = dict[str, torch.Tensor]()

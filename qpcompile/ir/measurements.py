@@ -1,4 +1,4 @@
-"""What passes measure and hand on to later passes: a record of typed values that is not saved."""
+"""Typed measurements that passes hand to later passes; they are not saved."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measurement(Generic[T]):
-    """A key of `Measurements`: its name, and to type checkers the type of its value. Keys stand beside that type."""
+    """A key of `Measurements`: its name, and to type checkers, the type of its value. Keys are defined next to that
+    type.
+    """
 
     name: str
 
 
 class Measurements:
-    """Values by key, each of its key's type. A key that no pass has filled yet raises KeyError."""
+    """Values by key, each of its key's type. A key without a value raises KeyError."""
 
     def __init__(self) -> None:
         self._values: dict[Measurement[Any], Any] = {}
@@ -34,5 +36,5 @@ class Measurements:
         return key in self._values
 
     def get(self, key: Measurement[T]) -> T | None:
-        """The value, or None where there is none."""
+        """The value, or None if there is none."""
         return self._values.get(key)

@@ -1,4 +1,4 @@
-"""Places that a rewrite almost matched: which node, and what kept it apart."""
+"""Near misses of rewrite patterns: the node, and why it did not match."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qpcompile.ir.measurements import Measurement
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A node that a rewrite left alone although it looks like one that is rewritten, and the reason."""
+    """A node that almost matched a rewrite pattern, and the reason why it did not."""
 
     graph: str
     node: str

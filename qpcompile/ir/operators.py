@@ -12,7 +12,7 @@ from qpcompile.kernels.spec import Spec, read_specs
 SPECS: tuple[Spec, ...] = read_specs()
 """The record of each operator of the project, sorted by name."""
 
-# What passes name.
+# Operators referred to by passes.
 ours = torch.ops.qpcompile
 ATTENTION_KV4 = ours.attention_kv4.default
 ATTENTION_RECEIVED = ours.attention_received.default

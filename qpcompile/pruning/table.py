@@ -1,4 +1,4 @@
-"""All pruning methods by the name a recipe gives them: METHODS of each file in methods/."""
+"""All pruning methods by their names in recipes: METHODS of each file in methods/."""
 
 from __future__ import annotations
 

@@ -112,8 +112,11 @@ def test_withdrawal_takes_the_layer_from_the_mean() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["tokens.keep=0.3"], "needs exactly one of the layer and the mean"),
-        (["tokens.keep=0.3", "tokens.keep_of=mean", "tokens.candidate_layers=[2]"], "needs exactly one of the layer and the mean"),
+        (["tokens.keep=0.3"], "exactly one of the layer and the mean"),
+        (
+            ["tokens.keep=0.3", "tokens.keep_of=mean", "tokens.candidate_layers=[2]"],
+            "exactly one of the layer and the mean",
+        ),
         (["tokens.keep=0.02", "tokens.keep_of=mean"], "is 0 layers that see the picture"),
         (["tokens.keep=1.0", "tokens.keep_of=mean"], "is 32 layers that see the picture"),
         (["tokens.candidate_layers=[2, 3]"], "vtw cuts once"),
