@@ -57,7 +57,7 @@ def cut_decode(graph: Graph, cuts: Sequence[int], offset: int, reindex: bool = F
         kept, alive = inputs[stage.cut]
         _shorten(graph, points[stage.cut], place, past, kept, alive)
         if reindex:
-            _count_anew(graph, stage.cut, place, past, alive)
+            _renumber(graph, stage.cut, place, past, alive)
     propagate(graph, place)
     tidy(graph)
 
@@ -92,7 +92,7 @@ def _add_stage_inputs(graph: Graph, stage: _Stage) -> tuple[fx.Node, fx.Node]:
     return kept, alive
 
 
-def _count_anew(graph: Graph, cut: int, place: fx.Node, past: torch.SymInt, alive: fx.Node) -> None:
+def _renumber(graph: Graph, cut: int, place: fx.Node, past: torch.SymInt, alive: fx.Node) -> None:
     """Renumber: in the layers after the cut, the new token's position is the number of tokens cached there."""
     counts = call(graph, place, aten.sum.dim_IntList, alive, [1], True)
     new = call(graph, place, aten.sub.Tensor, counts, 1)
