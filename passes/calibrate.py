@@ -23,6 +23,9 @@ class Calibrate:
     samples: Iterable[dict[str, Any]] = field(repr=False)
     count: int
     name: ClassVar[str] = "calibrate"
+    purpose: ClassVar[str] = (
+        "Run the samples through the full-precision graphs and collect statistics at every activation stub."
+    )
     needs: ClassVar[str] = "canonical"
     gives: ClassVar[str] = "calibrated"
 

@@ -45,6 +45,10 @@ class Canonicalize:
     """See the module's docstring."""
 
     name: ClassVar[str] = "canonicalize"
+    purpose: ClassVar[str] = (
+        "Canonicalize traced graphs: remove assertions, empty caches and no-ops, eliminate common subexpressions, "
+        "fuse norms."
+    )
     needs: ClassVar[str] = "captured"
     gives: ClassVar[str] = "canonical"
 

@@ -35,6 +35,9 @@ class FoldTransforms:
     """See the module's docstring."""
 
     name: ClassVar[str] = "fold_transforms"
+    purpose: ClassVar[str] = (
+        "Transform the input basis of every linear to remove outliers: y = W x = (W D^-1 T^-1) (T D x - m) + W' m."
+    )
     needs: ClassVar[str] = "calibrated"
     gives: ClassVar[str] = "transformed"
 

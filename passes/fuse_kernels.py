@@ -43,6 +43,9 @@ class FuseKernels:
     """See the module's docstring."""
 
     name: ClassVar[str] = "fuse_kernels"
+    purpose: ClassVar[str] = (
+        "Fuse norm, gate, transform and quantizer chains, and rotary embeddings, into single operators."
+    )
     needs: ClassVar[str] = "quantized"
     gives: ClassVar[str] = "fused"
 

@@ -33,6 +33,9 @@ class InsertQuantStubs:
     """See the module's docstring. Raises RecipeError for an ignore pattern that matches no linear."""
 
     name: ClassVar[str] = "insert_quant_stubs"
+    purpose: ClassVar[str] = (
+        "Insert quantization stubs: at linear inputs and weights, and at keys and values before they enter the cache."
+    )
     needs: ClassVar[str] = "canonical"
     gives: ClassVar[str] = "stubbed"
 

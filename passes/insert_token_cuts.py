@@ -45,6 +45,9 @@ class InsertTokenCuts:
     """See the module's docstring. The cuts are those of `program.plan`, the scores those of `tokens.method`."""
 
     name: ClassVar[str] = "insert_token_cuts"
+    purpose: ClassVar[str] = (
+        "Drop visual tokens after the planned layers: score, select a static top-k, gather every live tensor."
+    )
     needs: ClassVar[str] = "planned"
     gives: ClassVar[str] = "cut"
 

@@ -42,6 +42,9 @@ class MeasureSensitivity:
     samples: Iterable[dict[str, Any]] = field(repr=False)
     count: int
     name: ClassVar[str] = "measure_sensitivity"
+    purpose: ClassVar[str] = (
+        "Profile each decoder layer: its sensitivity to quantization, and its attention to visual tokens."
+    )
     needs: ClassVar[str] = "calibrated"
     gives: ClassVar[str] = "transformed"
 

@@ -26,6 +26,10 @@ class MergeDuplicates:
     """See the module's docstring."""
 
     name: ClassVar[str] = "merge_duplicates"
+    purpose: ClassVar[str] = (
+        "Common-subexpression elimination: a call with the same operator and arguments as an earlier one is "
+        "replaced by it."
+    )
     needs: ClassVar[str] = "fused"
     gives: ClassVar[str] = "fused"
 

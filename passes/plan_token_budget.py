@@ -28,6 +28,9 @@ class PlanTokenBudget:
     """See the module's docstring. Fills the plan; the graphs are unchanged."""
 
     name: ClassVar[str] = "plan_token_budget"
+    purpose: ClassVar[str] = (
+        "Compute the token schedule: after which layers visual tokens are dropped, and how many are kept."
+    )
     needs: ClassVar[str] = "calibrated"
     gives: ClassVar[str] = "planned"
 

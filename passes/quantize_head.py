@@ -37,6 +37,9 @@ class QuantizeHead:
     """See the module's docstring. Rows are rounded to nearest; a matrix with any other reader is left unchanged."""
 
     name: ClassVar[str] = "quantize_head"
+    purpose: ClassVar[str] = (
+        "Quantize the language head's weight to 8 bits; a tied token embedding then reads the same 8-bit rows."
+    )
     needs: ClassVar[str] = "canonical"
     gives: ClassVar[str] = "canonical"
 

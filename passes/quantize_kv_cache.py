@@ -46,6 +46,10 @@ class QuantizeKvCache:
     """See the module's docstring."""
 
     name: ClassVar[str] = "quantize_kv_cache"
+    purpose: ClassVar[str] = (
+        "Store the KV cache in 4 or 8 bits, in prefill and decode: quantized after the rotary embedding, before "
+        "attention."
+    )
     needs: ClassVar[str] = "cut"
     gives: ClassVar[str] = "quantized"
 

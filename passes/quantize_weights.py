@@ -40,6 +40,9 @@ class QuantizeWeights:
     """See the module's docstring. Weights that prefill and decode share are solved once."""
 
     name: ClassVar[str] = "quantize_weights"
+    purpose: ClassVar[str] = (
+        "Quantize and pack every stubbed weight to 4 bits, and replace its linear by a 4-bit operator."
+    )
     needs: ClassVar[str] = "calibrated"
     gives: ClassVar[str] = "cut"
 

@@ -25,6 +25,7 @@ class Recalibrate:
     samples: Iterable[dict[str, Any]] = field(repr=False)
     count: int
     name: ClassVar[str] = "recalibrate"
+    purpose: ClassVar[str] = "Recollect the statistics after the token cuts, on the tokens that each layer still has."
     needs: ClassVar[str] = "cut"
     gives: ClassVar[str] = "cut"
 

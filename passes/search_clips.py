@@ -33,6 +33,9 @@ class SearchClips:
     """See the module's docstring."""
 
     name: ClassVar[str] = "search_clips"
+    purpose: ClassVar[str] = (
+        "Search a clip ratio for each quantized input: the one with the least output error of its linears."
+    )
     needs: ClassVar[str] = "calibrated"
     gives: ClassVar[str] = "transformed"
 

@@ -53,6 +53,10 @@ class SearchSchedule:
     samples: Iterable[dict[str, Any]] = field(repr=False)
     count: int
     name: ClassVar[str] = "search_schedule"
+    purpose: ClassVar[str] = (
+        "Search the token schedule on samples: the one whose quantized next-token distribution is closest to the "
+        "full model's."
+    )
     needs: ClassVar[str] = "calibrated"
     gives: ClassVar[str] = "transformed"
 

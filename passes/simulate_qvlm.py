@@ -32,6 +32,9 @@ class SimulateQvlm:
     """See the module's docstring."""
 
     name: ClassVar[str] = "simulate_qvlm"
+    purpose: ClassVar[str] = (
+        "Replace every stub by Q-VLM's quantizer in floating point: a simulation to reproduce published settings."
+    )
     needs: ClassVar[str] = "calibrated"
     gives: ClassVar[str] = "cut"
 

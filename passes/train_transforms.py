@@ -53,6 +53,9 @@ class TrainTransforms:
     samples: Iterable[dict[str, Any]] = field(repr=False)
     count: int
     name: ClassVar[str] = "train_transforms"
+    purpose: ClassVar[str] = (
+        "Train the basis change before each quantized linear, block by block, on the block's output error."
+    )
     needs: ClassVar[str] = "calibrated"
     gives: ClassVar[str] = "transformed"
 

@@ -51,6 +51,9 @@ class WidenSums:
     """See the module's docstring. The head is left out: nothing is quantized after it."""
 
     name: ClassVar[str] = "widen_sums"
+    purpose: ClassVar[str] = (
+        "Promote reductions before int4 quantizers to float64, so that all back ends produce identical codes."
+    )
     needs: ClassVar[str] = "fused"
     gives: ClassVar[str] = "fused"
 

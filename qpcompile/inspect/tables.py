@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -72,15 +71,8 @@ def pass_rows(steps: Sequence[Step] | None, history: Iterable[str]) -> list[Pass
 
 
 def pass_purposes() -> dict[str, str]:
-    """The first sentence of each pass's module docstring."""
-    texts = {item.name: sys.modules[type(item).__module__].__doc__ or "" for item in passes((), 0)}
-    return {name: _first_sentence(text) for name, text in texts.items()}
-
-
-def _first_sentence(text: str) -> str:
-    """The first sentence of a docstring; one that introduces a formula ends before it."""
-    paragraph = " ".join(text.strip().split("\n\n")[0].split())
-    return re.sub(r":$", ".", re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0])
+    """What each pass is for, by its name."""
+    return {item.name: item.purpose for item in passes((), 0)}
 
 
 def site_rows(sites: Iterable[Site]) -> list[SiteRow]:

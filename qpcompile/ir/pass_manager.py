@@ -19,11 +19,12 @@ from qpcompile.ir.verify import verify
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options.
 
-    `name` is that of its file; `needs` is the earliest stage it can run at, `gives` the stage it produces. `run` edits
-    the program in place and returns whether it changed anything.
+    `name` is that of its file; `purpose` one sentence for the report; `needs` is the earliest stage it can run at,
+    `gives` the stage it produces. `run` edits the program in place and returns whether it changed anything.
     """
 
     name: ClassVar[str]
+    purpose: ClassVar[str]
     needs: ClassVar[str]
     gives: ClassVar[str]
 

@@ -20,6 +20,7 @@ class Relu:
 
     broken: bool = False
     name: ClassVar[str] = "relu"
+    purpose: ClassVar[str] = "Insert a relu."
     needs: ClassVar[str] = "captured"
     gives: ClassVar[str] = "canonical"
 
@@ -40,6 +41,7 @@ class Late:
 
     ran: list[str] = field(default_factory=list)
     name: ClassVar[str] = "late"
+    purpose: ClassVar[str] = "Run late."
     needs: ClassVar[str] = "quantized"
     gives: ClassVar[str] = "fused"
 
