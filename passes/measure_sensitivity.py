@@ -64,9 +64,8 @@ class MeasureSensitivity:
 
         scheme = program.recipe.quantize if program.recipe.order != "prune_then_quantize" else None
         rounding = None if scheme is None else StubRounding(scheme)
-        machine = Machine(program, execute)
         done = _restore(program.checkpoint, table, self.count)
-        with track(self.name, self.count) as step:
+        with Machine(program, execute) as machine, track(self.name, self.count) as step:
             for number, sample in enumerate(self.samples):
                 if number >= done:
                     run_sample(machine, sample, number)
@@ -74,7 +73,6 @@ class MeasureSensitivity:
                         facts = {layer: vars(rows) for layer, rows in table.items()}
                         program.checkpoint.save(self.name, {}, {"samples": number + 1, "layers": facts})
                 step()
-        machine.execute = execute_graph  # the host keeps the machine: release this pass's state
         program.measured[DEVIATIONS] = {layer: rows.deviations for layer, rows in table.items()}
         program.plan = program.plan.changed(facts=tuple(rows.facts(layer) for layer, rows in table.items()))
         return False

@@ -75,7 +75,7 @@ class SearchSchedule:
         visual = _visual_tokens(program, itertools.islice(self.samples, COUNTED))
         trials = _Trials(program, schedules(tokens.keep, len(program.layers), visual))
         done = trials.restore(program.checkpoint, count)
-        with track(self.name, count) as step:
+        with trials.machine, track(self.name, count) as step:
             for number, sample in enumerate(itertools.islice(self.samples, count)):
                 if number >= done:
                     run_sample(trials.machine, sample, number)
@@ -85,7 +85,6 @@ class SearchSchedule:
                         facts = {"samples": number + 1, "costs": list(trials.costs.items())}
                         program.checkpoint.save(self.name, {}, facts)
                 step()
-        trials.machine.execute = execute_graph  # the host keeps the machine: release this pass's state
         program.measured[SCHEDULE] = trials.best()
         # Trial graphs are reference cycles: they would keep weights alive that later passes replace.
         del trials
@@ -171,9 +170,9 @@ def _visual_tokens(program: Program, samples: Iterable[dict[str, Any]]) -> int:
             counts.extend(machine.visual.sum(dim=1).tolist())
         return execute_graph(graph, feeds)
 
-    machine = Machine(program, count)
-    for number, sample in enumerate(samples):
-        run_sample(machine, sample, number)
+    with Machine(program, count) as machine:
+        for number, sample in enumerate(samples):
+            run_sample(machine, sample, number)
     return sorted(counts)[len(counts) // 2]
 
 

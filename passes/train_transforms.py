@@ -84,10 +84,9 @@ class TrainTransforms:
                 held.setdefault(graph.name, []).append(_Batch(dict(feeds), valid))
             return execute_graph(graph, feeds)
 
-        machine = Machine(program, execute)
-        for first, batch in batches(islice(self.samples, count), training.batch):
-            run_sample(machine, batch, first)
-        machine.execute = execute_graph  # the host keeps the machine: release this pass's state
+        with Machine(program, execute) as machine:
+            for first, batch in batches(islice(self.samples, count), training.batch):
+                run_sample(machine, batch, first)
         return held
 
 

@@ -114,9 +114,8 @@ class _Collector:
                 self.gradients.add(graph, head, feeds, flow.visual, flow.counts)
             raise _Reached
 
-        machine = Machine(self.program, execute)
         done = self._restore_gradients()
-        with track(f"{self.title} inputs", count) as step:
+        with Machine(self.program, execute) as machine, track(f"{self.title} inputs", count) as step:
             for number, sample in enumerate(samples):
                 latest = {"number": number, "keys": tuple(sample)}
                 with suppress(_Reached):
@@ -124,7 +123,6 @@ class _Collector:
                 if self.weigh and number >= done and (number + 1 == count or self.program.checkpoint.due()):
                     self._save_gradients(number + 1)
                 step()
-        machine.execute = execute_graph
         return held
 
     def walk(self, graph: Graph, flows: list[_Flow]) -> None:

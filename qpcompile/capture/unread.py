@@ -22,22 +22,23 @@ def drop_unread(program: Program, prompt: dict[str, Any]) -> tuple[str, ...]:
     """Remove outputs of the vision graph that do not reach the decoder on `prompt`; returns their paths."""
     graph = program.graphs[VISION]
     host = _Host(program, prompt)
-    expected = host.embeddings()
-    unread = tuple(path for path in graph.outputs if torch.equal(host.embeddings(poisoned=path), expected))
-    if not unread or len(unread) == len(graph.outputs):
-        return ()
-    before = graph.outputs, graph.returns
-    kept = [place for place, path in enumerate(graph.outputs) if path not in unread]
-    graph.outputs = tuple(graph.outputs[place] for place in kept)
-    graph.returns = _without(graph.returns, unread)
-    try:
-        same = torch.equal(host.embeddings(), expected)
-    except InputError:
-        # A host may read an output's metadata without its values, for example its size.
-        same = False
-    if not same:
-        graph.outputs, graph.returns = before
-        return ()
+    with host.machine:
+        expected = host.embeddings()
+        unread = tuple(path for path in graph.outputs if torch.equal(host.embeddings(poisoned=path), expected))
+        if not unread or len(unread) == len(graph.outputs):
+            return ()
+        before = graph.outputs, graph.returns
+        kept = [place for place, path in enumerate(graph.outputs) if path not in unread]
+        graph.outputs = tuple(graph.outputs[place] for place in kept)
+        graph.returns = _without(graph.returns, unread)
+        try:
+            same = torch.equal(host.embeddings(), expected)
+        except InputError:
+            # A host may read an output's metadata without its values, for example its size.
+            same = False
+        if not same:
+            graph.outputs, graph.returns = before
+            return ()
     (results,) = graph.output_node.args
     assert isinstance(results, tuple)
     graph.output_node.args = (tuple(results[place] for place in kept),)

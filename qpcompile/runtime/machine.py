@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers.utils.generic import ModelOutput
@@ -45,7 +45,7 @@ def visual_tokens(config: Any) -> torch.Tensor:
 
 
 class Machine:
-    """A program bound to its host: `host.generate(...)` runs the graphs.
+    """A program bound to its host: `host.generate(...)` runs the graphs, until a `with` of the machine ends.
 
     `execute` runs one graph; passes that measure replace it. `decode` runs a decode step on its own kind of cache and
     appends to it; without it decode is a graph like the others. `last` is the cache of the latest prefill. One answer
@@ -63,7 +63,17 @@ class Machine:
         self.seen_by_tower: dict[str, list[torch.Tensor]] = {}
         self.kinds: dict[str, Kinds] = {}
         self._turn = threading.RLock()
+        self._replaced: list[torch.nn.Module] = []
         self._bind()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the host its own code back; what `execute` holds is free then."""
+        for module in self._replaced:
+            vars(module).pop("forward", None)
+        self._replaced = []
 
     def __getstate__(self) -> dict[str, Any]:
         # The host's forward refers to its machine, so that copies of programs copy it too.
@@ -129,10 +139,12 @@ class Machine:
 
         self.host.forward = functools.partial(forward)
         functools.update_wrapper(self.host.forward, original.__get__(self.host))
+        self._replaced.append(self.host)
 
     def _replace(self, name: str, function: Callable[..., Any]) -> None:
         module = self.host.get_submodule(name) if name else self.host
         module.forward = function
+        self._replaced.append(module)
 
     def _see(self, input_ids: torch.Tensor | None, attention_mask: Any) -> None:
         """Store which tokens of the prompt are visual, and which are padding."""

@@ -56,8 +56,8 @@ class Decoder:
 def picture_flops(program: Program, inputs: dict[str, Any]) -> int:
     """Operations of the tower and the projector on the pictures of `inputs`, counted while they run.
 
-    Elementwise operators and softmax are left out. The program's host is bound to another machine, so pass a copy of a
-    program that is in use.
+    Elementwise operators and softmax are left out. The host is unbound afterwards, so pass a copy of a program
+    that is in use.
     """
     total = 0
 
@@ -70,7 +70,8 @@ def picture_flops(program: Program, inputs: dict[str, Any]) -> int:
         total += counter.get_total_flops()
         return results
 
-    Machine(program, execute).prefill(inputs)
+    with Machine(program, execute) as machine:
+        machine.prefill(inputs)
     return total
 
 
