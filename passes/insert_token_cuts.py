@@ -165,7 +165,7 @@ def _surplus(point: Point, prompt: _Prompt) -> fx.Node:
 
 def _share(point: Point, size: fx.Node) -> fx.Node:
     """ceil(size * numerator / denominator) on a symbolic size."""
-    scaled = point.call(operator.mul, size, point.cut.numerator)
+    scaled = point.times_numerator(operator.mul, size)
     raised = point.call(operator.add, scaled, point.cut.denominator - 1)
     return point.call(operator.floordiv, raised, point.cut.denominator)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,12 +25,12 @@ from torch import fx
 from qpcompile.calibration.collect import run_sample
 from qpcompile.errors import PlanError
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.edit import aten, clone
-from qpcompile.ir.node_facts import stub_fact
+from qpcompile.ir.edit import clone
+from qpcompile.ir.node_facts import numerator_fact, stub_fact
 from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
 from qpcompile.passes.insert_token_cuts import cut_prefill
 from qpcompile.progress import track
-from qpcompile.pruning.budget import DENOMINATOR, ratio_fraction
+from qpcompile.pruning.budget import ratio_fraction
 from qpcompile.pruning.methods.joint import Joint
 from qpcompile.pruning.schedules import SCHEDULE, Shares, cut_layers_of, schedules
 from qpcompile.pruning.table import PRUNERS
@@ -42,8 +41,6 @@ from qpcompile.runtime.machine import COUNT, VALID, VISUAL, Machine, execute_gra
 
 # Samples whose visual tokens are counted, to build schedules of whole tokens.
 COUNTED = 8
-# Placeholder numerators, replaced by those of each schedule: decreasing, as ratios are, and unique in a graph.
-STAND_INS = (999_983, 999_979, 999_961)
 
 
 @dataclass(frozen=True)
@@ -181,32 +178,25 @@ def _graphs(program: Program, candidates: list[Shares]) -> dict[Shares, Graph]:
     cut: dict[tuple[int, ...], Graph] = {}
     graphs = {}
     for shares in candidates:
-        layers, ratios = zip(*cut_layers_of(shares), strict=True)
+        cuts = tuple(
+            Cut(layer=layer, ratio=ratio, numerator=numerator, denominator=denominator)
+            for layer, ratio in cut_layers_of(shares)
+            for numerator, denominator in [ratio_fraction(ratio)]
+        )
+        layers = tuple(each.layer for each in cuts)
         if layers not in cut:
-            cut[layers] = _with_cuts(program, layers)
-        graphs[shares] = _with_ratios(cut[layers], ratios)
+            cut[layers] = clone(program.graphs[PREFILL])
+            cut_prefill(cut[layers], cuts, program.recipe, PRUNERS[program.recipe.tokens.method], shapes=False)
+        graphs[shares] = _with_ratios(cut[layers], cuts)
     return graphs
 
 
-def _with_cuts(program: Program, layers: tuple[int, ...]) -> Graph:
-    """The prefill graph with cuts after these layers, with placeholder numerators."""
-    graph, recipe = clone(program.graphs[PREFILL]), program.recipe
-    cuts = tuple(
-        Cut(layer=layer, ratio=stand_in / DENOMINATOR, numerator=stand_in, denominator=DENOMINATOR)
-        for layer, stand_in in zip(layers, STAND_INS, strict=False)
-    )
-    cut_prefill(graph, cuts, recipe, PRUNERS[recipe.tokens.method], shapes=False)
-    return graph
-
-
-def _with_ratios(template: Graph, ratios: tuple[float, ...]) -> Graph:
-    """The same cuts with these keep ratios; a numerator only occurs as a literal factor."""
+def _with_ratios(template: Graph, cuts: tuple[Cut, ...]) -> Graph:
+    """The same cuts with these keep ratios."""
     graph = clone(template)
-    actual = {stand_in: ratio_fraction(ratio)[0] for stand_in, ratio in zip(STAND_INS, ratios, strict=False)}
+    numerators = {cut.layer: cut.numerator for cut in cuts}
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in (operator.mul, aten.mul.Tensor):
-            factor = node.args[1]
-            if isinstance(factor, int) and factor in actual:
-                node.update_arg(1, actual[factor])
+        if (fact := numerator_fact(node)) is not None:
+            node.update_arg(1, numerators[fact.layer])
     graph.module.recompile()
     return graph

@@ -33,7 +33,14 @@ class QuantizedFact:
     kernel: str
 
 
-Fact = StubFact | QuantizedFact
+@dataclass(frozen=True)
+class NumeratorFact:
+    """A product whose second operand is the numerator of a cut's keep ratio; `layer` is that cut's."""
+
+    layer: int
+
+
+Fact = StubFact | QuantizedFact | NumeratorFact
 
 
 def set_fact(node: fx.Node, fact: Fact) -> None:
@@ -51,3 +58,9 @@ def quantized_fact(node: fx.Node) -> QuantizedFact | None:
     """The quantization fact of a node, if it has one."""
     fact = node.meta.get(_KEY)
     return fact if isinstance(fact, QuantizedFact) else None
+
+
+def numerator_fact(node: fx.Node) -> NumeratorFact | None:
+    """The numerator fact of a node, if it has one."""
+    fact = node.meta.get(_KEY)
+    return fact if isinstance(fact, NumeratorFact) else None

@@ -20,6 +20,7 @@ from torch import fx
 from qpcompile.errors import PlanError
 from qpcompile.ir.attention import Attention, read_attention
 from qpcompile.ir.edit import aten, call, calls, layer_of
+from qpcompile.ir.node_facts import NumeratorFact, set_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.rematerialize import readers_of, rematerialize
@@ -111,13 +112,19 @@ class Point:
             if user in later:
                 user.replace_input_with(old, hidden)
 
+    def times_numerator(self, multiply: Any, size: fx.Node) -> fx.Node:
+        """`size` times the numerator of the keep ratio, marked so that a search can try other ratios on the graph."""
+        scaled = self.call(multiply, size, self.cut.numerator)
+        set_fact(scaled, NumeratorFact(self.cut.layer))
+        return scaled
+
     def share(self, visual: fx.Node) -> fx.Node:
         """ceil(V * ratio), i64[B]: how many of a row's V tokens marked in `visual: bool[B, S]` are kept.
 
         With a surplus that many more, but at most the current ones.
         """
         own = self.call(aten.sum.dim_IntList, visual, [1])
-        scaled = self.call(aten.mul.Tensor, own, self.cut.numerator)
+        scaled = self.times_numerator(aten.mul.Tensor, own)
         raised = self.call(aten.add.Tensor, scaled, self.cut.denominator - 1)
         share = self.call(aten.div.Tensor_mode, raised, self.cut.denominator, rounding_mode="floor")
         if self.surplus is None:

@@ -68,8 +68,8 @@ def test_the_cheapest_schedule_is_found(apply: Apply) -> None:
     tried = schedules(0.5, 3, VISUAL)
     assert best in tried
     expected = next_token(ready(), sample)
-    # Each takes seconds to compile: every eighth one.
-    costs = [cost(shares, sample, expected) for shares in tried[::8] if shares != best]
+    # Each takes seconds to compile: every fourth one.
+    costs = [cost(shares, sample, expected) for shares in tried[::4] if shares != best]
     assert cost(best, sample, expected) <= min(costs) * (1 + 1e-3) < 0.9 * max(costs)
 
 
