@@ -133,15 +133,20 @@ def quiet_libraries() -> None:
     """
     log = logging.getLogger("qpcompile")
     if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+        log.addHandler(_Notes())
         log.setLevel(logging.INFO)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     tell_newer()
+
+
+class _Notes(logging.Handler):
+    """Log lines as notes: a handler of logging's own would keep a stderr that is closed by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(self.format(record))
 
 
 def note(text: str) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
+
+from qpcompile.cli.terminal import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 # The command line's own `main` around a command of a few lines: these tests need no model.
@@ -120,3 +125,16 @@ def test_signals_leave_nothing_half_written(number: signal.Signals, tmp_path: Pa
         _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "no file was left half-written" in said and "Trace" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ready", "script.py"]
+
+
+def test_log_lines_go_to_the_standard_error_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that calls commands one after another may exchange its streams in between."""
+    log = logging.getLogger("qpcompile")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", log.level)
+    for text in ("first", "second"):
+        with redirect_stderr(io.StringIO()) as stream:
+            quiet_libraries()
+            log.info("%s command", text)
+        assert stream.getvalue().splitlines()[-1] == f"{text} command"
+        stream.close()
