@@ -284,4 +284,4 @@ def test_runner_is_one_file_of_all_parts() -> None:
     imported |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
     outside = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
     assert outside == {"numpy", "onnxruntime"}
-    assert all(part.__name__.startswith("qpcompile.emit.onnx_") for part in PARTS)
+    assert all(part.__name__.startswith("qpcompile.emit.onnx.runner.") for part in PARTS)

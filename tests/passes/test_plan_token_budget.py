@@ -89,8 +89,8 @@ def test_a_cut_before_the_decoder_counts_in_every_layer(apply: Apply) -> None:
 @pytest.mark.parametrize(
     ("settings", "message", "where"),
     [
-        (["tokens.candidate_layers=[2, 5]"], "layer 5 cannot be cut behind", "tokens.candidate_layers"),
-        (["tokens.candidate_layers=[2, 9]"], "layer 9 cannot be cut behind", "tokens.candidate_layers"),
+        (["tokens.candidate_layers=[2, 5]"], "tokens cannot be cut after layer 5", "tokens.candidate_layers"),
+        (["tokens.candidate_layers=[2, 9]"], "tokens cannot be cut after layer 9", "tokens.candidate_layers"),
         (
             ["tokens.candidate_layers=[2]", "tokens.keep=0.3", "tokens.keep_of=mean"],
             r"computes at least 0.5\d* of the visual tokens, 0.3 was asked",
