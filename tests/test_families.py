@@ -19,8 +19,8 @@ NEW_TOKENS = 9
 # Different summation orders; the logits are of order 1. A wrong mask, position or window changes them by 0.01 and more.
 TOLERANCE = 2e-5
 ROOT = Path(__file__).resolve().parent.parent
-# By default: a plain family, 3-axis positions, windows, and a tower with resampling. The others with -m slow.
-KINDS = ("llava", "qwen2_5_vl", "gemma3", "idefics3")
+# By default: a plain family, 3-axis positions, and windows. The others with -m slow.
+KINDS = ("llava", "qwen2_5_vl", "gemma3")
 ALL = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in FAMILIES]
 
 

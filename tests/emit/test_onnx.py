@@ -157,7 +157,7 @@ def test_nodes_are_named_after_the_modules_they_come_from(quota: tuple[Program, 
     assert len({node.name for node in nodes}) == len(nodes)
 
 
-@pytest.mark.parametrize("preset", ["none", "w4a16", "quota-30"])
+@pytest.mark.parametrize("preset", ["none", pytest.param("w4a16", marks=pytest.mark.slow), "quota-30"])
 def test_pictures_of_any_size(qwen: tuple[Program, Cases], preset: str, tmp_path: Path) -> None:
     program, cases = qwen
     program = compiled(program, cases, preset, *([CUTS] if preset == "quota-30" else []))
@@ -296,6 +296,7 @@ def test_half_precision_is_written_as_float32(dtype: torch.dtype, tmp_path: Path
         assert runner.generate(**inputs, max_new_tokens=4).shape[1] == case["input_ids"].shape[1] + 4
 
 
+@pytest.mark.slow
 def test_unquantized_bfloat16_answers_as_the_module(tmp_path: Path) -> None:
     model, cases = llava()
     program = capture(model.bfloat16(), cases["one"], Recipe.load("none"))

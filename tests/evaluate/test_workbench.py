@@ -57,6 +57,7 @@ def test_keys_that_are_decided_later_exist() -> None:
     assert set(SENSITIVITY_KEYS) <= set(TokenScheme.model_fields)
 
 
+@pytest.mark.slow
 def test_samples_that_are_needed_are_asked_for() -> None:
     bench = Workbench(str(TESTBED / "llava"), None)
     with pytest.raises(CalibrationError, match="gptq"):

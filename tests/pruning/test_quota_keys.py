@@ -47,7 +47,7 @@ def normed_input(layer: int) -> Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("relative", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_residual_of_what_the_next_layer_rounds(relative: bool) -> None:
     _, cases, _ = captured()
     keys = ("tokens.candidate_layers=[0]", "tokens.method=quota", "tokens.keep=0.4", "tokens.residual_of=input")
@@ -79,6 +79,7 @@ def test_full_precision_scores_choose_as_without_a_quantizer() -> None:
     assert len(list(calls(graph, aten.linear.default))) == 2 * 7
 
 
+@pytest.mark.slow
 def test_a_uniform_schedule_drops_equally() -> None:
     program = compiled("quota-30", "tokens.schedule=uniform", *CUTS)
     assert [round(cut.ratio, 6) for cut in program.plan.cuts] == [0.7, 0.4]

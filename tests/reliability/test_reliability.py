@@ -31,6 +31,7 @@ def test_load(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| answers from 2 threads | 10 | 0 | 10 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_writers_on_every_name_and_disk() -> None:
     """Run as a separate command: children write to standard streams, which pytest replaces here."""
     script = Path(__file__).with_name("accidents.py")
