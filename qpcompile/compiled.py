@@ -101,8 +101,8 @@ class CompiledVLM:
         Args:
             device: a torch device.
             cuda_graphs: on a CUDA device, decode in steps with static shapes that are captured once and replayed
-            (runtime/cuda/static_decode.py), instead of operator by operator with growing caches. Off by default,
-            because capture has not been tested on a GPU yet.
+                (runtime/cuda/static_decode.py), instead of operator by operator with growing caches. Off by default,
+                because capture has not been tested on a GPU yet.
         """
         move(self.program, torch.device(device))
         self._bind(cuda_graphs)
@@ -159,7 +159,7 @@ class CompiledVLM:
             folder: a folder that does not exist yet.
             check: inputs of `generate` that both sides answer; `check.json` then records where the answers differ.
             fast: use onnxruntime's own operators, several times as fast but with different numerics: activations and
-            cache have 8 bits; see `manifest.json` and docs/numerics.md.
+                cache have 8 bits; see `manifest.json` and docs/numerics.md.
         """
         try:
             # Imported here because onnx is an optional dependency.

@@ -54,13 +54,13 @@ def compile(
 
     Args:
         model: a transformers model, or the folder or hub name of one. The model itself is not modified; if the caller
-        keeps it, its weights stay in memory in addition to the compiled ones.
+            keeps it, its weights stay in memory in addition to the compiled ones.
         recipe: the name of a preset, the path of a YAML file, or a Recipe.
-        processor: the transformers processor; loaded with the model if a folder or name is given. calibration: model
-        inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
+        processor: the transformers processor; loaded with the model if a folder or name is given.
+        calibration: model inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
         after: called after each pass with its Step and the program, for reports and dumps.
         resume: a checkpoint folder for the long passes; an interrupted compile resumes from it. Only one compile can
-        use it at a time.
+            use it at a time.
 
     Raises CalibrationError if the recipe needs calibration samples and there are none, ExportError for a processor
     whose chat template or tokenizer no artifact may contain, OutputError for a checkpoint folder that is in use,
@@ -106,9 +106,10 @@ def compile_captured(
     listed = passes(samples or (), len(samples) if samples else 0)
     steps = [*(program.measured.get(STEPS) or ())]
     for item in listed:
-        if item.name not in program.history:
-            steps += run_passes(program, [item], after)
-        if item.gives == "canonical":
+        if item.name in program.history:
+            continue
+        steps += run_passes(program, [item], after)
+        if program.stage == "canonical":
             # Traces, and graphs that were replaced, are cycles: they would hold weights that later passes replace.
             gc.collect()
     program.measured[STEPS] = steps

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -86,3 +88,28 @@ def test_every_pass_and_operator_is_named() -> None:
     numerics = (DOCS / "numerics.md").read_text(encoding="utf-8")
     operators = {path.name for path in (ROOT / "kernels").iterdir() if (path / "op.py").is_file()}
     assert {name for name in operators - {"quant_stub"} if f"`{name}`" not in numerics} == set()
+
+
+def misplaced(docstring: str) -> list[str]:
+    """Lines of an `Args:` block that neither begin an argument nor are indented below one."""
+    _, found, block = docstring.partition("Args:\n")
+    lines = block.split("\n\n")[0].splitlines() if found else []
+    indent = len(lines[0]) - len(lines[0].lstrip()) if lines else 0
+    inside = list(itertools.takewhile(lambda line: line[:indent].isspace(), lines))
+    inside = [line for line in inside if not line[indent:].startswith(" ")]
+    return [line.strip() for line in inside if not re.match(r"\s+[\w, *]+: ", line)]
+
+
+def test_arguments_are_described_one_by_one() -> None:
+    wrong = []
+    for folder in ("qpcompile", "passes", "kernels", "demo"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    wrong += [f"{path.name}, {node.name}: {line}" for line in misplaced(ast.get_docstring(node) or "")]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_misplaced_line_is_seen() -> None:
+    assert misplaced("Do.\n\nArgs:\n    a: one.\n        more\n    b: two.\nReturns:\n    three.") == []
+    assert misplaced("Do.\n\nArgs:\n    a: one.\n    more. b: two.") == ["more. b: two."]

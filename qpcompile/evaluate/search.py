@@ -68,8 +68,8 @@ def search(examiner: Examiner, recipe: Recipe, accuracy: float, say: Callable[[s
 
     Args:
         examiner: model, questions and calibration data.
-        recipe: the source of the method and all other settings; it quantizes to 4 bits and drops tokens. accuracy:
-        share of full precision's accuracy to keep, e.g. 0.97.
+        recipe: the source of the method and all other settings; it quantizes to 4 bits and drops tokens.
+        accuracy: share of full precision's accuracy to keep, e.g. 0.97.
         say: called with a line per trial.
     """
     if recipe.quantize is None or recipe.tokens.method == "none":
