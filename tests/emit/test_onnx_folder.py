@@ -119,6 +119,15 @@ def typed(model: onnx.ModelProto) -> None:
     model.graph.initializer[0].data_type = onnx.TensorProto.STRING
 
 
+def inside(*dims: int, raw: bytes = b"", typed: tuple[int, ...] = ()) -> Damage:
+    """A tensor of 64-bit integers that lies in the graph's own file."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.initializer.add(name="t", data_type=7, dims=dims, raw_data=raw, int64_data=typed)
+
+    return in_model(change)
+
+
 def function(model: onnx.ModelProto) -> None:
     model.functions.add(name="Abs", domain="own")
 
@@ -167,6 +176,10 @@ HOSTILE: dict[str, tuple[Damage, str]] = {
     "many axes": (sized(*[1] * 100), "sizes"),
     "product that wraps around": (sized(2**32, 2**32), "sizes"),
     "texts": (in_model(typed), "type"),
+    "more numbers than bytes": (inside(2**20, raw=bytes(8)), "of 8388608 bytes has 8"),
+    "more bytes than numbers": (inside(1, raw=bytes(16)), "of 8 bytes has 16"),
+    "no bytes": (inside(2), "of 16 bytes has 0"),
+    "numbers of their own": (inside(2, typed=(1, 2)), "not raw bytes"),
     "functions": (in_model(function), "functions"),
     "training": (in_model(training), "training"),
     "sparse": (in_model(sparse), "sparse"),

@@ -55,7 +55,8 @@ _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_REFUSED = (
     (6, 11),
     {22: "sparse tensors", 23: "sparse tensors"},
 )
-_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 13, 14
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 9, 13, 14
+_TENSOR_REFUSED = dict.fromkeys((3, 4, 5, 6, 7, 10, 11), "numbers that are not raw bytes")
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 # TensorProto.DataType -> bits: float, uint8, int8, ..., uint4 and int4. Text is not among them.
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
@@ -200,11 +201,14 @@ def _check_node(node: memoryview, weights: int, depth: int) -> None:
 def _check_tensor(tensor: memoryview, weights: int) -> None:
     """A tensor lies in the file itself, or wholly inside the weights file."""
     sizes, kinds, places, entries = list[int](), list[Any](), list[Any](), dict[str, str]()
-    for number, value in _fields(tensor):
+    inside = 0
+    for number, value in _fields(tensor, _TENSOR_REFUSED):
         if number == _TENSOR_DIMS:
             sizes += [value] if isinstance(value, int) else _packed(value)
         elif number == _TENSOR_TYPE:
             kinds.append(value)
+        elif number == _TENSOR_RAW:
+            inside += len(_message(value))
         elif number == _TENSOR_LOCATION:
             places.append(value)
         elif number == _TENSOR_EXTERNAL:
@@ -218,8 +222,11 @@ def _check_tensor(tensor: memoryview, weights: int) -> None:
     count = math.prod(sizes) if len(sizes) <= MOST_AXES else MOST_NUMBERS + 1
     if count > MOST_NUMBERS or any(size >= 2**63 for size in sizes):
         raise ValueError(f"a tensor has the sizes {sizes[:MOST_AXES]}")
+    needed = -(-count * _BITS[kinds[0]] // 8)
     if entries or any(places):
-        _check_place(entries, -(-count * _BITS[kinds[0]] // 8), weights)
+        _check_place(entries, needed, weights)
+    elif inside != needed:
+        raise ValueError(f"a tensor of {needed} bytes has {inside}")
 
 
 def _check_place(entries: Mapping[str, str], needed: int, weights: int) -> None:
