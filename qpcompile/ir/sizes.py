@@ -1,13 +1,11 @@
-"""Parser of printed types: `f32[B, S0, 48]`, `int S0-1`, `(i8[B, 48], f32[B, 1])`. Only arithmetic is evaluated.
+"""Sizes in types: numbers and expressions of symbols, `48`, `S0`, `2*(S0-1)`. Only arithmetic is evaluated.
 
-    type    =  ""  |  dtype "[" [size {", " size}] "]"  |  kind " " size  |  "(" type {", " type} ")"
-    kind    =  "int" | "float" | "bool"
-    size    =  a size expression as sympy prints it, without spaces: names, numbers, + - * / // % ** and comparisons,
+    size    =  an expression as sympy prints it, without spaces: names, numbers, + - * / // % ** and comparisons,
                parentheses, and functions by name (`Max(B,1)`)
 
-One parser reads a size in two ways. As an expression (`size_expression`), functions stay uninterpreted: `Max(B,1)`
-equals `Max(B,1)` and depends on `B`. As a number (`size_number`), names are replaced by given sizes and a few functions
-are evaluated.
+One parser reads a size in two ways. As an expression, functions stay uninterpreted: `Max(B,1)` equals `Max(B,1)` and
+depends on `B`. As a number, names are replaced by given sizes and a few functions are evaluated. A size may come from
+anyone's file: everything that could take unbounded time or memory is refused.
 """
 
 from __future__ import annotations
@@ -22,20 +20,12 @@ from fractions import Fraction
 from typing import Any
 
 import sympy
-import torch
 
-from qpcompile.ir.text import DTYPES
-
-# Length limits of a type, and of one size in it.
-MOST_CHARACTERS, MOST_OF_SIZE = 2000, 300
+# Length limit of a size.
+MOST_CHARACTERS = 300
 _MOST_DIGITS = 20
 _MOST_POWER = 8
 _MOST_DEPTH = 40
-_NUMBERS = ("int", "float", "bool")
-_TENSORS = {
-    *DTYPES.values(),
-    *(str(kind).removeprefix("torch.") for kind in vars(torch).values() if isinstance(kind, torch.dtype)),
-}
 _TOKEN = re.compile(
     rf"(?P<number>\d{{1,{_MOST_DIGITS}}}(?:\.\d{{1,{_MOST_DIGITS}}})?(?:e[+-]?\d{{1,3}})?)(?![\w.])"
     r"|(?P<name>[A-Za-z_]\w{0,63})|(?P<sign>\*\*|//|<=|>=|==|!=|[-+*/%()<>&|~,])",
@@ -57,112 +47,56 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
 
 
 @dataclass(frozen=True)
-class ValueType:
-    """A parsed type.
+class Size:
+    """One size of a tensor, or a number that is computed from sizes.
 
-    kind: the dtype of a tensor, `int`, `float` or `bool` of a number, `tuple`, or "" if unknown.
-    is_tensor: distinguishes a tensor of bools from a bool. sizes: of a tensor, as text. number: of a number, as text.
+    form: the printed expression. Sizes of one graph are equal if their forms are.
     """
 
-    kind: str = ""
-    is_tensor: bool = False
-    sizes: tuple[str, ...] = ()
-    number: str = ""
-    parts: tuple[ValueType, ...] = ()
+    form: str
+
+    def __str__(self) -> str:
+        return self.form
 
     @property
-    def dtype(self) -> str:
-        """The dtype of a tensor; "" of anything else."""
-        return self.kind if self.is_tensor else ""
+    def fixed(self) -> int | None:
+        """The number, None if it depends on a symbol or is not a whole number."""
+        return int(self.form) if self.form.isdecimal() else None
 
     @property
-    def tensors(self) -> tuple[ValueType, ...]:
-        """The tensors of a tuple, or the tensor itself, in order."""
-        return (self,) if self.is_tensor else tuple(tensor for part in self.parts for tensor in part.tensors)
+    def expression(self) -> sympy.Expr:
+        """As a sympy expression; symbols have no assumptions. Raises ValueError if `form` is not a size."""
+        return _expression(self.form)
+
+    def value(self, sizes: Mapping[str, int]) -> int | None:
+        """The number at the given sizes of symbols; None if it contains one that `sizes` lacks.
+
+        Raises ValueError if `form` is not a size, or its value is not a whole number.
+        """
+
+        def call(name: str, inner: list[Fraction]) -> Fraction:
+            if name not in _COMPUTED:
+                raise ValueError(f"{name} of sizes is not computed")
+            return Fraction(_COMPUTED[name](*inner))
+
+        try:
+            found = _Sizes(self.form, Fraction, lambda name: Fraction(sizes[name]), call).whole()
+        except KeyError:
+            return None
+        except (ArithmeticError, TypeError) as error:
+            raise ValueError(f"{self.form[:80]!r} is not a size: {error}") from error
+        if found.denominator != 1:
+            raise ValueError(f"{self.form[:80]!r} is {found}, which is not a whole number")
+        return int(found)
 
 
 @functools.lru_cache(maxsize=4096)
-def value_type(text: str) -> ValueType:
-    """Parse a printed type. Raises ValueError for any other text."""
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"a type of {len(text)} characters; at most {MOST_CHARACTERS} are read")
-    found, rest = _type(text, 0)
-    if rest:
-        raise ValueError(f"{text!r} is no type of a value")
-    return found
-
-
-@functools.lru_cache(maxsize=4096)
-def size_expression(text: str) -> sympy.Expr:
-    """Parse a printed size to a sympy expression; symbols have no assumptions. Raises ValueError for any other text."""
-    return _Sizes(text, _number, sympy.Symbol, lambda name, inner: sympy.Function(name)(*inner)).whole()
-
-
-def size_number(text: str, sizes: Mapping[str, int]) -> int | None:
-    """Evaluate a printed size, None if it contains a name that `sizes` lacks.
-
-    Raises ValueError for text that is not a size, and for a size that is not an integer.
-    """
-
-    def call(name: str, inner: list[Fraction]) -> Fraction:
-        if name not in _COMPUTED:
-            raise ValueError(f"{name} of sizes is not computed")
-        return Fraction(_COMPUTED[name](*inner))
-
-    try:
-        found = _Sizes(text, Fraction, lambda name: Fraction(sizes[name]), call).whole()
-    except KeyError:
-        return None
-    except (ArithmeticError, TypeError) as error:
-        raise ValueError(f"{text[:80]!r} is no size: {error}") from error
-    if found.denominator != 1:
-        raise ValueError(f"{text[:80]!r} is {found}, which is no whole number")
-    return int(found)
+def _expression(form: str) -> sympy.Expr:
+    return _Sizes(form, _number, sympy.Symbol, lambda name, inner: sympy.Function(name)(*inner)).whole()
 
 
 def _number(word: str) -> sympy.Expr:
     return sympy.Integer(int(word)) if word.isdecimal() else sympy.Float(word)
-
-
-def _type(text: str, depth: int) -> tuple[ValueType, str]:
-    """Parse the type at the start of a text; returns it and the remaining text."""
-    if depth > _MOST_DEPTH:
-        raise ValueError("a type is nested too deep")
-    if text.startswith("("):
-        return _tuple(text, depth)
-    word = re.match(r"\w*", text, re.ASCII)
-    kind = word[0] if word else ""
-    rest = text[len(kind) :]
-    if rest.startswith("[") and kind in _TENSORS:
-        inside, closed, after = rest[1:].partition("]")
-        sizes = tuple(inside.split(", ")) if inside else ()
-        for size in sizes:
-            size_expression(size)
-        if closed:
-            return ValueType(kind, True, sizes), after
-    elif rest.startswith(" ") and kind in _NUMBERS:
-        number = rest[1:] if depth == 0 else re.split(r", |\)$", rest[1:])[0]
-        size_expression(number)
-        return ValueType(kind, number=number), rest[1 + len(number) :]
-    elif not kind:
-        return ValueType(), text
-    raise ValueError(f"{text[:80]!r} is no type of a value")
-
-
-def _tuple(text: str, depth: int) -> tuple[ValueType, str]:
-    parts: list[ValueType] = []
-    rest = text[1:]
-    while not rest.startswith(")"):
-        if parts:
-            if not rest.startswith(", "):
-                raise ValueError(f"{text[:80]!r} is no type of a value")
-            rest = rest[2:]
-        part, after = _type(rest, depth + 1)
-        if len(after) == len(rest) and not after.startswith((")", ", ")):
-            raise ValueError(f"{text[:80]!r} is no type of a value")
-        parts.append(part)
-        rest = after
-    return ValueType("tuple", parts=tuple(parts)), rest[1:]
 
 
 class _Sizes:
@@ -174,8 +108,8 @@ class _Sizes:
     def __init__(
         self, text: str, number: Callable[[str], Any], name: Callable[[str], Any], call: Callable[[str, list[Any]], Any]
     ) -> None:
-        if len(text) > MOST_OF_SIZE:
-            raise ValueError(f"a size of {len(text)} characters; at most {MOST_OF_SIZE} are read")
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"a size of {len(text)} characters; at most {MOST_CHARACTERS} are read")
         self.text = text
         self.number, self.name, self.call = number, name, call
         self.place = 0
@@ -282,4 +216,4 @@ class _Sizes:
         return found
 
     def _refusal(self) -> ValueError:
-        return ValueError(f"{self.text[:80]!r} is no size")
+        return ValueError(f"{self.text[:80]!r} is not a size")

@@ -13,7 +13,6 @@ Sizes are those of the sample the graph was traced with: `Graph.constants` keeps
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,14 +25,14 @@ from qpcompile.errors import ArtifactError, KernelError
 from qpcompile.ir.edit import get_tensor
 from qpcompile.ir.operators import RULES
 from qpcompile.ir.program import DECODE, PREFILL, Graph
-from qpcompile.ir.sizes import ValueType, size_number, value_type
+from qpcompile.ir.sizes import Size
 from qpcompile.ir.structure import CACHE
-from qpcompile.ir.text import DTYPES, module_path, symbol_examples, target_text, value_labels, value_types
+from qpcompile.ir.text import module_path, target_text, value_labels
+from qpcompile.ir.types import UNKNOWN, ValueType, symbol_examples, type_of, value_types
 
 SIZE = "size."
 _AGAIN = "save the model again; do not use this folder"
 _CPU = torch.device("cpu")
-_NOTHING = "nothing"
 # Elements of one result at the example sizes: in all, from small operands, and as a multiple of the largest operand.
 # Beyond them a graph asks for memory or time that has nothing to do with its weights or its inputs.
 MOST_ELEMENTS, MOST_MADE, MOST_GROWTH = 2**33, 2**26, 1024
@@ -62,25 +61,24 @@ def check_graphs(graphs: Mapping[str, Graph]) -> None:
     prefill, decode = graphs[PREFILL], graphs[DECODE]
     left, kept = _types(prefill, prefill.outputs), _types(decode, decode.outputs)
     for path, taken in _types(decode, decode.inputs).items():
-        for name, other in (("prefill", left.get(path, _NOTHING)), ("decode", kept.get(path, _NOTHING))):
+        for name, other in (("prefill", left.get(path, UNKNOWN)), ("decode", kept.get(path, UNKNOWN))):
             if _fixed(other) != _fixed(taken):
                 raise ArtifactError(
-                    f"{path} enters decode as {taken[:80]}, {name} leaves {other[:80]}",
+                    f"{path} enters decode as {_shown(taken)}, {name} leaves {_shown(other)}",
                     where="graph/decode.json",
                     do=_AGAIN,
                 )
 
 
-def _types(graph: Graph, paths: Sequence[str]) -> dict[str, str]:
+def _types(graph: Graph, paths: Sequence[str]) -> dict[str, ValueType]:
     """Recorded types of the cache among inputs or outputs, by path."""
     types, of = value_types(graph), graph.placeholder if paths is graph.inputs else graph.result
     return {path: types[of(path)] for path in paths if path.startswith(f"{CACHE}.")}
 
 
-def _fixed(text: str) -> tuple[str, list[str]]:
-    """The element type of a tensor, and its sizes with symbolic ones left empty."""
-    kind = value_type("" if text == _NOTHING else text)
-    return kind.dtype, [size if size.isdecimal() else "" for size in kind.sizes]
+def _fixed(kind: ValueType) -> tuple[torch.dtype | None, list[int | None]]:
+    """The dtype of a tensor, and its sizes with None for symbolic ones."""
+    return kind.dtype, [size.fixed for size in kind.sizes]
 
 
 class _Deriver:
@@ -136,22 +134,15 @@ class _Deriver:
         return result
 
     def _input(self, node: fx.Node) -> Tensor:
-        kind = self._recorded(node)
-        dtype = next((dtype for dtype, name in DTYPES.items() if name == kind.dtype), None)
-        if dtype is None:
-            raise self._refused(node, f"an input cannot be {self.types[node][:80]!r}")
-        names = re.findall(r"[A-Za-z_]\w*", " ".join(kind.sizes))
+        kind = self.types[node]
+        if kind.dtype is None:
+            raise self._refused(node, f"an input cannot be of {_shown(kind)}")
+        names = {str(symbol) for size in kind.sizes for symbol in size.expression.free_symbols}
         self.sizes |= {name: self.examples[name] for name in names if name in self.examples}
-        shape = [self._size(text) for text in kind.sizes]
+        shape = [self._size(size) for size in kind.sizes]
         if any(size is None or size < 0 for size in shape):
-            raise self._refused(node, f"the graph has no example of the sizes in {self.types[node][:80]!r}")
-        return torch.empty(shape, dtype=dtype)  # type: ignore[arg-type]
-
-    def _recorded(self, node: fx.Node) -> ValueType:
-        try:
-            return value_type(self.types[node])
-        except ValueError as error:
-            raise self._refused(node, str(error)) from error
+            raise self._refused(node, f"the graph has no example of the sizes in {_shown(kind)}")
+        return torch.empty(shape, dtype=kind.dtype)  # type: ignore[arg-type]
 
     def _one(self, value: Any) -> Any:
         """The canonical object for a tensor of this type; elementwise for a tuple."""
@@ -161,32 +152,34 @@ class _Deriver:
 
     def _compare(self, node: fx.Node) -> None:
         """Refuse a recorded type that differs from the inferred one."""
-        if not self._fits(self.values[node], self._recorded(node)):
-            raise self._refused(node, f"it is recorded as {self.types[node][:80]} and is {_shown(self.values[node])}")
+        value, kind = self.values[node], self.types[node]
+        if not self._fits(value, kind):
+            raise self._refused(node, f"it is recorded as {_shown(kind)} and is {_shown(type_of(value))}")
 
     def _fits(self, value: Any, kind: ValueType) -> bool:
-        if not kind.kind:
+        if not kind.is_known:
             return True
         if isinstance(value, (list, tuple)):
-            return len(kind.parts) == len(value) and all(map(self._fits, value, kind.parts))
+            parts = kind.parts
+            return parts is not None and len(parts) == len(value) and all(map(self._fits, value, parts))
         if isinstance(value, Tensor):
-            same = kind.dtype == DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
-            return same and len(kind.sizes) == value.dim() and all(map(self._is_size, kind.sizes, value.shape))
+            alike = kind.dtype == value.dtype and len(kind.sizes) == value.dim()
+            return alike and all(map(self._is_size, kind.sizes, value.shape))
         if isinstance(value, int) and not isinstance(value, bool):
-            return kind.kind == "int" and not kind.is_tensor and self._is_size(kind.number, value)
+            return kind.scalar is int and kind.number is not None and self._is_size(kind.number, value)
         return True
 
-    def _is_size(self, text: str, size: int) -> bool:
-        """Whether a size matches its printed form. A new symbol is bound to the size."""
-        if text.isidentifier() and text not in self.sizes:
-            self.sizes[text] = size
-        wanted = self._size(text)
-        return wanted is None or wanted == size
+    def _is_size(self, size: Size, given: int) -> bool:
+        """Whether a recorded size is the given one. A new symbol is bound to it."""
+        if size.form.isidentifier() and size.form not in self.sizes:
+            self.sizes[size.form] = given
+        wanted = self._size(size)
+        return wanted is None or wanted == given
 
-    def _size(self, text: str) -> int | None:
-        """The value of a printed size, None if a symbol in it is not bound yet, -1 for invalid text."""
+    def _size(self, size: Size) -> int | None:
+        """The value of a size, None if a symbol in it is not bound yet, -1 if it is not a whole number."""
         try:
-            return size_number(text, self.sizes)
+            return size.value(self.sizes)
         except ValueError:
             return -1
 
@@ -202,7 +195,8 @@ def _too_much(result: Any, operands: Any) -> str:
     most = min(MOST_ELEMENTS, max(MOST_MADE, MOST_GROWTH * max(counts, default=0)))
     for each in tree_leaves(result):
         if isinstance(each, Tensor) and each.numel() > max(most, *counts, 0):
-            return f"its result {_shown(each)} has {each.numel()} elements; from these operands at most {most} are made"
+            made = f"its result {_shown(type_of(each))} has {each.numel()} elements"
+            return f"{made}; from these operands at most {most} are made"
         if isinstance(each, int) and not -_MOST_NUMBER <= each < _MOST_NUMBER:
             return "its result is a number of more than 64 bits"
     return ""
@@ -228,7 +222,5 @@ def _on_cpu(value: Any) -> Any:
     return {name: _on_cpu(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{DTYPES.get(value.dtype, value.dtype)}{list(value.shape)}"
-    return f"({', '.join(map(_shown, value))})" if isinstance(value, (list, tuple)) else repr(value)
+def _shown(kind: ValueType) -> str:
+    return f"{kind}"[:80] or "no known type"

@@ -14,9 +14,8 @@ import torch
 
 from qpcompile.errors import CaptureError, InputError
 from qpcompile.ir.program import Graph
-from qpcompile.ir.sizes import value_type
 from qpcompile.ir.structure import named_tensors
-from qpcompile.ir.text import DTYPES, TYPE
+from qpcompile.ir.types import TYPE, UNKNOWN
 
 # Flags of a call that select what is returned; they are not data. A graph's `constants` hold the traced ones.
 FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
@@ -34,7 +33,6 @@ ABSENT: dict[str, Any] = {
 }
 Kinds = dict[str, tuple[torch.dtype, int]]
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _DO = (
     "leave the argument out; where transformers itself gives it, install a version of transformers that "
     "`qpcompile doctor` calls tested, or compile the model again with a sample that has the argument"
@@ -82,11 +80,11 @@ def input_kinds(graph: Graph) -> Kinds:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     kinds: Kinds = {}
     for path, node in zip(graph.inputs, placeholders, strict=True):
-        traced, printed = node.meta.get("val"), value_type(node.meta.get(TYPE, ""))
+        traced, recorded = node.meta.get("val"), node.meta.get(TYPE, UNKNOWN)
         if isinstance(traced, torch.Tensor):
             kinds[path] = (traced.dtype, traced.ndim)
-        elif printed.is_tensor:
-            kinds[path] = (_DTYPES[printed.dtype], len(printed.sizes))
+        elif recorded.dtype is not None:
+            kinds[path] = (recorded.dtype, len(recorded.sizes))
     return kinds
 
 

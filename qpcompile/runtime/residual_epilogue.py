@@ -14,8 +14,7 @@ from torch import fx
 from qpcompile.ir.edit import aten, calls, is_call
 from qpcompile.ir.operators import LINEAR_W4A4
 from qpcompile.ir.program import Graph
-from qpcompile.ir.sizes import value_type
-from qpcompile.ir.text import value_types
+from qpcompile.ir.types import value_types
 
 
 def join_residuals(graph: Graph) -> int:
@@ -26,7 +25,7 @@ def join_residuals(graph: Graph) -> int:
             continue
         for y, x in (add.args, add.args[::-1]):
             assert isinstance(y, fx.Node) and isinstance(x, fx.Node)
-            alike = value_type(types.get(add, "")).is_tensor and len({types.get(each) for each in (add, x, y)}) == 1
+            alike = types[add].dtype is not None and types[x] == types[add] == types[y]
             if alike and is_call(y, LINEAR_W4A4) and len(y.users) == 1:
                 add.target, add.args = LINEAR_W4A4, (*y.args, x)
                 graph.module.graph.erase_node(y)

@@ -17,7 +17,7 @@ from qpcompile.compiled import CompiledVLM, load
 from qpcompile.emit.artifact.manifest import write_manifest
 from qpcompile.errors import ArtifactError
 from qpcompile.ir.pass_manager import run_passes
-from qpcompile.ir.text import DTYPES
+from qpcompile.ir.types import type_of
 from qpcompile.pass_list import passes
 
 WEIGHTS = "model-00001-of-00001.safetensors"
@@ -51,7 +51,7 @@ def bend(folder: Path, suffix: str, change: Change, *, tell: bool) -> str:
     tensors[name] = change(tensors[name]).contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if tell:
-        kind = f"{DTYPES[tensors[name].dtype]}{list(tensors[name].shape)}"
+        kind = str(type_of(tensors[name]))
         for path in (folder / "graph").glob("*.json"):
             data = json.loads(path.read_text())
             for node in data["nodes"]:

@@ -123,9 +123,9 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "tensor that is not stored": (weight("@x", "y"), "the tensor 'y' is not stored"),
     "unknown fact": (node(fact={"kind": "magic"}), "not a graph"),
     "fact of another type": (node(fact={"kind": "quantized", "sites": [1], "kernel": "x"}), "no fact about a node"),
-    "type that is code": (node(type="f32[__import__('os')]"), "is no size"),
-    "type that never ends": (node(type="int 9**9**9**9"), "is no size"),
-    "type that is a number": (node(type=3), "is no type of a value"),
+    "type that is code": (node(type="f32[__import__('os')]"), "is not a size"),
+    "type that never ends": (node(type="int 9**9**9**9"), "is not a size"),
+    "type that is a number": (node(type=3), "is not a type"),
     "changes its argument": (
         node("aten::resize_.default", [{"ref": "%0"}, [9]]),
         "not one that a saved graph may hold",

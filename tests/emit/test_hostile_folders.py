@@ -123,8 +123,8 @@ def endless(folder: Path) -> None:
 
 CODE = "f32[__import__('pytest').fail('code of the folder ran'), 1]"
 HARMS: dict[str, tuple[Harm, str]] = {
-    "code in a type": (node_type(CODE), "is no size"),
-    "power in a type": (node_type("int 9**9**9**9"), "is no size"),
+    "code in a type": (node_type(CODE), "is not a size"),
+    "power in a type": (node_type("int 9**9**9**9"), "is not a size"),
     "operator not on the list": (
         put("graph/head.json", "nodes", 2, "target", value="aten::resize_.default"),
         "operator",

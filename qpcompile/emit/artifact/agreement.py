@@ -13,7 +13,7 @@ from qpcompile.emit.artifact.manifest import Manifest
 from qpcompile.errors import ArtifactError
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
 from qpcompile.ir.structure import CACHE
-from qpcompile.ir.text import DTYPES, TYPE
+from qpcompile.ir.types import TYPE, UNKNOWN, ValueType
 from qpcompile.runtime.machine import ALIVE, KEPT
 
 EMBEDS = "inputs_embeds"
@@ -55,7 +55,7 @@ def _contradictions(program: Program, manifest: Manifest) -> Iterator[tuple[str,
         yield from ((f"graph/{name}.json", what) for what in _of_graph(name, graph, program))
     yield from _of_cache(program)
     embeds = _type(program.graphs[PREFILL], EMBEDS)
-    if embeds and embeds.partition("[")[0] != DTYPES[getattr(torch, manifest.dtype)]:
+    if embeds.is_known and embeds.dtype != getattr(torch, manifest.dtype):
         yield "manifest.json, dtype", f"the decoder takes {embeds}"
 
 
@@ -87,6 +87,6 @@ def _of_cache(program: Program) -> Iterator[tuple[str, str]]:
         yield "graph/decode.json", f"prefill and decode disagree on the cache: {odd[0]}"
 
 
-def _type(graph: Graph, path: str) -> str:
-    """The printed type of an input; "" if the graph has no input of that name."""
-    return str(graph.placeholder(path).meta[TYPE]) if path in graph.inputs else ""
+def _type(graph: Graph, path: str) -> ValueType:
+    """The recorded type of an input; `UNKNOWN` if the graph has no input of that name."""
+    return graph.placeholder(path).meta[TYPE] if path in graph.inputs else UNKNOWN

@@ -39,7 +39,7 @@ from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.files import staged_folder
 from qpcompile.ir.program import Layer, Program
 from qpcompile.ir.text import graph_text
-from qpcompile.ir.types import check_graphs
+from qpcompile.ir.type_check import check_graphs
 from qpcompile.kernels.rules import described
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe

@@ -33,9 +33,9 @@ from qpcompile.ir import operators
 from qpcompile.ir.edit import set_tensor
 from qpcompile.ir.node_facts import QuantizedFact, StubFact, quantized_fact, set_fact, stub_fact
 from qpcompile.ir.program import Graph
-from qpcompile.ir.sizes import value_type
-from qpcompile.ir.text import TYPE, module_path, printed_type, target_text, value_labels, value_types
-from qpcompile.ir.types import example_sizes
+from qpcompile.ir.text import module_path, target_text, value_labels
+from qpcompile.ir.type_check import example_sizes
+from qpcompile.ir.types import TYPE, ValueType, parse_type, type_of, value_types
 from qpcompile.runtime.prepare import CAUSAL, MASK_AXES, TABLE, TABLES
 
 FORMAT = 2
@@ -100,7 +100,7 @@ def read_graph(text: str, tensors: Mapping[str, torch.Tensor], where: str) -> Gr
         raise _refused(f"this is not a graph: {type(error).__name__}: {str(error)[:300]}", where) from error
 
 
-def _node(node: fx.Node, labels: Labels, types: Labels, keys: Mapping[str, str]) -> dict[str, Any]:
+def _node(node: fx.Node, labels: Labels, types: Mapping[fx.Node, ValueType], keys: Mapping[str, str]) -> dict[str, Any]:
     if node.op == "output":
         return {"op": "output", "args": _encode(node.args[0], labels)}
     entry: dict[str, Any] = {"label": labels[node], "op": KINDS.get(node.op)}
@@ -117,11 +117,12 @@ def _node(node: fx.Node, labels: Labels, types: Labels, keys: Mapping[str, str])
     if fact is not None:
         kind = next(kind for kind, form in FACTS.items() if isinstance(fact, form))
         entry["fact"] = {"kind": kind, **dataclasses.asdict(fact)}
+    text = str(types[node])
     try:
-        value_type(types[node])
+        parse_type(text)
     except ValueError as error:
         raise ExportError(str(error), where=node.name, do="report the model family") from error
-    return {**entry, "type": types[node]}
+    return {**entry, "type": text}
 
 
 def _target(node: fx.Node) -> str:
@@ -238,15 +239,13 @@ class _Reader:
             set_fact(node, _fact(entry["fact"]))
         self.values[label] = node
 
-    def _type(self, text: Any, node: fx.Node) -> str:
+    def _type(self, text: Any, node: fx.Node) -> ValueType:
         if not isinstance(text, str):
-            raise _refused(f"{text!r:.80} is no type of a value", self.where)
-        value_type(text)
-        if text and "val" in node.meta and text != printed_type(node.meta["val"]):
-            raise _refused(
-                f"the weight {node.target} is {printed_type(node.meta['val'])}, the graph says {text}", self.where
-            )
-        return text
+            raise _refused(f"{text!r:.80} is not a type", self.where)
+        recorded, stored = parse_type(text), type_of(node.meta.get("val"))
+        if recorded.is_known and stored.is_known and recorded != stored:
+            raise _refused(f"the weight {node.target} is {stored}, the graph says {text}", self.where)
+        return recorded
 
     # Names become Python identifiers in torch's generated code, so we generate them instead of using the file's.
     def _input(self, entry: dict[str, Any]) -> fx.Node:

@@ -29,11 +29,10 @@ from qpcompile.ir.operators import (
     SILU_MUL_QUANTIZE,
 )
 from qpcompile.ir.program import Graph
-from qpcompile.ir.sizes import value_type
-from qpcompile.ir.text import value_types
+from qpcompile.ir.types import UNKNOWN, ValueType, value_types
 from qpcompile.kernels.native.rows import Kind, RowPlan
 
-TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+TYPES = (torch.float32, torch.bfloat16)
 # Name of the nodes that are one C call on rows.
 IS_ROWS = "is_rows"
 FUSED: dict[Any, tuple[Kind, tuple[str, ...]]] = {
@@ -69,17 +68,20 @@ def join_rows(graph: Graph) -> None:
 @dataclass(frozen=True)
 class _Joiner:
     module: fx.GraphModule
-    types: dict[fx.Node, str]
-    """Printed types (`f32[B, 1, 64]`): graphs of an artifact have no other type information."""
+    types: dict[fx.Node, ValueType]
 
-    def dtype(self, node: Any) -> str:
-        """The element type of a node, as printed; empty if it is not a tensor."""
-        return value_type(self.types.get(node, "")).dtype
+    def type(self, node: Any) -> ValueType:
+        """The type of a node; `UNKNOWN` for a new node and anything that is not a node."""
+        return self.types.get(node, UNKNOWN) if isinstance(node, fx.Node) else UNKNOWN
+
+    def dtype(self, node: Any) -> torch.dtype | None:
+        """The dtype of a node; None if it is not a tensor."""
+        return self.type(node).dtype
 
     def channels(self, node: Any) -> int:
         """The size of a node's last axis, 0 if unknown."""
-        *_, last = value_type(self.types[node]).sizes or ("",)
-        return int(last) if last.isdecimal() else 0
+        sizes = self.type(node).sizes
+        return (sizes[-1].fixed or 0) if sizes else 0
 
     def join_fused(self, node: fx.Node) -> None:
         """Bind an operator that the compiler fused already to its weights."""
@@ -119,7 +121,7 @@ class _Joiner:
         known = not any(isinstance(each, fx.Node) for each in arguments.values())
         if dtype not in TYPES or not channels or not known or any(self.dtype(each) != dtype for each in rows.sources):
             return None
-        return RowPlan(rows.kind, TYPES[dtype], channels, **arguments, as_graph=as_graph)
+        return RowPlan(rows.kind, dtype, channels, **arguments, as_graph=as_graph)
 
     def change(self, node: fx.Node) -> dict[str, Any] | None:
         """The basis change of a kronecker or hadamard node; None if its factors are computed in the graph."""
@@ -147,7 +149,7 @@ class _Joiner:
             if len(every[1]) != 1:
                 return None
         x, *tensors = [self.narrow(each, wide) for each in (x, *weights.values())]
-        alike = all(self.dtype(each) == ("f32" if wide else "bf16") for each in (x, *tensors))
+        alike = all(self.dtype(each) == (torch.float32 if wide else torch.bfloat16) for each in (x, *tensors))
         if not alike or any(each.op != "get_attr" for each in tensors):
             return None
         kind: Kind = "rmsnorm" if len(weights) == 1 else "layernorm"
@@ -156,13 +158,13 @@ class _Joiner:
     def gate(self, node: fx.Node) -> Rows | None:
         """silu(gate) * up and x * sigmoid(constant * x)."""
         for left, right in (node.args, node.args[::-1]):
-            if self.types.get(left, "") != self.types[node] or self.types.get(right, "") != self.types[node]:  # type: ignore[arg-type]
+            if self.type(left) != self.types[node] or self.type(right) != self.types[node]:
                 continue
             function, wide = self.inside(right)  # type: ignore[arg-type]
             if not self.is_inner(right) or not is_call(function, aten.silu.default, aten.sigmoid.default):
                 continue
             x: Any = self.narrow(function.args[0], wide)
-            if self.types.get(x, "") != self.types[node]:
+            if self.type(x) != self.types[node]:
                 continue
             if function.target is aten.silu.default:
                 return Rows("silu_then_mul", (x, left))
@@ -172,8 +174,8 @@ class _Joiner:
 
     def inside(self, node: fx.Node) -> tuple[fx.Node, bool]:
         """(the float64 node that `node` rounds to float32, True), or the node itself if it is in bfloat16."""
-        inner: Any = node.args[0] if is_call(node, aten.to.dtype) and self.dtype(node) == "f32" else None
-        if inner is not None and self.dtype(inner) == "f64" and self.is_inner(inner):
+        inner: Any = node.args[0] if is_call(node, aten.to.dtype) and self.dtype(node) == torch.float32 else None
+        if inner is not None and self.dtype(inner) == torch.float64 and self.is_inner(inner):
             return inner, True
         return node, False
 

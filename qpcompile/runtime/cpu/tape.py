@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qpcompile.ir.edit import aten, get_tensor, is_call
 from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import Graph
-from qpcompile.ir.sizes import value_type
 from qpcompile.ir.structure import CACHE
-from qpcompile.ir.text import target_text, value_types
+from qpcompile.ir.text import target_text
+from qpcompile.ir.types import BATCH, UNKNOWN, ValueType, value_types
 from qpcompile.kernels.attention_kv4.cpu import attention_kv4
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.native.tape import Tape
@@ -261,26 +261,25 @@ def _kernels_and_readers(graph: fx.Graph, caches: GrowingCaches) -> Iterator[fx.
             yield node
 
 
-def _obstacle(node: fx.Node, types: dict[fx.Node, str], caches: GrowingCaches, pasts: Collection[fx.Node]) -> str:
+def _obstacle(node: fx.Node, types: dict[fx.Node, ValueType], caches: GrowingCaches, pasts: Collection[fx.Node]) -> str:
     """Why a node after the front cannot be recorded; empty if it can."""
     appends = node.target == caches.append
     if not appends and any(source in pasts for source in node.all_input_nodes):
         return f"{target_text(node.target)} reads a cache before a token is appended to it"
     if is_call(node, aten.add.Tensor):
-        alike = len({types.get(each, "") for each in (node, *node.args)}) == 1 and len(node.args) == 2  # type: ignore[arg-type]
-        known = alike and not node.kwargs and value_type(types[node]).dtype in ("f32", "bf16")
+        alike = len({types.get(each, UNKNOWN) for each in (node, *node.args)}) == 1 and len(node.args) == 2  # type: ignore[arg-type]
+        known = alike and not node.kwargs and types[node].dtype in (torch.float32, torch.bfloat16)
     else:
         known = appends or IS_ROWS in node.meta or node.target in (*KERNELS, *VIEWS, operator.getitem)
     return "" if known else f"{target_text(node.target)} in the layers has no kernel in C for a decode step"
 
 
-def _growing_axis(node: fx.Node, kind: str, inside: Collection[fx.Node]) -> int:
+def _growing_axis(node: fx.Node, kind: ValueType, inside: Collection[fx.Node]) -> int:
     """The axis along which a value of the front grows on every step, 0 if there is none."""
-    if kind == "int B":
+    if kind.number == BATCH:
         return 0
-    found = value_type(kind)
-    growing = [place for place, size in enumerate(found.sizes) if not size.isdecimal() and size != "B"]
+    growing = [place for place, size in enumerate(kind.sizes) if size.fixed is None and size != BATCH]
     masks = all(is_call(user, attention_kv4) and user.args[5] is node for user in node.users if user in inside)
-    if not found.is_tensor or len(growing) > 1 or (growing and not masks):
-        raise CannotTapeError(f"the layers read a value of type {kind or 'unknown'} that changes on every step")
+    if kind.dtype is None or len(growing) > 1 or (growing and not masks):
+        raise CannotTapeError(f"the layers read a value of type {str(kind) or 'unknown'} that changes on every step")
     return growing[0] if growing else 0

@@ -28,9 +28,9 @@ from qpcompile.errors import KernelError
 from qpcompile.ir.edit import aten, calls, clone, is_call
 from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV8_READ
 from qpcompile.ir.program import Graph
-from qpcompile.ir.sizes import size_expression, value_type
 from qpcompile.ir.structure import CACHE
-from qpcompile.ir.text import DTYPES, target_text, value_types
+from qpcompile.ir.text import target_text
+from qpcompile.ir.types import UNKNOWN, value_types
 from qpcompile.runtime.growing_cache import appends
 from qpcompile.runtime.machine import ALIVE, KEPT, SEEN
 from qpcompile.runtime.residual_epilogue import join_residuals
@@ -43,7 +43,6 @@ MASK, SDPA = "attention_mask", aten.scaled_dot_product_attention.default
 
 # What to do if steps cannot have static shapes.
 GROWING = 'move the model with compiled.to("cuda", cuda_graphs=False): caches then grow with every token'
-FLOATS = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 # Operators that process every slot independently, or sum over slots in which masked ones are 0.
 BY_SLOT = frozenset(
     {
@@ -110,10 +109,7 @@ def static_graph(graph: Graph) -> StaticGraph:
 
 
 class _Lengths:
-    """Which sizes of a decode graph count tokens, with or without the new one, and in which group of layers.
-
-    Sizes are read from the printed types, which a graph read from a file has too.
-    """
+    """Which sizes of a decode graph count tokens, with or without the new one, and in which group of layers."""
 
     def __init__(self, graph: Graph) -> None:
         self.types = value_types(graph)
@@ -129,13 +125,13 @@ class _Lengths:
 
     def sizes(self, node: Any) -> list[sympy.Expr]:
         """The sizes of a node's tensors, concatenated; none for a number or a non-node."""
-        tensors = value_type(self.types.get(node, "")).tensors
-        return [size_expression(size) for tensor in tensors for size in tensor.sizes]
+        tensors = self.types.get(node, UNKNOWN).tensors
+        return [size.expression for tensor in tensors for size in tensor.sizes]
 
     def number(self, node: fx.Node) -> sympy.Expr | None:
         """The token count that a scalar node represents, if it is one."""
-        kind = value_type(self.types.get(node, ""))
-        value = size_expression(kind.number) if kind.kind == "int" else None
+        kind = self.types.get(node, UNKNOWN)
+        value = kind.number.expression if kind.scalar is int and kind.number is not None else None
         return value if value is not None and self.counts(value) else None
 
     def counts(self, size: sympy.Expr) -> bool:
@@ -263,10 +259,11 @@ def _closed(graph: Graph, lengths: _Lengths, mask: fx.Node | None, is_open: fx.N
     """The mask combined with `is_open`."""
     if mask is None:
         return is_open
-    dtype = value_type(lengths.types[mask]).dtype
-    if dtype == "bool":
+    dtype = lengths.types[mask].dtype
+    assert dtype is not None
+    if dtype == torch.bool:
         return graph.module.graph.call_function(aten.bitwise_and.Tensor, (mask, is_open))
-    least = torch.finfo(FLOATS[dtype]).min
+    least = torch.finfo(dtype).min
     return graph.module.graph.call_function(aten.where.ScalarOther, (is_open, mask, least))
 
 
