@@ -1,7 +1,11 @@
-"""Writes the pages of docs/ that are derived from the code: recipe.md from the schema, graphs.md from a real compile.
+"""Writes what is derived from the code in docs/.
 
-python docs/generate.py            both
-python docs/generate.py recipe     one of them
+    recipe.md                        from the schema
+    the picture of architecture.md   from the passes' stages and the operators' records
+    graphs.md                        from a real compile
+
+python docs/generate.py            all
+python docs/generate.py recipe     one of recipe, architecture, graphs
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from qpcompile.capture.samples import Samples
 from qpcompile.inspect.graph_svg import layer_svg
 from qpcompile.inspect.layer_nodes import layer_text
 from qpcompile.inspect.tables import pass_purposes
+from qpcompile.ir.operators import SPECS
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL
 from qpcompile.ir.text import graph_text
@@ -31,6 +36,7 @@ from qpcompile.pass_list import passes
 from qpcompile.recipe.messages import numeral
 from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe, preset_names
+from qpcompile.stages import STAGES, Stage
 
 DOCS = Path(__file__).resolve().parent
 TESTBED = DOCS.parent / "tests" / "testbed"
@@ -68,6 +74,59 @@ In the drawings, orange boxes are `qpcompile::` operators, blue ones other produ
 dashed boxes are values computed outside the layer. Names in italics are the modules whose weights are read. Sizes are
 left out of the drawings; in the text, `B` is the batch and `S0`, `S1`, ... are the other symbolic sizes.
 """
+
+
+PICTURE_HEAD = """\
+ transformers VLM      recipe (YAML)      calibration samples
+        │                   │                      │
+        ▼                   ▼                      ▼
+ capture: one small generate() is recorded, each component is traced     qpcompile/capture/
+        │
+        ▼
+ Program: vision │ projector │ prefill │ decode │ head │ embed, and the host: what transformers does between them
+        │
+        ▼
+"""
+PICTURE_TAIL = """\
+        │           the program is verified after every pass
+        ▼
+ CompiledVLM ─► generate()          transformers' own generation loop around the graphs
+        │ ────► save_pretrained()   artifact folder: safetensors and text, hashes checked on load
+        │ ────► export_onnx()       graphs for onnxruntime and a runner without torch
+        └ ────► report()            one HTML file
+"""
+
+
+def architecture_page(page: str) -> str:
+    """docs/architecture.md, given as it is, with its generated parts replaced."""
+    for name, text in (("picture", _picture()), ("operators", _operators_by_stage())):
+        begin, end = f"<!-- {name}: written by docs/generate.py -->\n", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}{text}{end}{rest.partition(end)[2]}"
+    return page
+
+
+def _picture() -> str:
+    """From a model to its artifacts; in the middle each pass at the stage where it runs."""
+    lines, stage = list[str](), ""
+    now: Stage = STAGES[0]
+    for item in passes((), 0):
+        shown = now if now != stage else ""
+        reads = "  ◄── samples" if hasattr(item, "samples") else ""
+        lines.append(f" {shown:<12}─► {item.name:<20}{reads}".rstrip())
+        stage, now = now, item.gives
+    middle = "\n".join([*lines, f" {now if now != stage else ''}".rstrip()]).rstrip()
+    return f"```text\n{PICTURE_HEAD}{middle}\n{PICTURE_TAIL}```\n"
+
+
+def _operators_by_stage() -> str:
+    """A table of the project's operators by the stage that they come with."""
+    rows = ["| stage | operators that graphs may contain from it on |", "| --- | --- |"]
+    for stage in STAGES:
+        names = [spec.name if spec.until == STAGES[-1] else f"{spec.name} (until {spec.until})" for spec in SPECS]
+        come = [f"`{name}`" for name, spec in zip(names, SPECS, strict=True) if spec.since == stage]
+        rows += [f"| {stage} | {', '.join(come)} |"] if come else []
+    return "\n".join(rows) + "\n"
 
 
 def recipe_page() -> str:
@@ -186,6 +245,9 @@ def main(which: list[str]) -> None:
     """Write the pages named in `which`, or all."""
     if not which or "recipe" in which:
         (DOCS / "recipe.md").write_text(recipe_page(), encoding="utf-8")
+    if not which or "architecture" in which:
+        page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+        (DOCS / "architecture.md").write_text(architecture_page(page), encoding="utf-8")
     if not which or "graphs" in which:
         shutil.rmtree(DOCS / "graphs", ignore_errors=True)
         (DOCS / "graphs").mkdir()

@@ -1,6 +1,6 @@
 """Operator records: everything the compiler needs to know about an operator, in kernels/<op>/spec.py.
 
-    SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.rope, taped=True, onnx=_onnx)
+    SPEC = Spec(OVERLOAD, RULE, _probe, since="fused", cpu=cpu.rope, taped=True, onnx=_onnx)
 
 Tables by operator are derived from these records (qpcompile/ir/operators.py), so that adding an operator is adding a
 folder. A record imports torch only: ONNX and Triton are optional dependencies, and are imported lazily.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qpcompile.kernels.rules import Rule
+from qpcompile.stages import Stage
 
 Function = Callable[..., Any]
 Probe = Callable[[torch.device], tuple[Any, Any] | None]
@@ -46,6 +47,9 @@ class Spec:
     For an exact operator it returns the CPU kernel's and the reference's result, which must be equal: integer kernels
     differ between processors.
     """
+    since: Stage
+    """The earliest stage of a compile at which graphs may contain the operator; `until`: the last one."""
+    until: Stage = "fused"
     cpu: Function | None = None
     """The call target of bound graphs on the CPU; None: the operator itself, through torch's dispatcher."""
     taped: bool = False

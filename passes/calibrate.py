@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from qpcompile.calibration.collect import collect
 from qpcompile.calibration.statistics import CALIBRATION, Calibration
 from qpcompile.ir.program import Program
+from qpcompile.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Calibrate:
     purpose: ClassVar[str] = (
         "Run the samples through the full-precision graphs and collect statistics at every activation stub."
     )
-    needs: ClassVar[str] = "canonical"
-    gives: ClassVar[str] = "calibrated"
+    needs: ClassVar[Stage] = "canonical"
+    gives: ClassVar[Stage] = "calibrated"
 
     def run(self, program: Program) -> bool:
         """Fills `program.measured[CALIBRATION]`; the graphs are unchanged."""

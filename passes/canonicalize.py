@@ -21,6 +21,7 @@ from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call
 from qpcompile.ir.operators import RMSNORM
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
+from qpcompile.stages import Stage
 
 ASSERTIONS = (
     aten._assert_tensor_metadata.default,
@@ -49,8 +50,8 @@ class Canonicalize:
         "Canonicalize traced graphs: remove assertions, empty caches and no-ops, eliminate common subexpressions, "
         "fuse norms."
     )
-    needs: ClassVar[str] = "captured"
-    gives: ClassVar[str] = "canonical"
+    needs: ClassVar[Stage] = "captured"
+    gives: ClassVar[Stage] = "canonical"
 
     def run(self, program: Program) -> bool:
         """Returns whether any graph changed."""

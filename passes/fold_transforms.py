@@ -28,6 +28,7 @@ from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.quantization.basis import Basis, Change, change_basis, weight_name
+from qpcompile.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class FoldTransforms:
     purpose: ClassVar[str] = (
         "Transform the input basis of every linear to remove outliers: y = W x = (W D^-1 T^-1) (T D x - m) + W' m."
     )
-    needs: ClassVar[str] = "calibrated"
-    gives: ClassVar[str] = "transformed"
+    needs: ClassVar[Stage] = "calibrated"
+    gives: ClassVar[Stage] = "transformed"
 
     def run(self, program: Program) -> bool:
         """Returns whether any basis changed."""
         scheme = program.recipe.quantize
-        if scheme is None or program.at_least(self.gives):
+        if scheme is None or program.stage == self.gives:
             return False
         changed = False
         graphs = [graph for graph in program.graphs.values() if graph.name != HEAD]

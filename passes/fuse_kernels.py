@@ -34,6 +34,7 @@ from qpcompile.ir.operators import (
 )
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
+from qpcompile.stages import Stage
 
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,8 +47,8 @@ class FuseKernels:
     purpose: ClassVar[str] = (
         "Fuse norm, gate, transform and quantizer chains, and rotary embeddings, into single operators."
     )
-    needs: ClassVar[str] = "quantized"
-    gives: ClassVar[str] = "fused"
+    needs: ClassVar[Stage] = "quantized"
+    gives: ClassVar[Stage] = "fused"
 
     def run(self, program: Program) -> bool:
         """Returns whether anything was fused; fills `program.measured[NEAR_MISSES]` with what was not, and why."""

@@ -24,6 +24,7 @@ from qpcompile.ir.shapes import value
 from qpcompile.ir.structure import CACHE
 from qpcompile.recipe.plan import LeftOut
 from qpcompile.recipe.quantize import QuantizeScheme, matches_name
+from qpcompile.stages import Stage
 
 SCOPES = {VISION: "vision", PROJECTOR: "projector", PREFILL: "language", DECODE: "language"}
 
@@ -36,8 +37,8 @@ class InsertQuantStubs:
     purpose: ClassVar[str] = (
         "Insert quantization stubs: at linear inputs and weights, and at keys and values before they enter the cache."
     )
-    needs: ClassVar[str] = "canonical"
-    gives: ClassVar[str] = "stubbed"
+    needs: ClassVar[Stage] = "canonical"
+    gives: ClassVar[Stage] = "stubbed"
 
     def run(self, program: Program) -> bool:
         """Returns whether the recipe quantizes anything."""

@@ -35,6 +35,7 @@ from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.plan import Cut
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import ALIVE, COUNT, KEPT, VALID, VISUAL
+from qpcompile.stages import Stage
 
 # Smaller than the token count of any traced prompt: a cut may drop all visual tokens.
 EXAMPLE_VISUAL_TOKENS = 3
@@ -48,8 +49,8 @@ class InsertTokenCuts:
     purpose: ClassVar[str] = (
         "Drop visual tokens after the planned layers: score, select a static top-k, gather every live tensor."
     )
-    needs: ClassVar[str] = "planned"
-    gives: ClassVar[str] = "cut"
+    needs: ClassVar[Stage] = "planned"
+    gives: ClassVar[Stage] = "cut"
 
     def run(self, program: Program) -> bool:
         """Returns whether anything is cut."""

@@ -33,6 +33,7 @@ from qpcompile.pruning.budget import DEVIATIONS
 from qpcompile.quantization.fake_quant import StubRounding
 from qpcompile.recipe.plan import LayerFacts
 from qpcompile.runtime.machine import Machine, execute_graph
+from qpcompile.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class MeasureSensitivity:
     purpose: ClassVar[str] = (
         "Profile each decoder layer: its sensitivity to quantization, and its attention to visual tokens."
     )
-    needs: ClassVar[str] = "calibrated"
-    gives: ClassVar[str] = "transformed"
+    needs: ClassVar[Stage] = "calibrated"
+    gives: ClassVar[Stage] = "transformed"
 
     def run(self, program: Program) -> bool:
         """Fills `program.measured[DEVIATIONS]` and `program.plan.facts`; does nothing if no token is dropped or an

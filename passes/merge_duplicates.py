@@ -19,6 +19,7 @@ from torch import fx
 
 from qpcompile.ir.edit import tidy
 from qpcompile.ir.program import Graph, Program
+from qpcompile.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class MergeDuplicates:
         "Common-subexpression elimination: a call with the same operator and arguments as an earlier one is "
         "replaced by it."
     )
-    needs: ClassVar[str] = "fused"
-    gives: ClassVar[str] = "fused"
+    needs: ClassVar[Stage] = "fused"
+    gives: ClassVar[Stage] = "fused"
 
     def run(self, program: Program) -> bool:
         """Returns whether anything was merged."""

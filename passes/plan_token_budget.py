@@ -19,6 +19,7 @@ from qpcompile.pruning.budget import ratio_fraction
 from qpcompile.pruning.pruner import Schedule
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.plan import Cut
+from qpcompile.stages import Stage
 
 BISECTIONS = 60
 
@@ -31,8 +32,8 @@ class PlanTokenBudget:
     purpose: ClassVar[str] = (
         "Compute the token schedule: after which layers visual tokens are dropped, and how many are kept."
     )
-    needs: ClassVar[str] = "calibrated"
-    gives: ClassVar[str] = "planned"
+    needs: ClassVar[Stage] = "calibrated"
+    gives: ClassVar[Stage] = "planned"
 
     def run(self, program: Program) -> bool:
         """Returns False: nothing in the graphs changes."""

@@ -28,6 +28,7 @@ from qpcompile.kernels.linear_w8a16.reference import quantize_rows
 from qpcompile.passes.insert_quant_stubs import site_name
 from qpcompile.quantization.basis import weight_name
 from qpcompile.recipe.plan import LeftOut, Site
+from qpcompile.stages import Stage
 
 KERNEL = str(LINEAR_W8A16.name())
 
@@ -40,8 +41,8 @@ class QuantizeHead:
     purpose: ClassVar[str] = (
         "Quantize the language head's weight to 8 bits; a tied token embedding then reads the same 8-bit rows."
     )
-    needs: ClassVar[str] = "canonical"
-    gives: ClassVar[str] = "canonical"
+    needs: ClassVar[Stage] = "canonical"
+    gives: ClassVar[Stage] = "packed"
 
     def run(self, program: Program) -> bool:
         """Returns whether the head was quantized; moves it from `plan.left_out` to `plan.sites`."""

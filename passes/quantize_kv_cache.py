@@ -37,6 +37,7 @@ from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import fake_mode, value
 from qpcompile.ir.structure import CACHE
 from qpcompile.recipe.plan import Site
+from qpcompile.stages import Stage
 
 Pair = tuple[fx.Node, fx.Node]
 
@@ -50,8 +51,8 @@ class QuantizeKvCache:
         "Store the KV cache in 4 or 8 bits, in prefill and decode: quantized after the rotary embedding, before "
         "attention."
     )
-    needs: ClassVar[str] = "cut"
-    gives: ClassVar[str] = "quantized"
+    needs: ClassVar[Stage] = "cut"
+    gives: ClassVar[Stage] = "quantized"
 
     def run(self, program: Program) -> bool:
         """Returns whether the recipe quantizes the cache."""

@@ -31,6 +31,7 @@ from qpcompile.quantization.solvers import output_error, solve
 from qpcompile.quantization.static_scales import select_scale, static_scales
 from qpcompile.recipe.plan import Site
 from qpcompile.recipe.quantize import QuantizeScheme
+from qpcompile.stages import Stage
 
 Packed = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -43,8 +44,8 @@ class QuantizeWeights:
     purpose: ClassVar[str] = (
         "Quantize and pack every stubbed weight to 4 bits, and replace its linear by a 4-bit operator."
     )
-    needs: ClassVar[str] = "calibrated"
-    gives: ClassVar[str] = "cut"
+    needs: ClassVar[Stage] = "calibrated"
+    gives: ClassVar[Stage] = "packed"
 
     def run(self, program: Program) -> bool:
         """Returns whether any linear was quantized; fills `plan.sites`."""

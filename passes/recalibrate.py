@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from qpcompile.calibration.collect import collect
 from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.ir.program import Program
+from qpcompile.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Recalibrate:
     count: int
     name: ClassVar[str] = "recalibrate"
     purpose: ClassVar[str] = "Recollect the statistics after the token cuts, on the tokens that each layer still has."
-    needs: ClassVar[str] = "cut"
-    gives: ClassVar[str] = "cut"
+    needs: ClassVar[Stage] = "cut"
+    gives: ClassVar[Stage] = "cut"
 
     def run(self, program: Program) -> bool:
         """Replaces `program.measured[CALIBRATION]`; the graphs are unchanged."""

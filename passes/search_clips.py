@@ -24,6 +24,7 @@ from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Program
 from qpcompile.quantization.basis import weight_name
 from qpcompile.quantization.fake_quant import round_trip
+from qpcompile.stages import Stage
 
 RATIOS = tuple(1 - 0.03 * step for step in range(15))
 
@@ -36,8 +37,8 @@ class SearchClips:
     purpose: ClassVar[str] = (
         "Search a clip ratio for each quantized input: the one with the least output error of its linears."
     )
-    needs: ClassVar[str] = "calibrated"
-    gives: ClassVar[str] = "transformed"
+    needs: ClassVar[Stage] = "calibrated"
+    gives: ClassVar[Stage] = "transformed"
 
     def run(self, program: Program) -> bool:
         """Fills `clip` in the facts of activation stubs; the graphs are unchanged."""

@@ -38,6 +38,7 @@ from qpcompile.quantization.fake_quant import StubRounding
 from qpcompile.recipe.plan import Cut
 from qpcompile.runtime.interpret import run_watched
 from qpcompile.runtime.machine import COUNT, VALID, VISUAL, Machine, execute_graph
+from qpcompile.stages import Stage
 
 # Samples whose visual tokens are counted, to build schedules of whole tokens.
 COUNTED = 8
@@ -54,8 +55,8 @@ class SearchSchedule:
         "Search the token schedule on samples: the one whose quantized next-token distribution is closest to the "
         "full model's."
     )
-    needs: ClassVar[str] = "calibrated"
-    gives: ClassVar[str] = "transformed"
+    needs: ClassVar[Stage] = "calibrated"
+    gives: ClassVar[Stage] = "transformed"
 
     def run(self, program: Program) -> bool:
         """Fills `program.measured[SCHEDULE]`; the graphs are unchanged."""

@@ -23,6 +23,7 @@ from qpcompile.ir.program import Graph, Program
 from qpcompile.kernels.simulate_qvlm.reference import nf4
 from qpcompile.quantization.basis import weight_name
 from qpcompile.recipe.plan import Site
+from qpcompile.stages import Stage
 
 KERNEL = "simulation: NF4 weights, inputs per channel, in floating point"
 
@@ -35,8 +36,8 @@ class SimulateQvlm:
     purpose: ClassVar[str] = (
         "Replace every stub by Q-VLM's quantizer in floating point: a simulation to reproduce published settings."
     )
-    needs: ClassVar[str] = "calibrated"
-    gives: ClassVar[str] = "cut"
+    needs: ClassVar[Stage] = "calibrated"
+    gives: ClassVar[Stage] = "packed"
 
     def run(self, program: Program) -> bool:
         """Returns whether any linear was changed; fills `plan.sites`."""

@@ -44,6 +44,7 @@ from qpcompile.quantization.learned_transform import LearnedTransform, kronecker
 from qpcompile.recipe.plan import TrainedBlock
 from qpcompile.recipe.quantize import QuantizeScheme, TrainingScheme
 from qpcompile.runtime.machine import Machine, execute_graph
+from qpcompile.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class TrainTransforms:
     purpose: ClassVar[str] = (
         "Train the basis change before each quantized linear, block by block, on the block's output error."
     )
-    needs: ClassVar[str] = "calibrated"
-    gives: ClassVar[str] = "transformed"
+    needs: ClassVar[Stage] = "calibrated"
+    gives: ClassVar[Stage] = "transformed"
 
     def run(self, program: Program) -> bool:
         """Returns whether anything was trained; fills `plan.trained`."""

@@ -29,6 +29,7 @@ from qpcompile.ir.operators import (
 )
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.shapes import value
+from qpcompile.stages import Stage
 
 QUANTIZERS = (QUANTIZE_INT4, QUANTIZE_INT4_STATIC, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, SILU_MUL_QUANTIZE)
 
@@ -54,8 +55,8 @@ class WidenSums:
     purpose: ClassVar[str] = (
         "Promote reductions before int4 quantizers to float64, so that all back ends produce identical codes."
     )
-    needs: ClassVar[str] = "fused"
-    gives: ClassVar[str] = "fused"
+    needs: ClassVar[Stage] = "fused"
+    gives: ClassVar[Stage] = "fused"
 
     def run(self, program: Program) -> bool:
         """Returns whether anything was promoted."""

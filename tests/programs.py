@@ -25,6 +25,7 @@ from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.recipe.plan import Layer as LayerEntry
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
+from qpcompile.stages import Stage
 
 
 @functools.cache
@@ -86,7 +87,7 @@ def _nothing(name: str) -> Graph:
     return traced(Nothing(), {"x": torch.ones(2, 3)}, name=name, owner=f"model.{name}")
 
 
-def program_of(*graphs: Graph, recipe: Recipe | str = "none", stage: str = "captured", layers: int = 1) -> Program:
+def program_of(*graphs: Graph, recipe: Recipe | str = "none", stage: Stage = "captured", layers: int = 1) -> Program:
     """A program of these graphs; required components that are missing are filled in."""
     held = {graph.name: graph for graph in graphs}
     for name in (VISION, PREFILL, DECODE):

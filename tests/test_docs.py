@@ -41,6 +41,12 @@ def test_recipe_reference_is_what_the_schema_says(generator: ModuleType) -> None
     assert (DOCS / "recipe.md").read_text(encoding="utf-8") == generator.recipe_page(), "run `make docs`"
 
 
+def test_architecture_shows_the_stages_of_the_code(generator: ModuleType) -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    assert page == generator.architecture_page(page), "run `make docs`"
+    assert "─► widen_sums" in page and "`rope`" in page
+
+
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -22,4 +22,4 @@ def _probe(device: torch.device) -> None:
     attention_kv4(q, codes, affine, codes, affine, None, 0.2)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.attention_kv4, taped=True, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="quantized", cpu=cpu.attention_kv4, taped=True, onnx=_onnx)

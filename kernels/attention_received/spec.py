@@ -19,4 +19,4 @@ def _probe(device: torch.device) -> None:
     attention_received(q, q, torch.tensor([0, 3, 7], device=device), 0.3, False)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

@@ -19,4 +19,4 @@ def _probe(device: torch.device) -> None:
     dpp_select(features, features[..., 0].abs(), counted, budget)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

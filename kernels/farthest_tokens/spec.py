@@ -18,4 +18,4 @@ def _probe(device: torch.device) -> None:
     farthest_tokens(*choice(device))
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

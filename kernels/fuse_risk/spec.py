@@ -19,4 +19,4 @@ def _probe(device: torch.device) -> None:
     fuse_risk(scores, scores.abs(), scores > -1, 0.55, True, True)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

@@ -19,4 +19,6 @@ def _probe(device: torch.device) -> None:
     hadamard(noise(3, 48, device=device), None)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.hadamard, differentiable=reference.hadamard, onnx=_onnx)
+SPEC = Spec(
+    OVERLOAD, RULE, _probe, since="transformed", cpu=cpu.hadamard, differentiable=reference.hadamard, onnx=_onnx
+)

@@ -19,4 +19,6 @@ def _probe(device: torch.device) -> None:
     kronecker(noise(3, 48, device=device), None, noise(8, 8, device=device), noise(6, 6, device=device))
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.kronecker, differentiable=reference.kronecker, onnx=_onnx)
+SPEC = Spec(
+    OVERLOAD, RULE, _probe, since="transformed", cpu=cpu.kronecker, differentiable=reference.kronecker, onnx=_onnx
+)

@@ -20,4 +20,4 @@ def _probe(device: torch.device) -> None:
     kv4_read(codes, affine, 32, torch.float32)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="quantized", onnx=_onnx)

@@ -19,4 +19,4 @@ def _probe(device: torch.device) -> None:
     kv4_write(noise(1, 2, 5, 32, device=device))
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.kv4_write, taped=True, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="quantized", cpu=cpu.kv4_write, taped=True, onnx=_onnx)

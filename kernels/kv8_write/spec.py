@@ -18,4 +18,4 @@ def _probe(device: torch.device) -> None:
     kv8_write(noise(1, 2, 5, 32, device=device))
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="quantized", onnx=_onnx)

@@ -20,4 +20,4 @@ def _probe(device: torch.device) -> None:
     layernorm_quantize(x, weight, weight, 1e-6, None, True, 0, 1.0)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.layernorm_quantize, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="fused", cpu=cpu.layernorm_quantize, onnx=_onnx)

@@ -21,4 +21,4 @@ def _probe(device: torch.device) -> None:
     linear_w4a16(noise(3, 256, device=device), pack_int4(codes), weight_scale, None)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", onnx=_onnx)

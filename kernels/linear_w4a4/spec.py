@@ -25,4 +25,4 @@ def _probe(device: torch.device) -> tuple[Tensor, Tensor]:
     return linear_w4a4(*operands), reference.linear_w4a4(*operands)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.linear_w4a4, taped=True, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", cpu=cpu.linear_w4a4, taped=True, onnx=_onnx)

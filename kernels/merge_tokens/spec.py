@@ -19,4 +19,4 @@ def _probe(device: torch.device) -> None:
     merge_tokens(hidden, hidden, hidden[..., 0], flags, ~flags, 0)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

@@ -19,4 +19,4 @@ def _probe(device: torch.device) -> None:
     pivot_tokens(features, features[:, None], counted, counted, budget, 2, 1)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

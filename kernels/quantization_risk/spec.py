@@ -19,4 +19,4 @@ def _probe(device: torch.device) -> None:
     quantization_risk(features, counted, "complex", 4)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

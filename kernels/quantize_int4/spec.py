@@ -21,4 +21,4 @@ def _probe(device: torch.device) -> tuple[Tensor, Tensor]:
     return quantize_int4(x, 0, 1.0)[0], reference.quantize_int4(x, 0, 1.0)[0]
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.quantize_int4, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", cpu=cpu.quantize_int4, onnx=_onnx)

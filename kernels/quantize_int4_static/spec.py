@@ -18,4 +18,4 @@ def _probe(device: torch.device) -> None:
     quantize_int4_static(noise(3, 48, device=device), torch.ones(1, device=device))
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", onnx=_onnx)

@@ -19,4 +19,12 @@ def _probe(device: torch.device) -> None:
     rmsnorm(noise(3, 48, device=device), noise(48, device=device), 1e-6)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=RULE.checked(reference.rmsnorm), differentiable=reference.rmsnorm, onnx=_onnx)
+SPEC = Spec(
+    OVERLOAD,
+    RULE,
+    _probe,
+    since="canonical",
+    cpu=RULE.checked(reference.rmsnorm),
+    differentiable=reference.rmsnorm,
+    onnx=_onnx,
+)

@@ -20,4 +20,4 @@ def _probe(device: torch.device) -> None:
     rope(noise(1, 2, 3, 12, device=device), angles.cos(), angles.sin())
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.rope, taped=True, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="fused", cpu=cpu.rope, taped=True, onnx=_onnx)

@@ -20,4 +20,12 @@ def _probe(device: torch.device) -> None:
     segment_attention(q, q, q, torch.tensor([0, 3, 7], device=device), 0.3)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.segment_attention, differentiable=blocks.segment_attention, onnx=_onnx)
+SPEC = Spec(
+    OVERLOAD,
+    RULE,
+    _probe,
+    since="captured",
+    cpu=cpu.segment_attention,
+    differentiable=blocks.segment_attention,
+    onnx=_onnx,
+)

@@ -18,4 +18,4 @@ def _probe(device: torch.device) -> None:
     select_tokens(noise(2, 7, device=device), 3, torch.tensor([3, 2], device=device))
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

@@ -20,4 +20,4 @@ def _probe(device: torch.device) -> None:
     silu_mul_quantize(x, x, None, False, 0, 1.0)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.silu_mul_quantize, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="fused", cpu=cpu.silu_mul_quantize, onnx=_onnx)

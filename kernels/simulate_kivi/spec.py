@@ -12,4 +12,4 @@ def _probe(device: torch.device) -> None:
     simulate_kivi(noise(1, 2, 5, 32, device=device), 15, True)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="quantized")

@@ -12,4 +12,4 @@ def _probe(device: torch.device) -> None:
     simulate_qvlm(noise(3, 48, device=device), -torch.ones(48, device=device), torch.ones(48, device=device))
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="packed")

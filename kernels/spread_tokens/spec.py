@@ -19,4 +19,4 @@ def _probe(device: torch.device) -> None:
     spread_tokens(scores, scores > -1, torch.tensor([3, 2], device=device), 0.5)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

@@ -19,4 +19,4 @@ def _probe(device: torch.device) -> None:
     text_relevance(features, counted, torch.ones_like(counted), 1)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

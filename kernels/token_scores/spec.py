@@ -22,4 +22,4 @@ def _probe(device: torch.device) -> None:
     token_scores(hidden, hidden, q, q, None, 0.3, visual, valid, ~visual, *settings)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="cut", onnx=_onnx)

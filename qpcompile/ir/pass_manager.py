@@ -12,21 +12,22 @@ import torch
 from qpcompile.errors import InvariantError
 from qpcompile.ir.heap import trim
 from qpcompile.ir.measurements import Measurement
-from qpcompile.ir.program import STAGES, Program
+from qpcompile.ir.program import Program
 from qpcompile.ir.verify import verify
+from qpcompile.stages import Stage, span, within
 
 
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options.
 
-    `name` is that of its file; `purpose` one sentence for the report; `needs` is the earliest stage it can run at,
-    `gives` the stage it produces. `run` edits the program in place and returns whether it changed anything.
+    `name` is that of its file; `purpose` one sentence for the report. The pass runs at a stage from `needs` to `gives`,
+    and afterwards the program is at `gives`. `run` edits it in place and returns whether it changed anything.
     """
 
     name: ClassVar[str]
     purpose: ClassVar[str]
-    needs: ClassVar[str]
-    gives: ClassVar[str]
+    needs: ClassVar[Stage]
+    gives: ClassVar[Stage]
 
     def run(self, program: Program) -> bool: ...
 
@@ -49,14 +50,13 @@ def run_passes(
 ) -> list[Step]:
     """Run passes in order, and verify the program after every one of them.
 
-    Raises InvariantError if the program has not reached the stage a pass needs, or a pass breaks the rules of its
-    stage.
+    Raises InvariantError if a pass cannot run at the program's stage, or breaks the rules of its own.
     """
     steps = []
     for item in passes:
-        if not program.at_least(item.needs):
+        if not within(program.stage, item.needs, item.gives):
             raise InvariantError(
-                f"{item.name} needs the stage {item.needs}, the program is {program.stage}",
+                f"{item.name} runs at {span(item.needs, item.gives)}, the program is {program.stage}",
                 ran=program.history[-1] if program.history else "capture",
                 before=program.history[:-1],
                 do="put the passes in the order of qpcompile/pass_list.py",
@@ -69,7 +69,7 @@ def run_passes(
             raise
         trim()
         program.history.append(item.name)
-        program.stage = max(program.stage, item.gives, key=STAGES.index)
+        program.stage = item.gives
         verify(program)
         steps.append(Step(item.name, modified, before, operator_counts(program)))
         if after is not None:

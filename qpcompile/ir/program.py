@@ -22,9 +22,9 @@ from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.measurements import Measurements
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
+from qpcompile.stages import Stage
 
 VISION, PROJECTOR, PREFILL, DECODE, HEAD, EMBED = "vision", "projector", "prefill", "decode", "head", "embed"
-STAGES = ("captured", "canonical", "stubbed", "calibrated", "transformed", "planned", "cut", "quantized", "fused")
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Program:
     layers: tuple[Layer, ...]
     recipe: Recipe
     plan: Plan
-    stage: str = "captured"
+    stage: Stage = "captured"
     measured: Measurements = field(default_factory=Measurements)
     history: list[str] = field(default_factory=list)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -96,7 +96,3 @@ class Program:
     def language(self) -> list[Graph]:
         """The graphs of the decoder, in execution order."""
         return [self.graphs[PREFILL], self.graphs[DECODE]]
-
-    def at_least(self, stage: str) -> bool:
-        """Whether the program has reached `stage`."""
-        return STAGES.index(self.stage) >= STAGES.index(stage)

@@ -10,10 +10,11 @@ from torch import fx
 
 from qpcompile.errors import InvariantError, KernelError
 from qpcompile.ir.edit import aten, get_tensor
-from qpcompile.ir.operators import QUANT_STUB, RULES
+from qpcompile.ir.operators import RULES, SPECS
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
 from qpcompile.kernels.rule_text import NAMES
 from qpcompile.kernels.rules import Rule, described, differ
+from qpcompile.stages import STAGES, Stage, span, within
 
 # Python functions allowed on symbolic sizes; every other call must be a torch operator.
 SIZE_FUNCTIONS = frozenset(
@@ -23,16 +24,18 @@ SIZE_FUNCTIONS = frozenset(
     }
 )
 
-# Operators that are illegal from a stage on, and what they are.
-GONE: dict[str, dict[object, str]] = {
-    "canonical": {
-        aten._assert_tensor_metadata.default: "runtime assertions",
-        aten._assert_scalar.default: "runtime assertions",
-        aten.detach_.default: "in-place detach",
-        aten.lift_fresh_copy.default: "empty caches",
-        aten.dropout.default: "dropout",
-    },
-    "quantized": {QUANT_STUB: "quant stubs"},
+# torch's operators that tracing leaves behind; `canonicalize` removes them.
+_LEFTOVERS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.dropout.default,
+)
+# The stages at which an operator is legal, both included; at all stages without an entry.
+LEGAL: dict[object, tuple[Stage, Stage]] = {
+    **dict.fromkeys(_LEFTOVERS, ("captured", "captured")),
+    **{spec.overload: (spec.since, spec.until) for spec in SPECS},
 }
 
 
@@ -52,12 +55,8 @@ def problems(program: Program) -> Iterator[str]:
         if name not in program.graphs:
             yield f"the program has no {name} graph"
     for graph in program.graphs.values():
+        yield from (f"{graph.name}: {text}" for text in _stage_problems(graph, program.stage))
         yield from (f"{graph.name}: {text}" for text in _graph_problems(graph))
-        for stage, gone in GONE.items():
-            if program.at_least(stage):
-                for node in graph.nodes:
-                    if node.op == "call_function" and node.target in gone:
-                        yield f"{graph.name}: {node.name} still holds {gone[node.target]} at stage {program.stage}"
     yield from _cache_problems(program)
 
 
@@ -70,6 +69,13 @@ def _graph_problems(graph: Graph) -> Iterator[str]:
         yield f"the output node does not return the {len(graph.outputs)} outputs"
     for node in graph.nodes:
         yield from _node_problems(graph, node)
+
+
+def _stage_problems(graph: Graph, stage: Stage) -> Iterator[str]:
+    for node in graph.nodes:
+        first, last = LEGAL.get(node.target, (STAGES[0], STAGES[-1]))
+        if node.op == "call_function" and not within(stage, first, last):
+            yield f"{node.name} calls {node.target} at the stage {stage}; it is legal at {span(first, last)}"
 
 
 def _node_problems(graph: Graph, node: fx.Node) -> Iterator[str]:

@@ -206,7 +206,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "extra settings": (put("adapter_config.json", b"{}"), r"does not belong[\s\S]*adapter_config\.json"),
     "file outside": (rewrite(files=OUTSIDE), "lists a file|does not belong"),
     "foreign model class": (rewrite(model_class="AutoModel"), "no model class AutoModel"),
-    "unknown stage": (rewrite(stage="magic"), "the stage 'magic'"),
+    "unknown stage": (rewrite(stage="magic"), "stage"),
     "unknown graph": (rewrite(graphs=["../vision"]), r"manifest\.json cannot be used"),
 }
 

@@ -12,6 +12,7 @@ from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import aten
 from qpcompile.ir.pass_manager import Step, operator_counts, run_passes
 from qpcompile.ir.program import Program
+from qpcompile.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Relu:
     broken: bool = False
     name: ClassVar[str] = "relu"
     purpose: ClassVar[str] = "Insert a relu."
-    needs: ClassVar[str] = "captured"
-    gives: ClassVar[str] = "canonical"
+    needs: ClassVar[Stage] = "captured"
+    gives: ClassVar[Stage] = "canonical"
 
     def run(self, program: Program) -> bool:
         graph = program.graphs["prefill"]
@@ -42,8 +43,8 @@ class Late:
     ran: list[str] = field(default_factory=list)
     name: ClassVar[str] = "late"
     purpose: ClassVar[str] = "Run late."
-    needs: ClassVar[str] = "quantized"
-    gives: ClassVar[str] = "fused"
+    needs: ClassVar[Stage] = "quantized"
+    gives: ClassVar[Stage] = "fused"
 
     def run(self, program: Program) -> bool:
         self.ran.append(program.stage)
@@ -60,16 +61,18 @@ def test_steps_hold_what_changed() -> None:
     assert steps[0].after["decode"] == {"aten::relu": 1} and steps[0].modified
 
 
-def test_stages_never_go_back() -> None:
+def test_a_pass_runs_at_its_stages_only() -> None:
     program = program_of(stage="quantized")
     late = Late()
-    run_passes(program, [late, Relu()])
-    assert program.stage == "fused" and late.ran == ["quantized"]
+    run_passes(program, [late, late])
+    assert program.stage == "fused" and late.ran == ["quantized", "fused"]
+    with pytest.raises(InvariantError, match="relu runs at the stages captured to canonical, the program is fused"):
+        run_passes(program, [Relu()])
 
 
 def test_a_pass_too_early_does_not_run() -> None:
     late = Late()
-    with pytest.raises(InvariantError, match="late needs the stage quantized, the program is canonical") as error:
+    with pytest.raises(InvariantError, match="at the stages quantized to fused, the program is canonical") as error:
         run_passes(program_of(), [Relu(), late])
     assert error.value.ran == "relu" and not late.ran
     assert "qpcompile/pass_list.py" in str(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -13,12 +14,13 @@ from toy_decoder import decode_graph, prefill_graph
 
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import add_tensor, aten, call, fake_mode, set_tensor
-from qpcompile.ir.operators import QUANT_STUB, RMSNORM
+from qpcompile.ir.operators import QUANT_STUB, RMSNORM, ROPE
 from qpcompile.ir.program import Graph, Program
-from qpcompile.ir.verify import problems, verify
+from qpcompile.ir.verify import LEGAL, problems, verify
+from qpcompile.stages import STAGES, Stage
 
 
-def sound(stage: str = "captured") -> Program:
+def sound(stage: Stage = "captured") -> Program:
     return program_of(prefill_graph(), decode_graph(), layers=2, stage=stage)
 
 
@@ -116,7 +118,7 @@ def wrong_constant(program: Program) -> None:
     node.update_arg(2, float("nan"))
 
 
-BROKEN: dict[str, tuple[Callable[[Program], None], str, str]] = {
+BROKEN: dict[str, tuple[Callable[[Program], None], Stage, str]] = {
     "a graph is missing": (lose_vision, "captured", "the program has no vision graph"),
     "an input is missing": (lose_input, "captured", "prefill: 2 placeholders for 1 inputs"),
     "an output is missing": (lose_output, "captured", "prefill: the output node does not return the 4 outputs"),
@@ -128,35 +130,40 @@ BROKEN: dict[str, tuple[Callable[[Program], None], str, str]] = {
     "a cache that is not returned": (lose_cache, "captured", r"disagree on the cache: \['past_key_values.1.key'"),
     "an operand of one element": (
         short_weight,
-        "captured",
+        "canonical",
         "vision: rmsnorm.* operand weight: weight is f32.1., but must",
     ),
     "a tensor of another type": (
         stale_weight,
-        "captured",
+        "canonical",
         r"norm_weight is known as f32\[3\], the tensor .* bf16\[3\]",
     ),
     "a result of another size": (
         stale_result,
-        "captured",
+        "canonical",
         r"rmsnorm.* is known as f32\[2, 4\], qpcompile::rmsnorm gives",
     ),
-    "a number out of range": (wrong_constant, "captured", "vision: rmsnorm.* operand eps: eps is nan"),
+    "a number out of range": (wrong_constant, "canonical", "vision: rmsnorm.* operand eps: eps is nan"),
     "dropout": (
         lambda program: add_call(program.graphs["vision"], aten.dropout.default),
         "canonical",
-        "vision: dropout.* still holds dropout at stage canonical",
+        "vision: dropout.* calls aten.dropout.default at the stage canonical; it is legal at the stage captured",
+    ),
+    "an operator too early": (
+        lambda program: add_call(program.graphs["vision"], ROPE),
+        "quantized",
+        "vision: rope.* calls qpcompile.rope.default at the stage quantized; it is legal at the stage fused",
     ),
     "a stub": (
         lambda program: add_call(program.graphs["vision"], QUANT_STUB),
         "fused",
-        "vision: quant_stub.* still holds quant stubs at stage fused",
+        "vision: quant_stub.* calls .* at the stage fused; it is legal at the stages stubbed to packed",
     ),
 }
 
 
 @pytest.mark.parametrize(("break_it", "stage", "message"), BROKEN.values(), ids=list(BROKEN))
-def test_broken_rule_is_named(break_it: Callable[[Program], None], stage: str, message: str) -> None:
+def test_broken_rule_is_named(break_it: Callable[[Program], None], stage: Stage, message: str) -> None:
     program = sound(stage)
     assert list(problems(program)) == []
     program.history += ["first", "second"]
@@ -166,15 +173,22 @@ def test_broken_rule_is_named(break_it: Callable[[Program], None], stage: str, m
     assert (error.value.ran, error.value.before) == ("second", ("first",))
 
 
-@pytest.mark.parametrize("target", [aten.dropout.default, QUANT_STUB])
-def test_what_goes_later_may_still_be_there(target: Callable[..., object]) -> None:
-    program = sound()
+@pytest.mark.parametrize(
+    ("target", "stage"), [(aten.dropout.default, "captured"), (QUANT_STUB, "stubbed"), (QUANT_STUB, "packed")]
+)
+def test_what_goes_later_may_still_be_there(target: Callable[..., object], stage: Stage) -> None:
+    program = sound(stage)
     add_call(program.graphs["vision"], target)
     verify(program)
 
 
+def test_every_stage_has_operators_that_come_with_it() -> None:
+    firsts = Counter(first for first, _ in LEGAL.values())
+    assert set(firsts) == set(STAGES) - {"calibrated", "planned"}
+
+
 def test_a_call_that_fits_is_let_through() -> None:
-    program = sound()
+    program = sound("canonical")
     add_norm(program.graphs["vision"])
     verify(program)
 

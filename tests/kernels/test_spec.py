@@ -91,7 +91,8 @@ def _probe(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return double(x), reference.double(x)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, cpu=cpu.double, taped=True, differentiable=reference.double, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="fused", cpu=cpu.double, taped=True, onnx=_onnx,
+            differentiable=reference.double)
 """,
 }
 ASKS = """

@@ -223,7 +223,7 @@ def test_other_types_stay_apart(apply: Apply) -> None:
 
 def test_broken_stage_order_is_named() -> None:
     program = program_of(traced(NormedMlp(), TOKENS), stage="cut")
-    with pytest.raises(InvariantError, match="fuse_kernels needs the stage quantized, the program is cut"):
+    with pytest.raises(InvariantError, match="fuse_kernels runs at the stages quantized to fused, the program is cut"):
         run_passes(program, [FuseKernels()])
 
 

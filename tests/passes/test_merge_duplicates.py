@@ -117,5 +117,5 @@ def test_nothing_is_merged_across_a_write(apply: Apply) -> None:
 
 def test_broken_stage_order_is_named() -> None:
     program = program_of(doubled(), stage="quantized")
-    with pytest.raises(InvariantError, match="merge_duplicates needs the stage fused, the program is quantized"):
+    with pytest.raises(InvariantError, match="merge_duplicates runs at the stage fused, the program is quantized"):
         run_passes(program, [MergeDuplicates()])

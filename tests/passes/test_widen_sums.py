@@ -128,5 +128,5 @@ def test_the_head_stays(apply: Apply) -> None:
 
 def test_broken_stage_order_is_named() -> None:
     program = program_of(traced(Normed(), TOKENS), stage="quantized")
-    with pytest.raises(InvariantError, match="widen_sums needs the stage fused, the program is quantized"):
+    with pytest.raises(InvariantError, match="widen_sums runs at the stage fused, the program is quantized"):
         run_passes(program, [WidenSums()])

@@ -19,10 +19,10 @@ from qpcompile.emit.artifact.folder import AGAIN, files, read_json, read_text, r
 from qpcompile.emit.artifact.json_text import MOST_BYTES
 from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.files import sha256
-from qpcompile.ir.program import STAGES
 from qpcompile.recipe.messages import problems
 from qpcompile.recipe.plan import LeftOut, Site
 from qpcompile.recipe.quantize import Section
+from qpcompile.stages import Stage
 from qpcompile.versions import RECORDED, package_versions
 
 NAME = "manifest.json"
@@ -57,7 +57,7 @@ class Manifest(Section):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(description="Floating-point type of the model.")
     attention: Literal["sdpa", "eager"] = Field(description="How the host makes masks.")
     processor: Name | None = Field(description="Class of the processor; null where the model came without one.")
-    stage: str = Field(json_schema_extra={"enum": list(STAGES)}, description="How far the compile went.")
+    stage: Stage = Field(description="How far the compile went.")
     history: tuple[Name, ...] = Field(strict=False, max_length=100, description="The passes that ran.")
     layers: tuple[Dotted, ...] = Field(strict=False, max_length=4096, description="Modules of the decoder's layers.")
     graphs: tuple[Name, ...] = Field(strict=False, min_length=1, max_length=20, description="Names of the graphs.")
@@ -147,8 +147,8 @@ def _checked(content: dict[str, Any], folder: Path, error: type[ArtifactError] |
             "\n  ".join([f"{NAME} cannot be used:", *lines[:10]]), where=str(folder / NAME), do=AGAIN
         ) from problem
     unknown = [name for name in manifest.graphs if not names.is_graph(name)]
-    if unknown or len(set(manifest.graphs)) < len(manifest.graphs) or manifest.stage not in STAGES:
-        what = f"a graph called {unknown[0]!r}" if unknown else f"a graph twice, or the stage {manifest.stage!r:.80}"
+    if unknown or len(set(manifest.graphs)) < len(manifest.graphs):
+        what = f"a graph called {unknown[0]!r}" if unknown else "a graph twice"
         raise error(f"{NAME} cannot be used: it names {what}", where=str(folder / NAME), do=AGAIN)
     return manifest
 
