@@ -168,7 +168,7 @@ def _rotated_halves(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | str:
         return f"{turned.name} does not join the halves of {x.name}"
     tables = [value(table) for table in (cos, sin)]
     if any(table.shape[-1] != size or table.dim() > value(x).dim() for table in tables):
-        return f"{cos.name} and {sin.name} are no tables over the last axis of {x.name}"
+        return f"{cos.name} and {sin.name} are not tables over the last axis of {x.name}"
     if tables[0].dtype != tables[1].dtype or not _same(value(add), value(x)):
         return f"{add.name} is not of the type and sizes of {x.name}"
     return x, cos, sin

@@ -70,7 +70,9 @@ def _quantize(program: Program, head: Graph, linear: fx.Node, site: str) -> Site
     readers = _readers(program.host, weight)
     for owner, module in readers.items():
         if type(module) is not nn.Embedding or len(readers) > 1:
-            reason = f"{owner}, which is no single table of embeddings ({type(module).__name__}), reads the same matrix"
+            reason = (
+                f"{owner}, which is not a single table of embeddings ({type(module).__name__}), reads the same matrix"
+            )
             return LeftOut(graph=HEAD, name=site, reason=reason)
     codes, scale = quantize_rows(weight)
     stored = add_tensor(head, f"{name}_codes", codes, linear), add_tensor(head, f"{name}_scale", scale, linear)

@@ -81,7 +81,7 @@ def full(target: Path, needed: int, free: int) -> OutputError:
 def unusable_path(path: str, why: str) -> OutputError:
     """The error for text that is not a valid file name."""
     return OutputError(
-        f"this is no name of a file: {why}", where=shown(path), do="choose a path without such characters"
+        f"this is not the name of a file: {why}", where=shown(path), do="choose a path without such characters"
     )
 
 

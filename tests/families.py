@@ -23,7 +23,7 @@ Pictures = Callable[[Sequence[int]], Inputs]
 
 
 def _text(**changes: Any) -> dict[str, Any]:
-    """Sizes shared by the decoders: 4 query heads on 2 key-value heads, a width that is no power of two."""
+    """Sizes shared by the decoders: 4 query heads on 2 key-value heads, a width that is not a power of two."""
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 48,

@@ -199,7 +199,7 @@ def test_defect_of_a_data_folder_is_named(tmp_path: Path, damage: Callable[[Path
 
 def test_file_that_is_no_picture(tmp_path: Path) -> None:
     write_lines('{"image": "data.jsonl", "question": "what?", "answer": "red"}')(tmp_path)
-    with pytest.raises(CalibrationError, match="no picture that can be read") as error:
+    with pytest.raises(CalibrationError, match="not a picture that can be read") as error:
         Samples(tmp_path, AutoProcessor.from_pretrained(MODEL), 4, 0)
     told(error)
 

@@ -89,6 +89,6 @@ def test_no_pass_names_a_family() -> None:
     rooms = ("ir", "runtime", "calibration", "quantization", "pruning")
     for folder in ("passes", *(f"qpcompile/{room}" for room in rooms)):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            # The name of a paper is no name of a family.
+            # The name of a paper is not a name of a family.
             text = path.read_text().lower().replace('"llava-prumerge"', "")
             assert not [name for name in names if name in text], path.name

@@ -69,7 +69,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _check_file(path: Path) -> None:
     """Refuse a file whose content cannot match its name."""
     if not path.is_file():
-        raise ModelError(f"{path.name} is no file, or a link that leads nowhere", where=str(path), do=AGAIN)
+        raise ModelError(f"{path.name} is not a file, or a link that leads nowhere", where=str(path), do=AGAIN)
     with path.open("rb") as file:
         start = file.read(len(POINTER))
     if not start:

@@ -57,7 +57,7 @@ def read_questions(folder: Path) -> list[Question]:
     if wrong:
         (place, first), others = wrong[0], len(wrong) - 1
         more = f" ({others} more {'lines are' if others > 1 else 'line is'} wrong)" if others else ""
-        raise CalibrationError(f"the line is no question: {first}{more}", where=place, do=first.do)
+        raise CalibrationError(f"the line is not a question: {first}{more}", where=place, do=first.do)
     return questions
 
 
@@ -93,7 +93,7 @@ def _question(folder: Path, raw: bytes, place: str) -> Question:
     image = folder / line.image
     if not is_file(image):
         do = "put it in the folder" if "://" not in line.image else "pictures are files: load it into the folder first"
-        raise LineError(f"the picture {line.image[:200]} is missing, or is no file", do)
+        raise LineError(f"the picture {line.image[:200]} is missing, or is not a file", do)
     return Question(image, line.question, line.answer, line.choices, place)
 
 

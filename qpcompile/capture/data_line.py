@@ -76,14 +76,14 @@ def _object(raw: bytes) -> dict[str, Any]:
     except LineError:
         raise
     except (ValueError, RecursionError) as error:
-        raise LineError(f"it is no JSON: {error}", "write one JSON object per line") from error
+        raise LineError(f"it is not JSON: {error}", "write one JSON object per line") from error
     if not isinstance(entry, dict):
         raise LineError(f"it is {_kind(entry)}, not an object", 'write {"image": ..., "question": ..., ...}')
     return entry
 
 
 def _no_number(name: str) -> Any:
-    raise LineError(f"{name} is no JSON", "write null, or leave the key out")
+    raise LineError(f"{name} is not JSON", "write null, or leave the key out")
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

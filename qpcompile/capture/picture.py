@@ -80,7 +80,7 @@ def _opened(path: Path, where: str | None) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _error(f"has too many pixels: {error}", path, where, "make it smaller first") from error
     except Exception as error:  # decoders raise arbitrary exceptions on damaged bytes
-        raise _error(f"is no picture that can be read: {_said(error)}", path, where, _REPLACE) from error
+        raise _error(f"is not a picture that can be read: {_said(error)}", path, where, _REPLACE) from error
     if image.width * image.height > MOST_PIXELS or not image.width * image.height:
         image.close()
         what = f"is {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} in all are read, and at least one"

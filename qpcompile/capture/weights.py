@@ -26,7 +26,7 @@ def check_model(model: Any, where: str | None = None) -> Any:
             "this is a model with adapters that are not merged", where=where, do="pass model.merge_and_unload()"
         )
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"a {type(model).__name__} is no transformers model", where=where, do=PASS)
+        raise ModelError(f"a {type(model).__name__} is not a transformers model", where=where, do=PASS)
     _refuse_adapters(model, where)
     _refuse_quantized(model, where)
     _refuse_absent(model, where)

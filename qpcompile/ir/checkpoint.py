@@ -150,7 +150,7 @@ _ANOTHER = "name a new folder, or remove this one to begin from the start"
 def _refuse_foreign(folder: Path, names: list[str]) -> None:
     """Raise OutputError for a folder that contains anything not written by a compile."""
     if names and KEY not in names:
-        raise _unusable(folder, f"has no key, so this is no checkpoint; it holds {shown(names[0])}", _ANOTHER)
+        raise _unusable(folder, f"has no key, so this is not a checkpoint; it holds {shown(names[0])}", _ANOTHER)
     for name in names:
         if name != KEY and not name.endswith(_SUFFIX):
             raise _unusable(folder / name, "has a file that does not belong to it", "remove the file")

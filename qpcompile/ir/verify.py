@@ -90,7 +90,7 @@ def _node_problems(graph: Graph, node: fx.Node) -> Iterator[str]:
                 yield f"{node.name} is known as {described(known)}, the tensor {node.target} is {described(tensor)}"
     elif node.op == "call_function":
         if not isinstance(node.target, torch._ops.OpOverload) and node.target not in SIZE_FUNCTIONS:
-            yield f"{node.name} calls {node.target}, which is no operator"
+            yield f"{node.name} calls {node.target}, which is not an operator"
         if "val" not in node.meta and node.target is not operator.getitem and node.users:
             yield f"{node.name} has no shape"
         elif (rule := RULES.get(node.target)) is not None:

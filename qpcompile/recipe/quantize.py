@@ -223,7 +223,7 @@ class QuantizeScheme(Section):
             try:
                 re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
             except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return patterns
 
     @model_validator(mode="after")

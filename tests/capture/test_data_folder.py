@@ -133,22 +133,22 @@ def test_first_pictures_are_different_ones(folder: Path) -> None:
 # What is refused
 
 LINES: dict[str, tuple[Any, str]] = {
-    "text": ("what is it?", "it is no JSON"),
-    "half an object": ('{"image": "a.png"', "it is no JSON"),
-    "two objects": (dumped(GOOD) + b" " + dumped(GOOD), "it is no JSON"),
-    "old line ends": (dumped(GOOD) + b"\r" + dumped(GOOD), "it is no JSON"),
+    "text": ("what is it?", "it is not JSON"),
+    "half an object": ('{"image": "a.png"', "it is not JSON"),
+    "two objects": (dumped(GOOD) + b" " + dumped(GOOD), "it is not JSON"),
+    "old line ends": (dumped(GOOD) + b"\r" + dumped(GOOD), "it is not JSON"),
     "list": ([GOOD], "it is a list, not an object"),
     "number": ("7", "it is a number, not an object"),
     "null": ("null", "it is null, not an object"),
     "latin 1": ('{"question": "é"}'.encode("latin-1"), "it is not UTF-8"),
     "utf 16": ("{}".encode("utf-16"), "it is not UTF-8"),
-    "nan": (GOOD | {"score": float("nan")}, "NaN is no JSON"),
-    "infinity": (GOOD | {"answer": float("-inf")}, "-Infinity is no JSON"),
+    "nan": (GOOD | {"score": float("nan")}, "NaN is not JSON"),
+    "infinity": (GOOD | {"answer": float("-inf")}, "-Infinity is not JSON"),
     "twice": (
         '{"image": "a.png", "question": "?", "answer": "no", "answer": "yes"}',
         "the key 'answer' is there twice",
     ),
-    "deep": (b"[" * 100_000, "it is no JSON"),
+    "deep": (b"[" * 100_000, "it is not JSON"),
     "long": (GOOD | {"note": "n" * MOST_LINE_BYTES}, "it is longer than 1,048,576 bytes"),
     "no image": ({"question": "?", "answer": "red"}, "the key 'image' is missing"),
     "no question": ({"image": "a.png", "answer": "red"}, "the key 'question' is missing"),
@@ -161,7 +161,7 @@ LINES: dict[str, tuple[Any, str]] = {
     "images": (GOOD | {"image": ["a.png"]}, "image is a list, not a text"),
     "image empty": (GOOD | {"image": ""}, "image is empty"),
     "image missing": (GOOD | {"image": "no.png"}, "the picture no.png is missing"),
-    "image folder": (GOOD | {"image": "."}, "the picture . is missing, or is no file"),
+    "image folder": (GOOD | {"image": "."}, "the picture . is missing, or is not a file"),
     "image address": (GOOD | {"image": "https://a.b/c.png"}, "the picture https://a.b/c.png is missing"),
     "image nul": (GOOD | {"image": "a\0.png"}, "is missing"),
     "image name too long": (GOOD | {"image": "n" * 5000}, "is missing"),
@@ -273,6 +273,6 @@ def test_pictures_are_read_upright(folder: Path) -> None:
 def test_a_file_that_is_no_picture_names_the_line(folder: Path, check: Callable[..., Any]) -> None:
     (folder / "b.png").write_text("no picture")
     questions = read_questions(write(folder, GOOD, GOOD | {"image": "b.png"}))
-    with pytest.raises(CalibrationError, match=r"b\.png is no picture that can be read") as error:
+    with pytest.raises(CalibrationError, match=r"b\.png is not a picture that can be read") as error:
         check(AutoProcessor.from_pretrained(TESTBED / "llava"), questions)
     assert error.value.where == f"{folder / 'data.jsonl'}, line 2"

@@ -260,7 +260,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (write(WEIGHTS, b""), "model.safetensors is empty"),
         (write(WEIGHTS, b"\xff" * 100), "model.safetensors is damaged or cut short"),
         (write(WEIGHTS, POINTER), "model.safetensors is a pointer of git-lfs"),
-        (link(WEIGHTS), "model.safetensors is no file, or a link that leads nowhere"),
+        (link(WEIGHTS), "model.safetensors is not a file, or a link that leads nowhere"),
         (lambda folder: (folder / WEIGHTS).unlink(), "no file named model.safetensors"),
         (write("config.json", b"{"), "config.json is not JSON"),
         (write("config.json", b"[]"), "config.json holds no JSON object"),
@@ -270,7 +270,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (write("tokenizer.json", POINTER), "tokenizer.json is a pointer of git-lfs"),
         (write("tokenizer.json", b"{}"), "the processor of"),
-        (pipe("tokenizer.json"), "tokenizer.json is no file"),
+        (pipe("tokenizer.json"), "tokenizer.json is not a file"),
         (
             write("tokenizer_config.json", b'{"fast_tokenizer_files": ["../elsewhere/tokenizer.4.0.0.json"]}'),
             "fast_tokenizer_files names '../elsewhere/tokenizer.4.0.0.json', which is outside the folder",

@@ -264,8 +264,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "socket": (listener, "is a pipe, a socket or a device"),
     "dangling link": (lambda path: path.symlink_to("nowhere"), "is missing"),
     "link to itself": (lambda path: path.symlink_to(path.name), "cannot be read"),
-    "text": (lambda path: path.write_text("no picture"), "is no picture"),
-    "postscript": (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "is no picture"),
+    "text": (lambda path: path.write_text("no picture"), "is not a picture"),
+    "postscript": (
+        lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        "is not a picture",
+    ),
 }
 
 
@@ -299,7 +302,7 @@ def test_files_cut_short_are_refused(tmp_path: Path, suffix: str, share: float) 
     path = saved(tmp_path / f"a.{suffix}", Image.fromarray(noise))
     raw = path.read_bytes()
     path.write_bytes(raw[: int(len(raw) * share)])
-    with pytest.raises(CalibrationError, match=r"cannot be decoded|is no picture") as error:
+    with pytest.raises(CalibrationError, match=r"cannot be decoded|is not a picture") as error:
         read_picture(path)
     told(error, path)
 

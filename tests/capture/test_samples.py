@@ -51,7 +51,7 @@ def test_a_folder_is_checked_before_anything_is_computed(tmp_path: Path) -> None
     (tmp_path / "a.png").write_text("no picture")
     line = {"image": "a.png", "question": "what?", "answer": "red"}
     (tmp_path / "data.jsonl").write_text(json.dumps(line))
-    with pytest.raises(CalibrationError, match="no picture that can be read"):
+    with pytest.raises(CalibrationError, match="not a picture that can be read"):
         Samples(tmp_path, processor, 8, 0)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "data.jsonl").write_text(json.dumps(line | {"question": "what is <image>?"}))

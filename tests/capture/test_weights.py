@@ -34,7 +34,7 @@ def test_a_sound_model_is_returned(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("thing", [3, None, nn.Linear(2, 2)], ids=lambda thing: type(thing).__name__)
 def test_what_is_no_model(thing: Any) -> None:
-    assert f"a {type(thing).__name__} is no transformers model" in refused(thing).what
+    assert f"a {type(thing).__name__} is not a transformers model" in refused(thing).what
 
 
 def test_compile_checks_the_model_it_is_given() -> None:

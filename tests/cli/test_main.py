@@ -227,7 +227,7 @@ def test_run_shows_the_picture_upright(recorder: Recorder, tmp_path: Path) -> No
     ("picture", "question", "words"),
     [
         (PICTURE, "what is <image>?", "the text holds '<image>'"),
-        (DATA / "data.jsonl", "what?", "data.jsonl is no picture that can be read"),
+        (DATA / "data.jsonl", "what?", "data.jsonl is not a picture that can be read"),
     ],
 )
 def test_run_refuses_what_is_no_input(recorder: Recorder, picture: Any, question: str, words: str) -> None:

@@ -40,7 +40,7 @@ def main(what: str, folder: Path):
         if what == "table":
             terminal.console().print(terminal.table("é table", ("héad", "two"), [("[bold]x", "≈" * 30)]))
         if what == "error":
-            raise RecipeError("é is no key", where="\U0001f422", do="name another")
+            raise RecipeError("é is not a key", where="\U0001f422", do="name another")
         if what == "descriptor":
             with open(folder / "file", "w") as file:
                 print("to stdout", flush=True)

@@ -42,7 +42,7 @@ HOSTILE = {
     "formatted by a method": ("{{ '{:>9999999999}'.format(1) }}", "format is not read"),
     "filler": ("{{ lipsum(n=100000) }}", "lipsum is not read"),
     "another file": ("{% include '/etc/passwd' %}", "include is not read"),
-    "no template": ("{% for %}", "no template"),
+    "no template": ("{% for %}", "not a template"),
     "too long": ("x" * 200_000, "characters"),
 }
 # Bodies of `macro f(x, n)` that would call it 2**60 times, or forever: (before it, body).

@@ -65,7 +65,7 @@ WRONG: dict[str, tuple[Callable[[Case], Any], str]] = {
     "bytes for pixels": (with_pixels(lambda pixels: pixels.to(torch.uint8)), "pixel_values is uint8 .*float32"),
     "pixels of one picture": (with_pixels(lambda pixels: pixels[0]), "pixel_values is float32 with 3 axes.* and 4"),
     "pixels of batches": (with_pixels(lambda pixels: pixels[None]), "pixel_values is float32 with 5 axes"),
-    "positions that are no whole numbers": (with_positions(lambda ids: ids.float()), "position_ids is float32"),
+    "positions that are not whole numbers": (with_positions(lambda ids: ids.float()), "position_ids is float32"),
     "positions without rows": (with_positions(lambda ids: ids[0]), "position_ids is int64 with 1 axes"),
     "negative id": (with_ids(lambda ids: ids - 3), "has token -3; this model's are 0 to 98"),
     "large id": (with_ids(replaced(1, 99)), "has token 99"),

@@ -185,7 +185,7 @@ HOSTILE: dict[str, tuple[Damage, str]] = {
     "sparse": (in_model(sparse), "sparse"),
     "cut off": (cut_off, "cut off|operator|type"),
     "two graphs": (twice, "2 graphs"),
-    "no protobuf": (lambda folder: (folder / "decode.onnx").write_bytes(b"\xff" * 99), "no protobuf"),
+    "no protobuf": (lambda folder: (folder / "decode.onnx").write_bytes(b"\xff" * 99), "not protobuf"),
     "empty": (lambda folder: (folder / "decode.onnx").write_bytes(b""), "0 graphs"),
 }
 
@@ -242,10 +242,14 @@ TEXTS: dict[str, tuple[Damage, str, str]] = {
     "long number": (text(MANIFEST, '{"a": ' + "9" * 5000 + "}"), MANIFEST, "cannot be read"),
     "no object": (text(MANIFEST, "[]"), MANIFEST, "holds no object"),
     "large": (text(MANIFEST, " " * 2**23), MANIFEST, "at most"),
-    "another format": (in_json(MANIFEST, format="x"), MANIFEST, "no exported folder"),
-    "no files": (in_json(MANIFEST, files=[]), MANIFEST, "no list of files"),
-    "outside": (in_json(MANIFEST, files={"../outside.data": {}}), MANIFEST, "no file of this folder"),
-    "no sizes": (in_json(MANIFEST, files={"config.json": {"bytes": True, "sha256": ""}}), MANIFEST, "no file of this"),
+    "another format": (in_json(MANIFEST, format="x"), MANIFEST, "not an exported folder"),
+    "no files": (in_json(MANIFEST, files=[]), MANIFEST, "not a list of files"),
+    "outside": (in_json(MANIFEST, files={"../outside.data": {}}), MANIFEST, "not a file of this"),
+    "no sizes": (
+        in_json(MANIFEST, files={"config.json": {"bytes": True, "sha256": ""}}),
+        MANIFEST,
+        "not a file of this",
+    ),
     "nothing listed": (in_json(MANIFEST, files={}), "folder", "does not list vision.onnx"),
     "token that is text": (in_json("config.json", image_token_id="x"), "config.json", "image_token_id is 'x'"),
     "token out of range": (in_json("config.json", image_token_id=10**12), "config.json", "image_token_id is 1000"),
@@ -284,7 +288,7 @@ def test_command_line_prints_what_where_and_do(folder: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     done = ask(folder, folder / "config.json")
-    assert done.returncode == 1 and done.stderr.startswith("error: this is no .npz file") and not done.stdout
+    assert done.returncode == 1 and done.stderr.startswith("error: this is not an .npz file") and not done.stdout
     assert "where: " in done.stderr and "what to do: " in done.stderr and "Traceback" not in done.stderr
     assert ask(folder, "x.npz", "--max-new-tokens", "0").returncode == 2
 

@@ -71,7 +71,7 @@ def test_the_layout_is_recognised_and_the_split_chosen(folder: Path) -> None:
     [
         ("fall", {}, "no split 'fall'"),
         ("val", {}, "no question to ask"),
-        ("test", {"answer": 3}, "answer 3 is no index of 3 choices"),
+        ("test", {"answer": 3}, "answer 3 is not an index of 3 choices"),
         ("test", {"answer": -1}, "not in ScienceQA's format: answer"),
         ("test", {"answer": "1"}, "not in ScienceQA's format: answer"),
         ("test", {"choices": None}, "not in ScienceQA's format: choices"),
@@ -98,8 +98,8 @@ def test_what_is_wrong_is_named(folder: Path, split: str, changes: dict[str, Any
     [
         ([], {"test": []}, "holds no JSON object"),
         ({}, [], "holds no JSON object"),
-        ({}, {"test": "7"}, "no list of problem numbers"),
-        ({}, {"test": [7]}, "no list of problem numbers"),
+        ({}, {"test": "7"}, "not a list of problem numbers"),
+        ({}, {"test": [7]}, "not a list of problem numbers"),
         ({}, {"test": ["7"]}, "not in ScienceQA's format: the entry"),
         ({"7": None}, {"test": ["7"]}, "not in ScienceQA's format: the entry"),
     ],
@@ -114,7 +114,7 @@ def test_files_of_other_contents_are_named(folder: Path, problems: Any, splits: 
 
 def test_a_file_that_is_no_picture_is_named_before_anything_is_asked(folder: Path) -> None:
     (folder / "images" / "test" / "7" / "image.png").write_text("no picture")
-    with pytest.raises(CalibrationError, match="is no picture that can be read") as error:
+    with pytest.raises(CalibrationError, match="is not a picture that can be read") as error:
         read_data(folder)
     assert error.value.where == f"{folder / 'problems.json'}, problem 7"
 

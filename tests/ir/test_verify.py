@@ -123,7 +123,7 @@ BROKEN: dict[str, tuple[Callable[[Program], None], Stage, str]] = {
     "an input is missing": (lose_input, "captured", "prefill: 2 placeholders for 1 inputs"),
     "an output is missing": (lose_output, "captured", "prefill: the output node does not return the 4 outputs"),
     "a tensor is missing": (lose_tensor, "captured", r"decode: .* reads the tensor layers.0.self_attn.q_proj.weight"),
-    "a python function": (call_python, "captured", r"vision: relu.* calls .*, which is no operator"),
+    "a python function": (call_python, "captured", r"vision: relu.* calls .*, which is not an operator"),
     "a call without a shape": (call_unknown, "captured", r"vision: relu.* has no shape"),
     "a method": (call_method, "captured", "vision: relu.* is a call_method node"),
     "another cache tensor": (rename_cache, "captured", r"disagree on the cache: \['past_key_values.1.value'"),

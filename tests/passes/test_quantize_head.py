@@ -168,7 +168,7 @@ class Scaled(nn.Embedding):
 def test_another_reader_of_the_matrix_keeps_it(apply: Apply) -> None:
     program = tied(Scaled)
     assert not apply(program, QuantizeHead())
-    reason = "embed_tokens, which is no single table of embeddings (Scaled), reads the same matrix"
+    reason = "embed_tokens, which is not a single table of embeddings (Scaled), reads the same matrix"
     assert program.plan.left_out == (LeftOut(graph=HEAD, name="lm_head", reason=reason),)
     two = tied()
     two.host.add_module("other", Host(get_tensor(two.host, "embed_tokens.weight")))

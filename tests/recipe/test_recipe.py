@@ -206,7 +206,7 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
         ("quantize: {scope: [visoin]}", 'quantize.scope.0: given "visoin"; allowed: vision | projector | language'),
         ("quantize: {scope: [vision, vision]}", "a component is listed twice"),
         ("quantize: {ignore: lm_head}", 'quantize.ignore: given "lm_head"; allowed: list of string'),
-        ("quantize: {ignore: ['re:(']}", "'re:(' is no regular expression"),
+        ("quantize: {ignore: ['re:(']}", "'re:(' is not a regular expression"),
         ("quantize: {ignore: ['re:']}", "an empty pattern"),
         ("quantize: {ignore: ['re:(a+)+$']}", "more than 4 repeats, or a repeated group"),
         ("quantize: {ignore: ['re:.*.*.*.*.*x']}", "more than 4 repeats, or a repeated group"),

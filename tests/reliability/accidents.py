@@ -32,7 +32,7 @@ NAMES = {
     "a name of 256 bytes": "x" * 256,
     "120 accented letters": "é" * 120,
     "a name with a newline": "a\nb",
-    "a name that is no UTF-8": "\udcff",
+    "a name that is not UTF-8": "\udcff",
     "a name with a lone surrogate": "\ud800",
     "a name with NUL": "a\0b",
     "an emoji": "🐢",

@@ -43,7 +43,7 @@ def _walk(root: Path, folder: Path, depth: int, error: type[ArtifactError] | typ
             raise error(
                 f"the folder holds a {'link' if stat.S_ISLNK(mode) else 'special file'}; only plain files are read",
                 where=str(path),
-                do="copy the files themselves (cp -L, or a download with local_dir), and remove what is no file",
+                do="copy the files themselves (cp -L, or a download with local_dir), and remove what is not a file",
             )
         if depth == 0 and entry.name in HIDDEN:
             continue

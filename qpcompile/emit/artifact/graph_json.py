@@ -228,7 +228,9 @@ class _Reader:
         if kind not in KEYS or not REQUIRED[kind] <= entry.keys() <= KEYS[kind]:
             raise _refused(f"this is not a graph: there is no node {entry!r:.80}", self.where)
         if not names.is_weight(label) if kind == "weight" else not names.is_value(label):
-            raise _refused(f"{label!r:.80} is no name of a {'weight' if kind == 'weight' else 'value'}", self.where)
+            raise _refused(
+                f"{label!r:.80} is not the name of a {'weight' if kind == 'weight' else 'value'}", self.where
+            )
         if label in self.values:
             raise _refused(f"the value {label} is defined twice", self.where)
         node = {"input": self._input, "weight": self._weight, "call": self._call}[kind](entry)
@@ -262,7 +264,7 @@ class _Reader:
 
     def _list(self, value: Any) -> list[Any]:
         if not isinstance(value, list):
-            raise _refused(f"this is not a graph: {value!r:.80} is no list", self.where)
+            raise _refused(f"this is not a graph: {value!r:.80} is not a list", self.where)
         return value
 
     def _weight(self, entry: dict[str, Any]) -> fx.Node:
@@ -277,7 +279,7 @@ class _Reader:
     def _stack(self, path: Any) -> dict[str, tuple[str, str]]:
         """A module stack like that of tracing: every module on the path to `path`."""
         if path != "" and not names.is_path(path):
-            raise _refused(f"{path!r:.80} is no name of a module", self.where)
+            raise _refused(f"{path!r:.80} is not the name of a module", self.where)
         parts = path.split(".")
         prefixes = ["", *(".".join(parts[: length + 1]) for length in range(len(parts)))] if path else [""]
         return {prefix: (prefix, "") for prefix in prefixes}
@@ -322,7 +324,7 @@ class _Reader:
             return float(content)
         elif kind == "device" and isinstance(content, str) and _DEVICE.fullmatch(content):
             return torch.device(content)
-        raise _refused(f"{ {kind: content}!r:.80} is no argument", self.where)
+        raise _refused(f"{ {kind: content}!r:.80} is not an argument", self.where)
 
 
 def _is_template(shape: Any, outputs: frozenset[str]) -> bool:
@@ -349,7 +351,7 @@ def _fact(data: dict[str, Any]) -> QuantizedFact | StubFact:
     fact = FACTS[data["kind"]](**fields)
     texts = [*fact.sites, fact.kernel] if isinstance(fact, QuantizedFact) else [fact.site, fact.role]
     if not all(isinstance(text, str) and len(text) <= names.MOST_CHARACTERS for text in texts):
-        raise ValueError(f"{data!r:.80} is no fact about a node")
+        raise ValueError(f"{data!r:.80} is not a fact about a node")
     return fact
 
 

@@ -59,7 +59,7 @@ def _float(digits: str) -> float:
 
 
 def _constant(word: str) -> Any:
-    raise ValueError(f"{word} is no number in JSON")
+    raise ValueError(f"{word} is not a number in JSON")
 
 
 def _refuse_depth(value: Any) -> None:

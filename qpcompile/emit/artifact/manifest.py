@@ -119,12 +119,12 @@ def _parse(folder: Path) -> dict[str, Any]:
     with reading("the folder", folder):
         is_folder, is_file = folder.is_dir(), path.is_file()
     if not is_file:
-        what = f"the folder has no {NAME}: it is no saved model" if is_folder else "there is no such folder"
+        what = f"the folder has no {NAME}: it is not a saved model" if is_folder else "there is no such folder"
         raise ArtifactError(what, where=str(folder), do="name a folder that save_pretrained of a compiled model wrote")
     files(folder)
     content = read_json(path)
     if not isinstance(content, dict):
-        raise _altered(path, "is no list of files")
+        raise _altered(path, "is not a list of files")
     version = content.get("format_version")
     if content.get("format") != "qpcompile" or version != FORMAT:
         raise ArtifactError(

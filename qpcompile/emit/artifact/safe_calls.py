@@ -23,7 +23,7 @@ def bad_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
             return "" if fine else "it takes a value and the number of a part of it"
         # For sizes only: on text and lists these functions mean repetition, which can exhaust memory.
         fine = not kwargs and all(_is_number(each) for each in args)
-        return "" if fine else "it takes numbers and values that are no lists"
+        return "" if fine else "it takes numbers and values that are not lists"
     if target._schema.is_mutable and not (args and _made_by_the_graph(args[0])):
         return "it changes what is not the graph's own"
     if problem := _undefined(target, args, kwargs):
@@ -42,7 +42,7 @@ def bad_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 def _is_number(value: Any) -> bool:
-    """Whether an argument is a number, or a value that is no list."""
+    """Whether an argument is a number, or a value that is not a list."""
     if isinstance(value, fx.Node) and isinstance(value.target, torch._ops.OpOverload):
         returned = [str(each.type) for each in value.target._schema.returns]
         return len(returned) == 1 and not returned[0].startswith("List")

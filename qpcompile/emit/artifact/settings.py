@@ -83,7 +83,7 @@ def read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTraine
     """Read the configuration in config.json without the mark, which artifacts of earlier versions lack."""
     data = read_json(folder / CONFIG)
     if not isinstance(data, dict):
-        raise _refused("config.json is no mapping", CONFIG)
+        raise _refused("config.json is not a mapping", CONFIG)
     data = _unmarked(data)
     if data.get("model_type") != config_class.model_type:
         raise _refused(f"the model type is {data.get('model_type')!r:.80}, not {config_class.model_type}", CONFIG)
@@ -183,7 +183,7 @@ def _problem(key: str, value: Any) -> str:
     if key in _CLASSES and value is not None:
         class_of(value, _CLASSES[key], ArtifactError, key)
     if key == "dtype" and value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
-        return f"{given}, which is no type of numbers"
+        return f"{given}, which is not a type of numbers"
     if isinstance(value, str) and len(value) > MOST_TEXT:
         return f"the setting {key[:80]!r} is a text of {len(value)} characters; {MOST_TEXT} are read"
     if isinstance(value, int):

@@ -52,7 +52,7 @@ def check_tokenizer(processor: Any) -> None:
 def tokenizer_problem(data: Any) -> str:
     """What is wrong with a tokenizer, "" for nothing."""
     if not isinstance(data, dict):
-        return "it is no mapping"
+        return "it is not a mapping"
     for number in _numbers(data.get("padding")):
         if number > MOST_PADDING:
             return f"it pads to {number} tokens; at most {MOST_PADDING} are read"

@@ -99,7 +99,7 @@ def read_weights(folder: Path, files: Collection[str]) -> dict[str, torch.Tensor
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(set(index.values())):
         if name not in files or "/" in name or not name.endswith(".safetensors"):
-            raise _refused(f"the index names {name!r:.200}, which is no file of the artifact", INDEX)
+            raise _refused(f"the index names {name!r:.200}, which is not a file of the artifact", INDEX)
         expected = {key for key, file in index.items() if file == name}
         with reading("the weights", folder / name):
             _check_header(folder / name, expected)
@@ -113,7 +113,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     data = read_json(folder / INDEX)
     index = data.get("weight_map") if isinstance(data, dict) and data.keys() == {"metadata", "weight_map"} else None
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise _refused("it is no index of tensors", INDEX)
+        raise _refused("it is not an index of tensors", INDEX)
     return index
 
 

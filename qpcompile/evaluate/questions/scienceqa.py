@@ -36,7 +36,7 @@ def read_scienceqa(folder: Path, split: str = "test") -> list[Question]:
     numbers = splits[split]
     if not isinstance(numbers, list) or not all(isinstance(number, str) for number in numbers):
         raise CalibrationError(
-            f"the split {split!r} is no list of problem numbers as texts", where=str(folder / SPLITS), do=_SEE
+            f"the split {split!r} is not a list of problem numbers as texts", where=str(folder / SPLITS), do=_SEE
         )
     pictures = folder / "images" / split
     return [question for number in numbers for question in _questions(folder, pictures / number, number, problems)]
@@ -87,7 +87,7 @@ class _Problem(BaseModel):
     @model_validator(mode="after")
     def _answer_is_a_choice(self) -> Self:
         if self.answer >= len(self.choices):
-            raise ValueError(f"answer {self.answer} is no index of {len(self.choices)} choices")
+            raise ValueError(f"answer {self.answer} is not an index of {len(self.choices)} choices")
         return self
 
 

@@ -52,7 +52,7 @@ def check_template(text: str, where: str) -> None:
     except Unbounded as error:
         raise _refused(f"line {error.line}: {error}", where) from error
     except (TemplateError, RecursionError, ValueError, OverflowError) as error:
-        raise _refused(f"it is no template: {type(error).__name__}: {str(error)[:200]}", where) from error
+        raise _refused(f"it is not a template: {type(error).__name__}: {str(error)[:200]}", where) from error
 
 
 def check_processor(processor: Any) -> None:

@@ -90,7 +90,7 @@ class Choice:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], vocabulary: int, where: str) -> Choice:
-        """The choice that settings ask for; RunnerError for one that is not honoured or is no number of its kind."""
+        """The choice that settings ask for; RunnerError for one that is not honoured or is not a number of its kind."""
         if names := unserved(settings):
             raise RunnerError(f"this runner cannot honour {', '.join(names)}", where, "use the compiled module")
         number = _Numbers(settings, where)
@@ -150,7 +150,7 @@ def _softmax(scores: Array) -> Array:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Reads settings; what is no number of the kind asked for is a RunnerError."""
+    """Reads settings; what is not a number of the kind asked for is a RunnerError."""
 
     settings: Mapping[str, Any]
     where: str

@@ -110,16 +110,18 @@ def _listed(manifest: Mapping[str, Any], folder: Path) -> dict[str, dict[str, An
     where = str(folder / MANIFEST)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         found = f"{manifest.get('format')!r}, version {manifest.get('version')!r}"[:100]
-        raise RunnerError(f"this is no exported folder: format {found}", where, f"name a folder of {FORMAT} {VERSION}")
+        raise RunnerError(
+            f"this is not an exported folder: format {found}", where, f"name a folder of {FORMAT} {VERSION}"
+        )
     if manifest.get("digest") != digest(manifest):
         raise RunnerError("the file is not the one that was exported: its digest differs", where, NEW_FOLDER)
     files = manifest.get("files")
     if not isinstance(files, dict) or len(files) > MOST_FILES:
-        raise RunnerError("files is no list of files", where, NEW_FOLDER)
+        raise RunnerError("files is not a list of files", where, NEW_FOLDER)
     for name, entry in files.items():
         sound = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
         if not _NAME.fullmatch(name) or not sound:
-            raise RunnerError(f"{name[:100]!r} is no file of this folder with size and hash", where, NEW_FOLDER)
+            raise RunnerError(f"{name[:100]!r} is not a file of this folder with size and hash", where, NEW_FOLDER)
     return files
 
 
@@ -130,7 +132,7 @@ def digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _regular(path: Path, most: int) -> int:
-    """The size of a file that is no link and not too large."""
+    """The size of a file that is not a link and not too large."""
     if path.is_symlink() or not path.is_file():
         what = "the file is missing" if not path.exists() and not path.is_symlink() else "this is a link, or no file"
         raise RunnerError(what, str(path), NEW_FOLDER)
@@ -256,7 +258,7 @@ def _fields(message: memoryview, refused: Mapping[int, str] | None = None) -> It
         if kind == 2:
             size, at = _varint(message, at)
         if size is None or at + size > end:
-            raise ValueError("it is no protobuf, or is cut off")
+            raise ValueError("it is not protobuf, or is cut off")
         yield number, message[at : at + size]
         at += size
 
@@ -272,7 +274,7 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
-    raise ValueError("it is no protobuf, or is cut off")
+    raise ValueError("it is not protobuf, or is cut off")
 
 
 def _packed(values: memoryview) -> list[int]:
@@ -285,7 +287,7 @@ def _packed(values: memoryview) -> list[int]:
 
 def _message(value: Any) -> memoryview:
     if not isinstance(value, memoryview):
-        raise ValueError("it is no protobuf of a graph")
+        raise ValueError("it is not the protobuf of a graph")
     return value
 
 

@@ -39,7 +39,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
 
 def _unreadable(path: Path, error: BaseException) -> RunnerError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return RunnerError(f"this is no .npz file that can be read: {first}", str(path), "write it with numpy.savez")
+    return RunnerError(f"this is not an .npz file that can be read: {first}", str(path), "write it with numpy.savez")
 
 
 def check_inputs(given: Mapping[str, Any], image: int, video: int | None, vocabulary: int) -> dict[str, Array]:

@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 
 def text_positions(mask: Array) -> Array:
-    """Positions i64[B, S] that count the tokens which are no padding; mask: i64[B, S]."""
+    """Positions i64[B, S] that count the tokens which are not padding; mask: i64[B, S]."""
     return np.where(mask == 0, 0, np.cumsum(mask, axis=1) - 1)
 
 
