@@ -18,27 +18,18 @@ Source: QAPruner (arXiv 2604.02816), section 3, and the metrics of its ablation;
 smaller last group are ours.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from qpcompile.kernels.text_relevance.reference import rescale
+from qpcompile.recipe.tokens import Metric
 
 MARGIN = 1e-8
 LARGEST_CODE = 7
 CLIP_SHARE = 0.99
-METRICS = (
-    "complex",
-    "complex_l1",
-    "complex_mul",
-    "l2_norm",
-    "l1_norm",
-    "l_inf",
-    "variance",
-    "dynamic_range",
-    "quant_error",
-    "quant_error_clip",
-    "quant_error_group",
-)
+METRICS: tuple[str, ...] = get_args(Metric)
 
 
 def quantization_risk(features: Tensor, counted: Tensor, metric: str, group_size: int) -> Tensor:

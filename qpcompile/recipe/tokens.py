@@ -41,25 +41,29 @@ RISK_FUSED = ("quota", "visionzip")
 """Methods that optionally fuse the risk into their score; qapruner always does."""
 
 
+Metric = Literal[
+    "complex",
+    "complex_l1",
+    "complex_mul",
+    "l2_norm",
+    "l1_norm",
+    "l_inf",
+    "variance",
+    "dynamic_range",
+    "quant_error",
+    "quant_error_clip",
+    "quant_error_group",
+]
+"""How the risk is measured; kernels/quantization_risk says what each is."""
+
+
 class RiskScheme(Section):
     """The 4-bit quantization risk of each visual token as a score: QAPruner."""
 
     fuse: bool = Field(
         default=False, description="Fuse the risk into the scores of quota and visionzip too; qapruner always does."
     )
-    metric: Literal[
-        "complex",
-        "complex_l1",
-        "complex_mul",
-        "l2_norm",
-        "l1_norm",
-        "l_inf",
-        "variance",
-        "dynamic_range",
-        "quant_error",
-        "quant_error_clip",
-        "quant_error_group",
-    ] = Field(
+    metric: Metric = Field(
         default="complex",
         description="complex: half the rounding error by groups, half the range of a token's channels.",
     )

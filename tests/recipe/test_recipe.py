@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpcompile.errors import RecipeError
-from qpcompile.kernels.quantization_risk.reference import METRICS
 from qpcompile.recipe.quantize import matches_name
 from qpcompile.recipe.recipe import Recipe, preset_names
-from qpcompile.recipe.tokens import RiskScheme
 
 PRESETS = ["joint-12.5", "joint-30", "none", "prune-30", "qapruner-12.5", "quota-30", "quota-50", "w4a16", "w4a4kv4"]
 
@@ -380,7 +378,3 @@ def test_every_key_has_a_description() -> None:
 def test_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe().version = 1  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_a_recipe_and_its_operator_know_the_same_metrics() -> None:
-    assert get_args(RiskScheme.model_fields["metric"].annotation) == METRICS
