@@ -13,10 +13,10 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from importlib import resources
+from collections.abc import Iterator, Sequence
+from importlib import import_module, resources
 from pathlib import Path
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -33,6 +33,7 @@ from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL
 from qpcompile.ir.text import graph_text
 from qpcompile.pass_list import passes
+from qpcompile.recipe.choices import METHODS
 from qpcompile.recipe.messages import numeral
 from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe, preset_names
@@ -130,12 +131,27 @@ def _operators_by_stage() -> str:
 
 
 def recipe_page() -> str:
-    """docs/recipe.md: a table per section, and the presets."""
-    parts = [RECIPE_HEAD, *_sections("", Recipe), "## Presets\n"]
+    """docs/recipe.md: a table per section, the values that are files, and the presets."""
+    parts = [RECIPE_HEAD, *_sections("", Recipe)]
+    parts += _named_files("Pruning methods", "tokens.method", METHODS, "pruning.methods")
+    parts.append("## Presets\n")
     for name in preset_names():
         text = (resources.files("qpcompile.recipe") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
         parts.append(f"### `{name}`\n\n```yaml\n{text.strip()}\n```\n")
     return "\n".join(parts)
+
+
+def _named_files(title: str, key: str, names: Sequence[str], folder: str) -> list[str]:
+    """A table of the values of a key and the first sentence of their files."""
+    modules = {name: import_module(f"qpcompile.{folder}.{name}") for name in names}
+    rows = [f"| `{name}` | {_first_sentence(module)} |" for name, module in modules.items()]
+    return [f"## {title}\n\nValues of `{key}`.\n\n| value | what it does |\n| --- | --- |", *rows, ""]
+
+
+def _first_sentence(module: ModuleType) -> str:
+    """Of the module's docstring: up to the first full stop, on one line."""
+    first = (module.__doc__ or "").split("\n\n")[0]
+    return re.split(r"(?<=\.)\s", " ".join(first.split()))[0]
 
 
 def graph_pages() -> dict[str, str]:

@@ -16,7 +16,11 @@ import psutil
 import torch
 
 from qpcompile.cli.probes import PROBES, probe
+from qpcompile.ir.operators import SPECS
 from qpcompile.kernels.native import library as native
+from qpcompile.pruning.pruner import Operators
+from qpcompile.pruning.risk import RISK_OPERATORS
+from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.recipe import Recipe, preset_names
 from qpcompile.versions import TESTED, installed, verdict
 
@@ -159,30 +163,13 @@ def recipe_state(
     return PresetState(name, "fast", f"integer products on {instructions[0]}")
 
 
-RISK = ("quantization_risk", "fuse_risk")
-CHOOSES_BY: dict[str, tuple[str, ...]] = {
-    "cdpruner": ("text_relevance", "dpp_select"),
-    "dart": ("pivot_tokens",),
-    "divprune": ("farthest_tokens",),
-    "joint": ("text_relevance", "dpp_select", "token_scores"),
-    "prumerge_plus": ("attention_received", "spread_tokens", "merge_tokens"),
-    "qapruner": ("text_relevance", *RISK, "dpp_select"),
-    "random": (),
-    "random_input": (),
-    "trim": ("text_relevance",),
-    "visionzip": ("attention_received", "spread_tokens", "merge_tokens"),
-    "vtw": (),
-}
-"""Scoring operators of pruning methods other than `token_scores`."""
-
-
 def needed_operators(recipe: Recipe) -> list[str]:
     """Operators that graphs of this recipe may contain."""
     needed = ["rmsnorm", "rope"]
     if recipe.tokens.method != "none":
-        needed += [*CHOOSES_BY.get(recipe.tokens.method, ("token_scores",)), "select_tokens"]
+        needed += [*_names(PRUNERS[recipe.tokens.method].operators), "select_tokens"]
     if recipe.tokens.risk.fuse:
-        needed += RISK
+        needed += _names(RISK_OPERATORS)
     scheme = recipe.quantize
     if scheme is None:
         return needed
@@ -198,6 +185,10 @@ def needed_operators(recipe: Recipe) -> list[str]:
     if scheme.head_bits == 8:
         needed.append("linear_w8a16")
     return needed
+
+
+def _names(operators: Operators) -> list[str]:
+    return [spec.name for operator in operators for spec in SPECS if spec.overload is operator]
 
 
 def recipe_warning(recipe: Recipe) -> str | None:

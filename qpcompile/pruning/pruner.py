@@ -1,10 +1,13 @@
 """The interface of pruning methods: where visual tokens are dropped, how many are kept, and how they are scored.
 
     class Method:
+        operators                                    the custom operators of its graphs
+        def profiles(self, recipe) -> bool           whether layers are measured for it
         def schedule(self, program) -> Schedule      the layers to cut after, and their keep ratios
         def scores(self, point) -> fx.Node           f32[B, N] at one of them: the highest are kept
 
-The cut itself (top-k, gather of everything alive, caches) is the same for every method: passes/insert_token_cuts.py.
+A method is the file of its name in methods/, which holds it as METHOD. The cut itself (top-k, gather of everything
+alive, caches) is the same for every method: passes/insert_token_cuts.py.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import floor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -27,6 +30,8 @@ from qpcompile.ir.rematerialize import readers_of, rematerialize
 from qpcompile.ir.shapes import same, value
 from qpcompile.recipe.plan import Cut, Sensitivity
 from qpcompile.recipe.recipe import Recipe
+
+Operators = tuple[torch._ops.OpOverload, ...]
 
 INPUT = -1
 """The pseudo-layer before the decoder: a cut after it drops tokens before layer 0."""
@@ -161,6 +166,9 @@ class Point:
 
 class Pruner(Protocol):
     """One method."""
+
+    operators: ClassVar[Operators]
+    """The custom operators that it adds to graphs; `qpcompile doctor` tests them."""
 
     def profiles(self, recipe: Recipe) -> bool:
         """Whether the schedule needs layer measurements on samples (passes/measure_sensitivity.py)."""

@@ -9,7 +9,10 @@ from torch import fx
 
 from qpcompile.ir.operators import FUSE_RISK, QUANTIZATION_RISK
 from qpcompile.pruning.before_decoder import counted_tokens
-from qpcompile.pruning.pruner import Point
+from qpcompile.pruning.pruner import Operators, Point
+
+RISK_OPERATORS: Operators = (QUANTIZATION_RISK, FUSE_RISK)
+"""Operators of the functions here."""
 
 
 def quantization_risk(point: Point) -> fx.Node:

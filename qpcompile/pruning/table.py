@@ -1,19 +1,16 @@
-"""All pruning methods by their names in recipes: METHODS of each file in methods/."""
+"""All pruning methods by their names in recipes: a method is the file of its name in methods/."""
 
 from __future__ import annotations
 
-import pkgutil
 from importlib import import_module
 
-import qpcompile.pruning.methods as methods
 from qpcompile.pruning.pruner import Pruner
+from qpcompile.recipe.choices import METHODS
 
 
 def read_methods() -> dict[str, Pruner]:
-    """The methods of all files, sorted by file."""
-    names = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
-    modules = [import_module(f"{methods.__name__}.{name}") for name in names]
-    return {name: pruner for module in modules for name, pruner in module.METHODS.items()}
+    """METHOD of each file, by the file's name."""
+    return {name: import_module(f"qpcompile.pruning.methods.{name}").METHOD for name in METHODS}
 
 
 PRUNERS: dict[str, Pruner] = read_methods()

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from qpcompile.recipe.choices import Method
 from qpcompile.recipe.messages import impossible
 from qpcompile.recipe.quantize import MOST_SAMPLES, MOST_SEED, WIDEST, Section
 
@@ -84,32 +85,8 @@ class RiskScheme(Section):
 class TokenScheme(Section):
     """Which visual tokens are dropped, where, and how they are selected."""
 
-    method: Literal[
-        "none",
-        "joint",
-        "quota",
-        "random",
-        "fastv",
-        "pyramiddrop",
-        "sparsevlm",
-        "vtw",
-        "random_input",
-        "visionzip",
-        "prumerge_plus",
-        "dart",
-        "cdpruner",
-        "qapruner",
-        "divprune",
-        "trim",
-    ] = Field(
-        default="none",
-        description="none keeps all; joint searches schedules on samples; quota scores every token "
-        "at several layers; random draws by seed on the same schedule; fastv cuts once, by the last token's attention; "
-        "pyramiddrop three times, by that of the next layer; sparsevlm three times, by the attention of selected text; "
-        "vtw drops every visual token; random_input draws before the decoder; visionzip and prumerge_plus score by the "
-        "vision tower's attention before the decoder and merge; dart keeps a few pivots and the tokens least "
-        "similar to them, after the second layer; cdpruner, qapruner (with risk), divprune and trim select before the "
-        "decoder.",
+    method: Method = Field(
+        default="none", description="How tokens are selected: one of the pruning methods below; none keeps all."
     )
     keep: float = Field(
         default=1.0,

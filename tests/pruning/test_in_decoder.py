@@ -19,7 +19,7 @@ from qpcompile.ir.text import graph_text
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
-from qpcompile.pruning.methods.sparse_vlm import list_ratios
+from qpcompile.pruning.methods.sparsevlm import list_ratios
 from qpcompile.pruning.positions import POSITIONS, find_positions
 from qpcompile.recipe.plan import Cut
 

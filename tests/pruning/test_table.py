@@ -1,30 +1,46 @@
-"""Every method of the recipe has its file, and a file is all that the compiler needs of a method."""
+"""A pruning method is the file of its name: the recipe takes the name, and the file says what else is known of it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+from programs import changed_recipe, program_of
+from toy_decoder import prefill_graph
 
-import qpcompile.pruning.methods as methods
-from qpcompile.cli.doctor import CHOOSES_BY
-from qpcompile.pruning.table import PRUNERS, read_methods
+from qpcompile.ir.operators import SELECT_TOKENS, SPECS
+from qpcompile.ir.program import Graph
+from qpcompile.passes.canonicalize import Canonicalize
+from qpcompile.passes.insert_token_cuts import cut_prefill
+from qpcompile.pruning.pruner import INPUT, TowerReader
+from qpcompile.pruning.table import PRUNERS
+from qpcompile.recipe.plan import Cut
 from qpcompile.recipe.tokens import TokenScheme
 
-LATEST = """
-from qpcompile.pruning.methods.fastv import FastV
-
-METHODS = {"latest": FastV()}
-"""
+# Methods whose layers are otherwise measured, or have no default.
+GIVEN = ("quota", "random", "vtw")
 
 
 def test_methods_are_those_of_the_recipe() -> None:
-    assert {"none", *PRUNERS} == set(get_args(TokenScheme.model_fields["method"].annotation))
-    assert set(CHOOSES_BY) < set(PRUNERS)
+    assert ("none", *PRUNERS) == get_args(TokenScheme.model_fields["method"].annotation)
 
 
-def test_a_file_adds_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "latest.py").write_text(LATEST, "utf-8")
-    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    assert set(read_methods()) == {*PRUNERS, "latest"}
+# Those that read a vision tower: test_tower_pruners.py.
+@pytest.mark.parametrize("method", [name for name, pruner in PRUNERS.items() if not isinstance(pruner, TowerReader)])
+def test_a_method_names_the_operators_that_it_adds(method: str) -> None:
+    layers = ("tokens.candidate_layers=[0]",) if method in GIVEN else ()
+    recipe = changed_recipe("none", f"tokens.method={method}", "tokens.keep=0.5", *layers)
+    pruner, graph = PRUNERS[method], prefill_graph()
+    program = program_of(graph, recipe=recipe, layers=2)
+    Canonicalize().run(program)
+    before = own_operators(graph)
+    # The layer of joint is the result of a search; it scores differently before the decoder and in it.
+    after = (INPUT, 0) if method == "joint" else pruner.schedule(program).layers[:1]
+    cuts = tuple(Cut(layer=layer, ratio=0.5, numerator=1, denominator=2) for layer in after)
+    cut_prefill(graph, cuts, recipe, pruner, shapes=False)
+    assert own_operators(graph) - before - {SELECT_TOKENS} == set(pruner.operators)
+
+
+def own_operators(graph: Graph) -> set[Any]:
+    """The project's operators in a graph."""
+    return {node.target for node in graph.nodes} & {spec.overload for spec in SPECS}

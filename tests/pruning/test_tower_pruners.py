@@ -34,6 +34,7 @@ from qpcompile.ir.text import graph_text
 from qpcompile.kernels.attention_received.reference import attention_received
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import INPUT
+from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.interpret import run_watched
@@ -236,6 +237,13 @@ def test_keeps_merges_and_decodes_as_the_formulas_say(name: str, method: str, ca
         padding = cases[case]["input_ids"].shape[1] - inputs["input_ids"].shape[1]
         assert [i - padding for i in kept[row].tolist() if i >= 0] == positions
         torch.testing.assert_close(logits[row], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_names_the_operators_that_it_adds(method: str) -> None:
+    graphs = compiled("llava", method).program.graphs.values()
+    scoring = {operator for pruner in PRUNERS.values() for operator in pruner.operators}
+    assert {node.target for graph in graphs for node in graph.nodes} & scoring == set(PRUNERS[method].operators)
 
 
 @pytest.mark.parametrize("method", METHODS)

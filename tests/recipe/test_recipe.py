@@ -167,8 +167,8 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
     ) == (
         "the recipe has 9 keys that cannot be used:\n"
         "  version: given 2; allowed: 1\n"
-        '  tokens.method: given "fastvv"; allowed: none | joint | quota | random | fastv | pyramiddrop | sparsevlm '
-        "| vtw | random_input | visionzip | prumerge_plus | dart | cdpruner | qapruner | divprune | trim\n"
+        '  tokens.method: given "fastvv"; allowed: none | cdpruner | dart | divprune | fastv | joint | prumerge_plus '
+        "| pyramiddrop | qapruner | quota | random | random_input | sparsevlm | trim | visionzip | vtw\n"
         "  tokens.keep: given 0; allowed: number >= 1e-06 and <= 1\n"
         "  tokens.candidate_layers: given [3, 2]; allowed: auto | list of integer >= 0 and < 10000 "
         "(layers must be strictly increasing)\n"

@@ -1,4 +1,4 @@
-"""DART: keep pivot tokens and the tokens least similar to them, so that dropped tokens are near-duplicates.
+"""DART: after the second layer, keep pivot tokens and those least similar to them; dropped tokens are near-duplicates.
 
 Source: DART (arXiv 2502.11494), section 4, with the settings of its code: after the decoder's second layer, pivots by
 the L1 norm of that layer's keys, 4 among visual tokens and 4 among the text after them. Ours: cosines are of the
@@ -9,12 +9,13 @@ residual stream, without the decoder's final norm, and the remainder of a budget
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from qpcompile.ir.operators import PIVOT_TOKENS
 from qpcompile.ir.program import Program
-from qpcompile.pruning.pruner import Point, Pruner, Schedule, one_layer
+from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, one_layer
 from qpcompile.recipe.recipe import Recipe
 
 SECOND_LAYER = 1
@@ -24,6 +25,7 @@ SECOND_LAYER = 1
 class Dart:
     """See the module's docstring."""
 
+    operators: ClassVar[Operators] = (PIVOT_TOKENS,)
     visual_pivots: int = 4
     text_pivots: int = 4
 
@@ -50,4 +52,4 @@ class Dart:
         return point.only_visual(chosen)
 
 
-METHODS: dict[str, Pruner] = {"dart": Dart()}
+METHOD: Pruner = Dart()

@@ -1,19 +1,22 @@
-"""DivPrune: select visual tokens by max-min diversity. Source: DivPrune (arXiv 2503.02175), section 3."""
+"""DivPrune: before the decoder, select by max-min diversity. Source: DivPrune (arXiv 2503.02175), section 3."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from qpcompile.ir.operators import FARTHEST_TOKENS
 from qpcompile.pruning.before_decoder import BeforeDecoder, counted_tokens
-from qpcompile.pruning.pruner import Point, Pruner
+from qpcompile.pruning.pruner import Operators, Point, Pruner
 
 
 @dataclass(frozen=True)
 class DivPrune(BeforeDecoder):
     """See the module's docstring. All pictures of a prompt form one set."""
+
+    operators: ClassVar[Operators] = (FARTHEST_TOKENS,)
 
     def scores(self, point: Point) -> fx.Node:
         """Earlier picks are higher."""
@@ -21,4 +24,4 @@ class DivPrune(BeforeDecoder):
         return point.only_visual(point.call(FARTHEST_TOKENS, point.hidden(), counted_tokens(point), budget))
 
 
-METHODS: dict[str, Pruner] = {"divprune": DivPrune()}
+METHOD: Pruner = DivPrune()

@@ -8,11 +8,13 @@ Source: "FastV" (arXiv 2403.06764), section 4, with K = 2. Both variants of its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
+from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
-from qpcompile.pruning.pruner import Point, Pruner, Schedule, one_layer
+from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, one_layer
 from qpcompile.pruning.queries import attention_from, last
 from qpcompile.recipe.recipe import Recipe
 
@@ -22,6 +24,8 @@ LAYER = 1
 @dataclass(frozen=True)
 class FastV:
     """See the module's docstring."""
+
+    operators: ClassVar[Operators] = (TOKEN_SCORES,)
 
     def profiles(self, recipe: Recipe) -> bool:
         """The layer is fixed."""
@@ -36,4 +40,4 @@ class FastV:
         return attention_from(point, last(point), point.attention())
 
 
-METHODS: dict[str, Pruner] = {"fastv": FastV()}
+METHOD: Pruner = FastV()

@@ -11,12 +11,14 @@ magnitude, visual attention and residual to the score.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import fx
 
+from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
 from qpcompile.pruning.methods.cdpruner import CdPruner
-from qpcompile.pruning.pruner import INPUT, Point, Pruner, Schedule
+from qpcompile.pruning.pruner import INPUT, Operators, Point, Pruner, Schedule
 from qpcompile.pruning.queries import QUERIES, attention_from
 from qpcompile.pruning.schedules import SCHEDULE, cut_layers_of
 from qpcompile.recipe.recipe import Recipe
@@ -26,6 +28,7 @@ from qpcompile.recipe.recipe import Recipe
 class Joint:
     """See the module's docstring."""
 
+    operators: ClassVar[Operators] = (*CdPruner.operators, TOKEN_SCORES)
     in_front: Pruner = field(default_factory=CdPruner)
 
     def profiles(self, recipe: Recipe) -> bool:
@@ -44,4 +47,4 @@ class Joint:
         return attention_from(point, QUERIES[point.recipe.tokens.queries](point), point.attention())
 
 
-METHODS: dict[str, Pruner] = {"joint": Joint()}
+METHOD: Pruner = Joint()

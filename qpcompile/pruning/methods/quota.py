@@ -7,6 +7,7 @@ candidate rule are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -22,7 +23,7 @@ from qpcompile.pruning.budget import (
     normalize_sensitivity,
     sensitivity,
 )
-from qpcompile.pruning.pruner import Point, Pruner, Schedule, cut_layers
+from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, cut_layers
 from qpcompile.pruning.queries import QUERIES
 from qpcompile.pruning.risk import with_risk
 from qpcompile.recipe.plan import Sensitivity
@@ -32,6 +33,8 @@ from qpcompile.recipe.recipe import Recipe
 @dataclass(frozen=True)
 class Quota:
     """See the module's docstring."""
+
+    operators: ClassVar[Operators] = (TOKEN_SCORES,)
 
     def profiles(self, recipe: Recipe) -> bool:
         """Only if the layers to cut after are selected by measurement."""
@@ -139,4 +142,4 @@ def _profiled(program: Program) -> tuple[int, ...]:
     )
 
 
-METHODS: dict[str, Pruner] = {"quota": Quota()}
+METHOD: Pruner = Quota()

@@ -1,4 +1,4 @@
-"""TRIM: select visual tokens by similarity to the question, with a static count.
+"""TRIM: before the decoder, select by similarity to the question, with a static count.
 
 Source: TRIM (arXiv 2409.10994), section 3. Softmax preserves the order of the similarities, so the highest ones are
 selected. Ours: the cosine is a substitute for CLIP's (kernels/text_relevance), the count is the recipe's rather than
@@ -8,20 +8,24 @@ the number of outliers, and the mean of the dropped tokens is not appended: it w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
+from qpcompile.ir.operators import TEXT_RELEVANCE
 from qpcompile.pruning.before_decoder import BeforeDecoder, text_relevance
-from qpcompile.pruning.pruner import Point, Pruner
+from qpcompile.pruning.pruner import Operators, Point, Pruner
 
 
 @dataclass(frozen=True)
 class Trim(BeforeDecoder):
     """See the module's docstring."""
 
+    operators: ClassVar[Operators] = (TEXT_RELEVANCE,)
+
     def scores(self, point: Point) -> fx.Node:
         """The relevance itself."""
         return point.only_visual(text_relevance(point))
 
 
-METHODS: dict[str, Pruner] = {"trim": Trim()}
+METHOD: Pruner = Trim()

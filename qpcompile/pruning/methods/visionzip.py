@@ -1,4 +1,4 @@
-"""VisionZip: keep tokens with high vision-tower attention, and merge the rest into a few evenly spaced ones.
+"""VisionZip: before the decoder, keep tokens with high vision-tower attention, merge the rest into a few spaced ones.
 
     dominant     the tokens with the highest attention received in the tower (tower.py)
     contextual   evenly spaced among the others; each becomes itself + the mean of the dropped tokens whose keys are
@@ -12,14 +12,15 @@ are at index floor(j R / c) of the R others.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from qpcompile.ir.edit import aten
-from qpcompile.ir.operators import MERGE_TOKENS, SPREAD_TOKENS
+from qpcompile.ir.operators import ATTENTION_RECEIVED, MERGE_TOKENS, SPREAD_TOKENS
 from qpcompile.ir.program import Program
 from qpcompile.pruning.before_decoder import counted_tokens
-from qpcompile.pruning.pruner import INPUT, Point, Pruner, Schedule
+from qpcompile.pruning.pruner import INPUT, Operators, Point, Pruner, Schedule
 from qpcompile.pruning.risk import with_risk
 from qpcompile.pruning.tower import add_tower_outputs
 from qpcompile.recipe.recipe import Recipe
@@ -31,6 +32,8 @@ CONTEXTUAL = 10 / 64
 @dataclass(frozen=True)
 class VisionZip:
     """See the module's docstring."""
+
+    operators: ClassVar[Operators] = (ATTENTION_RECEIVED, SPREAD_TOKENS, MERGE_TOKENS)
 
     def profiles(self, recipe: Recipe) -> bool:
         """Nothing is measured."""
@@ -69,4 +72,4 @@ def spread_scores(point: Point, share: float) -> fx.Node:
     return point.only_visual(marks)
 
 
-METHODS: dict[str, Pruner] = {"visionzip": VisionZip()}
+METHOD: Pruner = VisionZip()

@@ -1,4 +1,4 @@
-"""PruMerge+: keep tokens with high vision-tower attention plus evenly spaced ones, and merge neighbours into each.
+"""PruMerge+: before the decoder, keep tokens with high vision-tower attention and spaced ones; merge neighbours.
 
     kept     the tokens with the highest attention received (one softmax over all heads concatenated), and evenly spaced
     ones
@@ -14,14 +14,15 @@ appends for all dropped ones is omitted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from qpcompile.ir.edit import aten
-from qpcompile.ir.operators import MERGE_TOKENS
+from qpcompile.ir.operators import ATTENTION_RECEIVED, MERGE_TOKENS, SPREAD_TOKENS
 from qpcompile.ir.program import Program
 from qpcompile.pruning.methods.visionzip import spread_scores
-from qpcompile.pruning.pruner import INPUT, Point, Pruner, Schedule
+from qpcompile.pruning.pruner import INPUT, Operators, Point, Pruner, Schedule
 from qpcompile.pruning.tower import add_tower_outputs
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import VISUAL_KEYS, VISUAL_SCORES
@@ -33,6 +34,8 @@ NEIGHBOURS = 32
 @dataclass(frozen=True)
 class PruMergePlus:
     """See the module's docstring."""
+
+    operators: ClassVar[Operators] = (ATTENTION_RECEIVED, SPREAD_TOKENS, MERGE_TOKENS)
 
     def profiles(self, recipe: Recipe) -> bool:
         """Nothing is measured."""
@@ -61,4 +64,4 @@ class PruMergePlus:
         return point.call(MERGE_TOKENS, point.hidden(), keys, shares, stays, visual, NEIGHBOURS)
 
 
-METHODS: dict[str, Pruner] = {"prumerge_plus": PruMergePlus()}
+METHOD: Pruner = PruMergePlus()

@@ -9,6 +9,7 @@ Source: "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -16,13 +17,15 @@ from torch import fx
 from qpcompile.errors import PlanError
 from qpcompile.ir.edit import aten
 from qpcompile.ir.program import Program
-from qpcompile.pruning.pruner import Point, Pruner, Schedule, one_layer
+from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, one_layer
 from qpcompile.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Withdraw:
     """See the module's docstring."""
+
+    operators: ClassVar[Operators] = ()
 
     def profiles(self, recipe: Recipe) -> bool:
         """Nothing is measured."""
@@ -53,4 +56,4 @@ class Withdraw:
         return point.only_visual(nothing)
 
 
-METHODS: dict[str, Pruner] = {"vtw": Withdraw()}
+METHOD: Pruner = Withdraw()

@@ -12,12 +12,14 @@ Source: "SparseVLM" (arXiv 2410.04417), sections 3.2 and 3.3; cuts and lists fro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import fx
 
+from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
-from qpcompile.pruning.pruner import Point, Pruner, Schedule, cut_layers, layers_after
+from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, cut_layers, layers_after
 from qpcompile.pruning.queries import attention_from, raters
 from qpcompile.recipe.recipe import Recipe
 
@@ -29,6 +31,8 @@ COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110
 @dataclass(frozen=True)
 class SparseVLM:
     """See the module's docstring."""
+
+    operators: ClassVar[Operators] = (TOKEN_SCORES,)
 
     def profiles(self, recipe: Recipe) -> bool:
         """The layers are fixed."""
@@ -53,4 +57,4 @@ def list_ratios(keep: float, cuts: int) -> tuple[float, ...]:
     return (*ratios[:-1], keep)
 
 
-METHODS: dict[str, Pruner] = {"sparsevlm": SparseVLM()}
+METHOD: Pruner = SparseVLM()

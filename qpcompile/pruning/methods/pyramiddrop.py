@@ -12,15 +12,17 @@ Source: "PyramidDrop" (arXiv 2410.17247), section 3.2, and its code for which la
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
 from qpcompile.errors import PlanError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, is_call, layer_of
+from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.rematerialize import needed_for, readers_of
-from qpcompile.pruning.pruner import Point, Pruner, Schedule, attention_node, cut_layers, layers_after
+from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, attention_node, cut_layers, layers_after
 from qpcompile.pruning.queries import attention_from, last
 from qpcompile.recipe.recipe import Recipe
 
@@ -30,6 +32,8 @@ PARTS = (1 / 4, 2 / 4, 3 / 4)
 @dataclass(frozen=True)
 class PyramidDrop:
     """See the module's docstring."""
+
+    operators: ClassVar[Operators] = (TOKEN_SCORES,)
 
     def profiles(self, recipe: Recipe) -> bool:
         """The layers are fixed."""
@@ -69,4 +73,4 @@ class PyramidDrop:
         return attention_from(point, last(point), point.attention(point.layer + 1))
 
 
-METHODS: dict[str, Pruner] = {"pyramiddrop": PyramidDrop()}
+METHOD: Pruner = PyramidDrop()
