@@ -33,7 +33,7 @@ from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL
 from qpcompile.ir.text import graph_text
 from qpcompile.pass_list import passes
-from qpcompile.recipe.choices import METHODS
+from qpcompile.recipe.choices import METHODS, SOLVERS
 from qpcompile.recipe.messages import numeral
 from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe, preset_names
@@ -134,6 +134,7 @@ def recipe_page() -> str:
     """docs/recipe.md: a table per section, the values that are files, and the presets."""
     parts = [RECIPE_HEAD, *_sections("", Recipe)]
     parts += _named_files("Pruning methods", "tokens.method", METHODS, "pruning.methods")
+    parts += _named_files("Weight solvers", "quantize.weights.solver", SOLVERS, "quantization.solvers")
     parts.append("## Presets\n")
     for name in preset_names():
         text = (resources.files("qpcompile.recipe") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")

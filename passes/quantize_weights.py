@@ -27,7 +27,7 @@ from qpcompile.ir.shapes import value
 from qpcompile.kernels.linear_w4a4.packing import pack_int4, packed_width
 from qpcompile.progress import track
 from qpcompile.quantization.basis import weight_name
-from qpcompile.quantization.solvers import output_error, solve
+from qpcompile.quantization.solve import output_error, solve
 from qpcompile.quantization.static_scales import select_scale, static_scales
 from qpcompile.recipe.plan import Site
 from qpcompile.recipe.quantize import QuantizeScheme

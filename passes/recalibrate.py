@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from qpcompile.calibration.collect import collect
 from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.ir.program import Program
+from qpcompile.quantization.solve import needs_moments
 from qpcompile.stages import Stage
 
 
@@ -37,6 +38,7 @@ class Recalibrate:
             return False
         if program.recipe.recalibrates:
             ratios = program.measured[CALIBRATION].ratios
-            program.measured[CALIBRATION] = collect(program, self.samples, self.count, self.name)
+            moments = needs_moments(scheme.weights)
+            program.measured[CALIBRATION] = collect(program, self.samples, self.count, self.name, moments)
             program.measured[CALIBRATION].ratios = ratios
         return False

@@ -35,6 +35,7 @@ from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import check_layers
 from qpcompile.pruning.table import PRUNERS
+from qpcompile.quantization.solve import needs_moments
 from qpcompile.recipe.plan import CalibrationUsed
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.recompute import check_decode
@@ -144,7 +145,7 @@ def needs_samples(recipe: Recipe) -> list[str]:
     scheme = recipe.quantize
     if scheme is not None and scheme.weights.bits == 4:
         asked = {
-            "weights.solver gptq (rtn needs none)": scheme.weights.solver == "gptq",
+            f"weights.solver {scheme.weights.solver} (rtn needs none)": needs_moments(scheme.weights),
             "smooth (null needs none)": scheme.smooth is not None,
             "center (null needs none)": scheme.center is not None,
             f"scaling {scheme.scaling} (none needs none)": scheme.scaling != "none",

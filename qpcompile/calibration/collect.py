@@ -27,15 +27,15 @@ from qpcompile.progress import track
 from qpcompile.runtime.machine import Machine, execute_graph
 
 
-def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, title: str) -> Calibration:
+def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, title: str, moments: bool) -> Calibration:
     """Statistics of all activation stubs on `count` samples, whose embeddings are all in memory.
 
-    After a token cut only kept tokens count. Raises CalibrationError naming the sample or site.
+    `moments`: whether to collect second moments, for the weight solver. After a token cut only kept tokens count.
+    Raises CalibrationError naming the sample or site.
     """
     scheme = program.recipe.quantize
     assert scheme is not None
-    moments, weigh = scheme.weights.solver == "gptq", scheme.scaling == "mbq"
-    collector = _Collector(program, title, count, moments, -(-ROWS // count), weigh)
+    collector = _Collector(program, title, count, moments, -(-ROWS // count), weigh=scheme.scaling == "mbq")
     if not collector.restore():
         flows = collector.flows(samples, count)
         for name in list(flows):

@@ -13,6 +13,7 @@ from qpcompile.errors import CalibrationError
 from qpcompile.pass_list import passes
 from qpcompile.pipeline import needs_samples
 from qpcompile.pruning.pruner import check_layers
+from qpcompile.quantization.solve import needs_moments
 from qpcompile.recipe.recipe import Recipe
 
 NOTHING = "nothing to do for this recipe"
@@ -57,7 +58,7 @@ def _calibrate(recipe: Recipe, samples: int) -> str:
     scheme = recipe.quantize
     if scheme is None or scheme.weights.bits == 16 or not samples:
         return NOTHING
-    more = " and second moments for gptq" if scheme.weights.solver == "gptq" else ""
+    more = f" and second moments for {scheme.weights.solver}" if needs_moments(scheme.weights) else ""
     return f"{samples} samples: ranges{more} at every linear input"
 
 

@@ -1,6 +1,7 @@
 """Values of recipe keys that are names of files: adding the file adds the value, and no list names it.
 
-    tokens.method    qpcompile/pruning/methods/<method>.py
+    tokens.method              qpcompile/pruning/methods/<method>.py
+    quantize.weights.solver    qpcompile/quantization/solvers/<solver>.py
 
 Names are listed without importing the files, which need torch: a recipe is checked before anything is loaded.
 """
@@ -17,9 +18,11 @@ def file_names(folder: str) -> tuple[str, ...]:
 
 
 METHODS = file_names("pruning/methods")
+SOLVERS = file_names("quantization/solvers")
 
-# A type checker cannot read the folder: to it, a name is text.
+# A type checker cannot read the folders: to it, a name is text.
 if TYPE_CHECKING:
-    Method = str
+    Method = Solver = str
 else:
     Method = Literal[("none", *METHODS)]
+    Solver = Literal[SOLVERS]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from qpcompile.recipe.choices import Solver
 from qpcompile.recipe.messages import impossible
 
 Scope = Literal["vision", "projector", "language"]
@@ -41,10 +42,7 @@ class WeightScheme(Section):
         description="Inputs that share a scale; used with granularity group only. No linear is wider than the bound.",
     )
     symmetric: bool = Field(default=True, description="Codes -8..7 around zero. The kernels take no weight zero point.")
-    solver: Literal["gptq", "rtn"] = Field(
-        default="gptq",
-        description="gptq compensates rounding errors in later columns; rtn rounds to nearest.",
-    )
+    solver: Solver = Field(default="gptq", description="How codes are chosen: one of the weight solvers below.")
     damping: float = Field(
         default=0.01,
         ge=1e-9,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qpcompile.quantization.solvers import output_error, solve
+from qpcompile.quantization.solve import output_error, solve
 from qpcompile.recipe.quantize import WeightScheme
 
 

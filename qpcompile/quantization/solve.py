@@ -1,0 +1,71 @@
+"""Quantize a weight to 4 bits: find its scales, per output channel or group of inputs, and solve for its codes.
+
+The solvers are the files of solvers/, as solver.py describes them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+
+from qpcompile.calibration.statistics import strips
+from qpcompile.quantization.solver import HIGHEST, LOWEST, Solver, expand
+from qpcompile.recipe import choices
+from qpcompile.recipe.quantize import WeightScheme
+
+CLIPS = tuple(1 - step * 0.02 for step in range(21))
+
+SOLVERS: dict[str, Solver] = {
+    name: import_module(f"qpcompile.quantization.solvers.{name}").SOLVER for name in choices.SOLVERS
+}
+
+
+def needs_moments(scheme: WeightScheme) -> bool:
+    """Whether the recipe's solver uses second moments of the inputs, from calibration."""
+    return SOLVERS[scheme.solver].needs_moments
+
+
+def solve(
+    weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightScheme
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight: f[N, K]; moments: f32[K, K] (sum x x^T) or None -> codes i8[N, K], scale f32[N, G]."""
+    wide = weight.detach().float()
+    scale = _scales(wide, moments, scheme)
+    return SOLVERS[scheme.solver].codes(wide, moments, scale, scheme), scale
+
+
+def output_error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor | None) -> float:
+    """||(W - Q) X|| / ||W X|| from the second moments; without them, the error of the weights themselves."""
+    if moments is None:
+        wide = weight.detach().double()
+        difference = wide - expand(scale, wide.shape[1]).double() * codes.double()
+        return float(difference.norm() / wide.norm().clamp(min=1e-30))
+    square = moments.double()
+    error, full = square.new_zeros(()), square.new_zeros(())
+    for part in strips(len(weight)):
+        wide = weight[part].detach().double()
+        difference = wide - expand(scale[part], wide.shape[1]).double() * codes[part].double()
+        error += ((difference @ square) * difference).sum()
+        full += ((wide @ square) * wide).sum()
+    return float((error.clamp(min=0) / full.clamp(min=1e-30)).sqrt())
+
+
+def _scales(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightScheme) -> torch.Tensor:
+    """f32[N, G]: the absolute maximum over 7, or the clipped one with the least weighted squared error."""
+    rows, columns = weight.shape
+    size = scheme.kernel_group or columns
+    groups = weight.view(rows, columns // size, size)
+    largest = groups.abs().amax(dim=-1)
+    full = torch.where(largest > 0, largest / HIGHEST, torch.ones_like(largest))
+    if not scheme.clip_search:
+        return full
+    importance = torch.ones(columns, device=weight.device) if moments is None else moments.diagonal().clamp(min=0)
+    importance = (importance / importance.mean().clamp(min=1e-30)).view(1, columns // size, size)
+    best, least = full, torch.full_like(full, torch.inf)
+    for clip in CLIPS:
+        scale = full * clip
+        rounded = (groups / scale[..., None]).round().clamp(LOWEST, HIGHEST) * scale[..., None]
+        error = ((groups - rounded).pow(2) * importance).sum(dim=-1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best

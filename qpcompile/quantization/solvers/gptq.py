@@ -1,0 +1,68 @@
+"""GPTQ: compensate the rounding error of each column in the columns after it.
+
+Column by column, through the inverse of H = X X^T + damping * mean(diag) I.
+
+Source: "GPTQ" (arXiv 2210.17323), section 3 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from qpcompile.quantization.solver import HIGHEST, LOWEST, Solver, expand
+from qpcompile.quantization.solvers.rtn import RoundToNearest
+from qpcompile.recipe.quantize import WeightScheme
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """See the module's docstring. Without moments it falls back to rounding to nearest."""
+
+    needs_moments: ClassVar[bool] = True
+
+    def codes(
+        self, weight: torch.Tensor, moments: torch.Tensor | None, scale: torch.Tensor, scheme: WeightScheme
+    ) -> torch.Tensor:
+        """Every column after those before it."""
+        if moments is None:
+            return RoundToNearest().codes(weight, moments, scale, scheme)
+        return _gptq(weight, moments, scale, scheme.damping)
+
+
+def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, damping: float) -> torch.Tensor:
+    columns, dead = weight.shape[1], moments.diagonal() <= 0
+    work, inverse = weight.clone(), _inverse_factor(moments, dead, damping)
+    work[:, dead] = 0
+    steps = expand(scale, columns)
+    codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = torch.zeros(weight.shape[0], end - start, device=weight.device)
+        for column in range(start, end):
+            value = work[:, column]
+            code = (value / steps[:, column]).round().clamp(LOWEST, HIGHEST)
+            codes[:, column] = code.to(torch.int8)
+            error = (value - code * steps[:, column]) / inverse[column, column]
+            work[:, column:end] -= error[:, None] * inverse[column, column:end][None]
+            errors[:, column - start] = error
+        work[:, end:] -= errors @ inverse[start:end, end:]
+    return codes
+
+
+def _inverse_factor(moments: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor of H^-1, f32[K, K]. Each f64[K, K] may take a gigabyte: at most two at once."""
+    matrix = moments.to(torch.float64, copy=True)
+    matrix[dead, dead] = 1.0
+    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    matrix = torch.linalg.cholesky(matrix)
+    matrix = torch.cholesky_inverse(matrix)
+    matrix = torch.linalg.cholesky(matrix, upper=True)
+    return matrix.float()
+
+
+SOLVER: Solver = Gptq()
