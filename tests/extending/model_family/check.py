@@ -1,0 +1,27 @@
+"""The family `column_llava` answers after capture as before, and cannot be captured without its adapter."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+from families import FAMILIES
+from test_families import check_same_answers
+
+from qpcompile.capture.adapters import ADAPTERS
+from qpcompile.capture.capture import capture
+from qpcompile.errors import CaptureError
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import Machine
+
+model, cases = FAMILIES["column_llava"]()
+program = capture(model, cases["one"], Recipe.load("none"))
+check_same_answers("column_llava", model, Machine(program), cases)
+
+others = {name: adapter for name, adapter in ADAPTERS.items() if name != "ColumnTower"}
+with mock.patch.dict(ADAPTERS, others, clear=True):
+    try:
+        capture(FAMILIES["column_llava"]()[0], cases["one"], Recipe.load("none"))
+    except CaptureError as error:
+        assert "vision_tower" in str(error.where) and "grids = " in str(error.where), error
+    else:
+        raise AssertionError("the tower is traced as it is: it needs no adapter")
