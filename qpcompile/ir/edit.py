@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
@@ -14,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qpcompile.errors import PlanError
 from qpcompile.ir.program import Graph
+from qpcompile.ir.text import LAYER
 
 aten = torch.ops.aten
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)$")
 
 # Operators that only move or repeat elements: following them upwards finds the producer of a value.
 SHAPE_OPS = frozenset(
@@ -134,7 +133,7 @@ def infer(graph: Graph, node: fx.Node) -> None:
 def layer_of(node: fx.Node) -> int | None:
     """The index of the layer a node was traced in, or None outside all layers."""
     for name, _ in reversed(list(node.meta.get("nn_module_stack", {}).values())):
-        if match := _LAYER.search(name):
+        if match := LAYER.search(name):
             return int(match.group(1))
     return None
 

@@ -25,7 +25,8 @@ from qpcompile.ir.types import ValueType, dtype_name, value_types
 
 # torch represents "to the end" of a slice as the largest int64.
 _TO_THE_END = 2**63 - 1
-_LAYER = re.compile(r"^(?:.*\.)?(?:layers|blocks|h)\.\d+$")
+# The name of a module that is a layer; the group is its index.
+LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)$")
 _NO_SCOPE = "_empty_nn_module_stack_from_metadata_hook"
 
 
@@ -118,6 +119,6 @@ def _part(node: fx.Node) -> str | None:
         return None
     names = path.split(".")
     for length in range(len(names), 0, -1):
-        if _LAYER.match(prefix := ".".join(names[:length])):
+        if LAYER.search(prefix := ".".join(names[:length])):
             return prefix
     return names[0] or "top"
