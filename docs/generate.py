@@ -30,7 +30,7 @@ from qpcompile.inspect.layer_nodes import layer_text
 from qpcompile.inspect.tables import pass_purposes
 from qpcompile.ir.operators import SPECS
 from qpcompile.ir.pass_manager import run_passes
-from qpcompile.ir.program import PREFILL
+from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.pass_list import passes
 from qpcompile.recipe.choices import METHODS, SOLVERS
@@ -43,7 +43,7 @@ DOCS = Path(__file__).resolve().parent
 TESTBED = DOCS.parent / "tests" / "testbed"
 NOTE = "<!-- Written by docs/generate.py: change the code it comes from, then run `make docs`. -->"
 
-# The gallery shows the layer behind the one cut of this recipe.
+# The gallery shows the layer after the one cut of this recipe.
 GALLERY = ("tokens.candidate_layers=[2]", "calibration.samples=4")
 LAYER = "layers.3"
 
@@ -68,8 +68,9 @@ GRAPHS_HEAD = f"""{NOTE}
 # Graph inspection
 
 Decoder layer 3 of the LLaVA testbed in the prefill graph, as every pass of `quota-30` leaves it (with one cut, after
-layer 2, so that the cut is seen in this layer). Both forms come from the same printed graph (`qpcompile/ir/text.py`),
-which `CompiledVLM.graph_text("prefill")` and `qpcompile inspect` give for any compiled model.
+layer 2, so that the cut is seen in this layer). The text is this layer's part of the printed graph
+(`qpcompile/ir/text.py`), which `CompiledVLM.graph_text("prefill")` and `qpcompile inspect` give for any compiled model.
+The drawings (`qpcompile/inspect/graph_svg.py`) show the same values.
 
 In the drawings, orange boxes are `qpcompile::` operators, blue ones other products, grey ones views of what they read;
 dashed boxes are values computed outside the layer. Names in italics are the modules whose weights are read. Sizes are
@@ -161,33 +162,34 @@ def graph_pages() -> dict[str, str]:
     purposes = pass_purposes() | {"captured": "As `torch.export` traced it, before the first pass."}
     files: dict[str, str] = {}
     parts, before = [GRAPHS_HEAD], ""
-    for number, (name, text) in enumerate(stages):
-        now = layer_text(text, LAYER)
+    for number, (name, now, svg) in enumerate(stages):
         parts.append(f"## {number}. {name}\n\n{purposes[name]}\n" if number else f"## {name}\n\n{purposes[name]}\n")
         if _renumbered(now) == before:
             parts.append("The layer's graph is as before.\n")
         else:
             drawing = f"graphs/{number:02d}-{name}.svg"
-            files[drawing] = layer_svg(text, LAYER)
+            files[drawing] = svg
             parts.append(f"![{LAYER} after {name}]({drawing})\n")
             parts.append(f"<details><summary>Printed text</summary>\n\n```text\n{now}```\n\n</details>\n")
         before = _renumbered(now)
     return {"graphs.md": "\n".join(parts), **files}
 
 
-def _stages(recipe: Recipe) -> list[tuple[str, str]]:
-    """(pass, printed prefill graph behind it) of a compile of the LLaVA testbed, the captured graph first."""
+def _stages(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(pass, printed layer after it, drawing) of a compile of the LLaVA testbed, the captured graph first."""
     model, processor = load_model(TESTBED / "llava")
     samples = Samples(TESTBED / "calibration" / "llava", processor, recipe.calibration.samples, recipe.calibration.seed)
     program = capture(model, next(iter(samples)), recipe)
     layers = tuple(Layer(index=layer.index, name=layer.name) for layer in program.layers)
     program.plan = Plan(recipe=recipe, layers=layers)
-    found = [("captured", graph_text(program.graphs[PREFILL]))]
-    run_passes(
-        program,
-        passes(samples, len(samples)),
-        lambda step, program: found.append((step.name, graph_text(program.graphs[PREFILL]))),
-    )
+    found: list[tuple[str, str, str]] = []
+
+    def keep(name: str, program: Program) -> None:
+        graph = program.graphs[PREFILL]
+        found.append((name, layer_text(graph_text(graph), LAYER), layer_svg(graph, LAYER)))
+
+    keep("captured", program)
+    run_passes(program, passes(samples, len(samples)), lambda step, program: keep(step.name, program))
     return found
 
 

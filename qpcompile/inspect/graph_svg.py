@@ -1,6 +1,6 @@
-"""Draw one part of a printed graph as SVG: operators as boxes, values as lines from top to bottom.
+"""Draw one part of a graph as SVG: operators as boxes, values as lines from top to bottom.
 
-svg = layer_svg(graph_text(program.graphs["prefill"]), "layers.3")
+svg = layer_svg(program.graphs["prefill"], "layers.3")
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from qpcompile.inspect.layer_nodes import Node, layer_nodes
 from qpcompile.inspect.layered_layout import Layout, place
+from qpcompile.ir.program import Graph
+from qpcompile.ir.text import heading
 
 # Operators that return views of their input.
 _SHAPE = re.compile(
@@ -48,9 +50,9 @@ _DARK = """
 _COLOURS = f"{_LIGHT}@media screen and (prefers-color-scheme: dark) {{{_DARK}}}\n"
 
 
-def layer_svg(text: str, part: str, *, standalone: bool = True) -> str:
-    """Draw `part` of a printed graph; standalone: a complete file, otherwise an element for a page."""
-    nodes = layer_nodes(text, part)
+def layer_svg(graph: Graph, part: str, *, standalone: bool = True) -> str:
+    """Draw `part` of a graph; standalone: a complete file, otherwise an element for a page."""
+    nodes = layer_nodes(graph, part)
     rows = {node.name: _lines(node, part) for node in nodes}
     widths = {name: max(_width(kind, line) for kind, line in lines) + 2 * _PADDING for name, lines in rows.items()}
     layout = place({node.name: node.sources for node in nodes}, widths, _GAP)
@@ -62,7 +64,7 @@ def layer_svg(text: str, part: str, *, standalone: bool = True) -> str:
     space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     frame = f'<svg class="qg"{space} {size} role="img">'
-    title = f"<title>{escape(text.split(chr(10), 1)[0])}, {escape(part)}</title>"
+    title = f"<title>{escape(heading(graph))}, {escape(part)}</title>"
     return "\n".join([frame, title, f"<style>{_COLOURS}</style>", *lines, *boxes, "</svg>\n"])
 
 

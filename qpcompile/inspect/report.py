@@ -179,8 +179,8 @@ def _schedule_note(plan: Plan, visual: int, known: bool) -> str:
 
 def _graphs(program: Program) -> list[dict[str, Any]]:
     """The layer before which tokens are cut first, and the last layer, of the prefill graph."""
-    text = graph_text(program.graphs[PREFILL])
-    names = layer_names(text)
+    graph = program.graphs[PREFILL]
+    names, text = layer_names(graph), graph_text(graph)
     by_index = {name.rsplit(".", 1)[-1]: name for name in names}
     chosen = {names[-1]: "the last layer"}
     if program.plan.cuts and (first := by_index.get(str(program.plan.cuts[0].layer + 1))):
@@ -189,8 +189,8 @@ def _graphs(program: Program) -> list[dict[str, Any]]:
         {
             "layer": name,
             "title": title,
-            "operators": sum(not node.outside for node in layer_nodes(text, name)),
-            "svg": layer_svg(text, name, standalone=False),
+            "operators": sum(not node.outside for node in layer_nodes(graph, name)),
+            "svg": layer_svg(graph, name, standalone=False),
             "text": layer_text(text, name),
         }
         for name, title in chosen.items()

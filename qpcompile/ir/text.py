@@ -35,6 +35,11 @@ def graph_text(graph: Graph) -> str:
     return "".join(f"{line}\n" for line in _lines(graph))
 
 
+def heading(graph: Graph) -> str:
+    """The first line of a printed graph."""
+    return f"graph {graph.name}" + (f" of {graph.owner}" if graph.owner else "")
+
+
 def value_labels(graph: Graph) -> dict[fx.Node, str]:
     """The label of each value: `%n` in order of definition, `@name` for a weight, so that two reads share it."""
     labels: dict[fx.Node, str] = {}
@@ -67,12 +72,12 @@ def _lines(graph: Graph) -> Iterator[str]:
     labels, types = value_labels(graph), value_types(graph)
     inputs, declared = iter(graph.inputs), set[str]()
     part: str | None = None
-    yield f"graph {graph.name}" + (f" of {graph.owner}" if graph.owner else "")
+    yield heading(graph)
     for node in graph.nodes:
         if node.op == "placeholder":
             yield _typed(f"{labels[node]} = input {next(inputs)}", types[node])
         elif node.op == "call_function":
-            now = _part(node)
+            now = part_of(node)
             if now is not None and now != part:
                 part = now
                 yield f"# {part}"
@@ -112,8 +117,10 @@ def _argument(value: Any, labels: dict[fx.Node, str]) -> str:
     return "end" if value == _TO_THE_END else repr(value)
 
 
-def _part(node: fx.Node) -> str | None:
-    """The part of the model a node belongs to: its layer, else the first component of its module path, else `top`."""
+def part_of(node: fx.Node) -> str | None:
+    """The part of the model a node was traced in: its layer, else the first component of its module path, else `top`;
+    None if unknown.
+    """
     path = module_path(node)
     if path is None:
         return None

@@ -1,7 +1,8 @@
-"""A hand-made plan, a small printed graph, and one tiny model that is really compiled, with a hand-made processor."""
+"""A hand-made plan, a small graph, and one tiny model that is really compiled, with a hand-made processor."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 
 import qpcompile
 from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.artifact.graph_json import FORMAT, read_graph
+from qpcompile.ir.program import PREFILL, Graph
 from qpcompile.recipe.plan import Cut, Layer, LayerFacts, LeftOut, Plan, Sensitivity, Site
 from qpcompile.recipe.recipe import Recipe
 from tests.families import IMAGE, llava
@@ -64,34 +67,57 @@ def plan() -> Plan:
     )
 
 
+WEIGHTS = {"packed": torch.zeros(4, 2, dtype=torch.uint8), "scale": torch.ones(4, 1)}
+# (type, module, operator, operands) of the calls from %2 on; "%3" refers to a value, "@packed" to a weight.
+CALLS: tuple[tuple[str, str | None, str, list[Any]], ...] = (
+    ("int S0", None, "aten::sym_size.int", ["%1", 1]),
+    ("f32[B, S0, 4]", "layers.0", "aten::relu.default", ["%1"]),
+    ("(i8[B, S0, 4], f32[B, S0, 1])", "layers.1", "qpcompile::quantize_int4.default", ["%3", 0, 1.0]),
+    ("i8[B, S0, 4]", "layers.1", "operator.getitem", ["%4", 0]),
+    ("f32[B, S0, 1]", None, "operator.getitem", ["%4", 1]),
+    (
+        "f32[B, S0, 4]",
+        "layers.1.up",
+        "qpcompile::linear_w4a4.default",
+        ["%5", "%6", "@packed", "@scale", None, {"dtype": "float32"}],
+    ),
+    ("int B", "", "aten::sym_size.int", ["%0", 0]),
+    ("f32[B, S0, 4]", "layers.1", "aten::view.default", ["%7", ["%8", "%2", 4]]),
+    ("f32[B, S0, 4]", "layers.1", "aten::add.Tensor", ["%3", "%9"]),
+    ("f32[B, S0, 4]", "layers.1", "aten::mul.Tensor", ["%10", "%0"]),
+    ("f32[B, S0, 4]", "norm", "aten::neg.default", ["%11"]),
+)
+
+
 @pytest.fixture
-def printed() -> str:
-    """A printed graph of two layers; the second reads a mask, a size, and what the first computed."""
-    return """\
-graph prefill of model
-%0 = input mask : bool[B, S0]
-%1 = input x : f32[B, S0, 4]
-%2 = aten::sym_size.int(%1, 1) : int S0
-# layers.0
-%3 = aten::relu(%1) : f32[B, S0, 4]
-# layers.1
-@layers.1.up.weight_packed : u8[4, 2]
-@layers.1.up.weight_scale : f32[4, 1]
-%4 = qpcompile::quantize_int4(%3, 0, 1.0) : (i8[B, S0, 4], f32[B, S0, 1])
-%5 = operator.getitem(%4, 0) : i8[B, S0, 4]
-%6 = operator.getitem(%4, 1) : f32[B, S0, 1]
-%7 = qpcompile::linear_w4a4(%5, %6, @layers.1.up.weight_packed, @layers.1.up.weight_scale, None, f32) : f32[B, S0, 4]
-# top
-%8 = aten::sym_size.int(%0, 0) : int B
-# layers.1
-%9 = aten::view(%7, [%8, %2, 4]) : f32[B, S0, 4]
-%10 = aten::add.Tensor(%3, %9) : f32[B, S0, 4]
-%11 = aten::mul.Tensor(%10, %0) : f32[B, S0, 4]
-# norm
-%12 = aten::neg(%11) : f32[B, S0, 4]
-return hidden = %12
-return cache.0 = %10
-"""
+def graph() -> Graph:
+    """The graph that test_layer_nodes.py prints: the second layer reads a mask, a size, and what the first computed."""
+    nodes: list[dict[str, Any]] = [
+        {"label": "%0", "op": "input", "type": "bool[B, S0]"},
+        {"label": "%1", "op": "input", "type": "f32[B, S0, 4]"},
+        {"label": _label("@packed"), "op": "weight", "type": "u8[4, 2]", "key": "packed"},
+        {"label": _label("@scale"), "op": "weight", "type": "f32[4, 1]", "key": "scale"},
+    ]
+    for number, (kind, module, target, args) in enumerate(CALLS, 2):
+        entry = {"label": f"%{number}", "op": "call", "type": kind, "target": target, "args": _stored(args)}
+        nodes.append(entry if module is None else entry | {"module": module})
+    nodes.append({"op": "output", "args": {"tuple": _stored(["%12", "%10"])}})
+    outputs = ["hidden", "cache.0"]
+    names = {"inputs": ["mask", "x"], "outputs": outputs, "returns": outputs}
+    head = {"format": FORMAT, "name": PREFILL, "owner": "model", **names, "constants": {}}
+    return read_graph(json.dumps({**head, "nodes": nodes}), WEIGHTS, "a test")
+
+
+def _label(text: str) -> str:
+    return text.replace("@", "@layers.1.up.weight_")
+
+
+def _stored(values: list[Any]) -> list[Any]:
+    """Operands as an artifact stores them."""
+    return [
+        _stored(each) if isinstance(each, list) else {"ref": _label(each)} if isinstance(each, str) else each
+        for each in values
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from qpcompile.inspect.graph_svg import layer_svg
+from qpcompile.ir.program import Graph
 
 SPACE = "{http://www.w3.org/2000/svg}"
 
 
-def test_every_operator_is_a_box_and_every_value_a_line(printed: str) -> None:
-    root = ElementTree.fromstring(layer_svg(printed, "layers.1"))
+def test_every_operator_is_a_box_and_every_value_a_line(graph: Graph) -> None:
+    root = ElementTree.fromstring(layer_svg(graph, "layers.1"))
     assert len(list(root.iter(f"{SPACE}rect"))) == 9
     assert len([path for path in root.iter(f"{SPACE}path") if path.get("class") == "a"]) == 10
     words = [text.text for text in root.iter(f"{SPACE}text")]
@@ -27,9 +28,9 @@ def test_every_operator_is_a_box_and_every_value_a_line(printed: str) -> None:
     assert kinds.count("q") == 2 and kinds.count("s") == 3 and kinds.count("i") == 2
 
 
-def test_drawing_is_stable_and_inside_its_frame(printed: str) -> None:
-    svg = layer_svg(printed, "layers.1")
-    assert svg == layer_svg(printed, "layers.1")
+def test_drawing_is_stable_and_inside_its_frame(graph: Graph) -> None:
+    svg = layer_svg(graph, "layers.1")
+    assert svg == layer_svg(graph, "layers.1")
     root = ElementTree.fromstring(svg)
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
     for box in root.iter(f"{SPACE}rect"):
@@ -37,5 +38,5 @@ def test_drawing_is_stable_and_inside_its_frame(printed: str) -> None:
         assert 0 <= float(box.get("y", -1)) <= float(box.get("y", 0)) + float(box.get("height", 0)) <= height
 
 
-def test_element_for_a_page_names_no_address(printed: str) -> None:
-    assert "http" not in layer_svg(printed, "layers.1", standalone=False)
+def test_element_for_a_page_names_no_address(graph: Graph) -> None:
+    assert "http" not in layer_svg(graph, "layers.1", standalone=False)
