@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import torch
 from torch import fx
-from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
+from qpcompile.ir.common_subexpressions import merge_equal_calls
 from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, operands, tidy
 from qpcompile.ir.operators import RMSNORM
 from qpcompile.ir.program import Graph, Program
@@ -65,7 +65,8 @@ def canonicalize(graph: Graph) -> bool:
     changed |= _drop_empty_caches(graph)
     changed |= _multiply_powers(graph)
     changed |= _drop_no_ops(graph)
-    changed |= _merge_equal_nodes(graph)
+    changed |= _merge_equal_tensors(graph)
+    changed |= merge_equal_calls(graph)
     if _fuse_norms(graph):
         _merge_equal_tensors(graph)
         changed = True
@@ -139,14 +140,6 @@ def _is_empty(graph: Graph, node: fx.Node) -> bool:
         assert isinstance(source, fx.Node)
         node = source
     return node.op == "get_attr" and get_tensor(graph.module, str(node.target)).numel() == 0
-
-
-def _merge_equal_nodes(graph: Graph) -> bool:
-    changed = _merge_equal_tensors(graph)
-    result = CSEPass(banned_ops=set(get_CSE_banned_ops()))(graph.module)
-    assert result is not None
-    graph.module = result.graph_module
-    return changed or result.modified
 
 
 def _merge_equal_tensors(graph: Graph) -> bool:

@@ -14,11 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import fx
-
+from qpcompile.ir.common_subexpressions import merge_equal_calls
 from qpcompile.ir.edit import tidy
-from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.program import Program
 from qpcompile.stages import Stage
 
 
@@ -36,32 +34,5 @@ class MergeDuplicates:
 
     def run(self, program: Program) -> bool:
         """Returns whether anything was merged."""
-        changed = [_merge(graph) for graph in program.graphs.values()]
+        changed = [merge_equal_calls(graph) | tidy(graph) for graph in program.graphs.values()]
         return any(changed)
-
-
-def _merge(graph: Graph) -> bool:
-    merged = False
-    first: dict[tuple[object, str], fx.Node] = {}
-    for node in graph.nodes:
-        if node.op != "call_function" or _is_random(node):
-            continue
-        if _writes(node):
-            first.clear()
-            continue
-        # As text, since 1, 1.0 and True are equal in Python but not in torch; a node prints as its name.
-        key = (node.target, f"{node.args} {sorted(node.kwargs.items())}")
-        same = first.setdefault(key, node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            graph.module.graph.erase_node(node)
-            merged = True
-    return tidy(graph) or merged
-
-
-def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

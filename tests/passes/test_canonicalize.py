@@ -207,3 +207,17 @@ def test_hand_broken_graph_is_named() -> None:
     with pytest.raises(InvariantError, match=r"prefill: .* legal at the stage captured") as error:
         verify(program)
     assert error.value.ran == "canonicalize"
+
+
+class Alike(nn.Module):
+    """Two sums whose arguments are equal in Python only."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x + 1.0
+
+
+def test_one_and_one_point_zero_are_not_the_same() -> None:
+    feeds = {"x": torch.arange(6).view(2, 3)}
+    graph = traced(Alike(), feeds, outputs=("whole", "real"))
+    Canonicalize().run(program_of(graph))
+    assert [value.dtype for value in run(graph, **feeds).values()] == [torch.int64, torch.float32]
