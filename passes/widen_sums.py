@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from qpcompile.ir.convolutions import CONVOLUTIONS, cuts_patches
 from qpcompile.ir.edit import aten, call, calls, tidy
 from qpcompile.ir.operators import (
     LAYERNORM_QUANTIZE,
@@ -32,8 +33,6 @@ from qpcompile.ir.shapes import value
 from qpcompile.stages import Stage
 
 QUANTIZERS = (QUANTIZE_INT4, QUANTIZE_INT4_STATIC, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, SILU_MUL_QUANTIZE)
-
-CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
 
 # Reductions, and functions that math libraries approximate differently. Plain arithmetic is the same everywhere.
 SUMS = (
@@ -74,7 +73,8 @@ def _elsewhere(tensor: torch.Tensor) -> bool:
 
 def _widen(graph: Graph) -> bool:
     found = [node for node in calls(graph, *SUMS, *FUNCTIONS) if value(node).dtype == torch.float32]
-    found = [node for node in found if node.target not in CONVOLUTIONS or _cuts_patches(node)]
+    # Runtimes have no float64 for other convolutions.
+    found = [node for node in found if node.target not in CONVOLUTIONS or cuts_patches(node)]
     wide: dict[fx.Node, fx.Node] = {}
     for node in found:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source, node=node: _wide(graph, node, source, wide))
@@ -84,17 +84,6 @@ def _widen(graph: Graph) -> bool:
         graph.module.graph.erase_node(node)
     tidy(graph)
     return bool(found)
-
-
-def _cuts_patches(node: fx.Node) -> bool:
-    """Whether a convolution is a matrix product over non-overlapping patches; runtimes have no float64 for others."""
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    sides = list(value(weight).shape[2:])
-    stride, *rest = [*node.args[3:], *(1, 0, 1, 1)[len(node.args[3:]) :]]
-    strides = [stride] * len(sides) if isinstance(stride, int) else list(stride)  # type: ignore[call-overload]
-    plain = all(each in (own, [own] * len(sides)) for each, own in zip(rest, (0, 1, 1), strict=True))
-    return not node.kwargs and plain and strides == sides
 
 
 def _wide(graph: Graph, reader: fx.Node, source: fx.Node, wide: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -17,7 +17,8 @@ from torch import fx
 from qpcompile.emit.onnx.edit import calls, put
 from qpcompile.emit.onnx.record import Recorder
 from qpcompile.emit.onnx.wrap import Part
-from qpcompile.ir.edit import aten, get_tensor, set_tensor
+from qpcompile.ir.convolutions import CONVOLUTIONS, is_plain
+from qpcompile.ir.edit import aten, get_tensor, operands, set_tensor
 from qpcompile.ir.shapes import value
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
@@ -27,10 +28,10 @@ Tensor = torch.Tensor
 
 def patches_in_one(part: Part) -> None:
     """Replace convolutions whose kernel covers the whole input by matrix products."""
-    for node in calls(part, aten.conv2d.default, aten.conv3d.default):
-        x, weight, bias, *options = (*node.args, None)[: max(3, len(node.args))]
-        assert isinstance(x, fx.Node)
-        if not (isinstance(weight, fx.Node) and weight.op == "get_attr") or not _covers(value(x), options):
+    for node in calls(part, *CONVOLUTIONS):
+        given = operands(node)
+        x, weight = given["input"], given["weight"]
+        if weight.op != "get_attr" or not is_plain(given["padding"], given["dilation"], given["groups"]):
             continue
         kernel = get_tensor(part.module, str(weight.target))
         if kernel.shape[1:] != value(x).shape[1:]:
@@ -40,15 +41,9 @@ def patches_in_one(part: Part) -> None:
         with part.module.graph.inserting_before(node):
             stored = part.module.graph.get_attr(name)
         rows = put(part, node, aten.reshape.default, x, [-1, kernel[0].numel()], like=node)
-        made = put(part, node, aten.linear.default, rows, stored, bias, like=node)
+        made = put(part, node, aten.linear.default, rows, stored, given["bias"], like=node)
         sizes = [-1, len(kernel), *[1] * (value(x).dim() - 2)]
         node.replace_all_uses_with(put(part, node, aten.reshape.default, made, sizes, like=node))
-
-
-def _covers(x: Tensor, options: list[Any]) -> bool:
-    """Whether a convolution has no padding, dilation or groups: `options` are stride, padding, dilation, groups."""
-    rest = options[1:]
-    return all(given in (usual, [usual] * (x.dim() - 2)) for given, usual in zip(rest, (0, 1, 1), strict=False))
 
 
 def tokens_in_16_bits(part: Part) -> None:
