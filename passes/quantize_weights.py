@@ -19,7 +19,18 @@ from torch import fx
 from qpcompile.calibration.statistics import CALIBRATION, Calibration
 from qpcompile.errors import CalibrationError, RecipeError
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.edit import add_tensor, aten, before_cast, call, calls, drop_tensor, get_tensor, is_call, tidy
+from qpcompile.ir.edit import (
+    add_tensor,
+    aten,
+    before_cast,
+    call,
+    calls,
+    drop_tensor,
+    get_tensor,
+    is_call,
+    operands,
+    tidy,
+)
 from qpcompile.ir.node_facts import QuantizedFact, set_fact, stub_fact
 from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANT_STUB, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
 from qpcompile.ir.program import Graph, Program
@@ -101,7 +112,7 @@ def _replace(
     name = weight_name(linear)
     weight = add_tensor(graph, f"{name}_packed", packed, linear)
     factor = add_tensor(graph, f"{name}_scale", scale, linear)
-    bias = linear.args[2] if len(linear.args) > 2 else None
+    bias = operands(linear)["bias"]
     if scheme.activations.bits == 4:
         if stub not in quantized:
             pair = _quantize_input(graph, stub, scheme, calibration)

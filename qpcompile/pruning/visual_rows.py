@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from qpcompile.errors import PlanError
-from qpcompile.ir.edit import aten, call, count_up
+from qpcompile.ir.edit import aten, call, count_up, operands
 from qpcompile.ir.operators import ATTENTION_KV4, SEGMENT_ATTENTION
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import same, value
@@ -129,7 +129,7 @@ def _keeps_last_axis(node: fx.Node, rank: int) -> bool:
         return len(rest[0]) < rank  # type: ignore[arg-type]
     axes: list[Any]
     if target in (aten.index_select.default, aten.slice.Tensor, aten.select.int, aten.squeeze.dim):
-        axes = [rest[0] if rest else 0]
+        axes = [operands(node)["dim"]]
     elif target is aten.transpose.int:
         axes = rest
     elif target is aten.unsqueeze.default:

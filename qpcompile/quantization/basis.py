@@ -15,7 +15,17 @@ from torch import fx
 
 from qpcompile.calibration.statistics import Calibration
 from qpcompile.ir.attention import read_attention
-from qpcompile.ir.edit import SHAPE_OPS, aten, calls, get_tensor, is_call, layer_of, set_tensor, through_shape_ops
+from qpcompile.ir.edit import (
+    SHAPE_OPS,
+    aten,
+    calls,
+    get_tensor,
+    is_call,
+    layer_of,
+    operands,
+    set_tensor,
+    through_shape_ops,
+)
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB, RMSNORM
 from qpcompile.ir.program import Graph
@@ -133,7 +143,7 @@ class _Finder:
 
     def _fold_shift(self, x: fx.Node, stub: fx.Node, shift: torch.Tensor) -> bool:
         """Fold the shift into the bias of the norm that produces x, if only this stub reads it; returns success."""
-        bias = x.args[3] if is_call(x, aten.layer_norm.default) and len(x.args) > 3 else None
+        bias = operands(x)["bias"] if is_call(x, aten.layer_norm.default) else None
         if list(x.users) != [stub] or not isinstance(bias, fx.Node) or len(bias.users) > 1:
             return False
         self.update(str(bias.target), self.tensor(str(bias.target)) - shift)
@@ -182,8 +192,9 @@ class _Finder:
             return False
         if is_call(x, RMSNORM):
             return self._scale_tensors([x.args[1]], scale)
-        if is_call(x, aten.layer_norm.default) and len(x.args) > 3:
-            return self._scale_tensors([x.args[2], x.args[3]], scale)
+        if is_call(x, aten.layer_norm.default):
+            norm = operands(x)
+            return self._scale_tensors([norm["weight"], norm["bias"]], scale)
         if is_call(x, aten.mul.Tensor):
             for factor in x.args:
                 if _makes_each_channel(factor, scale.numel()):
@@ -267,7 +278,7 @@ def weight_name(linear: fx.Node) -> str:
 
 
 def _bias_name(linear: fx.Node) -> str | None:
-    bias = linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
+    bias = operands(linear)["bias"]
     return str(bias.target) if isinstance(bias, fx.Node) else None
 
 

@@ -18,7 +18,7 @@ from qpcompile.emit.onnx.runner.runner import SEEN
 from qpcompile.emit.onnx.wrap import Part
 from qpcompile.errors import ExportError
 from qpcompile.ir.attention import read_attention
-from qpcompile.ir.edit import aten, is_call, through_shape_ops
+from qpcompile.ir.edit import aten, is_call, operands, through_shape_ops
 from qpcompile.ir.operators import ATTENTION_KV4, HADAMARD, KV4_READ, KV4_WRITE, KV8_READ, KV8_WRITE, ROPE
 from qpcompile.ir.shapes import identifier, value
 from qpcompile.ir.structure import CACHE
@@ -57,9 +57,9 @@ def _is_doubled(node: fx.Node) -> bool:
         node = node.args[0]
     if not is_call(node, aten.cat.default):
         return False
-    parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
-    assert isinstance(parts, (list, tuple))
-    return len(parts) == 2 and parts[0] is parts[1] and axis in (-1, value(node).dim() - 1)
+    joined = operands(node)
+    parts = joined["tensors"]
+    return len(parts) == 2 and parts[0] is parts[1] and joined["dim"] in (-1, value(node).dim() - 1)
 
 
 def doubled_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
