@@ -12,7 +12,7 @@ from pathlib import Path
 from qpcompile.claims import Claim, claimed, refuse_existing
 from qpcompile.write_errors import full, writing
 
-__all__ = ["refuse_existing", "replace_file", "sha256", "staged_folder", "write_new_file"]
+__all__ = ["flush", "refuse_existing", "replace_file", "sha256", "staged_folder", "write_new_file"]
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def staged_folder(path: str | os.PathLike[str], *, needed: int | None = None) ->
     with claimed(path, "folder") as claim, writing(claim.target, needed, claim.aside):
         _refuse_small_disk(claim.target, needed)
         yield claim.aside
-        _flush(claim.aside)
+        flush(claim.aside)
         claim.publish()
         _flush_entry(claim.target.parent)
 
@@ -43,6 +43,19 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     """Create or replace a file with `data` atomically. Raises OutputError."""
     with claimed(path, "file", replaces=True) as claim:
         _write(claim, data)
+
+
+def flush(folder: Path) -> None:
+    """fsync a folder's files and entries, so that the rename is never durable before the data.
+
+    Files get the mode of the umask: some writers create private files.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            path.chmod(mode)
+        if path.is_file() or path.is_dir():
+            _flush_entry(path)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -65,19 +78,6 @@ def _refuse_small_disk(target: Path, needed: int | None) -> None:
     room = shutil.disk_usage(target.parent)
     if needed is not None and room.total and room.free < needed:
         raise full(target, needed, room.free)
-
-
-def _flush(folder: Path) -> None:
-    """fsync a folder's files and entries, so that the rename is never durable before the data.
-
-    Files get the mode of the umask: some writers create private files.
-    """
-    mode = folder.stat().st_mode & 0o666
-    for path in (*folder.rglob("*"), folder):
-        if path.is_file():
-            path.chmod(mode)
-        if path.is_file() or path.is_dir():
-            _flush_entry(path)
 
 
 def _flush_entry(path: Path) -> None:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qpcompile.errors import OutputError
+from qpcompile.files import flush
 from qpcompile.write_errors import shown, writing
 
 KEY = "key"
@@ -186,9 +187,7 @@ def _aside(path: Path) -> Iterator[Path]:
             _remove(folder)
             folder.mkdir()
             yield aside
-            aside.chmod(folder.stat().st_mode & 0o666)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(folder)
             os.replace(aside, path)
         finally:
             with suppress(OSError):
