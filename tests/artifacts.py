@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qpcompile.emit.artifact.manifest import _text
+from qpcompile.emit.manifest_text import sealed
 from qpcompile.files import sha256
 
 MANIFEST = "manifest.json"
@@ -33,7 +33,7 @@ def rehash(folder: Path, **changes: Any) -> None:
         path = folder / name
         if isinstance(entry, dict) and path.is_file() and os.access(path, os.R_OK):
             entry |= {"sha256": sha256(path), "bytes": path.stat().st_size}
-    replace(folder, MANIFEST, _text(content))
+    replace(folder, MANIFEST, sealed(content))
 
 
 def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:

@@ -6,8 +6,6 @@ executed, not because its hashes match.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +15,7 @@ from pydantic import Field, ValidationError
 from qpcompile.emit.artifact import names
 from qpcompile.emit.artifact.folder import AGAIN, files, read_json, read_text, reading
 from qpcompile.emit.artifact.json_text import MOST_BYTES
+from qpcompile.emit.manifest_text import digest, sealed
 from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.files import sha256
 from qpcompile.recipe.messages import problems
@@ -81,7 +80,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         "files": listed,
     }
     _checked(content, folder, ExportError)
-    (folder / NAME).write_text(_text(content), encoding="utf-8", newline="\n")
+    (folder / NAME).write_text(sealed(content), encoding="utf-8", newline="\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -132,8 +131,8 @@ def _parse(folder: Path) -> dict[str, Any]:
             where=str(path),
             do="load it with the version that saved it, or compile the model again",
         )
-    digest = content.pop("digest", None)
-    if digest != _digest(content) or read_text(path, MOST_BYTES) != _text(content):
+    claimed = content.pop("digest", None)
+    if claimed != digest(content) or read_text(path, MOST_BYTES) != sealed(content):
         raise _altered(path, "does not match its own digest, or is not written as a manifest is")
     return content
 
@@ -183,14 +182,6 @@ def _pickled(path: Path) -> bool:
     with reading("the file", path), path.open("rb") as file:
         start = file.read(4)
     return bool(_PICKLE_PROTOCOL.match(start)) or start == b"PK\x03\x04"
-
-
-def _text(content: dict[str, Any]) -> str:
-    return json.dumps({**content, "digest": _digest(content)}, indent=2) + "\n"
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _altered(path: Path, what: str) -> ArtifactError:

@@ -18,13 +18,14 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, RemoveUnusedNodesPass
 
+from qpcompile.emit.manifest_text import sealed
 from qpcompile.emit.onnx.check import compare
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.graphs import CHANGES, EXACT, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
 from qpcompile.emit.onnx.runner import runner as onnx_runner
 from qpcompile.emit.onnx.runner.choice import Choice
-from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph, digest
+from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph
 from qpcompile.emit.onnx.runner_file import runner_text
 from qpcompile.emit.onnx.translate import aten as onnx_aten
 from qpcompile.emit.onnx.translate import aten_shape as onnx_aten_shape
@@ -197,8 +198,7 @@ def _write_manifest(folder: Path, numbers: Sequence[str]) -> None:
             if path.name != MANIFEST
         },
     }
-    manifest["digest"] = digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
 
 
 def _installed(name: str) -> bool:
