@@ -1,15 +1,11 @@
 """CPU kernel of layernorm_quantize: one C call, or the reference's arithmetic in reused buffers."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.hadamard.reference import transform
 from qpcompile.kernels.layernorm_quantize.rule import RULE
 from qpcompile.kernels.native import library as native
-from qpcompile.kernels.native.rows import RowPlan
-from qpcompile.kernels.quantize_int4.cpu import quantize_int4
+from qpcompile.kernels.quantize_int4.cpu import Quantizer
 from qpcompile.kernels.sums import by_rows, wide_type
 
 
@@ -26,39 +22,18 @@ def layernorm_quantize(
 ) -> tuple[Tensor, Tensor]:
     """x: f[..., C], weight, bias: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
     run = _native if native.takes(x, weight, bias, transform_scale) and weight.dtype == bias.dtype else _torch
-    return run(x, weight, bias, eps, transform_scale, rotate, group_size, clip_ratio)
+    return run(x, weight, bias, eps, Quantizer(transform_scale, rotate, group_size, clip_ratio))
 
 
 def _native(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    transform_scale: Tensor | None,
-    rotate: bool,
-    group_size: int,
-    clip_ratio: float,
-    level: int | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, quantizer: Quantizer, level: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    settings: dict[str, Any] = {"group_size": group_size, "clip_ratio": clip_ratio, "level": level}
-    change: dict[str, Any] = {"scale": transform_scale, "factors": rotate}
-    plan = RowPlan("layernorm", x.dtype, x.shape[-1], weight=weight, bias=bias, constant=eps, **change, **settings)
-    return plan.quantized(x)
+    return quantizer.plan("layernorm", x, level, weight=weight, bias=bias, constant=eps).quantized(x)
 
 
-def _torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    transform_scale: Tensor | None,
-    rotate: bool,
-    group_size: int,
-    clip_ratio: float,
-) -> tuple[Tensor, Tensor]:
-    def piece(rows: Tensor) -> tuple[Tensor, Tensor]:
-        values = transform(layernorm(rows, weight, bias, eps), transform_scale, rotate, wide_type(x))
-        return quantize_int4(values, group_size, clip_ratio)
+def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    def piece(x: Tensor) -> tuple[Tensor, ...]:
+        return quantizer.quantized(layernorm(x, weight, bias, eps), wide_type(x))
 
     q, scale = by_rows(piece, x)
     return q, scale

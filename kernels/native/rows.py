@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,60 +25,67 @@ GATES: tuple[Kind, ...] = ("silu_mul", "silu_then_mul", "sigmoid_mul")
 """Kinds that start with an elementwise function, which is a table lookup for bfloat16."""
 
 
+@dataclass(frozen=True, eq=False)
 class RowPlan:
     """A row operator for tensors of one type and width, with its weights.
 
-    Args:
-        kind: how a row is computed; defined in the operators' `cpu.inc`.
-        dtype: of the rows, float32 or bfloat16.
-        weight, bias: f[C] of a norm.
-        constant: the epsilon of a norm, the factor of sigmoid_mul.
-        scale: f32[C], applied before the basis change.
-        factors: f32[A, A] and f32[c, c] with A c = C, or True for the Hadamard rotation.
-        shift: f32[C], subtracted after it.
-        as_graph: round between the fused operators like the graph does (half precision).
+    kind: how a row is computed; defined in the operators' `cpu.inc`.
+    dtype, channels: of the rows; float32 or bfloat16.
+    weight, bias: f[C] of a norm.
+    constant: the epsilon of a norm, the factor of sigmoid_mul.
+    scale: f32[C], applied before the basis change.
+    factors: f32[A, A] and f32[c, c] with A c = C, or True for the Hadamard rotation.
+    shift: f32[C], subtracted after it.
+    as_graph: round between the fused operators like the graph does (half precision).
+    level: the instruction set, None for the best one.
+    arguments: those of the function in C.
     """
 
-    def __init__(
-        self,
-        kind: Kind,
-        dtype: torch.dtype,
-        channels: int,
-        *,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        constant: float = 0.0,
-        scale: Tensor | None = None,
-        factors: tuple[Tensor, Tensor] | bool = False,
-        shift: Tensor | None = None,
-        group_size: int = 0,
-        clip_ratio: float = 1.0,
-        as_graph: bool = False,
-        level: int | None = None,
-    ) -> None:
-        weight, bias = (None if each is None else each.detach().contiguous() for each in (weight, bias))
-        scale, shift = (None if each is None else each.detach().float().contiguous() for each in (scale, shift))
-        left, right = _factors(channels, factors)
-        sizes = (0, 0) if left is None or right is None else (len(left), len(right))
-        on_tiles = left is not None and dtype != torch.float32 and level is None
-        tiles = _tiles(left, right) if on_tiles else None
-        looked_up = kind in GATES and dtype == torch.bfloat16 and level is None
-        gates = _gates(kind, constant, as_graph) if looked_up else None
-        element = ELEMENTS.get(dtype, OTHER)
-        rounded = element if as_graph else ELEMENTS[torch.float32]
-        self.arguments = (
-            *(weight, bias, scale, left, right, shift, tiles, gates),
-            *(channels, group_size, *sizes, KINDS.index(kind), element, rounded),
-            *(constant, clip_ratio),
+    kind: Kind
+    dtype: torch.dtype
+    channels: int
+    _: KW_ONLY
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    constant: float = 0.0
+    scale: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | bool = False
+    shift: Tensor | None = None
+    group_size: int = 0
+    clip_ratio: float = 1.0
+    as_graph: bool = False
+    level: int | None = None
+    arguments: tuple[Any, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # At once, not in the first call: a step that is being recorded would record how tiles and tables are made.
+        object.__setattr__(self, "arguments", self._arguments())
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """The arguments in C, in the order of PLAN in cells.py."""
+        weight, bias = (None if each is None else each.detach().contiguous() for each in (self.weight, self.bias))
+        scale, shift = (
+            None if each is None else each.detach().float().contiguous() for each in (self.scale, self.shift)
         )
-        self.channels, self.level = channels, level
-        self.groups = group_count(channels, group_size) if group_size else 1
-        self.name = "rows_f64" if dtype == torch.float32 else "rows_f32"
+        left, right = _factors(self.channels, self.factors)
+        sizes = (0, 0) if left is None or right is None else (len(left), len(right))
+        on_tiles = left is not None and self.dtype != torch.float32 and self.level is None
+        tiles = _tiles(left, right) if on_tiles else None
+        looked_up = self.kind in GATES and self.dtype == torch.bfloat16 and self.level is None
+        gates = _gates(self.kind, self.constant, self.as_graph) if looked_up else None
+        element = ELEMENTS.get(self.dtype, OTHER)
+        rounded = element if self.as_graph else ELEMENTS[torch.float32]
+        return (
+            *(weight, bias, scale, left, right, shift, tiles, gates),
+            *(self.channels, self.group_size, *sizes, KINDS.index(self.kind), element, rounded),
+            *(self.constant, self.clip_ratio),
+        )
 
     def quantized(self, x: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, second: dtype[..., C] -> q: i8[..., C], scale: f32[..., G]."""
         q = torch.empty(x.shape, dtype=torch.int8)
-        scale = torch.empty((*x.shape[:-1], self.groups), dtype=torch.float32)
+        groups = group_count(self.channels, self.group_size) if self.group_size else 1
+        scale = torch.empty((*x.shape[:-1], groups), dtype=torch.float32)
         self._run(x, second, q, scale, None)
         return q, scale
 
@@ -90,7 +98,8 @@ class RowPlan:
     def _run(self, x: Tensor, second: Tensor | None, q: Tensor | None, scale: Tensor | None, y: Tensor | None) -> None:
         second = None if second is None else second.contiguous()
         rows = math.prod(x.shape[:-1])
-        call(self.name, x.contiguous(), second, q, scale, y, rows, *self.arguments, level=self.level)
+        name = "rows_f64" if self.dtype == torch.float32 else "rows_f32"
+        call(name, x.contiguous(), second, q, scale, y, rows, *self.arguments, level=self.level)
 
 
 def _factors(channels: int, given: tuple[Tensor, Tensor] | bool) -> tuple[Tensor | None, Tensor | None]:

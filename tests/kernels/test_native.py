@@ -101,11 +101,12 @@ def test_rows_are_the_reference(
         "silu": silu.silu_mul(x, up),
     }
     values = {name: hadamard.transform(each, scale, rotate, wide_type(x)) for name, each in values.items()}
-    found = rmsnorm_cpu._native(x, weight, 1e-5, *rest, level=level)
+    quantizer = quantize_cpu.Quantizer(*rest)
+    found = rmsnorm_cpu._native(x, weight, 1e-5, quantizer, level=level)
     agree(found, rmsnorm.rmsnorm_quantize(x, weight, 1e-5, *rest), values["rms"], dtype)
-    found = layernorm_cpu._native(x, weight, bias, 1e-5, *rest, level=level)
+    found = layernorm_cpu._native(x, weight, bias, 1e-5, quantizer, level=level)
     agree(found, layernorm.layernorm_quantize(x, weight, bias, 1e-5, *rest), values["layer"], dtype)
-    found = silu_cpu._native(x, up, *rest, level=level)
+    found = silu_cpu._native(x, up, quantizer, level=level)
     agree(found, silu.silu_mul_quantize(x, up, *rest), values["silu"], dtype)
 
 
@@ -304,7 +305,7 @@ def test_threads_give_the_same_bits(two_threads: Callable[[int], None]) -> None:
     results = []
     for threads in (1, 2):
         two_threads(threads)
-        q, scale = rmsnorm_cpu._native(x, x[0], 1e-5, None, True, 0, 1.0)
+        q, scale = rmsnorm_cpu._native(x, x[0], 1e-5, quantize_cpu.Quantizer(None, True, 0, 1.0))
         many = linear_cpu.linear_w4a4(q, scale, weight, torch.ones(700, 1), None, torch.float32)
         few = linear_cpu.linear_w4a4(q[:4], scale[:4], weight, torch.ones(700, 1), None, torch.float32)
         k = write_cpu._native(cache)
@@ -314,8 +315,8 @@ def test_threads_give_the_same_bits(two_threads: Callable[[int], None]) -> None:
 
 def test_a_token_is_the_same_in_every_batch() -> None:
     x = torch.randn(33, 768)
-    together = rmsnorm_cpu._native(x, x[0], 1e-5, None, True, 0, 1.0)
-    alone = [rmsnorm_cpu._native(each, x[0], 1e-5, None, True, 0, 1.0) for each in x.split(1)]
+    together = rmsnorm_cpu._native(x, x[0], 1e-5, quantize_cpu.Quantizer(None, True, 0, 1.0))
+    alone = [rmsnorm_cpu._native(each, x[0], 1e-5, quantize_cpu.Quantizer(None, True, 0, 1.0)) for each in x.split(1)]
     assert torch.equal(together[0], torch.cat([q for q, _ in alone]))
 
 
@@ -343,7 +344,7 @@ def test_nan_stays_nan() -> None:
 
 def test_not_contiguous() -> None:
     x, weight = torch.randn(48, 5, 2).transpose(0, 2), torch.randn(96)[::2]
-    found = rmsnorm_cpu._native(x, weight, 1e-5, None, False, 0, 1.0)
+    found = rmsnorm_cpu._native(x, weight, 1e-5, quantize_cpu.Quantizer(None, False, 0, 1.0))
     expected = rmsnorm.rmsnorm_quantize(x.contiguous(), weight.contiguous(), 1e-5, None, False, 0, 1.0)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     q, packed = codes(96, 5).T, pack_int4(codes(14, 96))[::2]
