@@ -15,6 +15,7 @@ from qpcompile.kernels.attention_kv4.masking import split_mask
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.token_scores import reference
 from qpcompile.kernels.token_scores.rule import RULE
+from qpcompile.kernels.token_scores.settings import Attention, Settings, Tokens
 
 # Scores in memory at once, 8 MiB of float32: about the cache size, and blocks short enough to skip later keys.
 PIECE = 1 << 21
@@ -98,9 +99,9 @@ def token_scores(
     sink: float,
 ) -> Tensor:
     """Shapes as in reference.py."""
-    settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
-    tensors = (hidden, rounded, q, k, mask, scale, visual, valid, queries)
-    return reference.token_scores(*tensors, *settings, mass_of=attention_mass)
+    settings = Settings(weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
+    attention, tokens = Attention(q, k, mask, scale), Tokens(visual, valid, queries)
+    return reference.token_scores(hidden, rounded, attention, tokens, settings, attention_mass)
 
 
 def _products(queries: Tensor, keys: Tensor) -> Tensor:

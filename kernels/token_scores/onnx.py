@@ -10,6 +10,7 @@ from qpcompile.kernels.hadamard.onnx import transform
 from qpcompile.kernels.quantize_int4.onnx import quantize_values
 from qpcompile.kernels.token_scores.normalize import EPSILON, LIMIT, MAD_TO_SIGMA
 from qpcompile.kernels.token_scores.onnx_attention import attention_terms
+from qpcompile.kernels.token_scores.settings import Attention, Tokens
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -38,7 +39,8 @@ def token_scores(
     """hidden: f[B, S, C], rounded: f[B, S, D], q: f[B, H, S, E], k: f[B, Hkv, S, E] -> f32[B, S]; see reference.py."""
     counted = op.And(visual, valid)
     asked = {name for name, weight in (("inter", weights[0]), ("intra", weights[2])) if weight}
-    attention = attention_terms(q, k, mask, scale, visual, valid, queries, asked, intra_mean)
+    tokens = Tokens(visual, valid, queries)
+    attention = attention_terms(Attention(q, k, mask, scale), tokens, asked, intra_mean)
     magnitude = lost = None
     if weights[1]:
         magnitude = op.ReduceL2(_without_sinks(hidden, counted, sink), [-1], keepdims=0)

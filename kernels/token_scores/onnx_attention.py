@@ -12,6 +12,7 @@ import onnxscript
 from onnxscript import FLOAT, opset18, opset21
 
 from qpcompile.kernels.attention_kv4.masking import FORBIDDEN
+from qpcompile.kernels.token_scores.settings import Attention, Tokens
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 loop: Any = opset18
@@ -44,28 +45,21 @@ def attention_mass(queries, keys, bias, chosen, first, rows, grouped) -> FLOAT[.
 
 
 def attention_terms(
-    q: Any,
-    k: Any,
-    mask: Any,
-    scale: float,
-    visual: Any,
-    valid: Any,
-    queries: Any,
-    asked: Set[str],
-    intra_mean: bool,
+    attention: Attention[Any], tokens: Tokens[Any], asked: Set[str], intra_mean: bool
 ) -> dict[str, Any]:
-    """The requested ones of inter and intra, each f32[B, S]; other arguments as in token_scores."""
+    """The requested ones of inter and intra, each f32[B, S]; other arguments as in reference.py."""
     if not asked:
         return {}
-    counted = op.And(visual, valid)
+    q, k, valid = attention.q, attention.k, tokens.valid
+    counted = op.And(tokens.visual, valid)
     rows = {
-        "inter": op.And(queries, valid) if "inter" in asked else None,
+        "inter": op.And(tokens.queries, valid) if "inter" in asked else None,
         "intra": counted if "intra" in asked else None,
     }
     groups = {name: op.Cast(op.Unsqueeze(rows[name], [1]), to=ir.DataType.FLOAT) for name in sorted(asked)}
     chosen = op.Concat(*groups.values(), axis=1)
-    bias = _bias(mask, valid)
-    scaled = op.Mul(op.Cast(q, to=ir.DataType.FLOAT), scale)
+    bias = _bias(attention.mask, valid)
+    scaled = op.Mul(op.Cast(q, to=ir.DataType.FLOAT), attention.scale)
     keys = op.Transpose(op.Cast(k, to=ir.DataType.FLOAT), perm=[0, 1, 3, 2])
     first = op.Reshape(op.ArgMax(op.ReduceMax(chosen, [0, 1], keepdims=0), axis=0), [1])
     grouped = op.Constant(value_ints=[0, k.shape[1], -1, q.shape[3]])

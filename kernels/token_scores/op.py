@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qpcompile.kernels.token_scores import cpu, reference
 from qpcompile.kernels.token_scores.rule import RULE
+from qpcompile.kernels.token_scores.settings import Attention, Settings, Tokens
 
 WHERE = "qpcompile::token_scores"
 
@@ -68,9 +69,10 @@ def _(
     from qpcompile.kernels.token_scores import triton
 
     settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
-    tensors = (hidden, rounded, q, k, mask, scale, visual, valid, queries)
-    RULE.check(*tensors, *settings)
-    return reference.token_scores(*tensors, *settings, mass_of=triton.attention_mass).contiguous()
+    RULE.check(hidden, rounded, q, k, mask, scale, visual, valid, queries, *settings)
+    attention, tokens = Attention(q, k, mask, scale), Tokens(visual, valid, queries)
+    scores = reference.token_scores(hidden, rounded, attention, tokens, Settings(*settings), triton.attention_mass)
+    return scores.contiguous()
 
 
 @token_scores.register_fake

@@ -14,7 +14,7 @@ and the form of the residual: they are arguments. Channels with massive activati
 not content (arXiv 2503.03321): `sink` excludes them from magnitude and residual.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
 from qpcompile.kernels.hadamard.reference import hadamard
 from qpcompile.kernels.quantize_int4.reference import dequantize_int4, quantize_int4
 from qpcompile.kernels.token_scores.normalize import EPSILON, normalize_metric
+from qpcompile.kernels.token_scores.settings import Attention, Settings, Tokens
 
 AttentionMass = Callable[[Tensor, Tensor, Tensor | None, float, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -48,48 +49,36 @@ def attention_mass(
 def token_scores(
     hidden: Tensor,
     rounded: Tensor,
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    visual: Tensor,
-    valid: Tensor,
-    queries: Tensor,
-    weights: Sequence[float],
-    normalize: str,
-    low: float,
-    high: float,
-    intra_mean: bool,
-    rotate: bool,
-    group_size: int,
-    clip_ratio: float,
-    relative: bool,
-    sink: float,
+    attention: Attention[Tensor],
+    tokens: Tokens[Tensor],
+    settings: Settings,
     mass_of: AttentionMass = attention_mass,
 ) -> Tensor:
-    """hidden: f[B, S, C], rounded: f[B, S, D], q: f[B, H, S, E], k: f[B, Hkv, S, E], the rest bool[B, S] -> f32[B, S].
+    """hidden: f[B, S, C], rounded: f[B, S, D] -> f32[B, S].
 
-    queries: rows T. mask as in attention_mass; weights: of (inter, magnitude, intra, residual); low, high: percentiles;
-    group_size, clip_ratio as in quantize_int4; sink: see without_sinks, 0 leaves all channels in.
     mass_of: the attention implementation, for a blocked one.
     """
-    counted = visual & valid
+    valid, weights = tokens.valid, settings.weights
+    counted = tokens.visual & valid
     # A metric of weight 0 costs nothing: no query row is computed for it.
-    text = queries & valid & (weights[0] != 0)
+    text = tokens.queries & valid & (weights[0] != 0)
     pictures = counted & (weights[2] != 0)
-    mass, seen_by = mass_of(q, k, mask, scale, valid, torch.stack([text, pictures], dim=1))
+    groups = torch.stack([text, pictures], dim=1)
+    mass, seen_by = mass_of(attention.q, attention.k, attention.mask, attention.scale, valid, groups)
     inter, intra = mass.unbind(1)
-    if intra_mean:
+    if settings.intra_mean:
         intra = intra / seen_by[:, 1].clamp(min=1)
     nothing = torch.zeros_like(inter)
-    magnitude = without_sinks(hidden.float(), counted, sink).norm(dim=-1) if weights[1] else nothing
+    magnitude = without_sinks(hidden.float(), counted, settings.sink).norm(dim=-1) if weights[1] else nothing
     lost = nothing
     if weights[3]:
-        lost = residual(without_sinks(rounded.float(), counted, sink), rotate, group_size, clip_ratio, relative)
+        values = without_sinks(rounded.float(), counted, settings.sink)
+        lost = residual(values, settings.rotate, settings.group_size, settings.clip_ratio, settings.relative)
     scores = nothing
     for weight, metric in zip(weights, (inter, magnitude, intra, lost), strict=True):
         if weight:
-            scores = scores + weight * normalize_metric(metric, counted, normalize, low, high)
+            normal = normalize_metric(metric, counted, settings.normalize, settings.low, settings.high)
+            scores = scores + weight * normal
     others = torch.where(valid, torch.inf, -torch.inf)
     return torch.where(counted, scores, others)
 

@@ -12,6 +12,7 @@ from qpcompile.errors import KernelError
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.token_scores import cpu, reference
 from qpcompile.kernels.token_scores.op import OVERLOAD, token_scores
+from qpcompile.kernels.token_scores.settings import Attention, Settings, Tokens
 
 WEIGHTS = [0.45, 0.25, 0.10, 0.20]
 DEFAULTS: dict[str, Any] = {
@@ -59,6 +60,13 @@ def make(case: tuple[int, ...], mask: str = "bool") -> dict[str, Any]:
         "valid": valid,
         "queries": text_rows(visual, valid),
     }
+
+
+def by_reference(given: dict[str, Any], settings: dict[str, Any]) -> Tensor:
+    """The reference's scores for the operator's operands."""
+    hidden, rounded, *attention, visual, valid, queries = given.values()
+    tokens = Tokens(visual, valid, queries)
+    return reference.token_scores(hidden, rounded, Attention(*attention), tokens, Settings(**settings))
 
 
 def text_rows(visual: Tensor, valid: Tensor) -> Tensor:
@@ -142,7 +150,7 @@ def test_pieces_equal_the_reference(case: tuple[int, ...], normalize: str, mask:
     given = make(case, mask)
     for options in ({}, {"sink": 1.5}, {"intra_mean": True, "rotate": True, "relative": True}):
         settings: dict[str, Any] = {**DEFAULTS, "normalize": normalize, **options}
-        expected = reference.token_scores(**given, **settings)
+        expected = by_reference(given, settings)
         torch.testing.assert_close(token_scores(**given, **settings), expected, **CLOSE)
 
 
@@ -206,8 +214,7 @@ def test_residual_by_hand() -> None:
     grouped = torch.tensor([[(0.25 + (9 / 7 - 1.2) ** 2) ** 0.5, 0.0]])
     torch.testing.assert_close(reference.residual(values, False, 2, 1.0, False), grouped)
     # Hadamard of order 4 over 2: rows (4.65, 1.15, 2.85, 5.35); scale 5.35 / 7, codes 6 2 4 7.
-    step = 5.35 / 7
-    lost = [6 * step - 4.65, 2 * step - 1.15, 4 * step - 2.85, 0.0]
+    lost = [6 * 5.35 / 7 - 4.65, 2 * 5.35 / 7 - 1.15, 4 * 5.35 / 7 - 2.85, 0.0]
     rotated = reference.residual(torch.tensor([[[7.0, 0.5, -1.2, 3.0]]]), True, 0, 1.0, False)
     assert rotated.item() == pytest.approx(sum(x * x for x in lost) ** 0.5, rel=1e-5)
 
