@@ -1,7 +1,7 @@
 """Attention, caches and rotary embeddings in fast graphs (graphs.py): one fused operator each.
 
 prefill  attention_kv4(%q, kv4_write(%k), ...)     ->  causal_attention(%q, %k, ...), the cache: channel_codes(%k)
-decode   cat(%past, kv4_write(%k)), attention_kv4  ->  %y, %key, %value = cached_attention(%q, %k, %v, %past_key, ...)
+decode   cat(%past, kv4_write(%k)), attention_kv4  ->  %y, %key, %value = cached_attention(%q, %k, %v, ...)
 both     rope(%x, %cos, %sin)                      ->  doubled_rope, if both halves of a head use the same angles
 """
 
@@ -171,19 +171,19 @@ def cached_attention(
     query: Tensor,
     key: Tensor,
     held: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
+    caches: tuple[Tensor, Tensor],
+    scales: tuple[Tensor, Tensor] | None,
     mask: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query: f[B, Hq, 1, D], key, held: f[B, Hkv, 1, D], past: [B, Hkv, room, D], mask: [B | 1, 1, 1, S + 1].
+    """query: f[B, Hq, 1, D], key, held: f[B, Hkv, 1, D], mask: [B | 1, 1, 1, S + 1].
+
+    caches: of keys and of values, [B, Hkv, room, D]; scales: f[Hkv, 1, D] of each where they hold 8-bit codes.
 
     Writes the new token to slot S of both caches. Returns attention over S + 1 slots, and the caches. This function
     only provides shapes; its translation is GroupQueryAttention.
     """
-    return torch.empty_like(query), past_key, past_value
+    return torch.empty_like(query), *caches
 
 
 def append_in_place(part: Part, small_cache: bool) -> Part:
@@ -219,9 +219,9 @@ class _InPlace:
         value_path, held = self._appended(values, node)
         if not isinstance(mask, fx.Node) or not _fits(query, key, held):
             raise _cache_error(node)
-        pasts = [self._cache(path, new) for path, new in ((key_path, key), (value_path, held))]
-        scales = [self._scale(path) if self.small_cache else None for path in (key_path, value_path)]
-        done = put(self.part, node, cached_attention, query, key, held, *pasts, *scales, mask, scale, like=node)
+        caches = tuple(self._cache(path, new) for path, new in ((key_path, key), (value_path, held)))
+        scales = tuple(self._scale(path) for path in (key_path, value_path)) if self.small_cache else None
+        done = put(self.part, node, cached_attention, query, key, held, caches, scales, mask, scale, like=node)
         y, *present = (put(self.part, node, operator.getitem, done, index, like=node) for index in range(3))
         self.written |= dict(zip((key_path, value_path), present, strict=True))
         replace(self.part, node, y)

@@ -76,26 +76,16 @@ def codes_by_channel(x: Any) -> tuple[Any, Any]:
 
 
 def in_place(
-    query: Any,
-    key: Any,
-    held: Any,
-    past_key: Any,
-    past_value: Any,
-    key_scale: Any,
-    value_scale: Any,
-    mask: Any,
-    scale: float,
+    query: Any, key: Any, held: Any, caches: tuple[Any, Any], scales: tuple[Any, Any] | None, mask: Any, scale: float
 ) -> Any:
     """The translation of `cached_attention`: GroupQueryAttention appends in place."""
     heads, groups, width = query.shape[1], key.shape[1], query.shape[3]
     rows = [op.Reshape(each, [0, 1, count * width]) for each, count in ((query, heads), (key, groups), (held, groups))]
     counts = _counts(query, op.Shape(mask, start=3, end=4))
-    inputs = [*rows, past_key, past_value, *counts, None, None, None, _bias(mask), None, key_scale, value_scale]
-    small = {} if key_scale is None else {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-    small |= {} if key_scale is None else {"kv_cache_bit_width": 8}
-    y, *present = contrib(
-        "GroupQueryAttention", inputs, 3, num_heads=heads, kv_num_heads=groups, scale=float(scale), **small
-    )
+    inputs = [*rows, *caches, *counts, None, None, None, _bias(mask), None, *(scales or (None, None))]
+    small: dict[str, Any] = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    sizes = {"num_heads": heads, "kv_num_heads": groups, "scale": float(scale)}
+    y, *present = contrib("GroupQueryAttention", inputs, 3, **sizes, **(small if scales else {}))
     return op.Reshape(y, [0, heads, 1, width]), *present
 
 
