@@ -12,17 +12,10 @@ from qpcompile.errors import InvariantError, KernelError
 from qpcompile.ir.edit import aten, get_tensor
 from qpcompile.ir.operators import RULES, SPECS
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
+from qpcompile.ir.size_functions import SIZE_FUNCTIONS
 from qpcompile.kernels.rule_text import NAMES
 from qpcompile.kernels.rules import Rule, described, differ
 from qpcompile.stages import STAGES, Stage, span, within
-
-# Python functions allowed on symbolic sizes; every other call must be a torch operator.
-SIZE_FUNCTIONS = frozenset(
-    {
-        *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem),
-        torch.sym_min,
-    }
-)
 
 # torch's operators that tracing leaves behind; `canonicalize` removes them.
 _LEFTOVERS = (

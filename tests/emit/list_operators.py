@@ -15,7 +15,7 @@ from torch import fx
 
 from qpcompile.capture.capture import capture
 from qpcompile.emit.artifact.allowed_operators import OPERATORS
-from qpcompile.emit.artifact.graph_json import SIZE_FUNCTIONS
+from qpcompile.emit.artifact.graph_json import FUNCTIONS
 from qpcompile.ir.program import Program
 from qpcompile.ir.text import target_text
 from qpcompile.pipeline import compile_captured
@@ -61,7 +61,7 @@ def missing(family: str) -> Iterator[tuple[Recipe, set[str]]]:
     model, cases = FAMILIES[family]()
     for recipe in recipes(family):
         program = capture(model, cases["one"], recipe)
-        yield recipe, operators(compile_captured(program, None, None).program) - OPERATORS - SIZE_FUNCTIONS.keys()
+        yield recipe, operators(compile_captured(program, None, None).program) - OPERATORS - FUNCTIONS.keys()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import fx
 
-from qpcompile.emit.artifact.graph_json import SIZE_FUNCTIONS, read_graph, write_graph
+from qpcompile.emit.artifact.graph_json import FUNCTIONS, read_graph, write_graph
 from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.ir.edit import layer_of, set_tensor
 from qpcompile.ir.node_facts import QuantizedFact, quantized_fact, set_fact
@@ -183,4 +183,4 @@ def test_text_that_is_no_graph_is_refused(text: str) -> None:
 
 
 def test_size_functions_have_stable_names() -> None:
-    assert {"operator.mul", "operator.floordiv", "operator.getitem", "math.ceil", "torch.sym_max"} <= {*SIZE_FUNCTIONS}
+    assert {"operator.mul", "operator.floordiv", "operator.getitem", "math.ceil", "torch.sym_max"} <= {*FUNCTIONS}

@@ -17,7 +17,6 @@ import dataclasses
 import importlib
 import json
 import math
-import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,6 +32,7 @@ from qpcompile.ir import operators
 from qpcompile.ir.edit import set_tensor
 from qpcompile.ir.node_facts import QuantizedFact, StubFact, quantized_fact, set_fact, stub_fact
 from qpcompile.ir.program import Graph
+from qpcompile.ir.size_functions import SIZE_FUNCTIONS
 from qpcompile.ir.text import module_path, target_text, value_labels
 from qpcompile.ir.type_check import example_sizes
 from qpcompile.ir.types import TYPE, ValueType, parse_type, type_of, value_types
@@ -43,13 +43,7 @@ NAMESPACES = {"aten": torch.ops.aten, "qpcompile": operators.ours}
 # The module that defines the only third-party operator in graphs of transformers models.
 EXPERTS_MODULE = "transformers.integrations.moe"
 MOST_NODES = 100_000
-_SIZES = (
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.neg),
-    *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem),
-    *(math.ceil, math.floor, math.trunc),
-    *(torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_ite),
-)
-SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {target_text(function): function for function in _SIZES}
+FUNCTIONS: dict[str, Callable[..., Any]] = {target_text(function): function for function in SIZE_FUNCTIONS}
 # Required and optional keys of each kind of node.
 REQUIRED = {
     "input": {"label", "op", "type"},
@@ -131,7 +125,7 @@ def _target(node: fx.Node) -> str:
         text = f"{target._schema.name}.{target._overloadname}"
         if text in OPERATORS:
             return text
-    elif (text := target_text(target)) in SIZE_FUNCTIONS:
+    elif (text := target_text(target)) in FUNCTIONS:
         return text
     raise ExportError(
         f"the operator {text} cannot be saved: it is not on the list of operators that a saved graph may hold",
@@ -285,10 +279,10 @@ class _Reader:
         return {prefix: (prefix, "") for prefix in prefixes}
 
     def _operator(self, text: Any) -> Callable[..., Any]:
-        if not isinstance(text, str) or text not in OPERATORS | SIZE_FUNCTIONS.keys():
+        if not isinstance(text, str) or text not in OPERATORS | FUNCTIONS.keys():
             raise _refused(f"the operator {text!r:.80} is not one that a saved graph may hold", self.where)
-        if text in SIZE_FUNCTIONS:
-            return SIZE_FUNCTIONS[text]
+        if text in FUNCTIONS:
+            return FUNCTIONS[text]
         namespace, _, rest = text.partition("::")
         if namespace not in NAMESPACES:
             importlib.import_module(EXPERTS_MODULE)
