@@ -12,7 +12,7 @@ from qpcompile.ir.shapes import value
 CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
 
 
-def is_plain(padding: int | Sequence[int], dilation: int | Sequence[int], groups: int) -> bool:
+def is_plain(padding: int | Sequence[int] = 0, dilation: int | Sequence[int] = 1, groups: int = 1) -> bool:
     """Whether a convolution has no padding, no dilation and one group; a number holds for all axes."""
     return _all(padding, 0) and _all(dilation, 1) and groups == 1
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from qpcompile.ir.convolutions import is_plain
 from qpcompile.ir.edit import aten
 from qpcompile.kernels.attention.cpu import attention
 from qpcompile.kernels.attention.rule import TORCH_RULE
@@ -57,8 +58,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any)
 
 def _whole(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor | None:
     """One matrix product, if the kernel covers all of x and there is no padding, dilation or grouping."""
-    plain = all(given in (usual, [usual] * (x.dim() - 2)) for given, usual in zip(options[1:], (0, 1, 1), strict=False))
-    if x.shape[1:] != weight.shape[1:] or not plain:
+    if x.shape[1:] != weight.shape[1:] or not is_plain(*options[1:]):
         return None
     rows = linear(x.flatten(1), weight.flatten(1), bias)
     return rows.view(*rows.shape, *[1] * (x.dim() - 2))
