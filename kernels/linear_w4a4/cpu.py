@@ -1,16 +1,25 @@
-"""CPU kernel of linear_w4a4: C on the packed weight for few tokens, oneDNN's integer product for many.
+"""CPU kernel of linear_w4a4: C on the packed weight; for many tokens AMX tiles or oneDNN where they are faster.
 
 Few tokens are bound by weight bandwidth, so the weight is multiplied in its packed form, two codes per byte. For many
-tokens the weight is unpacked to int8 once per call, which is cheap compared with the product: at K = N = 1024, one
-thread of an AVX512-VNNI Xeon, 0.05 ms in C (0.3 ms in torch) against 0.9 ms for 208 tokens.
+tokens it is unpacked once per call, which is cheap compared with the product:
 
-Why torch._int_mm: on the same thread, in ms,
+- with AMX: on tiles, in C;
+- with AVX512-VNNI: to int8, and oneDNN multiplies (torch._int_mm);
+- below: a panel of channels at a time, and C multiplies (panels.inc). oneDNN has no fast product of bytes there.
 
-    tokens                                          1      16     208
+One thread, in ms:
+
+    K = N = 1024, Xeon with AVX512-VNNI, tokens     1      16     208
     torch._int_mm on the transposed view        0.034   0.175   0.921
     torch._int_mm on a copy [K, N]              0.124   0.169   0.911
     onednn.qlinear_pointwise, packed weight     0.115   0.168   0.925   and 8 ms to pack the weight
+    unpacking to int8                                           0.05
     float32 linear                              0.198   0.803   4.180
+
+    K = N = 2048, EPYC with AVX2, tokens            1      16     640
+    C on the packed weight                       0.14    0.97      39
+    torch._int_mm on the transposed view                        2,763
+    float32 linear                                1.1              94
 """
 
 import math
@@ -23,6 +32,8 @@ from qpcompile.kernels.linear_w4a4.reference import linear_codes
 from qpcompile.kernels.linear_w4a4.rule import RULE
 from qpcompile.kernels.native import library as native
 
+VNNI = native.LEVELS.index("avx512")
+"""The level from which oneDNN has a fast integer product; below it, C is faster for any number of tokens."""
 FEW_TOKENS = 16
 """The most tokens for which vector instructions multiply the packed weight, without AMX tiles."""
 FEW_BEFORE_TILES = 8
@@ -50,7 +61,12 @@ def linear_w4a4(
     if tiles and not few:
         return _on_tiles(*operands, residual)
     if native_takes:
-        y = _from_packed(*operands) if few else _from_codes(q, scale, native_codes(weight, q.shape[-1]), *operands[3:])
+        packed = few or native.library().level < VNNI
+        y = (
+            _from_packed(*operands)
+            if packed
+            else _from_codes(q, scale, native_codes(weight, q.shape[-1]), *operands[3:])
+        )
     else:
         y = linear_codes(q, scale, unpack_int4(weight, q.shape[-1]), *operands[3:], integer_product)
     return y if residual is None else y + residual
@@ -129,7 +145,11 @@ def linear_unpacked(
 
 
 def integer_product(q: Tensor, codes: Tensor) -> Tensor:
-    """q: i8[T, K], codes: i8[N, K] -> i32[T, N], exact."""
+    """q: i8[T, K], codes: i8[N, K] of at most 4 bits -> i32[T, N], exact."""
+    if not torch.cpu._is_vnni_supported():
+        # Sums of at most K * 128 * 8 are exact in float32 below 2^24, and oneDNN's product is 30 times slower here.
+        wide = torch.float32 if q.shape[1] <= 2**14 else torch.float64
+        return (q.to(wide) @ codes.to(wide).T).to(torch.int32)
     # The product of one token is fast on the transposed view. With K = 1 its strides would be ambiguous.
     right = _dense(codes).T if codes.shape[1] > 1 else _dense(codes.T)
     return torch.ops.aten._int_mm.default(_dense(q), right)

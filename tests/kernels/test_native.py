@@ -177,6 +177,37 @@ def test_linears_are_the_reference(columns: int, features: int, groups: tuple[in
             assert torch.equal(found, linear.linear_w4a4(q, scale, weight, weight_scale, term, dtype))
 
 
+@levels
+@pytest.mark.parametrize("groups", [(1, 1), (4, 4), (1, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize(("columns", "features"), LINEARS)
+def test_packed_linears_on_many_tokens_are_the_reference(
+    columns: int, features: int, groups: tuple[int, int], level: int
+) -> None:
+    if columns % max(groups):
+        pytest.skip("the groups do not divide the channels")
+    torch.manual_seed(columns)
+    weight, weight_scale, bias = (
+        pack_int4(codes(features, columns)),
+        torch.rand(features, groups[1]),
+        torch.randn(features),
+    )
+    for tokens in (9, 48, 51):
+        q, scale = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8), torch.rand(tokens, groups[0])
+        for term, dtype in ((None, torch.float32), (bias, torch.bfloat16)):
+            found = linear_cpu._from_packed(q, scale, weight, weight_scale, term, dtype, level)
+            assert torch.equal(found, linear.linear_w4a4(q, scale, weight, weight_scale, term, dtype))
+
+
+@levels
+@pytest.mark.parametrize("tokens", [1, 8, 9, 50])
+@pytest.mark.parametrize(("left", "right"), [(-128, -8), (-128, 7), (127, 7), (127, -8)])
+def test_packed_linears_do_not_overflow(left: int, right: int, tokens: int, level: int) -> None:
+    q, weight = torch.full((tokens, 4096), left, dtype=torch.int8), torch.full((33, 4096), right, dtype=torch.int8)
+    ones = torch.ones(tokens, 1), pack_int4(weight), torch.ones(33, 1)
+    found = linear_cpu._from_packed(q, *ones, None, torch.float32, level)
+    assert torch.equal(found, torch.full((tokens, 33), float(left * right * 4096)))
+
+
 @pytest.mark.parametrize(("columns", "features"), LINEARS)
 def test_linears_on_many_tokens_are_the_reference(columns: int, features: int) -> None:
     torch.manual_seed(columns)
