@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
+from qpcompile.nested import is_list, is_mapping
 from qpcompile.recipe.yaml_text import short
 
 MOST, LINE, VALUE = 900, 250, 80
@@ -136,9 +137,9 @@ def _given(data: Any, path: Sequence[str]) -> str:
     for part in path:
         if isinstance(data, BaseModel):
             data = data.model_dump(mode="json")
-        if isinstance(data, Mapping) and part in data:
+        if is_mapping(data) and part in data:
             data = data[part]
-        elif isinstance(data, list | tuple) and part.isdigit() and int(part) < len(data):
+        elif is_list(data) and part.isdigit() and int(part) < len(data):
             data = data[int(part)]
         else:
             return "not given"

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from qpcompile.errors import PlanError, RecipeError
+from qpcompile.nested import is_mapping
 from qpcompile.recipe import yaml_text
 from qpcompile.recipe.messages import impossible, problems
 from qpcompile.recipe.quantize import Section
@@ -173,7 +174,8 @@ class Plan(Section):
         multiple = self.recipe.tokens.multiple_of
         shares = {cut.layer: cut.kept(visual) for cut in self.cuts}
         kept = {layer: min(visual, share + -(text + share) % multiple) for layer, share in shares.items()}
-        counts, current = [], kept.get(-1, visual)
+        counts: list[int] = []
+        current = kept.get(-1, visual)
         for layer in self.layers:
             counts.append(current)
             current = kept.get(layer.index, current)
@@ -190,7 +192,7 @@ class Plan(Section):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str | None = None) -> "Plan":
         """The plan from plain dicts, lists and scalars; `where` names its origin in errors."""
-        if not isinstance(data, Mapping):
+        if not is_mapping(data):
             raise PlanError(f"a mapping is needed, got {type(data).__name__}", where=where or "plan", do=_DO)
         try:
             return cls.model_validate(dict(data))

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from qpcompile.errors import RecipeError
+from qpcompile.nested import is_dict, is_mapping
 from qpcompile.recipe import yaml_text
 from qpcompile.recipe.messages import problems
 from qpcompile.recipe.quantize import MOST_SAMPLES, MOST_SEED, QuantizeScheme, Section
@@ -77,7 +78,7 @@ class Recipe(Section):
         if isinstance(source, str) and source in preset_names():
             text = (resources.files("qpcompile.recipe") / "presets" / f"{source}.yaml").read_text(encoding="utf-8")
             return cls.from_yaml(text, where=f"preset {source}")
-        if not isinstance(source, str | PathLike):
+        if not _is_path(source):
             raise RecipeError(
                 f"a recipe is a preset's name, a path or a Recipe, not a {type(source).__name__}",
                 where="recipe",
@@ -104,7 +105,7 @@ class Recipe(Section):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str | None = None) -> "Recipe":
         """The recipe from plain dicts, lists and scalars; `where` names its origin in errors."""
-        if not isinstance(data, Mapping):
+        if not is_mapping(data):
             raise RecipeError(f"a mapping is needed, got {type(data).__name__}", where=where or "recipe", do=_PLAIN)
         try:
             return cls.model_validate(dict(data))
@@ -134,6 +135,10 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def _is_path(source: object) -> bool:
+    return isinstance(source, str | PathLike)
+
+
 def _no_such_preset(name: str) -> RecipeError:
     """The error for a name that is neither a preset nor a file."""
     return RecipeError(
@@ -161,7 +166,7 @@ def _set(data: dict[str, Any], override: str) -> None:
         if data.get(section) is None:
             data[section] = {}
         data = data[section]
-        if not isinstance(data, dict):
+        if not is_dict(data):
             at = yaml_text.short(".".join(sections[:depth]))
             raise RecipeError(
                 f"the override {said} goes below {at}, which is a value, not a section", where="overrides", do=do

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qpcompile.errors import QPCompileError
+from qpcompile.nested import is_dict
 
 SMALL = 64 * 1024
 """Size limit in bytes of hand-written files: twenty times a recipe with every key."""
@@ -37,7 +38,7 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
+        event = _upcoming(self)
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise _refusal("anchors and aliases (& and *) are not read; write the value out", event)
         if event.tag is not None:
@@ -70,6 +71,11 @@ class _Loader(yaml.SafeLoader):
         return self.construct_yaml_int(node)
 
 
+def _upcoming(loader: Any) -> Any:
+    """The event that is parsed next; PyYAML's stubs leave its type open."""
+    return loader.peek_event()
+
+
 def _refusal(problem: str, place: Any) -> yaml.YAMLError:
     """PyYAML's error for a defect at an event or a node."""
     return yaml.constructor.ConstructorError(None, None, problem, place.start_mark)
@@ -86,8 +92,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 # For both classes, so that the text "1e6" is quoted. Each class gets a copy of the table: PyYAML's is unchanged.
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."), Loader=_Loader, Dumper=_Dumper)
 
 
 def short(text: str, most: int = SHOWN) -> str:
@@ -132,7 +137,7 @@ def parse(text: str, refuse: Callable[[str], QPCompileError], most: int = SMALL)
 def parse_mapping(text: str, refuse: Callable[[str], QPCompileError], most: int = SMALL) -> dict[str, Any]:
     """Parse a YAML mapping; anything else is refused."""
     value = parse(text, refuse, most)
-    if not isinstance(value, dict):
+    if not is_dict(value):
         raise refuse(f"a mapping of keys is needed at the top, got {type(value).__name__}")
     return value
 
