@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]  (a bare PathLike)
 
 from qpcompile.errors import OutputError
 from qpcompile.files import flush
@@ -97,7 +97,7 @@ class Checkpoint:
         return self.folder is not None and time.monotonic() - self.last > SECONDS
 
     @contextmanager
-    def found(self, what: str) -> Iterator[Kept | None]:
+    def found(self, what: str) -> Generator[Kept | None]:
         """The contents saved under a name, None if there are none.
 
         Raises OutputError for a damaged file, and if the block raises ValueError on its contents.
@@ -123,9 +123,9 @@ class Checkpoint:
 
     def _read(self, path: Path, what: str) -> Kept:
         _refuse_no_file(path)
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with _opened(path) as file:
+            header: dict[str, str] = file.metadata() or {}
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.get("sha256") != self._hash(what, tensors.items(), header["facts"]):
             raise ValueError("its hash is not that of its content")
         return Kept(tensors, json.loads(header["facts"]))
@@ -159,13 +159,18 @@ def _refuse_foreign(folder: Path, names: list[str]) -> None:
             _refuse_no_file(folder / name)
 
 
+def _opened(path: Path) -> Any:
+    """A safetensors file, whose methods have no types."""
+    return safe_open(path, "pt")
+
+
 def _refuse_no_file(path: Path) -> None:
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("it is a link, a folder or something else, not a file")
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Generator[None]:
     """Errors about the content of a file become an OutputError that names it."""
     try:
         yield
@@ -178,7 +183,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[Path]:
+def _aside(path: Path) -> Generator[Path]:
     """A temporary file, renamed to `path` when the block succeeds. Its mode follows the umask."""
     folder = path.with_name(_PARTIAL)  # a folder, since writers of libraries have temporary files of their own
     aside = folder / "new"

@@ -1,9 +1,12 @@
 """FX graph editing shared by passes: tensors by name, layers of nodes, chains of shape operators."""
 
+# pyright: reportPrivateUsage=false
+# torch has no public name for a module's own tables of tensors.
+
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -118,6 +121,7 @@ def stand_in(graph: Graph, tensor: torch.Tensor) -> FakeTensor:
 def infer(graph: Graph, node: fx.Node) -> None:
     """Infer the fake value of one call from those of its arguments."""
     mode = fake_mode(graph)
+    target: Any = node.target
 
     def fake(argument: fx.Node) -> Any:
         value = argument.meta["val"]
@@ -127,7 +131,12 @@ def infer(graph: Graph, node: fx.Node) -> None:
 
     # torch 2.11 supports matrix products of symbolic sizes in Python only.
     with mode, enable_python_dispatcher():
-        node.meta["val"] = node.target(*fx.map_arg(node.args, fake), **fx.map_arg(node.kwargs, fake))  # type: ignore[operator]
+        node.meta["val"] = target(*map_nodes(node.args, fake), **map_nodes(node.kwargs, fake))
+
+
+def map_nodes(arguments: Any, function: Callable[[fx.Node], Any]) -> Any:
+    """The arguments of a call with every node replaced by `function` of it."""
+    return fx.map_arg(arguments, function)
 
 
 def layer_of(node: fx.Node) -> int | None:

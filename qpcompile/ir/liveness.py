@@ -31,7 +31,7 @@ def crossings(graph: Graph, point: fx.Node) -> list[Crossing]:
     """Every value defined before `point` and read at or after it by something other than the output node."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     border = order[point]
-    found = []
+    found: list[Crossing] = []
     for node in graph.nodes[:border]:
         readers = tuple(user for user in node.users if order[user] >= border and user.op != "output")
         if readers and node.op != "get_attr":
@@ -133,7 +133,7 @@ def mask_dead(graph: Graph, point: fx.Node, mask: fx.Node, alive: fx.Node, dtype
 
 
 def _depends(size: torch.SymInt, length: torch.SymInt) -> bool:
-    symbols = getattr(expression(size), "free_symbols", set())
+    symbols = getattr(expression(size), "free_symbols", set[Any]())
     return bool(symbols & expression(length).free_symbols)
 
 

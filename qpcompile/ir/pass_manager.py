@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-import torch
-
 from qpcompile.errors import InvariantError
 from qpcompile.ir.heap import trim
 from qpcompile.ir.measurements import Measurement
+from qpcompile.ir.overloads import is_overload
 from qpcompile.ir.program import Program
 from qpcompile.ir.verify import verify
 from qpcompile.stages import Stage, span, within
@@ -52,7 +51,7 @@ def run_passes(
 
     Raises InvariantError if a pass cannot run at the program's stage, or breaks the rules of its own.
     """
-    steps = []
+    steps: list[Step] = []
     for item in passes:
         if not within(program.stage, item.needs, item.gives):
             raise InvariantError(
@@ -86,4 +85,4 @@ def operator_counts(program: Program) -> dict[str, dict[str, int]]:
 
 
 def _label(target: object) -> str:
-    return target.name() if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+    return target.name() if is_overload(target) else getattr(target, "__name__", str(target))

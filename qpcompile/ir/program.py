@@ -20,6 +20,7 @@ from torch import fx
 
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.measurements import Measurements
+from qpcompile.ir.structure import Template
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.stages import Stage
@@ -33,7 +34,7 @@ class Graph:
 
     `inputs` and `outputs` are dotted paths into the keyword arguments and the result of the transformers
     module (`attention_mask`, `past_key_values.3.key`, `hidden_states.2`). `owner` is the dotted name of that module in
-    the model. `returns` is the kind of the module's result: "object", "tuple" or "tensor".
+    the model. `returns` is the template from which the module's result is rebuilt.
     """
 
     name: str
@@ -41,8 +42,8 @@ class Graph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     owner: str
-    returns: str = "object"
-    constants: dict[str, Any] = field(default_factory=dict)
+    returns: Template = "object"
+    constants: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -89,7 +90,7 @@ class Program:
     plan: Plan
     stage: Stage = "captured"
     measured: Measurements = field(default_factory=Measurements)
-    history: list[str] = field(default_factory=list)
+    history: list[str] = field(default_factory=list[str])
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     @property

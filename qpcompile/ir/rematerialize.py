@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from torch import fx
 
-from qpcompile.ir.edit import call
+from qpcompile.ir.edit import call, map_nodes
 from qpcompile.ir.node_facts import set_fact, stub_fact
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import value
@@ -66,8 +66,8 @@ def _copy(graph: Graph, node: fx.Node, before: fx.Node, known: dict[fx.Node, fx.
             copy = graph.module.graph.get_attr(str(node.target))
         copy.meta["val"] = value(node)
         return copy
-    args, kwargs = (fx.map_arg(part, lambda each: known.get(each, each)) for part in (node.args, node.kwargs))
-    copy = call(graph, before, node.target, *args, like=node, **kwargs)  # type: ignore[misc]
+    args, kwargs = map_nodes((node.args, node.kwargs), lambda each: known.get(each, each))
+    copy = call(graph, before, node.target, *args, like=node, **kwargs)
     if fact := stub_fact(node):
         copy.meta["val"] = value(node)
         set_fact(copy, fact)

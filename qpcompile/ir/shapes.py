@@ -25,7 +25,12 @@ def same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
 
 def expression(size: int | torch.SymInt) -> Any:
     """The sympy expression of a symbolic size; a concrete size itself."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    return sym_node(size).expr if isinstance(size, torch.SymInt) else size
+
+
+def sym_node(size: Any) -> Any:
+    """torch's record of a symbolic number: its expression `expr`, and the `shape_env` that knows its symbols."""
+    return size.node
 
 
 def token_axes(node: fx.Node, length: int | torch.SymInt) -> list[int]:
@@ -40,7 +45,7 @@ def token_axes(node: fx.Node, length: int | torch.SymInt) -> list[int]:
 
 def new_size(graph: Graph, name: str, hint: int) -> torch.SymInt:
     """A fresh symbolic size with the given hint."""
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    context: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     tensor = fake_mode(graph).from_tensor(torch.zeros(hint), source=ConstantSource(name), symbolic_context=context)
     size = tensor.shape[0]
     assert isinstance(size, torch.SymInt)

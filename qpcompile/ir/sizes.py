@@ -33,8 +33,8 @@ _TOKEN = re.compile(
 )
 _PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
     "*": operator.mul,
-    "/": operator.truediv,
-    "//": operator.floordiv,
+    "/": lambda left, right: left / right,
+    "//": lambda left, right: left // right,
     "%": operator.mod,
 }
 _COMPUTED: dict[str, Callable[..., Any]] = {

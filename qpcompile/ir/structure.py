@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qpcompile.nested import is_list, is_mapping
+
+Template: TypeAlias = "str | dict[str, Template] | list[Template] | None"
 CACHE = "past_key_values"
 # The installed transformers' name of a cache, as argument and in results: "past_key_values" in 5.23, "cache" in 5.24.
 CACHE_ARGUMENT = next(item.name for item in fields(BaseModelOutputWithPast) if Cache in get_args(item.type))
@@ -40,21 +43,21 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
             yield from named_tensors(item, f"{prefix}.{key}" if prefix else str(key))
 
 
-def template(value: Any, prefix: str = "") -> Any:
+def template(value: Any, prefix: str = "") -> Template:
     """The structure of a result with names for tensors; caches are handled separately, only their name remains."""
     if isinstance(value, torch.Tensor):
         return prefix
     if isinstance(value, Cache) or value is None:
         return None
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         named = {CACHE if isinstance(item, Cache) else str(key): item for key, item in value.items()}
         return {key: template(item, f"{prefix}.{key}" if prefix else key) for key, item in named.items()}
-    if isinstance(value, (list, tuple)):
+    if is_list(value):
         return [template(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in enumerate(value)]
     return None
 
 
-def rebuild(shape: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def rebuild(shape: Template, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Rebuild the result of a template from tensors."""
     if isinstance(shape, str):
         return tensors[shape]
@@ -83,7 +86,7 @@ class Result(dict[str, Any]):
 
 
 def _children(value: Any) -> Iterator[tuple[str | int, Any]]:
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         yield from value.items()
-    elif isinstance(value, (list, tuple)):
+    elif is_list(value):
         yield from enumerate(value)

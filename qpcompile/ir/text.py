@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from qpcompile.ir.overloads import is_overload, overload_name, schema
 from qpcompile.ir.program import Graph
 from qpcompile.ir.types import ValueType, dtype_name, value_types
+from qpcompile.nested import is_list
 
 # torch represents "to the end" of a slice as the largest int64.
 _TO_THE_END = 2**63 - 1
@@ -61,9 +63,9 @@ def module_path(node: fx.Node) -> str | None:
 
 def target_text(target: object) -> str:
     """An operator's name: `aten::relu`, `aten::sym_size.int`, `operator.add`."""
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name
-        return name if target._overloadname == "default" else f"{name}.{target._overloadname}"
+    if is_overload(target):
+        name, overload = schema(target).name, overload_name(target)
+        return name if overload == "default" else f"{name}.{overload}"
     module = str(getattr(target, "__module__", "")).lstrip("_")
     return f"{module}.{getattr(target, '__name__', target)}"
 
@@ -106,7 +108,7 @@ def _argument(value: Any, labels: dict[fx.Node, str]) -> str:
     """One argument of a call: constants by their repr, dtypes as in types."""
     if isinstance(value, fx.Node):
         return labels[value]
-    if isinstance(value, (list, tuple)):
+    if is_list(value):
         return f"[{', '.join(_argument(item, labels) for item in value)}]"
     if isinstance(value, torch.dtype):
         return dtype_name(value)

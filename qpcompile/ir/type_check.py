@@ -22,13 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from qpcompile.errors import ArtifactError, KernelError
-from qpcompile.ir.edit import get_tensor
+from qpcompile.ir.edit import get_tensor, map_nodes
 from qpcompile.ir.operators import RULES
 from qpcompile.ir.program import DECODE, PREFILL, Graph
 from qpcompile.ir.sizes import Size
 from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import module_path, target_text, value_labels
 from qpcompile.ir.types import UNKNOWN, ValueType, symbol_examples, type_of, value_types
+from qpcompile.nested import is_dict, is_list
 
 SIZE = "size."
 _AGAIN = "save the model again; do not use this folder"
@@ -111,8 +112,7 @@ class _Deriver:
         if node.op == "get_attr":
             tensor = get_tensor(self.graph.module, str(node.target))
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        args = fx.map_arg(node.args, self.values.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        args, kwargs = map_nodes((node.args, node.kwargs), self.values.__getitem__)
         key = (node.target, _key(args), _key(kwargs))
         if key not in self.results:
             self.results[key] = self._call(node, args, kwargs)
@@ -148,7 +148,7 @@ class _Deriver:
         """The canonical object for a tensor of this type; elementwise for a tuple."""
         if isinstance(value, Tensor):
             return self.tensors.setdefault((value.dtype, tuple(value.shape), value.stride()), value)
-        return type(value)(map(self._one, value)) if isinstance(value, (list, tuple)) else value
+        return type(value)(map(self._one, value)) if is_list(value) else value
 
     def _compare(self, node: fx.Node) -> None:
         """Refuse a recorded type that differs from the inferred one."""
@@ -159,7 +159,7 @@ class _Deriver:
     def _fits(self, value: Any, kind: ValueType) -> bool:
         if not kind.is_known:
             return True
-        if isinstance(value, (list, tuple)):
+        if is_list(value):
             parts = kind.parts
             return parts is not None and len(parts) == len(value) and all(map(self._fits, value, parts))
         if isinstance(value, Tensor):
@@ -206,9 +206,9 @@ def _key(value: Any) -> Any:
     """Arguments as a cache key; tensors, which are canonical per type, by identity."""
     if isinstance(value, Tensor):
         return id(value)
-    if isinstance(value, (list, tuple)):
+    if is_list(value):
         return (type(value), *map(_key, value))
-    if isinstance(value, dict):
+    if is_dict(value):
         return tuple((name, _key(each)) for name, each in value.items())
     return type(value), value if value == value else repr(value)
 
@@ -217,9 +217,9 @@ def _on_cpu(value: Any) -> Any:
     """Arguments with every device replaced by the CPU."""
     if isinstance(value, torch.device):
         return _CPU
-    if isinstance(value, (list, tuple)):
+    if is_list(value):
         return type(value)(map(_on_cpu, value))
-    return {name: _on_cpu(each) for name, each in value.items()} if isinstance(value, dict) else value
+    return {name: _on_cpu(each) for name, each in value.items()} if is_dict(value) else value
 
 
 def _shown(kind: ValueType) -> str:

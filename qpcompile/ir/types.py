@@ -22,7 +22,9 @@ import torch
 from torch import fx
 
 from qpcompile.ir.program import Graph
+from qpcompile.ir.shapes import expression, sym_node
 from qpcompile.ir.sizes import Size
+from qpcompile.nested import is_list
 
 # The metadata key of the recorded type (ValueType) of a node that was read from a file: it has no fake value.
 TYPE = "value_type"
@@ -106,7 +108,7 @@ def type_of(value: Any) -> ValueType:
 def symbol_examples(graph: Graph) -> dict[str, int]:
     """The example value (hint) of each printed symbol, from the sample the graph was traced with, if it has one."""
     sizes = {
-        size.node.expr: size.node
+        expression(size): sym_node(size)
         for node in graph.nodes
         for tensor in _tensors(node.meta.get("val"))
         for size in tensor.shape
@@ -191,7 +193,7 @@ def _tuple(text: str, depth: int) -> tuple[ValueType, str]:
 def _type_of(value: Any, names: dict[Any, Any]) -> ValueType:
     if isinstance(value, torch.Tensor):
         return ValueType(value.dtype, tuple(_size(size, names) for size in value.shape))
-    if isinstance(value, (list, tuple)):
+    if is_list(value):
         return ValueType(parts=tuple(_type_of(item, names) for item in value))
     for kind, symbolic in ((bool, torch.SymBool), (int, torch.SymInt), (float, torch.SymFloat)):
         if isinstance(value, (kind, symbolic)):
@@ -202,7 +204,7 @@ def _type_of(value: Any, names: dict[Any, Any]) -> ValueType:
 def _size(size: Any, names: dict[Any, Any]) -> Size:
     if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return Size(str(size))
-    return Size(str(size.node.expr.xreplace(names)).replace(" ", ""))
+    return Size(str(sym_node(size).expr.xreplace(names)).replace(" ", ""))
 
 
 def _symbol_names(graph: Graph) -> dict[Any, Any]:
@@ -212,9 +214,9 @@ def _symbol_names(graph: Graph) -> dict[Any, Any]:
     for node in graph.nodes:
         value = node.meta.get("val")
         sizes = [tuple(tensor.shape) for tensor in _tensors(value)]
-        leads.update(size[0].node.expr for size in sizes if size and isinstance(size[0], torch.SymInt))
+        leads.update(expression(size[0]) for size in sizes if size and isinstance(size[0], torch.SymInt))
         order |= dict.fromkeys(symbol for size in (*sizes, (value,)) for item in size for symbol in _symbols(item))
-    first = next((expression for expression, _ in leads.most_common() if expression in order), None)
+    first = next((symbol for symbol, _ in leads.most_common() if symbol in order), None)
     ranked = [symbol for symbol in order if symbol != first]
     # The new symbols keep the assumptions of the old ones (integer, positive): expressions keep their form.
     names = {symbol: sympy.Symbol(f"S{rank}", **symbol.assumptions0) for rank, symbol in enumerate(ranked)}
@@ -224,7 +226,7 @@ def _symbol_names(graph: Graph) -> dict[Any, Any]:
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (list, tuple)):
+    elif is_list(value):
         for item in value:
             yield from _tensors(item)
 
@@ -233,4 +235,4 @@ def _symbols(size: Any) -> list[Any]:
     if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return []
     key: Callable[[Any], str] = str
-    return sorted(size.node.expr.free_symbols, key=key)
+    return sorted(sym_node(size).expr.free_symbols, key=key)

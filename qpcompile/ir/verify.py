@@ -9,12 +9,14 @@ import torch
 from torch import fx
 
 from qpcompile.errors import InvariantError, KernelError
-from qpcompile.ir.edit import aten, get_tensor
+from qpcompile.ir.edit import aten, get_tensor, map_nodes
 from qpcompile.ir.operators import RULES, SPECS
+from qpcompile.ir.overloads import is_overload
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
 from qpcompile.ir.size_functions import SIZE_FUNCTIONS
 from qpcompile.kernels.rule_text import NAMES
 from qpcompile.kernels.rules import Rule, described, differ
+from qpcompile.nested import is_list
 from qpcompile.stages import STAGES, Stage, span, within
 
 # torch's operators that tracing leaves behind; `canonicalize` removes them.
@@ -82,7 +84,7 @@ def _node_problems(graph: Graph, node: fx.Node) -> Iterator[str]:
             if isinstance(known, torch.Tensor) and (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
                 yield f"{node.name} is known as {described(known)}, the tensor {node.target} is {described(tensor)}"
     elif node.op == "call_function":
-        if not isinstance(node.target, torch._ops.OpOverload) and node.target not in SIZE_FUNCTIONS:
+        if not is_overload(node.target) and node.target not in SIZE_FUNCTIONS:
             yield f"{node.name} calls {node.target}, which is not an operator"
         if "val" not in node.meta and node.target is not operator.getitem and node.users:
             yield f"{node.name} has no shape"
@@ -94,14 +96,14 @@ def _node_problems(graph: Graph, node: fx.Node) -> Iterator[str]:
 
 def _operand_problems(node: fx.Node, rule: Rule) -> Iterator[str]:
     """Violations of an operator's rule by one call: its operands, and its recorded results."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta.get("val"))  # type: ignore[misc]
+    args, kwargs = map_nodes((node.args, node.kwargs), lambda each: each.meta.get("val"))
     try:
         results = rule.results(*rule.arguments(args, kwargs))
     except KernelError as error:
         yield f"{node.name}, {error.where}: {error.what}"
         return
     values = node.meta.get("val")
-    known = values if isinstance(values, (list, tuple)) else (values,)
+    known = values if is_list(values) else (values,)
     for value, (dtype, sizes) in zip(known, results, strict=False):
         if isinstance(value, torch.Tensor) and (
             value.dtype != dtype or len(value.shape) != len(sizes) or any(map(differ, value.shape, sizes))
