@@ -16,6 +16,7 @@ from qpcompile.errors import CaptureError, InputError
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import named_tensors
 from qpcompile.ir.types import TYPE, UNKNOWN
+from qpcompile.nested import is_list, is_mapping
 
 # Flags of a call that select what is returned; they are not data. A graph's `constants` hold the traced ones.
 FLAGS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits")
@@ -128,7 +129,7 @@ def _refuse_other(graph: Graph, name: str, value: Any) -> None:
 
 def _empty(value: Any) -> bool:
     """Whether a nested value is empty, like the features of no pictures."""
-    return isinstance(value, (Mapping, list, tuple)) and not any(True for _ in value)
+    return (is_mapping(value) or is_list(value)) and len(value) == 0
 
 
 def _refused(graph: Graph, what: str) -> CaptureError:

@@ -3,6 +3,9 @@
 %p = aten::arange(%s)                becomes      %p = aten::arange(%s, device=cuda:0)
 """
 
+# pyright: reportPrivateUsage=false
+# torch has no public name for a module's own tables of tensors, and a storage's address.
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,6 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from qpcompile.ir.edit import get_tensor
+from qpcompile.ir.overloads import is_overload, schema
 from qpcompile.ir.program import Graph, Program
 
 Moved = dict[tuple[Any, ...], torch.Tensor]
@@ -58,8 +62,8 @@ def _move_nodes(graph: Graph, device: torch.device) -> None:
 
 def _makes_tensors(node: fx.Node) -> bool:
     """Whether an operator takes a device and no tensor to read it from."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not is_overload(node.target):
         return False
-    arguments = node.target._schema.arguments
+    arguments = schema(node.target).arguments
     types = [str(argument.type) for argument in arguments]
     return any(argument.name == "device" for argument in arguments) and not any("Tensor" in each for each in types)

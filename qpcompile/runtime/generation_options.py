@@ -16,6 +16,7 @@ from typing import Any
 from transformers import GenerationConfig, GenerationMixin
 
 from qpcompile.errors import InputError
+from qpcompile.nested import is_dict, is_list
 from qpcompile.runtime.kv_cache import CompiledCache
 
 # fmt: off
@@ -125,7 +126,7 @@ def settle(host: Any, given: Mapping[str, Any], vocabulary: int) -> tuple[dict[s
     _check_arguments(host, given)
     resolved = _resolve(host, given)
     fields = vars(GenerationConfig())
-    for name, value in vars(resolved).items():
+    for name, value in resolved.__dict__.items():
         if name in fields and not name.startswith("_"):
             _check_setting(host, given, name, value)
     _check_sizes(given, resolved)
@@ -146,7 +147,7 @@ def settle(host: Any, given: Mapping[str, Any], vocabulary: int) -> tuple[dict[s
 
 def plain_settings(host: Any) -> dict[str, Any]:
     """Settings for running a prompt once, independent of those stored with the model: for measuring."""
-    stored = vars(host.generation_config)
+    stored = host.generation_config.__dict__
     off = dict.fromkeys([name for name in (*REFUSED, "stop_strings") if stored.get(name) is not None])
     return {**off, "max_new_tokens": 1, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
 
@@ -171,7 +172,7 @@ def _check_arguments(host: Any, given: Mapping[str, Any]) -> None:
 
 def _taken(host: Any) -> frozenset[str]:
     """Names of model inputs."""
-    kind, loop = type(host), inspect.getattr_static(GenerationMixin, "generate")
+    kind, loop = host.__class__, inspect.getattr_static(GenerationMixin, "generate")
     functions = (kind.forward, kind.prepare_inputs_for_generation, kind.generate)
     names = {name for function in functions for name in inspect.signature(function).parameters}
     return frozenset(names - {"self", "kwargs", "model_kwargs"} - set(inspect.signature(loop).parameters))
@@ -185,8 +186,11 @@ def _check_constant(host: Any, name: str, value: Any) -> None:
         )
 
 
-def _resolve(host: Any, given: Mapping[str, Any]) -> GenerationConfig:
-    """The settings that transformers resolves from arguments, `generation_config=` and stored ones."""
+def _resolve(host: Any, given: Mapping[str, Any]) -> Any:
+    """The GenerationConfig that transformers resolves from arguments, `generation_config=` and stored ones.
+
+    It is `Any` here: its attributes have no types.
+    """
     settings = {name: value for name, value in given.items() if name in vars(GenerationConfig())}
     try:
         return host._prepare_generation_config(given.get("generation_config"), **settings)[0]
@@ -216,7 +220,7 @@ def _source(given: Mapping[str, Any], name: str) -> str:
     return "generation_config.json of the model, or compiled.generation_config"
 
 
-def _check_sizes(given: Mapping[str, Any], resolved: GenerationConfig) -> None:
+def _check_sizes(given: Mapping[str, Any], resolved: Any) -> None:
     prompt = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs")
     batch, length = tuple(getattr(prompt, "shape", (1, 1)))[:2] if getattr(prompt, "ndim", 0) == 2 else (1, 1)
     for name in ("num_beams", "num_return_sequences", "max_length", "max_new_tokens"):
@@ -240,7 +244,7 @@ def _check_sizes(given: Mapping[str, Any], resolved: GenerationConfig) -> None:
         raise InputError("beam search cannot stream", where="streamer", do="leave it out, or ask for num_beams=1")
 
 
-def _check_numbers(given: Mapping[str, Any], resolved: GenerationConfig) -> None:
+def _check_numbers(given: Mapping[str, Any], resolved: Any) -> None:
     """Refuse numbers for which the arithmetic on logits overflows."""
     for name, least, most in _RANGES:
         value = getattr(resolved, name)
@@ -251,10 +255,10 @@ def _check_numbers(given: Mapping[str, Any], resolved: GenerationConfig) -> None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, numbers.Real)
 
 
-def _check_tokens(resolved: GenerationConfig, vocabulary: int) -> None:
+def _check_tokens(resolved: Any, vocabulary: int) -> None:
     if len(set(_whole_numbers(resolved.suppress_tokens))) >= vocabulary:
         raise InputError("suppress_tokens names every token", where="generate", do="leave some to answer with")
     # Only this setting makes transformers index logits with the end-of-sequence ids.
@@ -271,7 +275,7 @@ def _whole_numbers(value: Any) -> Iterator[int]:
     """All token ids in a nested value; the values of a mapping are not ids."""
     if isinstance(value, int):
         yield value
-    elif isinstance(value, (list, tuple, dict)):
+    elif is_list(value) or is_dict(value):
         for item in value:
             yield from _whole_numbers(item)
 

@@ -9,6 +9,8 @@ and is not rewritten. Beam search reorders rows, which copies the cache too.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -26,7 +28,7 @@ class GrowingCaches:
     """Tracks which tensors are the filled front of a larger buffer that is exclusively theirs."""
 
     def __init__(self) -> None:
-        self._rooms = WeakTensorKeyDictionary()
+        self._rooms: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
 
     def append(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """past: [B, H, S, D], new: [B, H, N, D] -> [B, H, S + N, D]; `past` itself keeps its values."""

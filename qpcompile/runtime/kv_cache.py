@@ -119,7 +119,7 @@ class CompiledCache(Cache):
         """Bytes of keys, values and their scales."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-    def _each(self, change: Any) -> None:
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for group in (self.tensors, self.kept, self.alive):
             for name, tensor in group.items():
                 group[name] = change(tensor)  # type: ignore[index]

@@ -121,7 +121,7 @@ class Machine:
                     "those fail as well, compile the model again",
                 ) from error
         if not keeps_cache and isinstance(answer, ModelOutput):
-            return type(answer)(**{name: value for name, value in answer.items() if value is not cache})
+            return _without(answer, cache)
         return answer
 
     def _bind(self) -> None:
@@ -130,7 +130,7 @@ class Machine:
             if name in graphs:
                 self._replace(graphs[name].owner, functools.partial(self._component, graphs[name]))
         self._replace(graphs[PREFILL].owner, self._language)
-        original = type(self.host).forward
+        original = type(self.program.host).forward
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -259,6 +259,11 @@ class Machine:
                 group = cache.kept if kind == KEPT else cache.alive
                 group[int(rest[0])] = results.pop(name)
         cache.seen += new
+
+
+def _without(answer: Any, cache: CompiledCache) -> Any:
+    """A model output without its cache."""
+    return answer.__class__(**{name: value for name, value in answer.items() if value is not cache})
 
 
 def _pick(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

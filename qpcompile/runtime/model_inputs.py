@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qpcompile.errors import InputError
+from qpcompile.nested import is_list
 
 IDS, MASK = "input_ids", "attention_mask"
 _WHOLE = (torch.int64, torch.int32)
@@ -52,7 +53,7 @@ def check_inputs(host: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tensors(given: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in given.items():
-        items = value if isinstance(value, (list, tuple)) else [value]
+        items = value if is_list(value) else [value]
         yield from ((name, item) for item in items if isinstance(item, torch.Tensor))
 
 

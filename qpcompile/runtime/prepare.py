@@ -13,6 +13,7 @@ import torch
 from transformers.exporters.utils import module_device, module_dtype, precompute_export_inputs
 
 from qpcompile.ir.program import Graph
+from qpcompile.nested import is_dict, is_list
 
 DEEPSTACK, VISUAL_POSITIONS, SIZES = "deepstack_visual_embeds", "visual_pos_masks", "image_sizes"
 MASK = "attention_mask"
@@ -45,9 +46,9 @@ def _moved(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Nested tensors moved to a device, floating-point ones cast to the given type."""
     if isinstance(value, torch.Tensor):
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    if isinstance(value, dict):
+    if is_dict(value):
         return {key: _moved(item, dtype, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if is_list(value):
         return type(value)(_moved(item, dtype, device) for item in value)
     return value
 
@@ -106,7 +107,8 @@ def patch_table(module: torch.nn.Module, sizes: Sequence[tuple[int, ...]]) -> to
 def merge_table(module: torch.nn.Module, sizes: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """Which patches of a packed sequence are merged into one token: i64[T / m^2, m^2], squares of m x m by rows."""
     side, merge = int(_attribute(module, "patch_size")), int(_attribute(module, "spatial_merge_size"))
-    squares, start = [], 0
+    squares: list[torch.Tensor] = []
+    start = 0
     for pixels in sizes:
         height, width = pixels[0] // side, pixels[1] // side
         grid = torch.arange(start, start + height * width).view(height, width)

@@ -30,7 +30,7 @@ derived again on the longer prompt (positions, 2-D masks), so that wrong counts 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,12 +107,17 @@ def _allowed(program: Program, whole: Tensor, moved: Tensor) -> float:
 
 def _distances(found: Tensor, expected: Tensor) -> Tensor:
     """f32[T]: the distance of two f32[T, V] relative to the spread of the second; infinite where not finite."""
-    distance = (found - expected).norm(dim=1) / _spread(expected)
+    distance = _norm(found - expected, 1) / _spread(expected)
     return torch.where(distance.isfinite(), distance, torch.inf)
 
 
 def _spread(logits: Tensor) -> Tensor:
-    return (logits - logits.mean(dim=1, keepdim=True)).norm(dim=1).clamp(min=1e-30)
+    return _norm(logits - logits.mean(dim=1, keepdim=True), 1).clamp(min=1e-30)
+
+
+def _norm(values: Any, axis: int | None = None) -> Tensor:
+    """The norm of a tensor along an axis or in all; torch's method has no type."""
+    return values.norm(dim=axis)
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
@@ -121,7 +126,7 @@ def _apart(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     if not found.is_floating_point():
         return float((found != expected).float().mean())
-    return float((found - expected).double().norm() / expected.double().norm().clamp(min=1e-30))
+    return float(_norm((found - expected).double()) / _norm(expected.double()).clamp(min=1e-30))
 
 
 def _compare(program: Program, found: Tensor, expected: Tensor, rounded: bool, allowed: float) -> None:
@@ -161,15 +166,15 @@ class _Answer:
     program: Program
     machine: Machine
     # Decoder inputs and outputs in the prefill and in each step, without caches.
-    feeds: list[Tensors] = field(default_factory=list)
-    hidden: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    pictures: list[Tensors] = field(default_factory=list)
+    feeds: list[Tensors] = field(default_factory=list[Tensors])
+    hidden: list[Tensor] = field(default_factory=list[Tensor])
+    logits: list[Tensor] = field(default_factory=list[Tensor])
+    pictures: list[Tensors] = field(default_factory=list[Tensors])
     cache: CompiledCache = field(default_factory=lambda: CompiledCache(0))
     # Head inputs and cache of prompt and answer recomputed at once; then the same from perturbed embeddings.
     again: Tensor = field(default_factory=lambda: torch.empty(0))
     moved: Tensor = field(default_factory=lambda: torch.empty(0))
-    whole: Tensors = field(default_factory=dict)
+    whole: Tensors = field(default_factory=dict[str, Tensor])
 
     def ask(self, sample: dict[str, Any]) -> None:
         """Decode STEPS tokens after the first one."""
@@ -205,7 +210,7 @@ class _Answer:
             return head({head.inputs[0]: rows})[head.outputs[0]][0]
 
     @contextmanager
-    def _executing(self, execute: Any) -> Iterator[None]:
+    def _executing(self, execute: Any) -> Generator[None]:
         own = self.machine.execute
         self._own, self.machine.execute = own, execute
         try:
@@ -304,7 +309,8 @@ class _Whole(fx.Interpreter):
         super().__init__(graph.module, garbage_collect_values=True)
         self.new, self.cache = new, cache
         self.forced: dict[fx.Node, Any] = {}
-        before = torch.arange(cache.seen, device=program.host.device)[None]  # type: ignore[arg-type]
+        host: Any = program.host
+        before = torch.arange(cache.seen, device=host.device)[None]
         for node, layer in zip(calls(graph, SELECT_TOKENS), sorted(cache.kept), strict=True):
             kept = cache.kept[layer]
             index = torch.searchsorted(before.expand(len(kept), -1).contiguous(), kept)

@@ -31,6 +31,7 @@ from qpcompile.ir.operators import (
 from qpcompile.ir.program import Graph
 from qpcompile.ir.types import UNKNOWN, ValueType, value_types
 from qpcompile.kernels.native.rows import Kind, RowPlan
+from qpcompile.nested import is_list
 
 TYPES = (torch.float32, torch.bfloat16)
 # Name of the nodes that are one C call on rows.
@@ -49,7 +50,7 @@ class Rows:
 
     kind: Kind
     sources: tuple[Any, ...]
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 def join_rows(graph: Graph) -> None:
@@ -194,7 +195,7 @@ class _Joiner:
 
     def tensor(self, node: Any) -> Any:
         """The module's tensor of a get_attr node; anything else unchanged."""
-        if isinstance(node, (tuple, list)):
+        if is_list(node):
             return tuple(self.tensor(each) for each in node)
         known = isinstance(node, fx.Node) and node.op == "get_attr"
         return get_tensor(self.module, str(node.target)) if known else node

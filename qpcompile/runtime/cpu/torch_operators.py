@@ -33,8 +33,9 @@ def attend(
     """Positional arguments of torch.nn.functional.scaled_dot_product_attention."""
     if dropout_p or is_causal or not _by_heads(q, k, v):
         TORCH_RULE.check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     return attention(q, k, v, attn_mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
 

@@ -20,13 +20,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from torch import fx
 
 from qpcompile.errors import KernelError
 from qpcompile.ir.edit import aten, calls, clone, is_call
 from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV8_READ
+from qpcompile.ir.overloads import is_overload, schema
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import target_text
@@ -175,7 +176,7 @@ def _check(graph: Graph, lengths: _Lengths, written: set[fx.Node]) -> None:
     """Refuse operators that do not treat all slots alike."""
     totals = set(lengths.totals.values())
     for node in graph.nodes:
-        if node.op != "call_function" or node in written or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or node in written or not is_overload(node.target):
             continue
         tensors = (node, *node.all_input_nodes)
         if (
@@ -217,9 +218,9 @@ def _lengths_from_device(graph: Graph, lengths: _Lengths, added: dict[str, fx.No
 
 def _as_number(user: fx.Node, node: fx.Node) -> Iterator[int]:
     """The arguments of `user` where `node` takes part in arithmetic; where it is a size there is nothing to do."""
-    if not isinstance(user.target, torch._ops.OpOverload):
+    if not is_overload(user.target):
         return
-    for place, (argument, given) in enumerate(zip(user.target._schema.arguments, user.args, strict=False)):
+    for place, (argument, given) in enumerate(zip(schema(user.target).arguments, user.args, strict=False)):
         if given is not node:
             continue
         kind = str(argument.type)
@@ -243,7 +244,7 @@ def _close_attention(graph: Graph, lengths: _Lengths, added: dict[str, fx.Node])
         group = lengths.group(node.args[1], 1)
         node.args = (*node.args, added[f"{FILLED}.{group}"])
     for node in list(calls(graph, SDPA)):
-        names = [argument.name for argument in SDPA._schema.arguments]
+        names = [argument.name for argument in schema(SDPA).arguments]
         given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         if given.get("is_causal"):
             raise _refusal("it makes a mask from sizes", node)
@@ -270,7 +271,8 @@ def _closed(graph: Graph, lengths: _Lengths, mask: fx.Node | None, is_open: fx.N
 def _drop_caches(graph: Graph) -> tuple[str, ...]:
     """Drop the caches, which are updated in place, from the outputs; returns the remaining ones."""
     (results,) = graph.output_node.args
-    kept = [(path, node) for path, node in zip(graph.outputs, results, strict=True) if not path.startswith(f"{CACHE}.")]  # type: ignore[arg-type]
+    assert isinstance(results, tuple)
+    kept = [(path, node) for path, node in zip(graph.outputs, results, strict=True) if not path.startswith(f"{CACHE}.")]
     graph.output_node.args = (tuple(node for _, node in kept),)
     return tuple(path for path, _ in kept)
 
