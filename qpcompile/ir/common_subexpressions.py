@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from qpcompile.ir.overloads import is_overload, schema
 from qpcompile.ir.program import Graph
 
 
@@ -35,8 +36,8 @@ def merge_equal_calls(graph: Graph) -> bool:
 
 
 def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return is_overload(node.target) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return is_overload(node.target) and schema(node.target).is_mutable

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
+# By name: their types in torch and typeshed are partly unknown.
+_BY_MODULE: dict[Any, tuple[str, ...]] = {
+    operator: (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "neg"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "getitem"),
+    ),
+    math: ("ceil", "floor", "trunc"),
+    torch: ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite"),
+}
 SIZE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
-    {
-        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.neg),
-        *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.getitem),
-        *(math.ceil, math.floor, math.trunc),
-        *(torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_ite),
-    }
+    getattr(module, name) for module, names in _BY_MODULE.items() for name in names
 )

@@ -56,7 +56,7 @@ _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_REFUSED = (
     {22: "sparse tensors", 23: "sparse tensors"},
 )
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 9, 13, 14
-_TENSOR_REFUSED = dict.fromkeys((3, 4, 5, 6, 7, 10, 11), "numbers that are not raw bytes")
+_TENSOR_REFUSED: dict[int, str] = dict.fromkeys((3, 4, 5, 6, 7, 10, 11), "numbers that are not raw bytes")
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 # TensorProto.DataType -> bits: float, uint8, int8, ..., uint4 and int4. Text is not among them.
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
