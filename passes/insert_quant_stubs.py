@@ -21,7 +21,6 @@ from qpcompile.ir.node_facts import Role, StubFact, set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.shapes import value
-from qpcompile.ir.structure import CACHE
 from qpcompile.recipe.plan import LeftOut
 from qpcompile.recipe.quantize import QuantizeScheme, matches_name
 from qpcompile.stages import Stage
@@ -120,7 +119,7 @@ def _stub_caches(graph: Graph) -> bool:
     """Insert stubs on keys and values entering the cache: on the output itself, or on what is appended to the past."""
     changed = False
     for path in graph.outputs:
-        if not path.startswith(f"{CACHE}.") or path.count(".") != 2:
+        if not path.in_full_precision:
             continue
         result = graph.result(path)
         new = result
@@ -130,9 +129,9 @@ def _stub_caches(graph: Graph) -> bool:
             new = parts[-1]
         if not isinstance(new, fx.Node) or stub_fact(new):
             continue
-        layer, part = path.split(".")[1:]
         after = next(iter(graph.module.graph.nodes)) if new.op == "placeholder" else new.next
-        stub = _stub(graph, after, new, f"{graph.owner}.layers.{layer}.{part}", "key" if part == "key" else "value")
+        site = f"{graph.owner}.layers.{path.layer}.{path.part}"
+        stub = _stub(graph, after, new, site, "key" if path.part == "key" else "value")
         new.replace_all_uses_with(stub, delete_user_cb=lambda user, stub=stub: user is not stub)
         changed = True
     return changed

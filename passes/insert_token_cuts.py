@@ -185,7 +185,7 @@ def _compact_cache(point: Point, selection: Selection) -> None:
     assert isinstance(values, tuple)
     results = list(values)
     for position, path in enumerate(graph.outputs):
-        if path.startswith(f"past_key_values.{point.layer}."):
+        if path.in_cache and path.layer == point.layer:
             node = results[position]
             assert isinstance(node, fx.Node)
             results[position] = gather(graph, point.before, node, token_axes(node, point.length), selection)

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from qpcompile.ir.edit import add_tensor, aten, call, calls, fake_mode, get_tensor, tidy
+from qpcompile.ir.names import Name
 from qpcompile.ir.node_facts import QuantizedFact, set_fact
 from qpcompile.ir.operators import LINEAR_W8A16
 from qpcompile.ir.program import EMBED, HEAD, Graph, Program
@@ -106,7 +107,8 @@ def _table(head: Graph, owner: str, codes: torch.Tensor, scale: torch.Tensor, dt
     with fake_mode(head):
         ids.meta["val"] = torch.empty(shape, dtype=torch.int64, device=codes.device)
     output = made.output((ids,))
-    graph = Graph(EMBED, fx.GraphModule(nn.Module(), made), ("input",), ("output",), owner, returns="output")
+    module = fx.GraphModule(nn.Module(), made)
+    graph = Graph(EMBED, module, (Name("input"),), (Name("output"),), owner, returns="output")
     rows, steps = (
         call(graph, output, aten.embedding.default, add_tensor(graph, name, tensor, output), ids)
         for name, tensor in (("weight_codes", codes), ("weight_scale", scale))

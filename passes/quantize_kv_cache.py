@@ -21,6 +21,7 @@ from torch import fx
 from qpcompile.errors import InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, call, calls, count_up, is_call, layer_of, through_shape_ops, tidy
+from qpcompile.ir.names import Name, names
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import (
     ATTENTION_KV4,
@@ -35,7 +36,6 @@ from qpcompile.ir.operators import (
 )
 from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import fake_mode, value
-from qpcompile.ir.structure import CACHE
 from qpcompile.recipe.plan import Site
 from qpcompile.stages import Stage
 
@@ -94,7 +94,7 @@ def _simulate_kivi(program: Program, bits: int) -> bool:
     for graph in program.language:
         stubs = _stubs(graph)
         if stubs and graph.name == PREFILL:
-            sites = [_simulated(graph, path, bits) for path in graph.outputs if path.startswith(f"{CACHE}.")]
+            sites = [_simulated(graph, path, bits) for path in graph.outputs if path.in_cache]
         for stub in stubs:
             stub.replace_all_uses_with(stub.args[0])  # type: ignore[arg-type]
             graph.module.graph.erase_node(stub)
@@ -103,16 +103,15 @@ def _simulate_kivi(program: Program, bits: int) -> bool:
     return bool(sites)
 
 
-def _simulated(graph: Graph, path: str, bits: int) -> Site:
+def _simulated(graph: Graph, path: Name, bits: int) -> Site:
     (values,) = graph.output_node.args
     assert isinstance(values, tuple)
     results, position = list(values), graph.outputs.index(path)
-    key = path.endswith(".key")
+    key = path.part == "key"
     results[position] = call(graph, graph.output_node, SIMULATE_KIVI, results[position], 2**bits - 1, key)
     graph.output_node.args = (tuple(results),)
-    _, layer, part = path.split(".")
     kernel = "simulation: KIVI in floating point, qpcompile::simulate_kivi"
-    return Site(graph=graph.name, name=f"{graph.owner}.layers.{layer}.{part}", cache_bits=bits, kernel=kernel)
+    return Site(graph=graph.name, name=f"{graph.owner}.layers.{path.layer}.{path.part}", cache_bits=bits, kernel=kernel)
 
 
 def _stubs(graph: Graph) -> list[fx.Node]:
@@ -177,7 +176,7 @@ def _past(graph: Graph, past: fx.Node, kind: str, new: fx.Node) -> fx.Node:
     shape = [*value(past).shape[:3], value(new).shape[3]]
     with fake_mode(graph):
         node.meta["val"] = torch.empty(shape, dtype=value(new).dtype, device=value(new).device)
-    graph.inputs = (*graph.inputs[:position], path, *graph.inputs[position:])
+    graph.inputs = names((*graph.inputs[:position], path, *graph.inputs[position:]))
     return node
 
 
@@ -210,7 +209,7 @@ def _replace_cache(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
     results, paths = [], []
     for path, node in zip(graph.outputs, values, strict=True):
         assert isinstance(node, fx.Node)
-        stub = _source_stub(node) if path.startswith(f"{CACHE}.") else None
+        stub = _source_stub(node) if path.in_cache else None
         if stub is None or stub not in pairs:
             results.append(node)
             paths.append(path)
@@ -219,9 +218,9 @@ def _replace_cache(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
             results.append(new)
             paths.append(f"{path}.{kind}")
     graph.output_node.args = (tuple(results),)
-    graph.outputs = tuple(paths)
+    graph.outputs = names(paths)
     graph.module.graph.eliminate_dead_code()
-    for path in [path for path in graph.inputs if path.startswith(f"{CACHE}.") and path.count(".") == 2]:
+    for path in [path for path in graph.inputs if path.in_full_precision]:
         placeholder = graph.placeholder(path)
         for user in list(placeholder.users):
             # The codes have the same batch size and length.

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from qpcompile.calibration.statistics import CALIBRATION, Calibration, InputStatistics
 from qpcompile.capture.capture import capture
 from qpcompile.ir.edit import calls, clone, get_tensor
+from qpcompile.ir.names import names
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Layer, Program
@@ -72,7 +73,7 @@ def traced(
     plain = fx.GraphModule(made, made.graph)
     plain.graph.eliminate_dead_code()
     plain.recompile()
-    return Graph(name, plain, tuple(inputs), tuple(outputs), owner)
+    return Graph(name, plain, names(inputs), names(outputs), owner)
 
 
 class Nothing(torch.nn.Module):

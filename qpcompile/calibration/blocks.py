@@ -135,7 +135,7 @@ def _returned(graph: Graph) -> set[fx.Node]:
     (values,) = graph.output_node.args
     assert isinstance(values, tuple)
     paths = zip(graph.outputs, values, strict=True)
-    return {node for path, node in paths if isinstance(node, fx.Node) and not path.startswith("past_key_values.")}
+    return {node for path, node in paths if isinstance(node, fx.Node) and not path.in_cache}
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ import logging
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +25,9 @@ from qpcompile.capture.adapters import attending_in_segments, table_of, traceabl
 from qpcompile.capture.record import Call
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import get_tensor, stand_in
+from qpcompile.ir.names import CACHE, Name, names
 from qpcompile.ir.program import Graph
-from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, template
+from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, template
 from qpcompile.runtime.arguments import FLAGS
 from qpcompile.runtime.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 
@@ -67,7 +68,7 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
         name=name,
         module=_plain(exported),
         inputs=_input_names(exported, tensors),
-        outputs=tuple(path or "output" for path, _ in named_tensors(call.output)),
+        outputs=names(path or "output" for path, _ in named_tensors(call.output)),
         owner=owner,
         returns=template(call.output) if not isinstance(call.output, torch.Tensor) else "output",
         constants={key: value for key, value in (flags | data).items() if isinstance(value, (bool, int, float, str))},
@@ -93,7 +94,7 @@ def _one_token_count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
 
 def _mask_facts(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The facts needed to create a mask that a call omits (qpcompile/runtime/prepare.py)."""
-    axes = [tensor.ndim for path, tensor in tensors.items() if path.split(".")[0] == MASK]
+    axes = [tensor.ndim for path, tensor in tensors.items() if Name(path).root == MASK]
     causal = all(getattr(part, "is_causal", True) for part in module.modules())
     return {MASK_AXES: axes[0], CAUSAL: causal} if axes else {}
 
@@ -164,13 +165,13 @@ def _plain(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     return plain
 
 
-def _input_names(exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    """Dotted names of the graph's inputs, in the order of the traced keyword arguments."""
+def _input_names(exported: torch.export.ExportedProgram, tensors: Iterable[str]) -> tuple[Name, ...]:
+    """The graph's inputs, in the order of the traced keyword arguments."""
     wanted = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
     signature = exported.call_spec.in_spec
     arguments = list(signature.child(1).context) if signature is not None else []
     keys = [CACHE if key == CACHE_ARGUMENT else key for key in arguments]
-    ordered = [name for key in keys for name in tensors if name == key or name.startswith(f"{key}.")]
+    ordered = [name for key in keys for name in names(tensors) if name.root == key]
     if len(ordered) != len(wanted):
         raise CaptureError(
             f"the traced graph has {len(wanted)} inputs, the call {len(ordered)} tensors",

@@ -77,7 +77,7 @@ class _Host:
             return execute_graph(graph, feeds)
         if self.calls == len(self.made):
             self.made.append(execute_graph(graph, feeds))
-        results = {path: self.made[self.calls][path] for path in graph.outputs}
+        results: Results = {path: self.made[self.calls][path] for path in graph.outputs}
         self.calls += 1
         if self.poisoned and results[self.poisoned].is_floating_point():
             results[self.poisoned] = torch.full_like(results[self.poisoned], torch.nan)

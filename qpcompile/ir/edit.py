@@ -15,8 +15,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qpcompile.errors import PlanError
+from qpcompile.ir.names import LAYER
 from qpcompile.ir.program import Graph
-from qpcompile.ir.text import LAYER
 
 aten = torch.ops.aten
 

@@ -20,6 +20,7 @@ from torch import fx
 
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.measurements import Measurements
+from qpcompile.ir.names import Name
 from qpcompile.ir.structure import Template
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
@@ -39,8 +40,8 @@ class Graph:
 
     name: str
     module: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[Name, ...]
+    outputs: tuple[Name, ...]
     owner: str
     returns: Template = "object"
     constants: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -10,6 +10,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from qpcompile.ir.edit import fake_mode, infer
+from qpcompile.ir.names import Name
 from qpcompile.ir.program import Graph
 
 
@@ -59,7 +60,7 @@ def add_input(graph: Graph, path: str, shape: tuple[Any, ...], dtype: torch.dtyp
         node = graph.module.graph.placeholder(identifier(path))
     with fake_mode(graph):
         node.meta["val"] = torch.empty(shape, dtype=dtype, device=value(last).device)
-    graph.inputs = (*graph.inputs, path)
+    graph.inputs = (*graph.inputs, Name(path))
     return node
 
 
@@ -74,7 +75,7 @@ def add_output(graph: Graph, path: str, node: fx.Node) -> None:
     (values,) = output.args
     assert isinstance(values, tuple)
     output.args = ((*values, node),)
-    graph.outputs = (*graph.outputs, path)
+    graph.outputs = (*graph.outputs, Name(path))
 
 
 def propagate(graph: Graph, start: fx.Node | None = None) -> None:

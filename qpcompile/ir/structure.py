@@ -20,10 +20,10 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qpcompile.ir.names import CACHE
 from qpcompile.nested import is_list, is_mapping
 
 Template: TypeAlias = "str | dict[str, Template] | list[Template] | None"
-CACHE = "past_key_values"
 # The installed transformers' name of a cache, as argument and in results: "past_key_values" in 5.23, "cache" in 5.24.
 CACHE_ARGUMENT = next(item.name for item in fields(BaseModelOutputWithPast) if Cache in get_args(item.type))
 

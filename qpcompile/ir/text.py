@@ -13,13 +13,13 @@ of `ir/types.py`. A comment marks the start of another part of the model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+from qpcompile.ir.names import LAYER
 from qpcompile.ir.overloads import is_overload, overload_name, schema
 from qpcompile.ir.program import Graph
 from qpcompile.ir.types import ValueType, dtype_name, value_types
@@ -27,8 +27,6 @@ from qpcompile.nested import is_list
 
 # torch represents "to the end" of a slice as the largest int64.
 _TO_THE_END = 2**63 - 1
-# The name of a module that is a layer; the group is its index.
-LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)$")
 _NO_SCOPE = "_empty_nn_module_stack_from_metadata_hook"
 
 

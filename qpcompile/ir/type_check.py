@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from qpcompile.errors import ArtifactError, KernelError
 from qpcompile.ir.edit import get_tensor, map_nodes
+from qpcompile.ir.names import Name
 from qpcompile.ir.operators import RULES
 from qpcompile.ir.program import DECODE, PREFILL, Graph
 from qpcompile.ir.sizes import Size
-from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import module_path, target_text, value_labels
 from qpcompile.ir.types import UNKNOWN, ValueType, symbol_examples, type_of, value_types
 from qpcompile.nested import is_dict, is_list
@@ -71,10 +71,10 @@ def check_graphs(graphs: Mapping[str, Graph]) -> None:
                 )
 
 
-def _types(graph: Graph, paths: Sequence[str]) -> dict[str, ValueType]:
+def _types(graph: Graph, paths: Sequence[Name]) -> dict[str, ValueType]:
     """Recorded types of the cache among inputs or outputs, by path."""
     types, of = value_types(graph), graph.placeholder if paths is graph.inputs else graph.result
-    return {path: types[of(path)] for path in paths if path.startswith(f"{CACHE}.")}
+    return {path: types[of(path)] for path in paths if path.in_cache}
 
 
 def _fixed(kind: ValueType) -> tuple[torch.dtype | None, list[int | None]]:

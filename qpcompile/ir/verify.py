@@ -117,8 +117,7 @@ def _cache_problems(program: Program) -> Iterator[str]:
     if prefill is None or decode is None:
         return
     left, taken, kept = (
-        {name for name in names if name.startswith("past_key_values.")}
-        for names in (prefill.outputs, decode.inputs, decode.outputs)
+        {name for name in names if name.in_cache} for names in (prefill.outputs, decode.inputs, decode.outputs)
     )
     if left != taken or left != kept:
         yield f"prefill and decode disagree on the cache: {sorted(left ^ taken) or sorted(left ^ kept)}"

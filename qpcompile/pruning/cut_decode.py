@@ -18,7 +18,6 @@ from qpcompile.ir.edit import aten, call, calls, first_node_of_layer, tidy
 from qpcompile.ir.liveness import Selection, reduce_tokens
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import add_input, fake_mode, new_size, propagate, value
-from qpcompile.ir.structure import CACHE
 from qpcompile.pruning.positions import find_positions, renumber
 from qpcompile.runtime.machine import ALIVE, KEPT, SEEN
 
@@ -64,7 +63,7 @@ def cut_decode(graph: Graph, cuts: Sequence[int], offset: int, reindex: bool = F
 
 def _free_full_length(graph: Graph) -> torch.SymInt:
     """Read the full length from the input `tokens_seen` instead of a cache tensor; returns it."""
-    caches = {graph.placeholder(path): path for path in graph.inputs if path.startswith(f"{CACHE}.")}
+    caches = {graph.placeholder(path): path for path in graph.inputs if path.in_cache}
     past = value(next(iter(caches))).shape[2]
     seen = add_input(graph, SEEN, (past,), torch.int64)
     first = next(node for node in graph.nodes if node.op == "call_function")
@@ -83,7 +82,7 @@ def _add_stage_inputs(graph: Graph, stage: _Stage) -> tuple[fx.Node, fx.Node]:
     kept = add_input(graph, f"{KEPT}.{stage.cut}", (batch, slots), torch.int64)
     alive = add_input(graph, f"{ALIVE}.{stage.cut}", (batch, slots), torch.bool)
     for path in graph.inputs:
-        if path.startswith(f"{CACHE}.") and stage.holds(int(path.split(".")[1])):
+        if path.in_cache and stage.holds(path.layer):
             node = graph.placeholder(path)
             shape = list(value(node).shape)
             shape[2] = slots - 1
@@ -104,6 +103,6 @@ def _shorten(graph: Graph, point: fx.Node, place: fx.Node, past: torch.SymInt, k
     batch = call(graph, place, aten.sym_size.int, kept, 0)
     slots = call(graph, place, aten.sym_size.int, kept, 1)
     before = call(graph, place, operator.sub, slots, 1)
-    caches = [graph.placeholder(path) for path in graph.inputs if path.startswith(f"{CACHE}.")]
+    caches = [graph.placeholder(path) for path in graph.inputs if path.in_cache]
     lengths = [(past + 1, Selection(kept, alive, slots, batch)), (past, Selection(kept, alive, before, batch))]
     reduce_tokens(graph, point, lengths, skip=[*caches, kept, alive, batch, slots, before], place=place)

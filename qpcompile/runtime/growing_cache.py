@@ -16,9 +16,9 @@ from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qpcompile.ir.edit import aten, calls, is_call
+from qpcompile.ir.names import Name
 from qpcompile.ir.operators import ATTENTION_KV4
 from qpcompile.ir.program import Graph
-from qpcompile.ir.structure import CACHE
 
 # Spare capacity given to a full cache: this many tokens, or a quarter of its length.
 ROOM = 64
@@ -67,7 +67,7 @@ def appends(graph: Graph) -> list[fx.Node]:
     (results,) = graph.output_node.args
     assert isinstance(results, tuple)
     named = zip(graph.outputs, results, strict=True)
-    stored = {node for path, node in named if path.startswith(f"{CACHE}.") and isinstance(node, fx.Node)}
+    stored = {node for path, node in named if path.in_cache and isinstance(node, fx.Node)}
     return [node for node in calls(graph, aten.cat.default) if node in stored and _appends_to_cache(graph, node)]
 
 
@@ -77,8 +77,8 @@ def _appends_to_cache(graph: Graph, node: fx.Node) -> bool:
     if not isinstance(parts, (list, tuple)) or len(parts) != 2 or axis not in (2, -2):
         return False
     past = parts[0]
-    return isinstance(past, fx.Node) and past.op == "placeholder" and _path(graph, past).startswith(f"{CACHE}.")
+    return isinstance(past, fx.Node) and past.op == "placeholder" and _path(graph, past).in_cache
 
 
-def _path(graph: Graph, placeholder: fx.Node) -> str:
+def _path(graph: Graph, placeholder: fx.Node) -> Name:
     return graph.inputs[[node for node in graph.nodes if node.op == "placeholder"].index(placeholder)]

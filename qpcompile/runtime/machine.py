@@ -11,8 +11,9 @@ import torch
 from transformers.utils.generic import ModelOutput
 
 from qpcompile.errors import CalibrationError, CaptureError, InputError, KernelError, PlanError
+from qpcompile.ir.names import CACHE, Name
 from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
-from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, rebuild
+from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, rebuild
 from qpcompile.runtime.arguments import Kinds, fitted, input_kinds, keyword_arguments, refuse_unknown, split_flags
 from qpcompile.runtime.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.runtime.kv_cache import CompiledCache
@@ -251,13 +252,12 @@ class Machine:
 
     def _store(self, cache: CompiledCache, results: dict[str, torch.Tensor], new: int) -> None:
         """Store the cache outputs of a graph in the cache."""
-        for name in [name for name in results if name.split(".")[0] in (CACHE, KEPT, ALIVE)]:
-            kind, *rest = name.split(".")
-            if kind == CACHE:
+        for name in [name for name in map(Name, results) if name.root in (CACHE, KEPT, ALIVE)]:
+            if name.in_cache:
                 cache.tensors[name] = results.pop(name)
             else:
-                group = cache.kept if kind == KEPT else cache.alive
-                group[int(rest[0])] = results.pop(name)
+                group = cache.kept if name.root == KEPT else cache.alive
+                group[name.layer] = results.pop(name)
         cache.seen += new
 
 

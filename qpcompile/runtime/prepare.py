@@ -67,7 +67,7 @@ def absent_inputs(graph: Graph, feeds: dict[str, torch.Tensor], seen: int) -> di
     batch, new = embeds.shape[:2]
     absent: dict[str, torch.Tensor] = {}
     for name in graph.inputs:
-        root = name.split(".")[0]
+        root = name.root
         if name in feeds or root not in (MASK, DEEPSTACK):
             continue
         if root == DEEPSTACK:

@@ -41,9 +41,10 @@ from torch import Tensor, fx
 from qpcompile.errors import InputError, InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, calls, layer_of
+from qpcompile.ir.names import CACHE, Name
 from qpcompile.ir.operators import ATTENTION_KV4, SELECT_TOKENS
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
-from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT
+from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.runtime.generation_options import plain_settings
 from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.machine import ALIVE, KEPT, Machine, execute_graph, visual_tokens
@@ -174,7 +175,7 @@ class _Answer:
     # Head inputs and cache of prompt and answer recomputed at once; then the same from perturbed embeddings.
     again: Tensor = field(default_factory=lambda: torch.empty(0))
     moved: Tensor = field(default_factory=lambda: torch.empty(0))
-    whole: Tensors = field(default_factory=dict[str, Tensor])
+    whole: dict[Name, Tensor] = field(default_factory=dict[Name, Tensor])
 
     def ask(self, sample: dict[str, Any]) -> None:
         """Decode STEPS tokens after the first one."""
@@ -195,9 +196,9 @@ class _Answer:
 
     def stored(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, decoded, recomputed) of the first layer's cache for the first row's new tokens: [1, H, T, ...]."""
-        first = min(int(path.split(".")[1]) for path in self.whole)
+        first = min(path.layer for path in self.whole)
         for path, tensor in self.whole.items():
-            if int(path.split(".")[1]) == first:
+            if path.layer == first:
                 yield path, self.cache.tensors[path][:1, :, -STEPS:], tensor[:1, :, -STEPS:]
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -234,10 +235,10 @@ class _Answer:
             return self.pictures.pop(0)
         if graph.name != PREFILL:
             return execute_graph(graph, feeds)
-        whole = {path: self._whole_feed(path, feeds[path]) for path in graph.inputs}
+        whole: Tensors = {path: self._whole_feed(path, feeds[path]) for path in graph.inputs}
         results = self._run(graph, whole)
         self.again = self.moved = results[_hidden(graph)]
-        self.whole = {path: each for path, each in results.items() if path.startswith(f"{CACHE}.")}
+        self.whole = {path: results[path] for path in graph.outputs if path.in_cache}
         if _half(self.program) and not _codes(self.program):
             moved = {path: _last_bits(each) if _of_tokens(each) else each for path, each in whole.items()}
             self.moved = self._run(graph, moved)[_hidden(graph)]
@@ -266,7 +267,7 @@ class _Answer:
         present = [part for part in parts if part is not None]
         if len(present) < len(parts):
             return derived
-        if path.split(".")[0] == MASK and derived.ndim == 4:
+        if Name(path).root == MASK and derived.ndim == 4:
             return _joined_masks(derived, present)
         return torch.cat(present, dim=1) if _of_tokens(derived) else derived
 
@@ -294,7 +295,7 @@ def _joined_masks(like: Tensor, parts: list[Tensor]) -> Tensor:
 
 
 def _state(path: str) -> bool:
-    return path.split(".")[0] in (CACHE, KEPT, ALIVE)
+    return Name(path).root in (CACHE, KEPT, ALIVE)
 
 
 def _hidden(graph: Graph) -> str:

@@ -14,6 +14,7 @@ from torch import fx
 from qpcompile.emit.artifact.graph_json import FUNCTIONS, read_graph, write_graph
 from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.ir.edit import layer_of, set_tensor
+from qpcompile.ir.names import names
 from qpcompile.ir.node_facts import QuantizedFact, quantized_fact, set_fact
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import graph_text
@@ -43,7 +44,9 @@ def small_graph() -> Graph:
     copy = made.call_function(aten.clone.default, (first,), {"memory_format": torch.contiguous_format})
     made.output((copy, index))
     returns: Any = {"a": ["a.0", None], "b": "b"}
-    return Graph("part", fx.GraphModule(root, made), ("x",), ("a.0", "b"), "model", returns, {"flag": True})
+    return Graph(
+        "part", fx.GraphModule(root, made), names(("x",)), names(("a.0", "b")), "model", returns, {"flag": True}
+    )
 
 
 def read(text: str) -> Graph:

@@ -23,6 +23,7 @@ from qpcompile.emit.onnx.runner.folder import RunnerError
 from qpcompile.emit.onnx.runner.runner import OnnxVLM, Steps, text_positions
 from qpcompile.errors import ExportError, OutputError
 from qpcompile.files import sha256
+from qpcompile.ir.names import names
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.pass_list import passes
@@ -235,7 +236,7 @@ def test_existing_folder_is_refused(compiled_llava: CompiledVLM, plain: Path) ->
 def test_inputs_nobody_can_compute_are_refused(compiled_llava: CompiledVLM, tmp_path: Path) -> None:
     program = copy.deepcopy(compiled_llava.program)
     graph = program.graphs[PREFILL]
-    graph.inputs = tuple("pixel_mask" if name == "position_ids" else name for name in graph.inputs)
+    graph.inputs = names("pixel_mask" if name == "position_ids" else name for name in graph.inputs)
     with pytest.raises(ExportError, match=r"inputs that the ONNX runner cannot compute: pixel_mask"):
         export_onnx(program, tmp_path / "folder")
     assert not list(tmp_path.iterdir())

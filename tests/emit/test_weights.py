@@ -19,6 +19,7 @@ from qpcompile.emit.artifact.weights import (
 )
 from qpcompile.errors import ArtifactError
 from qpcompile.ir.edit import set_tensor
+from qpcompile.ir.names import names
 from qpcompile.ir.program import Graph, Program
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
@@ -69,7 +70,7 @@ def graph(name: str, owner: str, **weights: torch.Tensor) -> Graph:
         set_tensor(root, target, tensor)
         value = made.call_function(torch.ops.aten.add.Tensor, (value, made.get_attr(target)))
     made.output((value,))
-    return Graph(name, fx.GraphModule(root, made), ("x",), ("y",), owner)
+    return Graph(name, fx.GraphModule(root, made), names(("x",)), names(("y",)), owner)
 
 
 def program(*graphs: Graph, host: torch.nn.Module) -> Program:

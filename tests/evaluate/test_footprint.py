@@ -10,6 +10,7 @@ from families import LAYERS, llava
 from torch import fx
 
 from qpcompile.evaluate.run.footprint import cache_footprint, decoder_linear_bytes
+from qpcompile.ir.names import names
 from qpcompile.ir.operators import LINEAR_W4A4
 from qpcompile.ir.program import Graph
 
@@ -21,7 +22,7 @@ def program_of(graph: fx.Graph, tensors: dict[str, torch.Tensor]) -> Any:
     root = torch.nn.Module()
     for name, tensor in tensors.items():
         root.register_buffer(name, tensor)
-    prefill = Graph("prefill", fx.GraphModule(root, graph), ("x",), ("y",), "model")
+    prefill = Graph("prefill", fx.GraphModule(root, graph), names(("x",)), names(("y",)), "model")
     return SimpleNamespace(graphs={"prefill": prefill})
 
 

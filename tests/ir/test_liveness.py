@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qpcompile.errors import PlanError
 from qpcompile.ir.edit import aten, call, calls, clone, tidy
 from qpcompile.ir.liveness import Selection, crossings, gather, mask_dead, reduce_tokens
+from qpcompile.ir.names import names
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import add_input, new_size, propagate, value
 
@@ -115,7 +116,7 @@ def test_dead_slots_are_closed_in_every_kind_of_mask(mixed: Graph, dtype: torch.
     alive = add_input(graph, "alive", (batch, length), torch.bool)
     closed = mask_dead(graph, point, given, alive, dtype)
     graph.output_node.args = ((closed,),)
-    graph.outputs = ("closed",)
+    graph.outputs = names(("closed",))
     tidy(graph)
     open_mask = torch.ones(2, 1, 3, 3, dtype=dtype) if dtype == torch.bool else torch.zeros(2, 1, 3, 3, dtype=dtype)
     lives = torch.tensor([[True, False, True], [True, True, True]])

@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT, named_tensors, rebuild, template
+from qpcompile.ir.names import CACHE
+from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, rebuild, template
 
 
 def cache() -> DynamicCache:

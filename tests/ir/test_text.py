@@ -11,6 +11,7 @@ from torch import fx
 from torch.export import Dim
 from torch.fx.graph import CodeGen
 
+from qpcompile.ir.names import names
 from qpcompile.ir.operators import KV4_WRITE
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import graph_text, module_path, target_text
@@ -57,7 +58,7 @@ def decoder() -> Graph:
             node.meta["val"] = module.get_parameter(str(node.target))
         if node.op == "output":
             node.args = (tuple(node.args[0]),)  # type: ignore[arg-type]
-    return Graph("prefill", module, ("mask", "x"), ("hidden",), "model.language_model")
+    return Graph("prefill", module, names(("mask", "x")), names(("hidden",)), "model.language_model")
 
 
 def test_traced_graph(decoder: Graph) -> None:
@@ -104,7 +105,7 @@ def plain(*targets: tuple[object, tuple[object, ...], object]) -> Graph:
         if value is not None:
             node.meta["val"] = value
     made.output((node,))
-    return Graph("part", fx.GraphModule(torch.nn.Module(), made), ("masks.full",), ("out.0",), "")
+    return Graph("part", fx.GraphModule(torch.nn.Module(), made), names(("masks.full",)), names(("out.0",)), "")
 
 
 def test_names_of_inputs_and_outputs_are_paths() -> None:

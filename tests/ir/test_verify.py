@@ -14,6 +14,7 @@ from toy_decoder import decode_graph, prefill_graph
 
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import add_tensor, aten, call, fake_mode, set_tensor
+from qpcompile.ir.names import names
 from qpcompile.ir.operators import QUANT_STUB, RMSNORM, ROPE
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.verify import LEGAL, problems, verify
@@ -32,7 +33,7 @@ def add_call(graph: Graph, target: Callable[..., object], known: bool = True) ->
         node.meta["val"] = graph.nodes[0].meta["val"]
     (values,) = graph.output_node.args
     graph.output_node.args = ((*values, node),)  # type: ignore[misc]
-    graph.outputs = (*graph.outputs, "extra")
+    graph.outputs = names((*graph.outputs, "extra"))
 
 
 def lose_vision(program: Program) -> None:
@@ -71,12 +72,12 @@ def call_method(program: Program) -> None:
 
 def rename_cache(program: Program) -> None:
     graph = program.graphs["decode"]
-    graph.inputs = tuple(path.replace("past_key_values.1.value", "past_key_values.2.value") for path in graph.inputs)
+    graph.inputs = names(path.replace("past_key_values.1.value", "past_key_values.2.value") for path in graph.inputs)
 
 
 def lose_cache(program: Program) -> None:
     graph = program.graphs["decode"]
-    graph.outputs = tuple(path.replace("past_key_values.1", "other.1") for path in graph.outputs)
+    graph.outputs = names(path.replace("past_key_values.1", "other.1") for path in graph.outputs)
 
 
 def add_norm(graph: Graph) -> fx.Node:
@@ -86,7 +87,7 @@ def add_norm(graph: Graph) -> fx.Node:
     node = call(graph, before, RMSNORM, graph.nodes[0], weight, 1e-6)
     (values,) = graph.output_node.args
     graph.output_node.args = ((*values, node),)  # type: ignore[misc]
-    graph.outputs = (*graph.outputs, "extra")
+    graph.outputs = names((*graph.outputs, "extra"))
     return node
 
 

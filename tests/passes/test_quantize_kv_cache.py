@@ -15,6 +15,7 @@ from toy_decoder import HIDDEN, Decode, Prefill, cache_names, decode_graph, pref
 
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import aten, calls
+from qpcompile.ir.names import names
 from qpcompile.ir.operators import ATTENTION_KV4, KV4_WRITE, QUANT_STUB
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
@@ -280,7 +281,7 @@ def test_another_reader_of_a_key_is_named() -> None:
     reader.meta["val"] = stub.meta["val"]
     (values,) = graph.output_node.args
     graph.output_node.args = ((*values, reader),)  # type: ignore[misc]
-    graph.outputs = (*graph.outputs, "extra")
+    graph.outputs = names((*graph.outputs, "extra"))
     with pytest.raises(InvariantError, match="no 4-bit form") as error:
         QuantizeKvCache().run(program)
     assert error.value.ran == "quantize_kv_cache" and "kv_cache.bits" in str(error.value)
@@ -290,7 +291,7 @@ def test_hand_broken_cache_is_named(apply: Apply) -> None:
     program = cached()
     apply(program, QuantizeKvCache())
     graph = program.graphs[PREFILL]
-    graph.outputs = tuple(path.replace("1.value.affine", "1.value.scale") for path in graph.outputs)
+    graph.outputs = names(path.replace("1.value.affine", "1.value.scale") for path in graph.outputs)
     with pytest.raises(InvariantError, match=r"disagree on the cache: .*1\.value\.affine") as error:
         verify(program)
     assert error.value.ran == "quantize_kv_cache"

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import qpcompile
 from qpcompile.errors import InvariantError, PlanError
+from qpcompile.ir.names import CACHE
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
-from qpcompile.ir.structure import CACHE, CACHE_ARGUMENT
+from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.pass_list import passes
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.recipe import Recipe

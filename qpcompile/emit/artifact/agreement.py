@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from qpcompile.emit.artifact.folder import AGAIN
 from qpcompile.emit.artifact.manifest import Manifest
 from qpcompile.errors import ArtifactError
+from qpcompile.ir.names import CACHE
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
-from qpcompile.ir.structure import CACHE
 from qpcompile.ir.types import TYPE, UNKNOWN, ValueType
 from qpcompile.runtime.machine import ALIVE, KEPT
 
@@ -67,11 +67,10 @@ def _of_graph(name: str, graph: Graph, program: Program) -> Iterator[str]:
         yield f"the model has no module {graph.owner}"
     cuts = {str(cut.layer) for cut in program.plan.cuts}
     for path in (*graph.inputs, *graph.outputs):
-        root, _, rest = path.partition(".")
-        layer = rest.partition(".")[0]
-        if root == CACHE and not (layer.isdecimal() and int(layer) < len(program.layers)):
+        layer = path.rest.partition(".")[0]
+        if path.root == CACHE and not (layer.isdecimal() and int(layer) < len(program.layers)):
             yield f"{path} belongs to no layer"
-        elif root in (KEPT, ALIVE) and layer not in cuts:
+        elif path.root in (KEPT, ALIVE) and layer not in cuts:
             yield f"{path} belongs to no cut of plan.yaml"
 
 
@@ -79,8 +78,7 @@ def _of_cache(program: Program) -> Iterator[tuple[str, str]]:
     """The cache that prefill returns must be the one that decode takes and returns."""
     prefill, decode = program.graphs[PREFILL], program.graphs[DECODE]
     left, taken, kept = (
-        {name for name in names if name.partition(".")[0] == CACHE}
-        for names in (prefill.outputs, decode.inputs, decode.outputs)
+        {name for name in names if name.root == CACHE} for names in (prefill.outputs, decode.inputs, decode.outputs)
     )
     if left != taken or left != kept:
         odd = sorted(left ^ taken) or sorted(left ^ kept)

@@ -30,6 +30,7 @@ from qpcompile.emit.artifact.safe_calls import bad_call
 from qpcompile.errors import ArtifactError, ExportError, QPCompileError
 from qpcompile.ir import operators
 from qpcompile.ir.edit import set_tensor
+from qpcompile.ir.names import names as as_names
 from qpcompile.ir.node_facts import QuantizedFact, StubFact, quantized_fact, set_fact, stub_fact
 from qpcompile.ir.program import Graph
 from qpcompile.ir.size_functions import SIZE_FUNCTIONS
@@ -173,8 +174,8 @@ class _Reader:
         graph = Graph(
             name=data["name"],
             module=fx.GraphModule(self.root, self.made),
-            inputs=tuple(data["inputs"]),
-            outputs=tuple(data["outputs"]),
+            inputs=as_names(data["inputs"]),
+            outputs=as_names(data["outputs"]),
             owner=data["owner"],
             returns=data["returns"],
             constants=data["constants"],

@@ -13,8 +13,8 @@ from qpcompile.emit.onnx.runner.runner import COUNT, IDS, MASK, POSITIONS, SEEN,
 from qpcompile.emit.onnx.vision import PICTURES, picture_shape
 from qpcompile.emit.onnx.wrap import GRID
 from qpcompile.errors import ExportError
+from qpcompile.ir.names import CACHE, Name
 from qpcompile.ir.program import VISION, Program
-from qpcompile.ir.structure import CACHE
 from qpcompile.runtime.machine import ALIVE, KEPT
 
 
@@ -96,10 +96,10 @@ def decode_example(
         SEEN: torch.arange(ids.shape[1]),
     }
     for name, value in results.items():
-        path = name.removeprefix("present.")
-        if path.startswith(f"{KEPT}."):
+        path = Name(name.removeprefix("present."))
+        if path.root == KEPT:
             example[path] = torch.cat([value, value.new_full((value.shape[0], 1), ids.shape[1])], dim=1)
-        elif path.startswith(f"{ALIVE}."):
+        elif path.root == ALIVE:
             example[path] = torch.cat([value, value.new_ones(value.shape[0], 1)], dim=1)
         else:
             example[f"{CACHE}.{path}"] = value

@@ -119,7 +119,7 @@ class _Between(torch.nn.Module):
 
     def forward(self, *returned: torch.Tensor) -> tuple[torch.Tensor, ...]:
         host, tower, projector = self.held
-        results = dict(zip(tower.outputs, returned, strict=True))
+        results: dict[str, torch.Tensor] = dict(zip(tower.outputs, returned, strict=True))
         pictures = returned[0].new_zeros(returned[0].shape[0], *self.shape)
 
         def stop(feeds: dict[str, torch.Tensor]) -> Any:

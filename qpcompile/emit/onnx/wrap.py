@@ -21,9 +21,9 @@ from qpcompile.emit.onnx.runner.runner import FEATURES, IDS, LOGITS, STATE, VISU
 from qpcompile.emit.onnx.vision import host_chain
 from qpcompile.errors import ExportError
 from qpcompile.ir.edit import aten
+from qpcompile.ir.names import CACHE
 from qpcompile.ir.program import EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.shapes import identifier
-from qpcompile.ir.structure import CACHE
 
 EMBEDS, GRID = "inputs_embeds", "grid_thw"
 SAID_BY_TOWER = (VISUAL_SCORES, VISUAL_KEYS)
@@ -66,7 +66,7 @@ def language(program: Program, name: str) -> Part:
     results = builder.inline("decoder", graph, values)
     last = builder.call(aten.slice.Tensor, results["last_hidden_state"], 1, -1, END)
     (logits,) = builder.inline("head", head, {head.inputs[0]: last}).values()
-    state = [path for path in graph.outputs if path.split(".")[0] in STATE]
+    state = [path for path in graph.outputs if path.root in STATE]
     outputs = {LOGITS: builder.call(aten.select.int, logits, 1, 0), **{present(path): results[path] for path in state}}
     return builder.finish(outputs)
 
@@ -83,7 +83,7 @@ def vision(program: Program) -> Part:
     if "pooler_output" not in graph.outputs:
         raise _unknown(f"a vision tower that returns {', '.join(graph.outputs)}", VISION)
     builder = _Builder(torch.nn.ModuleDict({"tower": graph.module}))
-    values = {path: builder.input(path) for path in graph.inputs if graph.placeholder(path).users}
+    values: dict[str, fx.Node] = {path: builder.input(path) for path in graph.inputs if graph.placeholder(path).users}
     results = builder.inline("tower", graph, values)
     return builder.finish({FEATURES: results["pooler_output"], **_said_by_tower(results)})
 

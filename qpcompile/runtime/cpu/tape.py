@@ -27,7 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qpcompile.ir.edit import aten, get_tensor, is_call
 from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import Graph
-from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import target_text
 from qpcompile.ir.types import BATCH, UNKNOWN, ValueType, value_types
 from qpcompile.kernels.attention_kv4.cpu import attention_kv4
@@ -54,7 +53,7 @@ class TapedDecode:
 
     def __init__(self, graph: Graph, caches: GrowingCaches) -> None:
         self.module, self.problem = graph.module, ""
-        self._inputs = [place for place, path in enumerate(graph.inputs) if path.startswith(f"{CACHE}.")]
+        self._inputs = [place for place, path in enumerate(graph.inputs) if path.in_cache]
         self._grown = [graph.outputs.index(graph.inputs[place]) for place in self._inputs]
         self._last: list[Tensor] = []
         self._step: _Step | None = None
@@ -99,7 +98,7 @@ class _Layers:
         types = value_types(graph)
         self._nodes = list(_kernels_and_readers(graph.module.graph, caches))
         inside = set(self._nodes)
-        self._pasts = [graph.placeholder(path) for path in graph.inputs if path.startswith(f"{CACHE}.")]
+        self._pasts = [graph.placeholder(path) for path in graph.inputs if path.in_cache]
         for node in self._nodes:
             if problem := _obstacle(node, types, caches, self._pasts):
                 raise CannotTapeError(problem)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
+from qpcompile.ir.names import CACHE, Name
 from qpcompile.ir.program import DECODE, Program
-from qpcompile.ir.structure import CACHE
 from qpcompile.runtime.cuda.static_graph import FILLED, FULL, GROWING, OPEN, SLOT, TOKENS, StaticGraph, static_graph
 from qpcompile.runtime.growing_cache import ROOM
 from qpcompile.runtime.kv_cache import CompiledCache
@@ -98,7 +98,7 @@ class Step:
         self._numbers = {group: torch.arange(size, device=device) for group, size in sizes.items()}
         self._buffers: Tensors = {}
         for path in graph.inputs:
-            kind, _, rest = path.partition(".")
+            kind, rest = Name(path).root, Name(path).rest
             if kind == CACHE:
                 like, size = cache.tensors[path], sizes[graph.group_of[path]]
                 self._buffers[path] = like.new_zeros(*like.shape[:2], size, *like.shape[3:])
@@ -139,7 +139,7 @@ class Step:
         tensors, kept, alive = cache.tensors, cache.kept, cache.alive
         self.free()
         for path, buffer in self._buffers.items():
-            kind, _, rest = path.partition(".")
+            kind, rest = Name(path).root, Name(path).rest
             if kind == CACHE:
                 buffer.zero_()
                 buffer[:, :, : tensors[path].shape[2]] = tensors[path]
@@ -170,7 +170,7 @@ class Step:
         counts = {group: count + self._taken for group, count in self._start.items()}
         tensors, kept, alive = cache.parts
         for path, buffer in self._buffers.items():
-            kind, _, rest = path.partition(".")
+            kind, rest = Name(path).root, Name(path).rest
             if kind == CACHE:
                 tensors[path] = buffer[:, :, : counts[self._graph.group_of[path]]].clone()
             elif kind in (KEPT, ALIVE):

@@ -26,10 +26,10 @@ from torch import fx
 
 from qpcompile.errors import KernelError
 from qpcompile.ir.edit import aten, calls, clone, is_call
+from qpcompile.ir.names import CACHE, Name
 from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV8_READ
 from qpcompile.ir.overloads import is_overload, schema
 from qpcompile.ir.program import Graph
-from qpcompile.ir.structure import CACHE
 from qpcompile.ir.text import target_text
 from qpcompile.ir.types import UNKNOWN, value_types
 from qpcompile.runtime.growing_cache import appends
@@ -84,14 +84,14 @@ def static_graph(graph: Graph) -> StaticGraph:
     """The rewritten decode graph; the original is unchanged. Raises KernelError if it cannot be made static."""
     graph = clone(graph)
     lengths = _Lengths(graph)
-    outside = {
+    outside: dict[str, int] = {
         path: axis
         for path in graph.inputs
-        if path.split(".")[0] not in (CACHE, KEPT, ALIVE, SEEN)
+        if path.root not in (CACHE, KEPT, ALIVE, SEEN)
         for axis in lengths.axes(graph.placeholder(path))
     }
     for path in outside:
-        if path.split(".")[0] != MASK:
+        if Name(path).root != MASK:
             raise _refusal(f"the input {path} has an entry per token", graph.placeholder(path))
     last = next(node for node in reversed(graph.nodes) if node.op == "placeholder")
     added: dict[str, fx.Node] = {}
@@ -105,7 +105,7 @@ def static_graph(graph: Graph) -> StaticGraph:
     outputs = _drop_caches(graph)
     join_residuals(graph)
     graph.module.recompile()
-    groups = {path: lengths.group(graph.placeholder(path), 0) for path in graph.inputs if path.startswith(f"{CACHE}.")}
+    groups: dict[str, str] = {path: lengths.group(graph.placeholder(path), 0) for path in graph.inputs if path.in_cache}
     return StaticGraph(graph.module, (*graph.inputs, *added), outputs, lengths.groups, groups, outside)
 
 
@@ -114,13 +114,13 @@ class _Lengths:
 
     def __init__(self, graph: Graph) -> None:
         self.types = value_types(graph)
-        caches = [graph.placeholder(path) for path in graph.inputs if path.startswith(f"{CACHE}.")]
+        caches = [graph.placeholder(path) for path in graph.inputs if path.in_cache]
         cached = (graph.placeholder(SEEN), 0) if SEEN in graph.inputs else (caches[0], 2)
         self.past = self.sizes(cached[0])[cached[1]]
         self.totals = {FULL: self.past + 1}
         for path in graph.inputs:
-            if path.startswith(f"{KEPT}."):
-                self.totals[path.removeprefix(f"{KEPT}.")] = self.sizes(graph.placeholder(path))[1]
+            if path.root == KEPT:
+                self.totals[path.rest] = self.sizes(graph.placeholder(path))[1]
         self.groups = tuple(self.totals)
         self.symbols = set[sympy.Basic]().union(*(each.free_symbols for each in self.totals.values()))
 
@@ -161,7 +161,7 @@ def _write_in_place(graph: Graph, lengths: _Lengths, added: dict[str, fx.Node]) 
     found = appends(graph)
     written = {node.args[0][0] for node in found}  # type: ignore[index]
     for path in graph.inputs:
-        if path.startswith(f"{CACHE}.") and graph.placeholder(path) not in written:
+        if path.in_cache and graph.placeholder(path) not in written:
             raise _refusal(f"nothing appends one token to {path}", graph.placeholder(path))
     for node in found:
         past, new = node.args[0]  # type: ignore[misc]
@@ -196,7 +196,7 @@ def _check(graph: Graph, lengths: _Lengths, written: set[fx.Node]) -> None:
 
 def _lengths_from_device(graph: Graph, lengths: _Lengths, added: dict[str, fx.Node]) -> None:
     """Read token counts that take part in arithmetic, not only in sizes, from the device."""
-    caches = {graph.placeholder(path) for path in graph.inputs if path.startswith(f"{CACHE}.")}
+    caches = {graph.placeholder(path) for path in graph.inputs if path.in_cache}
     for node in graph.nodes:
         number = lengths.number(node)
         if number is None:
@@ -272,7 +272,7 @@ def _drop_caches(graph: Graph) -> tuple[str, ...]:
     """Drop the caches, which are updated in place, from the outputs; returns the remaining ones."""
     (results,) = graph.output_node.args
     assert isinstance(results, tuple)
-    kept = [(path, node) for path, node in zip(graph.outputs, results, strict=True) if not path.startswith(f"{CACHE}.")]
+    kept = [(path, node) for path, node in zip(graph.outputs, results, strict=True) if not path.in_cache]
     graph.output_node.args = (tuple(node for _, node in kept),)
     return tuple(path for path, _ in kept)
 

@@ -19,9 +19,9 @@ from qpcompile.emit.onnx.wrap import Part
 from qpcompile.errors import ExportError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, is_call, operands, through_shape_ops
+from qpcompile.ir.names import CACHE
 from qpcompile.ir.operators import ATTENTION_KV4, HADAMARD, KV4_READ, KV4_WRITE, KV8_READ, KV8_WRITE, ROPE
 from qpcompile.ir.shapes import identifier, value
-from qpcompile.ir.structure import CACHE
 
 Tensor = torch.Tensor
 
