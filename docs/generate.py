@@ -35,7 +35,7 @@ from qpcompile.ir.text import graph_text
 from qpcompile.pass_list import passes
 from qpcompile.recipe.choices import METHODS, SOLVERS
 from qpcompile.recipe.messages import numeral
-from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe, preset_names
 from qpcompile.stages import STAGES, Stage
 
@@ -180,7 +180,7 @@ def _stages(recipe: Recipe) -> list[tuple[str, str, str]]:
     model, processor = load_model(TESTBED / "llava")
     samples = Samples(TESTBED / "calibration" / "llava", processor, recipe.calibration.samples, recipe.calibration.seed)
     program = capture(model, next(iter(samples)), recipe)
-    layers = tuple(Layer(index=layer.index, name=layer.name) for layer in program.layers)
+    layers = program.layers
     program.plan = Plan(recipe=recipe, layers=layers)
     found: list[tuple[str, str, str]] = []
 

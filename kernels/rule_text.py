@@ -36,7 +36,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[..., Any]], ...] = (
 
 
 @dataclass(frozen=True)
-class Size:
+class SizePattern:
     """One size of a tensor: a number, a named size, or `function` of named ones.
 
     or_one: 1 matches too.
@@ -70,7 +70,7 @@ class Form:
     types: frozenset[torch.dtype]
     like: str
     leading: str
-    sizes: tuple[Size, ...]
+    sizes: tuple[SizePattern, ...]
     optional: bool
 
 
@@ -85,12 +85,12 @@ def read_form(text: str) -> Form:
     return Form(text, types, match["like"] or "", match["leading"] or "", sizes, bool(match["optional"]))
 
 
-def _size(text: str) -> Size:
+def _size(text: str) -> SizePattern:
     if text.isdecimal():
-        return Size(text, number=int(text))
+        return SizePattern(text, number=int(text))
     for pattern, function in _FORMS:
         if match := pattern.fullmatch(text):
-            return Size(text, match.groups(), function=function)
+            return SizePattern(text, match.groups(), function=function)
     name = text.removesuffix("|1")
     assert name.isidentifier(), f"{text!r} is not a size"
-    return Size(text, (name,), or_one=name != text)
+    return SizePattern(text, (name,), or_one=name != text)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels.rule_text import FLOATS, NAMES, Form, Size, read_form
+from qpcompile.kernels.rule_text import FLOATS, NAMES, Form, SizePattern, read_form
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _Arguments = ParamSpec("_Arguments")
@@ -40,7 +40,7 @@ _Result = TypeVar("_Result")
 Sizes = dict[str, Any]
 """Named sizes, integers by operand, types by operand, and the leading sizes as a tuple called `...`."""
 MOST_KNOWN = 1024
-Waiting = list[tuple[str, Tensor, Size, Any]]
+Waiting = list[tuple[str, Tensor, SizePattern, Any]]
 """Size checks deferred until all named sizes are known: operand, its tensor, expected size, actual size."""
 
 

@@ -96,7 +96,7 @@ class LayerRows:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _Contents:
     """Contents of a checkpoint: the number of samples seen, and the fields of each layer's LayerRows."""
 
     samples: int
@@ -109,7 +109,7 @@ def _restore(checkpoint: Checkpoint, table: dict[int, LayerRows], count: int) ->
         if kept is None:
             return 0
         kept.fits({})
-        facts = kept.read(_Facts)
+        facts = kept.read(_Contents)
         if set(facts.layers) != set(table) or not 0 < facts.samples <= count:
             raise ValueError(f"it has {facts.samples} samples and layers {list(facts.layers)}")
         table.update(facts.layers)

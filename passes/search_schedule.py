@@ -91,7 +91,7 @@ class SearchSchedule:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _Contents:
     """Contents of a checkpoint: the number of samples seen, and the costs of the remaining schedules."""
 
     samples: int
@@ -115,7 +115,7 @@ class _Trials:
             if kept is None:
                 return 0
             kept.fits({})
-            facts = kept.read(_Facts)
+            facts = kept.read(_Contents)
             costs: dict[Shares, float] = {tuple(shares): cost for shares, cost in facts.costs}
             if not costs or not set(costs) <= set(self.costs) or not 0 < facts.samples <= count:
                 raise ValueError(f"it has {facts.samples} samples and schedules that are not this model's")

@@ -30,7 +30,7 @@ from qpcompile.emit.artifact.template.chat_template import check_processor
 from qpcompile.emit.artifact.tokenizer_file import check_tokenizer
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.pass_manager import STEPS, Step, run_passes
+from qpcompile.ir.pass_manager import PASS_RUNS, PassRun, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import check_layers
@@ -48,7 +48,7 @@ def compile(
     *,
     processor: Any = None,
     calibration: Source | None = None,
-    after: Callable[[Step, Program], None] | None = None,
+    after: Callable[[PassRun, Program], None] | None = None,
     resume: str | PathLike[str] | None = None,
 ) -> CompiledVLM:
     """Compile a vision-language model by a recipe for weights, activations, KV cache and visual tokens.
@@ -59,7 +59,7 @@ def compile(
         recipe: the name of a preset, the path of a YAML file, or a Recipe.
         processor: the transformers processor; loaded with the model if a folder or name is given.
         calibration: model inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
-        after: called after each pass with its Step and the program, for reports and dumps.
+        after: called after each pass with its PassRun and the program, for reports and dumps.
         resume: a checkpoint folder for the long passes; an interrupted compile resumes from it. Only one compile can
             use it at a time.
 
@@ -100,12 +100,12 @@ def _samples(calibration: Source | None, processor: Any, recipe: Recipe) -> Samp
 
 
 def compile_captured(
-    program: Program, processor: Any, samples: Samples | None, after: Callable[[Step, Program], None] | None = None
+    program: Program, processor: Any, samples: Samples | None, after: Callable[[PassRun, Program], None] | None = None
 ) -> CompiledVLM:
     """Run all remaining passes on `program`, by its recipe; the compiled model takes ownership of it."""
     check_layers(program.recipe, len(program.layers))
     listed = passes(samples or (), len(samples) if samples else 0)
-    steps = [*(program.measured.get(STEPS) or ())]
+    steps = [*(program.measured.get(PASS_RUNS) or ())]
     for item in listed:
         if item.name in program.history:
             continue
@@ -113,7 +113,7 @@ def compile_captured(
         if program.stage == "canonical":
             # Traces, and graphs that were replaced, are cycles: they would hold weights that later passes replace.
             gc.collect()
-    program.measured[STEPS] = steps
+    program.measured[PASS_RUNS] = steps
     # The passes have iterated over the samples: their digest is known by now.
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
     program.plan = program.plan.changed(calibration=used, versions=package_versions())

@@ -20,11 +20,10 @@ from qpcompile.ir.edit import calls, clone, get_tensor
 from qpcompile.ir.names import names
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB
-from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Layer, Program
+from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
-from qpcompile.recipe.plan import Layer as LayerEntry
-from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.stages import Stage
 
@@ -40,7 +39,7 @@ def fresh(recipe: Recipe) -> Program:
     """A copy of the captured LLaVA with another recipe, which may be changed."""
     _, _, program = captured()
     graphs = {name: clone(graph) for name, graph in program.graphs.items()}
-    layers = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in program.layers)
+    layers = program.layers
     return Program(graphs, copy.deepcopy(program.host), program.layers, recipe, Plan(recipe=recipe, layers=layers))
 
 
@@ -95,9 +94,8 @@ def program_of(*graphs: Graph, recipe: Recipe | str = "none", stage: Stage = "ca
         if name not in held:
             held[name] = clone(_nothing(name))
     recipe = Recipe.load(recipe)
-    entries = tuple(LayerEntry(index=index, name=f"model.layers.{index}") for index in range(layers))
-    own = tuple(Layer(entry.index, entry.name) for entry in entries)
-    return Program(held, torch.nn.Module(), own, recipe, Plan(recipe=recipe, layers=entries), stage)
+    entries = tuple(Layer(index=index, name=f"model.layers.{index}") for index in range(layers))
+    return Program(held, torch.nn.Module(), entries, recipe, Plan(recipe=recipe, layers=entries), stage)
 
 
 def run(graph: Graph, **feeds: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -20,7 +20,6 @@ from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.recipe.plan import Cut, Plan
-from qpcompile.recipe.plan import Layer as LayerEntry
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.machine import Machine
@@ -55,7 +54,7 @@ def with_types(cases: Cases, case: str) -> Inputs:
 def compiled(program: Program, recipe: Recipe, samples: tuple[Inputs, ...] = ()) -> Program:
     """A copy of the captured program, compiled by a recipe."""
     graphs = {name: clone(graph) for name, graph in program.graphs.items()}
-    layers = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in program.layers)
+    layers = program.layers
     plan = Plan(recipe=recipe, layers=layers)
     ours = Program(graphs, copy.deepcopy(program.host), program.layers, recipe, plan)
     run_passes(ours, passes(samples, len(samples)))

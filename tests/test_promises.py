@@ -17,7 +17,7 @@ from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.pass_list import passes
-from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import Machine
 from qpcompile.runtime.recompute import check_decode
@@ -222,7 +222,7 @@ def weights(program: Program) -> dict[tuple[str, str], Tensor]:
 def test_two_compiles_are_equal(quantized: Program) -> None:
     model, cases, _ = captured()
     again = capture(model, cases["one"], quantized.recipe)
-    entries = tuple(Layer(index=layer.index, name=layer.name) for layer in again.layers)
+    entries = again.layers
     again.plan = Plan(recipe=quantized.recipe, layers=entries)
     compiled(quantized.recipe, again)
     assert again.plan.to_yaml() == quantized.plan.to_yaml()

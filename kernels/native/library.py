@@ -39,7 +39,7 @@ tensors) and in float32 (`_f32`, for half precision).
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """A recorded call: the function with the suffix of its compute type, its address, and its arguments.
 
     tensors: those whose addresses are in `cells`.
@@ -51,7 +51,7 @@ class Call:
     tensors: tuple[Tensor, ...]
 
 
-_noted: ContextVar[list[Call] | None] = ContextVar("noted", default=None)
+_noted: ContextVar[list[RecordedCall] | None] = ContextVar("noted", default=None)
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,15 @@ def call(symbol: str, *arguments: object, level: int | None = None) -> None:
         raise error_of(name, cells, result)
     if (calls := _noted.get()) is not None:
         address = ctypes.cast(function, c_void_p).value  # type: ignore[arg-type]
-        calls.append(Call(symbol, address or 0, cells, tuple(each for each in arguments if isinstance(each, Tensor))))
+        calls.append(
+            RecordedCall(symbol, address or 0, cells, tuple(each for each in arguments if isinstance(each, Tensor)))
+        )
 
 
 @contextmanager
-def noted() -> Iterator[list[Call]]:
+def noted() -> Iterator[list[RecordedCall]]:
     """Record every call made inside the block, in order."""
-    calls: list[Call] = []
+    calls: list[RecordedCall] = []
     before = _noted.set(calls)
     try:
         yield calls

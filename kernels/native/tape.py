@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from qpcompile.kernels.native.cells import error_of
-from qpcompile.kernels.native.library import Call, library, name_of
+from qpcompile.kernels.native.library import RecordedCall, library, name_of
 
 CELLS = 56
 """The argument cells of a `tape_call` in calls.inc."""
@@ -22,7 +22,7 @@ CELLS = 56
 class Tape:
     """A sequence of calls recorded by `native.noted`."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[RecordedCall]) -> None:
         self.calls, self.replays, self.threads = tuple(calls), 0, torch.get_num_threads()
         self._cells = ctypes.create_string_buffer(b"".join(_record(each) for each in calls))
 
@@ -41,6 +41,6 @@ class Tape:
             raise error_of(name_of(call.symbol), call.cells, result)
 
 
-def _record(call: Call) -> bytes:
+def _record(call: RecordedCall) -> bytes:
     """One call encoded as `tape_call` of calls.inc."""
     return call.address.to_bytes(8, "little") + call.cells.ljust(8 * CELLS, b"\0")

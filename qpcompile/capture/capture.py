@@ -15,10 +15,9 @@ from qpcompile.capture.unread import drop_unread
 from qpcompile.capture.visual_path import visual_path
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import layer_of
-from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Layer, Program
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import CACHE_ARGUMENT
-from qpcompile.recipe.plan import Layer as LayerEntry
-from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.host import empty_host, fill_host, host_tensors
 from qpcompile.runtime.machine import visual_tokens
@@ -60,8 +59,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
     host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
     host.generation_config = copy.deepcopy(model.generation_config)
     layers = _layers(graphs[PREFILL])
-    planned = tuple(LayerEntry(index=layer.index, name=layer.name) for layer in layers)
-    program = Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=planned))
+    program = Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=layers))
     # Running binds a host to its program: run a copy, on the same tensors.
     tensors = [*host.parameters(), *host.buffers()]
     own = copy.deepcopy(host, {id(tensor): tensor for tensor in tensors})
@@ -90,4 +88,4 @@ def _layers(prefill: Graph) -> tuple[Layer, ...]:
             where=prefill.owner,
             do="report this family: its decoder names its layers in a way that is not known",
         )
-    return tuple(Layer(index, f"{prefill.owner}.layers.{index}") for index in indices)
+    return tuple(Layer(index=index, name=f"{prefill.owner}.layers.{index}") for index in indices)

@@ -33,7 +33,7 @@ from qpcompile.write_errors import shown
 if TYPE_CHECKING:
     from qpcompile.compiled import CompiledVLM
     from qpcompile.evaluate.run.evaluation import Exam
-    from qpcompile.ir.pass_manager import Step
+    from qpcompile.ir.pass_manager import PassRun
     from qpcompile.ir.program import Program
 
 app = typer.Typer(
@@ -340,7 +340,7 @@ def compile_told(model: str, recipe: Recipe, data: Path | None, resume: Path | N
 
     started = time.monotonic()
 
-    def after(step: Step, program: Program) -> None:
+    def after(step: PassRun, program: Program) -> None:
         note(f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}")
 
     return compile(model, recipe, calibration=data, after=after, resume=resume)

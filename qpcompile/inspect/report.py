@@ -18,7 +18,7 @@ from qpcompile.inspect.overlay import Overlay, Sample, overlays
 from qpcompile.inspect.schedule import profile_svg, schedule_svg
 from qpcompile.inspect.tables import error_tables, left_out_rows, pass_rows, settings, site_rows
 from qpcompile.ir.near_miss import NEAR_MISSES
-from qpcompile.ir.pass_manager import STEPS
+from qpcompile.ir.pass_manager import PASS_RUNS
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.recipe.plan import Plan
@@ -57,7 +57,7 @@ def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: s
     """The page's text; `drawn` holds the samples with their kept tokens."""
     program, config = machine.program, machine.host.config
     plan = program.plan
-    steps = program.measured.get(STEPS)
+    steps = program.measured.get(PASS_RUNS)
     sites = site_rows(plan.sites)
     errors = [row.site.error for row in sites if row.site.error is not None]
     visual, known = _visual_tokens(config, drawn)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qpcompile.ir.pass_manager import Step
+from qpcompile.ir.pass_manager import PassRun
 from qpcompile.pass_list import passes
 from qpcompile.recipe.plan import LeftOut, Plan, Site
 
@@ -62,7 +62,7 @@ class ErrorTable:
     rows: tuple[tuple[int, tuple[float | None, ...]], ...]
 
 
-def pass_rows(steps: Sequence[Step] | None, history: Iterable[str]) -> list[PassRow]:
+def pass_rows(steps: Sequence[PassRun] | None, history: Iterable[str]) -> list[PassRow]:
     """One row per pass; from `history` alone, without counts, if the steps are unknown."""
     purposes = pass_purposes()
     if steps is None:
@@ -136,7 +136,7 @@ def _bits(bits: int, granularity: str) -> str:
     return f"4 bits per {granularity}" if bits == 4 else "left as they are"
 
 
-def _graph_changes(step: Step) -> tuple[GraphChange, ...]:
+def _graph_changes(step: PassRun) -> tuple[GraphChange, ...]:
     found = []
     for graph in dict.fromkeys([*step.before, *step.after]):
         before, after = step.before.get(graph, {}), step.after.get(graph, {})

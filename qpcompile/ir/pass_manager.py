@@ -32,7 +32,7 @@ class Pass(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class PassRun:
     """The record of one pass run: operator counts per graph before and after, and whether it changed anything."""
 
     name: str
@@ -41,17 +41,17 @@ class Step:
     after: dict[str, dict[str, int]]
 
 
-STEPS: Measurement[list[Step]] = Measurement("steps")
+PASS_RUNS: Measurement[list[PassRun]] = Measurement("pass runs")
 
 
 def run_passes(
-    program: Program, passes: Sequence[Pass], after: Callable[[Step, Program], None] | None = None
-) -> list[Step]:
+    program: Program, passes: Sequence[Pass], after: Callable[[PassRun, Program], None] | None = None
+) -> list[PassRun]:
     """Run passes in order, and verify the program after every one of them.
 
     Raises InvariantError if a pass cannot run at the program's stage, or breaks the rules of its own.
     """
-    steps: list[Step] = []
+    steps: list[PassRun] = []
     for item in passes:
         if not within(program.stage, item.needs, item.gives):
             raise InvariantError(
@@ -70,7 +70,7 @@ def run_passes(
         program.history.append(item.name)
         program.stage = item.gives
         verify(program)
-        steps.append(Step(item.name, modified, before, operator_counts(program)))
+        steps.append(PassRun(item.name, modified, before, operator_counts(program)))
         if after is not None:
             after(steps[-1], program)
     return steps

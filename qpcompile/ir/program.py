@@ -22,7 +22,7 @@ from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.measurements import Measurements
 from qpcompile.ir.names import Name
 from qpcompile.ir.structure import Template
-from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.stages import Stage
 
@@ -70,14 +70,6 @@ class Graph:
     def __call__(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run on tensors named by input path; returns tensors named by output path."""
         return dict(zip(self.outputs, self.module(*[feeds[name] for name in self.inputs]), strict=True))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer: its index and the dotted name of its module."""
-
-    index: int
-    name: str
 
 
 @dataclass

@@ -31,7 +31,7 @@ from qpcompile.ir.operators import QUANT_STUB, RMSNORM
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import value
 from qpcompile.kernels.hadamard.reference import factors, hadamard_matrix
-from qpcompile.quantization.basis_change import Turn, rotation
+from qpcompile.quantization.basis_change import BasisChange, rotation
 from qpcompile.quantization.scale_search import search_scale
 from qpcompile.recipe.quantize import QuantizeScheme
 
@@ -110,7 +110,7 @@ class _Finder:
         rotate = self.scheme.transform != "none"
         device = self.tensor(names[0]).device
         scale = self._balance(site, names, rotate) if scaled else None
-        turn = Turn(channels, rotate, scale, device)
+        turn = BasisChange(channels, rotate, scale, device)
         if scale is not None or rotate:
             for name in names:
                 self.update(name, turn.weights(self.tensor(name)))

@@ -20,7 +20,7 @@ WIDE = 2048
 
 
 @dataclass(frozen=True)
-class Turn:
+class BasisChange:
     """T D of one input. scale: f64[C], or None for ones; without `rotate` T is the identity."""
 
     channels: int

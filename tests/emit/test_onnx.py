@@ -27,7 +27,7 @@ from qpcompile.ir.names import names
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.pass_list import passes
-from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import Machine
 from tests.families import llava, qwen2_5_vl
@@ -47,7 +47,7 @@ def compiled(program: Program, cases: Cases, preset: str, *overrides: str) -> Pr
     """A copy of a captured program, compiled with a preset."""
     recipe = Recipe.load(preset).with_overrides(overrides)
     program = copy.deepcopy(program)
-    layers = tuple(Layer(index=layer.index, name=layer.name) for layer in program.layers)
+    layers = program.layers
     program.recipe, program.plan = recipe, Plan(recipe=recipe, layers=layers)
     samples = [cases["one"], cases["longer"]]
     run_passes(program, passes(samples, len(samples)))

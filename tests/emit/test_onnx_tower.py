@@ -17,7 +17,7 @@ from qpcompile.emit.onnx.runner.runner import OnnxVLM, run
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import VISION, Program
 from qpcompile.pass_list import passes
-from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import VISUAL_KEYS, VISUAL_SCORES
 from tests.families import qwen2_5_vl
@@ -39,7 +39,7 @@ def compiled(program: Program, method: str, *settings: str) -> CompiledVLM:
     """A copy of a captured program, pruned by a method."""
     recipe = Recipe.load("none").with_overrides([f"tokens.method={method}", "tokens.keep=0.4", *settings])
     program = copy.deepcopy(program)
-    layers = tuple(Layer(index=layer.index, name=layer.name) for layer in program.layers)
+    layers = program.layers
     program.recipe, program.plan = recipe, Plan(recipe=recipe, layers=layers)
     run_passes(program, passes((), 0))
     return CompiledVLM(program)

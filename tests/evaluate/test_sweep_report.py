@@ -16,7 +16,7 @@ from qpcompile.evaluate.report.groups import full_precision, groups
 from qpcompile.evaluate.report.sweep_report import write_sweep
 from qpcompile.evaluate.run.rows import Row, RowFolder
 from qpcompile.evaluate.sweep.plan import BASE, SweepPlan, cells
-from qpcompile.evaluate.sweep.sweep import Result, _result
+from qpcompile.evaluate.sweep.sweep import CellResult, _result
 from tests.evaluate.full_disk import contents, fill
 
 PLAN = """
@@ -60,21 +60,23 @@ def plan(tmp_path: Path) -> SweepPlan:
 
 
 @pytest.fixture
-def results(plan: SweepPlan) -> list[Result]:
+def results(plan: SweepPlan) -> list[CellResult]:
     """Full precision has nine of ten right; the variant `rank` equals the smaller share; vtw refuses a quarter."""
     made = []
     for number, cell in enumerate(cells(plan)):
         if cell.recipe is None:
-            made.append(Result(cell, row("full", "1111111110", 100, low=False)))
+            made.append(CellResult(cell, row("full", "1111111110", 100, low=False)))
         elif (cell.pruner, cell.share) not in RIGHT:
-            made.append(Result(cell, None, "too few tokens"))
+            made.append(CellResult(cell, None, "too few tokens"))
         else:
             share = 0.25 if cell.variant == "rank" else cell.share
-            made.append(Result(cell, row(str(number), RIGHT[cell.pruner, share][cell.seed], TOKENS[cell.share], True)))
+            made.append(
+                CellResult(cell, row(str(number), RIGHT[cell.pruner, share][cell.seed], TOKENS[cell.share], True))
+            )
     return made
 
 
-def test_numbers_of_a_table(plan: SweepPlan, results: list[Result]) -> None:
+def test_numbers_of_a_table(plan: SweepPlan, results: list[CellResult]) -> None:
     made = tables.bed_tables(plan, groups(results), "one")
     assert list(made) == ["one: low", "one: ablation score"]
     lines = {(line["quantizer"], line["pruner"], line["share"]): line for line in made["one: low"]}
@@ -92,7 +94,7 @@ def test_numbers_of_a_table(plan: SweepPlan, results: list[Result]) -> None:
     assert (base["variant"], rank["variant"]) == (BASE, "rank") and rank["against"] == pytest.approx(45 - 65)
 
 
-def test_text_for_people_and_for_machines(plan: SweepPlan, results: list[Result]) -> None:
+def test_text_for_people_and_for_machines(plan: SweepPlan, results: list[CellResult]) -> None:
     made = tables.bed_tables(plan, groups(results), "one")
     shown = tables.markdown("one: low", made["one: low"]).splitlines()
     assert shown[0] == "## one: low" and shown[2].startswith("| quantizer | pruner | share | seeds | accuracy |")
@@ -104,7 +106,7 @@ def test_text_for_people_and_for_machines(plan: SweepPlan, results: list[Result]
     assert float(quota["accuracy"]) == pytest.approx(65)
 
 
-def test_figures_show_the_same_numbers(plan: SweepPlan, results: list[Result]) -> None:
+def test_figures_show_the_same_numbers(plan: SweepPlan, results: list[CellResult]) -> None:
     found = groups(results)
     figure = retention_figure(found, "one", "low")
     assert figure is not None
@@ -123,7 +125,7 @@ def test_figures_show_the_same_numbers(plan: SweepPlan, results: list[Result]) -
     assert figure_bytes(figure, "png").startswith(b"\x89PNG") and b"</svg>" in figure_bytes(figure, "svg")
 
 
-def test_a_sweep_leaves_files(plan: SweepPlan, results: list[Result], tmp_path: Path) -> None:
+def test_a_sweep_leaves_files(plan: SweepPlan, results: list[CellResult], tmp_path: Path) -> None:
     for _ in range(2):
         write_sweep(plan, results, tmp_path / "out", "qpcompile sweep plan.yaml --out out")
     text = (tmp_path / "out" / "tables.md").read_text()
@@ -135,13 +137,13 @@ def test_a_sweep_leaves_files(plan: SweepPlan, results: list[Result], tmp_path: 
         assert (tmp_path / "out" / name).with_suffix(".svg").is_file()
 
 
-def test_full_precision_is_the_models_own(results: list[Result]) -> None:
+def test_full_precision_is_the_models_own(results: list[CellResult]) -> None:
     assert full_precision(groups(results), "one").rows[0].name == "full"
 
 
 @pytest.mark.parametrize("after", [0, 7])
 def test_full_disk_leaves_whole_files(
-    plan: SweepPlan, results: list[Result], after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: SweepPlan, results: list[CellResult], after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_sweep(plan, results, tmp_path / "whole", "a command")
     with monkeypatch.context() as full, pytest.raises(OutputError, match="disk is full"):

@@ -13,7 +13,7 @@ from PIL import Image
 from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import OutputError
 from qpcompile.ir.measurements import Measurements
-from qpcompile.ir.pass_manager import STEPS
+from qpcompile.ir.pass_manager import PASS_RUNS
 from qpcompile.ir.program import Program
 
 VOID = {"meta", "br", "img", "link", "hr", "image"}
@@ -68,7 +68,7 @@ def test_every_decision_is_on_the_page(page: str, compiled: CompiledVLM) -> None
         assert f"<code>{site.name}</code>" in page and f"<code>{site.kernel}</code>" in page
     for place in plan.left_out:
         assert place.reason in page
-    for step in compiled.program.measured[STEPS]:
+    for step in compiled.program.measured[PASS_RUNS]:
         assert f"<code>{step.name}</code>" in page
     for cut in plan.cuts:
         assert f"{cut.numerator} / {cut.denominator}" in page

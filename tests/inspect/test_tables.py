@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from qpcompile.inspect.tables import error_tables, left_out_rows, pass_purposes, pass_rows, settings, site_rows
-from qpcompile.ir.pass_manager import Step
+from qpcompile.ir.pass_manager import PassRun
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 
 
 def test_step_becomes_what_changed_in_which_graph() -> None:
-    step = Step(
+    step = PassRun(
         "canonicalize",
         True,
         {"prefill": {"a": 3, "b": 1, "same": 2}, "head": {"a": 1}},

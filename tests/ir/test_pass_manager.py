@@ -10,7 +10,7 @@ from programs import program_of
 
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import aten
-from qpcompile.ir.pass_manager import Step, operator_counts, run_passes
+from qpcompile.ir.pass_manager import PassRun, operator_counts, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.stages import Stage
 
@@ -53,7 +53,7 @@ class Late:
 
 def test_steps_hold_what_changed() -> None:
     program = program_of()
-    seen: list[tuple[Step, str]] = []
+    seen: list[tuple[PassRun, str]] = []
     steps = run_passes(program, [Relu(), Relu()], lambda step, program: seen.append((step, program.stage)))
     assert [step.name for step in steps] == ["relu", "relu"] == program.history
     assert seen == [(step, "canonical") for step in steps]

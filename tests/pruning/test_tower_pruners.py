@@ -35,7 +35,7 @@ from qpcompile.kernels.attention_received.reference import attention_received
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import INPUT
 from qpcompile.pruning.table import PRUNERS
-from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.interpret import run_watched
 from qpcompile.runtime.machine import VISUAL_KEYS, VISUAL_SCORES, Machine
@@ -62,7 +62,7 @@ def compiled(name: str, method: str, *settings: str) -> CompiledVLM:
     """A tiny model pruned by one method, not quantized unless `settings` ask for it."""
     recipe = changed_recipe("none", f"tokens.method={method}", f"tokens.keep={KEEP}", *settings)
     _, _, whole = family(name)
-    layers = tuple(Layer(index=layer.index, name=layer.name) for layer in whole.layers)
+    layers = whole.layers
     graphs = {name: clone(graph) for name, graph in whole.graphs.items()}
     program = Program(graphs, copy.deepcopy(whole.host), whole.layers, recipe, Plan(recipe=recipe, layers=layers))
     run_passes(program, passes((), 0))

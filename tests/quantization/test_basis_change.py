@@ -7,7 +7,7 @@ import torch
 
 from qpcompile.calibration.statistics import InputStatistics
 from qpcompile.quantization import basis_change as turn
-from qpcompile.quantization.basis_change import Turn
+from qpcompile.quantization.basis_change import BasisChange
 
 
 @pytest.mark.parametrize("rotate", [False, True])
@@ -18,7 +18,7 @@ def test_factors_do_what_the_matrix_does(
 ) -> None:
     random = torch.Generator().manual_seed(channels)
     scale = torch.rand(channels, generator=random, dtype=torch.float64) + 0.5 if scaled else None
-    change = Turn(channels, rotate, scale, torch.device("cpu"))
+    change = BasisChange(channels, rotate, scale, torch.device("cpu"))
     weight = torch.randn(5, channels, generator=random, dtype=torch.float64)
     found = InputStatistics.empty(channels, moments=True)
     found.add(torch.randn(30, channels, generator=random) + 1)

@@ -37,11 +37,11 @@ from qpcompile.emit.artifact.tokenizer_file import check_tokenizers
 from qpcompile.emit.artifact.weights import StoredTensors, read_weights, stored_tensors, total_bytes, write_weights
 from qpcompile.errors import ArtifactError, ExportError
 from qpcompile.files import staged_folder
-from qpcompile.ir.program import Layer, Program
+from qpcompile.ir.program import Program
 from qpcompile.ir.text import graph_text
 from qpcompile.ir.type_check import check_graphs
 from qpcompile.kernels.rules import described
-from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.host import empty_host, fill_host, host_tensors
 
@@ -95,7 +95,7 @@ def _program(folder: Path, manifest: Manifest, tensors: dict[str, torch.Tensor])
     if missing:
         raise ArtifactError(f"the tensor {missing[0]!r:.80} is not stored", where="manifest.json, host", do=AGAIN)
     host = _host(folder, manifest, {name: tensors[key] for name, key in manifest.host.items()})
-    layers = tuple(Layer(index, name) for index, name in enumerate(manifest.layers))
+    layers = tuple(Layer(index=index, name=name) for index, name in enumerate(manifest.layers))
     return Program(graphs, host, layers, recipe, plan, manifest.stage, history=list(manifest.history))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpcompile.evaluate.run.rows import Row
-from qpcompile.evaluate.sweep.sweep import Result
+from qpcompile.evaluate.sweep.sweep import CellResult
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Group:
         return float(np.mean([getattr(row, field) for row in self.rows]))
 
 
-def groups(results: Sequence[Result]) -> list[Group]:
+def groups(results: Sequence[CellResult]) -> list[Group]:
     """The groups of a sweep, in the order of its plan."""
     rows: dict[Key, list[Row]] = {}
     errors: dict[Key, str] = {}

@@ -13,11 +13,11 @@ from qpcompile.evaluate.report.figures import ablation_figure, figure_bytes, pro
 from qpcompile.evaluate.report.groups import Group, groups
 from qpcompile.evaluate.report.kept_figure import PICTURES, agreements, kept_figure
 from qpcompile.evaluate.sweep.plan import Bed, SweepPlan
-from qpcompile.evaluate.sweep.sweep import Result
+from qpcompile.evaluate.sweep.sweep import CellResult
 from qpcompile.files import replace_file
 
 
-def write_sweep(plan: SweepPlan, results: Sequence[Result], out: Path, command: str) -> None:
+def write_sweep(plan: SweepPlan, results: Sequence[CellResult], out: Path, command: str) -> None:
     """Write tables.md, tables.csv and figures/ into `out`; `command` is the command line to record."""
     found = groups(results)
     parts = [f"# Sweep\n\nMade by `{command}`.\n\n{tables.PREFACE}\n"]

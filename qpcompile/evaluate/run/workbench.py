@@ -22,7 +22,7 @@ from qpcompile.capture.load import load_model
 from qpcompile.capture.samples import Samples
 from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
-from qpcompile.ir.pass_manager import Step
+from qpcompile.ir.pass_manager import PassRun
 from qpcompile.ir.program import Program
 from qpcompile.pipeline import blank_sample, compile_captured, needs_samples
 from qpcompile.pruning.budget import DEVIATIONS
@@ -49,7 +49,7 @@ class Workbench:
         self.model, self.processor = load_model(source)
         self._captured: tuple[int, int, Program] | None = None
         self._shared: tuple[str, Program] | None = None
-        self._sensitivity: dict[str, Sensitivity] = {}
+        self._sensitivity: dict[str, MeasuredSensitivity] = {}
 
     def captured(self, recipe: Recipe) -> tuple[Program, Samples | None]:
         """A new program with this recipe, sharing the model's weights, and the samples the recipe selects."""
@@ -87,7 +87,7 @@ class Workbench:
             program.plan = program.plan.changed(facts=found.facts)
         return program
 
-    def _remember(self, step: Step, program: Program) -> None:
+    def _remember(self, step: PassRun, program: Program) -> None:
         """After a pass: save the state that later compiles can start from, before later passes modify it."""
         assert self._captured is not None
         if step.name == SHARED_UP_TO:
@@ -95,12 +95,12 @@ class Workbench:
             apart = dataclasses.replace(program, host=self._captured[2].host)
             self._shared = _without_tokens(program.recipe), _copy(apart, program.recipe)
         if step.name == "measure_sensitivity" and DEVIATIONS in program.measured:
-            found = Sensitivity(copy.deepcopy(program.measured[DEVIATIONS]), program.plan.facts)
+            found = MeasuredSensitivity(copy.deepcopy(program.measured[DEVIATIONS]), program.plan.facts)
             self._sensitivity[_sensitivity_key(program.recipe)] = found
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class MeasuredSensitivity:
     """The results of the pass measure_sensitivity: layer -> deviations, and the facts of the plan."""
 
     deviations: dict[int, list[float]]

@@ -16,7 +16,7 @@ from qpcompile.evaluate.sweep.plan import Bed, Cell, SweepPlan, cells
 
 
 @dataclass(frozen=True)
-class Result:
+class CellResult:
     """A row and its position; or why there is none."""
 
     cell: Cell
@@ -24,7 +24,7 @@ class Result:
     error: str = ""
 
 
-def sweep(plan: SweepPlan, out: Path, say: Callable[[str], None]) -> list[Result]:
+def sweep(plan: SweepPlan, out: Path, say: Callable[[str], None]) -> list[CellResult]:
     """Compute all rows of a plan, in `out`; `say` is called with each row and the remaining time.
 
     A refused recipe (for example a share that a method's layers cannot reach) is a result without a row.
@@ -46,16 +46,16 @@ def sweep(plan: SweepPlan, out: Path, say: Callable[[str], None]) -> list[Result
     return results
 
 
-def _result(examiner: Examiner, cell: Cell) -> Result:
+def _result(examiner: Examiner, cell: Cell) -> CellResult:
     try:
-        return Result(cell, examiner.row(cell.name, cell.recipe))
+        return CellResult(cell, examiner.row(cell.name, cell.recipe))
     except OutputError:
         raise  # a full disk is not a property of the recipe
     except QPCompileError as error:
-        return Result(cell, None, error.what)
+        return CellResult(cell, None, error.what)
 
 
-def _words(result: Result) -> str:
+def _words(result: CellResult) -> str:
     if result.row is None:
         return f"not possible: {result.error}"
     return f"{100 * result.row.accuracy:.1f} %, {result.row.mean_visual_tokens:.1f} tokens"

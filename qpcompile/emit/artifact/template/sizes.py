@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import nodes as jinja
 
 from qpcompile.emit.artifact.template.macros import goes_down, makes_namespace, sets_outer
-from qpcompile.emit.artifact.template.values import Scope, Size, Turn
+from qpcompile.emit.artifact.template.values import Iteration, Scope, TextSize
 
 # Limits on iterations of nested loops, and on the size of one value.
 MOST_TURNS, MOST_SIZE, MOST_PRINTED, MOST_STEPS = 10**5, 5 * 10**8, 10**9, 20_000
@@ -46,14 +46,14 @@ class TemplateWalk:
 
     def __init__(self) -> None:
         self.state: Scope = {}
-        self.turn = Turn()
+        self.turn = Iteration()
         self.spaces: set[str] = set()
         self.macros: dict[str, jinja.Macro] = {}
         self.calls: list[jinja.Macro] = []
         self.turns = 1.0
         self.loops = 0
         self.steps = 0
-        self.printed = Size(0)
+        self.printed = TextSize(0)
         self.recursive = self.nested = 0
 
     def run(self, template: jinja.Template) -> None:
@@ -80,7 +80,7 @@ class TemplateWalk:
 
     def _on_output(self, node: jinja.Output, scope: Scope) -> None:
         for part in node.nodes:
-            size = Size(len(part.data)) if isinstance(part, jinja.TemplateData) else self.size(part, scope)
+            size = TextSize(len(part.data)) if isinstance(part, jinja.TemplateData) else self.size(part, scope)
             self.printed += size.times(self.turns)
             if self.printed.plain > MOST_PRINTED:
                 raise Unbounded(f"it prints {self.printed.plain:.3g} characters", node.lineno)
@@ -133,10 +133,10 @@ class TemplateWalk:
         inner["loop"] = over
         if node.test is not None:
             self.size(node.test, inner)
-        outer, self.turn = self.turn, Turn()
+        outer, self.turn = self.turn, Iteration()
         # Twice, because a number before the loop may be a text after the first iteration.
         for _ in range(2):
-            self.state = {name: Size(0, 1, size.number) for name, size in self.state.items()}
+            self.state = {name: TextSize(0, 1, size.number) for name, size in self.state.items()}
             self.turns *= turns
             self._body(node.body, dict(inner))
             self.turns /= turns
@@ -148,7 +148,7 @@ class TemplateWalk:
         added = self._largest(turn.grown).plain if turn.grown else 0
         # A value is at most the largest before the loop or the largest fresh one, plus the growth of every iteration.
         largest = self._largest(before) | self._largest(turn.fresh)
-        largest = self._kept(largest + Size(added * turns, over.carry * added if added else 0), node)
+        largest = self._kept(largest + TextSize(added * turns, over.carry * added if added else 0), node)
         after = {name: before[name] | turn.fresh[name] if name in before else turn.fresh[name] for name in turn.fresh}
         after |= dict.fromkeys(turn.grown, largest)
         for name in after:
@@ -157,7 +157,7 @@ class TemplateWalk:
         self.state = before | after
         self._body(node.else_, dict(scope))
 
-    def _bind(self, target: jinja.Node, size: Size, scope: Scope) -> None:
+    def _bind(self, target: jinja.Node, size: TextSize, scope: Scope) -> None:
         size = self._kept(size, target)
         if isinstance(target, jinja.Name) and target.name not in self.spaces:
             scope[target.name] = size
@@ -172,55 +172,55 @@ class TemplateWalk:
         else:
             raise Unbounded(f"{type(target).__name__.lower()} is not set", target.lineno)
 
-    def _kept(self, size: Size, node: jinja.Node) -> Size:
+    def _kept(self, size: TextSize, node: jinja.Node) -> TextSize:
         if size.plain > MOST_SIZE:
             raise Unbounded(f"a value of the size {size.plain:.3g}", node.lineno)
         return size
 
-    def _printed(self, body: list[jinja.Node], scope: Scope) -> Size:
+    def _printed(self, body: list[jinja.Node], scope: Scope) -> TextSize:
         """The printed output as a value, counted once per iteration of inner loops."""
         printed, turns = self.printed, self.turns
-        self.printed, self.turns = Size(0), 1.0
+        self.printed, self.turns = TextSize(0), 1.0
         self._body(body, scope)
         found, self.printed, self.turns = self.printed, printed, turns
         return found
 
-    def size(self, node: Any, scope: Scope) -> Size:
+    def size(self, node: Any, scope: Scope) -> TextSize:
         """The size of an expression."""
         self._count(node)
-        rule: Callable[[Any, Scope], Size] | None = getattr(self, f"_of_{type(node).__name__.lower()}", None)
+        rule: Callable[[Any, Scope], TextSize] | None = getattr(self, f"_of_{type(node).__name__.lower()}", None)
         if rule is None:
             raise Unbounded(f"{type(node).__name__.lower()} is not read", node.lineno)
         return self._kept(rule(node, scope), node)
 
-    def _all(self, parts: Any, scope: Scope) -> Size:
-        total = Size(0)
+    def _all(self, parts: Any, scope: Scope) -> TextSize:
+        total = TextSize(0)
         for part in parts:
             total += self.size(part, scope)
         return total
 
-    def _of_const(self, node: jinja.Const, scope: Scope) -> Size:
+    def _of_const(self, node: jinja.Const, scope: Scope) -> TextSize:
         value = node.value
         if isinstance(value, str):
-            return Size(max(len(value), 1))
+            return TextSize(max(len(value), 1))
         if isinstance(value, float) and abs(value) < 1:
             raise Unbounded("a fraction is not read", node.lineno)
-        return Size(max(abs(value), 1) if isinstance(value, (int, float)) else 1, number=True)
+        return TextSize(max(abs(value), 1) if isinstance(value, (int, float)) else 1, number=True)
 
-    def _of_name(self, node: jinja.Name, scope: Scope) -> Size:
+    def _of_name(self, node: jinja.Name, scope: Scope) -> TextSize:
         if node.name in self.spaces:
             raise Unbounded(f"the namespace {node.name} is handed on", node.lineno)
-        return scope.get(node.name, Size())
+        return scope.get(node.name, TextSize())
 
-    def _of_getattr(self, node: jinja.Getattr, scope: Scope) -> Size:
+    def _of_getattr(self, node: jinja.Getattr, scope: Scope) -> TextSize:
         if self._is_space(node.node):
-            return self.state.get(node.attr, Size(1))
+            return self.state.get(node.attr, TextSize(1))
         inner = self.size(node.node, scope)
         if isinstance(node.node, jinja.Name) and node.node.name == "loop" and "loop" in scope:
             return replace(inner, number=inner.number or node.attr in _NUMBERS)
         return inner
 
-    def _of_getitem(self, node: jinja.Getitem, scope: Scope) -> Size:
+    def _of_getitem(self, node: jinja.Getitem, scope: Scope) -> TextSize:
         for part in node.arg.iter_child_nodes() if isinstance(node.arg, jinja.Slice) else [node.arg]:
             self.size(part, scope)
         if self._is_space(node.node):
@@ -230,48 +230,48 @@ class TemplateWalk:
     def _is_space(self, node: jinja.Node) -> bool:
         return isinstance(node, jinja.Name) and node.name in self.spaces
 
-    def _largest(self, sizes: Scope) -> Size:
-        return functools.reduce(operator.or_, sizes.values(), Size(1))
+    def _largest(self, sizes: Scope) -> TextSize:
+        return functools.reduce(operator.or_, sizes.values(), TextSize(1))
 
-    def _of_list(self, node: jinja.List, scope: Scope) -> Size:
+    def _of_list(self, node: jinja.List, scope: Scope) -> TextSize:
         self.nested += not all(isinstance(item, jinja.Const) for item in node.items)
-        return self._all(node.items, scope) + Size(len(node.items))
+        return self._all(node.items, scope) + TextSize(len(node.items))
 
     _of_tuple = _of_list
 
-    def _of_dict(self, node: jinja.Dict, scope: Scope) -> Size:
+    def _of_dict(self, node: jinja.Dict, scope: Scope) -> TextSize:
         self.nested += not all(isinstance(pair.value, jinja.Const) for pair in node.items)
-        return self._all([part for pair in node.items for part in (pair.key, pair.value)], scope) + Size(1)
+        return self._all([part for pair in node.items for part in (pair.key, pair.value)], scope) + TextSize(1)
 
-    def _of_condexpr(self, node: jinja.CondExpr, scope: Scope) -> Size:
+    def _of_condexpr(self, node: jinja.CondExpr, scope: Scope) -> TextSize:
         self.size(node.test, scope)
-        other = self.size(node.expr2, scope) if node.expr2 is not None else Size(1)
+        other = self.size(node.expr2, scope) if node.expr2 is not None else TextSize(1)
         return self.size(node.expr1, scope) | other
 
-    def _of_or(self, node: jinja.BinExpr, scope: Scope) -> Size:
+    def _of_or(self, node: jinja.BinExpr, scope: Scope) -> TextSize:
         return self.size(node.left, scope) | self.size(node.right, scope)
 
     _of_and = _of_or
 
-    def _of_concat(self, node: jinja.Concat, scope: Scope) -> Size:
-        total = Size(0)
+    def _of_concat(self, node: jinja.Concat, scope: Scope) -> TextSize:
+        total = TextSize(0)
         for part in node.nodes:
             size = self.size(part, scope)
-            total += Size(_DIGITS) if size.number else size
+            total += TextSize(_DIGITS) if size.number else size
         return total
 
-    def _of_add(self, node: jinja.BinExpr, scope: Scope) -> Size:
+    def _of_add(self, node: jinja.BinExpr, scope: Scope) -> TextSize:
         return self.size(node.left, scope) + self.size(node.right, scope)
 
     _of_sub = _of_add
 
-    def _of_mul(self, node: jinja.BinExpr, scope: Scope) -> Size:
+    def _of_mul(self, node: jinja.BinExpr, scope: Scope) -> TextSize:
         left, right = self.size(node.left, scope), self.size(node.right, scope)
         if left.carry or right.carry:
             raise Unbounded("a product of what loops make", node.lineno)
-        return Size(left.plain * right.plain, number=left.number and right.number)
+        return TextSize(left.plain * right.plain, number=left.number and right.number)
 
-    def _of_mod(self, node: jinja.BinExpr, scope: Scope) -> Size:
+    def _of_mod(self, node: jinja.BinExpr, scope: Scope) -> TextSize:
         left, right = self.size(node.left, scope), self.size(node.right, scope)
         if not left.number:
             raise Unbounded("% with a text on its left, which fills it with spaces", node.lineno)
@@ -279,28 +279,28 @@ class TemplateWalk:
 
     _of_div = _of_floordiv = _of_mod
 
-    def _of_neg(self, node: jinja.UnaryExpr, scope: Scope) -> Size:
+    def _of_neg(self, node: jinja.UnaryExpr, scope: Scope) -> TextSize:
         return self.size(node.node, scope)
 
-    def _of_not(self, node: jinja.Not, scope: Scope) -> Size:
+    def _of_not(self, node: jinja.Not, scope: Scope) -> TextSize:
         self.size(node.node, scope)
-        return Size(1, number=True)
+        return TextSize(1, number=True)
 
-    def _of_compare(self, node: jinja.Compare, scope: Scope) -> Size:
+    def _of_compare(self, node: jinja.Compare, scope: Scope) -> TextSize:
         self._all([node.expr, *(operand.expr for operand in node.ops)], scope)
-        return Size(1, number=True)
+        return TextSize(1, number=True)
 
-    def _of_test(self, node: jinja.Test, scope: Scope) -> Size:
+    def _of_test(self, node: jinja.Test, scope: Scope) -> TextSize:
         self._all([node.node, *node.args], scope)
-        return Size(1, number=True)
+        return TextSize(1, number=True)
 
-    def _of_filter(self, node: jinja.Filter, scope: Scope) -> Size:
+    def _of_filter(self, node: jinja.Filter, scope: Scope) -> TextSize:
         if node.node is None or node.dyn_args is not None or node.dyn_kwargs is not None:
             raise Unbounded("a filter on a block is not read", node.lineno)
         arguments = [*node.args, *(pair.value for pair in node.kwargs)]
         return self._called(node.name, self.size(node.node, scope), arguments, node, scope, _PLAIN)
 
-    def _of_call(self, node: jinja.Call, scope: Scope) -> Size:
+    def _of_call(self, node: jinja.Call, scope: Scope) -> TextSize:
         if node.dyn_args is not None or node.dyn_kwargs is not None:
             raise Unbounded("a call with * is not read", node.lineno)
         arguments = [*node.args, *(pair.value for pair in node.kwargs)]
@@ -313,9 +313,9 @@ class TemplateWalk:
         if name == "namespace":
             for pair in node.kwargs:
                 self._bind(jinja.NSRef("", pair.key, lineno=node.lineno), self.size(pair.value, scope), scope)
-            return Size(1)
+            return TextSize(1)
         if name == "strftime_now" and len(arguments) == 1 and isinstance(arguments[0], jinja.Const):
-            return Size(min(len(str(arguments[0].value)), _MOST_FORMAT) * _ESCAPED)
+            return TextSize(min(len(str(arguments[0].value)), _MOST_FORMAT) * _ESCAPED)
         self.nested += name == "dict"
         total = self._all(arguments, scope)
         if name not in ("range", "dict", "raise_exception"):
@@ -323,8 +323,8 @@ class TemplateWalk:
         return replace(total, number=name == "range")
 
     def _called(
-        self, name: str, inner: Size, arguments: list[Any], node: jinja.Node, scope: Scope, plain: frozenset[str]
-    ) -> Size:
+        self, name: str, inner: TextSize, arguments: list[Any], node: jinja.Node, scope: Scope, plain: frozenset[str]
+    ) -> TextSize:
         """A filter or a method on a value."""
         sizes = [self.size(argument, scope) for argument in arguments]
         constants = [argument.value for argument in arguments if isinstance(argument, jinja.Const)]
@@ -354,7 +354,7 @@ class TemplateWalk:
             return inner
         raise Unbounded(f"{name} is not read with these arguments", node.lineno)
 
-    def _macro(self, macro: jinja.Macro, arguments: list[Any], node: jinja.Call, scope: Scope) -> Size:
+    def _macro(self, macro: jinja.Macro, arguments: list[Any], node: jinja.Call, scope: Scope) -> TextSize:
         if self.calls and macro is self.calls[-1] and goes_down(macro, node):
             self.recursive = node.lineno
             return self._all([*arguments, *macro.defaults], scope).times(_ESCAPED)

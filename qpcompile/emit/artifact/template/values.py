@@ -9,30 +9,30 @@ GIVEN = 1
 
 
 @dataclass(frozen=True)
-class Size:
+class TextSize:
     """plain: the size. carry: how often the loop-carried value is contained. number: certainly not text."""
 
     plain: float = GIVEN
     carry: float = 0
     number: bool = False
 
-    def __add__(self, other: Size) -> Size:
-        return Size(self.plain + other.plain, self.carry + other.carry, self.number and other.number)
+    def __add__(self, other: TextSize) -> TextSize:
+        return TextSize(self.plain + other.plain, self.carry + other.carry, self.number and other.number)
 
-    def __or__(self, other: Size) -> Size:
+    def __or__(self, other: TextSize) -> TextSize:
         """The maximum of two alternatives."""
-        return Size(max(self.plain, other.plain), max(self.carry, other.carry), self.number and other.number)
+        return TextSize(max(self.plain, other.plain), max(self.carry, other.carry), self.number and other.number)
 
-    def times(self, factor: float) -> Size:
+    def times(self, factor: float) -> TextSize:
         """The size of `factor` repetitions."""
-        return Size(self.plain * factor, self.carry * factor, self.number)
+        return TextSize(self.plain * factor, self.carry * factor, self.number)
 
 
-Scope = dict[str, Size]
+Scope = dict[str, TextSize]
 
 
 @dataclass
-class Turn:
+class Iteration:
     """The namespace attributes set in one loop iteration, with their largest sizes.
 
     fresh: values independent of the previous iteration. grown: values that contain an older one plus this much.
@@ -41,7 +41,7 @@ class Turn:
     fresh: Scope = field(default_factory=dict)
     grown: Scope = field(default_factory=dict)
 
-    def sets(self, name: str, size: Size) -> None:
+    def sets(self, name: str, size: TextSize) -> None:
         """Record that an attribute is set."""
         kind = self.grown if size.carry else self.fresh
         kind[name] = size | kind.get(name, size)

@@ -15,7 +15,7 @@ from onnxscript import opset21
 
 from qpcompile.emit.onnx.translate.attention import attention
 from qpcompile.emit.onnx.translate.float64 import gelu, layer_norm, patch_convolution
-from qpcompile.emit.onnx.translate.types import Fact, cast, onnx_type
+from qpcompile.emit.onnx.translate.types import TensorInfo, cast, onnx_type
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 aten = torch.ops.aten
@@ -23,7 +23,7 @@ Translation = Callable[..., Any]
 
 
 def _arithmetic(operator: str) -> Translation:
-    def translate(out: Fact, left: Any, right: Any, *, alpha: float = 1) -> Any:
+    def translate(out: TensorInfo, left: Any, right: Any, *, alpha: float = 1) -> Any:
         right = cast(right, out.dtype)
         if alpha != 1:
             right = op.Mul(right, cast(alpha, out.dtype))
@@ -32,12 +32,12 @@ def _arithmetic(operator: str) -> Translation:
     return translate
 
 
-def _reversed_sub(out: Fact, left: Any, right: Any, alpha: float = 1) -> Any:
+def _reversed_sub(out: TensorInfo, left: Any, right: Any, alpha: float = 1) -> Any:
     return _arithmetic("Sub")(out, right, left, alpha=alpha)
 
 
 def _compare(operator: str) -> Translation:
-    def translate(_: Fact, left: Any, right: Any) -> Any:
+    def translate(_: TensorInfo, left: Any, right: Any) -> Any:
         dtype = _common(left, right)
         if dtype == torch.bool and operator not in ("Equal",):
             dtype = torch.int32
@@ -57,20 +57,20 @@ def _common(left: Any, right: Any) -> torch.dtype:
 
 
 def _logical(on_bool: str, on_int: str) -> Translation:
-    def translate(out: Fact, *args: Any) -> Any:
+    def translate(out: TensorInfo, *args: Any) -> Any:
         return getattr(op, on_bool if out.dtype == torch.bool else on_int)(*(cast(arg, out.dtype) for arg in args))
 
     return translate
 
 
 def _unary(operator: str) -> Translation:
-    def translate(out: Fact, x: Any) -> Any:
+    def translate(out: TensorInfo, x: Any) -> Any:
         return getattr(op, operator)(cast(x, out.dtype))
 
     return translate
 
 
-def _div_mode(out: Fact, left: Any, right: Any, *, rounding_mode: str | None = None) -> Any:
+def _div_mode(out: TensorInfo, left: Any, right: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode is None:
         return _arithmetic("Div")(out, left, right)
     if out.dtype.is_floating_point:
@@ -85,93 +85,93 @@ def _truncate(x: Any, dtype: torch.dtype) -> Any:
     return op.Mul(cast(op.Sign(x), dtype), op.Floor(op.Abs(x)))
 
 
-def _remainder(out: Fact, left: Any, right: Any) -> Any:
+def _remainder(out: TensorInfo, left: Any, right: Any) -> Any:
     left, right = cast(left, out.dtype), cast(right, out.dtype)
     if out.dtype.is_floating_point:
         return op.Sub(left, op.Mul(op.Floor(op.Div(left, right)), right))
     return op.Mod(left, right)
 
 
-def _pow(out: Fact, base: Any, exponent: Any) -> Any:
+def _pow(out: TensorInfo, base: Any, exponent: Any) -> Any:
     base = cast(base, out.dtype)
     return op.Mul(base, base) if exponent == 2 else op.Pow(base, cast(exponent, out.dtype))
 
 
-def _rsqrt(out: Fact, x: Any) -> Any:
+def _rsqrt(out: TensorInfo, x: Any) -> Any:
     return op.Reciprocal(op.Sqrt(cast(x, out.dtype)))
 
 
-def _silu(_: Fact, x: Any) -> Any:
+def _silu(_: TensorInfo, x: Any) -> Any:
     return op.Mul(x, op.Sigmoid(x))
 
 
-def _gelu(out: Fact, x: Any, *, approximate: str = "none") -> Any:
+def _gelu(out: TensorInfo, x: Any, *, approximate: str = "none") -> Any:
     return gelu(x, approximate) if out.dtype == torch.float64 else op.Gelu(x, approximate=approximate)
 
 
-def _softmax(out: Fact, x: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
+def _softmax(out: TensorInfo, x: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
     return op.Softmax(cast(x, out.dtype), axis=dim)
 
 
-def _clamp(out: Fact, x: Any, low: Any = None, high: Any = None, **named: Any) -> Any:
+def _clamp(out: TensorInfo, x: Any, low: Any = None, high: Any = None, **named: Any) -> Any:
     low, high = named.get("min", low), named.get("max", high)
     x = cast(x, out.dtype)
     x = x if low is None else op.Max(x, cast(low, out.dtype))
     return x if high is None else op.Min(x, cast(high, out.dtype))
 
 
-def _where(out: Fact, condition: Any, left: Any, right: Any) -> Any:
+def _where(out: TensorInfo, condition: Any, left: Any, right: Any) -> Any:
     return op.Where(condition, cast(left, out.dtype), cast(right, out.dtype))
 
 
-def _masked_fill(out: Fact, x: Any, mask: Any, value: Any) -> Any:
+def _masked_fill(out: TensorInfo, x: Any, mask: Any, value: Any) -> Any:
     return op.Where(mask, cast(value, out.dtype), x)
 
 
 def _reduce(operator: str) -> Translation:
-    def translate(out: Fact, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    def translate(out: TensorInfo, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
         axes = None if dim in (None, []) else [dim] if isinstance(dim, int) else list(dim)
         return getattr(op, operator)(cast(x, out.dtype), axes, keepdims=int(keepdim))
 
     return translate
 
 
-def _any(_: Fact, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    return cast(_reduce("ReduceMax")(Fact(torch.int32, ()), x, dim, keepdim), torch.bool)
+def _any(_: TensorInfo, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    return cast(_reduce("ReduceMax")(TensorInfo(torch.int32, ()), x, dim, keepdim), torch.bool)
 
 
-def _cumsum(out: Fact, x: Any, dim: int, *, dtype: Any = None) -> Any:
+def _cumsum(out: TensorInfo, x: Any, dim: int, *, dtype: Any = None) -> Any:
     return op.CumSum(cast(x, out.dtype), dim)
 
 
-def _argmax(_: Fact, x: Any, dim: int, keepdim: bool = False) -> Any:
+def _argmax(_: TensorInfo, x: Any, dim: int, keepdim: bool = False) -> Any:
     return op.ArgMax(x, axis=dim, keepdims=int(keepdim))
 
 
-def _argsort(_: Fact, x: Any, dim: int = -1, descending: bool = False, **named: Any) -> Any:
+def _argsort(_: TensorInfo, x: Any, dim: int = -1, descending: bool = False, **named: Any) -> Any:
     """A stable sort: onnxruntime's TopK breaks ties by the lower index."""
     axis = dim % len(x.shape)
     _, index = op.TopK(x, op.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending), sorted=1)
     return index
 
 
-def _matmul(out: Fact, left: Any, right: Any) -> Any:
+def _matmul(out: TensorInfo, left: Any, right: Any) -> Any:
     return op.MatMul(left, right)
 
 
-def _linear(_: Fact, x: Any, weight: Any, bias: Any = None) -> Any:
+def _linear(_: TensorInfo, x: Any, weight: Any, bias: Any = None) -> Any:
     """weight: f[N, C]; a constant weight is stored transposed, see `Translator.transposed`."""
     product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
     return product if bias is None else op.Add(product, bias)
 
 
-def _addmm(out: Fact, bias: Any, left: Any, right: Any) -> Any:
+def _addmm(out: TensorInfo, bias: Any, left: Any, right: Any) -> Any:
     return op.Add(op.MatMul(left, right), bias)
 
 
 def _convolution(rank: int) -> Translation:
     def translate(
-        out: Fact,
+        out: TensorInfo,
         x: Any,
         weight: Any,
         bias: Any = None,
@@ -194,7 +194,7 @@ def _each(value: Any, rank: int) -> list[int]:
 
 
 def _layer_norm(
-    out: Fact, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+    out: TensorInfo, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
 ) -> Any:
     if out.dtype == torch.float64:
         return layer_norm(x, weight, bias, eps)
@@ -203,11 +203,11 @@ def _layer_norm(
     return op.LayerNormalization(x, weight, bias, axis=-len(shape), epsilon=eps)
 
 
-def _embedding(_: Fact, weight: Any, ids: Any, *rest: Any) -> Any:
+def _embedding(_: TensorInfo, weight: Any, ids: Any, *rest: Any) -> Any:
     return op.Gather(weight, ids, axis=0)
 
 
-def _attention(_: Fact, *args: Any, **named: Any) -> Any:
+def _attention(_: TensorInfo, *args: Any, **named: Any) -> Any:
     return attention(*args, **named)
 
 
@@ -220,7 +220,7 @@ _UNARY = {
 }  # fmt: skip
 
 
-def _not_equal(out: Fact, left: Any, right: Any) -> Any:
+def _not_equal(out: TensorInfo, left: Any, right: Any) -> Any:
     return op.Not(_compare("Equal")(out, left, right))
 
 

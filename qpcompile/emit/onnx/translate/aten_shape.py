@@ -16,14 +16,14 @@ import torch
 from onnxscript import opset21
 
 from qpcompile.emit.onnx.translate.aten import Translation
-from qpcompile.emit.onnx.translate.types import Fact, cast
+from qpcompile.emit.onnx.translate.types import TensorInfo, cast
 from qpcompile.errors import ExportError
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 aten = torch.ops.aten
 
 
-def _reshape(out: Fact, x: Any, shape: Any) -> Any:
+def _reshape(out: TensorInfo, x: Any, shape: Any) -> Any:
     sizes = list(shape)
     varying = [index for index, size in enumerate(sizes) if isinstance(size, ir.Value)]
     if len(varying) == 1 and -1 not in sizes:
@@ -31,13 +31,13 @@ def _reshape(out: Fact, x: Any, shape: Any) -> Any:
     return op.Reshape(x, sizes)
 
 
-def _flatten(out: Fact, x: Any, first: int = 0, last: int = -1) -> Any:
+def _flatten(out: TensorInfo, x: Any, first: int = 0, last: int = -1) -> Any:
     rank = len(x.shape)
     first, last = first % rank, last % rank
     return op.Reshape(x, [*_sizes(x, 0, first), -1, *_sizes(x, last + 1, rank)])
 
 
-def _unflatten(out: Fact, x: Any, dim: int, sizes: Sequence[Any]) -> Any:
+def _unflatten(out: TensorInfo, x: Any, dim: int, sizes: Sequence[Any]) -> Any:
     rank = len(x.shape)
     dim %= rank
     return _reshape(out, x, [*_sizes(x, 0, dim), *sizes, *_sizes(x, dim + 1, rank)])
@@ -54,71 +54,71 @@ def size_of(x: Any, axis: int) -> Any:
     return known if isinstance(known, int) else op.Squeeze(op.Shape(x, start=axis, end=axis + 1), [0])
 
 
-def _transpose(_: Fact, x: Any, first: int, second: int) -> Any:
+def _transpose(_: TensorInfo, x: Any, first: int, second: int) -> Any:
     order = list(range(len(x.shape)))
     order[first], order[second] = order[second], order[first]
     return op.Transpose(x, perm=order)
 
 
-def _permute(_: Fact, x: Any, dims: Sequence[int]) -> Any:
+def _permute(_: TensorInfo, x: Any, dims: Sequence[int]) -> Any:
     return op.Transpose(x, perm=[dim % len(dims) for dim in dims])
 
 
-def _unsqueeze(_: Fact, x: Any, dim: int) -> Any:
+def _unsqueeze(_: TensorInfo, x: Any, dim: int) -> Any:
     return op.Unsqueeze(x, [dim])
 
 
-def _squeeze(_: Fact, x: Any, dim: int) -> Any:
+def _squeeze(_: TensorInfo, x: Any, dim: int) -> Any:
     return op.Squeeze(x, [dim]) if x.shape[dim] == 1 else x
 
 
-def _expand(out: Fact, x: Any, sizes: Sequence[Any], **named: Any) -> Any:
+def _expand(out: TensorInfo, x: Any, sizes: Sequence[Any], **named: Any) -> Any:
     # ONNX broadcasts in both directions, so 1 keeps a size like -1 does in torch.
     return op.Expand(x, [1 if isinstance(size, int) and size == -1 else size for size in sizes])
 
 
-def _repeat(_: Fact, x: Any, times: Sequence[Any]) -> Any:
+def _repeat(_: TensorInfo, x: Any, times: Sequence[Any]) -> Any:
     return op.Tile(op.Reshape(x, [*[1] * (len(times) - len(x.shape)), *_sizes(x, 0, len(x.shape))]), list(times))
 
 
-def _repeat_interleave(out: Fact, x: Any, repeats: int, dim: int, **named: Any) -> Any:
+def _repeat_interleave(out: TensorInfo, x: Any, repeats: int, dim: int, **named: Any) -> Any:
     rank = len(x.shape)
     dim %= rank
     wide = op.Expand(op.Unsqueeze(x, [dim + 1]), [1] * (dim + 1) + [repeats] + [1] * (rank - dim - 1))
     return op.Reshape(wide, [*_sizes(x, 0, dim), -1, *_sizes(x, dim + 1, rank)])
 
 
-def _slice(_: Fact, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+def _slice(_: TensorInfo, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     begin, stop = 0 if start is None else start, 2**63 - 1 if end is None else end
     if (begin, stop, step) == (0, 2**63 - 1, 1):
         return x
     return op.Slice(x, [begin], [stop], [dim], [step])
 
 
-def _select(_: Fact, x: Any, dim: int, index: Any) -> Any:
+def _select(_: TensorInfo, x: Any, dim: int, index: Any) -> Any:
     return op.Gather(x, index, axis=dim)
 
 
-def _cat(out: Fact, parts: Sequence[Any], dim: int = 0) -> Any:
+def _cat(out: TensorInfo, parts: Sequence[Any], dim: int = 0) -> Any:
     # torch's cat accepts an empty vector (an empty cache) with tensors of any rank.
     full = [cast(part, out.dtype) for part in parts if list(part.shape) != [0]]
     return op.Concat(*full, axis=dim) if len(full) > 1 else full[0]
 
 
-def _stack(out: Fact, parts: Sequence[Any], dim: int = 0) -> Any:
+def _stack(out: TensorInfo, parts: Sequence[Any], dim: int = 0) -> Any:
     return op.Concat(*(op.Unsqueeze(cast(part, out.dtype), [dim]) for part in parts), axis=dim)
 
 
-def _split_with_sizes(_: Fact, x: Any, sizes: Sequence[int], dim: int = 0) -> Any:
+def _split_with_sizes(_: TensorInfo, x: Any, sizes: Sequence[int], dim: int = 0) -> Any:
     ends = list(accumulate(sizes))
     return tuple(op.Slice(x, [end - size], [end], [dim], [1]) for size, end in zip(sizes, ends, strict=True))
 
 
-def _split(_: Fact, x: Any, size: int, dim: int = 0) -> Any:
+def _split(_: TensorInfo, x: Any, size: int, dim: int = 0) -> Any:
     return _pieces(x, size, dim)
 
 
-def _chunk(_: Fact, x: Any, count: int, dim: int = 0) -> Any:
+def _chunk(_: TensorInfo, x: Any, count: int, dim: int = 0) -> Any:
     return _pieces(x, -(-_known(x, dim) // count), dim)
 
 
@@ -127,7 +127,7 @@ def _pieces(x: Any, size: int, dim: int) -> Any:
     return tuple(op.Slice(x, [at], [min(at + size, total)], [dim], [1]) for at in range(0, total, size))
 
 
-def _unbind(_: Fact, x: Any, dim: int = 0) -> Any:
+def _unbind(_: TensorInfo, x: Any, dim: int = 0) -> Any:
     return tuple(op.Gather(x, index, axis=dim) for index in range(_known(x, dim)))
 
 
@@ -138,15 +138,15 @@ def _known(x: Any, dim: int) -> int:
     return size
 
 
-def _gather(_: Fact, x: Any, dim: int, index: Any, **named: Any) -> Any:
+def _gather(_: TensorInfo, x: Any, dim: int, index: Any, **named: Any) -> Any:
     return op.GatherElements(x, index, axis=dim)
 
 
-def _index_select(_: Fact, x: Any, dim: int, index: Any) -> Any:
+def _index_select(_: TensorInfo, x: Any, dim: int, index: Any) -> Any:
     return op.Gather(x, index, axis=dim)
 
 
-def _index(_: Fact, x: Any, indices: Sequence[Any]) -> Any:
+def _index(_: TensorInfo, x: Any, indices: Sequence[Any]) -> Any:
     """x[i], x[:, i] or x[i, j, ...] with indices that broadcast."""
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     leading = len(given) == 1 or given[-1][0] == len(given) - 1
@@ -160,20 +160,20 @@ def _index(_: Fact, x: Any, indices: Sequence[Any]) -> Any:
     return op.GatherND(x, op.Concat(*spread, axis=-1))
 
 
-def _identity(_: Fact, x: Any, *rest: Any, **named: Any) -> Any:
+def _identity(_: TensorInfo, x: Any, *rest: Any, **named: Any) -> Any:
     return x
 
 
-def _to(out: Fact, x: Any, *rest: Any, **named: Any) -> Any:
+def _to(out: TensorInfo, x: Any, *rest: Any, **named: Any) -> Any:
     return cast(x, out.dtype)
 
 
-def _arange(out: Fact, start: Any, end: Any = None, step: Any = 1, **named: Any) -> Any:
+def _arange(out: TensorInfo, start: Any, end: Any = None, step: Any = 1, **named: Any) -> Any:
     bounds = (0, start) if end is None else (start, end)
     return op.Range(*(cast(bound, out.dtype) for bound in (*bounds, step)))
 
 
-def _full(out: Fact, sizes: Sequence[Any], value: Any) -> Any:
+def _full(out: TensorInfo, sizes: Sequence[Any], value: Any) -> Any:
     value = cast(value, out.dtype)
     return op.Expand(value, list(sizes)) if len(sizes) else value
 
@@ -190,7 +190,7 @@ def _filled_like(value: float) -> Translation:
     return lambda out, x, **named: op.Expand(cast(value, out.dtype), op.Shape(x))
 
 
-def _pad(out: Fact, x: Any, pads: Sequence[Any], value: float = 0) -> Any:
+def _pad(out: TensorInfo, x: Any, pads: Sequence[Any], value: float = 0) -> Any:
     axes = [-1 - index for index in range(len(pads) // 2)]
     return op.Pad(x, [*pads[0::2], *pads[1::2]], cast(value, out.dtype), axes)
 

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset21
 
-from qpcompile.emit.onnx.translate.types import Fact
+from qpcompile.emit.onnx.translate.types import TensorInfo
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -59,7 +59,7 @@ def layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
     return y if bias is None else op.Add(y, bias)
 
 
-def patch_convolution(out: Fact, x: Any, weight: Any, bias: Any, strides: Sequence[int]) -> Any:
+def patch_convolution(out: TensorInfo, x: Any, weight: Any, bias: Any, strides: Sequence[int]) -> Any:
     """x: f64[N, C, ...], weight: f64[D, C, *strides] -> f64[N, D, ...]: patches that do not overlap, as one matrix
     product (im2col).
 

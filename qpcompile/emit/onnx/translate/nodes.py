@@ -16,7 +16,7 @@ from onnxscript import evaluator, opset21
 from torch import fx
 
 from qpcompile.emit.onnx.record import Recorder
-from qpcompile.emit.onnx.translate.types import HALF, Fact, onnx_type
+from qpcompile.emit.onnx.translate.types import HALF, TensorInfo, onnx_type
 from qpcompile.emit.onnx.wrap import Part
 from qpcompile.errors import ExportError, QPCompileError
 from qpcompile.ir.edit import aten, get_tensor
@@ -33,7 +33,7 @@ def to_onnx(name: str, part: Part, examples: tuple[Feeds, Feeds], tables: Tables
 
     Args:
         examples: two sets of inputs in which every dynamic size has two values.
-        tables: translations of torch's operators (they take a Fact first) and of this project's.
+        tables: translations of torch's operators (they take a TensorInfo first) and of this project's.
     Raises ExportError for an operator without a translation.
     """
     first, second = (_run(name, part, example) for example in examples)
@@ -84,14 +84,14 @@ def _run(name: str, part: Part, example: Feeds) -> dict[fx.Node, Any]:
 
 def _fact(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return Fact(value.dtype, tuple((size, size) for size in value.shape))
+        return TensorInfo(value.dtype, tuple((size, size) for size in value.shape))
     return tuple(_fact(item) for item in value) if isinstance(value, (tuple, list)) else None
 
 
 def _merge(first: Any, second: Any) -> Any:
-    if isinstance(first, Fact):
+    if isinstance(first, TensorInfo):
         sizes = zip(first.sizes, second.sizes, strict=True)
-        return Fact(first.dtype, tuple((left[0], right[0]) for left, right in sizes))
+        return TensorInfo(first.dtype, tuple((left[0], right[0]) for left, right in sizes))
     return tuple(map(_merge, first, second)) if isinstance(first, tuple) else None
 
 
@@ -123,13 +123,13 @@ class _Translator:
         for path, node in zip(self.part.outputs, returned, strict=True):
             self._output(path, self._value(node), self.facts[node])
 
-    def _input(self, path: str, fact: Fact) -> ir.Value:
+    def _input(self, path: str, fact: TensorInfo) -> ir.Value:
         self._name_sizes(path, fact)
         value = ir.Value(name=path, type=ir.TensorType(onnx_type[fact.dtype]), shape=self._shape(fact))
         self.graph.inputs.append(value)
         return value
 
-    def _output(self, path: str, value: ir.Value, fact: Fact) -> None:
+    def _output(self, path: str, value: ir.Value, fact: TensorInfo) -> None:
         if value.producer() is None or value in self.graph.outputs:
             with evaluator.default_as(self.recorder):
                 value = self.recorder.copy(value)
@@ -170,14 +170,14 @@ class _Translator:
             result.dtype = onnx_type[fact.dtype] if fact else ir.DataType.INT64
             result.shape = self._shape(fact) if fact else ir.Shape(())
 
-    def _shape(self, fact: Fact) -> ir.Shape:
+    def _shape(self, fact: TensorInfo) -> ir.Shape:
         """Sizes as an ONNX shape. A dynamic size has the name of the input or output axis with the same size.
 
         onnxruntime would otherwise derive sizes as sums and products of each other, longer with every layer.
         """
         return ir.Shape([a if a == b else self.names.get((a, b)) for a, b in fact.sizes])
 
-    def _name_sizes(self, path: str, fact: Fact) -> None:
+    def _name_sizes(self, path: str, fact: TensorInfo) -> None:
         for (first, second), name in zip(fact.sizes, axis_names(path, len(fact.sizes)), strict=True):
             if first != second:
                 self.names.setdefault((first, second), name)

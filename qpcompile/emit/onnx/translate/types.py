@@ -38,7 +38,7 @@ onnx_type = _Types(
 
 
 @dataclass(frozen=True)
-class Fact:
+class TensorInfo:
     """Static knowledge about a tensor: its type, and its sizes in two runs on inputs of different sizes."""
 
     dtype: torch.dtype
