@@ -130,8 +130,12 @@ def infer(graph: Graph, node: fx.Node) -> None:
         return value
 
     # torch 2.11 supports matrix products of symbolic sizes in Python only.
-    with mode, enable_python_dispatcher():
-        node.meta["val"] = target(*map_nodes(node.args, fake), **map_nodes(node.kwargs, fake))
+    try:
+        with mode, enable_python_dispatcher():
+            node.meta["val"] = target(*map_nodes(node.args, fake), **map_nodes(node.kwargs, fake))
+    except Exception as error:
+        error.add_note(f"at {node.name} of the {graph.name} graph, a call of {target}")
+        raise
 
 
 def map_nodes(arguments: Any, function: Callable[[fx.Node], Any]) -> Any:

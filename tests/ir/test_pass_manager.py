@@ -9,7 +9,7 @@ import pytest
 from programs import program_of
 
 from qpcompile.errors import InvariantError
-from qpcompile.ir.edit import aten
+from qpcompile.ir.edit import aten, call
 from qpcompile.ir.pass_manager import PassRun, operator_counts, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.stages import Stage
@@ -88,3 +88,27 @@ def test_counts_name_plain_functions_too() -> None:
     program = program_of()
     counts = operator_counts(program)
     assert counts == {name: {"aten::relu": 1} for name in ("vision", "prefill", "decode")}
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """Inserts a transpose of axes that the value does not have."""
+
+    name: ClassVar[str] = "transpose"
+    purpose: ClassVar[str] = "Insert a transpose."
+    needs: ClassVar[Stage] = "captured"
+    gives: ClassVar[Stage] = "canonical"
+
+    def run(self, program: Program) -> bool:
+        graph = program.graphs["prefill"]
+        call(graph, graph.output_node, aten.transpose.int, graph.nodes[1], 0, 9)
+        return True
+
+
+def test_an_exception_inside_a_pass_names_pass_and_node() -> None:
+    with pytest.raises(IndexError) as error:
+        run_passes(program_of(), [Relu(), Transpose()])
+    assert error.value.__notes__ == [
+        "at transpose_int of the prefill graph, a call of aten.transpose.int",
+        "in the pass transpose, after relu",
+    ]
