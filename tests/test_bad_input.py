@@ -37,8 +37,11 @@ from qpcompile.errors import (
     RecipeError,
 )
 from qpcompile.files import staged_folder
+from qpcompile.ir.edit import clone
 from qpcompile.ir.measurements import Measurements
+from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
+from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import Machine
@@ -58,18 +61,21 @@ def tiny() -> Tiny:
 
 @pytest.fixture(scope="module")
 def program(tiny: Tiny) -> Program:
-    """The same model captured, once for all tests here."""
+    """The same model captured and canonical, once for all tests here."""
     model, cases = tiny
-    return capture(model, cases["one"], Recipe.load("none"))
+    program = capture(model, cases["one"], Recipe.load("none"))
+    run_passes(program, [Canonicalize()])
+    return program
 
 
 @pytest.fixture
 def captured(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compile` uses that capture. Its first passes find nothing to do the second time."""
+    """`compile` uses copies of that capture."""
 
     def instead(model: Any, sample: Any, recipe: Recipe) -> Program:
         plan = Plan(recipe=recipe, layers=program.plan.layers)
-        return replace(program, recipe=recipe, plan=plan, stage="captured", measured=Measurements(), history=[])
+        graphs = {name: clone(graph) for name, graph in program.graphs.items()}
+        return replace(program, graphs=graphs, recipe=recipe, plan=plan, measured=Measurements(), history=[])
 
     monkeypatch.setattr(pipeline, "capture", instead)
 
