@@ -332,9 +332,8 @@ def processor() -> str:
     text = Path("/proc/cpuinfo").read_text("utf-8")
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     flags = {name.strip(): value for name, value in fields.items()}
-    known = [
-        flag for flag in ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if flag in flags["flags"]
-    ]
+    telling = ("avx2", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    known = [flag for flag in telling if flag in flags["flags"].split()]
     return f"{flags['model name'].strip()} ({', '.join(known)})"
 
 

@@ -2,7 +2,8 @@
 
 A and B are the two shapes of a 0.5B-class model: a tower of 768 x 12, a decoder of 1024 x 24 with 16 heads and an MLP
 of 2816, 32,000 tokens, 576 visual tokens; A as LLaVA is built (CLIP tower), B as Qwen2-VL is (2,304 patches, merged by
-four; 4 key-value heads). `testbed` is the LLaVA testbed with its trained weights. The tiny ones are for tests.
+four; 4 key-value heads). C is a smaller LLaVA, for the comparison with the original (cpu_original.py). `testbed` is the
+LLaVA testbed with its trained weights. The tiny ones are for tests.
 """
 
 from dataclasses import dataclass, replace
@@ -57,12 +58,14 @@ _SMALL: dict[str, Any] = {"tower": 32, "tower_layers": 2, "tower_heads": 4, "wid
 _TINY: dict[str, Any] = {**_SMALL, "layers": 6, "vocabulary": 320, "text_tokens": 16}
 _GROWTH: dict[str, Any] = {"tower": 256, "tower_layers": 4, "tower_heads": 4, "width": 512, "heads": 8, "kv_heads": 2}
 _GROWTH |= {"mlp": 1408, "vocabulary": 8000}
+_SMALLER: dict[str, Any] = {"width": 768, "layers": 12, "heads": 12, "kv_heads": 12, "mlp": 2048}
 _TESTBED: dict[str, Any] = {"patch": 8, "vocabulary": 80, "image_token": 4, "text_tokens": 32}
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("A", "llava", 336),
         Shape("B", "qwen2_vl", 672, kv_heads=4),
+        Shape("C", "llava", 224, tower=384, tower_layers=4, tower_heads=6, **_SMALLER),
         Shape("testbed", "llava", 96, folder="tests/testbed/llava", layers=8, width=128, kv_heads=4, **_TESTBED),
         *(Shape(f"growth-{layers}", "qwen2_vl", 672, layers=layers, **_GROWTH) for layers in (4, 8, 16, 24)),
         Shape("tiny-A", "llava", 56, kv_heads=4, **_TINY),
