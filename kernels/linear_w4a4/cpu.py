@@ -60,13 +60,10 @@ def linear_w4a4(
     few = q.numel() <= (FEW_BEFORE_TILES if tiles else FEW_TOKENS) * q.shape[-1]
     if tiles and not few:
         return _on_tiles(*operands, residual)
-    if native_takes:
-        packed = few or native.library().level < VNNI
-        y = (
-            _from_packed(*operands)
-            if packed
-            else _from_codes(q, scale, native_codes(weight, q.shape[-1]), *operands[3:])
-        )
+    if native_takes and (few or native.library().level < VNNI):
+        y = _from_packed(*operands)
+    elif native_takes:
+        y = _from_codes(q, scale, native_codes(weight, q.shape[-1]), *operands[3:])
     else:
         y = linear_codes(q, scale, unpack_int4(weight, q.shape[-1]), *operands[3:], integer_product)
     return y if residual is None else y + residual
