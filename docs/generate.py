@@ -33,6 +33,8 @@ from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.pass_list import passes
+from qpcompile.pruning.pruner import Configurable
+from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.choices import METHODS, SOLVERS
 from qpcompile.recipe.messages import numeral
 from qpcompile.recipe.plan import Plan
@@ -135,6 +137,9 @@ def recipe_page() -> str:
     """docs/recipe.md: a table per section, the values that are files, and the presets."""
     parts = [RECIPE_HEAD, *_sections("", Recipe)]
     parts += _named_files("Pruning methods", "tokens.method", METHODS, "pruning.methods")
+    for name, method in PRUNERS.items():
+        if isinstance(method, Configurable):
+            parts += _sections(f"tokens.options of {name}", method.options)
     parts += _named_files("Weight solvers", "quantize.weights.solver", SOLVERS, "quantization.solvers")
     parts.append("## Presets\n")
     for name in preset_names():

@@ -31,7 +31,8 @@ from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
 from qpcompile.passes.insert_token_cuts import cut_prefill
 from qpcompile.progress import track
 from qpcompile.pruning.budget import ratio_fraction
-from qpcompile.pruning.methods.joint import Joint
+from qpcompile.pruning.methods.joint import Joint, JointOptions
+from qpcompile.pruning.pruner import options_of
 from qpcompile.pruning.schedules import SCHEDULE, Shares, cut_layers_of, schedules
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.quantization.fake_quant import StubRounding
@@ -69,7 +70,7 @@ class SearchSchedule:
                 where="tokens.keep_of",
                 do="write mean",
             )
-        count = min(self.count, tokens.trial_samples)
+        count = min(self.count, options_of(JointOptions, program.recipe).trial_samples)
         visual = _visual_tokens(program, itertools.islice(self.samples, COUNTED))
         trials = _Trials(program, schedules(tokens.keep, len(program.layers), visual))
         done = trials.restore(program.checkpoint, count)

@@ -34,7 +34,7 @@ from qpcompile.ir.pass_manager import PASS_RUNS, PassRun, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import check_layers
-from qpcompile.pruning.table import PRUNERS
+from qpcompile.pruning.table import PRUNERS, check_method
 from qpcompile.quantization.solve import needs_moments
 from qpcompile.recipe.plan import CalibrationUsed
 from qpcompile.recipe.recipe import Recipe
@@ -70,6 +70,7 @@ def compile(
     """
     tell_newer()
     recipe = Recipe.load(recipe)
+    check_method(recipe)
     with nullcontext() if resume is None else held_folder(resume) as progress:
         if isinstance(model, (str, PathLike)):
             model, processor = load_model(model, processor)
@@ -103,6 +104,7 @@ def compile_captured(
     program: Program, processor: Any, samples: Samples | None, after: Callable[[PassRun, Program], None] | None = None
 ) -> CompiledVLM:
     """Run all remaining passes on `program`, by its recipe; the compiled model takes ownership of it."""
+    check_method(program.recipe)
     check_layers(program.recipe, len(program.layers))
     listed = passes(samples or (), len(samples) if samples else 0)
     steps = [*(program.measured.get(PASS_RUNS) or ())]

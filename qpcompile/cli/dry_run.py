@@ -13,7 +13,9 @@ from qpcompile.errors import CalibrationError
 from qpcompile.ir.pass_manager import Pass
 from qpcompile.pass_list import passes
 from qpcompile.pipeline import needs_samples
-from qpcompile.pruning.pruner import check_layers
+from qpcompile.pruning.methods.joint import JointOptions
+from qpcompile.pruning.pruner import check_layers, options_of
+from qpcompile.pruning.table import check_method
 from qpcompile.quantization.solve import needs_moments
 from qpcompile.recipe.recipe import Recipe
 
@@ -33,6 +35,7 @@ def forecast(model: str | PathLike[str], recipe: Recipe, data: Path | None) -> F
     """Forecast a compile. Raises the errors that a compile would raise without reading weights."""
     config = read_config(model)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    check_method(recipe)
     check_layers(recipe, layers)
     samples = min(len(read_questions(data)), recipe.calibration.samples) if data else 0
     needs = needs_samples(recipe)
@@ -104,7 +107,7 @@ def _sensitivity(recipe: Recipe, samples: int) -> str:
 def _schedule(recipe: Recipe, samples: int) -> str:
     if recipe.tokens.method != "joint" or not samples:
         return NOTHING
-    tried = min(samples, recipe.tokens.trial_samples)
+    tried = min(samples, options_of(JointOptions, recipe).trial_samples)
     return f"{tried} samples, schedules with a mean of {recipe.tokens.keep:g}, quantized; successive halving"
 
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import floor
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from pydantic import ValidationError
 from torch import fx
 
-from qpcompile.errors import PlanError
+from qpcompile.errors import PlanError, RecipeError
 from qpcompile.ir.attention import Attention, read_attention
 from qpcompile.ir.edit import aten, call, calls, layer_of
 from qpcompile.ir.node_facts import NumeratorFact, set_fact
@@ -28,7 +29,9 @@ from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.rematerialize import readers_of, rematerialize
 from qpcompile.ir.shapes import same, value
+from qpcompile.recipe.messages import problems
 from qpcompile.recipe.plan import Cut, Sensitivity
+from qpcompile.recipe.quantize import Section
 from qpcompile.recipe.recipe import Recipe
 
 Operators = tuple[torch._ops.OpOverload, ...]
@@ -208,6 +211,38 @@ class Merger(Protocol):
     def merge(self, point: Point, scores: fx.Node) -> fx.Node:
         """The new residual stream f[B, N, C], before the drop; `scores` as returned by the method."""
         ...
+
+
+@runtime_checkable
+class Configurable(Protocol):
+    """A method with recipe keys of its own."""
+
+    options: ClassVar[type[Section]]
+    """The keys below `tokens.options`."""
+
+
+@runtime_checkable
+class RiskFuser(Protocol):
+    """A method that fuses the quantization risk into its score if the recipe asks for it (pruning/risk.py)."""
+
+    fuses_risk: ClassVar[Literal[True]]
+
+
+_Options = TypeVar("_Options", bound=Section)
+
+
+def options_of(section: type[_Options], recipe: Recipe) -> _Options:
+    """The recipe's `tokens.options` as a method declares them. Raises RecipeError for any other key or value."""
+    given = dict(recipe.tokens.options)
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        known = ", ".join(section.model_fields) or "none"
+        raise RecipeError(
+            "\n  ".join([f"{recipe.tokens.method} cannot use its options:", *problems(section, error, given)]),
+            where="tokens.options",
+            do=f"its own keys are {known}; others belong directly below tokens",
+        ) from error
 
 
 def attention_node(graph: Graph, layer: int) -> fx.Node:

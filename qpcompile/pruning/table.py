@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from qpcompile.pruning.pruner import Pruner
+from qpcompile.errors import RecipeError
+from qpcompile.pruning.pruner import Configurable, Pruner, RiskFuser, options_of
 from qpcompile.recipe.choices import METHODS
+from qpcompile.recipe.quantize import Section
+from qpcompile.recipe.recipe import Recipe
 
 
 def read_methods() -> dict[str, Pruner]:
@@ -14,3 +17,20 @@ def read_methods() -> dict[str, Pruner]:
 
 
 PRUNERS: dict[str, Pruner] = read_methods()
+
+
+class NoOptions(Section):
+    """The options of a method that has no keys of its own."""
+
+
+def check_method(recipe: Recipe) -> None:
+    """Raise RecipeError for options that the recipe's pruning method does not have, before anything is measured."""
+    method = PRUNERS.get(recipe.tokens.method)
+    options_of(method.options if isinstance(method, Configurable) else NoOptions, recipe)
+    if recipe.tokens.risk.fuse and not isinstance(method, RiskFuser):
+        able = ", ".join(name for name, each in PRUNERS.items() if isinstance(each, RiskFuser))
+        raise RecipeError(
+            f"the method {recipe.tokens.method} cannot fuse the risk into its score",
+            where="tokens.risk.fuse",
+            do=f"write false, or choose one of {able}",
+        )

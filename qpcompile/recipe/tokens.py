@@ -5,17 +5,36 @@ does not specify is a key too, with our default.
 """
 
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator, model_validator
 
+from qpcompile.nested import is_mapping
 from qpcompile.recipe.choices import Method
 from qpcompile.recipe.messages import impossible
-from qpcompile.recipe.quantize import MOST_SAMPLES, MOST_SEED, WIDEST, Section
+from qpcompile.recipe.quantize import MOST_SEED, WIDEST, Section
 
 MOST_LAYERS = 10_000
 LARGEST_WEIGHT, LEAST_WEIGHT = 1e6, 1e-6
 LayerList = Annotated[tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...], Field(strict=False, min_length=1)]
+
+
+def _pairs(given: Any) -> tuple[tuple[Any, Any], ...]:
+    """A mapping as pairs in one order: a recipe can be hashed."""
+    if not is_mapping(given):
+        raise ValueError("a mapping is needed")
+    return tuple(sorted(given.items(), key=lambda pair: str(pair[0])))
+
+
+OptionName = Annotated[str, Field(max_length=100)]
+OptionValue = bool | int | float | Annotated[str, Field(max_length=500)]
+Options = Annotated[
+    tuple[tuple[OptionName, OptionValue], ...],
+    Field(strict=False, max_length=100),
+    BeforeValidator(_pairs),
+    PlainSerializer(dict),
+    WithJsonSchema({"type": "object"}),
+]
 
 
 class ScoreWeights(Section):
@@ -38,10 +57,6 @@ class ScoreWeights(Section):
         return self
 
 
-RISK_FUSED = ("quota", "visionzip")
-"""Methods that optionally fuse the risk into their score; qapruner always does."""
-
-
 Metric = Literal[
     "complex",
     "complex_l1",
@@ -62,7 +77,7 @@ class RiskScheme(Section):
     """The 4-bit quantization risk of each visual token as a score: QAPruner."""
 
     fuse: bool = Field(
-        default=False, description="Fuse the risk into the scores of quota and visionzip too; qapruner always does."
+        default=False, description="Fuse the risk into the score of quota or visionzip; qapruner always does."
     )
     metric: Metric = Field(
         default="complex",
@@ -134,9 +149,6 @@ class TokenScheme(Section):
     )
     tail_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="auto: never cut in this last share of the layers."
-    )
-    trial_samples: int = Field(
-        default=128, ge=1, le=MOST_SAMPLES, description="joint: maximum number of samples for the schedule search."
     )
     temperature: float = Field(
         default=1.25,
@@ -224,6 +236,10 @@ class TokenScheme(Section):
         description="cdpruner, qapruner, trim: whether tokens similar to the question's text are relevant, or "
         "dissimilar ones.",
     )
+    options: Options = Field(
+        default=(),
+        description="Keys of the method's own, which its file declares; they are listed below with the methods.",
+    )
     risk: RiskScheme = Field(default=RiskScheme(), description="Quantization risk as a score.")
     position_mode: Literal["retain", "reindex"] = Field(
         default="retain", description="Kept tokens keep their positions, or are renumbered."
@@ -251,12 +267,6 @@ class TokenScheme(Section):
     @classmethod
     def _clip_ordered(cls, pair: tuple[float, float]) -> tuple[float, float]:
         return _ordered(pair, 1)
-
-    @model_validator(mode="after")
-    def _risk_has_a_score(self) -> Self:
-        if self.risk.fuse and self.method not in RISK_FUSED:
-            raise impossible({"risk.fuse": f"method is {self.method}; {', '.join(RISK_FUSED)} can fuse the risk"})
-        return self
 
     @model_validator(mode="after")
     def _something_cuts(self) -> Self:

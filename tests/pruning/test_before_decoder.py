@@ -25,6 +25,7 @@ from qpcompile.pass_list import passes
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.pruning.pruner import INPUT
+from qpcompile.pruning.table import check_method
 from qpcompile.recipe.plan import Cut
 
 Array = np.ndarray[Any, Any]
@@ -192,8 +193,10 @@ def test_dart_cuts_behind_the_second_layer_once() -> None:
 
 
 def test_risk_of_a_method_that_has_none_is_refused() -> None:
-    with pytest.raises(RecipeError, match="method is trim; quota, visionzip can fuse the risk"):
-        changed_recipe("none", "tokens.method=trim", "tokens.keep=0.5", "tokens.risk.fuse=true")
+    recipe = changed_recipe("none", "tokens.method=trim", "tokens.keep=0.5", "tokens.risk.fuse=true")
+    with pytest.raises(RecipeError, match="trim cannot fuse the risk") as caught:
+        check_method(recipe)
+    assert caught.value.do == "write false, or choose one of quota, visionzip"
 
 
 def test_golden_scores() -> None:

@@ -8,13 +8,17 @@ import pytest
 from programs import changed_recipe, program_of
 from toy_decoder import prefill_graph
 
+import qpcompile
+from qpcompile.errors import RecipeError
 from qpcompile.ir.operators import SELECT_TOKENS, SPECS
 from qpcompile.ir.program import Graph
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_token_cuts import cut_prefill
-from qpcompile.pruning.pruner import INPUT, TowerReader
-from qpcompile.pruning.table import PRUNERS
+from qpcompile.pruning.methods.joint import JointOptions
+from qpcompile.pruning.pruner import INPUT, TowerReader, options_of
+from qpcompile.pruning.table import PRUNERS, check_method
 from qpcompile.recipe.plan import Cut
+from qpcompile.recipe.recipe import Recipe
 from qpcompile.recipe.tokens import TokenScheme
 
 # Methods whose layers are otherwise measured, or have no default.
@@ -44,3 +48,21 @@ def test_a_method_names_the_operators_that_it_adds(method: str) -> None:
 def own_operators(graph: Graph) -> set[Any]:
     """The project's operators in a graph."""
     return {node.target for node in graph.nodes} & {spec.overload for spec in SPECS}
+
+
+def test_options_are_those_that_the_method_declares() -> None:
+    recipe = changed_recipe("joint-30", "tokens.options.trial_samples=32")
+    check_method(recipe)
+    assert options_of(JointOptions, recipe).trial_samples == 32
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    with pytest.raises(RecipeError, match=r"joint cannot use its options:\n  trial_samples: .*integer >= 1"):
+        check_method(changed_recipe("joint-30", "tokens.options.trial_samples=0"))
+    with pytest.raises(RecipeError, match=r"quota cannot use its options:\n  trial_samples: ") as caught:
+        check_method(changed_recipe("quota-30", "tokens.options.trial_samples=32"))
+    assert caught.value.where == "tokens.options" and "its own keys are none" in str(caught.value.do)
+    with pytest.raises(RecipeError, match=r"tokens\.options: given 3; allowed: a mapping"):
+        changed_recipe("joint-30", "tokens.options=3")
+    with pytest.raises(RecipeError, match=r"tokens\.options: given .*; allowed: a mapping"):
+        changed_recipe("joint-30", "tokens.options={trial_samples: [1]}")
+    with pytest.raises(RecipeError, match="joint cannot use its options"):
+        qpcompile.compile("no/such/folder", changed_recipe("joint-30", "tokens.options.other=1"))

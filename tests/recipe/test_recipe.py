@@ -72,7 +72,8 @@ def sections(data: Mapping[str, Any], at: str = "") -> list[str]:
     return [at, *(path for paths in inner for path in paths)]
 
 
-SECTIONS = sections(Recipe.load("quota-30").to_dict())
+# Keys of `tokens.options` are the method's (tests/pruning/test_table.py).
+SECTIONS = [each for each in sections(Recipe.load("quota-30").to_dict()) if each != "tokens.options."]
 
 
 @settings(max_examples=30)
@@ -231,7 +232,6 @@ def test_bad_value_is_refused_with_what_is_allowed(text: str, said: str) -> None
         ("quantize.ignore=['" + "x" * 501 + "']", "string of at most 500 characters"),
         (f"quantize.ignore=[{', '.join(['x'] * 1001)}]", "list of string of at most 500 characters, 1000 at most"),
         ("tokens.multiple_of=1000000000000000000000000000000", "integer >= 1 and <= 65536"),
-        ("tokens.trial_samples=18446744073709551616", "integer >= 1 and <= 1000000"),
         ("tokens.seed=9223372036854775808", "integer >= 0 and <= 9223372036854775807"),
         ("tokens.candidate_layers=[1, 10000]", "integer >= 0 and < 10000"),
         ("tokens.weights.inter=1e308", "number >= 0 and <= 1e+06"),

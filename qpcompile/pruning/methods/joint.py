@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from pydantic import Field
 from torch import fx
 
 from qpcompile.ir.operators import TOKEN_SCORES
@@ -21,7 +22,16 @@ from qpcompile.pruning.methods.cdpruner import CdPruner
 from qpcompile.pruning.pruner import INPUT, Operators, Point, Pruner, Schedule
 from qpcompile.pruning.queries import QUERIES, attention_from
 from qpcompile.pruning.schedules import SCHEDULE, cut_layers_of
+from qpcompile.recipe.quantize import MOST_SAMPLES, Section
 from qpcompile.recipe.recipe import Recipe
+
+
+class JointOptions(Section):
+    """Keys of `tokens.options` for `joint`."""
+
+    trial_samples: int = Field(
+        default=128, ge=1, le=MOST_SAMPLES, description="Maximum number of samples for the schedule search."
+    )
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Joint:
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (*CdPruner.operators, TOKEN_SCORES)
+    options: ClassVar[type[Section]] = JointOptions
     in_front: Pruner = field(default_factory=CdPruner)
 
     def profiles(self, recipe: Recipe) -> bool:

@@ -7,7 +7,7 @@ candidate rule are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
@@ -35,6 +35,7 @@ class Quota:
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (TOKEN_SCORES,)
+    fuses_risk: ClassVar[Literal[True]] = True
 
     def profiles(self, recipe: Recipe) -> bool:
         """Only if the layers to cut after are selected by measurement."""

@@ -12,7 +12,7 @@ are at index floor(j R / c) of the R others.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
@@ -34,6 +34,7 @@ class VisionZip:
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (ATTENTION_RECEIVED, SPREAD_TOKENS, MERGE_TOKENS)
+    fuses_risk: ClassVar[Literal[True]] = True
 
     def profiles(self, recipe: Recipe) -> bool:
         """Nothing is measured."""
