@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from programs import captured, changed_recipe, fresh
 
 import qpcompile
 from qpcompile.calibration.statistics import CALIBRATION
+from qpcompile.capture.samples import Samples
 from qpcompile.errors import OutputError
 from qpcompile.ir import checkpoint as checkpoints
 from qpcompile.ir.checkpoint import Checkpoint
@@ -21,6 +23,7 @@ from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.passes import quantize_weights
+from qpcompile.pipeline import checkpoint_key
 
 COUNT = 3
 MEASURED = (
@@ -109,10 +112,16 @@ def test_what_was_solved_is_not_solved_again(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(quantize_weights, "_solve", again)
     second = qpcompile.compile(model, recipe, calibration=samples, resume=tmp_path / "progress")
     assert second.plan == first.plan
-    with pytest.raises(OutputError, match="belongs to another model, recipe, calibration or version"):
-        qpcompile.compile(model, changed_recipe("w4a4kv4"), calibration=samples, resume=tmp_path / "progress")
-    with pytest.raises(OutputError, match="belongs to another"):
-        qpcompile.compile(model, recipe, calibration=[cases["longer"]], resume=tmp_path / "progress")
+
+
+def test_a_folder_of_another_compile_is_refused(tmp_path: Path) -> None:
+    _, cases, program = captured()
+    other = dataclasses.replace(program, recipe=changed_recipe("w4a4kv4"))
+    one, longer = (Samples([cases[name]], None, 1, 0) for name in ("one", "longer"))
+    Checkpoint.open(tmp_path, checkpoint_key(program, one))
+    for key in (checkpoint_key(other, one), checkpoint_key(program, longer), checkpoint_key(program, None)):
+        with pytest.raises(OutputError, match="belongs to another model, recipe, calibration or version"):
+            Checkpoint.open(tmp_path, key)
 
 
 def test_nothing_half_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from cpu_shapes import SHAPES
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("dtype", cpu_original.DTYPES, ids=str)
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=SLOW)], ids=str)
 def test_a_row_compares_both(dtype: torch.dtype) -> None:
     cells = cpu_original.row(SHAPES["tiny-A"], "w4a4kv4", dtype, rounds=1).strip("| ").split(" | ")
     assert cells[:2] == ["w4a4kv4", str(dtype).removeprefix("torch.")] and len(cells) == 8
