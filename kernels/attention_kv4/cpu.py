@@ -1,14 +1,14 @@
 """CPU attention on a 4-bit cache: two paths, chosen by the number of query rows that share a key.
 
-Many rows (prefill): dequantize K and V once, then attention over a whole prompt (kernels/attention), which holds no
-[Sq, S] matrix; in bfloat16 on AMX tiles, for which K and V are rounded to it, and by torch in the wider type elsewhere.
-Few rows (decode): the codes enter the products as integers, scale and zero point are applied to the small operand:
+Many rows (prefill): K and V are unpacked once. In bfloat16 with AMX tiles they are rounded to it (kernels/attention);
+elsewhere C multiplies blocks of rows in the wider type, and skips what the mask hides (prompt.inc).
+Few rows (decode): the codes are unpacked as they are read.
+In both, scale and zero point are applied to the small operand:
 
     q . k_s     = scale_s * (q . code_s - zero_s * sum(q))
     sum_s p_s v_s = sum_s (p_s * scale_s) code_s - sum_s p_s * scale_s * zero_s
 
-which saves the passes over the unpacked cache. It is one C call if the library is compiled. In torch it is 1.3 to 1.8
-times faster on one core with one row, for 640 tokens and more; from about 8 rows on, the fused attention wins.
+Without the library torch computes both; with one row that is 1.3 to 1.8 times faster on codes, for 640 tokens and more.
 """
 
 import torch
@@ -42,7 +42,8 @@ def attention_kv4(
     if filled is not None:
         k_codes, k_affine, v_codes, v_affine, mask = front(k_codes, k_affine, v_codes, v_affine, mask, filled)
     rows_per_key = q.shape[2] * (q.shape[1] // k_codes.shape[1])
-    if rows_per_key <= FEW_ROWS and native.takes(q, mask, k_affine, v_affine):
+    tiles = rows_per_key > FEW_ROWS and on_tiles(q, k_codes.shape[2], mask, scale)
+    if not tiles and native.takes(q, mask, k_affine, v_affine):
         return _native(q, k_codes, k_affine, v_codes, v_affine, mask, scale)
     attend = _attend_to_codes if rows_per_key <= FEW_ROWS else _attend_to_values
     return tokens_outside(attend(q, k_codes, k_affine, v_codes, v_affine, mask, scale)).to(q.dtype)
