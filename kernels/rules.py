@@ -101,13 +101,15 @@ FLOAT_TYPE = Scalar("one of f16, bf16, f32, f64", lambda value: isinstance(value
 class Relation:
     """A constraint between named values (see `Sizes`), in words; `operand` is the one reported.
 
-    Skipped if one of `names` is missing: an operand was left out, or a size has no hint.
+    Skipped if one of `names` is missing: an operand was left out, or a size has no hint. With `partial`, `holds` gets
+    None for those instead.
     """
 
     operand: str
     text: str
     names: tuple[str, ...]
     holds: Callable[..., bool]
+    partial: bool = False
 
 
 def multiple(operand: str, large: str, small: str) -> Relation:
@@ -286,7 +288,8 @@ class Rule:
                 raise self.refused(key, f"{key} is {described(tensor)}, but {size.text} is {wanted} and not {given}")
         for relation in self.relations:
             values = [example(sizes.get(name)) for name in relation.names]
-            if not any(value is None for value in values) and not relation.holds(*values):
+            whole = relation.partial or not any(value is None for value in values)
+            if whole and not relation.holds(*values):
                 given = ", ".join(f"{name} is {value}" for name, value in zip(relation.names, values, strict=True))
                 raise self.refused(relation.operand, f"{given}: {relation.text}")
 

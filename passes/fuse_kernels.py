@@ -1,14 +1,19 @@
-"""Fuse norm, gate, transform and quantizer chains, and rotary embeddings, into single operators.
+"""Fuse norms, activations, transforms, quantizers, residual adds and rotary embeddings into single operators.
 
-    rmsnorm [-> hadamard | * scale] -> quantize_int4        becomes  qpcompile::rmsnorm_quantize
-    layer_norm [-> hadamard | * scale] -> quantize_int4     becomes  qpcompile::layernorm_quantize
-    silu(gate) * up [-> hadamard | * scale] -> quantize_int4  becomes  qpcompile::silu_mul_quantize
-    x * cos + cat(-x2, x1) * sin                            becomes  qpcompile::rope
+    rmsnorm -> end                              becomes  qpcompile::rmsnorm_quantize
+    layer_norm -> end                           becomes  qpcompile::layernorm_quantize
+    silu(x), gelu(x), x * sigmoid(1.702 * x) [* up] -> end  becomes  qpcompile::activation_quantize
+    anything else -> end                        becomes  qpcompile::transform_quantize
+    linear_w4a4(...) + x                        becomes  qpcompile::linear_w4a4(..., x)
+    x * cos + cat(-x2, x1) * sin                becomes  qpcompile::rope
 
-The first three compute in one wider type and round once, to codes (kernels/sums.py): in float64 for float32 models,
-whose separate norms and products may differ in the last bit; in float32 for half precision, where the intermediate
-roundings to bfloat16 or float16 between norm, transform and quantizer disappear. Fused rotary embeddings are
-bit-identical for float32 models; half precision rounds once. A value with another reader is not fused.
+    end:  [-> kronecker | hadamard | * scale] [-> - shift] -> quantize_int4
+
+The first four compute in one wider type and round once before the transform and after it (kernels/sums.py): in float64
+for float32 models, whose separate norms and products may differ in the last bit; in float32 for half precision, where
+the intermediate roundings to bfloat16 or float16 disappear. A linear's result is rounded before the residual is added:
+the sum is bit-identical. Fused rotary embeddings are bit-identical for float32 models; half precision rounds once. A
+value with another reader is not fused.
 """
 
 from __future__ import annotations
@@ -24,16 +29,20 @@ from torch._ops import OpOverload
 from qpcompile.ir.edit import aten, call, calls, is_call, operands, tidy
 from qpcompile.ir.near_miss import NEAR_MISSES, NearMiss
 from qpcompile.ir.operators import (
+    ACTIVATION_QUANTIZE,
     HADAMARD,
+    KRONECKER,
     LAYERNORM_QUANTIZE,
+    LINEAR_W4A4,
     QUANTIZE_INT4,
     RMSNORM,
     RMSNORM_QUANTIZE,
     ROPE,
-    SILU_MUL_QUANTIZE,
+    TRANSFORM_QUANTIZE,
 )
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
+from qpcompile.kernels.activation_quantize.reference import SLOPE
 from qpcompile.stages import Stage
 
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +54,7 @@ class FuseKernels:
 
     name: ClassVar[str] = "fuse_kernels"
     purpose: ClassVar[str] = (
-        "Fuse norm, gate, transform and quantizer chains, and rotary embeddings, into single operators."
+        "Fuse norms, activations, transforms, quantizers, residual adds and rotary embeddings into single operators."
     )
     needs: ClassVar[Stage] = "quantized"
     gives: ClassVar[Stage] = "fused"
@@ -54,83 +63,172 @@ class FuseKernels:
         """Returns whether anything was fused; fills `program.measured[NEAR_MISSES]` with what was not, and why."""
         changed, missed = False, list[NearMiss]()
         for graph in program.graphs.values():
-            for rewrite, operators in ((_fuse, (QUANTIZE_INT4,)), (_fuse_rope, (aten.add.Tensor,))):
+            for rewrite, operators in REWRITES:
                 for node in list(calls(graph, *operators)):
-                    reason = rewrite(graph, node)
-                    changed |= reason is None
+                    fused, reason = rewrite(graph, node)
+                    changed |= fused is not None
                     if reason:
-                        missed.append(NearMiss(graph.name, node.name, reason))
+                        missed.append(NearMiss(graph.name, (fused or node).name, reason))
             tidy(graph)
         program.measured[NEAR_MISSES] = tuple(missed)
         return changed
 
 
-def _fuse(graph: Graph, quantize: fx.Node) -> str | None:
-    """Fuse a quantizer with its input's producer. Returns None on success, else the reason, "" for no near miss."""
-    x, group_size, clip_ratio = quantize.args
+@dataclass(frozen=True)
+class _Chain:
+    """A quantizer's input as transform(source); every value between them has one reader."""
+
+    source: fx.Node
+    scale: fx.Node | None = None
+    rotate: bool = False
+    left: fx.Node | None = None
+    right: fx.Node | None = None
+    shift: fx.Node | None = None
+
+    @property
+    def transform(self) -> tuple[Any, ...]:
+        """The first operands of an epilogue."""
+        return self.scale, self.rotate, self.left, self.right, self.shift
+
+
+def _fuse(graph: Graph, quantize: fx.Node) -> tuple[fx.Node | None, str]:
+    """Fuse a quantizer with what computes its input.
+
+    Returns (the fused node, why what computes the transform's input is not in it; "" for no near miss).
+    """
+    x, *transform, group_size, clip_ratio = quantize.args
     assert isinstance(x, fx.Node)
-    source, scale, rotate = _split_transform(x)
+    chain = _Chain(x, *transform) if transform else _chain(x)  # type: ignore[arg-type]
+    source = chain.source
     producer = _producer(source)
+    if len(source.users) > 1 and (not isinstance(producer, str) or _is_transform(source)):
+        producer = f"{source.name} has another reader"
+    elif value(source).dtype not in FUSED_TYPES and producer != "":
+        producer = f"{source.name} is {value(source).dtype}"
+    reason = ""
     if isinstance(producer, str):
-        return producer
-    for read in (x, source):
-        if len(read.users) > 1:
-            return f"{read.name} has another reader"
+        reason = producer
+        if transform or not any(chain.transform) or value(source).dtype not in FUSED_TYPES:
+            return None, reason
+        producer = TRANSFORM_QUANTIZE, (source,)
     operator, inputs = producer
-    new = call(graph, quantize, operator, *inputs, scale, rotate, group_size, clip_ratio, like=quantize)
+    new = call(graph, quantize, operator, *inputs, *chain.transform, group_size, clip_ratio, like=quantize)
     quantize.replace_all_uses_with(new)
     graph.module.graph.erase_node(quantize)
-    return None
+    return new, reason
+
+
+def _chain(x: fx.Node) -> _Chain:
+    """The transform before a quantizer of x."""
+    x, shift = _before_cast(x), None
+    if len(x.users) == 1 and (found := _by_vector(x, aten.sub.Tensor)):
+        x, shift = _before_cast(found[0]), found[1]
+    if len(x.users) == 1 and is_call(x, KRONECKER, HADAMARD):
+        source, scale, *factors = x.args
+        left, right = factors or (None, None)
+        return _Chain(_before_cast(source), scale, not factors, left, right, shift)  # type: ignore[arg-type]
+    if len(x.users) == 1 and (found := _by_vector(x, aten.mul.Tensor)):
+        return _Chain(_before_cast(found[0]), found[1], shift=shift)
+    return _Chain(x, shift=shift)
+
+
+def _is_transform(x: fx.Node) -> bool:
+    return is_call(x, KRONECKER, HADAMARD) or any(_by_vector(x, each) for each in (aten.sub.Tensor, aten.mul.Tensor))
+
+
+def _by_vector(x: fx.Node, operator: OpOverload) -> tuple[fx.Node, fx.Node] | None:
+    """The operands of a sum or product with a weight f32[C]; None for anything else."""
+    if not is_call(x, operator) or x.kwargs:
+        return None
+    source, vector = x.args
+    if not isinstance(source, fx.Node) or not isinstance(vector, fx.Node) or vector.op != "get_attr":
+        return None
+    sizes, tensor = value(source).shape, value(vector)
+    return (source, vector) if tensor.dtype == torch.float32 and list(tensor.shape) == list(sizes[-1:]) else None
+
+
+def _before_cast(x: fx.Node) -> fx.Node:
+    """The value that x is rounded from, if it is a cast between types that fused operators read."""
+    if len(x.users) == 1 and is_call(x, aten.to.dtype) and isinstance(source := x.args[0], fx.Node):
+        return source if {value(x).dtype, value(source).dtype} <= set(FUSED_TYPES) else x
+    return x
 
 
 def _producer(source: fx.Node) -> tuple[OpOverload, Sequence[Any]] | str:
     """(fused operator that starts with this node, its leading operands), or the reason why there is none."""
     if is_call(source, RMSNORM):
-        found = RMSNORM_QUANTIZE, source.args
-    elif is_call(source, aten.layer_norm.default):
+        return RMSNORM_QUANTIZE, source.args
+    if is_call(source, aten.layer_norm.default):
         norm = operands(source)
         if len(norm["normalized_shape"]) != 1:
             return f"{source.name} normalizes over more than the last axis"
         if norm["weight"] is None or norm["bias"] is None:
             return f"{source.name} has no weight or no bias"
-        found = LAYERNORM_QUANTIZE, [norm[name] for name in ("input", "weight", "bias", "eps")]
-    elif is_call(source, aten.mul.Tensor) and any(is_call(each, aten.silu.default) for each in source.args):
-        gate, up = source.args
-        if not is_call(gate, aten.silu.default) or len(gate.users) != 1:
-            gate, up = up, gate
-        if not is_call(gate, aten.silu.default) or len(gate.users) != 1:
-            return "the silu has another reader"
-        if not isinstance(up, fx.Node) or value(up).dtype != value(gate).dtype:
-            return f"{source.name} multiplies by something other than a tensor of the same type"
-        found = SILU_MUL_QUANTIZE, (gate.args[0], up)
-    else:
-        return ""
-    if value(source).dtype not in FUSED_TYPES:
-        return f"{source.name} is {value(source).dtype}"
-    return found
+        return LAYERNORM_QUANTIZE, [norm[name] for name in ("input", "weight", "bias", "eps")]
+    if found := _activation(source):
+        return ACTIVATION_QUANTIZE, (found[1], None, found[0])
+    return _gate(source) if is_call(source, aten.mul.Tensor) else ""
 
 
-def _split_transform(x: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
-    """(transform input, scale, whether it is rotated) of a quantizer's input."""
-    if is_call(x, HADAMARD):
-        source, scale = x.args
-        assert isinstance(source, fx.Node)
-        return source, scale if isinstance(scale, fx.Node) else None, True
-    if is_call(x, aten.mul.Tensor) and isinstance(x.args[1], fx.Node) and x.args[1].op == "get_attr":
-        source = x.args[0]
-        assert isinstance(source, fx.Node)
-        return source, x.args[1], False
-    return x, None, False
+def _gate(product: fx.Node) -> tuple[OpOverload, Sequence[Any]] | str:
+    """The same for f(x) * up, where f(x) has no other reader."""
+    reason = ""
+    for inner, up in (product.args, product.args[::-1]):
+        if not isinstance(inner, fx.Node) or (found := _activation(inner)) is None:
+            continue
+        if len(inner.users) > 1:
+            reason = f"{inner.name} has another reader"
+        elif not isinstance(up, fx.Node) or value(up).dtype != value(inner).dtype or not _same(value(up), value(inner)):
+            reason = f"{product.name} multiplies by something other than a tensor of the same type and sizes"
+        else:
+            return ACTIVATION_QUANTIZE, (found[1], up, found[0])
+    return reason
 
 
-def _fuse_rope(graph: Graph, add: fx.Node) -> str | None:
+def _activation(node: fx.Node) -> tuple[str, fx.Node] | None:
+    """(function of activation_quantize, its operand), if the node is one."""
+    if is_call(node, aten.silu.default):
+        return "silu", node.args[0]  # type: ignore[return-value]
+    if is_call(node, aten.gelu.default):
+        gelu = operands(node)
+        return "gelu_tanh" if gelu["approximate"] == "tanh" else "gelu", gelu["input"]
+    if is_call(node, aten.mul.Tensor):
+        for x, sigmoid in (node.args, node.args[::-1]):
+            inner = sigmoid.args[0] if is_call(sigmoid, aten.sigmoid.default) and len(sigmoid.users) == 1 else None  # type: ignore[union-attr]
+            if is_call(inner, aten.mul.Tensor) and len(inner.users) == 1 and tuple(inner.args) == (x, SLOPE):  # type: ignore[union-attr]
+                return "gelu_sigmoid", x  # type: ignore[return-value]
+    return None
+
+
+def _fuse_residual(graph: Graph, add: fx.Node) -> tuple[fx.Node | None, str]:
+    """Fuse an add into the epilogue of a linear on 4-bit codes. Returns as `_fuse_rope`."""
+    if len(add.args) != 2 or add.kwargs:
+        return None, ""
+    reason = ""
+    for y, x in (add.args, add.args[::-1]):
+        if not isinstance(y, fx.Node) or not is_call(y, LINEAR_W4A4) or len(y.args) > 6:
+            continue
+        if len(y.users) > 1:
+            reason = f"{y.name} has another reader"
+        elif not isinstance(x, fx.Node) or value(x).dtype != value(y).dtype or not _same(value(x), value(y)):
+            reason = f"{add.name} adds something other than a tensor of the same type and sizes"
+        else:
+            new = call(graph, add, LINEAR_W4A4, *y.args, x, like=y)
+            add.replace_all_uses_with(new)
+            graph.module.graph.erase_node(add)
+            graph.module.graph.erase_node(y)
+            return new, ""
+    return None, reason
+
+
+def _fuse_rope(graph: Graph, add: fx.Node) -> tuple[fx.Node | None, str]:
     """Fuse an add that is a rotary embedding, including the casts around it if it computes in float32.
 
-    Returns None on success, else the reason, "" for no near miss.
+    Returns (the fused node, why there is none; "" for no near miss).
     """
     found = _rotated_halves(add)
     if isinstance(found, str):
-        return found
+        return None, found
     x, cos, sin = found
     last, source = add, x
     if is_call(x, aten.to.dtype) and len(add.users) == 1:
@@ -139,10 +237,10 @@ def _fuse_rope(graph: Graph, add: fx.Node) -> str | None:
         if is_call(after, aten.to.dtype) and value(after).dtype == value(before).dtype:
             last, source = after, before
     if value(source).dtype not in FUSED_TYPES or value(last).dtype != value(source).dtype:
-        return f"{source.name} is {value(source).dtype}, {last.name} {value(last).dtype}"
+        return None, f"{source.name} is {value(source).dtype}, {last.name} {value(last).dtype}"
     new = call(graph, last, ROPE, source, cos, sin, like=last)
     last.replace_all_uses_with(new)
-    return None
+    return new, ""
 
 
 def _rotated_halves(add: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | str:
@@ -189,3 +287,11 @@ def _is_half(node: Any, x: fx.Node, start: int, stop: int) -> bool:
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return [str(size) for size in one.shape] == [str(size) for size in other.shape]
+
+
+REWRITES = (
+    (_fuse, (QUANTIZE_INT4, TRANSFORM_QUANTIZE)),
+    (_fuse_rope, (aten.add.Tensor,)),
+    (_fuse_residual, (aten.add.Tensor,)),
+)
+"""Each rewrite, and the operators at which its pattern ends."""

@@ -20,19 +20,23 @@ from torch import fx
 from qpcompile.ir.convolutions import CONVOLUTIONS, cuts_patches
 from qpcompile.ir.edit import aten, call, calls, tidy
 from qpcompile.ir.operators import (
+    ACTIVATION_QUANTIZE,
     LAYERNORM_QUANTIZE,
     QUANTIZE_INT4,
     QUANTIZE_INT4_STATIC,
     RMSNORM,
     RMSNORM_QUANTIZE,
     SEGMENT_ATTENTION,
-    SILU_MUL_QUANTIZE,
+    TRANSFORM_QUANTIZE,
 )
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.stages import Stage
 
-QUANTIZERS = (QUANTIZE_INT4, QUANTIZE_INT4_STATIC, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, SILU_MUL_QUANTIZE)
+QUANTIZERS = (
+    *(QUANTIZE_INT4, QUANTIZE_INT4_STATIC, TRANSFORM_QUANTIZE),
+    *(RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, ACTIVATION_QUANTIZE),
+)
 
 # Reductions, and functions that math libraries approximate differently. Plain arithmetic is the same everywhere.
 SUMS = (

@@ -28,19 +28,11 @@ def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
     return rotate(x, scale, left.to(x.device), right.to(x.device))
 
 
-def transform(x: Tensor, scale: Tensor | None, rotated: bool, wide: torch.dtype | None = None) -> Tensor:
-    """The transform of activations before quantization. x: f32[..., C], scale: f32[C] -> f32[..., C].
+def rotate(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype | None = None) -> Tensor:
+    """x: f[..., A*c], left: f32[A, A], right: f32[c, c] -> x.dtype[..., A*c], left @ x[A, c] @ right per token.
 
     wide: the accumulation type, if x was computed from a tensor of another type.
     """
-    if rotated:
-        left, right = factors(x.shape[-1])
-        return rotate(x, scale, left.to(x.device), right.to(x.device), wide)
-    return x if scale is None else x * scale
-
-
-def rotate(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype | None = None) -> Tensor:
-    """x: f[..., A*c], left: f32[A, A], right: f32[c, c] -> x.dtype[..., A*c], left @ x[A, c] @ right per token."""
     wide = wide or wide_type(x)
     values = x.float() if scale is None else x.float() * scale
     blocks = values.to(wide).reshape(-1, left.shape[0], right.shape[0])

@@ -33,17 +33,26 @@ CUT = tl.constexpr(-(1 << 13))
 
 @dataclass(frozen=True)
 class Tiling:
-    """The register tile of a program: f32[tokens * outer * middle, inner]; several tokens only without outer."""
+    """The register tile of a program: f32[tokens * outer * middle, inner]; several tokens only without outer.
+
+    part_filled: the rows of a token that hold channels; 0: all. most_warps: more would have too few registers.
+    """
 
     channels: int
     tokens: int
     parts: int
     outer: int
     middle: int
+    part_filled: int = 0
+    most_warps: int = 16
+
+    @property
+    def filled(self) -> int:
+        return self.part_filled or self.outer * self.middle
 
     @property
     def inner(self) -> int:
-        return self.channels // (self.parts * self.outer * self.middle)
+        return self.channels // (self.parts * self.filled)
 
     @property
     def pad(self) -> int:
@@ -55,7 +64,7 @@ class Tiling:
 
     @property
     def warps(self) -> int:
-        return min(max(self.rows * self.pad // 1024, 2), 16)
+        return min(max(self.rows * self.pad // 1024, 2), self.most_warps)
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:

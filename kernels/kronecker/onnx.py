@@ -13,10 +13,13 @@ def kronecker(x: Any, scale: Any, left: Any, right: Any) -> Any:
 
     The rank and type of `x` and the shapes of the factors must be known.
     """
-    leading = [0] * (len(x.shape) - 1)
     values = op.Cast(x, to=ir.DataType.FLOAT)
-    values = values if scale is None else op.Mul(values, scale)
-    sides = [left.shape[0], right.shape[0]]
+    return op.Cast(changed(values if scale is None else op.Mul(values, scale), left, right, x.shape), to=x.dtype)
+
+
+def changed(values: Any, left: Any, right: Any, shape: Any) -> Any:
+    """values: f32[..., A*c] of the given shape -> f32[..., A*c]."""
+    leading, sides = [0] * (len(shape) - 1), [left.shape[0], right.shape[0]]
     values, left, right = (op.Cast(each, to=ir.DataType.DOUBLE) for each in (values, left, right))
     values = op.MatMul(left, op.MatMul(op.Reshape(values, [*leading, *sides]), right))
-    return op.Cast(op.Reshape(values, [*leading, x.shape[-1]]), to=x.dtype)
+    return op.Cast(op.Reshape(values, [*leading, shape[-1]]), to=ir.DataType.FLOAT)

@@ -4,36 +4,30 @@ import torch
 from torch import Tensor
 
 from qpcompile.kernels.layernorm_quantize.rule import RULE
-from qpcompile.kernels.native import library as native
-from qpcompile.kernels.quantize_int4.cpu import Quantizer
 from qpcompile.kernels.sums import by_rows, wide_type
+from qpcompile.kernels.transform_quantize.cpu import quantized, readable, row_plan
+from qpcompile.kernels.transform_quantize.reference import Epilogue, EpilogueArguments
 
 
 @RULE.checked
 def layernorm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    transform_scale: Tensor | None,
-    rotate: bool,
-    group_size: int,
-    clip_ratio: float,
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *epilogue: *EpilogueArguments
 ) -> tuple[Tensor, Tensor]:
-    """x: f[..., C], weight, bias: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
-    run = _native if native.takes(x, weight, bias, transform_scale) and weight.dtype == bias.dtype else _torch
-    return run(x, weight, bias, eps, Quantizer(transform_scale, rotate, group_size, clip_ratio))
+    """x: f[..., C], weight, bias: f[C] -> q: i8[..., C], scale: f32[..., G]."""
+    end = Epilogue(*epilogue)
+    run = _native if readable(end, x, weight, bias) and weight.dtype == bias.dtype else _torch
+    return run(x, weight, bias, eps, end)
 
 
 def _native(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, quantizer: Quantizer, level: int | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, end: Epilogue, level: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    return quantizer.plan("layernorm", x, level, weight=weight, bias=bias, constant=eps).quantized(x)
+    return row_plan("layernorm", x, end, level, weight=weight, bias=bias, constant=eps).quantized(x)
 
 
-def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, end: Epilogue) -> tuple[Tensor, Tensor]:
     def piece(x: Tensor) -> tuple[Tensor, ...]:
-        return quantizer.quantized(layernorm(x, weight, bias, eps), wide_type(x))
+        return quantized(layernorm(x, weight, bias, eps), end, x)
 
     q, scale = by_rows(piece, x)
     return q, scale

@@ -5,8 +5,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset21
 
-from qpcompile.kernels.hadamard.onnx import transform
-from qpcompile.kernels.quantize_int4.onnx import quantize_values
+from qpcompile.kernels.transform_quantize.onnx import quantized
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -18,10 +17,13 @@ def layernorm_quantize(
     eps: float,
     transform_scale: Any,
     rotate: bool,
+    left: Any,
+    right: Any,
+    shift: Any,
     group_size: int,
     clip_ratio: float,
 ) -> tuple[Any, Any]:
-    """x: f[..., C], weight, bias: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
+    """x: f[..., C], weight, bias: f[C] -> q: i8[..., C], scale: f32[..., G]."""
     assert x.shape is not None
     values = op.Cast(x, to=ir.DataType.DOUBLE)
     values = op.Sub(values, op.ReduceMean(values, [-1], keepdims=1))
@@ -29,4 +31,4 @@ def layernorm_quantize(
     floor = op.Constant(value=ir.tensor(eps, dtype=ir.DataType.DOUBLE))
     values = op.Mul(op.Div(values, op.Sqrt(op.Add(mean, floor))), op.Cast(weight, to=ir.DataType.DOUBLE))
     values = op.Cast(op.Add(values, op.Cast(bias, to=ir.DataType.DOUBLE)), to=ir.DataType.FLOAT)
-    return quantize_values(transform(values, transform_scale, rotate, x.shape), x.shape, group_size, clip_ratio)
+    return quantized(values, x.shape, transform_scale, rotate, left, right, shift, group_size, clip_ratio)

@@ -1,31 +1,21 @@
-"""Fused layer normalization, activation transform and 4-bit quantization: a composition of three references.
+"""Fused layer normalization, online transform and 4-bit quantization: a composition of two references.
 
-    y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias;   (q, scale) = quantize_int4(transform(y))
+    y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias;   (q, scale) = transform_quantize(y)
 
 Source: Layer Normalization, section 3, arXiv 1607.06450.
 """
 
 from torch import Tensor
 
-from qpcompile.kernels.hadamard.reference import transform
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
 from qpcompile.kernels.sums import wide_type
+from qpcompile.kernels.transform_quantize.reference import Epilogue, EpilogueArguments
 
 
 def layernorm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    transform_scale: Tensor | None,
-    rotate: bool,
-    group_size: int,
-    clip_ratio: float,
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *epilogue: *EpilogueArguments
 ) -> tuple[Tensor, Tensor]:
-    """x: f[..., C], weight, bias: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
-    return quantize_int4(
-        transform(layernorm(x, weight, bias, eps), transform_scale, rotate, wide_type(x)), group_size, clip_ratio
-    )
+    """x: f[..., C], weight, bias: f[C] -> q: i8[..., C], scale: f32[..., G]."""
+    return Epilogue(*epilogue).quantized(layernorm(x, weight, bias, eps), wide_type(x))
 
 
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

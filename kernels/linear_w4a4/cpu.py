@@ -66,7 +66,16 @@ def linear_w4a4(
         y = _from_codes(q, scale, native_codes(weight, q.shape[-1]), *operands[3:])
     else:
         y = linear_codes(q, scale, unpack_int4(weight, q.shape[-1]), *operands[3:], integer_product)
-    return y if residual is None else y + residual
+    return y if residual is None else _sum(y, residual)
+
+
+def _sum(y: Tensor, residual: Tensor) -> Tensor:
+    """y + residual, in C where it has the type: a decode step that is recorded consists of calls in C."""
+    if not native.takes(y, residual) or y.dtype == torch.float16:
+        return y + residual
+    total = torch.empty(y.shape, dtype=y.dtype)
+    native.call("add", y, residual.contiguous(), total)
+    return total
 
 
 def _from_packed(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript import opset21
 
 from qpcompile.kernels.linear_w4a4.placeholder import (
     add_bias_and_cast,
@@ -17,6 +18,7 @@ from qpcompile.kernels.linear_w4a4.placeholder import (
     placeholder_op,
 )
 
+op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 NAME = "LinearW4A4"
 ZERO_POINT = 8
 
@@ -25,7 +27,7 @@ _linear_w4a4: Any = placeholder_op(
 )
 
 
-def linear_w4a4(q: Any, scale: Any, weight: Any, weight_scale: Any, bias: Any, dtype: int) -> Any:
+def linear_w4a4(q: Any, scale: Any, weight: Any, weight_scale: Any, bias: Any, dtype: int, residual: Any = None) -> Any:
     """The exporter's translation: one placeholder, which `lower` replaces. K, the groups and the rank must be known."""
     known = {
         "in_features": q.shape[-1],
@@ -35,7 +37,8 @@ def linear_w4a4(q: Any, scale: Any, weight: Any, weight_scale: Any, bias: Any, d
         "dtype": int(dtype),
     }
     inputs = (q, scale, weight, weight_scale) if bias is None else (q, scale, weight, weight_scale, bias)
-    return _linear_w4a4(*inputs, **known)
+    y = _linear_w4a4(*inputs, **known)
+    return y if residual is None else op.Add(y, residual)
 
 
 def lower(model: ir.Model) -> None:

@@ -19,7 +19,7 @@ def linear_w4a4(
 ) -> Tensor:
     """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N].
 
-    residual: dtype[..., N], added to the rounded y; used in bound graphs only (runtime/residual_epilogue.py).
+    residual: dtype[..., N], added to the rounded y (passes/fuse_kernels.py).
     """
     return cpu.linear_w4a4(q, scale, weight, weight_scale, bias, dtype, residual)
 

@@ -37,7 +37,7 @@ typedef struct {
     const void *weight, *bias;
     const float *scale, *left, *right, *shift;
     const uint16_t *tiles; /* of kronecker/amx.inc: the factors for AMX, or NULL */
-    const float *gates;    /* of silu_mul_quantize/cpu.inc: a gate's value for each bfloat16, f32[65536], or NULL */
+    const float *gates;    /* of activation_quantize/cpu.inc: a function's value for each bfloat16, f32[65536], or NULL */
     double constant;
     float clip;
     int kind;           /* an index into rows_of, of `enum kind` */
@@ -45,7 +45,7 @@ typedef struct {
     int weight_element; /* of weight and bias */
     int rounded;        /* BFLOAT16: intermediate results are rounded as between the graph's operators */
 } rows_plan;
-enum kind { PLAIN, RMSNORM, LAYERNORM, SILU_MUL, SILU_THEN_MUL, SIGMOID_MUL };
+enum kind { PLAIN, RMSNORM, LAYERNORM, SILU, GELU, GELU_TANH, GELU_SIGMOID, SILU_THEN_MUL, SIGMOID_MUL };
 
 /* Rounds to bfloat16 precision, to nearest even. */
 INLINE void round_row(float *values, int element, long n) {

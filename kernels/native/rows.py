@@ -18,11 +18,12 @@ from qpcompile.kernels.native.cells import ELEMENTS, OTHER
 from qpcompile.kernels.native.library import call, library
 from qpcompile.kernels.quantize_int4.reference import group_count
 
-Kind = Literal["plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul"]
-KINDS: tuple[Kind, ...] = ("plain", "rmsnorm", "layernorm", "silu_mul", "silu_then_mul", "sigmoid_mul")
-"""In the order of rows_of in rows.inc."""
-GATES: tuple[Kind, ...] = ("silu_mul", "silu_then_mul", "sigmoid_mul")
+Gate = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu_then_mul", "sigmoid_mul"]
+Kind = Literal["plain", "rmsnorm", "layernorm"] | Gate
+GATES: tuple[Gate, ...] = ("silu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu_then_mul", "sigmoid_mul")
 """Kinds that start with an elementwise function, which is a table lookup for bfloat16."""
+KINDS: tuple[Kind, ...] = ("plain", "rmsnorm", "layernorm", *GATES)
+"""In the order of rows_of in rows.inc."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,36 +3,26 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.native import library as native
-from qpcompile.kernels.quantize_int4.cpu import Quantizer
 from qpcompile.kernels.rmsnorm_quantize.rule import RULE
 from qpcompile.kernels.sums import by_rows, wide_type
+from qpcompile.kernels.transform_quantize.cpu import quantized, readable, row_plan
+from qpcompile.kernels.transform_quantize.reference import Epilogue, EpilogueArguments
 
 
 @RULE.checked
-def rmsnorm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    transform_scale: Tensor | None,
-    rotate: bool,
-    group_size: int,
-    clip_ratio: float,
-) -> tuple[Tensor, Tensor]:
-    """x: f[..., C], weight: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
-    run = _native if native.takes(x, weight, transform_scale) else _torch
-    return run(x, weight, eps, Quantizer(transform_scale, rotate, group_size, clip_ratio))
+def rmsnorm_quantize(x: Tensor, weight: Tensor, eps: float, *epilogue: *EpilogueArguments) -> tuple[Tensor, Tensor]:
+    """x: f[..., C], weight: f[C] -> q: i8[..., C], scale: f32[..., G]."""
+    end = Epilogue(*epilogue)
+    return (_native if readable(end, x, weight) else _torch)(x, weight, eps, end)
 
 
-def _native(
-    x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer, level: int | None = None
-) -> tuple[Tensor, Tensor]:
-    return quantizer.plan("rmsnorm", x, level, weight=weight, constant=eps).quantized(x)
+def _native(x: Tensor, weight: Tensor, eps: float, end: Epilogue, level: int | None = None) -> tuple[Tensor, Tensor]:
+    return row_plan("rmsnorm", x, end, level, weight=weight, constant=eps).quantized(x)
 
 
-def _torch(x: Tensor, weight: Tensor, eps: float, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+def _torch(x: Tensor, weight: Tensor, eps: float, end: Epilogue) -> tuple[Tensor, Tensor]:
     def piece(x: Tensor) -> tuple[Tensor, ...]:
-        return quantizer.quantized(rmsnorm(x, weight, eps), wide_type(x))
+        return quantized(rmsnorm(x, weight, eps), end, x)
 
     q, scale = by_rows(piece, x)
     return q, scale

@@ -1,30 +1,19 @@
-"""Fused RMS normalization, activation transform and 4-bit quantization: a composition of three references.
+"""Fused RMS normalization, online transform and 4-bit quantization: a composition of two references.
 
-    y = x / sqrt(mean(x^2) + eps) * weight;   (q, scale) = quantize_int4(transform(y))
+    y = x / sqrt(mean(x^2) + eps) * weight;   (q, scale) = transform_quantize(y)
 
 Source: Root Mean Square Layer Normalization, section 3, arXiv 1910.07467.
 """
 
 from torch import Tensor
 
-from qpcompile.kernels.hadamard.reference import transform
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
 from qpcompile.kernels.sums import wide_type
+from qpcompile.kernels.transform_quantize.reference import Epilogue, EpilogueArguments
 
 
-def rmsnorm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    transform_scale: Tensor | None,
-    rotate: bool,
-    group_size: int,
-    clip_ratio: float,
-) -> tuple[Tensor, Tensor]:
-    """x: f[..., C], weight: f[C], transform_scale: f32[C] -> q: i8[..., C], scale: f32[..., G]."""
-    return quantize_int4(
-        transform(rmsnorm(x, weight, eps), transform_scale, rotate, wide_type(x)), group_size, clip_ratio
-    )
+def rmsnorm_quantize(x: Tensor, weight: Tensor, eps: float, *epilogue: *EpilogueArguments) -> tuple[Tensor, Tensor]:
+    """x: f[..., C], weight: f[C] -> q: i8[..., C], scale: f32[..., G]."""
+    return Epilogue(*epilogue).quantized(rmsnorm(x, weight, eps), wide_type(x))
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

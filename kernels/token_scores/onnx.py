@@ -6,7 +6,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset21
 
-from qpcompile.kernels.hadamard.onnx import transform
+from qpcompile.kernels.hadamard.onnx import rotated
 from qpcompile.kernels.quantize_int4.onnx import quantize_values
 from qpcompile.kernels.token_scores.normalize import EPSILON, LIMIT, MAD_TO_SIGMA
 from qpcompile.kernels.token_scores.onnx_attention import attention_terms
@@ -71,7 +71,7 @@ def _without_sinks(tensor: Any, counted: Any, sink: float) -> Any:
 
 def _residual(values: Any, shape: ir.Shape, rotate: bool, group_size: int, clip_ratio: float, relative: bool) -> Any:
     """values: f32[B, S, C] of the given shape -> f32[B, S]."""
-    values = transform(values, None, rotate, shape)
+    values = rotated(values, shape) if rotate else values
     codes, scale = quantize_values(values, shape, group_size, clip_ratio)
     codes = op.Cast(codes, to=ir.DataType.FLOAT)
     if groups := group_size and shape[-1] // group_size:

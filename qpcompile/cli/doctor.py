@@ -180,7 +180,8 @@ def needed_operators(recipe: Recipe) -> list[str]:
     if scheme.transform != "none":
         needed.append("hadamard" if scheme.transform == "hadamard" else "kronecker")
     if scheme.weights.bits == 4:
-        four = ["quantize_int4", "linear_w4a4", "rmsnorm_quantize", "layernorm_quantize", "silu_mul_quantize"]
+        four = ["quantize_int4", "transform_quantize", "rmsnorm_quantize", "layernorm_quantize", "activation_quantize"]
+        four += ["linear_w4a4"]
         needed += four if scheme.activations.bits == 4 else ["linear_w4a16"]
     if scheme.head_bits == 8:
         needed.append("linear_w8a16")

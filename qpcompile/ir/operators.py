@@ -14,6 +14,7 @@ SPECS: tuple[Spec, ...] = read_specs()
 
 # Operators referred to by passes.
 ours = torch.ops.qpcompile
+ACTIVATION_QUANTIZE = ours.activation_quantize.default
 ATTENTION_KV4 = ours.attention_kv4.default
 ATTENTION_RECEIVED = ours.attention_received.default
 DPP_SELECT = ours.dpp_select.default
@@ -40,12 +41,12 @@ RMSNORM_QUANTIZE = ours.rmsnorm_quantize.default
 ROPE = ours.rope.default
 SEGMENT_ATTENTION = ours.segment_attention.default
 SELECT_TOKENS = ours.select_tokens.default
-SILU_MUL_QUANTIZE = ours.silu_mul_quantize.default
 SPREAD_TOKENS = ours.spread_tokens.default
 TEXT_RELEVANCE = ours.text_relevance.default
 SIMULATE_KIVI = ours.simulate_kivi.default
 SIMULATE_QVLM = ours.simulate_qvlm.default
 TOKEN_SCORES = ours.token_scores.default
+TRANSFORM_QUANTIZE = ours.transform_quantize.default
 
 # Ours, and those of torch's that would repeat an operand where it is too short, or divide by no heads.
 RULES: dict[object, Rule] = {

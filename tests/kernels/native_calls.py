@@ -112,7 +112,7 @@ def change_tiles_amx() -> Arguments:
 
 def rows() -> Arguments:
     tensors = {"x": torch.randn(3, 24), "second": torch.randn(3, 24), "q": _i8(3, 24), "scale": torch.rand(3, 2)}
-    return {**tensors, "y": None, "rows": 3, **_plan(kind=3)}
+    return {**tensors, "y": None, "rows": 3, **_plan(kind=7)}
 
 
 def norm_rows() -> Arguments:

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.epilogues import CHANGES, arguments_of, epilogue_of
 from torch import Tensor
 
+from qpcompile.kernels.activation_quantize import cpu as activation_cpu
+from qpcompile.kernels.activation_quantize import reference as activations
 from qpcompile.kernels.attention_kv4 import cpu as attention_cpu
 from qpcompile.kernels.attention_kv4 import reference as attention
 from qpcompile.kernels.hadamard import cpu as hadamard_cpu
@@ -21,16 +24,16 @@ from qpcompile.kernels.linear_w4a4 import cpu as linear_cpu
 from qpcompile.kernels.linear_w4a4 import reference as linear
 from qpcompile.kernels.linear_w4a4.packing import pack_int4, unpack_int4
 from qpcompile.kernels.native import library as native
-from qpcompile.kernels.native.rows import Kind, RowPlan
+from qpcompile.kernels.native.rows import RowPlan
 from qpcompile.kernels.quantize_int4 import cpu as quantize_cpu
 from qpcompile.kernels.quantize_int4 import reference as quantize
 from qpcompile.kernels.rmsnorm_quantize import cpu as rmsnorm_cpu
 from qpcompile.kernels.rmsnorm_quantize import reference as rmsnorm
 from qpcompile.kernels.rope import cpu as rope_cpu
 from qpcompile.kernels.rope import reference as rope
-from qpcompile.kernels.silu_mul_quantize import cpu as silu_cpu
-from qpcompile.kernels.silu_mul_quantize import reference as silu
 from qpcompile.kernels.sums import wide_type
+from qpcompile.kernels.transform_quantize import cpu as transform_cpu
+from qpcompile.kernels.transform_quantize.reference import Epilogue
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.library().problem or "compiled")
 LEVELS = range(native.library().level + 1)
@@ -41,6 +44,14 @@ HALF_NEAR = 1e-4
 FEW, MANY = (0, 1, 2, 5, 15, 16, 17), (1, 15, 16, 17, 33, 70)
 # (batch, query heads, key heads, queries, keys, head size)
 CACHES = [(1, 1, 1, 1, 1, 1), (2, 6, 2, 1, 63, 33), (1, 4, 4, 2, 17, 7), (2, 6, 2, 2, 66, 16), (1, 4, 1, 1, 257, 64)]
+# Prompts, with more query rows than keys are unpacked for one by one.
+CACHES += [
+    (1, 2, 2, 9, 9, 7),
+    (2, 6, 2, 33, 66, 16),
+    (1, 3, 1, 50, 131, 33),
+    (1, 1, 1, 40, 40, 64),
+    (2, 2, 1, 17, 5, 1),
+]
 levels = pytest.mark.parametrize("level", LEVELS, ids=[native.LEVELS[level] for level in LEVELS])
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -84,30 +95,32 @@ def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], values:
 @levels
 @both
 @pytest.mark.parametrize(("tokens", "channels", "group_size"), ROWS)
-@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_rows_are_the_reference(
-    tokens: int, channels: int, group_size: int, rotate: bool, scaled: bool, dtype: torch.dtype, level: int
+    tokens: int, channels: int, group_size: int, change: str, scaled: bool, dtype: torch.dtype, level: int
 ) -> None:
     torch.manual_seed(tokens + channels)
     x, up = (torch.randn(2, tokens, channels) * 5).to(dtype)
     x[:1] = 0
     weight, bias = torch.randn(2, channels).to(dtype)
-    scale = torch.rand(channels) + 0.5 if scaled else None
-    rest = (scale, rotate, group_size, 0.9)
-    values = {
-        "rms": rmsnorm.rmsnorm(x, weight, 1e-5),
-        "layer": layernorm.layernorm(x, weight, bias, 1e-5),
-        "silu": silu.silu_mul(x, up),
-    }
-    values = {name: hadamard.transform(each, scale, rotate, wide_type(x)) for name, each in values.items()}
-    quantizer = quantize_cpu.Quantizer(*rest)
-    found = rmsnorm_cpu._native(x, weight, 1e-5, quantizer, level=level)
-    agree(found, rmsnorm.rmsnorm_quantize(x, weight, 1e-5, *rest), values["rms"], dtype)
-    found = layernorm_cpu._native(x, weight, bias, 1e-5, quantizer, level=level)
-    agree(found, layernorm.layernorm_quantize(x, weight, bias, 1e-5, *rest), values["layer"], dtype)
-    found = silu_cpu._native(x, up, quantizer, level=level)
-    agree(found, silu.silu_mul_quantize(x, up, *rest), values["silu"], dtype)
+    end = epilogue_of(channels, change, scaled=scaled, shifted=scaled, group_size=group_size)
+    rest = arguments_of(end)
+
+    def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], values: Tensor) -> None:
+        agree(found, expected, end.transformed(values, wide_type(x)), dtype)
+
+    found = transform_cpu._native(x, end, level=level)
+    check(found, end.quantized(x.float(), wide_type(x)), x.float())
+    found = rmsnorm_cpu._native(x, weight, 1e-5, end, level=level)
+    check(found, rmsnorm.rmsnorm_quantize(x, weight, 1e-5, *rest), rmsnorm.rmsnorm(x, weight, 1e-5))
+    found = layernorm_cpu._native(x, weight, bias, 1e-5, end, level=level)
+    expected = layernorm.layernorm_quantize(x, weight, bias, 1e-5, *rest)
+    check(found, expected, layernorm.layernorm(x, weight, bias, 1e-5))
+    for function, gate in ((function, gate) for function in activations.FUNCTIONS for gate in (None, up)):
+        found = activation_cpu._native(x, gate, function, end, level=level)
+        expected = activations.activation_quantize(x, gate, function, *rest)
+        check(found, expected, activations.activation(x, gate, function))
 
 
 @levels
@@ -267,18 +280,6 @@ def test_quotients_at_ties_round_as_divisions_do(clip: float, level: int) -> Non
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("as_graph", [False, True])
-@pytest.mark.parametrize("kind", ["silu_mul", "silu_then_mul", "sigmoid_mul"])
-def test_gates_of_many_rows_are_those_of_one(kind: Kind, as_graph: bool) -> None:
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).view(16, 4096)
-    second = None if kind == "sigmoid_mul" else torch.randn(4096).bfloat16().expand(16, -1)
-    plan = RowPlan(kind, torch.bfloat16, 4096, constant=1.702, as_graph=as_graph)
-    found = plan.stored(every, second)
-    for row in range(16):
-        one = plan.stored(every[row : row + 1], None if second is None else second[row : row + 1])
-        torch.testing.assert_close(found[row : row + 1], one, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.skipif(not native.library().amx, reason="this processor has no AMX tiles")
 def test_tiles_leave_those_of_others_alone() -> None:
     # oneDNN multiplies bfloat16 and int8 on the same tiles.
@@ -304,7 +305,14 @@ def test_cache_and_attention_are_the_reference(case: tuple[int, ...], dtype: tor
     q = torch.randn(batch, rows, heads, size).to(dtype).transpose(1, 2)
     allowed = torch.rand(batch, 1, rows, keys) < 0.7
     allowed[0, :, 0] = False
-    masks = [None, allowed, torch.where(allowed, 0.0, -torch.inf).to(dtype), torch.randn(batch, heads, rows, keys)]
+    causal = torch.arange(keys) <= torch.arange(rows)[:, None] + max(keys - rows, 0)
+    masks = [
+        None,
+        causal[None, None],
+        allowed,
+        torch.where(allowed, 0.0, -torch.inf).to(dtype),
+        torch.randn(batch, heads, rows, keys),
+    ]
     for mask in masks:
         found = attention_cpu._native(q, *cache, mask, 0.3, level)
         wanted = attention.attention_kv4(q, *cache, mask, 0.3)
@@ -336,7 +344,7 @@ def test_threads_give_the_same_bits(two_threads: Callable[[int], None]) -> None:
     results = []
     for threads in (1, 2):
         two_threads(threads)
-        q, scale = rmsnorm_cpu._native(x, x[0], 1e-5, quantize_cpu.Quantizer(None, True, 0, 1.0))
+        q, scale = rmsnorm_cpu._native(x, x[0], 1e-5, Epilogue(rotate=True))
         many = linear_cpu.linear_w4a4(q, scale, weight, torch.ones(700, 1), None, torch.float32)
         few = linear_cpu.linear_w4a4(q[:4], scale[:4], weight, torch.ones(700, 1), None, torch.float32)
         k = write_cpu._native(cache)
@@ -346,23 +354,9 @@ def test_threads_give_the_same_bits(two_threads: Callable[[int], None]) -> None:
 
 def test_a_token_is_the_same_in_every_batch() -> None:
     x = torch.randn(33, 768)
-    together = rmsnorm_cpu._native(x, x[0], 1e-5, quantize_cpu.Quantizer(None, True, 0, 1.0))
-    alone = [rmsnorm_cpu._native(each, x[0], 1e-5, quantize_cpu.Quantizer(None, True, 0, 1.0)) for each in x.split(1)]
+    together = rmsnorm_cpu._native(x, x[0], 1e-5, Epilogue(rotate=True))
+    alone = [rmsnorm_cpu._native(each, x[0], 1e-5, Epilogue(rotate=True)) for each in x.split(1)]
     assert torch.equal(together[0], torch.cat([q for q, _ in alone]))
-
-
-@levels
-def test_what_graphs_spell_out_rounds_where_they_do(level: int) -> None:
-    gate, up = torch.randn(2, 9, 100)
-    product = torch.nn.functional.silu(gate.double()).float() * up
-    assert torch.equal(RowPlan("silu_then_mul", torch.float32, 100, level=level).stored(gate, up), product)
-    soft = gate * torch.sigmoid((gate * 1.702).double()).float()
-    plan = RowPlan("sigmoid_mul", torch.float32, 100, constant=1.702, level=level)
-    assert torch.equal(plan.stored(gate), soft)
-    shift = torch.randn(100)
-    found = RowPlan("plain", torch.float32, 100, shift=shift, factors=True, level=level).quantized(gate)
-    expected = quantize.quantize_int4(hadamard.hadamard(gate) - shift)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_nan_stays_nan() -> None:
@@ -375,8 +369,8 @@ def test_nan_stays_nan() -> None:
 
 def test_not_contiguous() -> None:
     x, weight = torch.randn(48, 5, 2).transpose(0, 2), torch.randn(96)[::2]
-    found = rmsnorm_cpu._native(x, weight, 1e-5, quantize_cpu.Quantizer(None, False, 0, 1.0))
-    expected = rmsnorm.rmsnorm_quantize(x.contiguous(), weight.contiguous(), 1e-5, None, False, 0, 1.0)
+    found = rmsnorm_cpu._native(x, weight, 1e-5, Epilogue())
+    expected = rmsnorm.rmsnorm_quantize(x.contiguous(), weight.contiguous(), 1e-5, *arguments_of(Epilogue()))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     q, packed = codes(96, 5).T, pack_int4(codes(14, 96))[::2]
     ones = torch.ones(10, 1)[::2], torch.ones(1, 7).T
@@ -393,6 +387,7 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
 def test_without_a_library_everything_runs_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: native.Library(None, "none", 0, False, False, {}))
     x, weight = torch.randn(3, 96), torch.randn(96)
-    found = rmsnorm_cpu.rmsnorm_quantize(x, weight, 1e-5, None, True, 0, 1.0)
-    expected = rmsnorm.rmsnorm_quantize(x, weight, 1e-5, None, True, 0, 1.0)
+    rest = arguments_of(Epilogue(rotate=True))
+    found = rmsnorm_cpu.rmsnorm_quantize(x, weight, 1e-5, *rest)
+    expected = rmsnorm.rmsnorm_quantize(x, weight, 1e-5, *rest)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

@@ -208,6 +208,6 @@ def test_weights_of_rows_are_refused(level: int) -> None:
         with pytest.raises(KernelError, match=f"qp_rows: {name} "):
             plan.stored(x)
     with pytest.raises(KernelError, match="qp_rows: second "):
-        RowPlan("silu_mul", torch.float32, 64, level=level).stored(x, x[:1])
+        RowPlan("silu", torch.float32, 64, level=level).stored(x, x[:1])
     with pytest.raises(KernelError, match="qp_rows: channels is 0"):
         RowPlan("plain", torch.float32, 0, level=level).quantized(torch.empty(2, 0))

@@ -39,11 +39,17 @@ def cache() -> tuple[Tensor, Tensor]:
     return kv4_write(real(B, HKV, S, D))
 
 
+def epilogue() -> tuple[Any, ...]:
+    """Everything that an epilogue may have, but for the rotation."""
+    return real(C), False, real(3, 3), real(4, 4), real(C), 4, 0.9
+
+
 VISUAL, VALID, TEXT = flags(1, 2, 3), flags(*range(S)), flags(4, 5)
 BUDGET = torch.full((B,), 2)
 SEGMENTS = torch.tensor([0, 2, S])
 
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "activation_quantize": lambda: (real(B, ROWS, C), real(B, ROWS, C), "gelu", *epilogue()),
     "attention_kv4": lambda: (real(B, H, ROWS, D), *cache(), *cache(), None, 0.3, torch.tensor([S])),
     "attention_received": lambda: (real(B, H, S, D), real(B, HKV, S, D), None, 0.3, False),
     "dpp_select": lambda: (real(B, S, C), real(B, S).abs(), VISUAL, BUDGET),
@@ -55,7 +61,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "kv4_write": lambda: (real(B, HKV, S, D),),
     "kv8_read": lambda: (*kv8_write(real(B, HKV, S, D)), torch.float32),
     "kv8_write": lambda: (real(B, HKV, S, D),),
-    "layernorm_quantize": lambda: (real(B, ROWS, C), real(C), real(C), 1e-6, real(C), True, 4, 0.9),
+    "layernorm_quantize": lambda: (real(B, ROWS, C), real(C), real(C), 1e-6, *epilogue()),
     "linear_w4a16": lambda: (real(B, ROWS, C), *packed(), real(N)),
     "linear_w4a4": lambda: (*quantize_int4(real(B, ROWS, C)), *packed(), real(N), torch.float32, real(B, ROWS, N)),
     "linear_w8a16": lambda: (real(B, ROWS, C), torch.ones(N, C, dtype=torch.int8), real(N, 1), real(N)),
@@ -66,11 +72,10 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "quantize_int4": lambda: (real(B, ROWS, C), 4, 0.9),
     "quantize_int4_static": lambda: (real(B, ROWS, C), real(B, ROWS, 1).abs()),
     "rmsnorm": lambda: (real(B, ROWS, C), real(C), 1e-6),
-    "rmsnorm_quantize": lambda: (real(B, ROWS, C), real(C), 1e-6, real(C), True, 4, 0.9),
+    "rmsnorm_quantize": lambda: (real(B, ROWS, C), real(C), 1e-6, *epilogue()),
     "rope": lambda: (real(B, H, S, D), real(1, S, D), real(1, S, D)),
     "segment_attention": lambda: (real(1, H, S, D), real(1, HKV, S, D), real(1, HKV, S, 7), SEGMENTS, 0.3),
     "select_tokens": lambda: (real(B, S), 3, BUDGET),
-    "silu_mul_quantize": lambda: (real(B, ROWS, C), real(B, ROWS, C), real(C), True, 4, 0.9),
     "simulate_kivi": lambda: (real(B, HKV, S, D), 15, True),
     "simulate_qvlm": lambda: (real(B, ROWS, C), -real(C).abs(), real(C).abs()),
     "spread_tokens": lambda: (real(B, S), VISUAL, BUDGET, 0.5),
@@ -79,4 +84,5 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(real(B, S, C), real(B, S, C), real(B, H, S, D), real(B, HKV, S, D), None, 0.3, VISUAL, VALID, TEXT),
         *([1.0, 0.5, 1.0, 2.0], "percentile", 1.0, 99.0, True, True, 4, 1.0, True, 3.0),
     ),
+    "transform_quantize": lambda: (real(B, ROWS, C), *epilogue()),
 }

@@ -15,10 +15,18 @@ from toy_decoder import HIDDEN, Mlp, Norm, decode_graph, prefill_graph, toy_feed
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import calls
 from qpcompile.ir.near_miss import NEAR_MISSES
-from qpcompile.ir.operators import LAYERNORM_QUANTIZE, QUANTIZE_INT4, RMSNORM_QUANTIZE, ROPE, SILU_MUL_QUANTIZE
+from qpcompile.ir.operators import (
+    ACTIVATION_QUANTIZE,
+    KRONECKER,
+    LAYERNORM_QUANTIZE,
+    QUANTIZE_INT4,
+    RMSNORM_QUANTIZE,
+    TRANSFORM_QUANTIZE,
+)
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.text import graph_text
+from qpcompile.kernels.linear_w4a4.packing import pack_int4
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.fold_transforms import FoldTransforms
 from qpcompile.passes.fuse_kernels import FuseKernels
@@ -64,7 +72,7 @@ def quantized(graph: Graph, *settings: str) -> Program:
 
 
 def fused(graph: Graph) -> tuple[int, int]:
-    return len(list(calls(graph, RMSNORM_QUANTIZE))), len(list(calls(graph, SILU_MUL_QUANTIZE)))
+    return len(list(calls(graph, RMSNORM_QUANTIZE))), len(list(calls(graph, ACTIVATION_QUANTIZE)))
 
 
 def test_golden(apply: Apply) -> None:
@@ -77,7 +85,7 @@ graph prefill of model
 %0 = input x : f32[B, S0, 8]
 # norm
 @norm.weight : f32[8]
-%1 = qpcompile::rmsnorm_quantize(%0, @norm.weight, 1e-06, None, True, 0, 1.0) : (i8[B, S0, 8], f32[B, S0, 1])
+%1 = qpcompile::rmsnorm_quantize(%0, @norm.weight, 1e-06, None, True, None, None, None, 0, 1.0) : (i8[B, S0, 8], f32[B, S0, 1])
 %2 = operator.getitem(%1, 0) : i8[B, S0, 8]
 %3 = operator.getitem(%1, 1) : f32[B, S0, 1]
 # layers.0
@@ -88,7 +96,7 @@ graph prefill of model
 @layers.0.up_proj.weight_scale : f32[12, 1]
 %5 = qpcompile::linear_w4a4(%2, %3, @layers.0.up_proj.weight_packed, @layers.0.up_proj.weight_scale, None, f32) : f32[B, S0, 12]
 # top
-%6 = qpcompile::silu_mul_quantize(%4, %5, None, True, 0, 1.0) : (i8[B, S0, 12], f32[B, S0, 1])
+%6 = qpcompile::activation_quantize(%4, %5, 'silu', None, True, None, None, None, 0, 1.0) : (i8[B, S0, 12], f32[B, S0, 1])
 %7 = operator.getitem(%6, 0) : i8[B, S0, 12]
 %8 = operator.getitem(%6, 1) : f32[B, S0, 1]
 # layers.0
@@ -143,9 +151,9 @@ def test_another_reader_keeps_them_apart(apply: Apply, kind: str, left: tuple[in
     program = quantized(graph, f"quantize.transform={transform}")
     expected = run(graph, **TOKENS)["y"]
     apply(program, FuseKernels())
-    assert fused(graph) == left and len(list(calls(graph, QUANTIZE_INT4))) == 1
-    assert [miss.graph for miss in program.measured[NEAR_MISSES]] == ["prefill"]
-    assert program.measured[NEAR_MISSES][0].reason.endswith("has another reader")
+    assert fused(graph) == left and len(list(calls(graph, QUANTIZE_INT4, TRANSFORM_QUANTIZE))) == 1
+    miss = program.measured[NEAR_MISSES][0]
+    assert miss.graph == "prefill" and miss.reason.endswith("has another reader")
     assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
 
 
@@ -175,7 +183,7 @@ def test_a_layer_norm_is_fused(apply: Apply, transform: str) -> None:
     expected = run(graph, **TOKENS)["y"]
     assert apply(program, FuseKernels())
     (node,) = calls(graph, LAYERNORM_QUANTIZE)
-    assert node.args[3:] == (1e-3, None, transform == "hadamard", 0, 1.0)
+    assert node.args[3:] == (1e-3, None, transform == "hadamard", None, None, None, 0, 1.0)
     assert not list(calls(graph, QUANTIZE_INT4))
     assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
 
@@ -191,9 +199,10 @@ def test_a_layer_norm_is_fused(apply: Apply, transform: str) -> None:
 def test_other_layer_norms_stay_apart(apply: Apply, kind: str, reason: str) -> None:
     graph = traced(LayerNormed(kind), TOKENS)
     program = quantized(graph)
-    assert not apply(program, FuseKernels())
-    (quantize,) = calls(graph, QUANTIZE_INT4)
-    assert [miss.node for miss in program.measured[NEAR_MISSES]] == [quantize.name]
+    assert apply(program, FuseKernels())
+    assert not list(calls(graph, LAYERNORM_QUANTIZE))
+    (quantize,) = calls(graph, TRANSFORM_QUANTIZE)
+    assert program.measured[NEAR_MISSES][0].node == quantize.name
     assert program.measured[NEAR_MISSES][0].reason.endswith(reason)
 
 
@@ -221,81 +230,101 @@ def test_other_types_stay_apart(apply: Apply) -> None:
     assert {miss.reason.split(" is ")[1] for miss in program.measured[NEAR_MISSES]} == {"torch.float64"}
 
 
+class Chain(nn.Module):
+    """What presets put before a quantizer: norm or activation, learned factors, centring, in one order of operands."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.norm = kind, Norm()
+        for name, sizes in {"left": (2, 2), "right": (4, 4), "shift": (8,), "scale": (8,)}.items():
+            self.register_buffer(name, torch.randn(sizes))
+        self.register_buffer("weight", pack_int4(torch.randint(-8, 8, (12, 8)).to(torch.int8)))
+        self.register_buffer("weight_scale", torch.rand(12, 1))
+
+    def source(self, x: Tensor) -> Tensor:
+        functional = nn.functional
+        return {
+            "norm": lambda: self.norm(x),
+            "silu": lambda: functional.silu(x),
+            "gated, up first": lambda: (x + 1) * functional.silu(x),
+            "gelu": lambda: functional.gelu(x),
+            "tanh gelu, gated": lambda: functional.gelu(x, approximate="tanh") * (x + 1),
+            "quick gelu": lambda: x * torch.sigmoid(1.702 * x),
+            "other slope": lambda: x * torch.sigmoid(1.7 * x),
+            "gated by a row": lambda: functional.silu(x) * x[:, :1],
+            "sum": lambda: x + 1,
+        }.get(self.kind.removesuffix(", scaled").removesuffix(", read twice"), lambda: self.norm(x))()
+
+    def forward(self, x: Tensor) -> Tensor:
+        ours = torch.ops.qpcompile
+        source = self.source(x)
+        if self.kind.endswith("scaled"):
+            moved = source * self.scale
+        else:
+            moved = ours.kronecker(source, None, self.left, self.right)
+        q, step = ours.quantize_int4(moved - self.shift, 0, 0.9)
+        y = ours.linear_w4a4(q, step, self.weight, self.weight_scale, None, x.dtype)
+        return y + moved.sum() if self.kind.endswith("read twice") else y
+
+
+CHAINS = {
+    "norm": (RMSNORM_QUANTIZE, None),
+    "norm, scaled": (RMSNORM_QUANTIZE, None),
+    "silu": (ACTIVATION_QUANTIZE, "silu"),
+    "gated, up first": (ACTIVATION_QUANTIZE, "silu"),
+    "gelu": (ACTIVATION_QUANTIZE, "gelu"),
+    "tanh gelu, gated": (ACTIVATION_QUANTIZE, "gelu_tanh"),
+    "quick gelu": (ACTIVATION_QUANTIZE, "gelu_sigmoid"),
+    "other slope": (TRANSFORM_QUANTIZE, None),
+    "gated by a row": (TRANSFORM_QUANTIZE, None),
+    "sum": (TRANSFORM_QUANTIZE, None),
+    "norm, read twice": (TRANSFORM_QUANTIZE, None),
+}
+"""The operator that each chain becomes, and its function."""
+
+
+def chained(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Program, Graph, dict[str, Tensor]]:
+    feeds = {"x": TOKENS["x"].to(dtype)}
+    module = Chain(kind)
+    module.norm.to(dtype)
+    program = program_of(traced(module, feeds))
+    # Not by `run_passes`: operators of later stages would be refused.
+    Canonicalize().run(program)
+    program.stage = "quantized"
+    return program, program.graphs["prefill"], feeds
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_what_presets_emit_is_one_operator(apply: Apply, kind: str) -> None:
+    program, graph, feeds = chained(kind)
+    expected = run(graph, **feeds)["y"]
+    assert apply(program, FuseKernels())
+    operator, function = CHAINS[kind]
+    (node,) = calls(graph, operator)
+    assert function is None or node.args[2] == function
+    assert not list(calls(graph, QUANTIZE_INT4, KRONECKER)) or kind.endswith("read twice")
+    assert relative(run(graph, **feeds)["y"], expected) < LAST_BIT
+    reasons = [miss.reason for miss in program.measured[NEAR_MISSES]]
+    assert bool(reasons) == kind.endswith(("read twice", "by a row"))
+    assert not apply(program, FuseKernels()), "twice"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["norm", "norm, scaled", "gated, up first"])
+def test_casts_of_half_precision_are_fused(apply: Apply, kind: str, dtype: torch.dtype) -> None:
+    program, graph, feeds = chained(kind, dtype)
+    expected = run(graph, **feeds)["y"]
+    assert apply(program, FuseKernels())
+    assert len(list(calls(graph, CHAINS[kind][0]))) == 1
+    assert not list(calls(graph, QUANTIZE_INT4, KRONECKER, torch.ops.aten.to.dtype))
+    assert relative(run(graph, **feeds)["y"].float(), expected.float()) < 0.1
+
+
 def test_broken_stage_order_is_named() -> None:
     program = program_of(traced(NormedMlp(), TOKENS), stage="cut")
     with pytest.raises(InvariantError, match="fuse_kernels runs at the stages quantized to fused, the program is cut"):
         run_passes(program, [FuseKernels()])
-
-
-def halves(x: Tensor) -> Tensor:
-    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
-
-
-class Turned(nn.Module):
-    """Rotary embedding as in transformers; `kind` names a near miss."""
-
-    def __init__(self, kind: str = "") -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if self.kind == "in float32":
-            wide = x.float()
-            return (wide * cos.float() + halves(wide) * sin.float()).to(x.dtype)
-        if self.kind == "neighbours":
-            return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
-        if self.kind == "other sign":
-            return x * cos + torch.cat((x[..., 4:], -x[..., :4]), dim=-1) * sin
-        if self.kind == "other halves":
-            return x * cos + torch.cat((-x[..., 2:], x[..., :2]), dim=-1) * sin
-        if self.kind == "of another":
-            return x * cos + halves(x + 1) * sin
-        if self.kind == "read twice":
-            turned = halves(x) * sin
-            return x * cos + turned + turned
-        return x * cos + halves(x) * sin
-
-
-def turning(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Program, dict[str, Tensor]]:
-    feeds = {"x": torch.randn(2, 5, 3, 8), "cos": torch.randn(2, 5, 1, 8), "sin": torch.randn(2, 5, 1, 8)}
-    feeds = {name: tensor.to(dtype) for name, tensor in feeds.items()}
-    program = program_of(traced(Turned(kind), feeds))
-    run_passes(program, [Canonicalize()])
-    program.stage = "quantized"
-    return program, feeds
-
-
-@pytest.mark.parametrize("kind", ["", "in float32"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rotary_positions_are_one_node(apply: Apply, dtype: torch.dtype, kind: str) -> None:
-    program, feeds = turning(kind, dtype)
-    graph = program.graphs["prefill"]
-    before = run(graph, **feeds)["y"]
-    assert apply(program, FuseKernels())
-    assert len(list(calls(graph, ROPE))) == 1 and not list(calls(graph, torch.ops.aten.cat.default))
-    after = run(graph, **feeds)["y"]
-    assert after.dtype == dtype
-    # Half precision rounded after each step, and now rounds once.
-    assert torch.equal(after, before) if dtype == torch.float32 or kind else relative(after, before) < 1e-2
-    assert not apply(program, FuseKernels()), "twice"
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("neighbours", None),
-        ("other sign", "is not (-x2, x1)"),
-        ("other halves", "does not join the halves of x"),
-        ("of another", "does not join the halves of x"),
-        ("read twice", "has another reader"),
-    ],
-)
-def test_what_only_looks_like_rotary_positions_stays(kind: str, reason: str | None) -> None:
-    program, feeds = turning(kind)
-    graph = program.graphs["prefill"]
-    before = run(graph, **feeds)["y"]
-    FuseKernels().run(program)
-    assert not list(calls(graph, ROPE))
-    found = [miss.reason for miss in program.measured[NEAR_MISSES]]
-    assert not found if reason is None else len(found) == 1 and found[0].endswith(reason)
-    assert torch.equal(run(graph, **feeds)["y"], before)

@@ -36,7 +36,7 @@ class Quantized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ours = torch.ops.qpcompile
-        q, step = ours.rmsnorm_quantize(x, self.gain, 1e-6, None, True, 0, 1.0)
+        q, step = ours.rmsnorm_quantize(x, self.gain, 1e-6, None, True, None, None, None, 0, 1.0)
         y = ours.linear_w4a4(q, step, self.first, self.scale, None, torch.float32)
         q, step = ours.quantize_int4(ours.hadamard(y, None), 0, 1.0)
         return x + ours.linear_w4a4(q, step, self.second, self.scale[:9], self.bias, torch.float32)

@@ -126,7 +126,7 @@ def _on_cpu(draw: Draw) -> Chosen:
 
     def run(**arguments: Any) -> Any:
         with _library_of(level):
-            return function(**arguments)
+            return function(*rule.arguments((), arguments))
 
     def promised(arguments: Arguments) -> Types:
         return rule.results(*rule.arguments((), arguments))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpcompile.kernels.activation_quantize.reference import FUNCTIONS
+
 Arguments = dict[str, Any]
 Draw = random.Random
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
@@ -35,9 +37,14 @@ def _rows(draw: Draw) -> tuple[int, int]:
 def _tail(draw: Draw, channels: int) -> Arguments:
     scale = _positive(channels) if draw.random() < 0.5 else None
     groups = [size for size in (0, 0, 2, 3, 8, 32) if not size or channels % size == 0]
+    side = draw.choice([each for each in range(1, 17) if channels % each == 0])
+    change = draw.choice(("none", "rotated", "factors"))
+    factors = [torch.randn(each, each) if change == "factors" else None for each in (side, channels // side)]
     return {
         "transform_scale": scale,
-        "rotate": draw.random() < 0.5,
+        "rotate": change == "rotated",
+        **dict(zip(("left", "right"), factors, strict=True)),
+        "shift": draw.choice((None, torch.randn(channels))),
         "group_size": draw.choice(groups),
         "clip_ratio": 0.9,
     }
@@ -134,10 +141,16 @@ def layernorm_quantize(draw: Draw) -> Arguments:
     return {"x": made["x"], "weight": made["weight"], "bias": torch.randn_like(made["weight"]), **tail}
 
 
-def silu_mul_quantize(draw: Draw) -> Arguments:
+def activation_quantize(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
-    gate = _f(draw, rows, channels)
-    return {"gate": gate, "up": torch.randn_like(gate), **_tail(draw, channels)}
+    x = _f(draw, rows, channels)
+    up, function = draw.choice((None, torch.randn_like(x))), draw.choice(FUNCTIONS)
+    return {"x": x, "up": up, "function": function, **_tail(draw, channels)}
+
+
+def transform_quantize(draw: Draw) -> Arguments:
+    rows, channels = _rows(draw)
+    return {"x": _f(draw, rows, channels), **_tail(draw, channels)}
 
 
 def linear_w4a4(draw: Draw) -> Arguments:
@@ -312,10 +325,11 @@ def conv2d(draw: Draw) -> Arguments:
 
 OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
     **{each.__name__: each for each in (attention_kv4, attention_received, dpp_select, farthest_tokens, fuse_risk)},
+    activation_quantize.__name__: activation_quantize,
     **{each.__name__: each for each in (hadamard, kronecker, kv4_read, kv4_write, kv8_read, layernorm_quantize)},
     **{each.__name__: each for each in (linear_w4a16, linear_w4a4, linear_w8a16, merge_tokens, pivot_tokens)},
     **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_int4, quantize_int4_static, rmsnorm)},
-    **{each.__name__: each for each in (rmsnorm_quantize, rope, segment_attention, select_tokens, silu_mul_quantize)},
+    **{each.__name__: each for each in (rmsnorm_quantize, rope, segment_attention, select_tokens, transform_quantize)},
     **{each.__name__: each for each in (simulate_kivi, simulate_qvlm, spread_tokens, text_relevance, token_scores)},
     "kv8_write": kv4_write,
 }

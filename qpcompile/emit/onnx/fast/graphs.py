@@ -30,7 +30,9 @@ from qpcompile.emit.onnx.fast.inputs import patches_in_one, tokens_in_16_bits
 from qpcompile.emit.onnx.wrap import Part
 from qpcompile.ir.edit import aten, get_tensor, is_call, set_tensor
 from qpcompile.ir.operators import (
+    ACTIVATION_QUANTIZE,
     HADAMARD,
+    KRONECKER,
     LAYERNORM_QUANTIZE,
     LINEAR_W4A4,
     LINEAR_W4A16,
@@ -39,10 +41,11 @@ from qpcompile.ir.operators import (
     QUANTIZE_INT4_STATIC,
     RMSNORM,
     RMSNORM_QUANTIZE,
-    SILU_MUL_QUANTIZE,
+    TRANSFORM_QUANTIZE,
 )
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
 from qpcompile.ir.shapes import value
+from qpcompile.kernels.activation_quantize.reference import SLOPE
 
 Tensor = torch.Tensor
 
@@ -122,7 +125,7 @@ def _float_activations(part: Part) -> None:
     """Make linear layers read the inputs of their quantizers."""
     sources: dict[fx.Node, fx.Node | None] = {}
     for node in calls(part, LINEAR_W4A4):
-        codes, _, weight, weight_scale, bias, dtype = node.args
+        codes, _, weight, weight_scale, bias, dtype, *residual = node.args
         pair = codes.args[0] if is_call(codes, operator.getitem) else None
         if not isinstance(pair, fx.Node):
             continue
@@ -134,6 +137,9 @@ def _float_activations(part: Part) -> None:
                 source = put(part, node, aten.to.dtype, source, dtype, like=node)
             new = put(part, node, LINEAR_W4A16, source, weight, weight_scale, bias, like=node)
             new.meta["val"] = value(node)
+            if residual:
+                new = put(part, node, aten.add.Tensor, new, *residual, like=node)
+                new.meta["val"] = value(node)
             node.replace_all_uses_with(new)
 
 
@@ -143,20 +149,41 @@ def _unquantized(part: Part, pair: fx.Node) -> fx.Node | None:
     if is_call(pair, QUANTIZE_INT4, QUANTIZE_INT4_STATIC):
         return args[0]  # type: ignore[return-value]
     if is_call(pair, RMSNORM_QUANTIZE):
-        x, weight, eps, scale, rotate, *_ = args
+        x, weight, eps, *epilogue = args
         y = put(part, pair, RMSNORM, x, weight, eps, like=pair)
     elif is_call(pair, LAYERNORM_QUANTIZE):
-        x, weight, bias, eps, scale, rotate, *_ = args
+        x, weight, bias, eps, *epilogue = args
         assert isinstance(x, fx.Node)
         y = put(part, pair, aten.layer_norm.default, x, [value(x).shape[-1]], weight, bias, eps, like=pair)
-    elif is_call(pair, SILU_MUL_QUANTIZE):
-        gate, up, scale, rotate, *_ = args
-        y = put(part, pair, aten.mul.Tensor, put(part, pair, aten.silu.default, gate, like=pair), up, like=pair)
+    elif is_call(pair, ACTIVATION_QUANTIZE):
+        x, up, function, *epilogue = args
+        y = _activation(part, pair, x, function)
+        y = y if up is None else put(part, pair, aten.mul.Tensor, y, up, like=pair)
+    elif is_call(pair, TRANSFORM_QUANTIZE):
+        y, *epilogue = args
     else:
         return None
-    if rotate:
-        return put(part, pair, HADAMARD, y, scale, like=pair)
-    return y if scale is None else put(part, pair, aten.mul.Tensor, y, scale, like=pair)
+    scale, rotate, left, right, shift, *_ = epilogue
+    if left is not None:
+        y = put(part, pair, KRONECKER, y, scale, left, right, like=pair)
+    elif rotate:
+        y = put(part, pair, HADAMARD, y, scale, like=pair)
+    elif scale is not None:
+        y = put(part, pair, aten.mul.Tensor, y, scale, like=pair)
+    return y if shift is None else put(part, pair, aten.sub.Tensor, y, shift, like=pair)  # type: ignore[return-value]
+
+
+def _activation(part: Part, before: fx.Node, x: Any, function: Any) -> fx.Node:
+    """A function of activation_quantize in torch's operators."""
+    if function == "silu":
+        return put(part, before, aten.silu.default, x, like=before)
+    if function == "gelu_sigmoid":
+        inner = put(part, before, aten.mul.Tensor, x, SLOPE, like=before)
+        return put(
+            part, before, aten.mul.Tensor, x, put(part, before, aten.sigmoid.default, inner, like=before), like=before
+        )
+    kind = "tanh" if function == "gelu_tanh" else "none"
+    return put(part, before, aten.gelu.default, x, approximate=kind, like=before)
 
 
 def linear_w8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

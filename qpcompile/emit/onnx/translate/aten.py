@@ -14,8 +14,9 @@ import torch
 from onnxscript import opset21
 
 from qpcompile.emit.onnx.translate.attention import attention
-from qpcompile.emit.onnx.translate.float64 import gelu, layer_norm, patch_convolution
+from qpcompile.emit.onnx.translate.float64 import layer_norm, patch_convolution
 from qpcompile.emit.onnx.translate.types import TensorInfo, cast, onnx_type
+from qpcompile.kernels.activation_quantize.onnx import activation
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 aten = torch.ops.aten
@@ -106,7 +107,9 @@ def _silu(_: TensorInfo, x: Any) -> Any:
 
 
 def _gelu(out: TensorInfo, x: Any, *, approximate: str = "none") -> Any:
-    return gelu(x, approximate) if out.dtype == torch.float64 else op.Gelu(x, approximate=approximate)
+    if out.dtype == torch.float64:
+        return activation(x, "gelu_tanh" if approximate == "tanh" else "gelu")
+    return op.Gelu(x, approximate=approximate)
 
 
 def _softmax(out: TensorInfo, x: Any, dim: int, dtype: torch.dtype | None = None) -> Any:

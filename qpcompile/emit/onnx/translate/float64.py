@@ -13,42 +13,6 @@ from qpcompile.emit.onnx.translate.types import TensorInfo
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
-# erf(z) = 2 / pi (z / 4 + sum_{n=1}^{24} exp(-n^2 / 16) sin(n z / 2) / n) + O(1e-16) for |z| < 6, where erf is 1:
-# A. J. Strecok, "On the calculation of the inverse of the error function", Math. Comp. 22 (1968), with
-# 4 for its 5 and as many terms as float64 can tell apart.
-REACH, PERIOD, TERMS = 6.0, 4.0, 24
-
-
-def gelu(x: Any, approximate: str) -> Any:
-    """x: f64[...] -> f64[...], x Phi(x), or its tanh approximation."""
-    if approximate == "tanh":
-        inner = op.Mul(op.Add(x, op.Mul(op.Mul(op.Mul(x, x), x), 0.044715)), math.sqrt(2.0 / math.pi))
-        bell = op.Tanh(inner)
-    else:
-        bell = erf(op.Mul(x, math.sqrt(0.5)))
-    return op.Mul(op.Mul(x, 0.5), op.Add(bell, 1.0))
-
-
-def erf(z: Any) -> Any:
-    """z: f64[...] -> f64[...], to 1e-15: the sine series summed by Clenshaw's recurrence."""
-    near = op.Max(op.Min(z, _double(REACH)), _double(-REACH))
-    angle = op.Mul(near, 2.0 / PERIOD)
-    twice = op.Mul(op.Cos(angle), 2.0)
-    later, last = None, _double(_coefficient(TERMS))
-    for n in range(TERMS - 1, 0, -1):
-        value = op.Add(op.Mul(twice, last), _coefficient(n))
-        later, last = last, value if later is None else op.Sub(value, later)
-    series = op.Mul(op.Sin(angle), last)
-    return op.Mul(op.Add(op.Mul(near, 1.0 / PERIOD), series), 2.0 / math.pi)
-
-
-def _coefficient(n: int) -> float:
-    return math.exp(-((n / PERIOD) ** 2)) / n
-
-
-def _double(number: float) -> Any:
-    return op.Constant(value=ir.tensor(number, dtype=ir.DataType.DOUBLE))
-
 
 def layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
     """x: f64[..., C], weight, bias: f64[C] or None -> f64[..., C]."""

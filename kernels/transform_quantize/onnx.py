@@ -1,0 +1,48 @@
+"""qpcompile::transform_quantize in standard ONNX operators, and the epilogue of other translations."""
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import opset21
+
+from qpcompile.kernels.hadamard.onnx import rotated
+from qpcompile.kernels.kronecker.onnx import changed
+from qpcompile.kernels.quantize_int4.onnx import quantize_values
+
+op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
+
+
+def transform_quantize(
+    x: Any,
+    transform_scale: Any,
+    rotate: bool,
+    left: Any,
+    right: Any,
+    shift: Any,
+    group_size: int,
+    clip_ratio: float,
+) -> tuple[Any, Any]:
+    """x: f[..., C] -> q: i8[..., C], scale: f32[..., G]. The rank and C of `x` must be known."""
+    values = op.Cast(x, to=ir.DataType.FLOAT)
+    return quantized(values, x.shape, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
+
+
+def quantized(
+    values: Any,
+    shape: Any,
+    transform_scale: Any,
+    rotate: bool,
+    left: Any,
+    right: Any,
+    shift: Any,
+    group_size: int,
+    clip_ratio: float,
+) -> tuple[Any, Any]:
+    """values: f32[..., C] of the given shape -> q: i8[..., C], scale: f32[..., G]."""
+    values = values if transform_scale is None else op.Mul(values, transform_scale)
+    if left is not None and right is not None:
+        values = changed(values, left, right, shape)
+    elif rotate:
+        values = rotated(values, shape)
+    values = values if shift is None else op.Sub(values, shift)
+    return quantize_values(values, shape, group_size, clip_ratio)
