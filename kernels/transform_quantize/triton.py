@@ -94,7 +94,7 @@ def rows_kernel(
     inside = (tl.arange(0, PAD) < INNER)[None, :] & (tl.arange(0, ROWS) < FILLED)[:, None]
     here = inside & (token < T)
     y = tl.zeros((TOKENS * ROWS, PAD), tl.float32)
-    for part in tl.static_range(PARTS):
+    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         channel = tile_channels(part, C, PARTS, ROWS, INNER, PAD)
         x = tl.load(x_ptr + token * C + channel, mask=here, other=0.0).to(tl.float32)
         if KIND == "rmsnorm" or KIND == "layernorm":
