@@ -6,6 +6,8 @@ python -m pytest -m slow tests/test_presets.py        about twenty minutes on on
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ import torch
 import qpcompile
 from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.capture.load import load_model
+from qpcompile.ir.edit import layer_of
+from qpcompile.ir.program import DECODE, PREFILL, Graph
+from qpcompile.ir.text import target_text
 from qpcompile.recipe.recipe import Recipe, preset_names
 
 BEDS = Path(__file__).resolve().parent / "testbed"
@@ -22,6 +27,20 @@ BEDS = Path(__file__).resolve().parent / "testbed"
 BRIEF = ("calibration.samples=2",)
 BRIEF_TRAINING = ("quantize.training.samples=2", "quantize.training.epochs=1")
 NEW = 6
+LAYER = Counter(
+    rmsnorm_quantize=2,
+    activation_quantize=1,
+    transform_quantize=1,
+    linear_w4a4=7,
+    rope=2,
+    hadamard=2,
+    kv4_write=2,
+    attention_kv4=1,
+)
+"""Operators of a decoder layer of every W4A4 preset: norms, activation and quantizers are in none of their own."""
+APPENDS = Counter(cat=4)
+"""A decode step appends codes and scales of keys and values to the cache; bound graphs write them in place."""
+VIEWS = {"view", "reshape", "transpose", "unsqueeze", "expand", "contiguous", "sym_size", "getitem"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -40,6 +59,16 @@ def answer(model: Any, bed: str) -> tuple[torch.Tensor, torch.Tensor]:
     return result.sequences, torch.stack(result.logits, dim=1)
 
 
+def operators(graph: Graph) -> Counter[str]:
+    """The operators of the decoder layer with the fewest, which has no cut before it; without views."""
+    layers: dict[int, Counter[str]] = {}
+    for node in graph.nodes:
+        layer, name = layer_of(node), target_text(node.target).split("::")[-1].split(".")[0]
+        if node.op == "call_function" and layer is not None and name not in VIEWS and node.target is not getitem:
+            layers.setdefault(layer, Counter())[name] += 1
+    return min(layers.values(), key=Counter.total)
+
+
 @pytest.mark.parametrize("preset", preset_names())
 @pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
 def test_compile_answer_save_load_and_answer_again(tmp_path: Path, bed: str, preset: str) -> None:
@@ -51,6 +80,9 @@ def test_compile_answer_save_load_and_answer_again(tmp_path: Path, bed: str, pre
     expected = answer(model, bed)
     compiled = qpcompile.compile(model, recipe, processor=processor, calibration=BEDS / "calibration" / bed)
     found = answer(compiled, bed)
+    if recipe.quantize is not None and recipe.quantize.activations.bits == 4:
+        assert operators(compiled.program.graphs[PREFILL]) == LAYER
+        assert operators(compiled.program.graphs[DECODE]) == LAYER + APPENDS
     compiled.save_pretrained(tmp_path / "out")
     again = answer(qpcompile.load(tmp_path / "out"), bed)
     assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])

@@ -44,6 +44,10 @@ def test_the_answer_is_the_models(compiled: Model) -> None:
 def test_what_is_read_stays() -> None:
     _, _, program = captured()
     assert program.graphs[VISION].outputs
+
+
+@pytest.mark.slow
+def test_the_towers_own_features_stay() -> None:
     model, cases = qwen2_5_vl()
     outputs = capture(model, cases["one"], Recipe.load("none")).graphs[VISION].outputs
     assert outputs, "the tower's own features"

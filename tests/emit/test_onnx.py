@@ -158,7 +158,9 @@ def test_nodes_are_named_after_the_modules_they_come_from(quota: tuple[Program, 
     assert len({node.name for node in nodes}) == len(nodes)
 
 
-@pytest.mark.parametrize("preset", ["none", pytest.param("w4a16", marks=pytest.mark.slow), "quota-30"])
+@pytest.mark.parametrize(
+    "preset", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("none", "w4a16")), "quota-30"]
+)
 def test_pictures_of_any_size(qwen: tuple[Program, Cases], preset: str, tmp_path: Path) -> None:
     program, cases = qwen
     program = compiled(program, cases, preset, *([CUTS] if preset == "quota-30" else []))

@@ -85,7 +85,13 @@ def test_gate_elsewhere(arch: int) -> None:
 @pytest.mark.parametrize("kind", ["plain", "rmsnorm", "silu"])
 @pytest.mark.parametrize(
     ("left", "right", "arch", "registers"),
-    [(64, 64, 90, 128), (128, 86, 90, 240), (64, 64, 100, 128), (32, 32, 80, 96)],
+    [
+        (64, 64, 90, 128),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((128, 86, 90, 240), (64, 64, 100, 128), (32, 32, 80, 96))
+        ),
+    ],
 )
 def test_learned_factors(kind: str, left: int, right: int, arch: int, registers: int) -> None:
     tiling = factor_tiling(torch.empty(left, left), torch.empty(right, right))
