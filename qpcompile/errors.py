@@ -40,6 +40,10 @@ class PlanError(QPCompileError):
     """No plan satisfies the recipe on this model, or a stored plan contradicts itself."""
 
 
+class QualityError(QPCompileError):
+    """A compiled model agrees less with full precision than the recipe demands."""
+
+
 class InputError(QPCompileError):
     """An argument of `generate` is refused: an unsupported setting, or inputs that do not fit the model."""
 

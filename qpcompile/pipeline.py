@@ -28,13 +28,15 @@ from qpcompile.claims import held_folder
 from qpcompile.compiled import CompiledVLM
 from qpcompile.emit.artifact.template.chat_template import check_processor
 from qpcompile.emit.artifact.tokenizer_file import check_tokenizer
-from qpcompile.errors import CalibrationError
+from qpcompile.errors import CalibrationError, QualityError
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.pass_manager import PASS_RUNS, PassRun, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import check_layers
 from qpcompile.pruning.table import PRUNERS, check_method
+from qpcompile.quality.meter import ACTIVATIONS, CACHE, CUTS, WEIGHTS, QualityMeter
+from qpcompile.quality.verdict import increments, verdict
 from qpcompile.quantization.solve import needs_moments
 from qpcompile.recipe.plan import CalibrationUsed
 from qpcompile.recipe.recipe import Recipe
@@ -79,18 +81,20 @@ def compile(
         check_processor(processor)
         check_tokenizer(processor)
         samples = _samples(calibration, processor, recipe)
+        meter = _meter(samples, processor, recipe)
         program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
         # From here on only the graphs hold the weights, and a weight that a pass replaces is freed unless the caller
         # holds it.
         del model
         if progress is not None:
             program.checkpoint = Checkpoint.open(progress, checkpoint_key(program, samples))
-        return compile_captured(program, processor, samples, after)
+        return compile_captured(program, processor, samples, after, meter)
 
 
 def _samples(calibration: Source | None, processor: Any, recipe: Recipe) -> Samples | None:
     if calibration is not None:
-        return Samples(calibration, processor, recipe.calibration.samples, recipe.calibration.seed)
+        asked = recipe.calibration
+        return Samples(calibration, processor, asked.samples, asked.seed, spare=recipe.quality.samples)
     if needs := needs_samples(recipe):
         raise CalibrationError(
             f"this recipe measures on samples, and none were given: {'; '.join(needs)}",
@@ -100,18 +104,48 @@ def _samples(calibration: Source | None, processor: Any, recipe: Recipe) -> Samp
     return None
 
 
+def _meter(samples: Samples | None, processor: Any, recipe: Recipe) -> QualityMeter | None:
+    """What measures agreement with full precision; None where nothing is changed or nothing is measured."""
+    unchanged = recipe.quantize is None and recipe.tokens.method == "none"
+    if recipe.quality.samples == 0 or unchanged:
+        return None
+    if samples is None:
+        if recipe.quality.min_agreement is not None:
+            raise CalibrationError(
+                "agreement is demanded, and there are no samples to measure it on",
+                where="quality.min_agreement",
+                do="pass calibration=..., or set it to null",
+            )
+        return None
+    held, apart = samples.held_out(recipe.quality.samples)
+    return QualityMeter(held, len(held), apart, processor)
+
+
 def compile_captured(
-    program: Program, processor: Any, samples: Samples | None, after: Callable[[PassRun, Program], None] | None = None
+    program: Program,
+    processor: Any,
+    samples: Samples | None,
+    after: Callable[[PassRun, Program], None] | None = None,
+    meter: QualityMeter | None = None,
 ) -> CompiledVLM:
-    """Run all remaining passes on `program`, by its recipe; the compiled model takes ownership of it."""
+    """Run all remaining passes on `program`, by its recipe; the compiled model takes ownership of it.
+
+    With a meter, agreement with the program as it is now is measured, and is in the plan.
+
+    Raises QualityError if it is below what the recipe demands.
+    """
     check_method(program.recipe)
     check_layers(program.recipe, len(program.layers))
     listed = passes(samples or (), len(samples) if samples else 0)
+    if meter is not None:
+        meter.before(program)
     steps = [*(program.measured.get(PASS_RUNS) or ())]
     for item in listed:
         if item.name in program.history:
             continue
         steps += run_passes(program, [item], after)
+        if meter is not None:
+            meter.after(item.name, program)
         if program.stage == "canonical":
             # Traces, and graphs that were replaced, are cycles: they would hold weights that later passes replace.
             gc.collect()
@@ -122,7 +156,34 @@ def compile_captured(
     compiled = CompiledVLM(program, processor)
     sample = next(iter(samples)) if samples else blank_sample(program.host, processor)
     check_decode(program, compiled.machine, sample)
+    if meter is not None:
+        program.plan = program.plan.changed(quality=meter.finish(compiled.machine))
+        _demand_agreement(program)
     return compiled
+
+
+def _demand_agreement(program: Program) -> None:
+    quality, least = program.plan.quality, program.recipe.quality.min_agreement
+    assert quality is not None
+    if least is None or quality.agreement >= least:
+        return
+    parts = increments(quality)
+    worst = max(parts, key=lambda part: part[1])[0] if parts else ""
+    raise QualityError(
+        f"the compiled model gives {quality.agreement:.0%} of the answers of full precision, {least:.0%} are demanded: "
+        + verdict(quality),
+        where="quality.min_agreement",
+        do=f"{_REMEDIES.get(worst, 'change less')}, or demand less",
+    )
+
+
+_REMEDIES = {
+    CUTS: "raise tokens.keep, or choose another tokens.method",
+    WEIGHTS: "set quantize.weights to solver gptq with clip_search, smaller groups, or bits 16",
+    ACTIVATIONS: "raise quantize.activations.bits",
+    CACHE: "raise quantize.kv_cache.bits",
+}
+"""What to change where most is lost to a cause."""
 
 
 def checkpoint_key(program: Program, samples: Samples | None) -> str:

@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"ir"}),),
     (frozenset({"runtime"}),),
     (frozenset({"calibration"}),),
-    (frozenset({"quantization"}), frozenset({"pruning"})),
+    (frozenset({"quantization"}), frozenset({"pruning"}), frozenset({"quality"})),
     (frozenset({"passes"}), frozenset({"capture"}), frozenset({"emit"})),
     (frozenset({"pass_list"}),),
     (frozenset({"inspect"}),),

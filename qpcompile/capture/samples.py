@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import tempfile
@@ -34,12 +35,12 @@ class Samples:
 
     Folders and sequences are sampled by `seed`, preserving order; other iterables are consumed from the start and
     spooled to disk, since they may not be re-iterable. Each sample is validated when it is reached; for a folder, texts
-    and picture headers are validated up front.
+    and picture headers are validated up front. Up to `spare` more are set aside for `held_out`.
 
     Raises CalibrationError for an invalid source, and, with the sample's number, for errors of its iterator.
     """
 
-    def __init__(self, source: Source, processor: Any, limit: int, seed: int) -> None:
+    def __init__(self, source: Source, processor: Any, limit: int, seed: int, spare: int = 0) -> None:
         self.processor = processor
         self._spool: tempfile.TemporaryDirectory[str] | None = None
         items: Sequence[Any]
@@ -56,12 +57,15 @@ class Samples:
         elif isinstance(source, Sequence):
             items = source
         else:
-            items = self._keep(source, limit)
+            items = self._keep(source, limit + spare)
         if not items:
             raise CalibrationError("there is no calibration sample", where="calibration", do="give at least one sample")
-        chosen = sorted(random.Random(seed).sample(range(len(items)), min(limit, len(items))))
-        self._items = [items[index] for index in chosen]
-        check_questions(processor, [item for item in self._items if isinstance(item, Question)])
+        drawn = range(limit) if self._spool else random.Random(seed).sample(range(len(items)), min(limit, len(items)))
+        others = sorted(set(range(len(items))) - set(drawn))
+        spared = random.Random(seed).sample(others, min(spare, len(others)))
+        self._items = [items[index] for index in sorted(drawn) if index < len(items)]
+        self._spared = [items[index] for index in sorted(spared)]
+        check_questions(processor, [item for item in (*self._items, *self._spared) if isinstance(item, Question)])
         self._digest: str | None = None
 
     def __len__(self) -> int:
@@ -80,6 +84,15 @@ class Samples:
                 _add(total, sample)
             yield sample
         self._digest = self._digest or total.hexdigest()
+
+    def held_out(self, count: int) -> tuple[Samples, bool]:
+        """Up to `count` samples to measure on, and whether they are apart from these: the spare ones, or else every
+        fifth of these.
+        """
+        found = copy.copy(self)
+        found._items = self._spared[:count] or self._items[::5][:count]
+        found._spared, found._digest = [], None
+        return found, bool(self._spared)
 
     def digest(self) -> str:
         """SHA-256 over all tensors of all samples, in order; computed during the first complete iteration."""

@@ -97,6 +97,41 @@ class CalibrationUsed(Section):
     )
 
 
+class Loss(Section):
+    """Agreement after one step of the compile, all steps before it included."""
+
+    cause: str = Field(min_length=1, description="What was changed last: token cuts, weights, activations, cache.")
+    equal_answers: int = Field(ge=0, description="Answers that are still equal.")
+    divergence: float = Field(ge=0, description="KL divergence from full precision, nats per token.")
+
+
+class Example(Section):
+    """The answers of both models to one sample."""
+
+    full: str = Field(description="Answer in full precision.")
+    compiled: str = Field(description="Answer of the compiled model.")
+
+
+class Quality(Section):
+    """Agreement of the compiled model with the full-precision one."""
+
+    samples: int = Field(ge=1, description="Answers that were compared.")
+    apart: bool = Field(description="Whether calibration did not see these samples.")
+    equal_answers: int = Field(ge=0, description="Greedy answers that are equal, token by token.")
+    tokens: int = Field(ge=1, description="Tokens of all answers.")
+    equal_tokens: int = Field(ge=0, description="Tokens that are likeliest in both models after the same text.")
+    divergence: float = Field(ge=0, description="KL divergence from full precision, nats per token.")
+    losses: tuple[Loss, ...] = Field(default=(), strict=False, description="The same after each step, in order.")
+    examples: tuple[Example, ...] = Field(
+        default=(), strict=False, description="Some answers of both models, different ones first."
+    )
+
+    @property
+    def agreement(self) -> float:
+        """Share of equal answers."""
+        return self.equal_answers / self.samples
+
+
 PerLayer = TypeVar("PerLayer", LayerFacts, Sensitivity, Cut)
 Named = TypeVar("Named", Site, LeftOut)
 
@@ -121,6 +156,7 @@ class Plan(Section):
     left_out: tuple[LeftOut, ...] = Field(default=(), strict=False, description="Everything in scope that was not.")
     trained: tuple[TrainedBlock, ...] = Field(default=(), strict=False, description="Training of changes of basis.")
     calibration: CalibrationUsed = Field(default=CalibrationUsed(), description="The data.")
+    quality: Quality | None = Field(default=None, description="Agreement with full precision; null: not measured.")
     versions: dict[str, str] = Field(default={}, description="Packages the compile ran with.")
 
     @field_validator("layers")

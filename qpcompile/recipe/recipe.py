@@ -14,6 +14,7 @@ from qpcompile.errors import RecipeError
 from qpcompile.nested import is_dict, is_mapping
 from qpcompile.recipe import yaml_text
 from qpcompile.recipe.messages import problems
+from qpcompile.recipe.quality import QualityScheme
 from qpcompile.recipe.quantize import MOST_SAMPLES, MOST_SEED, QuantizeScheme, Section
 from qpcompile.recipe.tokens import TokenScheme
 
@@ -40,7 +41,7 @@ class CalibrationScheme(Section):
 
 
 class Recipe(Section):
-    """The options of one compile: quantization, visual tokens, calibration."""
+    """The options of one compile: quantization, visual tokens, calibration, quality."""
 
     version: Literal[1] = Field(default=1, description="Version of this format.")
     quantize: QuantizeScheme | None = Field(default=None, description="What is quantized; null quantizes nothing.")
@@ -51,6 +52,9 @@ class Recipe(Section):
         "in the score; prune_then_quantize profiles full precision and calibrates after the cuts.",
     )
     calibration: CalibrationScheme = Field(default=CalibrationScheme(), description="How calibration data is used.")
+    quality: QualityScheme = Field(
+        default=QualityScheme(), description="How agreement with full precision is measured, and how much is demanded."
+    )
 
     @property
     def recalibrates(self) -> bool:

@@ -1,0 +1,139 @@
+"""What a compile costs: agreement with the full-precision model on samples, and the share that each step loses.
+
+The full-precision graphs answer before any pass; the rewritten graphs are compared after the token cuts, after the
+quantization of weights (without and with the rounding of activations), and at the end as they are deployed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
+from qpcompile.ir.program import Graph, Program
+from qpcompile.progress import track
+from qpcompile.quality.answers import Agreement, Answer, answer, compare, free_answer
+from qpcompile.recipe.plan import Example, Loss, Quality
+from qpcompile.runtime.machine import Execute, Machine, execute_graph
+
+# Answers of both models that are shown side by side, and the characters of each.
+SHOWN, CHARACTERS = 3, 200
+CUTS, WEIGHTS, ACTIVATIONS, CACHE = "token cuts", "weights", "activations", "cache"
+
+
+class QualityMeter:
+    """Compares a program with what it was before its passes.
+
+    Args:
+        samples: model inputs; `count` of them. They can be iterated repeatedly.
+        apart: whether calibration did not see them.
+        processor: turns answers into text; without one none are shown.
+    """
+
+    def __init__(self, samples: Iterable[dict[str, Any]], count: int, apart: bool, processor: Any) -> None:
+        self.samples, self.count, self.apart, self.processor = samples, count, apart, processor
+        self._full: list[Answer] = []
+        self._losses: list[Loss] = []
+
+    def before(self, program: Program) -> None:
+        """Store the answers of the full-precision graphs."""
+        most = program.recipe.quality.tokens
+        with Machine(program) as machine, track("answers in full precision", self.count) as step:
+            for sample in self.samples:
+                self._full.append(answer(machine, sample, most))
+                step()
+
+    def after(self, name: str, program: Program) -> None:
+        """Measure what is lost up to the pass that has just run, if it ends one of the steps."""
+        scheme = program.recipe.quantize
+        if name == "insert_token_cuts" and program.plan.cuts:
+            self._add(CUTS, program, execute_graph)
+        if name != "quantize_head" or scheme is None:
+            return
+        if scheme.weights.bits < 16:
+            self._add(WEIGHTS, program, _execute_unrounded)
+        if scheme.activations.bits < 16:
+            self._add(ACTIVATIONS, program, execute_graph)
+
+    def finish(self, machine: Machine) -> Quality:
+        """The result for the program as it is deployed."""
+        final, answers = self._compare(machine)
+        scheme = machine.program.recipe.quantize
+        if scheme is not None and scheme.kv_cache.bits < 16:
+            self._losses.append(_loss(CACHE, final))
+        return Quality(
+            samples=final.answers,
+            apart=self.apart,
+            equal_answers=final.equal_answers,
+            tokens=final.tokens,
+            equal_tokens=final.equal_tokens,
+            divergence=_digits(final.divergence / final.tokens),
+            losses=tuple(self._losses),
+            examples=self._examples(machine, answers),
+        )
+
+    def _add(self, cause: str, program: Program, execute: Execute) -> None:
+        with Machine(program, execute) as machine:
+            self._losses.append(_loss(cause, self._compare(machine)[0]))
+
+    def _compare(self, machine: Machine) -> tuple[Agreement, list[Agreement]]:
+        """The sum over all samples, and each sample's own."""
+        found: list[Agreement] = []
+        with track("agreement", self.count) as step:
+            for sample, full in zip(self.samples, self._full, strict=True):
+                found.append(compare(machine, sample, full))
+                step()
+        return sum(found, Agreement()), found
+
+    def _examples(self, machine: Machine, answers: list[Agreement]) -> tuple[Example, ...]:
+        """Answers of both models, different ones first; none without a processor."""
+        if not hasattr(self.processor, "batch_decode"):
+            return ()
+        order = sorted(range(len(answers)), key=lambda place: answers[place].equal_answers == answers[place].answers)
+        chosen = set(order[:SHOWN])
+        made: dict[int, Example] = {}
+        for place, sample in enumerate(self.samples):
+            if place in chosen:
+                full = self._full[place].tokens
+                ours = free_answer(machine, sample, full.shape[1])
+                made[place] = Example(full=self._text(full), compiled=self._text(ours))
+        return tuple(made[place] for place in order[:SHOWN])
+
+    def _text(self, tokens: torch.Tensor) -> str:
+        """The first row of an answer, on one line."""
+        text = self.processor.batch_decode(tokens[:1], skip_special_tokens=True)[0]
+        return " ".join(text.split())[:CHARACTERS]
+
+
+def _loss(cause: str, found: Agreement) -> Loss:
+    return Loss(
+        cause=cause, equal_answers=found.equal_answers, divergence=_digits(found.divergence / max(found.tokens, 1))
+    )
+
+
+def _digits(number: float) -> float:
+    """Four significant digits: the others depend on the order of sums."""
+    return float(f"{max(number, 0.0):.4g}")
+
+
+def _execute_unrounded(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run a graph whose linears have quantized weights, on activations that are not rounded."""
+    with torch.no_grad():
+        results = _Unrounded(graph.module).run(*[feeds[name] for name in graph.inputs])
+    return dict(zip(graph.outputs, results, strict=True))
+
+
+class _Unrounded(fx.Interpreter):
+    """Skips quantizers of activations; their readers get the values themselves."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operator."""
+        if target in (QUANTIZE_INT4, QUANTIZE_INT4_STATIC):
+            return args[0], None
+        if target is LINEAR_W4A4:
+            x, _, weight, weight_scale, bias, dtype = args
+            return LINEAR_W4A16(x.to(dtype), weight, weight_scale, bias)
+        return super().call_function(target, args, kwargs)
