@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from os import PathLike
@@ -28,20 +29,22 @@ from qpcompile.claims import held_folder
 from qpcompile.compiled import CompiledVLM
 from qpcompile.emit.artifact.template.chat_template import check_processor
 from qpcompile.emit.artifact.tokenizer_file import check_tokenizer
-from qpcompile.errors import CalibrationError, QualityError
+from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.pass_manager import PASS_RUNS, PassRun, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import check_layers
 from qpcompile.pruning.table import PRUNERS, check_method
-from qpcompile.quality.meter import ACTIVATIONS, CACHE, CUTS, WEIGHTS, QualityMeter
-from qpcompile.quality.verdict import increments, verdict
+from qpcompile.quality.meter import QualityMeter
+from qpcompile.quality.raising import next_step
 from qpcompile.quantization.solve import needs_moments
 from qpcompile.recipe.plan import CalibrationUsed
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.recompute import check_decode
 from qpcompile.versions import package_versions, tell_newer
+
+_LOG = logging.getLogger("qpcompile")
 
 
 def compile(
@@ -67,28 +70,40 @@ def compile(
 
     Raises CalibrationError if the recipe needs calibration samples and there are none, ExportError for a processor
     whose chat template or tokenizer no artifact may contain, OutputError for a checkpoint folder that is in use,
-    damaged or foreign, and InvariantError if decoding of the compiled model does not match recomputation
-    (qpcompile/runtime/recompute.py).
+    damaged or foreign, QualityError if the answers agree less with full precision than the recipe demands, and
+    InvariantError if decoding of the compiled model does not match recomputation (qpcompile/runtime/recompute.py).
     """
     tell_newer()
     recipe = Recipe.load(recipe)
     check_method(recipe)
     with nullcontext() if resume is None else held_folder(resume) as progress:
-        if isinstance(model, (str, PathLike)):
-            model, processor = load_model(model, processor)
+        source, held = (model, None) if isinstance(model, (str, PathLike)) else (None, model)
+        del model
+        if source is not None:
+            held, processor = load_model(source, processor)
         else:
-            check_model(model)
+            check_model(held)
         check_processor(processor)
         check_tokenizer(processor)
         samples = _samples(calibration, processor, recipe)
-        meter = _meter(samples, processor, recipe)
-        program = capture(model, next(iter(samples)) if samples else blank_sample(model, processor), recipe)
-        # From here on only the graphs hold the weights, and a weight that a pass replaces is freed unless the caller
-        # holds it.
-        del model
-        if progress is not None:
-            program.checkpoint = Checkpoint.open(progress, checkpoint_key(program, samples))
-        return compile_captured(program, processor, samples, after, meter)
+        made: tuple[str, ...] = ()
+        while True:
+            if held is None:
+                assert source is not None
+                held = load_model(source, processor)[0]
+            program = capture(held, next(iter(samples)) if samples else blank_sample(held, processor), recipe)
+            # From here on only the graphs hold the weights, and a weight that a pass replaces is freed unless the
+            # caller holds it, or a compile that may start again.
+            held = None if source is not None or not recipe.quality.may_raise else held
+            if progress is not None and not made:
+                program.checkpoint = Checkpoint.open(progress, checkpoint_key(program, samples))
+            compiled = compile_captured(program, processor, samples, after, meter(samples, processor, recipe), made)
+            del program
+            if (step := next_step(compiled.plan)) is None:
+                return compiled
+            recipe, made = step.recipe, (*made, step.override)
+            _LOG.info("%s; starting again with %s", step.reason, step.override)
+            del compiled
 
 
 def _samples(calibration: Source | None, processor: Any, recipe: Recipe) -> Samples | None:
@@ -104,7 +119,7 @@ def _samples(calibration: Source | None, processor: Any, recipe: Recipe) -> Samp
     return None
 
 
-def _meter(samples: Samples | None, processor: Any, recipe: Recipe) -> QualityMeter | None:
+def meter(samples: Samples | None, processor: Any, recipe: Recipe) -> QualityMeter | None:
     """What measures agreement with full precision; None where nothing is changed or nothing is measured."""
     unchanged = recipe.quantize is None and recipe.tokens.method == "none"
     if recipe.quality.samples == 0 or unchanged:
@@ -126,26 +141,25 @@ def compile_captured(
     processor: Any,
     samples: Samples | None,
     after: Callable[[PassRun, Program], None] | None = None,
-    meter: QualityMeter | None = None,
+    measured_by: QualityMeter | None = None,
+    raised: tuple[str, ...] = (),
 ) -> CompiledVLM:
     """Run all remaining passes on `program`, by its recipe; the compiled model takes ownership of it.
 
-    With a meter, agreement with the program as it is now is measured, and is in the plan.
-
-    Raises QualityError if it is below what the recipe demands.
+    With `measured_by`, agreement with the program as it is now is measured, and is in the plan, with what was `raised`.
     """
     check_method(program.recipe)
     check_layers(program.recipe, len(program.layers))
     listed = passes(samples or (), len(samples) if samples else 0)
-    if meter is not None:
-        meter.before(program)
+    if measured_by is not None:
+        measured_by.before(program)
     steps = [*(program.measured.get(PASS_RUNS) or ())]
     for item in listed:
         if item.name in program.history:
             continue
         steps += run_passes(program, [item], after)
-        if meter is not None:
-            meter.after(item.name, program)
+        if measured_by is not None:
+            measured_by.after(item.name, program)
         if program.stage == "canonical":
             # Traces, and graphs that were replaced, are cycles: they would hold weights that later passes replace.
             gc.collect()
@@ -156,34 +170,9 @@ def compile_captured(
     compiled = CompiledVLM(program, processor)
     sample = next(iter(samples)) if samples else blank_sample(program.host, processor)
     check_decode(program, compiled.machine, sample)
-    if meter is not None:
-        program.plan = program.plan.changed(quality=meter.finish(compiled.machine))
-        _demand_agreement(program)
+    if measured_by is not None:
+        program.plan = program.plan.changed(quality=measured_by.finish(compiled.machine, raised))
     return compiled
-
-
-def _demand_agreement(program: Program) -> None:
-    quality, least = program.plan.quality, program.recipe.quality.min_agreement
-    assert quality is not None
-    if least is None or quality.agreement >= least:
-        return
-    parts = increments(quality)
-    worst = max(parts, key=lambda part: part[1])[0] if parts else ""
-    raise QualityError(
-        f"the compiled model gives {quality.agreement:.0%} of the answers of full precision, {least:.0%} are demanded: "
-        + verdict(quality),
-        where="quality.min_agreement",
-        do=f"{_REMEDIES.get(worst, 'change less')}, or demand less",
-    )
-
-
-_REMEDIES = {
-    CUTS: "raise tokens.keep, or choose another tokens.method",
-    WEIGHTS: "set quantize.weights to solver gptq with clip_search, smaller groups, or bits 16",
-    ACTIVATIONS: "raise quantize.activations.bits",
-    CACHE: "raise quantize.kv_cache.bits",
-}
-"""What to change where most is lost to a cause."""
 
 
 def checkpoint_key(program: Program, samples: Samples | None) -> str:

@@ -12,7 +12,7 @@ import time
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,9 +21,8 @@ from qpcompile.capture.data_folder import first_pictures
 from qpcompile.capture.picture import read_picture
 from qpcompile.claims import Claim, claimed, held_folder, refuse_places
 from qpcompile.cli import terminal
+from qpcompile.cli.models import compile_told, is_artifact, load_artifact, need_processor, open_model
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
-from qpcompile.emit.artifact.folder_kind import refuse_onnx_folder
-from qpcompile.errors import ArtifactError
 from qpcompile.evaluate.questions.data_sets import read_data
 from qpcompile.evaluate.run.rows import RowFolder, Scoring
 from qpcompile.evaluate.sweep.plan import SweepPlan
@@ -33,8 +32,6 @@ from qpcompile.write_errors import shown
 if TYPE_CHECKING:
     from qpcompile.compiled import CompiledVLM
     from qpcompile.evaluate.run.evaluation import Exam
-    from qpcompile.ir.pass_manager import PassRun
-    from qpcompile.ir.program import Program
 
 app = typer.Typer(
     help="Compile vision-language models: 4-bit weights, activations and KV cache, and the visual tokens to keep.",
@@ -92,11 +89,15 @@ def compile_command(
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Checkpoint folder: an interrupted compile resumes from it.")
     ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Least share of answers equal to full precision's (quality.min_agreement).")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Compile a model by a recipe and write it to a new folder."""
     with told_as_text(debug):
-        asked = Recipe.load(recipe).with_overrides(overrides or [])
+        demanded = [] if min_agreement is None else [f"quality.min_agreement={min_agreement}"]
+        asked = Recipe.load(recipe).with_overrides([*(overrides or []), *demanded])
         if output is None and not dry_run:
             raise typer.BadParameter(
                 "name a folder for the compiled model, or ask for --dry-run", param_hint="--output"
@@ -117,6 +118,7 @@ def compile_command(
             compiled = compile_told(model, asked, data, resume)
             compiled.save_pretrained(folder)
             note(f"wrote {shown(output)}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
+            terminal.show_quality(compiled.plan)
             if page is not None:
                 write_report(compiled, page, data)
 
@@ -331,56 +333,6 @@ def doctor_command(debug: Debug = False) -> None:
         from qpcompile.cli.doctor import examine
 
         terminal.show_diagnosis(examine())
-
-
-def compile_told(model: str, recipe: Recipe, data: Path | None, resume: Path | None = None) -> CompiledVLM:
-    """Compile, reporting each pass on stderr."""
-    quiet_libraries()
-    from qpcompile.pipeline import compile
-
-    started = time.monotonic()
-
-    def after(step: PassRun, program: Program) -> None:
-        note(f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}")
-
-    return compile(model, recipe, calibration=data, after=after, resume=resume)
-
-
-def load_artifact(folder: str | Path) -> CompiledVLM:
-    """The compiled model in a folder."""
-    quiet_libraries()
-    from qpcompile.compiled import load
-
-    return load(folder)
-
-
-def is_artifact(source: str | Path) -> bool:
-    """Whether a folder looks like an artifact, even a damaged one."""
-    folder = Path(source)
-    refuse_onnx_folder(folder)
-    return (folder / "manifest.json").is_file() or (folder / "graph").is_dir()
-
-
-def open_model(source: str) -> tuple[Any, Any]:
-    """(object with `generate`, processor) of a compiled folder or of a transformers model."""
-    if not is_artifact(source):
-        quiet_libraries()
-        from qpcompile.capture.load import load_model
-
-        return load_model(source)
-    compiled = load_artifact(source)
-    return compiled, need_processor(compiled.processor, source)
-
-
-def need_processor(processor: Any, source: str | Path) -> Any:
-    """The processor, or an error that explains how a compiled model gets one."""
-    if processor is None:
-        raise ArtifactError(
-            "the compiled model has no processor, so pictures and questions cannot be turned into inputs",
-            where=str(source),
-            do="compile with processor=..., or from the folder of a model that has one",
-        )
-    return processor
 
 
 def write_report(compiled: CompiledVLM, page: Claim, data: Path | None) -> None:

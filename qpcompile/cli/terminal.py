@@ -22,6 +22,7 @@ from rich.table import Table
 
 from qpcompile.errors import OutputError, QPCompileError
 from qpcompile.versions import tell_newer
+from qpcompile.write_errors import shown
 
 if TYPE_CHECKING:
     from qpcompile.cli.doctor import Diagnosis
@@ -210,6 +211,29 @@ def _reasons(diagnosis: Diagnosis) -> dict[str, list[str]]:
     return reasons
 
 
+def show_quality(plan: Plan) -> None:
+    """Print how far a compiled model agrees with full precision, what lost it, and some answers of both."""
+    from qpcompile.quality.verdict import increments, verdict
+
+    out, quality = console(), plan.quality
+    if quality is None:
+        out.print("agreement with full precision: not measured")
+        return
+    out.print(f"agreement with full precision: {verdict(quality)}", markup=False, soft_wrap=True)
+    if quality.raised:
+        out.print(f"raised to reach it: {', '.join(map(shown, quality.raised))}", markup=False, soft_wrap=True)
+    lost = {loss.cause: loss for loss in quality.losses}
+    rows = [
+        (shown(cause), f"{added:+.3g}", f"{lost[cause].equal_answers} of {quality.samples}")
+        for cause, added in increments(quality)
+    ]
+    if rows:
+        out.print(table("lost to", ("", "nats per token", "equal answers after it"), rows))
+    if quality.examples:
+        answers = [(shown(each.full), shown(each.compiled)) for each in quality.examples]
+        out.print(table("answers", ("full precision", "compiled"), answers))
+
+
 def show_model(compiled: CompiledVLM) -> None:
     """Print a compiled model on one screen: graphs, decisions, quantized sites, sites left out."""
     plan, graphs = compiled.plan, compiled.program.graphs
@@ -227,6 +251,7 @@ def show_model(compiled: CompiledVLM) -> None:
         for name, graph in graphs.items()
     ]
     out.print(table("graphs", ("graph", "module", "nodes", "weights"), sizes))
+    show_quality(plan)
     if plan.cuts:
         out.print(table("visual tokens", ("cut after layer", "share kept", "fraction"), _cuts(plan)))
     else:

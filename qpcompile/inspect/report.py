@@ -21,6 +21,7 @@ from qpcompile.ir.near_miss import NEAR_MISSES
 from qpcompile.ir.pass_manager import PASS_RUNS
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
+from qpcompile.quality.verdict import increments, verdict
 from qpcompile.recipe.plan import Plan
 from qpcompile.runtime.machine import Machine
 from qpcompile.versions import package_versions
@@ -70,6 +71,10 @@ def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: s
         tiles=_tiles(program, visual, len(sites)),
         settings=settings(plan),
         recipe=plan.recipe.to_yaml(),
+        quality=plan.quality,
+        quality_tokens=plan.recipe.quality.tokens,
+        verdict=verdict(plan.quality) if plan.quality else "",
+        lost=increments(plan.quality) if plan.quality else [],
         counted=steps is not None,
         passes=pass_rows(steps, program.history),
         schedule={"svg": schedule_svg(plan, visual), "note": _schedule_note(plan, visual, known), "visual": visual},

@@ -63,7 +63,7 @@ class _Given(LogitsProcessor):
     def __init__(self, tokens: torch.Tensor) -> None:
         self.tokens, self.step = tokens, 0
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.FloatTensor:
         chosen = torch.full_like(scores, float("-inf"))
         chosen.scatter_(1, self.tokens[:, self.step, None].to(scores.device), 0.0)
         self.step += 1

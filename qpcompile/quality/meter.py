@@ -58,8 +58,8 @@ class QualityMeter:
         if scheme.activations.bits < 16:
             self._add(ACTIVATIONS, program, execute_graph)
 
-    def finish(self, machine: Machine) -> Quality:
-        """The result for the program as it is deployed."""
+    def finish(self, machine: Machine, raised: tuple[str, ...] = ()) -> Quality:
+        """The result for the program as it is deployed; `raised`: overrides that the compile made to reach it."""
         final, answers = self._compare(machine)
         scheme = machine.program.recipe.quantize
         if scheme is not None and scheme.kv_cache.bits < 16:
@@ -72,6 +72,7 @@ class QualityMeter:
             equal_tokens=final.equal_tokens,
             divergence=_digits(final.divergence / final.tokens),
             losses=tuple(self._losses),
+            raised=raised,
             examples=self._examples(machine, answers),
         )
 
@@ -105,7 +106,7 @@ class QualityMeter:
     def _text(self, tokens: torch.Tensor) -> str:
         """The first row of an answer, on one line."""
         text = self.processor.batch_decode(tokens[:1], skip_special_tokens=True)[0]
-        return " ".join(text.split())[:CHARACTERS]
+        return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))[:CHARACTERS]
 
 
 def _loss(cause: str, found: Agreement) -> Loss:

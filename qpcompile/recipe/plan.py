@@ -122,6 +122,9 @@ class Quality(Section):
     equal_tokens: int = Field(ge=0, description="Tokens that are likeliest in both models after the same text.")
     divergence: float = Field(ge=0, description="KL divergence from full precision, nats per token.")
     losses: tuple[Loss, ...] = Field(default=(), strict=False, description="The same after each step, in order.")
+    raised: tuple[str, ...] = Field(
+        default=(), strict=False, description="Overrides of the recipe that the compile made to reach min_agreement."
+    )
     examples: tuple[Example, ...] = Field(
         default=(), strict=False, description="Some answers of both models, different ones first."
     )

@@ -21,6 +21,8 @@ from qpcompile.cli import main as cli
 from qpcompile.cli.dry_run import EXPECT, NOTHING
 from qpcompile.errors import CaptureError
 from qpcompile.pass_list import passes
+from qpcompile.recipe.plan import Plan
+from qpcompile.recipe.recipe import Recipe
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 MODEL, DATA = str(TESTBED / "llava"), TESTBED / "calibration" / "llava"
@@ -41,6 +43,7 @@ class Recorder:
         self.drawn: Any = ()
         self.asked: dict[str, Any] = {}
         self.processor: Any = None
+        self.plan = Plan(recipe=Recipe())
 
     def compile(self, model: str, recipe: Any, **options: Any) -> Recorder:
         self.asked = {"model": model, "recipe": recipe, **options}
@@ -133,11 +136,13 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments: tuple[str, ...], co
 def test_compile_hands_everything_on(recorder: Recorder, tmp_path: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report.html"
     words = ("--recipe", "quota-30", "--set", "tokens.keep=0.4", "--set", "calibration.samples=3")
+    words += ("--min-agreement", "0.97")
     result = invoke("compile", MODEL, *words, "--data", DATA, "--output", out, "--report", report)
     assert result.exit_code == 0, result.output
     assert recorder.asked["model"] == MODEL and recorder.asked["calibration"] == DATA
     recipe = recorder.asked["recipe"]
     assert (recipe.tokens.keep, recipe.calibration.samples, recipe.quantize.weights.bits) == (0.4, 3, 4)
+    assert recipe.quality.min_agreement == 0.97
     assert recorder.calls == [("save", "out"), ("report", "report.html")]
     assert len({picture for picture, _ in recorder.drawn}) == len(recorder.drawn) == cli.DRAWN
     assert "1.50 MB of weights" in result.output

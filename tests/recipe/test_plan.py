@@ -95,6 +95,7 @@ def test_text_is_as_written_here() -> None:
         "left_out: []\n"
         "trained: []\n"
         "calibration: {samples: 0, sha256: null}\n"
+        "quality: null\n"
         "versions: {}\n"
     )
 

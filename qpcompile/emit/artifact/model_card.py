@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qpcompile.ir.program import Program
+from qpcompile.quality.verdict import increments, verdict
 from qpcompile.recipe.plan import Plan
 
 _CARD = """---
@@ -25,6 +26,10 @@ Weights take {megabytes:.2f} MB on disk.
 ## Visual tokens
 
 {tokens}
+
+## Agreement with full precision
+
+{agreement}
 
 ## Use
 
@@ -56,6 +61,7 @@ def model_card(program: Program, size: int) -> str:
         megabytes=size / 1e6,
         quantization=_quantization(program.plan),
         tokens=_tokens(program.plan),
+        agreement=_agreement(program.plan),
     )
 
 
@@ -79,6 +85,14 @@ def _tokens(plan: Plan) -> str:
         return "All visual tokens are kept in every layer."
     rows = [f"| {cut.layer} | {cut.ratio:.4f} | {cut.kept(576)} of 576 |" for cut in plan.cuts]
     return "\n".join(["| after layer | share kept | for example |", "| --- | --- | --- |", *rows])
+
+
+def _agreement(plan: Plan) -> str:
+    if plan.quality is None:
+        return "Not measured: the recipe asked for none, or there was no data."
+    rows = [f"| {cause} | {added:+.3g} |" for cause, added in increments(plan.quality)]
+    head = ["| lost to | nats per token |", "| --- | --- |"] if rows else []
+    return "\n".join([f"{verdict(plan.quality)}.", *([""] if rows else []), *head, *rows])
 
 
 def _bits(bits: int | None) -> str:
