@@ -28,6 +28,7 @@ from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.quantization.basis import Basis, Change, change_basis, weight_name
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 
@@ -52,7 +53,7 @@ class FoldTransforms:
         # Prefill and decode have the same owner and the same weights: the result for prefill applies to both.
         for owner in dict.fromkeys(graph.owner for graph in graphs):
             owned = [graph for graph in graphs if graph.owner == owner]
-            basis = change_basis(owned, scheme, program.measured[CALIBRATION])
+            basis = change_basis(owned, scheme, program.measured[CALIBRATION], Placement.of(program))
             for graph in owned:
                 changed |= _apply(graph, basis, scheme.kv_cache.bits != 16 and scheme.kv_cache.rotate)
         return changed

@@ -32,7 +32,8 @@ from qpcompile.progress import track
 from qpcompile.pruning.budget import DEVIATIONS
 from qpcompile.quantization.fake_quant import StubRounding
 from qpcompile.recipe.plan import LayerFacts
-from qpcompile.runtime.machine import Machine, execute_graph
+from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.placement import PlacedInterpreter, Placement, run_placed
 from qpcompile.stages import Stage
 
 
@@ -60,11 +61,12 @@ class MeasureSensitivity:
 
         def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if graph.name != PREFILL:
-                return execute_graph(graph, feeds)
-            return _Twice(program, graph, machine, table, rounding).run_graph(feeds)
+                return on.run(graph, feeds)
+            return run_placed(_Twice(program, graph, on.there(machine.visual), table, rounding, on), feeds)
 
+        on = Placement.of(program)
         scheme = program.recipe.quantize if program.recipe.order != "prune_then_quantize" else None
-        rounding = None if scheme is None else StubRounding(scheme)
+        rounding = None if scheme is None else StubRounding(scheme, on)
         done = _restore(program.checkpoint, table, self.count)
         with Machine(program, execute) as machine, track(self.name, self.count) as step:
             for number, sample in enumerate(self.samples):
@@ -116,19 +118,23 @@ def _restore(checkpoint: Checkpoint, table: dict[int, LayerRows], count: int) ->
         return facts.samples
 
 
-class _Twice(fx.Interpreter):
-    """Runs the prefill graph and, in parallel, each layer quantized, on that layer's full-precision input."""
+class _Twice(PlacedInterpreter):
+    """Runs the prefill graph and, in parallel, each layer quantized, on that layer's full-precision input.
+
+    visual: bool[B, S], which tokens are visual, if known.
+    """
 
     def __init__(
         self,
         program: Program,
         graph: Graph,
-        machine: Machine,
+        visual: torch.Tensor | None,
         table: dict[int, LayerRows],
         rounding: StubRounding | None,
+        on: Placement,
     ) -> None:
-        super().__init__(graph.module, garbage_collect_values=True)
-        self.program, self.graph_, self.machine, self.table = program, graph, machine, table
+        super().__init__(graph, on)
+        self.program, self.visual, self.table = program, visual, table
         self.rounding = rounding
         self.shadow: dict[fx.Node, Any] = {}
         self.layer: int | None = None
@@ -136,12 +142,6 @@ class _Twice(fx.Interpreter):
         self.latest: tuple[torch.Tensor, torch.Tensor] | None = None
         self.embeddings = graph.placeholder("inputs_embeds")
         self.hidden_width = int(fake_value(self.embeddings).shape[2])
-
-    def run_graph(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run on tensors named by input path."""
-        with torch.no_grad():
-            results = self.run(*[feeds[name] for name in self.graph_.inputs])
-        return dict(zip(self.graph_.outputs, results, strict=True))
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node in full precision, and also quantized if it belongs to a layer."""
@@ -164,7 +164,8 @@ class _Twice(fx.Interpreter):
         if not changed and fact is None:
             self._note(n, value, value)
             return
-        args, kwargs = fx.map_arg(n.args, self._quantized), fx.map_arg(n.kwargs, self._quantized)
+        args, kwargs = self.on.arguments(n)
+        args, kwargs = fx.map_arg(args, self._quantized), fx.map_arg(kwargs, self._quantized)
         result = n.target(*args, **kwargs)  # type: ignore[operator]
         if fact is not None and self.rounding is not None:
             result = self.rounding(result, fact)
@@ -173,11 +174,11 @@ class _Twice(fx.Interpreter):
 
     def _note(self, n: fx.Node, value: Any, quantized: Any) -> None:
         """Keep the latest residual stream, and measure attention nodes."""
-        if is_call(n, aten.scaled_dot_product_attention.default) and self.machine.visual is not None:
+        if is_call(n, aten.scaled_dot_product_attention.default) and self.visual is not None:
             read = read_attention(n)
             query, key = self._quantized(read.query), self._quantized(read.key)
             mask = None if read.mask is None else self._quantized(read.mask)
-            mass = attention_mass(query, key, mask, read.scale, self.machine.visual)
+            mass = attention_mass(query, key, mask, read.scale, self.visual)
             if mass is not None and self.layer is not None:
                 self.table[self.layer].masses.append(mass)
         if self._is_residual(value):
@@ -185,7 +186,7 @@ class _Twice(fx.Interpreter):
 
     def _quantized(self, node: fx.Node) -> Any:
         """A node's value in the quantized layer."""
-        return self.shadow[node] if node in self.shadow else self.env[node]
+        return self.shadow[node] if node in self.shadow else self.value_of(node)
 
     def _is_residual(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[2] == self.hidden_width
@@ -197,8 +198,8 @@ class _Twice(fx.Interpreter):
             rows, tokens = self.table[self.layer], self.program.recipe.tokens
             full = value if self.entry is None or tokens.sensitivity_of == "output" else value - self.entry
             rows.deviations.append(float((quantized - value).norm() / (full.norm() + tokens.eta)))
-            if self.machine.visual is not None and self.machine.visual.any():
-                rows.cosines.append(pairwise_cosine(quantized, self.machine.visual))
+            if self.visual is not None and self.visual.any():
+                rows.cosines.append(pairwise_cosine(quantized, self.visual))
             self.entry, self.latest = value, None
         # Quantized values flow into the next layer only if the recipe asks for it, and only while they have readers.
         carried = self.program.recipe.tokens.sensitivity_input == "quantized"

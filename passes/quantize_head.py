@@ -29,6 +29,7 @@ from qpcompile.kernels.linear_w8a16.reference import quantize_rows
 from qpcompile.passes.insert_quant_stubs import site_name
 from qpcompile.quantization.basis import weight_name
 from qpcompile.recipe.plan import LeftOut, Site
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 KERNEL = str(LINEAR_W8A16.name())
@@ -75,7 +76,8 @@ def _quantize(program: Program, head: Graph, linear: fx.Node, site: str) -> Site
                 f"{owner}, which is not a single table of embeddings ({type(module).__name__}), reads the same matrix"
             )
             return LeftOut(graph=HEAD, name=site, reason=reason)
-    codes, scale = quantize_rows(weight)
+    on = Placement.of(program)
+    codes, scale = on.back(quantize_rows(on.there(weight)))
     stored = add_tensor(head, f"{name}_codes", codes, linear), add_tensor(head, f"{name}_scale", scale, linear)
     every: tuple[Any, ...] = linear.args
     x, _, bias = (*every, None)[:3]

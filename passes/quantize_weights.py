@@ -42,6 +42,7 @@ from qpcompile.quantization.solve import output_error, solve
 from qpcompile.quantization.static_scales import select_scale, static_scales
 from qpcompile.recipe.plan import Site
 from qpcompile.recipe.quantize import QuantizeScheme
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 Packed = tuple[torch.Tensor, torch.Tensor, float]
@@ -65,13 +66,13 @@ class QuantizeWeights:
             return False
         sites: dict[str, dict[str, Site]] = {name: {} for name in program.graphs}
         quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-        calibration, places = program.measured[CALIBRATION], _places(program)
+        calibration, places, on = program.measured[CALIBRATION], _places(program), Placement.of(program)
         with track("quantize_weights", sum(map(len, places.values()))) as step:
             for readers in places.values():
                 # In prefill and decode at once: the full-precision weight is then freed.
-                solved = _solved(*readers[0], scheme, calibration, program.checkpoint)
+                solved = _solved(*readers[0], scheme, calibration, program.checkpoint, on)
                 for graph, linear in readers:
-                    site = _replace(graph, linear, scheme, calibration, solved, quantized)
+                    site = _replace(graph, linear, scheme, calibration, solved, quantized, on)
                     sites[site.graph][site.name] = site
                 for graph, linear in readers:
                     _forget(graph, linear)
@@ -102,6 +103,7 @@ def _replace(
     calibration: Calibration,
     solved: Packed,
     quantized: dict[fx.Node, tuple[fx.Node, fx.Node]],
+    on: Placement,
 ) -> Site:
     """Replace one linear by the integer operator for all its readers; returns the site for the plan."""
     stub, weight_stub = linear.args[0], linear.args[1]
@@ -115,7 +117,7 @@ def _replace(
     bias = operands(linear)["bias"]
     if scheme.activations.bits == 4:
         if stub not in quantized:
-            pair = _quantize_input(graph, stub, scheme, calibration)
+            pair = _quantize_input(graph, stub, scheme, calibration, on)
             quantized[stub] = (
                 call(graph, stub, operator.getitem, pair, 0),
                 call(graph, stub, operator.getitem, pair, 1),
@@ -152,7 +154,9 @@ def _forget(graph: Graph, linear: fx.Node) -> None:
         drop_tensor(graph.module, name)
 
 
-def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, calibration: Calibration) -> fx.Node:
+def _quantize_input(
+    graph: Graph, stub: fx.Node, scheme: QuantizeScheme, calibration: Calibration, on: Placement
+) -> fx.Node:
     """The quantizer of a stubbed input, with dynamic scales or with static ones computed now."""
     fact, x = stub_fact(stub), stub.args[0]
     assert fact is not None and isinstance(x, fx.Node)
@@ -168,14 +172,19 @@ def _quantize_input(graph: Graph, stub: fx.Node, scheme: QuantizeScheme, calibra
             where=fact.site,
             do="give samples that use it, add it to quantize.ignore, or set quantize.activations.granularity to token",
         )
-    weights = [get_tensor(graph.module, weight_name(linear)).detach() for linear in stub.users]
-    scales = static_scales(statistics, torch.cat(weights), scheme.activations.clip_search)
-    scale = select_scale(graph, stub, scales, fact.site.replace(".", "_"))
+    weights = [on.weight(graph.module, weight_name(linear)).detach() for linear in stub.users]
+    scales = static_scales(statistics.to(on.device), torch.cat(weights), scheme.activations.clip_search)
+    scale = select_scale(graph, stub, scales.to(on.home), fact.site.replace(".", "_"))
     return call(graph, stub, QUANTIZE_INT4_STATIC, x, scale)
 
 
 def _solved(
-    graph: Graph, linear: fx.Node, scheme: QuantizeScheme, calibration: Calibration, checkpoint: Checkpoint
+    graph: Graph,
+    linear: fx.Node,
+    scheme: QuantizeScheme,
+    calibration: Calibration,
+    checkpoint: Checkpoint,
+    on: Placement,
 ) -> Packed:
     """The 4-bit weight of a linear: solved by an interrupted compile, or solved now."""
     facts = [stub_fact(argument) for argument in linear.args[:2] if isinstance(argument, fx.Node)]
@@ -192,15 +201,21 @@ def _solved(
             }
             packed, scale = kept.fits(expected).values()
             return packed, scale, kept.read(dict[str, float])["error"]
-    packed, scale, error = _solve(graph, linear, fact.site, scheme, calibration, group.site)
+    packed, scale, error = _solve(graph, linear, fact.site, scheme, calibration, group.site, on)
     checkpoint.save(title, {"packed": packed, "scale": scale}, {"error": error})
     return packed, scale, error
 
 
 def _solve(
-    graph: Graph, linear: fx.Node, site: str, scheme: QuantizeScheme, calibration: Calibration, group: str
+    graph: Graph,
+    linear: fx.Node,
+    site: str,
+    scheme: QuantizeScheme,
+    calibration: Calibration,
+    group: str,
+    on: Placement,
 ) -> Packed:
-    weight = get_tensor(graph.module, weight_name(linear)).detach()
+    weight = on.weight(graph.module, weight_name(linear)).detach()
     size = scheme.weights.kernel_group
     if size and weight.shape[1] % size:
         raise RecipeError(
@@ -209,9 +224,9 @@ def _solve(
             do="choose a size that divides the widths, granularity: channel, or add the linear to quantize.ignore",
         )
     statistics = calibration.inputs.get(group)
-    moments = None if statistics is None else statistics.moments
+    moments = None if statistics is None else on.there(statistics.moments)
     codes, scale = solve(weight, moments, scheme.weights)
-    return pack_int4(codes), scale, output_error(weight, codes, scale, moments)
+    return *on.back((pack_int4(codes), scale)), output_error(weight, codes, scale, moments)
 
 
 def _drop_stubs(graph: Graph, roles: tuple[str, ...]) -> None:

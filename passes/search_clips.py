@@ -12,18 +12,20 @@ AWQ does for weights (arXiv 2306.00978).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from qpcompile.calibration.statistics import CALIBRATION, InputStatistics
-from qpcompile.ir.edit import calls, get_tensor
+from qpcompile.ir.edit import calls
 from qpcompile.ir.node_facts import set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Program
 from qpcompile.quantization.basis import weight_name
 from qpcompile.quantization.fake_quant import round_trip
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 RATIOS = tuple(1 - 0.03 * step for step in range(15))
@@ -46,24 +48,33 @@ class SearchClips:
         if scheme is None or not scheme.activations.clip_search or 16 in (scheme.weights.bits, scheme.activations.bits):
             return False
         inputs, found = program.measured[CALIBRATION].inputs, dict[str, float]()
+        on = Placement.of(program)
         for graph in program.graphs.values():
             for stub in list(calls(graph, QUANT_STUB)):
                 fact = stub_fact(stub)
                 if fact is None or fact.role != "activation" or fact.site not in inputs or fact.clip is not None:
                     continue
                 if fact.site not in found:
-                    weights = [get_tensor(graph.module, weight_name(linear)).detach() for linear in stub.users]
+                    weights = [on.weight(graph.module, weight_name(linear)).detach() for linear in stub.users]
                     group = scheme.activations.kernel_group
-                    found[fact.site] = best_clip(inputs[fact.site], torch.cat(weights), group)
+                    found[fact.site] = best_clip(inputs[fact.site].to(on.device), torch.cat(weights), group)
                 set_fact(stub, replace(fact, clip=found[fact.site]))
         return False
 
 
 def best_clip(statistics: InputStatistics, weights: torch.Tensor, group_size: int) -> float:
     """weights: f[N, C] -> the ratio of RATIOS with the least output error, ties to the largest."""
-    rows, gram = statistics.rows, weights.float().T @ weights.float()
+    rows, square = statistics.rows, _squares(weights.float(), len(RATIOS) * len(statistics.rows))
     # Text tokens are few, but the answer is generated from them.
     shares = torch.where(statistics.visual, 1 / statistics.visual.sum(), 1 / (~statistics.visual).sum())
-    errors = [round_trip(rows, group_size, ratio) - rows for ratio in RATIOS]
-    costs = [float(((error @ gram) * error).sum(dim=-1) @ shares) for error in errors]
+    costs = [float(square(round_trip(rows, group_size, ratio) - rows) @ shares) for ratio in RATIOS]
     return RATIOS[min(range(len(RATIOS)), key=costs.__getitem__)]
+
+
+def _squares(weights: torch.Tensor, count: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """f32[R, C] -> || W x ||^2: f32[R], for `count` rows x in all: by W, or by W^T W where that is less work."""
+    outputs, channels = weights.shape
+    if count * outputs <= channels * (outputs + count):
+        return lambda rows: (rows @ weights.T).square().sum(dim=-1)
+    gram = weights.T @ weights
+    return lambda rows: ((rows @ gram) * rows).sum(dim=-1)

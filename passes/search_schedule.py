@@ -38,7 +38,8 @@ from qpcompile.pruning.table import PRUNERS
 from qpcompile.quantization.fake_quant import StubRounding
 from qpcompile.recipe.plan import Cut
 from qpcompile.runtime.interpret import run_watched
-from qpcompile.runtime.machine import COUNT, VALID, VISUAL, Machine, execute_graph
+from qpcompile.runtime.machine import COUNT, VALID, VISUAL, Machine
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 # Samples whose visual tokens are counted, to build schedules of whole tokens.
@@ -107,8 +108,9 @@ class _Trials:
         self.graphs = _graphs(program, candidates)
         self.costs = dict.fromkeys(candidates, 0.0)
         self.machine = Machine(program, self.execute)
+        self.on = Placement.of(program)
         scheme = program.recipe.quantize
-        self.rounding = None if scheme is None else StubRounding(scheme)
+        self.rounding = None if scheme is None else StubRounding(scheme, self.on)
 
     def restore(self, checkpoint: Checkpoint, count: int) -> int:
         """Restore the costs of an interrupted compile; returns the number of samples they cover."""
@@ -134,7 +136,7 @@ class _Trials:
 
     def execute(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run a graph; on prefill, evaluate the schedules."""
-        results = execute_graph(graph, feeds)
+        results = self.on.run(graph, feeds)
         if graph.name == PREFILL:
             visual, valid = self.machine.visual, self.machine.valid
             assert visual is not None and valid is not None
@@ -142,7 +144,7 @@ class _Trials:
             feeds = {**feeds, VISUAL: visual, VALID: valid, COUNT: count}
             expected = self.next_token(results)
             for shares in self.costs:
-                found = self.next_token(run_watched(self.graphs[shares], feeds, self.quantize))
+                found = self.next_token(run_watched(self.graphs[shares], feeds, self.quantize, self.on))
                 self.costs[shares] += float((expected.exp() * (expected - found)).sum(dim=-1).mean())
         return results
 
@@ -151,7 +153,7 @@ class _Trials:
         last = next(iter(results.values()))[:, -1:]
         if HEAD in self.program.graphs:
             head = self.program.graphs[HEAD]
-            last = next(iter(execute_graph(head, {head.inputs[0]: last}).values()))
+            last = next(iter(self.on.run(head, {head.inputs[0]: last}).values()))
         return last[:, 0].float().log_softmax(dim=-1)
 
     def quantize(self, node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
@@ -163,11 +165,12 @@ class _Trials:
 def _visual_tokens(program: Program, samples: Iterable[dict[str, Any]]) -> int:
     """The median number of visual tokens in a prompt."""
     counts: list[int] = []
+    on = Placement.of(program)
 
     def count(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if graph.name == PREFILL and machine.visual is not None:
             counts.extend(machine.visual.sum(dim=1).tolist())
-        return execute_graph(graph, feeds)
+        return on.run(graph, feeds)
 
     with Machine(program, count) as machine:
         for number, sample in enumerate(samples):

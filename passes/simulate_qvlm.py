@@ -23,6 +23,7 @@ from qpcompile.ir.program import Graph, Program
 from qpcompile.kernels.simulate_qvlm.reference import nf4
 from qpcompile.quantization.basis import weight_name
 from qpcompile.recipe.plan import Site
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 KERNEL = "simulation: NF4 weights, inputs per channel, in floating point"
@@ -44,20 +45,20 @@ class SimulateQvlm:
         scheme = program.recipe.quantize
         if scheme is None or scheme.simulation != "qvlm":
             return False
-        rounded: dict[str, torch.Tensor] = {}
+        rounded, on = dict[str, torch.Tensor](), Placement.of(program)
         sites: list[Site] = []
         for graph in program.graphs.values():
             for stub in list(calls(graph, QUANT_STUB)):
                 fact = stub_fact(stub)
                 if fact is not None and fact.role == "activation":
-                    sites += _replace(graph, stub, fact.site, program.measured[CALIBRATION], rounded)
+                    sites += _replace(graph, stub, fact.site, program.measured[CALIBRATION], rounded, on)
             tidy(graph)
         program.plan = program.plan.changed(sites=(*program.plan.sites, *sites))
         return bool(sites)
 
 
 def _replace(
-    graph: Graph, stub: fx.Node, site: str, calibration: Calibration, rounded: dict[str, torch.Tensor]
+    graph: Graph, stub: fx.Node, site: str, calibration: Calibration, rounded: dict[str, torch.Tensor], on: Placement
 ) -> list[Site]:
     """Fake-quantize one input and the weights of the linears that read it."""
     statistics = calibration.inputs.get(site)
@@ -79,7 +80,7 @@ def _replace(
         assert fact is not None
         exact = get_tensor(graph.module, weight).detach()
         if fact.site not in rounded:
-            rounded[fact.site] = nf4(exact)
+            rounded[fact.site] = on.back(nf4(on.there(exact)))
         error = float((rounded[fact.site] - exact).norm() / exact.norm().clamp(min=1e-30))
         set_tensor(graph.module, weight, rounded[fact.site])
         source = weight_stub.args[0]

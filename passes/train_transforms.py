@@ -16,9 +16,11 @@ Source: "FlatQuant" (arXiv 2410.09426), section 3.1; masks of each prompt are ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
+from time import monotonic
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +32,7 @@ from qpcompile.calibration.blocks import Block, Values, split_blocks
 from qpcompile.calibration.collect import run_sample
 from qpcompile.calibration.statistics import CALIBRATION, Calibration, InputStatistics
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.edit import aten, before_cast, calls, get_tensor, is_call, set_tensor
+from qpcompile.ir.edit import aten, before_cast, calls, is_call, set_tensor
 from qpcompile.ir.heap import trim
 from qpcompile.ir.node_facts import set_fact, stub_fact
 from qpcompile.ir.operators import KRONECKER, QUANT_STUB
@@ -41,10 +43,15 @@ from qpcompile.quantization.basis_change import WIDE
 from qpcompile.quantization.block_sums import SumsOfMatrix, SumsOfRows
 from qpcompile.quantization.fake_quant import fake_quantize
 from qpcompile.quantization.learned_transform import LearnedTransform, kronecker_rows, rounded
+from qpcompile.quantization.training_time import TrainingTime
 from qpcompile.recipe.plan import TrainedBlock
-from qpcompile.recipe.quantize import QuantizeScheme, TrainingScheme
-from qpcompile.runtime.machine import Machine, execute_graph
+from qpcompile.recipe.quantize import QuantizeScheme
+from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
+
+# Called with the seconds of one step of a block.
+Tell = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -67,23 +74,30 @@ class TrainTransforms:
             return False
         if not self.count:
             return False
-        feeds = self._feeds(program, scheme.training)
+        time = TrainingTime(scheme.training)
+        feeds = self._feeds(program, time)
         trained: list[TrainedBlock] = []
         for name in list(feeds):
-            trained += _train_graph(program, program.graphs[name], feeds.pop(name), scheme)
+            trained += _train_graph(program, program.graphs[name], feeds.pop(name), scheme, time)
         program.plan = program.plan.changed(trained=tuple(trained))
         return bool(trained)
 
-    def _feeds(self, program: Program, training: TrainingScheme) -> dict[str, list[_Batch]]:
+    def _feeds(self, program: Program, time: TrainingTime) -> dict[str, list[_Batch]]:
         """The inputs of each graph, batch by batch."""
         held: dict[str, list[_Batch]] = {}
+        training = time.options
         count = min(self.count, training.samples)
+        on = Placement.of(program)
 
         def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            if graph.name not in (HEAD, DECODE):
-                valid = machine.valid if graph.name == PREFILL else None
-                held.setdefault(graph.name, []).append(_Batch(dict(feeds), valid))
-            return execute_graph(graph, feeds)
+            if graph.name in (HEAD, DECODE):
+                return on.run(graph, feeds)
+            valid = machine.valid if graph.name == PREFILL else None
+            held.setdefault(graph.name, []).append(_Batch(dict(feeds), valid))
+            began = monotonic()
+            results = on.run(graph, feeds)
+            time.add_forward(graph.name, monotonic() - began)
+            return results
 
         with Machine(program, execute) as machine:
             for first, batch in batches(islice(self.samples, count), training.batch):
@@ -100,21 +114,30 @@ class _Batch:
     values: Values = field(default_factory=dict)
 
 
-def _train_graph(program: Program, graph: Graph, fed: list[_Batch], scheme: QuantizeScheme) -> Iterator[TrainedBlock]:
+def _train_graph(
+    program: Program, graph: Graph, fed: list[_Batch], scheme: QuantizeScheme, time: TrainingTime
+) -> Iterator[TrainedBlock]:
     entry, blocks = split_blocks(graph)
-    with torch.no_grad():
+    on = Placement.of(program)
+    with torch.no_grad(), on.holding():
         for batch in fed:
-            batch.values, batch.feeds = entry.run(batch.feeds), {}
+            batch.values, batch.feeds = on.back(entry.run(batch.feeds, on)), {}
     with track(f"train {graph.name}", len(blocks)) as step:
         for block in blocks:
-            with torch.no_grad():
-                targets = [block.run(batch.values) for batch in fed]
-            training = _Training(graph, block, scheme, program.measured[CALIBRATION])
-            if training.sites and block.results:
-                before, after = training.restore(program.checkpoint) or training.run(program.checkpoint, fed, targets)
-                if after < before:
-                    training.fold(program)
-                yield TrainedBlock(name=block.name, before=before, after=min(before, after))
+            with on.holding():
+                began = monotonic()
+                with torch.no_grad():
+                    targets = [on.back(block.run(batch.values, on)) for batch in fed]
+                forward = monotonic() - began
+                training = _Training(graph, block, scheme, program.measured[CALIBRATION], on)
+                tell = partial(time.tell, graph.name, len(blocks), len(fed), forward=forward)
+                if training.sites and block.results:
+                    found = training.restore(program.checkpoint)
+                    found = found or training.run(program.checkpoint, fed, targets, tell)
+                    before, after = found
+                    if after < before:
+                        training.fold(program)
+                    yield TrainedBlock(name=block.name, before=before, after=min(before, after))
             for batch, values in zip(fed, targets, strict=True):
                 batch.values = values
             trim()
@@ -124,8 +147,10 @@ def _train_graph(program: Program, graph: Graph, fed: list[_Batch], scheme: Quan
 class _Training:
     """One block with a learned transform at each of its sites."""
 
-    def __init__(self, graph: Graph, block: Block, scheme: QuantizeScheme, calibration: Calibration) -> None:
-        self.graph, self.block, self.scheme, self.calibration = graph, block, scheme, calibration
+    def __init__(
+        self, graph: Graph, block: Block, scheme: QuantizeScheme, calibration: Calibration, on: Placement
+    ) -> None:
+        self.graph, self.block, self.scheme, self.calibration, self.on = graph, block, scheme, calibration, on
         self.sites: dict[str, LearnedTransform] = {}
         self.owners: dict[fx.Node, LearnedTransform] = {}
         # The rounded weights in the new basis; recomputed for every step.
@@ -135,20 +160,20 @@ class _Training:
             node = _kronecker(stub) if fact is not None and fact.role == "activation" else None
             if fact is None or node is None:
                 continue
-            left, right = (get_tensor(graph.module, _target(node.args[side])) for side in (2, 3))
+            left, right = (on.weight(graph.module, _target(node.args[side])) for side in (2, 3))
             clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
             learned = LearnedTransform(scheme.transform == "rotation", len(left), len(right), min(clip, 0.99))
-            learned.to(left.device)
+            learned.to(on.device)
             self.sites[fact.site] = learned
             for owned in (stub, *(linear.args[1] for linear in stub.users)):
                 assert isinstance(owned, fx.Node)
                 self.owners[owned] = learned
 
-    def run(self, checkpoint: Checkpoint, fed: list[_Batch], targets: list[Values]) -> tuple[float, float]:
+    def run(self, checkpoint: Checkpoint, fed: list[_Batch], targets: list[Values], tell: Tell) -> tuple[float, float]:
         """Train, and save the result to the checkpoint; returns the loss before and after."""
         before = self.mean_loss(fed, targets)
         self.begin()
-        self.train(fed, targets)
+        self.train(fed, targets, tell)
         losses = before, self.mean_loss(fed, targets)
         tensors = {
             f"{site}/{name}": tensor.detach().clone()
@@ -187,12 +212,14 @@ class _Training:
                 continue
             if fact.site not in self.calibration.inputs:
                 continue
-            statistics, sizes = self.calibration.inputs[fact.site], (len(learned.left), len(learned.right))
+            statistics = self.calibration.inputs[fact.site].to(self.on.device)
+            sizes = len(learned.left), len(learned.right)
             names = [weight_name(linear) for linear in stub.users]
             second = SumsOfRows(sizes, [statistics.rows])
             if statistics.moments is not None:
                 second = SumsOfMatrix(sizes, statistics.moments)
-            learned.begin(second, SumsOfRows(sizes, [get_tensor(self.graph.module, name).detach() for name in names]))
+            weights = [self.on.weight(self.graph.module, name).detach() for name in names]
+            learned.begin(second, SumsOfRows(sizes, weights))
 
     def _look(self, node: fx.Node, value: Any) -> Any:
         fact = stub_fact(node) if is_call(node, QUANT_STUB) else None
@@ -216,7 +243,7 @@ class _Training:
         for stub in self.block.nodes:
             fact = stub_fact(stub) if is_call(stub, QUANT_STUB) else None
             if fact is not None and fact.role == "weight":
-                weight = get_tensor(self.graph.module, _target(stub.args[0])).detach()
+                weight = self.on.weight(self.graph.module, _target(stub.args[0])).detach()
                 # Recomputed in the backward pass (checkpointing): together it is six times the layer's weights.
                 rounding[stub] = recomputed(
                     self._rounded, weight, self.owners.get(stub), use_reentrant=False, preserve_rng_state=False
@@ -230,13 +257,13 @@ class _Training:
     def loss(self, batch: _Batch, targets: Values) -> torch.Tensor:
         """The error of one batch under rounding with the current factors, against the block's full-precision output."""
         self.weights = self._round_weights()
-        given = self.block.run(batch.values, self._look)
+        given, valid = self.block.run(batch.values, self.on, self._look), self.on.there(batch.valid)
         losses = []
         for node in self.block.results:
-            expected, found = targets[node].float(), given[node].float()
+            expected, found = self.on.there(targets[node]).float(), given[node].float()
             difference = found - expected
-            if batch.valid is not None and expected.shape[:2] == batch.valid.shape:
-                difference, expected = difference[batch.valid], expected[batch.valid]
+            if valid is not None and expected.shape[:2] == valid.shape:
+                difference, expected = difference[valid], expected[valid]
             losses.append(difference.pow(2).sum() / expected.pow(2).sum().clamp(min=1e-12))
         return torch.stack(losses).mean()
 
@@ -245,8 +272,11 @@ class _Training:
         with torch.no_grad():
             return float(torch.stack([self.loss(*pair) for pair in zip(fed, targets, strict=True)]).mean())
 
-    def train(self, fed: list[_Batch], targets: list[Values]) -> None:
-        """Adam over epochs of batches in order, one step per batch, with cosine decay of the step size."""
+    def train(self, fed: list[_Batch], targets: list[Values], tell: Tell) -> None:
+        """Adam over epochs of batches in order, one step per batch, with cosine decay of the step size.
+
+        `tell` is called with the seconds of the second step: the first one includes what is done once.
+        """
         options = self.scheme.training
         parameters = [parameter for learned in self.sites.values() for parameter in learned.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
@@ -256,9 +286,13 @@ class _Training:
             for number in range(total):
                 for group in optimizer.param_groups:
                     group["lr"] = options.learning_rate * (1 + math.cos(math.pi * number / total)) / 2
+                began = monotonic()
                 optimizer.zero_grad()
                 self.loss(*pairs[number % len(pairs)]).backward()
                 optimizer.step()
+                if number == min(1, total - 1):
+                    float(parameters[0].detach().sum())  # an accelerator has computed the step by then
+                    tell(step=monotonic() - began)
 
     def fold(self, program: Program) -> None:
         """Write the learned transform into factors, weights, shifts, clips and statistics, in all graphs."""
@@ -270,9 +304,9 @@ class _Training:
                     self._fold_graph(graph, learned, moved)
             for site, (left, right) in learned.items():
                 if site in self.calibration.inputs:
-                    self.calibration.inputs[site] = _carried(
-                        self.calibration.inputs[site], left.double(), right.double()
-                    )
+                    statistics = self.calibration.inputs[site].to(self.on.device)
+                    moved_statistics = _carried(statistics, left.double(), right.double())
+                    self.calibration.inputs[site] = moved_statistics.to(self.on.home)
 
     def _fold_graph(
         self, graph: Graph, learned: dict[str, tuple[torch.Tensor, torch.Tensor]], moved: dict[str, torch.Tensor]
@@ -287,17 +321,17 @@ class _Training:
             first, last = _target(node.args[2]), _target(node.args[3])
             names = [first, last, *map(weight_name, stub.users)]
             if first not in moved:
-                moved[first] = left @ get_tensor(module, first).detach()
-                moved[last] = get_tensor(module, last).detach() @ right.T
+                moved[first] = left @ self.on.weight(module, first).detach()
+                moved[last] = self.on.weight(module, last).detach() @ right.T
                 for name in names[2:]:
-                    weight = get_tensor(module, name).detach()
+                    weight = self.on.weight(module, name).detach()
                     moved[name] = self.sites[fact.site].weights(weight).to(weight.dtype)
             if is_call(shifted := _shifted(stub), aten.sub.Tensor):
                 names.append(name := _target(shifted.args[1]))
                 if name not in moved:
-                    moved[name] = kronecker_rows(get_tensor(module, name).detach(), left, right)
+                    moved[name] = kronecker_rows(self.on.weight(module, name).detach(), left, right)
             for name in names:
-                moved[name] = moved[name].contiguous()
+                moved[name] = self.on.back(moved[name]).contiguous()
                 set_tensor(module, name, moved[name])
             if self.scheme.activations.bits == 4:
                 set_fact(stub, replace(fact, clip=float(torch.sigmoid(self.sites[fact.site].clip))))

@@ -41,6 +41,7 @@ from qpcompile.quality.raising import next_step
 from qpcompile.quantization.solve import needs_moments
 from qpcompile.recipe.plan import CalibrationUsed
 from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.placement import compute_device
 from qpcompile.runtime.recompute import check_decode
 from qpcompile.versions import package_versions, tell_newer
 
@@ -55,6 +56,7 @@ def compile(
     calibration: Source | None = None,
     after: Callable[[PassRun, Program], None] | None = None,
     resume: str | PathLike[str] | None = None,
+    device: torch.device | str | int | None = None,
 ) -> CompiledVLM:
     """Compile a vision-language model by a recipe for weights, activations, KV cache and visual tokens.
 
@@ -67,13 +69,18 @@ def compile(
         after: called after each pass with its PassRun and the program, for reports and dumps.
         resume: a checkpoint folder for the long passes; an interrupted compile resumes from it. Only one compile can
             use it at a time.
+        device: where calibration, training, solving and measuring compute, one block of the model at a time; the
+            weights wait where they are. By default where the model is. The compiled model is where the model was, and
+            so are its capture and its final check.
 
     Raises CalibrationError if the recipe needs calibration samples and there are none, ExportError for a processor
     whose chat template or tokenizer no artifact may contain, OutputError for a checkpoint folder that is in use,
-    damaged or foreign, QualityError if the answers agree less with full precision than the recipe demands, and
-    InvariantError if decoding of the compiled model does not match recomputation (qpcompile/runtime/recompute.py).
+    damaged or foreign, KernelError for a device that torch cannot compute on, QualityError if the answers agree less
+    with full precision than the recipe demands, and InvariantError if decoding of the compiled model does not match
+    recomputation (qpcompile/runtime/recompute.py).
     """
     tell_newer()
+    computes = None if device is None else compute_device(device)
     recipe = Recipe.load(recipe)
     check_method(recipe)
     with nullcontext() if resume is None else held_folder(resume) as progress:
@@ -91,7 +98,8 @@ def compile(
             if held is None:
                 assert source is not None
                 held = load_model(source, processor)[0]
-            program = capture(held, next(iter(samples)) if samples else blank_sample(held, processor), recipe)
+            program = capture(held, samples.example() if samples else blank_sample(held, processor), recipe)
+            program.device = computes
             # From here on only the graphs hold the weights, and a weight that a pass replaces is freed unless the
             # caller holds it, or a compile that may start again.
             held = None if source is not None or not recipe.quality.may_raise else held

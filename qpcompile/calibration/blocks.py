@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from qpcompile.ir.edit import get_tensor, is_call, layer_of
+from qpcompile.ir.edit import is_call, layer_of
 from qpcompile.ir.operators import QUANT_STUB, SPECS
 from qpcompile.ir.program import Graph
+from qpcompile.runtime.placement import Placement
 
 Values = dict[fx.Node, Any]
 # Called with a node and its value; returns the value to continue with.
@@ -46,9 +47,11 @@ class Block:
     alive: frozenset[fx.Node]
     results: tuple[fx.Node, ...]
 
-    def run(self, values: Values, look: Look | None = None, plain: bool = True) -> Values:
-        """Live values before the block -> live values after it; in plain torch, or with the operators as they are."""
-        return _run(self.nodes, values, self.alive, look, plain)
+    def run(self, values: Values, on: Placement, look: Look | None = None, plain: bool = True) -> Values:
+        """Live values before the block, at home or on the device -> those after it, on the device; in plain torch, or
+        with the operators as they are.
+        """
+        return _run(self.nodes, values, self.alive, on, look, plain)
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,21 @@ class Entry:
     nodes: tuple[fx.Node, ...]
     alive: frozenset[fx.Node]
 
-    def run(self, feeds: Mapping[str, torch.Tensor], look: Look | None = None, plain: bool = True) -> Values:
-        """feeds: tensors by input path -> the live values before the first block."""
-        return _run(self.nodes, _placed(self.graph, feeds), self.alive, look, plain)
+    def run(
+        self, feeds: Mapping[str, torch.Tensor], on: Placement, look: Look | None = None, plain: bool = True
+    ) -> Values:
+        """feeds: tensors by input path -> the live values before the first block, on the device."""
+        return _run(self.nodes, _placed(self.graph, feeds), self.alive, on, look, plain)
 
 
-def run_nodes(graph: Graph, feeds: Mapping[str, torch.Tensor], look: Look | None) -> dict[str, torch.Tensor]:
-    """Run a whole graph in plain torch; tensors by input path -> tensors by output path."""
+def run_nodes(
+    graph: Graph, feeds: Mapping[str, torch.Tensor], on: Placement, look: Look | None
+) -> dict[str, torch.Tensor]:
+    """Run a whole graph in plain torch; tensors by input path -> tensors by output path, on the device."""
     (results,) = graph.output_node.args
     assert isinstance(results, tuple)
     wanted = [node for node in results if isinstance(node, fx.Node)]
-    values = _run(tuple(graph.nodes), _placed(graph, feeds), frozenset(wanted), look, True)
+    values = _run(tuple(graph.nodes), _placed(graph, feeds), frozenset(wanted), on, look, True)
     return {path: values[node] for path, node in zip(graph.outputs, wanted, strict=True)}
 
 
@@ -144,23 +151,29 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _run(
-    nodes: tuple[fx.Node, ...], values: Values, alive: frozenset[fx.Node], look: Look | None, plain: bool
+    nodes: tuple[fx.Node, ...],
+    values: Values,
+    alive: frozenset[fx.Node],
+    on: Placement,
+    look: Look | None,
+    plain: bool,
 ) -> Values:
-    known = dict(values)
+    known = {node: on.there(value) for node, value in values.items()}
     readers = Counter(source for node in nodes for source in node.all_input_nodes)
 
     def fetch(node: fx.Node) -> Any:
         if node.op == "get_attr":
             module = node.graph.owning_module
             assert module is not None
-            return get_tensor(module, str(node.target))
+            return on.weight(module, str(node.target))
         return known[node]
 
     for node in nodes:
         if node.op != "call_function":
             continue
         target: Any = PLAIN.get(node.target, node.target) if plain else node.target
-        value = target(*fx.map_arg(node.args, fetch), **fx.map_arg(node.kwargs, fetch))
+        args, kwargs = on.arguments(node)
+        value = target(*fx.map_arg(args, fetch), **fx.map_arg(kwargs, fetch))
         known[node] = value if look is None else look(node, value)
         for source in node.all_input_nodes:
             readers[source] -= 1

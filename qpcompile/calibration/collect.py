@@ -24,18 +24,20 @@ from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import SELECT_TOKENS
 from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
 from qpcompile.progress import track
-from qpcompile.runtime.machine import Machine, execute_graph
+from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.placement import Placement
 
 
 def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, title: str, moments: bool) -> Calibration:
-    """Statistics of all activation stubs on `count` samples, whose embeddings are all in memory.
+    """Statistics of all activation stubs on `count` samples, whose embeddings are all in memory; all at home.
 
     `moments`: whether to collect second moments, for the weight solver. After a token cut only kept tokens count.
     Raises CalibrationError naming the sample or site.
     """
     scheme = program.recipe.quantize
     assert scheme is not None
-    collector = _Collector(program, title, count, moments, -(-ROWS // count), weigh=scheme.scaling == "mbq")
+    weigh, on = scheme.scaling == "mbq", Placement.of(program)
+    collector = _Collector(program, title, count, moments, -(-ROWS // count), weigh, on)
     if not collector.restore():
         flows = collector.flows(samples, count)
         for name in list(flows):
@@ -92,6 +94,7 @@ class _Collector:
     moments: bool
     keep: int
     weigh: bool
+    on: Placement
     found: Calibration = field(default_factory=Calibration)
     gradients: ModalityGradients = field(default_factory=ModalityGradients)
     # The statistics of the current layer.
@@ -107,11 +110,11 @@ class _Collector:
             flow = _Flow(latest["number"], latest["keys"], feeds)
             held.setdefault(graph.name, []).append(flow)
             if graph.name != PREFILL:
-                return execute_graph(graph, feeds)
+                return self.on.run(graph, feeds)
             flow.visual, flow.counts = machine.marks(*feeds["inputs_embeds"].shape[:2])
             if self.weigh and flow.number >= done:
                 head = self.program.graphs.get(HEAD)
-                self.gradients.add(graph, head, feeds, flow.visual, flow.counts)
+                self.gradients.add(graph, head, feeds, flow.visual, flow.counts, self.on)
             raise _Reached
 
         done = self._restore_gradients()
@@ -129,12 +132,15 @@ class _Collector:
         """All calls of one graph, a layer at a time."""
         entry, blocks = split_blocks(graph)
         with track(f"{self.title} {graph.name}", len(blocks)) as step, torch.no_grad():
-            for flow in flows:
-                with _naming(flow.number, flow.keys):
-                    flow.values = entry.run(flow.feeds, self._look(flow), plain=False)
-                flow.feeds = {}
+            with self.on.holding():
+                for flow in flows:
+                    flow.visual, flow.counts = self.on.there((flow.visual, flow.counts))
+                    with _naming(flow.number, flow.keys):
+                        flow.values = self.on.back(entry.run(flow.feeds, self.on, self._look(flow), plain=False))
+                    flow.feeds = {}
             for block in blocks:
-                self._through(block, flows)
+                with self.on.holding():
+                    self._through(block, flows)
                 step()
 
     def _through(self, block: Block, flows: list[_Flow]) -> None:
@@ -142,8 +148,10 @@ class _Collector:
         kept = self._restore(block.name)
         for flow in flows:
             with _naming(flow.number, flow.keys):
-                flow.values = block.run(flow.values, self._look(flow, adds=kept is None), plain=False)
+                look = self._look(flow, adds=kept is None)
+                flow.values = self.on.back(block.run(flow.values, self.on, look, plain=False))
         _check_finite(self.growing)
+        self.growing = {site: statistics.to(self.on.home) for site, statistics in self.growing.items()}
         if kept is None:
             self._save(block.name)
         self.found.inputs.update(self.growing if kept is None else kept)

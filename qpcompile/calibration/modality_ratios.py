@@ -20,6 +20,7 @@ from qpcompile.ir.edit import aten, is_call
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Graph
+from qpcompile.runtime.placement import Placement
 
 
 @dataclass
@@ -36,8 +37,13 @@ class ModalityGradients:
         feeds: dict[str, torch.Tensor],
         visual: torch.Tensor,
         valid: torch.Tensor,
+        on: Placement,
     ) -> None:
-        """Add one sample. visual, valid: bool[B, S], which tokens are visual, and which are not padding."""
+        """Add one sample. visual, valid: bool[B, S], which tokens are visual, and which are not padding.
+
+        The backward pass reads all weights: on an accelerator the whole decoder must fit.
+        """
+        visual, valid = on.there((visual, valid))
         outputs: dict[str, torch.Tensor] = {}
 
         def look(node: fx.Node, value: torch.Tensor) -> torch.Tensor:
@@ -50,10 +56,10 @@ class ModalityGradients:
         with torch.enable_grad():
             given = {name: feed.detach() for name, feed in feeds.items()}
             given["inputs_embeds"].requires_grad_()
-            result = next(iter(run_nodes(prefill, given, look).values()))
+            result = next(iter(run_nodes(prefill, given, on, look).values()))
             if head is not None:
                 (name,) = head.inputs
-                result = next(iter(run_nodes(head, {name: result[:, -1:]}, None).values()))
+                result = next(iter(run_nodes(head, {name: result[:, -1:]}, on, None).values()))
             scores = result[:, -1].float()
             torch.nn.functional.cross_entropy(scores, scores.detach().argmax(dim=-1)).backward()
         for site, output in outputs.items():
@@ -61,7 +67,7 @@ class ModalityGradients:
                 continue
             size = output.grad.abs().mean(dim=-1)
             for sums, chosen in ((self.visual, visual & valid), (self.text, valid & ~visual)):
-                found = torch.stack([size[chosen].sum(), chosen.sum().to(size.dtype)])
+                found = on.back(torch.stack([size[chosen].sum(), chosen.sum().to(size.dtype)]))
                 sums[site] = sums.get(site, torch.zeros_like(found)) + found
 
     def ratios(self) -> dict[str, float]:

@@ -72,8 +72,8 @@ class InputStatistics:
         count = min(keep, rows.shape[0], ROWS - self.rows.shape[0])
         if count > 0:
             chosen = torch.arange(count, device=rows.device) * rows.shape[0] // count
-            self.rows = torch.cat([self.rows, rows[chosen]])
-            self.visual = torch.cat([self.visual, marks[chosen]])
+            self.rows = torch.cat([self.rows, rows.index_select(0, chosen)])
+            self.visual = torch.cat([self.visual, marks.index_select(0, chosen)])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All fields by name; `moments` only if present."""
@@ -99,6 +99,10 @@ class InputStatistics:
             if held[name].dtype != expected.dtype or tuple(held[name].shape) != shape or kept > ROWS:
                 raise ValueError(f"{name} of {channels} channels is {held[name].dtype}{list(held[name].shape)}")
         return cls.of_tensors(held)
+
+    def to(self, device: torch.device) -> InputStatistics:
+        """The same on a device."""
+        return self.of_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     @property
     def mean(self) -> torch.Tensor:

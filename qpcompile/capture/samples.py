@@ -61,11 +61,13 @@ class Samples:
         if not items:
             raise CalibrationError("there is no calibration sample", where="calibration", do="give at least one sample")
         drawn = range(limit) if self._spool else random.Random(seed).sample(range(len(items)), min(limit, len(items)))
-        others = sorted(set(range(len(items))) - set(drawn))
-        spared = random.Random(seed).sample(others, min(spare, len(others)))
-        self._items = [items[index] for index in sorted(drawn) if index < len(items)]
-        self._spared = [items[index] for index in sorted(spared)]
-        check_questions(processor, [item for item in (*self._items, *self._spared) if isinstance(item, Question)])
+        chosen = [index for index in sorted(drawn) if index < len(items)]
+        others = sorted(set(range(len(items))) - set(chosen))
+        spared = sorted(random.Random(seed).sample(others, min(spare, len(others))))
+        self._example, self._items = items[0], [items[index] for index in chosen]
+        self._spared = [items[index] for index in spared]
+        named = [items[index] for index in sorted({0, *chosen, *spared})]
+        check_questions(processor, [item for item in named if isinstance(item, Question)])
         self._digest: str | None = None
 
     def __len__(self) -> int:
@@ -75,11 +77,6 @@ class Samples:
         total = hashlib.sha256()
         for number, item in enumerate(self._items):
             sample = self._inputs(item, number)
-            try:
-                check_sample(sample)
-            except CalibrationError as error:
-                where = f"calibration sample {number}: {error.where}"
-                raise CalibrationError(error.what, where=where, do=error.do) from None
             if self._digest is None:
                 _add(total, sample)
             yield sample
@@ -101,12 +98,21 @@ class Samples:
         assert self._digest is not None
         return self._digest
 
+    def example(self) -> dict[str, Any]:
+        """The first sample of the source, drawn or not: models are traced with it, so that all draws share a trace."""
+        return self._inputs(self._example, 0)
+
     def _inputs(self, item: Any, number: int) -> dict[str, Any]:
         if isinstance(item, Question):
-            return question_inputs(self.processor, [item])
-        if isinstance(item, _Spooled):
-            return dict(load_file(item.path))
-        return _inputs_of(item, number)
+            sample = question_inputs(self.processor, [item])
+        else:
+            sample = dict(load_file(item.path)) if isinstance(item, _Spooled) else _inputs_of(item, number)
+        try:
+            check_sample(sample)
+        except CalibrationError as error:
+            where = f"calibration sample {number}: {error.where}"
+            raise CalibrationError(error.what, where=where, do=error.do) from None
+        return sample
 
     def _keep(self, source: Iterable[Mapping[str, Any]], limit: int) -> list[_Spooled]:
         self._spool = tempfile.TemporaryDirectory(prefix="qpcompile-samples-")

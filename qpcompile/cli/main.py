@@ -21,7 +21,7 @@ from qpcompile.capture.data_folder import first_pictures
 from qpcompile.capture.picture import read_picture
 from qpcompile.claims import Claim, claimed, held_folder, refuse_places
 from qpcompile.cli import terminal
-from qpcompile.cli.models import compile_told, is_artifact, load_artifact, need_processor, open_model
+from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor, open_model
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
 from qpcompile.evaluate.questions.data_sets import read_data
 from qpcompile.evaluate.run.rows import RowFolder, Scoring
@@ -49,6 +49,14 @@ Overrides = Annotated[
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a preset, or path of a YAML file.")]
 Data = Annotated[
     Path | None, typer.Option("--data", "-d", help="Calibration folder: pictures and data.jsonl.", show_default=False)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Where a compile computes, as torch names it: cuda, cpu; by default the processor.",
+        show_default=False,
+    ),
 ]
 MODEL_HELP = "Folder or hub name of a transformers model."
 ARTIFACT_HELP = "Folder written by `qpcompile compile`."
@@ -92,6 +100,7 @@ def compile_command(
     min_agreement: Annotated[
         float | None, typer.Option(help="Least share of answers equal to full precision's (quality.min_agreement).")
     ] = None,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Compile a model by a recipe and write it to a new folder."""
@@ -107,6 +116,7 @@ def compile_command(
         from qpcompile.cli.doctor import recipe_warning
         from qpcompile.cli.dry_run import forecast
 
+        checked_device(device)
         expected = forecast(model, asked, data)
         if warning := recipe_warning(asked):
             note(f"note: {warning}")
@@ -115,7 +125,7 @@ def compile_command(
             return
         assert output is not None
         with claimed(output, "folder") as folder, nullcontext() if report is None else claimed(report, "file") as page:
-            compiled = compile_told(model, asked, data, resume)
+            compiled = compile_told(model, asked, data, resume, device)
             compiled.save_pretrained(folder)
             note(f"wrote {shown(output)}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
             terminal.show_quality(compiled.plan)
@@ -158,6 +168,7 @@ def export_command(
     fast: Annotated[
         bool, typer.Option("--fast", help="Use onnxruntime's own operators: faster, different numerics.")
     ] = False,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Write graphs for onnxruntime, with a runner that needs no torch.
@@ -169,7 +180,8 @@ def export_command(
             if is_artifact(source):
                 compiled = load_artifact(source)
             else:
-                compiled = compile_told(source, Recipe.load(recipe).with_overrides(overrides or []), data)
+                asked = Recipe.load(recipe).with_overrides(overrides or [])
+                compiled = compile_told(source, asked, data, device=device)
             compiled.export_onnx(folder, fast=fast)
         note(f"wrote {shown(output)}; try: python {shown(output)}/runner.py --help")
 
@@ -225,6 +237,7 @@ def eval_command(
         Scoring, typer.Option(help="Questions with choices: the most probable choice, or the one the text names.")
     ] = "choice",
     split: Annotated[str, typer.Option(help="ScienceQA: which split.")] = "test",
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Accuracy on questions: of a model, an artifact, or many recipes."""
@@ -246,7 +259,7 @@ def eval_command(
                     raise typer.BadParameter("a compiled folder has its own recipe", param_hint="--recipe")
                 rows = [artifact_row(source, *open_model(source), exam, kept)]
             else:
-                asked = Examiner(source, exam, calibration, kept)
+                asked = Examiner(source, exam, calibration, kept, checked_device(device))
                 rows = recipe_rows(asked, recipes or [], overrides or [], seeds or [])
             if kept is not None:
                 kept.write_tables()
@@ -272,6 +285,7 @@ def ask_once(source: str, exam: Exam) -> None:
 def sweep_command(
     plan: Annotated[Path, typer.Argument(help="YAML file: testbeds, quantizers, pruners, shares, ablations.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, tables, figures; existing rows are kept.")],
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Every pruner with every quantizer at matched visual tokens: rows, tables, figures. Resumable."""
@@ -281,8 +295,9 @@ def sweep_command(
         from qpcompile.evaluate.report.sweep_report import write_sweep
         from qpcompile.evaluate.sweep.sweep import sweep
 
+        computes = checked_device(device)
         with held_folder(out):
-            results = sweep(asked, out, note)
+            results = sweep(asked, out, note, computes)
             write_sweep(asked, results, out, f"qpcompile sweep {shown(plan)} --out {shown(out)}")
         note(f"wrote {shown(out)}: tables.md, tables.csv, figures/, rows.csv, rows.json, rows/")
 
@@ -303,6 +318,7 @@ def search_command(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Find the recipe with the fewest tokens and bits that keeps a given accuracy."""
@@ -314,10 +330,11 @@ def search_command(
         from qpcompile.evaluate.run.examiner import Examiner
         from qpcompile.evaluate.search import search, write_search
 
+        computes = checked_device(device)
         exam = Exam(str(data), questions, "choice", batch_size, max_new_tokens)
         with held_folder(out):
             kept = RowFolder(out)
-            found = search(Examiner(model, exam, calibration, kept), asked, accuracy, note)
+            found = search(Examiner(model, exam, calibration, kept, computes), asked, accuracy, note)
             kept.write_tables()
             write_search(found, out)
         best = found.best

@@ -1,4 +1,4 @@
-"""Models of commands: compiled with progress on stderr, loaded, or opened whichever they are."""
+"""The models that commands work on: compiled on the spot, or opened from a folder."""
 
 from __future__ import annotations
 
@@ -6,33 +6,48 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpcompile.cli.terminal import note, quiet_libraries
+from qpcompile.cli import terminal
 from qpcompile.emit.artifact.folder_kind import refuse_onnx_folder
 from qpcompile.errors import ArtifactError
 from qpcompile.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
+    import torch
+
     from qpcompile.compiled import CompiledVLM
     from qpcompile.ir.pass_manager import PassRun
     from qpcompile.ir.program import Program
 
 
-def compile_told(model: str, recipe: Recipe, data: Path | None, resume: Path | None = None) -> CompiledVLM:
+def checked_device(device: str | None) -> torch.device | None:
+    """The device that `--device` names, if torch can compute there. Raises KernelError, before anything is loaded."""
+    if device is None:
+        return None
+    from qpcompile.runtime.placement import compute_device
+
+    return compute_device(device)
+
+
+def compile_told(
+    model: str, recipe: Recipe, data: Path | None, resume: Path | None = None, device: str | None = None
+) -> CompiledVLM:
     """Compile, reporting each pass on stderr."""
-    quiet_libraries()
+    terminal.quiet_libraries()
     from qpcompile.pipeline import compile
 
     started = time.monotonic()
 
     def after(step: PassRun, program: Program) -> None:
-        note(f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}")
+        terminal.note(
+            f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}"
+        )
 
-    return compile(model, recipe, calibration=data, after=after, resume=resume)
+    return compile(model, recipe, calibration=data, after=after, resume=resume, device=device)
 
 
 def load_artifact(folder: str | Path) -> CompiledVLM:
     """The compiled model in a folder."""
-    quiet_libraries()
+    terminal.quiet_libraries()
     from qpcompile.compiled import load
 
     return load(folder)
@@ -48,7 +63,7 @@ def is_artifact(source: str | Path) -> bool:
 def open_model(source: str) -> tuple[Any, Any]:
     """(object with `generate`, processor) of a compiled folder or of a transformers model."""
     if not is_artifact(source):
-        quiet_libraries()
+        terminal.quiet_libraries()
         from qpcompile.capture.load import load_model
 
         return load_model(source)

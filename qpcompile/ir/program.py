@@ -85,6 +85,8 @@ class Program:
     measured: Measurements = field(default_factory=Measurements)
     history: list[str] = field(default_factory=list[str])
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    # Where passes compute (runtime/placement.py); None: where the tensors are.
+    device: torch.device | None = None
 
     @property
     def language(self) -> list[Graph]:

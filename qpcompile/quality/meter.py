@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx
 
 from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
 from qpcompile.ir.program import Graph, Program
 from qpcompile.progress import track
 from qpcompile.quality.answers import Agreement, Answer, answer, compare, free_answer
 from qpcompile.recipe.plan import Example, Loss, Quality
-from qpcompile.runtime.machine import Execute, Machine, execute_graph
+from qpcompile.runtime.machine import Execute, Machine
+from qpcompile.runtime.placement import PlacedInterpreter, Placement, run_placed
 
 # Answers of both models that are shown side by side, and the characters of each.
 SHOWN, CHARACTERS = 3, 200
@@ -41,7 +41,8 @@ class QualityMeter:
     def before(self, program: Program) -> None:
         """Store the answers of the full-precision graphs."""
         most = program.recipe.quality.tokens
-        with Machine(program) as machine, track("answers in full precision", self.count) as step:
+        on = Placement.of(program)
+        with Machine(program, on.run) as machine, track("answers in full precision", self.count) as step:
             for sample in self.samples:
                 self._full.append(answer(machine, sample, most))
                 step()
@@ -50,13 +51,13 @@ class QualityMeter:
         """Measure what is lost up to the pass that has just run, if it ends one of the steps."""
         scheme = program.recipe.quantize
         if name == "insert_token_cuts" and program.plan.cuts:
-            self._add(CUTS, program, execute_graph)
+            self._add(CUTS, program, Placement.of(program).run)
         if name != "quantize_head" or scheme is None:
             return
         if scheme.weights.bits < 16:
-            self._add(WEIGHTS, program, _execute_unrounded)
+            self._add(WEIGHTS, program, _unrounded(Placement.of(program)))
         if scheme.activations.bits < 16:
-            self._add(ACTIVATIONS, program, execute_graph)
+            self._add(ACTIVATIONS, program, Placement.of(program).run)
 
     def finish(self, machine: Machine, raised: tuple[str, ...] = ()) -> Quality:
         """The result for the program as it is deployed; `raised`: overrides that the compile made to reach it."""
@@ -120,14 +121,16 @@ def _digits(number: float) -> float:
     return float(f"{max(number, 0.0):.4g}")
 
 
-def _execute_unrounded(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Run a graph whose linears have quantized weights, on activations that are not rounded."""
-    with torch.no_grad():
-        results = _Unrounded(graph.module).run(*[feeds[name] for name in graph.inputs])
-    return dict(zip(graph.outputs, results, strict=True))
+def _unrounded(on: Placement) -> Execute:
+    """Runs graphs whose linears have quantized weights, on activations that are not rounded."""
+
+    def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return run_placed(_Unrounded(graph, on), feeds)
+
+    return execute
 
 
-class _Unrounded(fx.Interpreter):
+class _Unrounded(PlacedInterpreter):
     """Skips quantizers of activations; their readers get the values themselves."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map_only
 
-from qpcompile.calibration.statistics import Calibration
+from qpcompile.calibration.statistics import Calibration, InputStatistics
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import (
     SHAPE_OPS,
@@ -34,6 +35,7 @@ from qpcompile.kernels.hadamard.reference import factors, hadamard_matrix
 from qpcompile.quantization.basis_change import BasisChange, rotation
 from qpcompile.quantization.scale_search import search_scale
 from qpcompile.recipe.quantize import QuantizeScheme
+from qpcompile.runtime.placement import Placement
 
 SMALLEST = 1e-5
 
@@ -51,6 +53,13 @@ class Change:
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
     shift: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> Change:
+        """The same on a device."""
+        scale, factors, shift = tree_map_only(
+            torch.Tensor, lambda each: each.to(device), (self.scale, self.factors, self.shift)
+        )
+        return Change(scale, self.rotate, factors, shift)
+
 
 @dataclass
 class Basis:
@@ -61,14 +70,14 @@ class Basis:
     biases: dict[str, str] = field(default_factory=dict)
 
 
-def change_basis(graphs: Sequence[Graph], scheme: QuantizeScheme, calibration: Calibration) -> Basis:
+def change_basis(graphs: Sequence[Graph], scheme: QuantizeScheme, calibration: Calibration, on: Placement) -> Basis:
     """Change the basis of one component: its tensors in all graphs that hold them, and the statistics in `calibration`.
 
     A tensor is replaced as soon as its new values are known, so that old and new weights never coexist. graphs: of one
     owner; the result for the first applies to all.
     """
     graph = graphs[0]
-    finder = _Finder(graph, graphs, scheme, calibration, Basis())
+    finder = _Finder(graph, graphs, scheme, calibration, on, Basis())
     changes = scheme.transform != "none" or scheme.smooth is not None or scheme.scaling != "none"
     balanced = finder.fold_values() if changes and scheme.kv_cache.bits != 16 else set()
     if scheme.weights.bits == 4:
@@ -85,17 +94,28 @@ class _Finder:
     graphs: Sequence[Graph]
     scheme: QuantizeScheme
     calibration: Calibration
+    on: Placement
     basis: Basis
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The current value of a tensor, f64."""
-        return get_tensor(self.graph.module, name).detach().double()
+        """The current value of a tensor, f64, on the device."""
+        return self.on.weight(self.graph.module, name).detach().double()
+
+    def statistics(self, site: str) -> InputStatistics | None:
+        """The statistics of a site on the device, if there are any."""
+        found = self.calibration.inputs.get(site)
+        return None if found is None else found.to(self.on.device)
+
+    def keep(self, site: str, statistics: InputStatistics) -> None:
+        """Replace the statistics of a site."""
+        self.calibration.inputs[site] = statistics.to(self.on.home)
 
     def update(self, name: str, new: torch.Tensor) -> None:
         """Replace a tensor by f64 values, cast to its type."""
         self._put(name, new.to(get_tensor(self.graph.module, name).dtype).contiguous())
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
+        tensor = self.on.back(tensor)
         for graph in self.graphs:
             set_tensor(graph.module, name, tensor)
         self.basis.tensors.add(name)
@@ -106,16 +126,15 @@ class _Finder:
         assert isinstance(x, fx.Node)
         linears = list(stub.users)
         names = [weight_name(linear) for linear in linears]
-        channels = self.tensor(names[0]).shape[1]
+        channels = get_tensor(self.graph.module, names[0]).shape[1]
         rotate = self.scheme.transform != "none"
-        device = self.tensor(names[0]).device
         scale = self._balance(site, names, rotate) if scaled else None
-        turn = BasisChange(channels, rotate, scale, device)
+        turn = BasisChange(channels, rotate, scale, self.on.device)
         if scale is not None or rotate:
             for name in names:
                 self.update(name, turn.weights(self.tensor(name)))
-            if site in self.calibration.inputs:
-                self.calibration.inputs[site] = turn.statistics(self.calibration.inputs[site])
+            if (found := self.statistics(site)) is not None:
+                self.keep(site, turn.statistics(found))
         folded = scale is not None and self._fold_scale(x, stub, scale)
         rest = None if scale is None or folded else scale.float()
         shift = self._center(site, linears)
@@ -125,11 +144,12 @@ class _Finder:
                 shift = None
         learned = factors(channels) if self.scheme.transform in ("rotation", "flatquant") else None
         if rest is not None or rotate or shift is not None:
-            self.basis.nodes[site] = Change(rest, rotate, learned, None if shift is None else shift.float())
+            shift = None if shift is None else shift.float()
+            self.basis.nodes[site] = Change(rotate=rotate, scale=rest, factors=learned, shift=shift).to(self.on.home)
 
     def _center(self, site: str, linears: list[fx.Node]) -> torch.Tensor | None:
         """Fold the mean of a site's transformed input into biases; returns the shift to subtract, f64[C]."""
-        least, statistics = self.scheme.center, self.calibration.inputs.get(site)
+        least, statistics = self.scheme.center, self.statistics(site)
         if least is None or statistics is None or not statistics.tokens:
             return None
         mean = statistics.mean.double()
@@ -138,7 +158,7 @@ class _Finder:
             return None
         for linear in linears:
             self._add_bias(linear, self.tensor(weight_name(linear)) @ mean)
-        self.calibration.inputs[site] = statistics.shifted(mean)
+        self.keep(site, statistics.shifted(mean))
         return mean
 
     def _fold_shift(self, x: fx.Node, stub: fx.Node, shift: torch.Tensor) -> bool:
@@ -168,7 +188,7 @@ class _Finder:
         """1 / s for the linears `names`, f64[C], by strength or by search; None if the recipe asks for neither, or
         without data.
         """
-        strength, statistics = self.scheme.smooth, self.calibration.inputs.get(site)
+        strength, statistics = self.scheme.smooth, self.statistics(site)
         if statistics is None or not statistics.tokens:
             return None
         if self.scheme.scaling != "none":
@@ -182,9 +202,14 @@ class _Finder:
         weights = torch.stack([self.tensor(name).abs().amax(dim=0) for name in names]).amax(dim=0)
         return _inverse_smoothing(statistics.largest.double(), weights, strength)
 
-    def _carry(self, site: str, matrix: torch.Tensor) -> None:
-        if site in self.calibration.inputs:
-            self.calibration.inputs[site] = self.calibration.inputs[site].transformed(matrix)
+    def _carry(self, site: str, blocks: torch.Tensor) -> None:
+        """Carry the statistics of a site through block_diag(blocks), blocks: f64[H, D, D]."""
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("hij,nhj->nhi", blocks, x.unflatten(1, blocks.shape[:2])).flatten(1)
+
+        if (found := self.statistics(site)) is not None:
+            self.keep(site, found.turned(rows))
 
     def _fold_scale(self, x: fx.Node, stub: fx.Node, scale: torch.Tensor) -> bool:
         """Fold a per-channel scale into the producer of x, if only this stub reads it; returns whether it could."""
@@ -240,7 +265,7 @@ class _Finder:
         if self.tensor(into).shape[0] != heads * width or columns.shape[1] != repeats * heads * width:
             return False
         scale = torch.ones(heads, width, dtype=torch.float64, device=columns.device)
-        statistics = self.calibration.inputs.get(site)
+        statistics = self.statistics(site)
         if self.scheme.smooth is not None and statistics is not None and statistics.tokens:
             largest = statistics.largest.double().view(heads, repeats, width).amax(dim=1)
             weights = columns.abs().amax(dim=0).view(heads, repeats, width).amax(dim=1)
@@ -257,7 +282,7 @@ class _Finder:
         spread = inverse.repeat_interleave(repeats, dim=0)
         parts = columns.view(-1, heads * repeats, width).transpose(0, 1)
         self.update(out, (parts @ spread).transpose(0, 1).reshape(columns.shape))
-        self._carry(site, torch.block_diag(*blocks.repeat_interleave(repeats, dim=0)))
+        self._carry(site, blocks.repeat_interleave(repeats, dim=0))
         return True
 
 

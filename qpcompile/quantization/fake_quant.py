@@ -12,16 +12,17 @@ from qpcompile.kernels.kv8_write.reference import kv8_write
 from qpcompile.kernels.linear_w4a4.packing import pack_int4, unpack_int4
 from qpcompile.kernels.quantize_int4.reference import quantize_int4
 from qpcompile.recipe.quantize import QuantizeScheme
+from qpcompile.runtime.placement import Placement
 
 
 class StubRounding:
     """`fake_quantize` for one recipe over many samples: constant weights are rounded once and cached.
 
-    The cache is in 4 bits: all rounded weights in 16 bits would be a second copy of the model.
+    The cache is in 4 bits, at home: all rounded weights in 16 bits would be a second copy of the model.
     """
 
-    def __init__(self, scheme: QuantizeScheme) -> None:
-        self.scheme = scheme
+    def __init__(self, scheme: QuantizeScheme, on: Placement) -> None:
+        self.scheme, self.on = scheme, on
         # Packed codes, and a scale for each row or group.
         self._weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -33,8 +34,8 @@ class StubRounding:
             return x
         if fact.site not in self._weights:
             codes, scale = quantize_int4(x, self.scheme.weights.kernel_group)
-            self._weights[fact.site] = pack_int4(codes), scale
-        packed, scale = self._weights[fact.site]
+            self._weights[fact.site] = self.on.back((pack_int4(codes), scale))
+        packed, scale = self.on.there(self._weights[fact.site])
         return _widened(unpack_int4(packed, x.shape[1]), scale, x.dtype)
 
 

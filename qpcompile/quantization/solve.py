@@ -14,6 +14,8 @@ from qpcompile.quantization.solver import HIGHEST, LOWEST, Solver, expand
 from qpcompile.recipe import choices
 from qpcompile.recipe.quantize import WeightScheme
 
+# Elements of the rows whose scales are searched at a time: they stay in a core's cache.
+PART = 2**17
 CLIPS = tuple(1 - step * 0.02 for step in range(21))
 
 SOLVERS: dict[str, Solver] = {
@@ -41,13 +43,13 @@ def output_error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor,
         wide = weight.detach().double()
         difference = wide - expand(scale, wide.shape[1]).double() * codes.double()
         return float(difference.norm() / wide.norm().clamp(min=1e-30))
-    square = moments.double()
-    error, full = square.new_zeros(()), square.new_zeros(())
+    error, full = moments.new_zeros((), dtype=torch.float64), moments.new_zeros((), dtype=torch.float64)
     for part in strips(len(weight)):
-        wide = weight[part].detach().double()
-        difference = wide - expand(scale[part], wide.shape[1]).double() * codes[part].double()
-        error += ((difference @ square) * difference).sum()
-        full += ((wide @ square) * wide).sum()
+        wide = weight[part].detach().float()
+        difference = wide - expand(scale[part], wide.shape[1]) * codes[part].float()
+        # The products take as long as the solver: float64 would double that, for digits that nobody reads.
+        error += ((difference @ moments) * difference).sum(dtype=torch.float64)
+        full += ((wide @ moments) * wide).sum(dtype=torch.float64)
     return float((error.clamp(min=0) / full.clamp(min=1e-30)).sqrt())
 
 
@@ -62,10 +64,16 @@ def _scales(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightSc
         return full
     importance = torch.ones(columns, device=weight.device) if moments is None else moments.diagonal().clamp(min=0)
     importance = (importance / importance.mean().clamp(min=1e-30)).view(1, columns // size, size)
+    parts = zip(groups.split(max(1, PART // columns)), full.split(max(1, PART // columns)), strict=True)
+    return torch.cat([_clipped(part, whole, importance) for part, whole in parts])
+
+
+def _clipped(groups: torch.Tensor, full: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """groups: f32[N, G, C], full: f32[N, G], importance: f32[1, G, C] -> the best of full * CLIPS, f32[N, G]."""
     best, least = full, torch.full_like(full, torch.inf)
     for clip in CLIPS:
-        scale = full * clip
-        rounded = (groups / scale[..., None]).round().clamp(LOWEST, HIGHEST) * scale[..., None]
-        error = ((groups - rounded).pow(2) * importance).sum(dim=-1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        scale = (full * clip)[..., None]
+        rounded = (groups / scale).round_().clamp_(LOWEST, HIGHEST).mul_(scale)
+        error = rounded.sub_(groups).square_().mul_(importance).sum(dim=-1)
+        best, least = torch.where(error < least, scale[..., 0], best), torch.minimum(error, least)
     return best

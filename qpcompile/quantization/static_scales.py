@@ -27,11 +27,11 @@ RATIOS = tuple(1 - 0.03 * step for step in range(25))
 
 
 def static_scales(statistics: InputStatistics, weights: torch.Tensor, search: bool) -> torch.Tensor:
-    """weights: f[N, C] of the linears -> f32[2], for visual and text tokens; a missing one is replaced by the other."""
+    """weights: f[N, C] of the linears -> f32[2] on the CPU, visual and text tokens; one replaces a missing other."""
     gram = weights.float().T @ weights.float()
     visual, text = statistics.rows[statistics.visual], statistics.rows[~statistics.visual]
     found = [_scale(rows if len(rows) else statistics.rows, gram, search) for rows in (visual, text)]
-    return torch.tensor(found, dtype=torch.float32, device=weights.device)
+    return torch.tensor(found, dtype=torch.float32)
 
 
 def _scale(rows: torch.Tensor, gram: torch.Tensor, search: bool) -> float:

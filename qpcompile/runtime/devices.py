@@ -55,9 +55,13 @@ def _move_nodes(graph: Graph, device: torch.device) -> None:
         if node.op == "get_attr":
             node.meta["val"] = get_tensor(graph.module, str(node.target))
         elif node.op == "call_function":
-            node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
-            if _makes_tensors(node):
-                node.kwargs = {**node.kwargs, "device": device}
+            node.args, node.kwargs = on_device(node, device)
+
+
+def on_device(node: fx.Node, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call that computes on `device`."""
+    args, kwargs = pytree.tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+    return args, {**kwargs, "device": device} if _makes_tensors(node) else kwargs
 
 
 def _makes_tensors(node: fx.Node) -> bool:

@@ -9,16 +9,17 @@ import torch
 from torch import fx
 
 from qpcompile.ir.program import Graph
+from qpcompile.runtime.placement import PlacedInterpreter, Placement, run_placed
 
 # Called with a node, its arguments and its value; returns the value to continue with.
 Look = Callable[[fx.Node, tuple[Any, ...], Any], Any]
 
 
-class Watcher(fx.Interpreter):
+class Watcher(PlacedInterpreter):
     """An interpreter that calls `look` after every operator."""
 
-    def __init__(self, graph: Graph, look: Look) -> None:
-        super().__init__(graph.module, garbage_collect_values=True)
+    def __init__(self, graph: Graph, look: Look, on: Placement) -> None:
+        super().__init__(graph, on)
         self.look = look
 
     def run_node(self, n: fx.Node) -> Any:
@@ -30,8 +31,6 @@ class Watcher(fx.Interpreter):
         return self.look(n, args, value)
 
 
-def run_watched(graph: Graph, feeds: dict[str, torch.Tensor], look: Look) -> dict[str, torch.Tensor]:
-    """Run a graph on tensors named by input path, calling `look` after each operator."""
-    with torch.no_grad():
-        results = Watcher(graph, look).run(*[feeds[name] for name in graph.inputs])
-    return dict(zip(graph.outputs, results, strict=True))
+def run_watched(graph: Graph, feeds: dict[str, torch.Tensor], look: Look, on: Placement) -> dict[str, torch.Tensor]:
+    """Run a graph on tensors at home, named by input path, calling `look` after each operator."""
+    return run_placed(Watcher(graph, look, on), feeds)

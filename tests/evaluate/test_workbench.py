@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import qpcompile
+from qpcompile.capture.capture import capture
 from qpcompile.compiled import CompiledVLM
 from qpcompile.emit.artifact.weights import stored_tensors
 from qpcompile.errors import CalibrationError
+from qpcompile.evaluate.run import workbench
 from qpcompile.evaluate.run.workbench import SENSITIVITY_KEYS, Workbench
 from qpcompile.recipe.recipe import Recipe, preset_names
 from qpcompile.recipe.tokens import TokenScheme
@@ -45,12 +47,19 @@ def test_every_preset_compiles_as_it_does_alone(bench: Workbench, name: str) -> 
 
 
 @pytest.mark.slow
-def test_another_seed_is_measured_anew() -> None:
+def test_another_seed_is_measured_anew_on_the_same_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = []
+    monkeypatch.setattr(workbench, "capture", lambda *given: captures.append(given) or capture(*given))
     bench = Workbench(str(TESTBED / "llava"), TESTBED / "calibration" / "llava")
     recipe = Recipe.load("w4a4kv4").with_overrides([*FEW, "quantize.transform=hadamard"])
-    first, second = bench.compile(recipe), bench.compile(recipe.with_overrides(["calibration.seed=1"]))
+    other = recipe.with_overrides(["calibration.seed=1"])
+    first, second = bench.compile(recipe), bench.compile(other)
+    bench.captured(Recipe())
+    assert len(captures) == 1
     assert first.plan.calibration.sha256 != second.plan.calibration.sha256
     assert [site.error for site in first.plan.sites] != [site.error for site in second.plan.sites]
+    alone = qpcompile.compile(bench.model, other, processor=bench.processor, calibration=bench.calibration)
+    assert_same(second, alone)
 
 
 def test_keys_that_are_decided_later_exist() -> None:

@@ -6,6 +6,8 @@ import time
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from qpcompile.capture.data_folder import read_questions
 from qpcompile.compiled import CompiledVLM
 from qpcompile.evaluate.questions.data_sets import questions_digest
@@ -25,10 +27,18 @@ class Examiner:
         exam: the questions.
         calibration: folder that samples are drawn from, or None for recipes that need none.
         kept: the folder of stored rows; None stores none.
+        device: where compiles compute; by default the processor.
     """
 
-    def __init__(self, source: str, exam: Exam, calibration: Path | None, kept: RowFolder | None = None) -> None:
-        self.source, self.exam, self.calibration, self.kept = source, exam, calibration, kept
+    def __init__(
+        self,
+        source: str,
+        exam: Exam,
+        calibration: Path | None,
+        kept: RowFolder | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.source, self.exam, self.calibration, self.kept, self.device = source, exam, calibration, kept, device
         self.features = SharedFeatures()
         self._digest = None if calibration is None else questions_digest(read_questions(calibration))
 
@@ -74,7 +84,7 @@ class Examiner:
     @cached_property
     def bench(self) -> Workbench:
         """The model, loaded and ready to be compiled."""
-        return Workbench(self.source, self.calibration)
+        return Workbench(self.source, self.calibration, self.device)
 
     @cached_property
     def prompts(self) -> list[Prompt]:

@@ -1,8 +1,8 @@
 """Compile one model by many recipes, with shared work done once.
 
-A compile here gives the same plan and bytes as `qpcompile.compile`. Shared are the captured graphs per selection of
-samples; the program after the passes that do not read `tokens`, for recipes that differ in nothing else; and the layer
-sensitivity, for recipes that differ only in the decisions based on it.
+A compile here gives the same plan and bytes as `qpcompile.compile`. Shared are the captured graphs; the program after
+the passes that do not read `tokens`, for recipes that differ in nothing else; and the layer sensitivity, for recipes
+that differ only in the decisions based on it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ class Workbench:
     Args:
         source: folder or hub name of a transformers model.
         calibration: data folder, or None for recipes that need no samples.
+        device: where compiles compute; by default the processor.
     """
 
-    def __init__(self, source: str, calibration: Path | None) -> None:
-        self.source, self.calibration = source, calibration
+    def __init__(self, source: str, calibration: Path | None, device: torch.device | None = None) -> None:
+        self.source, self.calibration, self.device = source, calibration, device
         self.model: PreTrainedModel
         self.model, self.processor = load_model(source)
-        self._captured: tuple[int, int, Program] | None = None
+        self._captured: Program | None = None
         self._shared: tuple[str, Program] | None = None
         self._sensitivity: dict[str, MeasuredSensitivity] = {}
 
@@ -57,12 +58,11 @@ class Workbench:
         asked = recipe.calibration
         if self.calibration is not None:
             samples = Samples(self.calibration, self.processor, asked.samples, asked.seed)
-        if self._captured is None or self._captured[:2] != (asked.samples, asked.seed):
-            self._shared = None
-            self._sensitivity.clear()
-            first = next(iter(samples)) if samples else blank_sample(self.model, self.processor)
-            self._captured = asked.samples, asked.seed, capture(self.model, first, recipe)
-        return _copy(self._captured[2], recipe), samples
+        if self._captured is None:
+            example = samples.example() if samples else blank_sample(self.model, self.processor)
+            self._captured = capture(self.model, example, recipe)
+            self._captured.device = self.device
+        return copied(self._captured, recipe), samples
 
     def compile(self, recipe: Recipe) -> CompiledVLM:
         """Compile the model by this recipe, like `qpcompile.compile`."""
@@ -81,7 +81,7 @@ class Workbench:
         """The program with the shared state of earlier compiles restored."""
         recipe = program.recipe
         if self._shared is not None and self._shared[0] == _without_tokens(recipe):
-            program = _copy(self._shared[1], recipe)
+            program = copied(self._shared[1], recipe)
         if (found := self._sensitivity.get(_sensitivity_key(recipe))) is not None and recipe.tokens.method != "none":
             program.measured[DEVIATIONS] = copy.deepcopy(found.deviations)
             program.plan = program.plan.changed(facts=found.facts)
@@ -92,8 +92,8 @@ class Workbench:
         assert self._captured is not None
         if step.name == SHARED_UP_TO:
             # A host that has run is bound to this program: the copy gets an unbound one.
-            apart = dataclasses.replace(program, host=self._captured[2].host)
-            self._shared = _without_tokens(program.recipe), _copy(apart, program.recipe)
+            apart = dataclasses.replace(program, host=self._captured.host)
+            self._shared = _without_tokens(program.recipe), copied(apart, program.recipe)
         if step.name == "measure_sensitivity" and DEVIATIONS in program.measured:
             found = MeasuredSensitivity(copy.deepcopy(program.measured[DEVIATIONS]), program.plan.facts)
             self._sensitivity[_sensitivity_key(program.recipe)] = found
@@ -118,7 +118,7 @@ def _sensitivity_key(recipe: Recipe) -> str:
     return _without_tokens(recipe) + json.dumps({key: tokens[key] for key in SENSITIVITY_KEYS}, sort_keys=True)
 
 
-def _copy(program: Program, recipe: Recipe) -> Program:
+def copied(program: Program, recipe: Recipe) -> Program:
     """A copy of a program with this recipe; tensors are shared.
 
     Passes replace tensors of graphs, they never write into one.

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from qpcompile.errors import OutputError, QPCompileError
 from qpcompile.evaluate.questions.data_sets import read_data
 from qpcompile.evaluate.run.evaluation import Exam
@@ -24,13 +26,17 @@ class CellResult:
     error: str = ""
 
 
-def sweep(plan: SweepPlan, out: Path, say: Callable[[str], None]) -> list[CellResult]:
+def sweep(
+    plan: SweepPlan, out: Path, say: Callable[[str], None], device: torch.device | None = None
+) -> list[CellResult]:
     """Compute all rows of a plan, in `out`; `say` is called with each row and the remaining time.
+
+    device: where compiles compute; by default the processor.
 
     A refused recipe (for example a share that a method's layers cannot reach) is a result without a row.
     """
     kept = RowFolder(out)
-    examiners = {bed.name: _examiner(plan, bed, kept) for bed in plan.beds}
+    examiners = {bed.name: _examiner(plan, bed, kept, device) for bed in plan.beds}
     asked = list(cells(plan))
     # Equal recipes under different names, such as an ablation's base, share a row.
     ids = {examiners[cell.bed.name].id(cell.recipe) for cell in asked}
@@ -61,10 +67,10 @@ def _words(result: CellResult) -> str:
     return f"{100 * result.row.accuracy:.1f} %, {result.row.mean_visual_tokens:.1f} tokens"
 
 
-def _examiner(plan: SweepPlan, bed: Bed, kept: RowFolder) -> Examiner:
+def _examiner(plan: SweepPlan, bed: Bed, kept: RowFolder, device: torch.device | None) -> Examiner:
     questions = read_data(Path(bed.data))[: plan.questions]
     exam = Exam(bed.data, questions, "choice", bed.batch_size, plan.max_new_tokens)
-    return Examiner(bed.model, exam, Path(bed.calibration), kept)
+    return Examiner(bed.model, exam, Path(bed.calibration), kept, device)
 
 
 @dataclass

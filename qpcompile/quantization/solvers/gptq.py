@@ -42,15 +42,15 @@ def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, damp
     codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        errors = torch.zeros(weight.shape[0], end - start, device=weight.device)
-        for column in range(start, end):
-            value = work[:, column]
-            code = (value / steps[:, column]).round().clamp(LOWEST, HIGHEST)
-            codes[:, column] = code.to(torch.int8)
-            error = (value - code * steps[:, column]) / inverse[column, column]
-            work[:, column:end] -= error[:, None] * inverse[column, column:end][None]
-            errors[:, column - start] = error
-        work[:, end:] -= errors @ inverse[start:end, end:]
+        # Columns as rows: each is read and written as one piece of memory.
+        part, sizes = work[:, start:end].T.contiguous(), steps[:, start:end].T.contiguous()
+        rounded, errors = torch.empty_like(part), torch.empty_like(part)
+        for column, row in enumerate(inverse[start:end, start:end]):
+            torch.div(part[column], sizes[column], out=rounded[column]).round_().clamp_(LOWEST, HIGHEST)
+            error = torch.sub(part[column], rounded[column] * sizes[column], out=errors[column]).div_(row[column])
+            part[column + 1 :].addr_(row[column + 1 :], error, alpha=-1)
+        codes[:, start:end] = rounded.T.to(torch.int8)
+        work[:, end:] -= errors.T @ inverse[start:end, end:]
     return codes
 
 
