@@ -75,7 +75,7 @@ def main() -> None:
     say(f"compiled with {options.recipe} and {options.samples} samples in {time.monotonic() - begun:.1f} s")
     save(compiled, questions, out)
     columns = compare(model, compiled, OnnxVLM(out / "onnx"), questions, out)
-    show(columns, len(questions))
+    show(columns, len(questions), recipe.numerics)
     say(f"kept in {out}: artifact/, onnx/, report.html, questions/")
     say(f"all of this took {time.monotonic() - started:.0f} s on {torch.get_num_threads()} threads")
 
@@ -137,7 +137,7 @@ def compare(
     return columns
 
 
-def show(columns: Sequence[Column], count: int) -> None:
+def show(columns: Sequence[Column], count: int, numerics: str) -> None:
     """Print the table, and what its numbers mean."""
     full, compiled, onnx_column = columns
     table = Table(title=f"{count} unseen questions, one per scene", title_justify="left")
@@ -158,7 +158,8 @@ def show(columns: Sequence[Column], count: int) -> None:
     say("full precision: bytes as fp16, computed in fp32; compiled and ONNX: bytes as stored, scales included")
     say(f"linear weights: {compiled.linear_bytes / full.linear_bytes:.3f} of fp16")
     pairs = zip(compiled.score.answers, onnx_column.score.answers, strict=True)
-    say(f"ONNX gives the compiled module's answer to {sum(a == b for a, b in pairs)} of {count} questions")
+    alike = sum(a == b for a, b in pairs)
+    say(f"ONNX gives the compiled module's answer to {alike} of {count} questions (numerics: {numerics})")
 
 
 def fp16_bytes(model: Any) -> int:

@@ -1,12 +1,13 @@
-"""Promote reductions before int4 quantizers to float64, so that all back ends produce identical codes.
+"""Promote sums to float64 for `numerics: exact`, so that all back ends produce identical codes.
 
     %y = aten::layer_norm(%x, ...)      becomes      %a = aten::to.dtype(%x, f64)
                                                      %b = aten::layer_norm(%a, ...)
                                                      %y = aten::to.dtype(%b, f32)
 
 Back ends use different summation orders. Where their float32 results differ in the last bit next to a rounding tie, a
-code flips, and with it an occasional answer; kernels/sums.py has the numbers. Our own operators do the same internally.
-Models whose activations are not quantized, models in half precision and models on a GPU are left unchanged.
+code flips, and with it an occasional answer; kernels/sums.py has the numbers. An operator of ours computes in float64
+where its rows are float64: their input is cast in the same way, and their result where it is a float. Graphs of
+`numerics: fast` are left unchanged. Pruners' own arithmetic is float64 in both.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import fx
 
 from qpcompile.ir.convolutions import CONVOLUTIONS, cuts_patches
 from qpcompile.ir.edit import aten, call, calls, tidy
+from qpcompile.ir.numerics import check_numerics
 from qpcompile.ir.operators import (
     ACTIVATION_QUANTIZE,
+    ATTENTION_KV4,
+    HADAMARD,
+    KRONECKER,
     LAYERNORM_QUANTIZE,
-    QUANTIZE_INT4,
-    QUANTIZE_INT4_STATIC,
     RMSNORM,
     RMSNORM_QUANTIZE,
     SEGMENT_ATTENTION,
@@ -32,11 +35,6 @@ from qpcompile.ir.operators import (
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.stages import Stage
-
-QUANTIZERS = (
-    *(QUANTIZE_INT4, QUANTIZE_INT4_STATIC, TRANSFORM_QUANTIZE),
-    *(RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, ACTIVATION_QUANTIZE),
-)
 
 # Reductions, and functions that math libraries approximate differently. Plain arithmetic is the same everywhere.
 SUMS = (
@@ -50,50 +48,60 @@ FUNCTIONS = (
 )
 
 
+ROWS: dict[object, int] = {
+    **dict.fromkeys((TRANSFORM_QUANTIZE, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, HADAMARD, KRONECKER, ATTENTION_KV4), 1),
+    ACTIVATION_QUANTIZE: 2,
+}
+"""Operators of ours that compute in the type of their first operands, and how many those are; others keep theirs."""
+
+
 @dataclass(frozen=True)
 class WidenSums:
     """See the module's docstring. The head is left out: nothing is quantized after it."""
 
     name: ClassVar[str] = "widen_sums"
     purpose: ClassVar[str] = (
-        "Promote reductions before int4 quantizers to float64, so that all back ends produce identical codes."
+        "Promote sums to float64 for `numerics: exact`, so that all back ends produce identical codes."
     )
     needs: ClassVar[Stage] = "fused"
     gives: ClassVar[Stage] = "fused"
 
     def run(self, program: Program) -> bool:
-        """Returns whether anything was promoted."""
-        quantized = any(any(calls(graph, *QUANTIZERS)) for graph in program.graphs.values())
-        if not quantized or any(_elsewhere(tensor) for tensor in program.host.parameters()):
+        """Returns whether anything was promoted. Raises RecipeError for a model in half precision or on a GPU."""
+        if program.recipe.numerics == "fast":
             return False
+        check_numerics(program.recipe, program.host.parameters())
         changed = [_widen(graph) for name, graph in program.graphs.items() if name != HEAD]
         return any(changed)
 
 
-def _elsewhere(tensor: torch.Tensor) -> bool:
-    """Whether a model with this tensor is in half precision or on a GPU."""
-    return tensor.device.type != "cpu" or tensor.element_size() < 4
-
-
 def _widen(graph: Graph) -> bool:
-    found = [node for node in calls(graph, *SUMS, *FUNCTIONS) if value(node).dtype == torch.float32]
-    # Runtimes have no float64 for other convolutions.
+    # Runtimes have no float64 for convolutions of patches that overlap.
+    found = [node for node in calls(graph, *SUMS, *FUNCTIONS, *ROWS) if _is_single(node.args[0])]
     found = [node for node in found if node.target not in CONVOLUTIONS or cuts_patches(node)]
     wide: dict[fx.Node, fx.Node] = {}
     for node in found:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source, node=node: _wide(graph, node, source, wide))
-        result = call(graph, node, node.target, *args, like=node, **kwargs)
-        narrow = call(graph, node, aten.to.dtype, result, torch.float32, like=node)
-        node.replace_all_uses_with(narrow)
+        count = ROWS.get(node.target, len(node.args))
+        first, rest = node.args[:count], node.args[count:]
+        operands = fx.map_arg((first, node.kwargs), lambda source, node=node: _wide(graph, node, source, wide))
+        result = call(graph, node, node.target, *operands[0], *rest, like=node, **operands[1])
+        if isinstance(value(result), torch.Tensor):
+            result = call(graph, node, aten.to.dtype, result, torch.float32, like=node)
+        node.replace_all_uses_with(result)
         graph.module.graph.erase_node(node)
     tidy(graph)
     return bool(found)
 
 
+def _is_single(source: object) -> bool:
+    """Whether an operand is a float32 tensor."""
+    tensor = value(source) if isinstance(source, fx.Node) else None
+    return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
+
+
 def _wide(graph: Graph, reader: fx.Node, source: fx.Node, wide: dict[fx.Node, fx.Node]) -> fx.Node:
     """An argument of `reader`, cast to float64 if it is float32; the cast is created once, before its first reader."""
-    tensor = value(source)
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
+    if not _is_single(source):
         return source
     if source not in wide:
         wide[source] = call(graph, reader, aten.to.dtype, source, torch.float64, like=reader)

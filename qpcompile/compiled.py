@@ -157,7 +157,8 @@ class CompiledVLM:
 
         Args:
             folder: a folder that does not exist yet.
-            check: inputs of `generate` that both sides answer; `check.json` then records where the answers differ.
+            check: inputs of `generate` that both sides answer; `check.json` then records how many answers are alike,
+                and where the others differ.
             fast: use onnxruntime's own operators, several times as fast but with different numerics: activations and
                 cache have 8 bits; see `manifest.json` and docs/numerics.md.
         """

@@ -31,6 +31,7 @@ from qpcompile.emit.artifact.template.chat_template import check_processor
 from qpcompile.emit.artifact.tokenizer_file import check_tokenizer
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
+from qpcompile.ir.numerics import check_numerics
 from qpcompile.ir.pass_manager import PASS_RUNS, PassRun, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
@@ -73,11 +74,11 @@ def compile(
             weights wait where they are. By default where the model is. The compiled model is where the model was, and
             so are its capture and its final check.
 
-    Raises CalibrationError if the recipe needs calibration samples and there are none, ExportError for a processor
-    whose chat template or tokenizer no artifact may contain, OutputError for a checkpoint folder that is in use,
-    damaged or foreign, KernelError for a device that torch cannot compute on, QualityError if the answers agree less
-    with full precision than the recipe demands, and InvariantError if decoding of the compiled model does not match
-    recomputation (qpcompile/runtime/recompute.py).
+    Raises CalibrationError if the recipe needs calibration samples and there are none, RecipeError for exact numerics
+    of a model in half precision or on a GPU, ExportError for a processor whose chat template or tokenizer no artifact
+    may contain, OutputError for a checkpoint folder that is in use, damaged or foreign, KernelError for a device that
+    torch cannot compute on, QualityError if the answers agree less with full precision than the recipe demands, and
+    InvariantError if decoding of the compiled model does not match recomputation (qpcompile/runtime/recompute.py).
     """
     tell_newer()
     computes = None if device is None else compute_device(device)
@@ -90,6 +91,8 @@ def compile(
             held, processor = load_model(source, processor)
         else:
             check_model(held)
+        assert held is not None
+        check_numerics(recipe, held.parameters())
         check_processor(processor)
         check_tokenizer(processor)
         samples = _samples(calibration, processor, recipe)

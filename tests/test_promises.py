@@ -47,6 +47,13 @@ def quantized() -> Program:
     return compiled(changed_recipe("quota-30", *PRUNE))
 
 
+def test_fast_numerics_have_no_float64(quantized: Program, pruned: Program) -> None:
+    for program in (quantized, pruned):
+        assert program.recipe.numerics == "fast"
+        for name, graph in program.graphs.items():
+            assert "f64" not in graph_text(graph), name
+
+
 def answer(machine: Machine, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Ids of the new tokens i64[B, NEW] and their logits f32[B, NEW, V]."""
     options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

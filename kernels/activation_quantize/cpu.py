@@ -19,7 +19,7 @@ def activation_quantize(
 ) -> tuple[Tensor, Tensor]:
     """x, up: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
     end = Epilogue(*epilogue)
-    return (_native if readable(end, x, up) else _torch)(x, up, function, end)
+    return (_native if readable(end, x) else _torch)(x, up, function, end)
 
 
 def _native(

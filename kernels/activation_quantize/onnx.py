@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnxscript import opset21
 
 from qpcompile.kernels.activation_quantize.reference import CUBIC, SLOPE
+from qpcompile.kernels.sums_onnx import constant, wide_type
 from qpcompile.kernels.transform_quantize.onnx import quantized
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
@@ -38,34 +39,34 @@ def activation_quantize(
 ) -> tuple[Any, Any]:
     """x, up: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
     assert x.shape is not None
-    values = activation(op.Cast(x, to=ir.DataType.DOUBLE), function)
-    values = values if up is None else op.Mul(values, op.Cast(up, to=ir.DataType.DOUBLE))
+    wide = wide_type(x)
+    values = activation(op.Cast(x, to=wide), function, wide)
+    values = values if up is None else op.Mul(values, op.Cast(up, to=wide))
     values = op.Cast(values, to=ir.DataType.FLOAT)
-    return quantized(values, x.shape, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
+    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
 
 
-def activation(x: Any, function: str) -> Any:
-    """x: f64[...] -> f64[...]."""
+def activation(x: Any, function: str, wide: ir.DataType) -> Any:
+    """x: wide[...] -> wide[...]."""
+    if function == "gelu" and wide == ir.DataType.FLOAT:
+        return op.Gelu(x)
     if function == "gelu":
-        z = op.Min(op.Mul(op.Abs(x), _double(math.sqrt(0.5))), _double(30.0))
-        tail = op.Mul(_complement(z), _double(0.5))
-        return op.Mul(x, op.Where(op.Less(x, _double(0.0)), tail, op.Sub(_double(1.0), tail)))
+        z = op.Min(op.Mul(op.Abs(x), constant(math.sqrt(0.5), wide)), constant(30.0, wide))
+        tail = op.Mul(_complement(z, wide), constant(0.5, wide))
+        positive = op.Sub(constant(1.0, wide), tail)
+        return op.Mul(x, op.Where(op.Less(x, constant(0.0, wide)), tail, positive))
     if function in SLOPES:
-        return op.Mul(x, op.Sigmoid(op.Mul(x, _double(SLOPES[function]))))
+        return op.Mul(x, op.Sigmoid(op.Mul(x, constant(SLOPES[function], wide))))
     # (1 + tanh(u)) / 2 = sigmoid(2 u)
-    cube = op.Mul(op.Mul(op.Mul(x, x), x), _double(CUBIC))
-    return op.Mul(x, op.Sigmoid(op.Mul(op.Add(x, cube), _double(math.sqrt(8 / math.pi)))))
+    cube = op.Mul(op.Mul(op.Mul(x, x), x), constant(CUBIC, wide))
+    return op.Mul(x, op.Sigmoid(op.Mul(op.Add(x, cube), constant(math.sqrt(8 / math.pi), wide))))
 
 
-def _complement(z: Any) -> Any:
-    """z: f64[...] in 0..30 -> erfc(z): f64[...], relative error 4e-15; onnxruntime has Erf in float32 only."""
-    t = op.Div(op.Sub(z, _double(CENTRE)), op.Add(z, _double(CENTRE)))
-    series = _double(SERIES[-1])
+def _complement(z: Any, wide: ir.DataType) -> Any:
+    """z: f64[...] in 0..30 -> erfc(z): f64[...], relative error 4e-15; onnxruntime has Erf and Gelu in float32 only."""
+    t = op.Div(op.Sub(z, constant(CENTRE, wide)), op.Add(z, constant(CENTRE, wide)))
+    series = constant(SERIES[-1], wide)
     for coefficient in reversed(SERIES[:-1]):
-        series = op.Add(op.Mul(series, t), _double(coefficient))
-    factor = op.Div(series, op.Add(op.Add(z, z), _double(1.0)))
+        series = op.Add(op.Mul(series, t), constant(coefficient, wide))
+    factor = op.Div(series, op.Add(op.Add(z, z), constant(1.0, wide)))
     return op.Mul(factor, op.Exp(op.Neg(op.Mul(z, z))))
-
-
-def _double(number: float) -> Any:
-    return op.Constant(value=ir.tensor(number, dtype=ir.DataType.DOUBLE))

@@ -41,5 +41,5 @@ def activation(x: Tensor, up: Tensor | None, function: str) -> Tensor:
         # (1 + tanh(u)) / 2 = sigmoid(2 u), which keeps its digits where tanh is near -1.
         y = values * ((values + CUBIC * values**3) * math.sqrt(8 / math.pi)).sigmoid()
     else:
-        y = values * torch.special.erfc(values * -math.sqrt(0.5)) / 2
+        y = values * (torch.special.erfc(values * -math.sqrt(0.5)) / 2)
     return (y if up is None else y * up).float()

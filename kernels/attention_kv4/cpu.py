@@ -43,7 +43,7 @@ def attention_kv4(
         k_codes, k_affine, v_codes, v_affine, mask = front(k_codes, k_affine, v_codes, v_affine, mask, filled)
     rows_per_key = q.shape[2] * (q.shape[1] // k_codes.shape[1])
     tiles = rows_per_key > FEW_ROWS and on_tiles(q, k_codes.shape[2], mask, scale)
-    if not tiles and native.takes(q, mask, k_affine, v_affine):
+    if not tiles and native.computes(q, mask, k_affine, v_affine):
         return _native(q, k_codes, k_affine, v_codes, v_affine, mask, scale)
     attend = _attend_to_codes if rows_per_key <= FEW_ROWS else _attend_to_values
     return tokens_outside(attend(q, k_codes, k_affine, v_codes, v_affine, mask, scale)).to(q.dtype)

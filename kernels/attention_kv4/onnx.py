@@ -7,16 +7,17 @@ from onnxscript import opset21
 
 from qpcompile.kernels.attention_kv4.masking import FORBIDDEN
 from qpcompile.kernels.kv4_read.onnx import dequantize
+from qpcompile.kernels.sums_onnx import wide_type
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
 
 def attention_kv4(q: Any, k_codes: Any, k_affine: Any, v_codes: Any, v_affine: Any, mask: Any, scale: float) -> Any:
     """q: f[B, Hq, Sq, D], codes: u8[B, Hkv, S, ceil(D / 2)], affine: f32[B, Hkv, S, 2] -> q.dtype[B, Hq, Sq, D]."""
-    groups, head_dim = k_codes.shape[1], q.shape[3]
-    k = op.Transpose(dequantize(k_codes, k_affine, head_dim, ir.DataType.DOUBLE), perm=[0, 1, 3, 2])
-    v = dequantize(v_codes, v_affine, head_dim, ir.DataType.DOUBLE)
-    queries = scaled_queries(q, scale, ir.DataType.DOUBLE)
+    groups, head_dim, wide = k_codes.shape[1], q.shape[3], wide_type(q)
+    k = op.Transpose(dequantize(k_codes, k_affine, head_dim, wide), perm=[0, 1, 3, 2])
+    v = dequantize(v_codes, v_affine, head_dim, wide)
+    queries = scaled_queries(q, scale, wide)
     products = op.MatMul(group_rows(queries, groups, head_dim), k)
     scores = op.Reshape(products, op.Concat(op.Shape(q, start=0, end=3), op.Constant(value_ints=[-1]), axis=0))
     probabilities = masked_softmax(scores, mask)

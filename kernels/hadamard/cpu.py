@@ -12,7 +12,7 @@ from qpcompile.kernels.sums import by_rows
 @RULE.checked
 def hadamard(x: Tensor, scale: Tensor | None) -> Tensor:
     """x: f[..., C], scale: f32[C] -> x.dtype[..., C]."""
-    return (_native if native.takes(x, scale) else _torch)(x, scale)
+    return (_native if native.computes(x, scale) else _torch)(x, scale)
 
 
 def _native(x: Tensor, scale: Tensor | None, level: int | None = None) -> Tensor:

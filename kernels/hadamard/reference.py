@@ -23,7 +23,7 @@ MOST_COLUMNS = 1 << 14
 
 
 def hadamard(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x: f[..., C], scale: f32[C] -> x.dtype[..., C], accumulated in `wide_type` and rounded once."""
+    """x: f[..., C], scale: f32[C] -> x.dtype[..., C], accumulated in `wide_type` and rounded to float32 once."""
     left, right = factors(x.shape[-1])
     return rotate(x, scale, left.to(x.device), right.to(x.device))
 
@@ -36,7 +36,7 @@ def rotate(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor, wide: t
     wide = wide or wide_type(x)
     values = x.float() if scale is None else x.float() * scale
     blocks = values.to(wide).reshape(-1, left.shape[0], right.shape[0])
-    return (left.to(wide) @ (blocks @ right.to(wide))).reshape(x.shape).to(x.dtype)
+    return (left.to(wide) @ (blocks @ right.to(wide))).reshape(x.shape).float().to(x.dtype)
 
 
 def factors(channels: int) -> tuple[Tensor, Tensor]:

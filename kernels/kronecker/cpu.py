@@ -13,7 +13,7 @@ from qpcompile.kernels.sums import by_rows
 def kronecker(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """x: f[..., A*c], scale: f32[A*c], left: f32[A, A], right: f32[c, c] -> x.dtype[..., A*c]."""
     reference.check_factors(x.shape[-1], left, right)
-    return (_native if native.takes(x, scale, left, right) else _torch)(x, scale, left, right)
+    return (_native if native.computes(x, scale, left, right) else _torch)(x, scale, left, right)
 
 
 def _native(x: Tensor, scale: Tensor | None, left: Tensor, right: Tensor, level: int | None = None) -> Tensor:

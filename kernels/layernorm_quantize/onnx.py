@@ -5,6 +5,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset21
 
+from qpcompile.kernels.sums_onnx import constant, wide_type
 from qpcompile.kernels.transform_quantize.onnx import quantized
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
@@ -25,10 +26,11 @@ def layernorm_quantize(
 ) -> tuple[Any, Any]:
     """x: f[..., C], weight, bias: f[C] -> q: i8[..., C], scale: f32[..., G]."""
     assert x.shape is not None
-    values = op.Cast(x, to=ir.DataType.DOUBLE)
+    wide = wide_type(x)
+    values = op.Cast(x, to=wide)
     values = op.Sub(values, op.ReduceMean(values, [-1], keepdims=1))
     mean = op.ReduceMean(op.Mul(values, values), [-1], keepdims=1)
-    floor = op.Constant(value=ir.tensor(eps, dtype=ir.DataType.DOUBLE))
-    values = op.Mul(op.Div(values, op.Sqrt(op.Add(mean, floor))), op.Cast(weight, to=ir.DataType.DOUBLE))
-    values = op.Cast(op.Add(values, op.Cast(bias, to=ir.DataType.DOUBLE)), to=ir.DataType.FLOAT)
-    return quantized(values, x.shape, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
+    values = op.Div(values, op.Sqrt(op.Add(mean, constant(eps, wide))))
+    values = op.Add(op.Mul(values, op.Cast(weight, to=wide)), op.Cast(bias, to=wide))
+    values = op.Cast(values, to=ir.DataType.FLOAT)
+    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio)

@@ -5,8 +5,7 @@
     nearest = n:  y_i = x_i + sum of w_j x_j over the n sources j != i most similar to i
     for targets i; every other token is unchanged. Ties to the lower index.
 
-Sums are float64 on the CPU, rounded once, and cosines are compared in float32, so that the summation order does not
-matter.
+Sums are float64, rounded once, and cosines are compared in float32, so that the summation order does not matter.
 
 Source: VisionZip (arXiv 2412.04467), section 3.2, for nearest = 0; LLaVA-PruMerge (arXiv 2403.15388), section 3.2, for
 nearest = n.
@@ -14,8 +13,6 @@ nearest = n.
 
 import torch
 from torch import Tensor
-
-from qpcompile.kernels.sums import wide_type
 
 
 def merge_tokens(
@@ -25,13 +22,12 @@ def merge_tokens(
 
     weights are read with nearest > 0 only.
     """
-    kind = wide_type(hidden)
-    values, units = hidden.to(kind), torch.nn.functional.normalize(keys.to(kind), dim=-1)
+    values, units = hidden.double(), torch.nn.functional.normalize(keys.double(), dim=-1)
     similarity = (units @ units.mT).float()
     if nearest:
-        shares = _of_nearest(similarity, sources, nearest).to(kind) * weights[:, None]
+        shares = _of_nearest(similarity, sources, nearest).double() * weights[:, None]
     else:
-        joined = _of_closest(similarity, targets, sources).to(kind)
+        joined = _of_closest(similarity, targets, sources).double()
         shares = joined / joined.sum(dim=2, keepdim=True).clamp(min=1)
     return torch.where(targets[..., None], values + shares @ values, values).to(hidden.dtype)
 

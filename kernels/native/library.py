@@ -33,8 +33,8 @@ Function = Callable[[bytes, int, int], int]
 AMX = ("linear_w4a4_amx", "attention_amx", "attention_mass_amx", "change_tiles_amx")
 """Functions that need AMX tiles, available if `Library.amx`."""
 EXACT = ("linear_w4a4", "unpack_int4", "scale_int32", "kv4_write", "rope", "add", "append", "linear", "linear_w8a16")
-"""Functions of integer and float32 operations only: one per level. The others exist in float64 (`_f64`, for float32
-tensors) and in float32 (`_f32`, for half precision).
+"""Functions of integer and float32 operations only: one per level. The others exist in float64 (`_f64`, for float64
+rows) and in float32 (`_f32`, for float32 and bfloat16).
 """
 
 
@@ -148,12 +148,18 @@ def noted() -> Iterator[list[RecordedCall]]:
 
 def real(x: Tensor) -> str:
     """The suffix of the functions that compute for a tensor of this type (kernels/sums.py)."""
-    return "f64" if x.dtype == torch.float32 else "f32"
+    return "f64" if x.dtype == torch.float64 else "f32"
 
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the library can read these tensors: of supported types, on the CPU."""
     return available() and all(tensor is None or _readable(tensor) for tensor in tensors)
+
+
+def computes(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the library can compute rows of x, in the type that `real` names, with these other tensors."""
+    wide = x.dtype == torch.float64 and x.device.type == "cpu"
+    return takes(*others) and (wide or _readable(x))
 
 
 def _readable(tensor: Tensor) -> bool:

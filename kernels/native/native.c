@@ -1,7 +1,7 @@
 /* The operators' CPU kernels in C, compiled for several instruction sets into one library, called through ctypes.
 
    Every operator's `cpu.inc` is included once per instruction set (LEVEL), and if it computes in floating point once
-   per compute type (REAL): double for float32 models, float for half-precision ones (kernels/sums.py). The exported
+   per compute type (REAL): double for float64 rows, float for float32 and bfloat16 ones (kernels/sums.py). The exported
    functions are qp_<name>[_f64 | _f32]_<level>; kernels/native/library.py chooses the level once per process. They
    check their arguments (checks.inc), then call the kernels, which do not.
 

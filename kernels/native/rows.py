@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import factor_arrays
 from qpcompile.kernels.native.cells import ELEMENTS, OTHER
-from qpcompile.kernels.native.library import call, library
+from qpcompile.kernels.native.library import call, library, real
 from qpcompile.kernels.quantize_int4.reference import group_count
 
 Gate = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu_then_mul", "sigmoid_mul"]
@@ -31,7 +31,7 @@ class RowPlan:
     """A row operator for tensors of one type and width, with its weights.
 
     kind: how a row is computed; defined in the operators' `cpu.inc`.
-    dtype, channels: of the rows; float32 or bfloat16.
+    dtype, channels: of the rows; float32, bfloat16, or float64 for rows computed in it.
     weight, bias: f[C] of a norm.
     constant: the epsilon of a norm, the factor of sigmoid_mul.
     scale: f32[C], applied before the basis change.
@@ -70,7 +70,7 @@ class RowPlan:
         )
         left, right = _factors(self.channels, self.factors)
         sizes = (0, 0) if left is None or right is None else (len(left), len(right))
-        on_tiles = left is not None and self.dtype != torch.float32 and self.level is None
+        on_tiles = left is not None and self.dtype == torch.bfloat16 and self.level is None
         tiles = _tiles(left, right) if on_tiles else None
         looked_up = self.kind in GATES and self.dtype == torch.bfloat16 and self.level is None
         gates = _gates(self.kind, self.constant, self.as_graph) if looked_up else None
@@ -99,8 +99,7 @@ class RowPlan:
     def _run(self, x: Tensor, second: Tensor | None, q: Tensor | None, scale: Tensor | None, y: Tensor | None) -> None:
         second = None if second is None else second.contiguous()
         rows = math.prod(x.shape[:-1])
-        name = "rows_f64" if self.dtype == torch.float32 else "rows_f32"
-        call(name, x.contiguous(), second, q, scale, y, rows, *self.arguments, level=self.level)
+        call("rows_" + real(x), x.contiguous(), second, q, scale, y, rows, *self.arguments, level=self.level)
 
 
 def _factors(channels: int, given: tuple[Tensor, Tensor] | bool) -> tuple[Tensor | None, Tensor | None]:

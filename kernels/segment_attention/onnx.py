@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnxscript import opset21
 
 from qpcompile.kernels.attention_kv4.onnx import group_rows, masked_scores, scaled_queries
+from qpcompile.kernels.sums_onnx import wide_type
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -17,7 +18,7 @@ def segment_attention(q: Any, k: Any, v: Any, cu_seqlens: Any, scale: float) -> 
     """q: f[1, Hq, T, D], k: f[1, Hkv, T, D], v: f[1, Hkv, T, Dv], cu_seqlens: i[S + 1] -> q.dtype[1, Hq, T, Dv]."""
     heads, groups, width = q.shape[1], k.shape[1], q.shape[3]
     grouped = heads != groups
-    wide = ir.DataType.DOUBLE if q.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    wide = wide_type(q)
     queries = scaled_queries(q, scale, wide)
     keys, values = (op.Cast(each, to=wide) for each in (k, v))
     rows = group_rows(queries, groups, width) if grouped else queries

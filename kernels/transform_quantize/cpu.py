@@ -30,9 +30,9 @@ def _torch(x: Tensor, end: Epilogue) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def readable(end: Epilogue, *tensors: Tensor | None) -> bool:
-    """Whether the C library can read an operator's tensors and those of its epilogue."""
-    return native.takes(*tensors, end.transform_scale, end.left, end.right, end.shift)
+def readable(end: Epilogue, x: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether the C library can compute rows of x; tensors: the operator's other ones, without its epilogue's."""
+    return native.computes(x, *tensors, end.transform_scale, end.left, end.right, end.shift)
 
 
 def row_plan(kind: Kind, x: Tensor, end: Epilogue, level: int | None, **parameters: Any) -> RowPlan:

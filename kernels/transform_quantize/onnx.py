@@ -8,6 +8,7 @@ from onnxscript import opset21
 from qpcompile.kernels.hadamard.onnx import rotated
 from qpcompile.kernels.kronecker.onnx import changed
 from qpcompile.kernels.quantize_int4.onnx import quantize_values
+from qpcompile.kernels.sums_onnx import wide_type
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -24,12 +25,12 @@ def transform_quantize(
 ) -> tuple[Any, Any]:
     """x: f[..., C] -> q: i8[..., C], scale: f32[..., G]. The rank and C of `x` must be known."""
     values = op.Cast(x, to=ir.DataType.FLOAT)
-    return quantized(values, x.shape, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
+    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
 
 
 def quantized(
     values: Any,
-    shape: Any,
+    x: Any,
     transform_scale: Any,
     rotate: bool,
     left: Any,
@@ -38,11 +39,12 @@ def quantized(
     group_size: int,
     clip_ratio: float,
 ) -> tuple[Any, Any]:
-    """values: f32[..., C] of the given shape -> q: i8[..., C], scale: f32[..., G]."""
+    """values: f32[..., C], computed from x: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
+    shape, wide = x.shape, wide_type(x)
     values = values if transform_scale is None else op.Mul(values, transform_scale)
     if left is not None and right is not None:
-        values = changed(values, left, right, shape)
+        values = changed(values, left, right, shape, wide)
     elif rotate:
-        values = rotated(values, shape)
+        values = rotated(values, shape, wide)
     values = values if shift is None else op.Sub(values, shift)
     return quantize_values(values, shape, group_size, clip_ratio)

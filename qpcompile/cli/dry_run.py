@@ -167,9 +167,7 @@ def _merge(recipe: Recipe, samples: int) -> str:
 
 
 def _widen(recipe: Recipe, samples: int) -> str:
-    if recipe.quantize is None or recipe.quantize.activations.bits == 16:
-        return NOTHING
-    return "on the CPU, reductions before quantizers in float64: identical codes on all back ends"
+    return "sums in float64: identical codes on all back ends" if recipe.numerics == "exact" else NOTHING
 
 
 def _expected(item: Pass, recipe: Recipe, samples: int) -> str:

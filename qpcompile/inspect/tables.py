@@ -10,6 +10,11 @@ from qpcompile.ir.pass_manager import PassRun
 from qpcompile.pass_list import passes
 from qpcompile.recipe.plan import LeftOut, Plan, Site
 
+NUMERICS = {
+    "exact": "exact: sums in float64, rounded to float32 once",
+    "fast": "fast: sums in float32",
+}
+"""Each value of `numerics` in words."""
 _NUMBERED = re.compile(r"^(?P<stem>.*?)\.(?P<layer>\d+)\.(?P<part>.+)$")
 
 
@@ -127,6 +132,7 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
         ]
     kept = "all visual tokens are kept" if tokens.method == "none" else f"{tokens.method}, keep {tokens.keep:.0%}"
     rows.append(("visual tokens", kept))
+    rows.append(("numerics", NUMERICS[plan.recipe.numerics]))
     used = plan.calibration
     rows.append(("calibration", f"{used.samples} samples" if used.samples else "no data"))
     return rows

@@ -41,7 +41,7 @@ class CalibrationScheme(Section):
 
 
 class Recipe(Section):
-    """The options of one compile: quantization, visual tokens, calibration, quality."""
+    """The options of one compile: quantization, visual tokens, numerics, calibration, quality."""
 
     version: Literal[1] = Field(default=1, description="Version of this format.")
     quantize: QuantizeScheme | None = Field(default=None, description="What is quantized; null quantizes nothing.")
@@ -50,6 +50,12 @@ class Recipe(Section):
         default="joint",
         description="joint plans cuts for the quantized model. Stage-wise orders do not: equal drops, no residual "
         "in the score; prune_then_quantize profiles full precision and calibrates after the cuts.",
+    )
+    numerics: Literal["exact", "fast"] = Field(
+        default="fast",
+        description="exact sums in float64 and rounds to float32 once, so that the compiled module and onnxruntime "
+        "produce identical codes: for tests and audits, in float32 on the CPU. fast sums in float32; docs/numerics.md "
+        "has its bound against exact.",
     )
     calibration: CalibrationScheme = Field(default=CalibrationScheme(), description="How calibration data is used.")
     quality: QualityScheme = Field(

@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from qpcompile.ir.edit import get_tensor
+from qpcompile.ir.numerics import check_numerics
 from qpcompile.ir.overloads import is_overload, schema
 from qpcompile.ir.program import Graph, Program
 
@@ -22,7 +23,11 @@ Moved = dict[tuple[Any, ...], torch.Tensor]
 
 
 def move(program: Program, device: torch.device) -> None:
-    """Put all tensors of graphs and host on `device`; tensors that share memory share it there too."""
+    """Put all tensors of graphs and host on `device`; tensors that share memory share it there too.
+
+    Raises RecipeError where the program's numerics are exact and the device is no CPU.
+    """
+    check_numerics(program.recipe, [torch.empty(0, device=device)])
     moved: Moved = {}
     for graph in program.graphs.values():
         _move_tensors(graph.module, device, moved)

@@ -1,14 +1,16 @@
 """A compiled model against the model it came from, on this processor: no compiled model should be slower.
 
-    python tests/bench/cpu_original.py [--shape C] [--recipes w4a4kv4] [--rounds 5]
+    python tests/bench/cpu_original.py [--shape C] [--recipes w4a4kv4] [--numerics fast exact] [--rounds 5]
 
 Random weights of one shape (cpu_shapes.py), float32 and bfloat16, one thread. The recipe is compiled with a fixed
-rotation and round-to-nearest on one sample: its speed is the same, its accuracy is not. Original and compiled model
-answer in turns; milliseconds are medians of CPU time, which do not count other programs. Prints a Markdown table.
+rotation and round-to-nearest on one sample: its speed is the same, its accuracy is not. Original and compiled models
+answer in turns; milliseconds are medians of CPU time, which do not count other programs. Models in half precision have
+fast numerics only. Prints a Markdown table.
 """
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 Times = list[dict[str, float]]
 
 
-def quick(name: str) -> qpcompile.Recipe:
+def quick(name: str, numerics: str = "fast") -> qpcompile.Recipe:
     """The preset without training and without what needs many samples."""
-    recipe = qpcompile.Recipe.load(name)
+    recipe = qpcompile.Recipe.load(name).with_overrides([f"numerics={numerics}"])
     cheap = [] if recipe.quantize is None else ["quantize.transform=hadamard", "quantize.weights.solver=rtn"]
     return recipe.with_overrides(cheap)
 
@@ -38,27 +40,32 @@ def answer(model: Any, sample: dict[str, Any]) -> dict[str, float]:
     return clock.result()
 
 
-def in_turns(original: Any, compiled: Any, sample: dict[str, Any], rounds: int) -> tuple[Times, Times]:
-    """Answers of both, one after the other; the first of each is dropped."""
-    found: tuple[Times, Times] = ([], [])
+def in_turns(models: Sequence[Any], sample: dict[str, Any], rounds: int) -> list[Times]:
+    """Answers of all, one after the other; the first of each is dropped."""
+    found: list[Times] = [[] for _ in models]
     for _ in range(rounds + 1):
-        for model, times in zip((original, compiled), found, strict=True):
+        for model, times in zip(models, found, strict=True):
             times.append(answer(model, sample))
-    return found[0][1:], found[1][1:]
+    return [times[1:] for times in found]
 
 
-def row(shape: Shape, name: str, dtype: torch.dtype, rounds: int) -> str:
-    """One line of the table."""
-    original, again = (build(shape).to(dtype) for _ in range(2))
+def rows(shape: Shape, name: str, dtype: torch.dtype, numerics: Sequence[str], rounds: int) -> list[str]:
+    """The lines of one recipe and type."""
     sample = model_inputs(shape, {"prompt": 1}, dtype)
-    compiled = qpcompile.compile(again, quick(name), calibration=[sample])
-    compiled.generation_config.eos_token_id = None
-    before, after = in_turns(original, compiled, sample, rounds)
-    cells = [name, str(dtype).removeprefix("torch.")]
-    for kind in ("first_core_ms", "decode_core_ms"):
-        old, new = (statistics.median(each[kind] for each in times) for times in (before, after))
-        cells += [f"{old:,.1f}", f"{new:,.1f}", f"{new / old:.2f}"]
-    return f"| {' | '.join(cells)} |"
+    models = [build(shape).to(dtype)]
+    for each in numerics:
+        compiled = qpcompile.compile(build(shape).to(dtype), quick(name, each), calibration=[sample])
+        compiled.generation_config.eos_token_id = None
+        models.append(compiled)
+    before, *found = in_turns(models, sample, rounds)
+    lines = []
+    for each, after in zip(numerics, found, strict=True):
+        cells = [name, str(dtype).removeprefix("torch."), each]
+        for kind in ("first_core_ms", "decode_core_ms"):
+            old, new = (statistics.median(each[kind] for each in times) for times in (before, after))
+            cells += [f"{old:,.1f}", f"{new:,.1f}", f"{new / old:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
@@ -66,15 +73,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="C", choices=SHAPES)
     parser.add_argument("--recipes", nargs="+", default=["w4a4kv4", "w4a16", "quota-30"])
+    parser.add_argument("--numerics", nargs="+", default=["fast"], choices=["fast", "exact"])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{processor()}; torch {torch.__version__}; shape {options.shape}, {options.rounds} rounds\n")
-    print("| recipe | dtype | first token, original | compiled | ratio | token, original | compiled | ratio |")
-    print(f"| --- | --- |{' ---: |' * 6}", flush=True)
+    print(
+        "| recipe | dtype | numerics | first token, original | compiled | ratio | token, original | compiled | ratio |"
+    )
+    print(f"| --- | --- | --- |{' ---: |' * 6}", flush=True)
     for name in options.recipes:
         for dtype in DTYPES:
-            print(row(SHAPES[options.shape], name, dtype, options.rounds), flush=True)
+            asked = options.numerics if dtype == torch.float32 else ["fast"]
+            for line in rows(SHAPES[options.shape], name, dtype, asked, options.rounds):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Greedy answers of an ONNX folder are the compiled module's: 100 unseen questions per testbed, at most one apart.
+"""Greedy answers of an ONNX folder are the compiled module's: 100 unseen questions per testbed, with exact numerics at
+most one apart, with fast ones at most three.
 
-Folders for speed, whose numerics differ from the module's, give the module's answer in four of five cases.
+Folders for speed, whose numbers differ from the module's, give the module's answer in four of five cases.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ def bed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["w4a4kv4", "quota-30", "prune-30"])
-def test_answers_are_the_same(bed: tuple[str, list[Question]], preset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("preset", "numerics"),
+    [("w4a4kv4", "exact"), ("quota-30", "exact"), ("quota-30", "fast"), ("prune-30", "fast")],
+)
+def test_answers_are_the_same(bed: tuple[str, list[Question]], preset: str, numerics: str, tmp_path: Path) -> None:
     family, questions = bed
-    recipe = Recipe.load(preset).with_overrides(["calibration.samples=16"])
+    recipe = Recipe.load(preset).with_overrides(["calibration.samples=16", f"numerics={numerics}"])
     compiled = qpcompile.compile(str(TESTBED / family), recipe, calibration=str(TESTBED / "calibration" / family))
     starts = range(0, len(questions), BATCH)
     batches = [question_inputs(compiled.processor, questions[start : start + BATCH]) for start in starts]
@@ -46,8 +50,8 @@ def test_answers_are_the_same(bed: tuple[str, list[Question]], preset: str, tmp_
     for name in ("exact", "fast"):
         compiled.export_onnx(tmp_path / name, check=batches, fast=name == "fast")
         found[name] = json.loads((tmp_path / name / "check.json").read_text())
-        assert found[name]["answers"] == QUESTIONS
-    assert len(found["exact"]["different"]) <= 1, found
+        assert found[name]["answers"] == QUESTIONS and found[name]["numerics"] == numerics
+    assert len(found["exact"]["different"]) <= (1 if numerics == "exact" else 3), found
     # Different numerics, the same model: of 200 answers on LLaVA with quota-30, 191 were the module's.
     assert len(found["fast"]["different"]) <= QUESTIONS // 5, found
 
@@ -69,4 +73,7 @@ def test_a_difference_is_found_with_its_margin(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(onnx_check, "OnnxVLM", Runner)
     found = compare(generate, tmp_path, [{"input_ids": ids}])
     assert found.answers == 2
-    assert found.to_dict()["different"] == [{"row": 1, "step": 1, "module": 0, "onnx": 2, "margin": 1.5}]
+    said = found.to_dict("fast")
+    assert said["different"] == [{"row": 1, "step": 1, "module": 0, "onnx": 2, "margin": 1.5}]
+    assert (said["numerics"], said["answers"], said["alike"]) == ("fast", 2, 1) and "another order" in said["why"]
+    assert "another order" not in found.to_dict("exact")["why"]

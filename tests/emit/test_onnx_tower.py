@@ -26,6 +26,7 @@ Cases = dict[str, dict[str, torch.Tensor]]
 TAKES = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
 NEW_TOKENS = 6
 FOUR_BITS = "quantize={weights: {solver: rtn}}"
+EXACT = "numerics=exact"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def qwen() -> tuple[Program, Cases]:
 
 def compiled(program: Program, method: str, *settings: str) -> CompiledVLM:
     """A copy of a captured program, pruned by a method."""
-    recipe = Recipe.load("none").with_overrides([f"tokens.method={method}", "tokens.keep=0.4", *settings])
+    recipe = Recipe.load("none").with_overrides([f"tokens.method={method}", "tokens.keep=0.4", EXACT, *settings])
     program = copy.deepcopy(program)
     layers = program.layers
     program.recipe, program.plan = recipe, Plan(recipe=recipe, layers=layers)

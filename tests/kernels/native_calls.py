@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qpcompile.kernels.native import library as native
-from qpcompile.kernels.native.cells import SIGNATURES
+from qpcompile.kernels.native.cells import ELEMENTS, SIGNATURES
 
 Arguments = dict[str, Any]
 AMX_AWAY = frozenset(native.AMX) if not native.library().amx else frozenset[str]()
@@ -147,11 +147,29 @@ def _plan(kind: int) -> Arguments:
     return {**tensors, **sizes, "kind": kind, "element": 0, "rounded": 0, "constant": 1e-5, "clip_ratio": 0.9}
 
 
+def _wide(arguments: Callable[[], Arguments]) -> Callable[[], Arguments]:
+    """The same call on rows in float64."""
+
+    def made() -> Arguments:
+        given = arguments()
+        rows = {name: given[name].double() for name in ("x", "second", "q", "y") if _is_float(given.get(name))}
+        return given | rows | ({"element": ELEMENTS[torch.float64]} if "element" in given else {})
+
+    return made
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 CALLS: dict[str, tuple[str, Callable[[], Arguments]]] = {
     **{name: (name, globals()[name]) for name in SIGNATURES if name not in ("rows", "gates", "attention_kv4")},
-    **{f"rows_{real}": (f"rows_{real}", rows) for real in ("f64", "f32")},
-    **{f"norm_rows_{real}": (f"rows_{real}", norm_rows) for real in ("f64", "f32")},
-    **{f"attention_kv4_{real}": (f"attention_kv4_{real}", attention_kv4) for real in ("f64", "f32")},
+    "rows_f64": ("rows_f64", _wide(rows)),
+    "rows_f32": ("rows_f32", rows),
+    "norm_rows_f64": ("rows_f64", _wide(norm_rows)),
+    "norm_rows_f32": ("rows_f32", norm_rows),
+    "attention_kv4_f64": ("attention_kv4_f64", _wide(attention_kv4)),
+    "attention_kv4_f32": ("attention_kv4_f32", attention_kv4),
     "gates_f32": ("gates_f32", gates),
 }
 """By a name of the case: the function, and what makes its arguments."""

@@ -30,12 +30,14 @@ def test_gates_of_many_rows_are_those_of_one(kind: Kind, as_graph: bool) -> None
 @levels
 def test_what_graphs_spell_out_rounds_where_they_do(level: int) -> None:
     gate, up = torch.randn(2, 9, 100)
-    product = torch.nn.functional.silu(gate.double()).float() * up
-    assert torch.equal(RowPlan("silu_then_mul", torch.float32, 100, level=level).stored(gate, up), product)
+    wide = gate.double()
+    product = torch.nn.functional.silu(wide).float() * up
     soft = gate * torch.sigmoid((gate * 1.702).double()).float()
-    plan = RowPlan("sigmoid_mul", torch.float32, 100, constant=1.702, level=level)
-    assert torch.equal(plan.stored(gate), soft)
+    for kind, sources, expected in (("silu_then_mul", (gate, up), product), ("sigmoid_mul", (gate,), soft)):
+        plans = [RowPlan(kind, dtype, 100, constant=1.702, level=level) for dtype in (torch.float64, torch.float32)]
+        assert torch.equal(plans[0].stored(*(each.double() for each in sources)).float(), expected)
+        torch.testing.assert_close(plans[1].stored(*sources), expected, rtol=1e-6, atol=1e-7)
     shift = torch.randn(100)
-    found = RowPlan("plain", torch.float32, 100, shift=shift, factors=True, level=level).quantized(gate)
-    expected = quantize.quantize_int4(hadamard.hadamard(gate) - shift)
+    found = RowPlan("plain", torch.float64, 100, shift=shift, factors=True, level=level).quantized(wide)
+    expected = quantize.quantize_int4(hadamard.hadamard(wide).float() - shift)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

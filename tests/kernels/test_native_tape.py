@@ -49,7 +49,7 @@ def test_operators_are_made_again() -> None:
         codes, affine = kv4_write(turned)
         q, scale = plan.quantized(turned)
     made = [turned, codes, affine, q, scale]
-    assert [each.symbol for each in calls] == ["rope", "kv4_write", "rows_f64"]
+    assert [each.symbol for each in calls] == ["rope", "kv4_write", "rows_f32"]
     tape = Tape(calls)
     for _ in range(2):
         x.normal_()

@@ -24,7 +24,7 @@ def test_by_hand() -> None:
     assert scale.tolist() == [[1.0], [2.0]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("more", [False, True], ids=["", "scaled and shifted"])
 @pytest.mark.parametrize(("tokens", "channels", "group_size"), [(1, 63, 0), (17, 144, 36), (63, 96, 0), (1000, 33, 3)])
@@ -39,7 +39,7 @@ def test_op_is_the_composition(
     values = end.transformed(norm, wide_type(x))
     found = torch.ops.qpcompile.rmsnorm_quantize(x, weight, 1e-5, *arguments_of(end))
     expected = quantize_int4(values, group_size, 0.9)
-    if dtype == torch.float32:
+    if dtype == torch.float64:
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     else:
         # Sums in float32, which depend on the summation order.
@@ -63,7 +63,7 @@ def test_a_token_is_the_same_in_every_batch() -> None:
 
 
 def test_non_contiguous_and_untouched() -> None:
-    x, weight = torch.randn(48, 5, 2).transpose(0, 2), torch.randn(96)[::2]
+    x, weight = torch.randn(48, 5, 2).transpose(0, 2).double(), torch.randn(96)[::2]
     before = x.clone()
     found = torch.ops.qpcompile.rmsnorm_quantize(x, weight, 1e-5, *arguments_of(Epilogue()))
     expected = reference.rmsnorm_quantize(x.contiguous(), weight.contiguous(), 1e-5, *arguments_of(Epilogue()))

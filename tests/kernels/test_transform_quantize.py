@@ -25,7 +25,7 @@ def test_by_hand() -> None:
     assert q.tolist() == [[2, 7, -2, 7]] and step.tolist() == [[1.0, 2.0]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("more", [False, True], ids=["", "scaled and shifted"])
 @pytest.mark.parametrize(("tokens", "channels", "group_size"), [(1, 63, 0), (17, 144, 36), (63, 96, 0), (1000, 33, 3)])
@@ -38,7 +38,7 @@ def test_op_is_the_composition(
     values = end.transformed(x.float(), wide_type(x))
     found = torch.ops.qpcompile.transform_quantize(x, *arguments_of(end))
     expected = quantize_int4(values, group_size, 0.9)
-    if dtype == torch.float32:
+    if dtype == torch.float64:
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     else:
         # Sums in float32, which depend on the summation order.
@@ -46,7 +46,7 @@ def test_op_is_the_composition(
 
 
 def test_non_contiguous_and_untouched() -> None:
-    x, end = torch.randn(48, 5, 2).transpose(0, 2), epilogue_of(48, "factors", shifted=True)
+    x, end = torch.randn(48, 5, 2).transpose(0, 2).double(), epilogue_of(48, "factors", shifted=True)
     before = x.clone()
     found = torch.ops.qpcompile.transform_quantize(x, *arguments_of(end))
     expected = end.quantized(x.contiguous())

@@ -1,4 +1,4 @@
-"""Reductions before int4 quantizers are computed in float64 and rounded once; everything else is unchanged."""
+"""With exact numerics sums are float64 and rounded once; with fast ones, the default, graphs are unchanged."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import torch
 from programs import program_of, relative, run, traced
 from torch import Tensor, nn
 
-from qpcompile.errors import InvariantError
+from qpcompile.errors import InvariantError, RecipeError
 from qpcompile.ir.edit import aten, calls
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.text import graph_text
+from qpcompile.kernels.hadamard.reference import hadamard
 from qpcompile.passes.widen_sums import WidenSums
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.devices import move
 
 Apply = Callable[[Program, WidenSums], bool]
 WIDTH = 6
@@ -37,6 +40,13 @@ class Normed(nn.Module):
         return y if self.plain else torch.ops.qpcompile.quantize_int4(y, 0, 1.0)[0]
 
 
+class Plain(nn.Module):
+    """Arithmetic that is the same everywhere, and a quantizer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.qpcompile.quantize_int4(x * 2 + x.abs(), 0, 1.0)[0]
+
+
 class Patches(nn.Module):
     """A convolution and the quantizer after it; a stride of its kernel size gives patches that do not overlap."""
 
@@ -55,8 +65,28 @@ def wide(graph: Graph) -> int:
     return sum(isinstance(node.meta["val"], Tensor) and node.meta["val"].dtype == torch.float64 for node in made)
 
 
-def fused(graph: Graph) -> Program:
-    return program_of(graph, stage="fused")
+class Ours(nn.Module):
+    """One operator of each kind of ours: a gate of two operands, a norm, a rotation, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, WIDTH), requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        ours, plain = torch.ops.qpcompile, (None, True, None, None, None, 0, 1.0)
+        gated, _ = ours.activation_quantize(x, x, "silu", *plain)
+        normed, _ = ours.rmsnorm_quantize(x, self.weight, 1e-5, *plain)
+        codes, affine = ours.kv4_write(x[:, None])
+        return (
+            gated,
+            normed,
+            ours.hadamard(x, None),
+            ours.attention_kv4(x[:, None], codes, affine, codes, affine, None, 0.3),
+        )
+
+
+def fused(graph: Graph, numerics: str = "exact") -> Program:
+    return program_of(graph, recipe=Recipe.load("none").with_overrides([f"numerics={numerics}"]), stage="fused")
 
 
 def test_golden(apply: Apply) -> None:
@@ -110,18 +140,80 @@ def test_overlapping_patches_are_not(apply: Apply) -> None:
     assert not apply(fused(graph), WidenSums())
 
 
-def test_nothing_is_widened_where_nothing_is_quantized(apply: Apply) -> None:
-    assert not apply(fused(traced(Normed(plain=True), TOKENS)), WidenSums())
+def test_operators_of_ours_read_float64(apply: Apply) -> None:
+    graph = traced(Ours(), TOKENS, ("gated", "normed", "turned", "attended"))
+    expected = run(graph, **TOKENS)
+    assert apply(fused(graph), WidenSums())
+    expecttest.assert_expected_inline(
+        graph_text(graph),
+        """\
+graph prefill of model
+%0 = input x : f32[B, S0, 6]
+# top
+%1 = aten::to.dtype(%0, f64) : f64[B, S0, 6]
+%2 = qpcompile::activation_quantize(%1, %1, 'silu', None, True, None, None, None, 0, 1.0) : (i8[B, S0, 6], f32[B, S0, 1])
+%3 = operator.getitem(%2, 0) : i8[B, S0, 6]
+@weight : f32[6]
+%4 = qpcompile::rmsnorm_quantize(%1, @weight, 1e-05, None, True, None, None, None, 0, 1.0) : (i8[B, S0, 6], f32[B, S0, 1])
+%5 = operator.getitem(%4, 0) : i8[B, S0, 6]
+%6 = aten::slice.Tensor(%0, 0, 0, end) : f32[B, S0, 6]
+%7 = aten::unsqueeze(%6, 1) : f32[B, 1, S0, 6]
+%8 = qpcompile::kv4_write(%7) : (u8[B, 1, S0, 3], f32[B, 1, S0, 2])
+%9 = operator.getitem(%8, 0) : u8[B, 1, S0, 3]
+%10 = operator.getitem(%8, 1) : f32[B, 1, S0, 2]
+%11 = qpcompile::hadamard(%1, None) : f64[B, S0, 6]
+%12 = aten::to.dtype(%11, f32) : f32[B, S0, 6]
+%13 = aten::slice.Tensor(%0, 0, 0, end) : f32[B, S0, 6]
+%14 = aten::unsqueeze(%13, 1) : f32[B, 1, S0, 6]
+%15 = aten::to.dtype(%14, f64) : f64[B, 1, S0, 6]
+%16 = qpcompile::attention_kv4(%15, %9, %10, %9, %10, None, 0.3) : f64[B, 1, S0, 6]
+%17 = aten::to.dtype(%16, f32) : f32[B, 1, S0, 6]
+return gated = %3
+return normed = %5
+return turned = %12
+return attended = %17
+""",  # noqa: E501
+    )
+    found = run(graph, **TOKENS)
+    for name in ("gated", "normed"):
+        assert (found[name].int() - expected[name].int()).abs().max() <= 1
+    for name in ("turned", "attended"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found["turned"], hadamard(TOKENS["x"].double()).float())
 
 
-def test_half_precision_stays(apply: Apply) -> None:
-    graph = traced(Normed().bfloat16(), {"x": TOKENS["x"].bfloat16()})
-    assert not apply(fused(graph), WidenSums())
+def test_fast_graphs_stay(apply: Apply) -> None:
+    for module in (Normed(), Normed(plain=True), Patches(4)):
+        inputs = {"x": torch.randn(2, 3, 8, 12)} if isinstance(module, Patches) else TOKENS
+        graph = traced(module, inputs)
+        assert not apply(fused(graph, "fast"), WidenSums())
+        assert "f64" not in graph_text(graph)
+
+
+def test_what_is_not_quantized_is_widened_too(apply: Apply) -> None:
+    graph = traced(Normed(plain=True), TOKENS)
+    assert apply(fused(graph), WidenSums()) and wide(graph) == 2
+
+
+def test_plain_arithmetic_stays(apply: Apply) -> None:
+    assert not apply(fused(traced(Plain(), TOKENS)), WidenSums())
+
+
+def test_half_precision_and_gpus_are_refused() -> None:
+    for tensor, said in ((torch.ones(1).bfloat16(), "in bfloat16"), (torch.ones(1, device="meta"), "on meta")):
+        program = fused(traced(Normed(), TOKENS))
+        program.host.register_parameter("held", nn.Parameter(tensor))
+        with pytest.raises(RecipeError, match=f"this model is {said}") as caught:
+            run_passes(program, [WidenSums()])
+        assert caught.value.do and "numerics: fast" in caught.value.do
+    with pytest.raises(RecipeError, match="on meta"):
+        move(fused(traced(Normed(), TOKENS)), torch.device("meta"))
 
 
 def test_the_head_stays(apply: Apply) -> None:
     head = traced(nn.Sequential(nn.Linear(WIDTH, 3)), {"input": TOKENS["x"]}, name=HEAD)
-    program = program_of(traced(Normed(), TOKENS), head, stage="fused")
+    program = fused(traced(Normed(), TOKENS))
+    program.graphs[HEAD] = head
     assert apply(program, WidenSums())
     assert not wide(head) and list(calls(head, aten.linear.default))
 

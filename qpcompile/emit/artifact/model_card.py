@@ -27,6 +27,10 @@ Weights take {megabytes:.2f} MB on disk.
 
 {tokens}
 
+## Numerics
+
+{numerics}
+
 ## Agreement with full precision
 
 {agreement}
@@ -52,6 +56,11 @@ answer = model.generate(**inputs, max_new_tokens=64)
 each site became. Tensors are safetensors and graphs are text: loading this folder runs no code from it.
 """
 
+_NUMERICS = {
+    "exact": "`exact`: sums are float64, rounded to float32 once. onnxruntime produces the codes of this module.",
+    "fast": "`fast`: sums are float32. Another back end may round a code next to a tie the other way.",
+}
+
 
 def model_card(program: Program, size: int) -> str:
     """Markdown text; `size` is the number of bytes of all weights."""
@@ -62,6 +71,7 @@ def model_card(program: Program, size: int) -> str:
         quantization=_quantization(program.plan),
         tokens=_tokens(program.plan),
         agreement=_agreement(program.plan),
+        numerics=_NUMERICS[program.recipe.numerics],
     )
 
 

@@ -1,7 +1,8 @@
 """Compare the answers of an ONNX folder with the compiled module's, with logit margins where they differ.
 
-Both sides compute codes from identically rounded sums (kernels/sums.py), so answers differ only if one value in about
-10^8 is rounded differently and affects the answer, or if two tokens tie.
+With exact numerics both sides compute codes from identically rounded sums (kernels/sums.py), so answers differ only if
+one value in about 10^8 is rounded differently and affects the answer, or if two tokens tie. With fast numerics they add
+in different orders: no equality is claimed, and the count of equal answers is what was measured (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ import torch
 from qpcompile.emit.onnx.runner.runner import OnnxVLM
 
 TAKES = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+
+WHY = {
+    "exact": "a 4-bit code or a near tie rounded the other way",
+    "fast": "float32 sums were added in another order, and a 4-bit code or a near tie rounded the other way",
+}
+"""Why answers differ, by the recipe's numerics."""
+WHY_FAST_FOLDER = "the folder's numbers are other ones, see manifest.json"
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,15 @@ class Comparison:
     answers: int
     different: tuple[Difference, ...]
 
-    def to_dict(self, fast: bool = False) -> dict[str, Any]:
-        """Plain values, with the reason in words; `fast`: the folder's numerics are not the module's."""
-        why = (
-            "the folder's numbers are other ones, see manifest.json"
-            if fast
-            else "a 4-bit code or a near tie rounded the other way"
-        )
+    def to_dict(self, numerics: str = "exact", fast: bool = False) -> dict[str, Any]:
+        """Plain values, with the reason in words.
+
+        numerics: of the recipe. fast: the folder's numbers are not the module's.
+        """
+        why = WHY_FAST_FOLDER if fast else WHY[numerics]
         different = [asdict(each) for each in self.different]
-        return {"answers": self.answers, "different": different, "why": why if different else ""}
+        counts = {"answers": self.answers, "alike": self.answers - len(different)}
+        return {"numerics": numerics, **counts, "different": different, "why": why if different else ""}
 
 
 def compare(

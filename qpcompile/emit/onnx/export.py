@@ -21,7 +21,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass
 from qpcompile.emit.manifest_text import sealed
 from qpcompile.emit.onnx.check import compare
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
-from qpcompile.emit.onnx.fast.graphs import CHANGES, EXACT, fast_parts
+from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
 from qpcompile.emit.onnx.runner import runner as onnx_runner
 from qpcompile.emit.onnx.runner.choice import Choice
@@ -61,8 +61,9 @@ def export_onnx(
 ) -> None:
     """Write the ONNX folder atomically.
 
-    `check`: inputs on which `generate`, of the same program, and the folder are compared; `check.json` records
-    differences. With `fast` the graphs are those of emit/onnx/fast/graphs.py, whose numerics differ from the module's.
+    `check`: inputs on which `generate`, of the same program, and the folder are compared; `check.json` records the
+    recipe's numerics, how many answers are alike, and the differences. With `fast` the graphs are those of
+    emit/onnx/fast/graphs.py, whose numbers differ from the module's.
 
     Raises OutputError if `folder` exists and ExportError if the model cannot be exported to ONNX, or the runner does
     not support its inputs.
@@ -76,11 +77,12 @@ def export_onnx(
             onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
             _check_graph(aside / f"{name}.onnx")
         _write_texts(program, aside)
-        _write_manifest(aside, CHANGES if fast else EXACT)
+        numbers = CHANGES if fast else AS_MODULE[program.recipe.numerics]
+        _write_manifest(aside, numbers)
         if (batches := list(check)) and generate is not None:
-            found = compare(generate, aside, batches)
-            (aside / "check.json").write_text(json.dumps(found.to_dict(fast), indent=2) + "\n", encoding="utf-8")
-            _write_manifest(aside, CHANGES if fast else EXACT)
+            found = compare(generate, aside, batches).to_dict(program.recipe.numerics, fast)
+            (aside / "check.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            _write_manifest(aside, numbers)
 
 
 def build_models(program: Program, fast: bool = False) -> dict[str, ir.Model]:

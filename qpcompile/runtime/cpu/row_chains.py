@@ -1,12 +1,13 @@
 """Fuse chains of row operators in a bound graph into one C call each (kernels/native/rows.py).
 
-    %a = to.dtype(%x, f64); %b = to.dtype(@w, f64); %n = rmsnorm(%a, %b, eps); %y = to.dtype(%n, f32)
-    %k = kronecker(%y, @scale, @left, @right);  %c = sub(%k, @shift);  %q = quantize_int4(%c, group, clip)
+    %n = rmsnorm(%x, @w, eps);  %k = kronecker(%n, @scale, @left, @right);  %c = sub(%k, @shift)
+    %q = quantize_int4(%c, group, clip)
       -> %q = rows(%x)
 
 Every part except the quantizer is optional. A chain is fused only if its intermediate values have no other reader, and
-it rounds where the graph rounds: float32 models get bit-identical results to separate operators, half-precision models
-too, except for the summation order and, in layer norms, a multiplication instead of a division.
+it rounds where the graph rounds: results are those of separate operators, except for the summation order and, in norms,
+a multiplication for a division or a division for a multiplication. Graphs of `numerics: exact`, which cast to float64
+in between, are not fused; operators that the compiler fused are bound to their weights in them too.
 """
 
 from __future__ import annotations
@@ -118,10 +119,11 @@ class _Joiner:
 
     def plan(self, rows: Rows, change: dict[str, Any], as_graph: bool = True) -> RowPlan | None:
         """The plan, or None if C has no such rows: other types, or weights that the graph computes."""
+        types = TYPES if as_graph else (*TYPES, torch.float64)
         dtype, channels = self.dtype(rows.sources[0]), self.channels(rows.sources[0])
         arguments = {name: self.tensor(each) for name, each in (rows.arguments | change).items()}
         known = not any(isinstance(each, fx.Node) for each in arguments.values())
-        if dtype not in TYPES or not channels or not known or any(self.dtype(each) != dtype for each in rows.sources):
+        if dtype not in types or not channels or not known or any(self.dtype(each) != dtype for each in rows.sources):
             return None
         return RowPlan(rows.kind, dtype, channels, **arguments, as_graph=as_graph)
 
@@ -134,13 +136,12 @@ class _Joiner:
 
     def rows(self, node: fx.Node) -> Rows | None:
         """How a node computes rows, if intermediate values have no other reader; None if C has no such kind."""
-        inner, wide = self.inside(node)
-        if is_call(inner, RMSNORM, aten.layer_norm.default):
-            return self.norm(inner, wide)
+        if is_call(node, RMSNORM, aten.layer_norm.default):
+            return self.norm(node)
         return self.gate(node) if is_call(node, aten.mul.Tensor) else None
 
-    def norm(self, node: fx.Node, wide: bool) -> Rows | None:
-        """A norm over the last axis with its weights: in float64 for float32 models, or in bfloat16."""
+    def norm(self, node: fx.Node) -> Rows | None:
+        """A norm over the last axis with its weights, all of one type."""
         every: tuple[Any, ...] = node.args
         if is_call(node, RMSNORM):
             x, weight, eps = every
@@ -150,40 +151,27 @@ class _Joiner:
             weights = {"weight": weight, "bias": bias}
             if len(every[1]) != 1:
                 return None
-        x, *tensors = [self.narrow(each, wide) for each in (x, *weights.values())]
-        alike = all(self.dtype(each) == (torch.float32 if wide else torch.bfloat16) for each in (x, *tensors))
-        if not alike or any(each.op != "get_attr" for each in tensors):
+        bound = all(isinstance(each, fx.Node) and each.op == "get_attr" for each in weights.values())
+        if not bound or any(self.dtype(each) != self.dtype(x) for each in weights.values()):
             return None
         kind: Kind = "rmsnorm" if len(weights) == 1 else "layernorm"
-        return Rows(kind, (x,), dict(zip(weights, tensors, strict=True)) | {"constant": eps})
+        return Rows(kind, (x,), weights | {"constant": eps})
 
     def gate(self, node: fx.Node) -> Rows | None:
         """silu(gate) * up and x * sigmoid(constant * x)."""
         for left, right in (node.args, node.args[::-1]):
             if self.type(left) != self.types[node] or self.type(right) != self.types[node]:
                 continue
-            function, wide = self.inside(right)  # type: ignore[arg-type]
-            if not self.is_inner(right) or not is_call(function, aten.silu.default, aten.sigmoid.default):
+            if not self.is_inner(right) or not is_call(right, aten.silu.default, aten.sigmoid.default):
                 continue
-            x: Any = self.narrow(function.args[0], wide)
+            x: Any = right.args[0]
             if self.type(x) != self.types[node]:
                 continue
-            if function.target is aten.silu.default:
+            if right.target is aten.silu.default:
                 return Rows("silu_then_mul", (x, left))
             if is_call(x, aten.mul.Tensor) and x.args[0] is left and isinstance(x.args[1], float):
                 return Rows("sigmoid_mul", (left,), {"constant": x.args[1]})
         return None
-
-    def inside(self, node: fx.Node) -> tuple[fx.Node, bool]:
-        """(the float64 node that `node` rounds to float32, True), or the node itself if it is in bfloat16."""
-        inner: Any = node.args[0] if is_call(node, aten.to.dtype) and self.dtype(node) == torch.float32 else None
-        if inner is not None and self.dtype(inner) == torch.float64 and self.is_inner(inner):
-            return inner, True
-        return node, False
-
-    def narrow(self, node: Any, wide: bool) -> Any:
-        """The input of a cast to float64; the node itself if it is not such a cast."""
-        return node.args[0] if wide and is_call(node, aten.to.dtype) else node
 
     def is_inner(self, node: Any) -> bool:
         """Whether a node has exactly one reader."""

@@ -49,8 +49,12 @@ from qpcompile.kernels.activation_quantize.reference import SLOPE
 
 Tensor = torch.Tensor
 
-# Descriptions of the numerics, stored in the manifest of an exported folder.
-EXACT = ("the compiled module's; of a float32 model code for code, with float64 sums in front of quantizers",)
+# Descriptions of the numbers, stored in the manifest of an exported folder.
+AS_MODULE = {
+    "exact": ("the compiled module's, code for code: sums are float64, rounded to float32 once",),
+    "fast": ("the compiled module's, but for float32 sums in another order: a code next to a tie may differ by one",),
+}
+"""By the recipe's numerics, where the graphs are the module's."""
 CHANGES = (
     "weights are the compiled model's 4-bit weights; in front of them activations have 8 bits, one scale per token in "
     "prefill and one per 128 channels of a token in decode, in place of the recipe's",
@@ -113,7 +117,7 @@ def _fast_part(program: Program, name: str, part: Part) -> Part:
 
 
 def _narrow(part: Part) -> None:
-    """Undo the pass `widen_sums`: remove all casts to float64."""
+    """Undo the pass `widen_sums` of exact numerics: remove all casts to float64."""
     for node in calls(part, aten.to.dtype):
         source = node.args[0]
         tensor = source.meta.get("val") if isinstance(source, fx.Node) else None
