@@ -64,7 +64,7 @@ reliability: $(STAMP)
 	$(BIN)/python tests/reliability/damage_onnx.py
 	$(BIN)/python tests/reliability/mutate_recipes.py
 
-# Whole answers on one CPU core; see tests/bench/cpu.py for OpenVINO's environment.
+# Whole answers on one CPU core; tests/bench/cpu.py says how OpenVINO and llama.cpp are installed.
 bench: $(STAMP)
 	$(BIN)/python tests/bench/cpu.py
 

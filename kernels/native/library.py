@@ -15,17 +15,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from ctypes import c_char_p, c_int, c_long, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qpcompile.errors import KernelError
 from qpcompile.kernels.native.cells import SIGNATURES, error_of, packed
 
 MODULE = "qpcompile._native"
 LEVELS = ("portable", "avx2", "avx512")
 """Instruction sets that the library is compiled for, the best last; a level is an index into this."""
+INSTRUCTION_SETS = (*LEVELS, "amx")
+"""The instruction sets that `instruction_set` takes; amx is avx512 and AMX tiles."""
 READABLE = frozenset({torch.float32, torch.bfloat16, torch.bool})
 """The types of activations and masks that the functions read."""
 
@@ -52,6 +55,7 @@ class RecordedCall:
 
 
 _noted: ContextVar[list[RecordedCall] | None] = ContextVar("noted", default=None)
+_restricted: ContextVar[Library | None] = ContextVar("restricted", default=None)
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,38 @@ class Library:
     run_tape: Callable[..., int] | None = None
 
 
-@functools.cache
 def library() -> Library:
-    """Load the library once per process."""
+    """The library, loaded once per process; inside an `instruction_set` block restricted to that set."""
+    return _restricted.get() or _loaded()
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Use one of INSTRUCTION_SETS inside the block, in this thread, as on a processor that has no better one.
+
+    Load the model inside the block too: some tables are laid out when operators are bound. torch's own operators and
+    oneDNN's keep the processor's best.
+
+    Raises KernelError if there is no such set here.
+    """
+    best = _loaded()
+    here = [] if best.path is None else [*LEVELS[: best.level + 1], *(["amx"] if best.amx else [])]
+    if name not in here:
+        raise KernelError(
+            f"instruction set {name} is not available",
+            where=f"the operators in C: {best.problem or 'this processor'}",
+            do=f"choose one of {', '.join(here)}" if here else "install the package again with a C compiler",
+        )
+    level = best.level if name == "amx" else LEVELS.index(name)
+    before = _restricted.set(replace(best, level=level, amx=name == "amx"))
+    try:
+        yield
+    finally:
+        _restricted.reset(before)
+
+
+@functools.cache
+def _loaded() -> Library:
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.origin is None:
         return _none("it was not compiled: no C compiler was found when the package was installed")

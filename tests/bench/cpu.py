@@ -2,17 +2,20 @@
 
 Every peer is a separate process that loads its model once; then all answer in turns, so that other load affects all of
 them. What they load is built on first use in build/bench/, and rebuilt when its sources have changed. Writes
-docs/results/cpu.csv and cpu.md. A peer that cannot run gets a line with the reason.
+docs/results/cpu-KIND.csv and .md, where KIND is the processor's best instruction set, after every shape. A peer that
+cannot run gets a line with the reason. A run that was interrupted goes on with `--resume`.
 
     python tests/bench/cpu.py --install-openvino     once: OpenVINO's environment in build/bench/openvino
+    python tests/bench/cpu.py --install-llamacpp     once: llama.cpp, compiled in build/bench/llamacpp
+    python tests/bench/cpu.py --prepare              only build what is measured
     python tests/bench/cpu.py                        all peers on A, B and the testbed
     python tests/bench/cpu.py --shapes B --peers ours OpenVINO --rounds 5
+    python tests/bench/cpu.py --instruction-set avx2 our operators as on a processor without AVX-512
 """
 
 import argparse
 import json
 import os
-import platform
 import select
 import shutil
 import subprocess
@@ -24,14 +27,26 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-from cpu_peers import BUILD, HERE, MAKES, OPENVINO, OPENVINO_PACKAGES, PEERS, ROOT, Make, Peer, interpreter
+from cpu_install import install_llamacpp, install_openvino
+from cpu_page import page
+from cpu_peers import BUILD, HERE, MAKES, PEERS, ROOT, Make, Peer, interpreter
+from cpu_processor import bandwidth, flags, kind
 from cpu_shapes import SHAPES
-from cpu_table import BASELINE, Row, Target, as_csv, as_markdown, busyness, targets_as_markdown
+from cpu_table import BASELINE, Row, as_csv, as_markdown
 
 # Time limits in seconds for building a folder, loading it and one answer.
 MAKE_LIMIT, LOAD_LIMIT, ANSWER_LIMIT = 3600, 600, 600
 # Memory to keep free when workers are started together, in bytes.
 RESERVE = 2 * 10**9
+# The worker whose operators in C can be restricted.
+OURS = "cpu_ours.py"
+# Per instruction set, the switches of torch and of oneDNN (also OpenVINO's); onnxruntime and llama.cpp have none.
+RESTRICTED = {
+    "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+}
+INSTALL = {"openvino": install_openvino, "llamacpp": install_llamacpp}
 
 
 class PeerError(Exception):
@@ -60,33 +75,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="+", help="only peers whose names begin like one of these, and the baseline")
     parser.add_argument("--rounds", type=int, default=3, help="answers of each peer that count; one more comes first")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="the core all peers run on")
-    parser.add_argument("--stale", action="store_true", help="take what was made before the code changed")
-    parser.add_argument("--build", type=Path, default=BUILD, help="where models and logs go")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "docs" / "results" / "cpu", help="the results, less .csv, .md"
+        "--cores",
+        type=int,
+        nargs="+",
+        default=sorted(os.sched_getaffinity(0))[::-1],
+        help="the cores peers run on: the first, with two threads the second too",
     )
-    parser.add_argument("--install-openvino", action="store_true", help="make OpenVINO's environment and stop")
+    parser.add_argument("--instruction-set", choices=list(RESTRICTED), help="the best that our operators in C use")
+    parser.add_argument("--stale", action="store_true", help="take what was made before the code changed")
+    parser.add_argument("--prepare", action="store_true", help="build what peers load and stop")
+    parser.add_argument("--resume", action="store_true", help="leave out shapes whose chosen peers have rows")
+    parser.add_argument("--build", type=Path, default=BUILD, help="where models and logs go")
+    parser.add_argument("--out", type=Path, help="the results, less .csv, .md; docs/results/cpu-KIND by default")
+    for name in INSTALL:
+        parser.add_argument(f"--install-{name}", action="store_true", help="make this peer's environment and stop")
     options = parser.parse_args(arguments)
-    if options.install_openvino:
-        return install_openvino()
-    run = time.strftime("%Y-%m-%dT%H:%M:%S")
-    rows: list[Row] = []
+    wanted = [name for name in INSTALL if getattr(options, f"install_{name}")]
+    for name in wanted:
+        INSTALL[name]()
+    if wanted:
+        return 0
+    named = kind(options.instruction_set)
+    store, out = options.build / f"rows-{named}.json", options.out or ROOT / "docs" / "results" / f"cpu-{named}"
+    peers = chosen(options.peers)
     for shape in options.shapes:
-        rows += measure(shape, chosen(options.peers), options, run)
-    merged = merge(rows, options.build / "rows.json")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".csv").write_text(as_csv(merged), "utf-8")
-    options.out.with_suffix(".md").write_text(report(merged, options), "utf-8")
-    print(as_markdown(merged))
-    print(targets_as_markdown(merged, TARGETS))
+        if options.prepare:
+            prepare_all(peers, shape, options, {})
+        elif not (options.resume and {peer.name for peer in peers} <= measured(store, shape)):
+            run = time.strftime("%Y-%m-%dT%H:%M:%S")
+            merged = merge(measure(shape, peers, options, run), store)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.with_suffix(".csv").write_text(as_csv(merged), "utf-8")
+            out.with_suffix(".md").write_text(page(merged, named, options.instruction_set, options.new_tokens), "utf-8")
+            print(as_markdown([row for row in merged if row.shape == shape]))
     return 0
 
 
 def chosen(wanted: Sequence[str] | None) -> list[Peer]:
-    """The named peers and the baseline; without names, all that run by default."""
+    """The named peers and the baseline; without names, all that run by default on this processor."""
     if wanted is None:
-        return [peer for peer in PEERS.values() if not peer.asked]
+        return [peer for peer in PEERS.values() if not peer.asked and (not peer.needs or peer.needs in flags())]
     return [peer for peer in PEERS.values() if peer.name == BASELINE or peer.name.startswith(tuple(wanted))]
 
 
@@ -94,15 +123,9 @@ def measure(shape: str, peers: Sequence[Peer], options: argparse.Namespace, run:
     """Rows of all peers on one shape. If memory does not hold all at once, each group includes the baseline."""
     folder: Path = options.build / shape
     failed: dict[str, str] = {}
-    unmade: dict[str, PeerError] = {}
-    waiting = []
-    for peer in peers:
-        try:
-            prepare(MAKES[peer.folder], shape, folder, options.stale, unmade)
-            waiting.append(peer)
-        except PeerError as error:
-            failed[peer.name] = str(error)
-            say(f"{shape}: {peer.name}: {error}")
+    waiting = prepare_all(peers, shape, options, failed)
+    # Before and after the answers, since other programs use the memory too.
+    speeds = {count: bandwidth(options.cores[:count]) for count in {peer.threads for peer in waiting}}
     rows: list[Row] = []
     group = 0
     while waiting:
@@ -114,13 +137,29 @@ def measure(shape: str, peers: Sequence[Peer], options: argparse.Namespace, run:
         finally:
             for worker in workers:
                 worker.close()
-        rows += [
-            Row(shape, each.peer.name, name, each.loaded, each.runs, failed.get(each.peer.name, "")) for each in workers
-        ]
+        speeds |= {count: max(found, bandwidth(options.cores[:count])) for count, found in speeds.items()}
+        for each in workers:
+            peer = each.peer
+            known = {**each.loaded, "threads": peer.threads, "batch": peer.batch, "read_gbps": speeds[peer.threads]}
+            rows.append(Row(shape, peer.name, name, known, each.runs, failed.get(peer.name, "")))
         group += 1
     measured = {row.peer for row in rows}
     rows += [Row(shape, peer.name, run, note=failed.get(peer.name, "")) for peer in peers if peer.name not in measured]
     return rows
+
+
+def prepare_all(peers: Sequence[Peer], shape: str, options: argparse.Namespace, failed: dict[str, str]) -> list[Peer]:
+    """Build what the peers load; those that can be measured. The others get their reasons in `failed`."""
+    unmade: dict[str, PeerError] = {}
+    ready = []
+    for peer in peers:
+        try:
+            prepare(MAKES[peer.folder], shape, options.build / shape, options.stale, unmade)
+            ready.append(peer)
+        except PeerError as error:
+            failed[peer.name] = str(error)
+            say(f"{shape}: {peer.name}: {error}")
+    return ready
 
 
 def prepare(make: Make, shape: str, folder: Path, stale: bool, unmade: dict[str, PeerError]) -> None:
@@ -164,7 +203,7 @@ def start(
     while queue:
         peer = queue[0]
         try:
-            worker = load(peer, shape, folder, options.core, options.new_tokens)
+            worker = load(peer, shape, folder, options.cores, options.new_tokens, options.instruction_set)
         except PeerError as error:
             failed[peer.name] = str(error)
             say(f"{shape}: {peer.name}: {error}")
@@ -179,7 +218,9 @@ def start(
     return workers, queue
 
 
-def load(peer: Peer, shape: str, folder: Path, core: int, new_tokens: int) -> Worker:
+def load(
+    peer: Peer, shape: str, folder: Path, cores: Sequence[int], new_tokens: int, instruction_set: str | None = None
+) -> Worker:
     """Start a peer's process and wait until its model is loaded."""
     command = [
         str(interpreter(peer.python)),
@@ -187,7 +228,9 @@ def load(peer: Peer, shape: str, folder: Path, core: int, new_tokens: int) -> Wo
         str(folder / peer.folder / peer.part),
         shape,
         str(new_tokens),
+        str(peer.threads),
         *peer.arguments,
+        *([instruction_set] if instruction_set and peer.worker == OURS else []),
     ]
     path = log(folder, peer.name)
     with path.open("w", encoding="utf-8") as text:
@@ -196,11 +239,11 @@ def load(peer: Peer, shape: str, folder: Path, core: int, new_tokens: int) -> Wo
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=text,
-            env=environment(),
+            env=environment(peer.threads, instruction_set),
             text=True,
         )
     # Threads that it starts inherit the affinity.
-    os.sched_setaffinity(process.pid, {core})
+    os.sched_setaffinity(process.pid, cores[: peer.threads])
     worker = Worker(peer, process, {}, [])
     worker.loaded = hear(worker, LOAD_LIMIT, path)
     return worker
@@ -213,7 +256,7 @@ def ask_in_turns(workers: Sequence[Worker], shape: str, rounds: int, failed: dic
             if worker.peer.name in failed:
                 continue
             try:
-                found = tell(worker, {"prompt": number}, ANSWER_LIMIT)
+                found = tell(worker, {"prompt": number, "batch": worker.peer.batch}, ANSWER_LIMIT)
             except PeerError as error:
                 failed[worker.peer.name] = str(error)
                 say(f"{shape}: {worker.peer.name}: {error}")
@@ -267,17 +310,17 @@ def merge(rows: Sequence[Row], store: Path) -> list[Row]:
     return merged
 
 
-def install_openvino() -> int:
-    """A separate environment: optimum-intel requires transformers 4.57."""
-    folder = BUILD / OPENVINO
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *OPENVINO_PACKAGES]
-    return subprocess.run(command, check=False).returncode
+def measured(store: Path, shape: str) -> set[str]:
+    """The peers with a row of this shape."""
+    found = json.loads(store.read_text("utf-8")) if store.exists() else []
+    return {each["peer"] for each in found if each["shape"] == shape}
 
 
-def environment() -> dict[str, str]:
-    """One thread, and this folder's modules."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)])}
+def environment(threads: int = 1, instruction_set: str | None = None) -> dict[str, str]:
+    """A number of threads, this folder's modules, and what torch and oneDNN may use."""
+    limits = RESTRICTED[instruction_set] if instruction_set else {}
+    paths = os.pathsep.join([str(HERE), str(ROOT)])
+    return {**os.environ, **limits, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
 
 
 def log(folder: Path, name: str) -> Path:
@@ -294,64 +337,6 @@ def last_line(path: Path) -> str:
 def say(text: str) -> None:
     """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def report(rows: Sequence[Row], options: argparse.Namespace) -> str:
-    """The Markdown page."""
-    ran = [row for row in rows if row.runs]
-    versions = sorted({f"{name} {version}" for row in ran for name, version in row.loaded["versions"].items()})
-    settings = [f"- {row.shape}, {row.peer}: {row.loaded['settings']}" for row in ran if row.loaded.get("settings")]
-    busy = busyness(ran)
-    lines = [
-        "# Whole answers on one CPU core",
-        "",
-        f"Written by `make bench` (tests/bench/cpu.py). One picture, batch 1, greedy, {options.new_tokens} new tokens, "
-        "random weights",
-        "(tests/bench/cpu_models.py), one thread on one core. Each peer is a process; all answer in turns. Medians, in",
-        "brackets minimum and maximum. The first token includes tower, projector, prompt and its logits; OpenVINO",
-        "GenAI also resizes and normalises the picture. ORT: graphs exported by this package without quantization,",
-        "int4 by onnxruntime's own tool; except `caches in place`, which uses onnxruntime's own attention, they copy",
-        "their caches on each step and have no fused attention.",
-        f"`peak MB`: resident memory since the process began. Baseline: {BASELINE}, in the same run.",
-        "",
-        "Times are CPU time of the process; wall-clock times were "
-        f"{busy:.2f} times as long, since the machine was shared."
-        if busy
-        else "",
-        "",
-        f"- {processor()}, {platform.system()}, Python {platform.python_version()}",
-        f"- {', '.join(versions)}",
-        *settings,
-        "",
-    ]
-    return "\n".join(lines) + "\n" + as_markdown(rows) + "\n## Targets\n\n" + targets_as_markdown(rows, TARGETS)
-
-
-def processor() -> str:
-    """The processor's name and its instructions for low-precision types."""
-    text = Path("/proc/cpuinfo").read_text("utf-8")
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    flags = {name.strip(): value for name, value in fields.items()}
-    telling = ("avx2", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-    known = [flag for flag in telling if flag in flags["flags"].split()]
-    return f"{flags['model name'].strip()} ({', '.join(known)})"
-
-
-GENAI, GENAI_PRUNED = "OpenVINO GenAI int4", "OpenVINO GenAI int4, CDPruner 30 %"
-ORT_INT4 = "ORT int4, caches in place"
-TARGETS = [
-    Target(shape, measured, ours, other, most)
-    for shape in ("A", "B")
-    for ours in ("ours quota-30, bf16", "ours quota-30, ONNX fast")
-    for measured, other, most in (
-        # GenAI ignores pruning for LLaVA, so its unpruned answer is the comparison.
-        ("first_ms", GENAI if shape == "A" else GENAI_PRUNED, 0.6),
-        ("decode_ms", ORT_INT4, 1.0),
-        ("decode_ms", BASELINE, 0.25),
-        ("weights_mb", GENAI, 1.0),
-        ("peak_mb", GENAI, 1.2),
-    )
-]
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def measure(axis: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             peer = PEERS[name]
             try:
                 prepare(MAKES[peer.folder], shape, options.build / shape, options.stale, {})
-                worker = load(peer, shape, options.build / shape, options.core, asked["new_tokens"])
+                worker = load(peer, shape, options.build / shape, [options.core], asked["new_tokens"])
                 question = {"side": asked["side"], "batch": asked["batch"]}
                 try:
                     runs = [

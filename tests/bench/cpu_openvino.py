@@ -1,4 +1,4 @@
-"""OpenVINO GenAI as a worker of the CPU benchmark: cpu_openvino.py FOLDER SHAPE NEW_TOKENS KEEP
+"""OpenVINO GenAI as a worker of the CPU benchmark: cpu_openvino.py FOLDER SHAPE NEW_TOKENS THREADS KEEP
 
 FOLDER is what cpu_openvino_export.py wrote. KEEP below 1 asks for its pruning (CDPruner). The prefix cache is off: a
 repeated prompt would cost nothing. The precision of products and of the cache is the plug-in's default.
@@ -32,11 +32,11 @@ class Streamer(genai.StreamerBase):
         """Nothing to flush."""
 
 
-def load(folder: Path, name: str, new_tokens: int, keep: float) -> Any:
+def load(folder: Path, name: str, new_tokens: int, threads: int, keep: float) -> Any:
     shape = SHAPES[name]
     scheduler = genai.SchedulerConfig()
     scheduler.enable_prefix_caching = False
-    pipeline = genai.VLMPipeline(folder / "int4", "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=1)
+    pipeline = genai.VLMPipeline(folder / "int4", "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads)
     config = genai.GenerationConfig()
     config.max_new_tokens = new_tokens
     config.ignore_eos = True
@@ -60,8 +60,10 @@ def load(folder: Path, name: str, new_tokens: int, keep: float) -> Any:
         }
 
     settings = json.loads((folder / "settings.json").read_text("utf-8")) if (folder / "settings.json").exists() else {}
-    return ask, {"weights_mb": folder_mb(folder / "int4", "openvino_*_model.bin"), "settings": settings}
+    read = folder_mb(folder / "int4", "openvino_language_model.bin")
+    weights = folder_mb(folder / "int4", "openvino_*_model.bin")
+    return ask, {"weights_mb": weights, "step_mb": read, "settings": settings}
 
 
 if __name__ == "__main__":
-    serve(lambda: load(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
+    serve(lambda: load(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])))

@@ -1,25 +1,32 @@
 """A compiled model against the model it came from, on this processor: no compiled model should be slower.
 
     python tests/bench/cpu_original.py [--shape C] [--recipes w4a4kv4] [--numerics fast exact] [--rounds 5]
+    python tests/bench/cpu_original.py --shape testbed --every-instruction-set
 
 Random weights of one shape (cpu_shapes.py), float32 and bfloat16, one thread. The recipe is compiled with a fixed
 rotation and round-to-nearest on one sample: its speed is the same, its accuracy is not. Original and compiled models
 answer in turns; milliseconds are medians of CPU time, which do not count other programs. Models in half precision have
-fast numerics only. Prints a Markdown table.
+fast numerics only. Prints a Markdown table. With `--every-instruction-set` a table for each one that this processor
+has, in processes whose torch is restricted too.
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from cpu import processor
+from cpu import RESTRICTED, environment
 from cpu_models import build, model_inputs
+from cpu_processor import processor
 from cpu_shapes import SHAPES, Shape
 from cpu_worker import Clock
 
 import qpcompile
+from qpcompile.kernels.native import library as native
 
 NEW_TOKENS = 17
 DTYPES = (torch.float32, torch.bfloat16)
@@ -68,26 +75,50 @@ def rows(shape: Shape, name: str, dtype: torch.dtype, numerics: Sequence[str], r
     return lines
 
 
-def main() -> None:
+def table(shape: Shape, recipes: Sequence[str], numerics: Sequence[str], rounds: int) -> None:
     """Print the table, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    loaded = native.library()
+    best = loaded.problem or ("amx" if loaded.amx else native.LEVELS[loaded.level])
+    print(f"{processor()}; torch {torch.__version__}; shape {shape.name}, {rounds} rounds; operators in C: {best}\n")
+    heads = (
+        "| recipe | dtype | numerics | first token, original | compiled | ratio | token, original | compiled | ratio |"
+    )
+    print(f"{heads}\n| --- | --- | --- |{' ---: |' * 6}", flush=True)
+    for name in recipes:
+        for dtype in DTYPES:
+            asked = numerics if dtype == torch.float32 else ["fast"]
+            for line in rows(shape, name, dtype, asked, rounds):
+                print(line, flush=True)
+
+
+def main() -> int:
+    """Print one table or several."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="C", choices=SHAPES)
     parser.add_argument("--recipes", nargs="+", default=["w4a4kv4", "w4a16", "quota-30"])
     parser.add_argument("--numerics", nargs="+", default=["fast"], choices=["fast", "exact"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--every-instruction-set", action="store_true", help="a table for each")
+    parser.add_argument("--instruction-set", choices=RESTRICTED, help="the best that our operators in C use")
     options = parser.parse_args()
+    if options.every_instruction_set:
+        common = ["--shape", options.shape, "--recipes", *options.recipes, "--numerics", *options.numerics]
+        common += ["--rounds", str(options.rounds)]
+        return max(again(name, common) for name in [*native.LEVELS[: native.library().level], None])
     torch.set_num_threads(1)
-    print(f"{processor()}; torch {torch.__version__}; shape {options.shape}, {options.rounds} rounds\n")
-    print(
-        "| recipe | dtype | numerics | first token, original | compiled | ratio | token, original | compiled | ratio |"
-    )
-    print(f"| --- | --- | --- |{' ---: |' * 6}", flush=True)
-    for name in options.recipes:
-        for dtype in DTYPES:
-            asked = options.numerics if dtype == torch.float32 else ["fast"]
-            for line in rows(SHAPES[options.shape], name, dtype, asked, options.rounds):
-                print(line, flush=True)
+    with native.instruction_set(options.instruction_set) if options.instruction_set else nullcontext():
+        table(SHAPES[options.shape], options.recipes, options.numerics, options.rounds)
+    return 0
+
+
+def again(instruction_set: str | None, options: Sequence[str]) -> int:
+    """This script in a process of its own, in which torch and oneDNN are restricted; its exit status."""
+    chosen = ["--instruction-set", instruction_set] if instruction_set else []
+    command = [sys.executable, __file__, *options, *chosen]
+    status = subprocess.run(command, env=environment(1, instruction_set), check=False).returncode
+    print(flush=True)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

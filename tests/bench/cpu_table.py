@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-BASELINE = "torch bf16"
-# The clock for ratios: CPU time, which other processes do not increase.
-CLOCK = "core"
+BASELINE = "torch fp32"
+# In a target instead of a peer's name: the best of other runtimes, with one thread and one prompt.
+BEST_PEER = "best peer"
+# In a target instead of a peer's name: a read of the bytes that a decode step must read, at the core's bandwidth.
+READING = "a read of its bytes"
+OURS = "ours"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """`measure` of `peer` over that of `other` on `shape` should be at most `most`."""
+    """`measure` of `peer` over that of `other` (or BEST_PEER, READING) on `shape` should be at most `most`."""
 
     shape: str
     measure: str
@@ -59,27 +62,55 @@ class Target:
 COLUMNS = (
     "shape", "peer", "run", "runs", "first_core_ms", "first_core_low", "first_core_high", "first_wall_ms",
     "decode_core_ms", "decode_core_low", "decode_core_high", "decode_wall_ms", "first_ratio", "decode_ratio",
-    "peak_mb", "weights_mb", "kv_mb", "load_s", "note",
+    "tokens_per_s", "step_mb", "read_gbps", "read_share", "peak_mb", "weights_mb", "kv_mb", "load_s", "note",
 )  # fmt: skip
 
 
+def clock(row: Row) -> str:
+    """CPU time, which other processes do not increase; with several threads, which share it, wall-clock time."""
+    return "core" if row.loaded.get("threads", 1) == 1 else "wall"
+
+
 def measure(row: Row, name: str) -> float | None:
-    """A row's number: first_ms and decode_ms by the clock of ratios, peak_mb, weights_mb, or a field of its runs."""
+    """A row's number: first_ms and decode_ms by its clock, what follows from them, or a field of its runs."""
+    decode = row.middle(f"decode_{clock(row)}_ms")
     if name in ("first_ms", "decode_ms"):
-        return row.middle(name.replace("_ms", f"_{CLOCK}_ms"))
+        return row.middle(name.replace("_ms", f"_{clock(row)}_ms"))
     if name == "peak_mb":
         return row.peak_mb
+    if name == "tokens_per_s":
+        return None if decode is None else 1e3 * row.loaded.get("batch", 1) / decode
+    if name == "read_ms":
+        return reading(row)
+    if name == "read_share":
+        floor = reading(row)
+        return None if decode is None or floor is None else floor / decode
     return row.loaded.get(name, row.middle(name))
+
+
+def reading(row: Row) -> float | None:
+    """Milliseconds to read what a decode step must: its weights, and the cache if the peer tells its size."""
+    if "step_mb" not in row.loaded or "read_gbps" not in row.loaded:
+        return None
+    return (row.loaded["step_mb"] + (row.middle("kv_mb") or 0)) / row.loaded["read_gbps"]
 
 
 def ratio(rows: Iterable[Row], row: Row, name: str, other: str = BASELINE) -> float | None:
     """The row's number over that of the peer `other` on the same shape in the same run."""
     own = measure(row, name)
-    for each in rows:
-        if (each.shape, each.run, each.peer) == (row.shape, row.run, other):
-            theirs = measure(each, name)
-            return own / theirs if own is not None and theirs else None
-    return None
+    if other == READING:
+        found = [reading(row)]
+    else:
+        same = [each for each in rows if (each.shape, each.run) == (row.shape, row.run)]
+        found = [measure(each, name) for each in same if each.peer == other or (other == BEST_PEER and is_peer(each))]
+    theirs = min((each for each in found if each), default=None)
+    return own / theirs if own is not None and theirs else None
+
+
+def is_peer(row: Row) -> bool:
+    """Another runtime with one thread and one prompt."""
+    alone = row.loaded.get("threads", 1) == row.loaded.get("batch", 1) == 1
+    return alone and not row.peer.startswith(OURS)
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -96,8 +127,9 @@ def as_csv(rows: Sequence[Row]) -> str:
                 cells[f"{kind}_core_low"], cells[f"{kind}_core_high"] = _text(seconds[0]), _text(seconds[-1])
             cells[f"{kind}_wall_ms"] = _text(row.middle(f"{kind}_wall_ms"))
             cells[f"{kind}_ratio"] = _text(ratio(rows, row, f"{kind}_ms"), 3)
-        for name in ("peak_mb", "weights_mb", "kv_mb", "load_s"):
+        for name in ("tokens_per_s", "step_mb", "read_gbps", "peak_mb", "weights_mb", "kv_mb", "load_s"):
             cells[name] = _text(measure(row, name))
+        cells["read_share"] = _text(measure(row, "read_share"), 3)
         writer.writerow({**cells, "note": row.note})
     return text.getvalue()
 
@@ -107,9 +139,9 @@ def as_markdown(rows: Sequence[Row]) -> str:
     parts = []
     for shape in dict.fromkeys(row.shape for row in rows):
         lines = [
-            "| peer | first token ms | of the baseline | decode ms/token | of the baseline | peak MB | weights MB "
-            "| KV MB |",
-            "| --- " * 8 + "|",
+            "| peer | first token ms | of the baseline | decode ms/step | of the baseline | share of the bandwidth "
+            "| peak MB | weights MB | KV MB |",
+            "| --- " * 9 + "|",
         ]
         notes = []
         for row in [each for each in rows if each.shape == shape]:
@@ -118,7 +150,8 @@ def as_markdown(rows: Sequence[Row]) -> str:
                 continue
             cells = [row.peer]
             for kind in ("first", "decode"):
-                cells += [_spread(row, f"{kind}_{CLOCK}_ms"), _text(ratio(rows, row, f"{kind}_ms"), 2)]
+                cells += [_spread(row, f"{kind}_{clock(row)}_ms"), _text(ratio(rows, row, f"{kind}_ms"), 2)]
+            cells.append(_text(measure(row, "read_share"), 2))
             cells += [_text(measure(row, name), digits) for name, digits in MEMORY]
             lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join([f"## {shape}", "", *lines, *([""] if notes else []), *notes]) + "\n")

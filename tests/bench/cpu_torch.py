@@ -1,4 +1,4 @@
-"""The model as transformers runs it, as a worker of the CPU benchmark: cpu_torch.py FOLDER SHAPE NEW_TOKENS MODE
+"""Transformers as a worker of the CPU benchmark: cpu_torch.py FOLDER SHAPE NEW_TOKENS THREADS MODE
 
 MODE is eager or compile.
 """
@@ -14,9 +14,9 @@ from cpu_worker import Ask, Clock, folder_mb, serve
 from transformers import AutoModelForImageTextToText
 
 
-def load(folder: Path, name: str, new_tokens: int, mode: str) -> tuple[Ask, dict[str, Any]]:
+def load(folder: Path, name: str, new_tokens: int, threads: int, mode: str) -> tuple[Ask, dict[str, Any]]:
     """The model in its stored dtype; `compile` passes the vision tower and the decoder to torch.compile."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     if mode == "compile":
         # A static cache, as transformers' documentation recommends for torch.compile: no step recompiles.
@@ -32,8 +32,11 @@ def load(folder: Path, name: str, new_tokens: int, mode: str) -> tuple[Ask, dict
         layers = result.past_key_values.layers
         return {**clock.result(), "kv_mb": sum(each.keys.nbytes + each.values.nbytes for each in layers) / 1e6}
 
-    return ask, {"weights_mb": folder_mb(folder, "*.safetensors")}
+    # A step reads one row of the embedding, and no tower.
+    read = [*model.model.language_model.layers.parameters(), *model.lm_head.parameters()]
+    step_mb = sum(each.nbytes for each in read) / 1e6
+    return ask, {"weights_mb": folder_mb(folder, "*.safetensors"), "step_mb": step_mb}
 
 
 if __name__ == "__main__":
-    serve(lambda: load(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]))
+    serve(lambda: load(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]))

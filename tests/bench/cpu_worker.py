@@ -17,7 +17,8 @@ from typing import Any
 # Called with a question: "prompt" (its number) and, if they differ, "side" and "batch". Returns the clock's result and
 # optional further fields.
 Ask = Callable[[dict[str, int]], dict[str, Any]]
-MIB = 2**20
+# The file in a prepared folder that gives the weights that a decode step reads, in MB.
+STEP = "step_mb.json"
 
 
 def now() -> tuple[float, float]:
@@ -90,7 +91,8 @@ def serve(load: Callable[[], tuple[Ask, dict[str, Any]]]) -> None:
     try:
         started = time.perf_counter()
         ask, loaded = load()
-        say(load_s=time.perf_counter() - started, versions=versions(), **loaded, **memory_mb())
+        found = {**versions(), **loaded.pop("versions", {})}
+        say(load_s=time.perf_counter() - started, versions=found, **loaded, **memory_mb())
         for line in sys.stdin:
             say(**ask(json.loads(line)), **memory_mb())
     except Exception as error:
