@@ -9,9 +9,9 @@
 
     end:  [-> kronecker | hadamard | * scale] [-> - shift] -> quantize_int4
 
-The first four compute in one wider type and round once before the transform and after it (kernels/sums.py): in float64
-for float32 models, whose separate norms and products may differ in the last bit; in float32 for half precision, where
-the intermediate roundings to bfloat16 or float16 disappear. A linear's result is rounded before the residual is added:
+The first four compute in one type and round to float32 once before the transform and once after it (kernels/sums.py):
+separate norms and products of float32 models may differ in the last bit; in half precision the intermediate roundings
+to bfloat16 or float16 disappear. A linear's result is rounded before the residual is added:
 the sum is bit-identical. Fused rotary embeddings are bit-identical for float32 models; half precision rounds once. A
 value with another reader is not fused.
 """

@@ -25,7 +25,10 @@ from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
+
+HERE = Placement(torch.device("cpu"), torch.device("cpu"))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """CPU attention on a 4-bit cache: two paths, chosen by the number of query rows that share a key.
 
 Many rows (prefill): K and V are unpacked once. In bfloat16 with AMX tiles they are rounded to it (kernels/attention);
-elsewhere C multiplies blocks of rows in the wider type, and skips what the mask hides (prompt.inc).
+elsewhere C multiplies blocks of rows, and skips what the mask hides (prompt.inc).
 Few rows (decode): the codes are unpacked as they are read.
 In both, scale and zero point are applied to the small operand:
 

@@ -10,7 +10,7 @@ from qpcompile.evaluate.run.examiner import Examiner
 from qpcompile.evaluate.run.rows import FULL_PRECISION, Row
 from qpcompile.recipe.recipe import Recipe
 
-HEADS = ("row", "seed", "%", "% of full precision", "tokens", "FLOPs %", "MB", "KV kB")
+HEADS = ("row", "seed", "numerics", "%", "% of full precision", "tokens", "FLOPs %", "MB", "KV kB")
 HEADS_MEAN = """tokens: visual tokens, mean over decoder layers; FLOPs: of those with all tokens in every layer;
 MB: all weights; KV: the cache of one answer"""
 
@@ -53,6 +53,7 @@ def _cells(row: Row, full: Row | None) -> tuple[str, ...]:
     return (
         row.name,
         "-" if row.seed is None else str(row.seed),
+        "-" if row.recipe is None else str(row.recipe.get("numerics", "-")),
         f"{100 * row.accuracy:.2f}",
         kept,
         f"{row.mean_visual_tokens:.1f}",

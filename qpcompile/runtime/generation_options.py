@@ -154,7 +154,8 @@ def plain_settings(host: Any) -> dict[str, Any]:
 
 def _check_arguments(host: Any, given: Mapping[str, Any]) -> None:
     """Refuse arguments that are neither settings nor supported model inputs."""
-    known = {*vars(GenerationConfig()), *HOOKS, *CACHES, *_taken(host)}
+    taken = _taken(host)
+    known = {*vars(GenerationConfig()), *HOOKS, *CACHES, *taken}
     for name, value in given.items():
         if value is None or value is False:
             continue
@@ -164,7 +165,7 @@ def _check_arguments(host: Any, given: Mapping[str, Any]) -> None:
             raise _refused(name, _OTHER_CACHE, "an argument of generate", "leave it out: generate makes its own cache")
         if name not in known:
             raise _unknown(name, known)
-        if name in _taken(host) - HOOKS and isinstance(value, (str, int, float)) and name != "logits_to_keep":
+        if name in taken - HOOKS and isinstance(value, (str, int, float)) and name != "logits_to_keep":
             _check_constant(host, name, value)
     if given.get("inputs") is not None and given.get("input_ids") is not None:
         raise InputError("the prompt was given twice", where="inputs and input_ids", do="give one of them")

@@ -33,7 +33,9 @@ class Placement:
     @classmethod
     def of(cls, program: Program) -> Placement:
         """Where a program's passes compute: `program.device`, or else where its tensors are."""
-        home: torch.device = program.host.device  # type: ignore[assignment]
+        modules = [graph.module for graph in program.graphs.values()]
+        tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        home = next((tensor.device for tensor in tensors), torch.device("cpu"))
         return cls(home, program.device or home)
 
     @property
@@ -52,10 +54,6 @@ class Placement:
     def _moved(self, value: Any, device: torch.device) -> Any:
         if not self.apart:
             return value
-        if isinstance(value, dict):
-            # Not by pytree, which sorts some keys: nodes of a graph have no order.
-            items: dict[Any, Any] = value
-            return {key: self._moved(item, device) for key, item in items.items()}
         return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value)
 
     def weight(self, module: torch.nn.Module, name: str) -> torch.Tensor:

@@ -56,7 +56,7 @@ def quota(
     captured: tuple[Any, Program, Cases], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Program, dict[str, Path]]:
     """Two cuts, 4-bit weights, activations and cache; the exact folder and the fast one."""
-    program = compiled(captured[1], captured[2], "quota-30", CUTS, "quantize.transform=hadamard")
+    program = compiled(captured[1], captured[2], "quota-30", CUTS, "quantize.transform=hadamard", "numerics=exact")
     folders = {name: tmp_path_factory.mktemp("fast") / name for name in ("exact", "fast")}
     for name, folder in folders.items():
         export_onnx(program, folder, fast=name == "fast")

@@ -44,7 +44,7 @@ def row(name: str, right: str, tokens: float, low: bool) -> Row:
     facts = [{"layer": layer, "mass_median": 0.5, "mass_iqr": 0.1, "cosine": 0.2} for layer in range(3)]
     numbers = {"flops": 1e6 * tokens, "flops_share": tokens / 100, "weight_bytes": 1000, "kv_bytes": 10 * tokens}
     return Row(
-        id=name, name=name, model="m", data="d", data_sha256="", recipe={} if low else None, seed=0,
+        id=name, name=name, model="m", data="d", data_sha256="", recipe={"numerics": "fast"} if low else None, seed=0,
         calibration_samples=1, calibration_sha256=None, scoring="choice", versions={}, source="", questions=len(right),
         correct=right.count("1"), accuracy=right.count("1") / len(right), right=right, answers=(), visual_tokens=100,
         mean_visual_tokens=tokens, final_visual_tokens=tokens, compile_seconds=1, answer_seconds=1,
@@ -97,9 +97,9 @@ def test_numbers_of_a_table(plan: SweepPlan, results: list[CellResult]) -> None:
 def test_text_for_people_and_for_machines(plan: SweepPlan, results: list[CellResult]) -> None:
     made = tables.bed_tables(plan, groups(results), "one")
     shown = tables.markdown("one: low", made["one: low"]).splitlines()
-    assert shown[0] == "## one: low" and shown[2].startswith("| quantizer | pruner | share | seeds | accuracy |")
+    assert shown[0] == "## one: low" and shown[2].startswith("| quantizer | pruner | share | numerics | seeds |")
     assert len({line.count("|") for line in shown[2:]}) == 1
-    assert any("| low | quota | 0.5 | 2 | 65.00 ± 7.07 | 72.2 [" in line for line in shown)
+    assert any("| low | quota | 0.5 | fast | 2 | 65.00 ± 7.07 | 72.2 [" in line for line in shown)
     read = list(csv.DictReader(io.StringIO(tables.csv_text(made))))
     assert len(read) == sum(map(len, made.values()))
     quota = next(line for line in read if line["pruner"] == "quota")

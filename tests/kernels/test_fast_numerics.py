@@ -9,31 +9,39 @@ import torch
 from kernels.epilogues import CHANGES, arguments_of, epilogue_of
 from torch import Tensor
 
-ours = torch.ops.qpcompile
+from qpcompile.ir.operators import (
+    ACTIVATION_QUANTIZE,
+    ATTENTION_KV4,
+    KV4_WRITE,
+    LAYERNORM_QUANTIZE,
+    RMSNORM_QUANTIZE,
+    TRANSFORM_QUANTIZE,
+)
+
 # Codes that differ, of 10^5, and the relative difference of scales.
 MOST, SCALES = 1, 2e-6
 Quantizer = Callable[..., tuple[Tensor, Tensor]]
 
 
 def rmsnorm(x: Tensor, end: tuple[object, ...]) -> tuple[Tensor, Tensor]:
-    return ours.rmsnorm_quantize(x, torch.linspace(0.2, 3, x.shape[-1]), 1e-5, *end)
+    return RMSNORM_QUANTIZE(x, torch.linspace(0.2, 3, x.shape[-1]), 1e-5, *end)
 
 
 def layernorm(x: Tensor, end: tuple[object, ...]) -> tuple[Tensor, Tensor]:
     weight = torch.linspace(0.2, 3, x.shape[-1])
-    return ours.layernorm_quantize(x, weight, -weight, 1e-5, *end)
+    return LAYERNORM_QUANTIZE(x, weight, -weight, 1e-5, *end)
 
 
 def silu(x: Tensor, end: tuple[object, ...]) -> tuple[Tensor, Tensor]:
-    return ours.activation_quantize(x, x.flip(0), "silu", *end)
+    return ACTIVATION_QUANTIZE(x, x.flip(0), "silu", *end)
 
 
 def gelu(x: Tensor, end: tuple[object, ...]) -> tuple[Tensor, Tensor]:
-    return ours.activation_quantize(x, None, "gelu", *end)
+    return ACTIVATION_QUANTIZE(x, None, "gelu", *end)
 
 
 def plain(x: Tensor, end: tuple[object, ...]) -> tuple[Tensor, Tensor]:
-    return ours.transform_quantize(x, *end)
+    return TRANSFORM_QUANTIZE(x, *end)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -55,7 +63,7 @@ def test_codes_are_within_the_bound(quantizer: Quantizer, change: str) -> None:
 def test_attention_is_within_the_bound(rows: int) -> None:
     torch.manual_seed(rows)
     k, v = torch.randn(2, 2, 2, 300, 48)
-    cache = *ours.kv4_write(k), *ours.kv4_write(v)
+    cache = *KV4_WRITE(k), *KV4_WRITE(v)
     q = torch.randn(2, 6, rows, 48)
-    fast, exact = (ours.attention_kv4(each, *cache, None, 0.2) for each in (q, q.double()))
+    fast, exact = (ATTENTION_KV4(each, *cache, None, 0.2) for each in (q, q.double()))
     assert (fast - exact).abs().max() <= 2e-6 * v.abs().max()

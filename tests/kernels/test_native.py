@@ -205,11 +205,8 @@ def test_packed_linears_on_many_tokens_are_the_reference(
     if columns % max(groups):
         pytest.skip("the groups do not divide the channels")
     torch.manual_seed(columns)
-    weight, weight_scale, bias = (
-        pack_int4(codes(features, columns)),
-        torch.rand(features, groups[1]),
-        torch.randn(features),
-    )
+    weight, bias = pack_int4(codes(features, columns)), torch.randn(features)
+    weight_scale = torch.rand(features, groups[1])
     for tokens in (9, 48, 51):
         q, scale = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8), torch.rand(tokens, groups[0])
         for term, dtype in ((None, torch.float32), (bias, torch.bfloat16)):

@@ -33,7 +33,11 @@ def test_what_graphs_spell_out_rounds_where_they_do(level: int) -> None:
     wide = gate.double()
     product = torch.nn.functional.silu(wide).float() * up
     soft = gate * torch.sigmoid((gate * 1.702).double()).float()
-    for kind, sources, expected in (("silu_then_mul", (gate, up), product), ("sigmoid_mul", (gate,), soft)):
+    cases: list[tuple[Kind, tuple[torch.Tensor, ...], torch.Tensor]] = [
+        ("silu_then_mul", (gate, up), product),
+        ("sigmoid_mul", (gate,), soft),
+    ]
+    for kind, sources, expected in cases:
         plans = [RowPlan(kind, dtype, 100, constant=1.702, level=level) for dtype in (torch.float64, torch.float32)]
         assert torch.equal(plans[0].stored(*(each.double() for each in sources)).float(), expected)
         torch.testing.assert_close(plans[1].stored(*sources), expected, rtol=1e-6, atol=1e-7)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from families import IMAGE, Cases, Inputs, qwen2_5_vl
-from programs import captured, changed_recipe
+from programs import HERE, captured, changed_recipe
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.clip import modeling_clip
@@ -301,7 +301,7 @@ def test_a_quantized_tower_scores_with_its_own_attention() -> None:
             read.append(args)
         return value
 
-    results = run_watched(vision, {"pixel_values": cases["one"]["pixel_values"]}, look)
+    results = run_watched(vision, {"pixel_values": cases["one"]["pixel_values"]}, look, HERE)
     query, key, *_ = read[0]
     expected = attention_received(query, key, None, query.shape[-1] ** -0.5, True)[:, 1:].float()
     torch.testing.assert_close(results[VISUAL_SCORES], expected.reshape(-1), **CLOSE)

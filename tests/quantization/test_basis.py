@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import changed_recipe, relative, stubbed
+from programs import HERE, changed_recipe, relative, stubbed
 from toy_decoder import decode_graph, prefill_graph, toy_feeds
 
 from qpcompile.calibration.statistics import CALIBRATION, InputStatistics
@@ -31,7 +31,7 @@ def inputs_of(graph: Graph) -> dict[str, torch.Tensor]:
             seen[fact.site] = found[:, 1:].reshape(-1, found.shape[-1])
         return found
 
-    run_watched(graph, FEEDS, look)
+    run_watched(graph, FEEDS, look, HERE)
     return seen
 
 
@@ -70,7 +70,7 @@ def test_smoothing_goes_into_norms_and_products() -> None:
     program = measured("quantize.transform=none", "quantize.smooth=0.5")
     scheme = program.recipe.quantize
     assert scheme is not None
-    basis = change_basis([program.graphs[PREFILL]], scheme, program.measured[CALIBRATION])
+    basis = change_basis([program.graphs[PREFILL]], scheme, program.measured[CALIBRATION], HERE)
     assert not basis.nodes, "nothing is left to do online"
     changed = {name.removeprefix("layers.0.") for name in basis.tensors if name.startswith("layers.0")}
     linears = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
@@ -97,7 +97,7 @@ def test_no_centre_where_the_mean_is_small() -> None:
     program = measured("quantize.center=0.99")
     scheme = program.recipe.quantize
     assert scheme is not None
-    basis = change_basis([program.graphs[PREFILL]], scheme, program.measured[CALIBRATION])
+    basis = change_basis([program.graphs[PREFILL]], scheme, program.measured[CALIBRATION], HERE)
     assert not basis.biases and all(change.shift is None for change in basis.nodes.values())
 
 
@@ -122,7 +122,7 @@ def test_a_weight_is_replaced_in_all_graphs_and_gone() -> None:
     del own
     scheme = program.recipe.quantize
     assert scheme is not None
-    basis = change_basis([graph, other], scheme, program.measured[CALIBRATION])
+    basis = change_basis([graph, other], scheme, program.measured[CALIBRATION], HERE)
     assert name in basis.tensors and weight() is None
     assert get_tensor(other.module, name) is get_tensor(graph.module, name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from families import IMAGE
-from programs import captured, changed_recipe, fresh
+from programs import HERE, captured, changed_recipe, fresh
 
 from qpcompile.calibration.statistics import InputStatistics
 from qpcompile.ir.edit import calls
@@ -43,7 +43,7 @@ def scales_seen(program: Program) -> list[torch.Tensor]:
         return found
 
     def execute(graph, feeds):  # noqa: ANN001, ANN202
-        return run_watched(graph, feeds, look) if graph.name == PREFILL else execute_graph(graph, feeds)
+        return run_watched(graph, feeds, look, HERE) if graph.name == PREFILL else execute_graph(graph, feeds)
 
     Machine(program, execute).prefill(cases["one"])
     return seen

@@ -15,6 +15,7 @@ import torch
 from programs import captured, changed_recipe, fresh
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import qpcompile
 from qpcompile.calibration.blocks import split_blocks
@@ -115,7 +116,7 @@ def recorded(program: Program, sample: dict[str, Any]) -> list[tuple[Graph, dict
 
 def on_cuda(node: fx.Node, _: Any, value: Any) -> Any:
     """Every operator's result is on the accelerator."""
-    for tensor in torch.utils._pytree.tree_leaves(value):
+    for tensor in tree_leaves(value):
         assert not isinstance(tensor, torch.Tensor) or tensor.device == CUDA, node
     return value
 
@@ -144,7 +145,9 @@ def check_on_fake_cuda(program: Program, sample: dict[str, Any]) -> None:
     mode, on = FakeTensorMode(), Placement(CPU, CUDA)
     faked(mode, program)
     for graph, real in calls:
-        feeds = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in real.items()}
+        feeds: dict[str, torch.Tensor] = {
+            name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in real.items()
+        }
         with mode, torch.no_grad():
             results = run_watched(graph, feeds, on_cuda, on)
             assert {tensor.device for tensor in results.values()} == {CPU}
@@ -175,7 +178,7 @@ def test_fake_cuda_finds_a_tensor_that_stayed() -> None:
     graph, mode = program.graphs["projector"], FakeTensorMode()
     faked(mode, program)
     with mode:
-        feeds = {name: torch.empty(1, 4, 32, device=CUDA) for name in graph.inputs}
+        feeds: dict[str, torch.Tensor] = {name: torch.empty(1, 4, 32, device=CUDA) for name in graph.inputs}
         with pytest.raises(RuntimeError, match="device"):
             execute_graph(graph, feeds)
 

@@ -23,6 +23,7 @@ WORDS: Mapping[str, str] = {
     "pruner": "pruner",
     "share": "share",
     "variant": "variant",
+    "numerics": "numerics",
     "seeds": "seeds",
     "accuracy": "accuracy",
     "retention": "retention",
@@ -101,6 +102,8 @@ def _line(group: Group, full: Group, opponent: Group | None) -> Line:
         line["variant"] = key.variant
     if not group.rows:
         return {**line, "accuracy": f"not possible: {group.error}"}
+    if (recipe := group.rows[0].recipe) is not None and "numerics" in recipe:
+        line["numerics"] = recipe["numerics"]
     line |= {"seeds": len(group.rows), "accuracy": 100 * group.accuracy, "accuracy_spread": 100 * group.spread}
     if full.accuracy and group is not full:
         line |= _interval("retention", retention(group.marks, full.marks))

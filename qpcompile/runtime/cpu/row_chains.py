@@ -119,11 +119,12 @@ class _Joiner:
 
     def plan(self, rows: Rows, change: dict[str, Any], as_graph: bool = True) -> RowPlan | None:
         """The plan, or None if C has no such rows: other types, or weights that the graph computes."""
-        types = TYPES if as_graph else (*TYPES, torch.float64)
         dtype, channels = self.dtype(rows.sources[0]), self.channels(rows.sources[0])
         arguments = {name: self.tensor(each) for name, each in (rows.arguments | change).items()}
         known = not any(isinstance(each, fx.Node) for each in arguments.values())
-        if dtype not in types or not channels or not known or any(self.dtype(each) != dtype for each in rows.sources):
+        fits = dtype in TYPES or (dtype == torch.float64 and not as_graph)
+        alike = all(self.dtype(each) == dtype for each in rows.sources)
+        if dtype is None or not (fits and channels and known and alike):
             return None
         return RowPlan(rows.kind, dtype, channels, **arguments, as_graph=as_graph)
 
