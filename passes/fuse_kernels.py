@@ -4,10 +4,10 @@
     layer_norm -> end                           becomes  qpcompile::layernorm_quantize
     silu(x), gelu(x), x * sigmoid(1.702 * x) [* up] -> end  becomes  qpcompile::activation_quantize
     anything else -> end                        becomes  qpcompile::transform_quantize
-    linear_w4a4(...) + x                        becomes  qpcompile::linear_w4a4(..., x)
+    linear_int(...) + x                        becomes  qpcompile::linear_int(..., x)
     x * cos + cat(-x2, x1) * sin                becomes  qpcompile::rope
 
-    end:  [-> kronecker | hadamard | * scale] [-> - shift] -> quantize_int4
+    end:  [-> kronecker | hadamard | * scale] [-> - shift] -> quantize_dynamic
 
 The first four compute in one type and round to float32 once before the transform and once after it (kernels/sums.py):
 separate norms and products of float32 models may differ in the last bit; in half precision the intermediate roundings
@@ -33,8 +33,8 @@ from qpcompile.ir.operators import (
     HADAMARD,
     KRONECKER,
     LAYERNORM_QUANTIZE,
-    LINEAR_W4A4,
-    QUANTIZE_INT4,
+    LINEAR_INT,
+    QUANTIZE_DYNAMIC,
     RMSNORM,
     RMSNORM_QUANTIZE,
     ROPE,
@@ -206,14 +206,14 @@ def _fuse_residual(graph: Graph, add: fx.Node) -> tuple[fx.Node | None, str]:
         return None, ""
     reason = ""
     for y, x in (add.args, add.args[::-1]):
-        if not isinstance(y, fx.Node) or not is_call(y, LINEAR_W4A4) or len(y.args) > 6:
+        if not isinstance(y, fx.Node) or not is_call(y, LINEAR_INT) or len(y.args) > 6:
             continue
         if len(y.users) > 1:
             reason = f"{y.name} has another reader"
         elif not isinstance(x, fx.Node) or value(x).dtype != value(y).dtype or not _same(value(x), value(y)):
             reason = f"{add.name} adds something other than a tensor of the same type and sizes"
         else:
-            new = call(graph, add, LINEAR_W4A4, *y.args, x, like=y)
+            new = call(graph, add, LINEAR_INT, *y.args, x, like=y)
             add.replace_all_uses_with(new)
             graph.module.graph.erase_node(add)
             graph.module.graph.erase_node(y)
@@ -290,7 +290,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 REWRITES = (
-    (_fuse, (QUANTIZE_INT4, TRANSFORM_QUANTIZE)),
+    (_fuse, (QUANTIZE_DYNAMIC, TRANSFORM_QUANTIZE)),
     (_fuse_rope, (aten.add.Tensor,)),
     (_fuse_residual, (aten.add.Tensor,)),
 )

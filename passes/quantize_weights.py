@@ -1,9 +1,9 @@
 """Quantize and pack every stubbed weight to 4 bits, and replace its linear by a 4-bit operator.
 
 %y = linear(quant_stub(%x), quant_stub(@w), @b)
-  -> %q = qpcompile::quantize_int4(%x)                                  once per input
-     or %q = qpcompile::quantize_int4_static(%x, where(%visual, @visual, @text))    scales from calibration
-     %y = qpcompile::linear_w4a4(%q, @w_packed, @w_scale, @b)           activations in 4 bits
+  -> %q = qpcompile::quantize_dynamic(%x)                                  once per input
+     or %q = qpcompile::quantize_static(%x, where(%visual, @visual, @text))    scales from calibration
+     %y = qpcompile::linear_int(%q, @w_packed, @w_scale, @b)           activations in 4 bits
   or %y = qpcompile::linear_w4a16(%x, @w_packed, @w_scale, @b)          activations left as they are
 """
 
@@ -32,10 +32,10 @@ from qpcompile.ir.edit import (
     tidy,
 )
 from qpcompile.ir.node_facts import QuantizedFact, set_fact, stub_fact
-from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANT_STUB, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
+from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, QUANT_STUB, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
-from qpcompile.kernels.linear_w4a4.packing import pack_int4, packed_width
+from qpcompile.kernels.linear_int.packing import pack_int4, packed_width
 from qpcompile.progress import track
 from qpcompile.quantization.basis import weight_name
 from qpcompile.quantization.solve import output_error, solve
@@ -123,7 +123,7 @@ def _replace(
                 call(graph, stub, operator.getitem, pair, 1),
             )
         codes, step = quantized[stub]
-        new = call(graph, linear, LINEAR_W4A4, codes, step, weight, factor, bias, value(linear).dtype, like=linear)
+        new = call(graph, linear, LINEAR_INT, codes, step, weight, factor, bias, value(linear).dtype, like=linear)
     else:
         new = call(graph, linear, LINEAR_W4A16, stub.args[0], weight, factor, bias, like=linear)
     kernel = str(new.target.name())  # type: ignore[union-attr]
@@ -164,7 +164,7 @@ def _quantize_input(
     x = before_cast(x) if value(before_cast(x)).dtype == torch.float32 else x
     if scheme.activations.granularity != "modality":
         clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
-        return call(graph, stub, QUANTIZE_INT4, x, scheme.activations.kernel_group, clip)
+        return call(graph, stub, QUANTIZE_DYNAMIC, x, scheme.activations.kernel_group, clip)
     statistics = calibration.inputs.get(fact.site)
     if statistics is None or not len(statistics.rows):
         raise CalibrationError(
@@ -175,7 +175,7 @@ def _quantize_input(
     weights = [on.weight(graph.module, weight_name(linear)).detach() for linear in stub.users]
     scales = static_scales(statistics.to(on.device), torch.cat(weights), scheme.activations.clip_search)
     scale = select_scale(graph, stub, scales.to(on.home), fact.site.replace(".", "_"))
-    return call(graph, stub, QUANTIZE_INT4_STATIC, x, scale)
+    return call(graph, stub, QUANTIZE_STATIC, x, scale)
 
 
 def _solved(

@@ -4,7 +4,7 @@
 
 Visual and text tokens of the calibration are averaged separately, and the two means are added. A smaller quantization
 step for most channels outweighs the error of the few that are clipped. The ratio is stored in the stub's fact, and from
-there in `qpcompile::quantize_int4`; it costs nothing at run time.
+there in `qpcompile::quantize_dynamic`; it costs nothing at run time.
 
 Source: FlatQuant's learned activation clipping (arXiv 2410.09426, section 3.1), but by search instead of gradients, as
 AWQ does for weights (arXiv 2306.00978).

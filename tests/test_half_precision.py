@@ -25,7 +25,7 @@ def test_bfloat16_is_compiled_saved_and_answers(settings: list[str], tmp_path: P
     recipe = qpcompile.Recipe.load("w4a4kv4").with_overrides(settings)
     compiled = qpcompile.compile(model, recipe, calibration=[cases["one"], cases["longer"]])
     assert compiled.dtype == torch.bfloat16
-    assert {site.kernel for site in compiled.plan.sites if site.weight_bits == 4} == {"qpcompile::linear_w4a4"}
+    assert {site.kernel for site in compiled.plan.sites if site.weight_bits == 4} == {"qpcompile::linear_int"}
     compiled.save_pretrained(tmp_path / "out")
     again = qpcompile.load(tmp_path / "out")
     for case in cases.values():

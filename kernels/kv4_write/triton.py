@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpcompile.kernels.quantize_int4.triton import ROUNDER
+from qpcompile.kernels.quantize_dynamic.triton import ROUNDER
 
 ROWS = 16
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qpcompile.kernels.linear_w4a4.placeholder import (
+from qpcompile.kernels.linear_int.placeholder import (
     add_bias_and_cast,
     constant,
     lower_placeholders,

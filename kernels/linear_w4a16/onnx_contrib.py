@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qpcompile.kernels.linear_w4a4.placeholder import Store, constant, lower_placeholders, pack_pairs
+from qpcompile.kernels.linear_int.placeholder import Store, constant, lower_placeholders, pack_pairs
 from qpcompile.kernels.linear_w4a16 import onnx as exact
 
 CONTRIB = "com.microsoft"

@@ -8,8 +8,8 @@ Source: AWQ: Activation-aware Weight Quantization for LLM Compression and Accele
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.linear_w4a4.packing import unpack_int4
-from qpcompile.kernels.quantize_int4.reference import dequantize_int4
+from qpcompile.kernels.linear_int.packing import unpack_int4
+from qpcompile.kernels.quantize_dynamic.reference import dequantize
 
 
 def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -19,7 +19,7 @@ def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 
 def dequantize_weight(weight: Tensor, in_features: int, weight_scale: Tensor) -> Tensor:
     """weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> f32[N, K]."""
-    return dequantize_int4(unpack_int4(weight, in_features), weight_scale)
+    return dequantize(unpack_int4(weight, in_features), weight_scale)
 
 
 def linear_float(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

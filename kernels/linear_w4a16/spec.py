@@ -2,11 +2,11 @@
 
 import torch
 
-from qpcompile.kernels.linear_w4a4.packing import pack_int4
+from qpcompile.kernels.linear_int.packing import pack_int4
 from qpcompile.kernels.linear_w4a16.op import OVERLOAD, linear_w4a16
 from qpcompile.kernels.linear_w4a16.rule import RULE
 from qpcompile.kernels.probe_inputs import noise
-from qpcompile.kernels.quantize_int4.op import quantize_int4
+from qpcompile.kernels.quantize_dynamic.op import quantize_dynamic
 from qpcompile.kernels.spec import OnnxForm, Spec
 
 
@@ -17,7 +17,7 @@ def _onnx() -> OnnxForm:
 
 
 def _probe(device: torch.device) -> None:
-    codes, weight_scale = quantize_int4(noise(48, 256, device=device), 0, 1.0)
+    codes, weight_scale = quantize_dynamic(noise(48, 256, device=device), 0, 1.0)
     linear_w4a16(noise(3, 256, device=device), pack_int4(codes), weight_scale, None)
 
 

@@ -1,6 +1,6 @@
 """GPU kernel of linear_w4a16: half-precision products on 4-bit weights that are dequantized in registers.
 
-As in linear_w4a4/triton.py the product is transposed, with the weight as left operand. A nibble becomes a float without
+As in linear_int/triton.py the product is transposed, with the weight as left operand. A nibble becomes a float without
 a conversion: it is inserted into the low bits of a number whose ulp is 1 (1024 in float16, 128 in bfloat16), and that
 number is subtracted. The high nibble h = q + 8 is scaled by 16; bfloat16 has too few bits for it and handles the sign
 bit separately:
@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpcompile.kernels.linear_w4a4.tuning import Tile, with_split
+from qpcompile.kernels.linear_int.tuning import Tile, with_split
 
 PLANE = 128
-"""The only plane width that the kernel supports; see linear_w4a4/packing.py."""
+"""The only plane width that the kernel supports; see linear_int/packing.py."""
 SHAPES = {
     16: Tile(out=64, tokens=16, step=64, warps=4, stages=4),
     32: Tile(out=64, tokens=32, step=64, warps=4, stages=4),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpcompile.kernels.linear_w4a4.tuning import Tile
+from qpcompile.kernels.linear_int.tuning import Tile
 
 SHAPES = {
     16: Tile(out=64, tokens=16, step=64, warps=4, stages=4),

@@ -87,11 +87,11 @@ PLAN: Signature = (
 )
 """The parameters of a row operator (native/rows.py)."""
 SIGNATURES: dict[str, Signature] = {
-    "linear_w4a4": (
+    "linear_int": (
         *_of(SPAN, "q scale weight weight_scale bias y"),
         *_of(WHOLE, "tokens columns features scale_groups weight_groups"),
     ),
-    "linear_w4a4_amx": (
+    "linear_int_amx": (
         *_of(SPAN, "q scale weight weight_scale bias residual y"),
         *_of(WHOLE, "tokens columns features"),
     ),

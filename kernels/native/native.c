@@ -140,6 +140,6 @@ int qp_openmp(void) {
 
 #endif
 
-#include "../linear_w4a4/amx.inc"
+#include "../linear_int/amx.inc"
 #include "../attention/amx.inc"
 #include "../token_scores/amx.inc"

@@ -16,7 +16,7 @@ from torch import Tensor
 from qpcompile.kernels.hadamard.reference import factor_arrays
 from qpcompile.kernels.native.cells import ELEMENTS, OTHER
 from qpcompile.kernels.native.library import call, library, real
-from qpcompile.kernels.quantize_int4.reference import group_count
+from qpcompile.kernels.quantize_dynamic.reference import group_count
 
 Gate = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu_then_mul", "sigmoid_mul"]
 Kind = Literal["plain", "rmsnorm", "layernorm"] | Gate

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnxscript import opset21
 
 from qpcompile.kernels.hadamard.onnx import rotated
-from qpcompile.kernels.quantize_int4.onnx import quantize_values
+from qpcompile.kernels.quantize_dynamic.onnx import quantize_values
 from qpcompile.kernels.token_scores.normalize import EPSILON, LIMIT, MAD_TO_SIGMA
 from qpcompile.kernels.token_scores.onnx_attention import attention_terms
 from qpcompile.kernels.token_scores.settings import Attention, Tokens

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
 from qpcompile.kernels.hadamard.reference import hadamard
-from qpcompile.kernels.quantize_int4.reference import dequantize_int4, quantize_int4
+from qpcompile.kernels.quantize_dynamic.reference import dequantize, quantize_dynamic
 from qpcompile.kernels.token_scores.normalize import EPSILON, normalize_metric
 from qpcompile.kernels.token_scores.settings import Attention, Settings, Tokens
 
@@ -100,6 +100,6 @@ def residual(values: Tensor, rotate: bool, group_size: int, clip_ratio: float, r
     """values: f32[B, S, C] -> f32[B, S], the L2 norm of the int4 rounding error, or its ratio to the token's norm."""
     if rotate:
         values = hadamard(values)
-    codes, scale = quantize_int4(values, group_size, clip_ratio)
-    lost = (dequantize_int4(codes, scale) - values).norm(dim=-1)
+    codes, scale = quantize_dynamic(values, group_size, clip_ratio)
+    lost = (dequantize(codes, scale) - values).norm(dim=-1)
     return lost / (values.norm(dim=-1) + EPSILON) if relative else lost

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.native.rows import Kind, RowPlan
-from qpcompile.kernels.quantize_int4.cpu import quantize_int4
+from qpcompile.kernels.quantize_dynamic.cpu import quantize_dynamic
 from qpcompile.kernels.sums import by_rows, wide_type
 from qpcompile.kernels.transform_quantize.reference import Epilogue, EpilogueArguments
 from qpcompile.kernels.transform_quantize.rule import RULE
@@ -45,4 +45,4 @@ def row_plan(kind: Kind, x: Tensor, end: Epilogue, level: int | None, **paramete
 
 def quantized(rows: Tensor, end: Epilogue, x: Tensor) -> tuple[Tensor, Tensor]:
     """rows: f32[..., C], computed from x -> q: i8[..., C], scale: f32[..., G], by torch."""
-    return quantize_int4(end.transformed(rows, wide_type(x)), end.group_size, end.clip_ratio)
+    return quantize_dynamic(end.transformed(rows, wide_type(x)), end.group_size, end.clip_ratio)

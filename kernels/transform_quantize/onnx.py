@@ -7,7 +7,7 @@ from onnxscript import opset21
 
 from qpcompile.kernels.hadamard.onnx import rotated
 from qpcompile.kernels.kronecker.onnx import changed
-from qpcompile.kernels.quantize_int4.onnx import quantize_values
+from qpcompile.kernels.quantize_dynamic.onnx import quantize_values
 from qpcompile.kernels.sums_onnx import wide_type
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export

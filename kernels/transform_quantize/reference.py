@@ -1,6 +1,6 @@
 """Online transform of a linear's input, then 4-bit quantization; also the epilogue of operators that compute the input.
 
-    y = T (x * transform_scale) - shift;   (q, scale) = quantize_int4(y)
+    y = T (x * transform_scale) - shift;   (q, scale) = quantize_dynamic(y)
 
 T is the identity, the Hadamard rotation (`rotate`), or a learned Kronecker product (`left`, `right`). Values are
 rounded to float32 after the transform, and after the shift.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qpcompile.kernels.hadamard.reference import factors, rotate
 from qpcompile.kernels.kronecker.reference import check_factors
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.kernels.sums import wide_type
 
 SCHEMA = (
@@ -53,7 +53,7 @@ class Epilogue:
 
     def quantized(self, x: Tensor, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """x: f32[..., C] -> q: i8[..., C], scale: f32[..., G]."""
-        return quantize_int4(self.transformed(x, wide), self.group_size, self.clip_ratio)
+        return quantize_dynamic(self.transformed(x, wide), self.group_size, self.clip_ratio)
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The factors of T for the channels of x, on its device; None for the identity."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qpcompile.kernels.quantize_int4.rule import quantizing
+from qpcompile.kernels.quantize_dynamic.rule import quantizing
 from qpcompile.kernels.rules import FLAG, Relation, Rule, Scalar
 
 

@@ -30,7 +30,7 @@ from qpcompile.kernels.hadamard.triton import (
     tile_channels,
 )
 from qpcompile.kernels.kronecker.triton import change_tile, factor_tiling, kronecker
-from qpcompile.kernels.quantize_int4.triton import quantize_int4, quantize_tile
+from qpcompile.kernels.quantize_dynamic.triton import quantize_dynamic, quantize_tile
 from qpcompile.kernels.rmsnorm_quantize.triton import norm_tile
 from qpcompile.kernels.transform_quantize.reference import Epilogue, EpilogueArguments
 
@@ -135,10 +135,10 @@ def rows_quantize(rows: Rows, end: Epilogue) -> tuple[Tensor, Tensor]:
     tiling = _tiling(rows, end)
     if tiling is None:
         values = _launch(rows, Epilogue(), plain_tiling(rows.x.shape[-1]), False)[0]
-        return quantize_int4(_through_memory(values, end), end.group_size, end.clip_ratio)
+        return quantize_dynamic(_through_memory(values, end), end.group_size, end.clip_ratio)
     if end.group_size or tiling.parts > 1:
         values = _launch(rows, end, tiling, False)[0]
-        return quantize_int4(values, end.group_size, end.clip_ratio)
+        return quantize_dynamic(values, end.group_size, end.clip_ratio)
     return _launch(rows, end, tiling, True)
 
 

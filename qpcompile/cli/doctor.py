@@ -180,8 +180,14 @@ def needed_operators(recipe: Recipe) -> list[str]:
     if scheme.transform != "none":
         needed.append("hadamard" if scheme.transform == "hadamard" else "kronecker")
     if scheme.weights.bits == 4:
-        four = ["quantize_int4", "transform_quantize", "rmsnorm_quantize", "layernorm_quantize", "activation_quantize"]
-        four += ["linear_w4a4"]
+        four = [
+            "quantize_dynamic",
+            "transform_quantize",
+            "rmsnorm_quantize",
+            "layernorm_quantize",
+            "activation_quantize",
+        ]
+        four += ["linear_int"]
         needed += four if scheme.activations.bits == 4 else ["linear_w4a16"]
     if scheme.head_bits == 8:
         needed.append("linear_w8a16")

@@ -1,6 +1,6 @@
 """Type checking of graphs: infer all types from inputs and tensors, and compare them with the recorded ones.
 
-    recorded  %7 = qpcompile::linear_w4a4(%5, %6, @w, @w_scale, None, f32) : f32[B, S0, 96]
+    recorded  %7 = qpcompile::linear_int(%5, %6, @w, @w_scale, None, f32) : f32[B, S0, 96]
     derived   f32[2, 40, 96]                                                at the example sizes B = 2, S0 = 40
 
 An artifact's graph is text and its tensors are a file: neither is trusted. Every operator runs once on fake tensors,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANTIZE_INT4, QUANTIZE_INT4_STATIC
+from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from qpcompile.ir.program import Graph, Program
 from qpcompile.progress import track
 from qpcompile.quality.answers import Agreement, Answer, answer, compare, free_answer
@@ -135,9 +135,9 @@ class _Unrounded(PlacedInterpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator."""
-        if target in (QUANTIZE_INT4, QUANTIZE_INT4_STATIC):
+        if target in (QUANTIZE_DYNAMIC, QUANTIZE_STATIC):
             return args[0], None
-        if target is LINEAR_W4A4:
+        if target is LINEAR_INT:
             x, _, weight, weight_scale, bias, dtype = args
             return LINEAR_W4A16(x.to(dtype), weight, weight_scale, bias)
         return super().call_function(target, args, kwargs)

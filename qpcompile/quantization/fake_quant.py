@@ -9,8 +9,8 @@ from qpcompile.kernels.kv4_read.reference import kv4_read
 from qpcompile.kernels.kv4_write.reference import kv4_write
 from qpcompile.kernels.kv8_read.reference import kv8_read
 from qpcompile.kernels.kv8_write.reference import kv8_write
-from qpcompile.kernels.linear_w4a4.packing import pack_int4, unpack_int4
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.linear_int.packing import pack_int4, unpack_int4
+from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.recipe.quantize import QuantizeScheme
 from qpcompile.runtime.placement import Placement
 
@@ -33,7 +33,7 @@ class StubRounding:
         if self.scheme.weights.bits == 16:
             return x
         if fact.site not in self._weights:
-            codes, scale = quantize_int4(x, self.scheme.weights.kernel_group)
+            codes, scale = quantize_dynamic(x, self.scheme.weights.kernel_group)
             self._weights[fact.site] = self.on.back((pack_int4(codes), scale))
         packed, scale = self.on.there(self._weights[fact.site])
         return _widened(unpack_int4(packed, x.shape[1]), scale, x.dtype)
@@ -58,7 +58,7 @@ def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> to
 
 def round_trip(x: torch.Tensor, group_size: int, clip_ratio: float) -> torch.Tensor:
     """x: f[..., C] quantized to 4-bit codes and dequantized."""
-    return _widened(*quantize_int4(x, group_size, clip_ratio), x.dtype)
+    return _widened(*quantize_dynamic(x, group_size, clip_ratio), x.dtype)
 
 
 def _widened(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

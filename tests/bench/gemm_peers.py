@@ -10,10 +10,10 @@ from gemm_layers import Layer
 from gpu_timing import Call, copies_beyond
 from torch import Tensor
 
-from qpcompile.kernels.linear_w4a4 import triton as linear_w4a4
-from qpcompile.kernels.linear_w4a4.packing import packed_width
+from qpcompile.kernels.linear_int import triton as linear_int
+from qpcompile.kernels.linear_int.packing import packed_width
 from qpcompile.kernels.linear_w4a16 import triton as linear_w4a16
-from qpcompile.kernels.quantize_int4 import triton as quantize_int4
+from qpcompile.kernels.quantize_dynamic import triton as quantize_dynamic
 
 BASELINE = "bf16 cuBLAS"
 GROUP = 128
@@ -63,7 +63,7 @@ def ours_w4a4(layer: Layer, tokens: int) -> Prepared:
     """The product alone, from codes."""
     q, scale, weight_scale = _codes(tokens, layer.in_features), _scales(tokens), _scales(layer.out_features)
     calls: list[Call] = [
-        lambda weight=weight: linear_w4a4.linear_w4a4(q, scale, weight, weight_scale, None, torch.bfloat16)
+        lambda weight=weight: linear_int.linear_int(q, scale, weight, weight_scale, None, torch.bfloat16)
         for weight in _packed(layer)
     ]
     return Prepared(calls, layer.out_features * (packed_width(layer.in_features) + 4), "int8")
@@ -74,8 +74,8 @@ def ours_w4a4_rounding(layer: Layer, tokens: int) -> Prepared:
     x, weight_scale = _activations(tokens, layer), _scales(layer.out_features)
 
     def call(weight: Tensor) -> Tensor:
-        q, scale = quantize_int4.quantize_int4(x, 0, 1.0)
-        return linear_w4a4.linear_w4a4(q, scale, weight, weight_scale, None, torch.bfloat16)
+        q, scale = quantize_dynamic.quantize_dynamic(x, 0, 1.0)
+        return linear_int.linear_int(q, scale, weight, weight_scale, None, torch.bfloat16)
 
     calls: list[Call] = [lambda weight=weight: call(weight) for weight in _packed(layer)]
     return Prepared(calls, layer.out_features * (packed_width(layer.in_features) + 4), "int8")

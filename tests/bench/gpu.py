@@ -18,7 +18,7 @@ from gemm_table import Ceiling, Row, as_csv, as_markdown
 from gpu_timing import Call, interleaved
 from torch import Tensor
 
-from qpcompile.kernels.linear_w4a4.tuning import slug, table_of
+from qpcompile.kernels.linear_int.tuning import slug, table_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = 2
@@ -90,7 +90,7 @@ def report(rows: Sequence[Row], limits: Ceiling) -> str:
         f"brackets how many times faster than {BASELINE}. The CSV has the spread, rates and shares of the ceiling.",
         "",
         f"- {', '.join(packages)}, CUDA {torch.version.cuda}, Python {platform.python_version()}",
-        f"- tiles of linear_w4a4: {tuned}",
+        f"- tiles of linear_int: {tuned}",
         f"- measured ceilings: {reached}, copy {limits.bandwidth / 1e9:.0f} GB/s",
         *[f"- did not run: {each}" for each in missing],
         "",

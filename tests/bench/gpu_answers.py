@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from gpu_models import MODELS
 
-from qpcompile.kernels.linear_w4a4.tuning import slug
+from qpcompile.kernels.linear_int.tuning import slug
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 NO_GPU = 2

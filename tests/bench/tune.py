@@ -1,4 +1,4 @@
-"""Measure tiles of linear_w4a4 on this GPU and write its table: python tests/bench/tune.py [--start]
+"""Measure tiles of linear_int on this GPU and write its table: python tests/bench/tune.py [--start]
 
 --start needs no GPU: it writes the rule's tiles for the GPUs below, marked as not measured.
 """
@@ -13,8 +13,8 @@ import triton
 from gemm_layers import LAYERS
 from gpu_timing import copies_beyond, interleaved
 
-from qpcompile.kernels.linear_w4a4.packing import packed_width
-from qpcompile.kernels.linear_w4a4.tuning import (
+from qpcompile.kernels.linear_int.packing import packed_width
+from qpcompile.kernels.linear_int.tuning import (
     BUCKETS,
     FOLDER,
     RAW_TOKENS,
@@ -62,7 +62,7 @@ def measure(tiles: Sequence[Tile], out_features: int, in_features: int, tokens: 
 
     Tiles are timed a few at a time, because each holds a captured graph.
     """
-    from qpcompile.kernels.linear_w4a4.triton import linear_w4a4
+    from qpcompile.kernels.linear_int.triton import linear_int
 
     width = packed_width(in_features)
     copies = copies_beyond(torch.cuda.get_device_properties(0).L2_cache_size, out_features * width)
@@ -72,7 +72,7 @@ def measure(tiles: Sequence[Tile], out_features: int, in_features: int, tokens: 
 
     def seconds(tile: Tile) -> float:
         calls = [
-            lambda weight=weight: linear_w4a4(q, scale, weight, weight_scale, None, torch.bfloat16, tile=tile)
+            lambda weight=weight: linear_int(q, scale, weight, weight_scale, None, torch.bfloat16, tile=tile)
             for weight in weights
         ]
         try:

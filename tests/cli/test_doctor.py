@@ -90,9 +90,9 @@ def test_speed_of_a_recipe(preset: str, instructions: tuple[str, ...], speed: st
 
 
 def test_recipe_with_a_broken_operator_does_not_run() -> None:
-    broken = states(linear_w4a4="RuntimeError: no such instruction")
+    broken = states(linear_int="RuntimeError: no such instruction")
     state = doctor.recipe_state("w4a4kv4", Recipe.load("w4a4kv4"), ("avx512_vnni",), broken)
-    assert (state.speed, state.why) == ("not at all", "linear_w4a4: RuntimeError: no such instruction")
+    assert (state.speed, state.why) == ("not at all", "linear_int: RuntimeError: no such instruction")
     assert doctor.recipe_state("none", Recipe.load("none"), (), broken).speed == "fast"
 
 
@@ -114,6 +114,6 @@ def test_failing_and_wrong_operators_are_told(monkeypatch: pytest.MonkeyPatch) -
 def test_missing_packages_are_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     packages = tuple(doctor.package_state(name, None) for name in doctor.TESTED)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    state = doctor.operator_state("quantize_int4", packages)
+    state = doctor.operator_state("quantize_dynamic", packages)
     assert state.backends["triton"] == Backend(False, "triton is not installed: pip install qpcompile[triton]")
     assert "pip install qpcompile[onnx]" in state.backends["onnx"].note

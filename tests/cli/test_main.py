@@ -286,7 +286,7 @@ def test_eval_prints_the_share_of_right_answers(monkeypatch: pytest.MonkeyPatch)
 def test_doctor_prints_every_table() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
-    for word in ("integer instructions", "transformers", "linear_w4a4", "quota-30", "tested"):
+    for word in ("integer instructions", "transformers", "linear_int", "quota-30", "tested"):
         assert word in result.output
 
 

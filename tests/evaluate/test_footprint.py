@@ -11,7 +11,7 @@ from torch import fx
 
 from qpcompile.evaluate.run.footprint import cache_footprint, decoder_linear_bytes
 from qpcompile.ir.names import names
-from qpcompile.ir.operators import LINEAR_W4A4
+from qpcompile.ir.operators import LINEAR_INT
 from qpcompile.ir.program import Graph
 
 aten = torch.ops.aten
@@ -32,8 +32,8 @@ def test_weights_scales_and_biases_count_once() -> None:
     q, scale, packed, weight_scale, bias, dense, table = (
         graph.get_attr(name) for name in ("q", "scale", "packed", "weight_scale", "bias", "dense", "table")
     )
-    four = graph.call_function(LINEAR_W4A4, (x, x, packed, weight_scale, bias, torch.float32))
-    again = graph.call_function(LINEAR_W4A4, (four, four, packed, weight_scale, None, torch.float32))
+    four = graph.call_function(LINEAR_INT, (x, x, packed, weight_scale, bias, torch.float32))
+    again = graph.call_function(LINEAR_INT, (four, four, packed, weight_scale, None, torch.float32))
     cast = graph.call_function(aten.to.dtype, (dense, torch.float32))
     y = graph.call_function(aten.linear.default, (again, cast))
     graph.output((graph.call_function(aten.add.Tensor, (y, table)), q, scale))

@@ -16,7 +16,7 @@ def test_every_operator_is_a_box_and_every_value_a_line(graph: Graph) -> None:
     assert len([path for path in root.iter(f"{SPACE}path") if path.get("class") == "a"]) == 10
     words = [text.text for text in root.iter(f"{SPACE}text")]
     for expected in (
-        "qpcompile::linear_w4a4",
+        "qpcompile::linear_int",
         "up",
         "item 0 i8[B, S0, 4]",
         "%0 mask",

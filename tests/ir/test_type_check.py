@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qpcompile.errors import ArtifactError
 from qpcompile.ir.edit import calls, get_tensor, set_tensor
-from qpcompile.ir.operators import LINEAR_W8A16, QUANTIZE_INT4
+from qpcompile.ir.operators import LINEAR_W8A16, QUANTIZE_DYNAMIC
 from qpcompile.ir.program import Graph
 from qpcompile.ir.type_check import check_values, example_sizes
 from qpcompile.ir.types import TYPE, UNKNOWN, parse_type, type_of, value_types
@@ -42,7 +42,7 @@ class Step(nn.Module):
         y = torch.ops.qpcompile.linear_w8a16(self.up(x), self.codes, self.scale, None)
         longer = torch.cat([past, y], dim=1)
         mask = torch.arange(longer.shape[1])[None].expand(x.shape[0], -1)
-        q, _ = torch.ops.qpcompile.quantize_int4(longer, 0, 1.0)
+        q, _ = torch.ops.qpcompile.quantize_dynamic(longer, 0, 1.0)
         return longer, mask, q
 
 
@@ -95,7 +95,7 @@ BENT: dict[str, tuple[Callable[[Graph], None], str]] = {
     "another width": (lambda graph: retype(graph, LINEAR_W8A16, "f32[B, S0, 50]"), "recorded as .*50.* and is f32"),
     "another length": (lambda graph: retype(graph, LINEAR_W8A16, "f32[B, S0+1, 5]"), r"recorded as .*S0\+1"),
     "another rank": (lambda graph: retype(graph, LINEAR_W8A16, "f32[B, 5]"), "recorded as"),
-    "a tensor for two": (lambda graph: retype(graph, QUANTIZE_INT4, "i8[B, S0+S1, 5]"), "recorded as"),
+    "a tensor for two": (lambda graph: retype(graph, QUANTIZE_DYNAMIC, "i8[B, S0+S1, 5]"), "recorded as"),
     "no example sizes": (lose_sizes, "no example of the sizes"),
 }
 
@@ -115,7 +115,7 @@ def test_bent_graph_is_refused_by_name(graph: Graph, bend: Callable[[Graph], Non
 def test_a_symbol_of_the_inside_is_what_it_was_first(graph: Graph) -> None:
     retype(graph, LINEAR_W8A16, "f32[B, S9, 5]")
     check_values(graph)
-    retype(graph, QUANTIZE_INT4, "(i8[B, S9, 5], f32[B, S9, 1])")
+    retype(graph, QUANTIZE_DYNAMIC, "(i8[B, S9, 5], f32[B, S9, 1])")
     with pytest.raises(ArtifactError, match="recorded as"):
         check_values(graph)
 

@@ -24,7 +24,7 @@ def _bf16(*sizes: int) -> torch.Tensor:
     return torch.randn(sizes).bfloat16()
 
 
-def linear_w4a4() -> Arguments:
+def linear_int() -> Arguments:
     return {
         "q": _i8(3, 64),
         "scale": torch.rand(3, 2),
@@ -40,7 +40,7 @@ def linear_w4a4() -> Arguments:
     }
 
 
-def linear_w4a4_amx() -> Arguments:
+def linear_int_amx() -> Arguments:
     return {
         "q": _i8(3, 64),
         "scale": torch.rand(3, 1),

@@ -12,7 +12,7 @@ from qpcompile.kernels.activation_quantize import cpu, op, reference
 from qpcompile.kernels.activation_quantize import onnx as translation
 from qpcompile.kernels.activation_quantize.reference import FUNCTIONS
 from qpcompile.kernels.native import library as native
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.kernels.sums import wide_type
 from qpcompile.kernels.transform_quantize.reference import Epilogue
 
@@ -45,7 +45,7 @@ def test_op_is_the_composition(
     end = epilogue_of(channels, change, scaled=more, shifted=more, group_size=group_size)
     values = end.transformed(reference.activation(x, gate, function), wide_type(x))
     found = torch.ops.qpcompile.activation_quantize(x, gate, function, *arguments_of(end))
-    expected = quantize_int4(values, group_size, 0.9)
+    expected = quantize_dynamic(values, group_size, 0.9)
     if dtype == torch.float64:
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from qpcompile.kernels.layernorm_quantize import cpu, op, reference
 from qpcompile.kernels.layernorm_quantize import onnx as translation
 from qpcompile.kernels.native import library as native
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.kernels.sums import wide_type
 from qpcompile.kernels.transform_quantize.reference import Epilogue
 
@@ -40,7 +40,7 @@ def test_op_is_the_composition(
     end = epilogue_of(channels, change, scaled=more, shifted=more, group_size=group_size)
     values = end.transformed(norm, wide_type(x))
     found = torch.ops.qpcompile.layernorm_quantize(x, weight, bias, 1e-5, *arguments_of(end))
-    expected = quantize_int4(values, group_size, 0.9)
+    expected = quantize_dynamic(values, group_size, 0.9)
     if dtype == torch.float64:
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     else:

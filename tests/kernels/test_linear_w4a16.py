@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels.linear_w4a4.packing import pack_int4
+from qpcompile.kernels.linear_int.packing import pack_int4
 from qpcompile.kernels.linear_w4a16 import onnx as translation
 from qpcompile.kernels.linear_w4a16 import op, reference
 

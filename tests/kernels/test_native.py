@@ -22,13 +22,13 @@ from qpcompile.kernels.kv4_write import cpu as write_cpu
 from qpcompile.kernels.kv4_write import reference as write
 from qpcompile.kernels.layernorm_quantize import cpu as layernorm_cpu
 from qpcompile.kernels.layernorm_quantize import reference as layernorm
-from qpcompile.kernels.linear_w4a4 import cpu as linear_cpu
-from qpcompile.kernels.linear_w4a4 import reference as linear
-from qpcompile.kernels.linear_w4a4.packing import pack_int4, unpack_int4
+from qpcompile.kernels.linear_int import cpu as linear_cpu
+from qpcompile.kernels.linear_int import reference as linear
+from qpcompile.kernels.linear_int.packing import pack_int4, unpack_int4
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.native.rows import RowPlan
-from qpcompile.kernels.quantize_int4 import cpu as quantize_cpu
-from qpcompile.kernels.quantize_int4 import reference as quantize
+from qpcompile.kernels.quantize_dynamic import cpu as quantize_cpu
+from qpcompile.kernels.quantize_dynamic import reference as quantize
 from qpcompile.kernels.rmsnorm_quantize import cpu as rmsnorm_cpu
 from qpcompile.kernels.rmsnorm_quantize import reference as rmsnorm
 from qpcompile.kernels.rope import cpu as rope_cpu
@@ -135,7 +135,7 @@ def test_quantizer_and_rotations_are_the_reference(
     torch.manual_seed(tokens + channels)
     x, scale = torch.randn(tokens, channels).to(dtype), torch.rand(channels) + 0.5
     found = quantize_cpu._native(x, group_size, 0.9, level)
-    expected = quantize.quantize_int4(x, group_size, 0.9)
+    expected = quantize.quantize_dynamic(x, group_size, 0.9)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     left, right = (each + 0.1 * torch.randn_like(each) for each in hadamard.factors(channels))
     pairs = [
@@ -193,7 +193,7 @@ def test_linears_are_the_reference(columns: int, features: int, groups: tuple[in
         q, scale = codes(tokens, columns), torch.rand(tokens, groups[0])
         for term, dtype in ((None, torch.float32), (bias.bfloat16(), torch.bfloat16), (bias, torch.float16)):
             found = linear_cpu._from_packed(q, scale, weight, weight_scale, term, dtype, level)
-            assert torch.equal(found, linear.linear_w4a4(q, scale, weight, weight_scale, term, dtype))
+            assert torch.equal(found, linear.linear_int(q, scale, weight, weight_scale, term, dtype))
 
 
 @levels
@@ -211,7 +211,7 @@ def test_packed_linears_on_many_tokens_are_the_reference(
         q, scale = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8), torch.rand(tokens, groups[0])
         for term, dtype in ((None, torch.float32), (bias, torch.bfloat16)):
             found = linear_cpu._from_packed(q, scale, weight, weight_scale, term, dtype, level)
-            assert torch.equal(found, linear.linear_w4a4(q, scale, weight, weight_scale, term, dtype))
+            assert torch.equal(found, linear.linear_int(q, scale, weight, weight_scale, term, dtype))
 
 
 @levels
@@ -233,7 +233,7 @@ def test_linears_on_many_tokens_are_the_reference(columns: int, features: int) -
     for tokens in MANY:
         q, scale = codes(tokens, columns), torch.rand(tokens, 1)
         for term, dtype in ((None, torch.float32), (bias.bfloat16(), torch.bfloat16), (bias, torch.float16)):
-            expected = linear.linear_w4a4(q, scale, weight, weight_scale, term, dtype)
+            expected = linear.linear_int(q, scale, weight, weight_scale, term, dtype)
             for road in roads:
                 assert torch.equal(road(q, scale, weight, weight_scale, term, dtype), expected)
 
@@ -247,8 +247,8 @@ def test_residuals_are_added_to_what_is_rounded(columns: int, features: int, tok
     rest = torch.rand(features, 1), torch.randn(features).to(dtype)
     x = 100 * torch.randn(tokens, 2 * features).to(dtype)[:, ::2]
     for bias in (None, rest[1]):
-        expected = linear.linear_w4a4(*operands, rest[0], bias, dtype) + x
-        assert torch.equal(linear_cpu.linear_w4a4(*operands, rest[0], bias, dtype, x), expected)
+        expected = linear.linear_int(*operands, rest[0], bias, dtype) + x
+        assert torch.equal(linear_cpu.linear_int(*operands, rest[0], bias, dtype, x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -259,11 +259,11 @@ def test_linears_whose_results_go_past_the_caches(
     torch.manual_seed(features)
     q, scale, weight = codes(1100, 256), torch.rand(1100, 1), pack_int4(codes(features, 256))
     weight_scale, x = torch.rand(features, 1), torch.randn(1100, features).to(dtype)
-    expected = linear.linear_w4a4(q, scale, weight, weight_scale, None, dtype)
+    expected = linear.linear_int(q, scale, weight, weight_scale, None, dtype)
     for threads in (1, 2):
         two_threads(threads)
-        assert torch.equal(linear_cpu.linear_w4a4(q, scale, weight, weight_scale, None, dtype), expected)
-        assert torch.equal(linear_cpu.linear_w4a4(q, scale, weight, weight_scale, None, dtype, x), expected + x)
+        assert torch.equal(linear_cpu.linear_int(q, scale, weight, weight_scale, None, dtype), expected)
+        assert torch.equal(linear_cpu.linear_int(q, scale, weight, weight_scale, None, dtype, x), expected + x)
 
 
 @levels
@@ -279,7 +279,7 @@ def test_quotients_at_ties_round_as_divisions_do(clip: float, level: int) -> Non
     )
     x = torch.cat([largest, torch.where(near.abs() > largest, 0.0, near)], 1)
     x = torch.cat([x, torch.full((1, x.shape[1]), 1e-42), torch.full((1, x.shape[1]), 3e38)])
-    found, expected = quantize_cpu._native(x, 0, clip, level), quantize.quantize_int4(x, 0, clip)
+    found, expected = quantize_cpu._native(x, 0, clip, level), quantize.quantize_dynamic(x, 0, clip)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
@@ -351,8 +351,8 @@ def test_threads_give_the_same_bits(two_threads: Callable[[int], None]) -> None:
     for threads in (1, 2):
         two_threads(threads)
         q, scale = rmsnorm_cpu._native(x, x[0], 1e-5, Epilogue(rotate=True))
-        many = linear_cpu.linear_w4a4(q, scale, weight, torch.ones(700, 1), None, torch.float32)
-        few = linear_cpu.linear_w4a4(q[:4], scale[:4], weight, torch.ones(700, 1), None, torch.float32)
+        many = linear_cpu.linear_int(q, scale, weight, torch.ones(700, 1), None, torch.float32)
+        few = linear_cpu.linear_int(q[:4], scale[:4], weight, torch.ones(700, 1), None, torch.float32)
         k = write_cpu._native(cache)
         results.append((q, scale, many, few, *k, attention_cpu._native(cache[:, :, :1], *k, *k, None, 0.1)))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
@@ -380,7 +380,7 @@ def test_not_contiguous() -> None:
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     q, packed = codes(96, 5).T, pack_int4(codes(14, 96))[::2]
     ones = torch.ones(10, 1)[::2], torch.ones(1, 7).T
-    expected = linear.linear_w4a4(q, ones[0], packed, ones[1], None, torch.float32)
+    expected = linear.linear_int(q, ones[0], packed, ones[1], None, torch.float32)
     assert torch.equal(linear_cpu._from_packed(q, ones[0], packed, ones[1], None, torch.float32), expected)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import native_calls
 from qpcompile.errors import KernelError
-from qpcompile.kernels.linear_w4a4 import cpu as linear
+from qpcompile.kernels.linear_int import cpu as linear
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.native.rows import RowPlan
 from qpcompile.kernels.native.tape import Tape
@@ -120,10 +120,10 @@ def test_nothing_to_sum_over_is_refused_where_tensors_agree(case: str, name: str
 
 def test_a_message_says_what_is_there_and_what_is_needed() -> None:
     many = {"tokens": 150, "q": native_calls._i8(150, 64), "y": torch.zeros(150, 5)}
-    message = refused("linear_w4a4", many | {"scale": torch.rand(40)})
-    assert message == "qp_linear_w4a4: scale has 40 elements, 300 are needed"
-    message = refused("linear_w4a4", {"scale": torch.rand(3, 2).bfloat16()})
-    assert message == "qp_linear_w4a4: scale is bfloat16, not float32"
+    message = refused("linear_int", many | {"scale": torch.rand(40)})
+    assert message == "qp_linear_int: scale has 40 elements, 300 are needed"
+    message = refused("linear_int", {"scale": torch.rand(3, 2).bfloat16()})
+    assert message == "qp_linear_int: scale is bfloat16, not float32"
     assert refused("append", {"at": 5}) == "qp_append: at is 5, which does not match the other arguments"
 
 
@@ -191,7 +191,7 @@ def test_operands_of_a_bound_linear_are_refused() -> None:
         with pytest.raises(KernelError, match="scale has"):
             linear._from_packed(q, scale, weight, ones, None, torch.float32)
     with pytest.raises(KernelError, match="weight_scale is bf16"):
-        linear.linear_w4a4(native_calls._i8(1, 64), torch.ones(1, 1), weight, ones.bfloat16(), None, torch.float32)
+        linear.linear_int(native_calls._i8(1, 64), torch.ones(1, 1), weight, ones.bfloat16(), None, torch.float32)
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=[native.LEVELS[level] for level in LEVELS])

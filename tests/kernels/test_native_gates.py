@@ -8,7 +8,7 @@ import torch
 from qpcompile.kernels.hadamard import reference as hadamard
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.native.rows import GATES, Kind, RowPlan
-from qpcompile.kernels.quantize_int4 import reference as quantize
+from qpcompile.kernels.quantize_dynamic import reference as quantize
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.library().problem or "compiled")
 LEVELS = range(native.library().level + 1)
@@ -43,5 +43,5 @@ def test_what_graphs_spell_out_rounds_where_they_do(level: int) -> None:
         torch.testing.assert_close(plans[1].stored(*sources), expected, rtol=1e-6, atol=1e-7)
     shift = torch.randn(100)
     found = RowPlan("plain", torch.float64, 100, shift=shift, factors=True, level=level).quantized(wide)
-    expected = quantize.quantize_int4(hadamard.hadamard(wide).float() - shift)
+    expected = quantize.quantize_dynamic(hadamard.hadamard(wide).float() - shift)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

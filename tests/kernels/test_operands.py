@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from qpcompile.errors import KernelError
 from qpcompile.ir.operators import SPECS, ours
 from qpcompile.kernels.attention_kv4.reference import attention_kv4
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.kernels.rules import Rule, differ
 
 RULES: dict[str, Rule] = {spec.name: spec.rule for spec in SPECS}
@@ -143,25 +143,25 @@ def edit(name: str, **changes: Any) -> tuple[Any, ...]:
     return tuple(changes.get(key, value) for key, value in zip(RULES[name].names, CALLS[name](), strict=True))
 
 
-CODES, SCALE = quantize_int4(real(B, ROWS, C))
+CODES, SCALE = quantize_dynamic(real(B, ROWS, C))
 WEIGHT, WEIGHT_SCALE = packed()
 K_CODES, K_AFFINE = cache()
 # Calls that once crashed, accessed memory out of bounds, or gave wrong results; and the operand to blame.
 REFUSED = {
-    "scales for more tokens": ("linear_w4a4", {"scale": real(40, 1)}, "scale"),
-    "scales for fewer tokens": ("linear_w4a4", {"scale": SCALE[:1]}, "scale"),
-    "no scales": ("linear_w4a4", {"scale": SCALE[:0]}, "scale"),
-    "no tokens": ("linear_w4a4", {"q": CODES[:0]}, "scale"),
-    "a scale without groups": ("linear_w4a4", {"scale": SCALE[..., :0]}, "scale"),
-    "groups that do not divide": ("linear_w4a4", {"scale": real(B, ROWS, 5)}, "scale"),
-    "other groups": ("linear_w4a4", {"scale": real(B, ROWS, 2), "weight_scale": real(N, 3)}, "weight_scale"),
-    "a half-precision weight scale": ("linear_w4a4", {"weight_scale": WEIGHT_SCALE.bfloat16()}, "weight_scale"),
-    "one weight scale for all": ("linear_w4a4", {"weight_scale": WEIGHT_SCALE[:1]}, "weight_scale"),
-    "codes half as wide": ("linear_w4a4", {"weight": WEIGHT[:, :3]}, "weight"),
-    "a bias of one": ("linear_w4a4", {"bias": real(1)}, "bias"),
-    "a whole-number bias": ("linear_w4a4", {"bias": torch.ones(N, dtype=torch.int64)}, "bias"),
-    "a residual of one": ("linear_w4a4", {"residual": real(1)}, "residual"),
-    "codes as numbers": ("linear_w4a4", {"q": CODES.float()}, "q"),
+    "scales for more tokens": ("linear_int", {"scale": real(40, 1)}, "scale"),
+    "scales for fewer tokens": ("linear_int", {"scale": SCALE[:1]}, "scale"),
+    "no scales": ("linear_int", {"scale": SCALE[:0]}, "scale"),
+    "no tokens": ("linear_int", {"q": CODES[:0]}, "scale"),
+    "a scale without groups": ("linear_int", {"scale": SCALE[..., :0]}, "scale"),
+    "groups that do not divide": ("linear_int", {"scale": real(B, ROWS, 5)}, "scale"),
+    "other groups": ("linear_int", {"scale": real(B, ROWS, 2), "weight_scale": real(N, 3)}, "weight_scale"),
+    "a half-precision weight scale": ("linear_int", {"weight_scale": WEIGHT_SCALE.bfloat16()}, "weight_scale"),
+    "one weight scale for all": ("linear_int", {"weight_scale": WEIGHT_SCALE[:1]}, "weight_scale"),
+    "codes half as wide": ("linear_int", {"weight": WEIGHT[:, :3]}, "weight"),
+    "a bias of one": ("linear_int", {"bias": real(1)}, "bias"),
+    "a whole-number bias": ("linear_int", {"bias": torch.ones(N, dtype=torch.int64)}, "bias"),
+    "a residual of one": ("linear_int", {"residual": real(1)}, "residual"),
+    "codes as numbers": ("linear_int", {"q": CODES.float()}, "q"),
     "8-bit scales of i8": ("linear_w8a16", {"weight_scale": torch.ones(N, 1, dtype=torch.int8)}, "weight_scale"),
     "8-bit scales of f64": ("linear_w8a16", {"weight_scale": real(N, 1).double()}, "weight_scale"),
     "a bias of one for 8 bits": ("linear_w8a16", {"bias": real(1)}, "bias"),
@@ -184,9 +184,9 @@ REFUSED = {
     "a factor that is not square": ("transform_quantize", {"left": real(3, 2)}, "left"),
     "factors and a rotation": ("layernorm_quantize", {"rotate": True}, "left"),
     "a shift of one": ("transform_quantize", {"shift": real(1)}, "shift"),
-    "a static scale of two": ("quantize_int4_static", {"scale": real(2)}, "scale"),
-    "a clip ratio of 0": ("quantize_int4", {"clip_ratio": 0.0}, "clip_ratio"),
-    "groups of minus 1": ("quantize_int4", {"group_size": -1}, "group_size"),
+    "a static scale of two": ("quantize_static", {"scale": real(2)}, "scale"),
+    "a clip ratio of 0": ("quantize_dynamic", {"clip_ratio": 0.0}, "clip_ratio"),
+    "groups of minus 1": ("quantize_dynamic", {"group_size": -1}, "group_size"),
     "more tokens than there are": ("select_tokens", {"keep": S + 1}, "keep"),
     "pivots without end": ("pivot_tokens", {"visual_pivots": 2**40}, "visual_pivots"),
 }
@@ -200,7 +200,7 @@ def test_the_operand_is_named(name: str, changes: dict[str, Any], blamed: str) -
         assert error.value.where == f"qpcompile::{name}, operand {blamed}"
 
 
-@pytest.mark.parametrize("name", ["pivot_tokens", "token_scores", "attention_kv4", "kv4_read", "linear_w4a4"])
+@pytest.mark.parametrize("name", ["pivot_tokens", "token_scores", "attention_kv4", "kv4_read", "linear_int"])
 def test_any_python_value_is_refused_by_name(name: str) -> None:
     """Also values that compare equal to a valid one, or that are unhashable."""
     valid = CALLS[name]()

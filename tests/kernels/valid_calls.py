@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qpcompile.kernels.kv4_write.reference import kv4_write
 from qpcompile.kernels.kv8_write.reference import kv8_write
-from qpcompile.kernels.linear_w4a4.packing import pack_int4
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.linear_int.packing import pack_int4
+from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 
 B, S, C, N, H, HKV, D, ROWS = 2, 6, 12, 5, 4, 2, 8, 3
 
@@ -30,7 +30,7 @@ def flags(*marked: int) -> Tensor:
 
 def packed() -> tuple[Tensor, Tensor]:
     """u8[N, C / 2] and f32[N, 1]."""
-    codes, scale = quantize_int4(real(N, C))
+    codes, scale = quantize_dynamic(real(N, C))
     return pack_int4(codes), scale
 
 
@@ -63,14 +63,14 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "kv8_write": lambda: (real(B, HKV, S, D),),
     "layernorm_quantize": lambda: (real(B, ROWS, C), real(C), real(C), 1e-6, *epilogue()),
     "linear_w4a16": lambda: (real(B, ROWS, C), *packed(), real(N)),
-    "linear_w4a4": lambda: (*quantize_int4(real(B, ROWS, C)), *packed(), real(N), torch.float32, real(B, ROWS, N)),
+    "linear_int": lambda: (*quantize_dynamic(real(B, ROWS, C)), *packed(), real(N), torch.float32, real(B, ROWS, N)),
     "linear_w8a16": lambda: (real(B, ROWS, C), torch.ones(N, C, dtype=torch.int8), real(N, 1), real(N)),
     "merge_tokens": lambda: (real(B, S, C), real(B, S, D), real(B, S).abs(), VISUAL, TEXT, 2),
     "pivot_tokens": lambda: (real(B, S, C), real(B, HKV, S, D), VISUAL, VALID, BUDGET, 1, 1),
     "quant_stub": lambda: (real(B, ROWS, C),),
     "quantization_risk": lambda: (real(B, S, C), VISUAL, "complex", 4),
-    "quantize_int4": lambda: (real(B, ROWS, C), 4, 0.9),
-    "quantize_int4_static": lambda: (real(B, ROWS, C), real(B, ROWS, 1).abs()),
+    "quantize_dynamic": lambda: (real(B, ROWS, C), 4, 0.9),
+    "quantize_static": lambda: (real(B, ROWS, C), real(B, ROWS, 1).abs()),
     "rmsnorm": lambda: (real(B, ROWS, C), real(C), 1e-6),
     "rmsnorm_quantize": lambda: (real(B, ROWS, C), real(C), 1e-6, *epilogue()),
     "rope": lambda: (real(B, H, S, D), real(1, S, D), real(1, S, D)),

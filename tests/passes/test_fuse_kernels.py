@@ -19,14 +19,14 @@ from qpcompile.ir.operators import (
     ACTIVATION_QUANTIZE,
     KRONECKER,
     LAYERNORM_QUANTIZE,
-    QUANTIZE_INT4,
+    QUANTIZE_DYNAMIC,
     RMSNORM_QUANTIZE,
     TRANSFORM_QUANTIZE,
 )
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.text import graph_text
-from qpcompile.kernels.linear_w4a4.packing import pack_int4
+from qpcompile.kernels.linear_int.packing import pack_int4
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.fold_transforms import FoldTransforms
 from qpcompile.passes.fuse_kernels import FuseKernels
@@ -91,10 +91,10 @@ graph prefill of model
 # layers.0
 @layers.0.gate_proj.weight_packed : u8[12, 4]
 @layers.0.gate_proj.weight_scale : f32[12, 1]
-%4 = qpcompile::linear_w4a4(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32) : f32[B, S0, 12]
+%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32) : f32[B, S0, 12]
 @layers.0.up_proj.weight_packed : u8[12, 4]
 @layers.0.up_proj.weight_scale : f32[12, 1]
-%5 = qpcompile::linear_w4a4(%2, %3, @layers.0.up_proj.weight_packed, @layers.0.up_proj.weight_scale, None, f32) : f32[B, S0, 12]
+%5 = qpcompile::linear_int(%2, %3, @layers.0.up_proj.weight_packed, @layers.0.up_proj.weight_scale, None, f32) : f32[B, S0, 12]
 # top
 %6 = qpcompile::activation_quantize(%4, %5, 'silu', None, True, None, None, None, 0, 1.0) : (i8[B, S0, 12], f32[B, S0, 1])
 %7 = operator.getitem(%6, 0) : i8[B, S0, 12]
@@ -102,7 +102,7 @@ graph prefill of model
 # layers.0
 @layers.0.down_proj.weight_packed : u8[8, 6]
 @layers.0.down_proj.weight_scale : f32[8, 1]
-%9 = qpcompile::linear_w4a4(%7, %8, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32) : f32[B, S0, 8]
+%9 = qpcompile::linear_int(%7, %8, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32) : f32[B, S0, 8]
 return y = %9
 """,  # noqa: E501
     )
@@ -122,7 +122,7 @@ def test_numbers(apply: Apply, transform: str, smooth: str) -> None:
     program = quantized(graph, f"quantize.transform={transform}", f"quantize.smooth={smooth}")
     expected = run(graph, **TOKENS)["y"]
     assert apply(program, FuseKernels())
-    assert fused(graph) == (1, 1) and not list(calls(graph, QUANTIZE_INT4))
+    assert fused(graph) == (1, 1) and not list(calls(graph, QUANTIZE_DYNAMIC))
     assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
 
 
@@ -151,7 +151,7 @@ def test_another_reader_keeps_them_apart(apply: Apply, kind: str, left: tuple[in
     program = quantized(graph, f"quantize.transform={transform}")
     expected = run(graph, **TOKENS)["y"]
     apply(program, FuseKernels())
-    assert fused(graph) == left and len(list(calls(graph, QUANTIZE_INT4, TRANSFORM_QUANTIZE))) == 1
+    assert fused(graph) == left and len(list(calls(graph, QUANTIZE_DYNAMIC, TRANSFORM_QUANTIZE))) == 1
     miss = program.measured[NEAR_MISSES][0]
     assert miss.graph == "prefill" and miss.reason.endswith("has another reader")
     assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
@@ -184,7 +184,7 @@ def test_a_layer_norm_is_fused(apply: Apply, transform: str) -> None:
     assert apply(program, FuseKernels())
     (node,) = calls(graph, LAYERNORM_QUANTIZE)
     assert node.args[3:] == (1e-3, None, transform == "hadamard", None, None, None, 0, 1.0)
-    assert not list(calls(graph, QUANTIZE_INT4))
+    assert not list(calls(graph, QUANTIZE_DYNAMIC))
     assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
 
 
@@ -214,7 +214,7 @@ def test_half_precision_is_fused_and_stays_half(apply: Apply, dtype: torch.dtype
     program = quantized(graph, f"quantize.transform={transform}")
     expected = run(graph, **feeds)["y"]
     assert apply(program, FuseKernels())
-    assert fused(graph) == (1, 1) and not list(calls(graph, QUANTIZE_INT4))
+    assert fused(graph) == (1, 1) and not list(calls(graph, QUANTIZE_DYNAMIC))
     found = run(graph, **feeds)["y"]
     assert found.dtype == dtype
     # Values between norm, transform and quantizer are no longer rounded: one or two 4-bit codes may change.
@@ -266,8 +266,8 @@ class Chain(nn.Module):
             moved = source * self.scale
         else:
             moved = ours.kronecker(source, None, self.left, self.right)
-        q, step = ours.quantize_int4(moved - self.shift, 0, 0.9)
-        y = ours.linear_w4a4(q, step, self.weight, self.weight_scale, None, x.dtype)
+        q, step = ours.quantize_dynamic(moved - self.shift, 0, 0.9)
+        y = ours.linear_int(q, step, self.weight, self.weight_scale, None, x.dtype)
         return y + moved.sum() if self.kind.endswith("read twice") else y
 
 
@@ -306,7 +306,7 @@ def test_what_presets_emit_is_one_operator(apply: Apply, kind: str) -> None:
     operator, function = CHAINS[kind]
     (node,) = calls(graph, operator)
     assert function is None or node.args[2] == function
-    assert not list(calls(graph, QUANTIZE_INT4, KRONECKER)) or kind.endswith("read twice")
+    assert not list(calls(graph, QUANTIZE_DYNAMIC, KRONECKER)) or kind.endswith("read twice")
     assert relative(run(graph, **feeds)["y"], expected) < LAST_BIT
     reasons = [miss.reason for miss in program.measured[NEAR_MISSES]]
     assert bool(reasons) == kind.endswith(("read twice", "by a row"))
@@ -320,7 +320,7 @@ def test_casts_of_half_precision_are_fused(apply: Apply, kind: str, dtype: torch
     expected = run(graph, **feeds)["y"]
     assert apply(program, FuseKernels())
     assert len(list(calls(graph, CHAINS[kind][0]))) == 1
-    assert not list(calls(graph, QUANTIZE_INT4, KRONECKER, torch.ops.aten.to.dtype))
+    assert not list(calls(graph, QUANTIZE_DYNAMIC, KRONECKER, torch.ops.aten.to.dtype))
     assert relative(run(graph, **feeds)["y"].float(), expected.float()) < 0.1
 
 

@@ -12,10 +12,10 @@ from toy_decoder import HIDDEN
 
 from qpcompile.ir.edit import calls
 from qpcompile.ir.near_miss import NEAR_MISSES
-from qpcompile.ir.operators import LINEAR_W4A4, ROPE
+from qpcompile.ir.operators import LINEAR_INT, ROPE
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
-from qpcompile.kernels.linear_w4a4.packing import pack_int4
+from qpcompile.kernels.linear_int.packing import pack_int4
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.fuse_kernels import FuseKernels
 
@@ -111,8 +111,8 @@ class Residual(nn.Module):
         self.register_buffer("bias", torch.rand(8) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, step = torch.ops.qpcompile.quantize_int4(x, 0, 1.0)
-        return self.add(x, torch.ops.qpcompile.linear_w4a4(q, step, self.weight, self.scale, self.bias, x.dtype))
+        q, step = torch.ops.qpcompile.quantize_dynamic(x, 0, 1.0)
+        return self.add(x, torch.ops.qpcompile.linear_int(q, step, self.weight, self.scale, self.bias, x.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -126,7 +126,7 @@ def test_a_residual_is_added_in_the_epilogue(
     program = program_of(graph, stage="quantized")
     expected = run(graph, **feeds)["y"]
     assert apply(program, FuseKernels())
-    assert not list(calls(graph, torch.ops.aten.add.Tensor)) and len(list(calls(graph, LINEAR_W4A4))) == 1
+    assert not list(calls(graph, torch.ops.aten.add.Tensor)) and len(list(calls(graph, LINEAR_INT))) == 1
     assert torch.equal(run(graph, **feeds)["y"], expected)
 
 

@@ -14,11 +14,11 @@ from toy_decoder import HIDDEN, Mlp, decode_graph, prefill_graph
 from qpcompile.errors import InvariantError, RecipeError
 from qpcompile.ir.edit import aten, calls, get_tensor
 from qpcompile.ir.node_facts import quantized_fact
-from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16, QUANTIZE_INT4
+from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, QUANTIZE_DYNAMIC
 from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.ir.verify import verify
-from qpcompile.kernels.linear_w4a4.packing import unpack_int4
+from qpcompile.kernels.linear_int.packing import unpack_int4
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
@@ -52,22 +52,22 @@ def test_golden_w4a4(apply: Apply) -> None:
 graph prefill of model
 %0 = input x : f32[B, S0, 8]
 # layers.0
-%1 = qpcompile::quantize_int4(%0, 0, 1.0) : (i8[B, S0, 8], f32[B, S0, 1])
+%1 = qpcompile::quantize_dynamic(%0, 0, 1.0) : (i8[B, S0, 8], f32[B, S0, 1])
 %2 = operator.getitem(%1, 0) : i8[B, S0, 8]
 %3 = operator.getitem(%1, 1) : f32[B, S0, 1]
 @layers.0.gate_proj.weight_packed : u8[12, 4]
 @layers.0.gate_proj.weight_scale : f32[12, 1]
-%4 = qpcompile::linear_w4a4(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32) : f32[B, S0, 12]
+%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32) : f32[B, S0, 12]
 %5 = aten::silu(%4) : f32[B, S0, 12]
 @layers.0.up_proj.weight : f32[12, 8]
 %6 = aten::linear(%0, @layers.0.up_proj.weight) : f32[B, S0, 12]
 %7 = aten::mul.Tensor(%5, %6) : f32[B, S0, 12]
-%8 = qpcompile::quantize_int4(%7, 0, 1.0) : (i8[B, S0, 12], f32[B, S0, 1])
+%8 = qpcompile::quantize_dynamic(%7, 0, 1.0) : (i8[B, S0, 12], f32[B, S0, 1])
 %9 = operator.getitem(%8, 0) : i8[B, S0, 12]
 %10 = operator.getitem(%8, 1) : f32[B, S0, 1]
 @layers.0.down_proj.weight_packed : u8[8, 6]
 @layers.0.down_proj.weight_scale : f32[8, 1]
-%11 = qpcompile::linear_w4a4(%9, %10, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32) : f32[B, S0, 8]
+%11 = qpcompile::linear_int(%9, %10, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32) : f32[B, S0, 8]
 return y = %11
 """,  # noqa: E501
     )
@@ -122,7 +122,7 @@ def test_numbers(apply: Apply, name: str, solver: str, groups: bool) -> None:
     expected = run(graph, **TOKENS)["y"]
     program = stubbed(graph, recipe=changed_recipe(name, *settings))
     assert apply(program, QuantizeWeights())
-    linear = next(calls(graph, LINEAR_W4A4, LINEAR_W4A16))
+    linear = next(calls(graph, LINEAR_INT, LINEAR_W4A16))
     packed, scale, bias = (
         get_tensor(graph.module, f"proj.{part}") for part in ("weight_packed", "weight_scale", "bias")
     )
@@ -153,7 +153,7 @@ def test_prefill_and_decode_share_their_codes(apply: Apply) -> None:
         assert get_tensor(modules[0], name).data_ptr() == get_tensor(modules[1], name).data_ptr()
     assert not [name for name, tensor in modules[0].named_parameters() if tensor.ndim == 2]
     # One quantizer for the linears that share an input: q/k/v, o, gate/up, down.
-    assert len(list(calls(program.graphs[PREFILL], QUANTIZE_INT4))) == 2 * 4
+    assert len(list(calls(program.graphs[PREFILL], QUANTIZE_DYNAMIC))) == 2 * 4
     assert len(program.plan.sites) == 2 * 14
     assert program.plan == Plan.from_dict(program.plan.to_dict())
 

@@ -12,7 +12,7 @@ from toy_decoder import decode_graph, prefill_graph
 from qpcompile.calibration.statistics import InputStatistics
 from qpcompile.ir.edit import calls
 from qpcompile.ir.node_facts import stub_fact
-from qpcompile.ir.operators import QUANT_STUB, QUANTIZE_INT4
+from qpcompile.ir.operators import QUANT_STUB, QUANTIZE_DYNAMIC
 from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.passes.search_clips import RATIOS, SearchClips, best_clip
@@ -48,7 +48,7 @@ def test_every_site_gets_one_in_both_graphs(apply: Apply) -> None:
     assert found == clips(program, DECODE)
     assert all(clip in RATIOS for clip in found.values()) and any(clip != 1.0 for clip in found.values())
     QuantizeWeights().run(program)
-    nodes = list(calls(program.graphs[PREFILL], QUANTIZE_INT4))
+    nodes = list(calls(program.graphs[PREFILL], QUANTIZE_DYNAMIC))
     assert {float(node.args[2]) for node in nodes} == set(found.values())  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ from toy_decoder import HIDDEN, decode_graph, prefill_graph
 from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.edit import calls, get_tensor
-from qpcompile.ir.operators import LINEAR_W4A4, SIMULATE_QVLM
+from qpcompile.ir.operators import LINEAR_INT, SIMULATE_QVLM
 from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.kernels.simulate_qvlm.reference import nf4, simulate_qvlm
@@ -87,7 +87,7 @@ def test_sites_say_that_it_is_a_simulation_and_nothing_is_packed(apply: Apply) -
     assert all(site.kernel.startswith("simulation") for site in program.plan.sites)
     assert len(program.plan.sites) == 2 * 2 * 7
     for name in (PREFILL, DECODE):
-        assert list(calls(program.graphs[name], SIMULATE_QVLM)) and not list(calls(program.graphs[name], LINEAR_W4A4))
+        assert list(calls(program.graphs[name], SIMULATE_QVLM)) and not list(calls(program.graphs[name], LINEAR_INT))
     weight = "layers.1.mlp.up_proj.weight"
     assert torch.equal(*(get_tensor(program.graphs[name].module, weight) for name in (PREFILL, DECODE)))
 

@@ -12,7 +12,7 @@ from programs import captured, changed_recipe, fresh, relative
 from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.ir.edit import calls, get_tensor
 from qpcompile.ir.node_facts import stub_fact
-from qpcompile.ir.operators import KRONECKER, LINEAR_W4A4, QUANT_STUB
+from qpcompile.ir.operators import KRONECKER, LINEAR_INT, QUANT_STUB
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Program
 from qpcompile.passes.calibrate import Calibrate
@@ -126,7 +126,7 @@ def test_learned_clips_reach_the_operator() -> None:
     assert len(clips) > 5 and all(clip is not None and 0 < clip < 1 for clip in clips)
     program.stage = "cut"
     QuantizeWeights().run(program)
-    assert list(calls(program.graphs[PREFILL], LINEAR_W4A4))
+    assert list(calls(program.graphs[PREFILL], LINEAR_INT))
 
 
 @pytest.mark.parametrize("transform", ["none", "hadamard"])

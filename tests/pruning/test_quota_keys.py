@@ -11,7 +11,7 @@ from programs import captured, changed_recipe, fresh
 from torch import Tensor
 
 from qpcompile.ir.edit import aten, calls
-from qpcompile.ir.operators import LINEAR_W4A4
+from qpcompile.ir.operators import LINEAR_INT
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.kernels.token_scores.reference import residual
@@ -75,7 +75,7 @@ def test_full_precision_scores_choose_as_without_a_quantizer() -> None:
     assert any(kept(deployed, case) != kept(plain, case) for case in ("one", "longer", "padded", "pictures"))
     # The decoder itself stays quantized; layers 0 and 1 run a second time without quantization.
     graph = full.graphs[PREFILL]
-    assert len(list(calls(graph, LINEAR_W4A4))) == len(list(calls(deployed.graphs[PREFILL], LINEAR_W4A4))) == 21
+    assert len(list(calls(graph, LINEAR_INT))) == len(list(calls(deployed.graphs[PREFILL], LINEAR_INT))) == 21
     assert len(list(calls(graph, aten.linear.default))) == 2 * 7
 
 

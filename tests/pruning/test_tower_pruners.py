@@ -27,7 +27,7 @@ from qpcompile.capture.capture import capture
 from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import PlanError, RecipeError
 from qpcompile.ir.edit import aten, clone
-from qpcompile.ir.operators import LINEAR_W4A4
+from qpcompile.ir.operators import LINEAR_INT
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, VISION, Graph, Program
 from qpcompile.ir.text import graph_text
@@ -293,7 +293,7 @@ def test_a_quantized_tower_scores_with_its_own_attention() -> None:
     )
     vision = quantized.program.graphs[VISION]
     attention = [node for node in vision.nodes if node.target is aten.scaled_dot_product_attention.default]
-    assert any(node.target is LINEAR_W4A4 for node in vision.nodes)
+    assert any(node.target is LINEAR_INT for node in vision.nodes)
     read: list[tuple[Any, ...]] = []
 
     def look(node: Any, args: tuple[Any, ...], value: Any) -> Any:

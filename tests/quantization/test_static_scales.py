@@ -8,7 +8,7 @@ from programs import HERE, captured, changed_recipe, fresh
 
 from qpcompile.calibration.statistics import InputStatistics
 from qpcompile.ir.edit import calls
-from qpcompile.ir.operators import QUANTIZE_INT4, QUANTIZE_INT4_STATIC
+from qpcompile.ir.operators import QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Program
 from qpcompile.passes.calibrate import Calibrate
@@ -38,7 +38,7 @@ def scales_seen(program: Program) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
 
     def look(node, args, found):  # noqa: ANN001, ANN202
-        if node.target is QUANTIZE_INT4_STATIC:
+        if node.target is QUANTIZE_STATIC:
             seen.append(found[1])
         return found
 
@@ -69,12 +69,12 @@ def test_prefill_chooses_by_the_mask() -> None:
     program = quantized()
     visual = cases["one"]["input_ids"][0] == IMAGE
     seen = scales_seen(program)
-    assert len(seen) > 6 and not list(calls(program.graphs[PREFILL], QUANTIZE_INT4))
+    assert len(seen) > 6 and not list(calls(program.graphs[PREFILL], QUANTIZE_DYNAMIC))
     for scale in seen:
         flat = scale[0, :, 0]
         assert len(flat[visual].unique()) == len(flat[~visual].unique()) == 1
     assert VISUAL in program.graphs[PREFILL].inputs and VISUAL not in program.graphs[DECODE].inputs
-    assert list(calls(program.graphs[VISION], QUANTIZE_INT4_STATIC))
+    assert list(calls(program.graphs[VISION], QUANTIZE_STATIC))
 
 
 def test_mask_follows_the_cuts() -> None:

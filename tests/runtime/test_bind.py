@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qpcompile.ir.edit import calls, get_tensor
-from qpcompile.ir.operators import LINEAR_W4A4
+from qpcompile.ir.operators import LINEAR_INT
 from qpcompile.ir.program import DECODE, PREFILL
 from qpcompile.ir.text import graph_text
-from qpcompile.kernels.linear_w4a4.packing import pack_int4
+from qpcompile.kernels.linear_int.packing import pack_int4
 from qpcompile.kernels.native import library as native
 from qpcompile.runtime.cpu.bind import BoundGraphs
 from qpcompile.runtime.cpu.tape import TapedDecode
@@ -37,9 +37,9 @@ class Quantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         ours = torch.ops.qpcompile
         q, step = ours.rmsnorm_quantize(x, self.gain, 1e-6, None, True, None, None, None, 0, 1.0)
-        y = ours.linear_w4a4(q, step, self.first, self.scale, None, torch.float32)
-        q, step = ours.quantize_int4(ours.hadamard(y, None), 0, 1.0)
-        return x + ours.linear_w4a4(q, step, self.second, self.scale[:9], self.bias, torch.float32)
+        y = ours.linear_int(q, step, self.first, self.scale, None, torch.float32)
+        q, step = ours.quantize_dynamic(ours.hadamard(y, None), 0, 1.0)
+        return x + ours.linear_int(q, step, self.second, self.scale[:9], self.bias, torch.float32)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["torch", "native"])
@@ -55,7 +55,7 @@ def test_same_bits_and_shared_weights(compiled: bool, monkeypatch: pytest.Monkey
     expected = run(prefill, **TOKENS)["y"]
     bound = BoundGraphs(program)
     assert torch.equal(bound(prefill, TOKENS)["y"], expected)
-    assert graph_text(prefill) == before and len(list(calls(prefill, LINEAR_W4A4))) == 2
+    assert graph_text(prefill) == before and len(list(calls(prefill, LINEAR_INT))) == 2
     made, decode = bound.modules[PREFILL], bound.modules[DECODE]
     assert isinstance(made, GraphModule) and isinstance(decode, TapedDecode)
     assert not [node for node in made.graph.nodes if str(node.target).startswith("qpcompile.")]

@@ -145,7 +145,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ours = torch.ops.qpcompile
-        return self.extra(x, ours.linear_w4a4(*ours.quantize_int4(x, 0, 1.0), self.weight, self.scale, None, x.dtype))
+        return self.extra(x, ours.linear_int(*ours.quantize_dynamic(x, 0, 1.0), self.weight, self.scale, None, x.dtype))
 
 
 def negative(x: Tensor, y: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def transform_quantize(draw: Draw) -> Arguments:
     return {"x": _f(draw, rows, channels), **_tail(draw, channels)}
 
 
-def linear_w4a4(draw: Draw) -> Arguments:
+def linear_int(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
     features, groups = draw.choice((1, 3, 40, 65)), 2 if channels % 2 == 0 and draw.random() < 0.3 else 1
     q, dtype = torch.randint(-8, 8, (rows, channels), dtype=torch.int8), draw.choice(FLOATS)
@@ -208,13 +208,13 @@ def quantization_risk(draw: Draw) -> Arguments:
     return {"features": _f(draw, batch, tokens, 8), "counted": rest["counted"], "metric": metric, "group_size": 4}
 
 
-def quantize_int4(draw: Draw) -> Arguments:
+def quantize_dynamic(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
     tail = _tail(draw, channels)
     return {"x": _f(draw, rows, channels), "group_size": tail["group_size"], "clip_ratio": tail["clip_ratio"]}
 
 
-def quantize_int4_static(draw: Draw) -> Arguments:
+def quantize_static(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
     return {"x": _f(draw, rows, channels), "scale": _positive(*draw.choice(((1,), (rows, 1))))}
 
@@ -327,8 +327,8 @@ OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
     **{each.__name__: each for each in (attention_kv4, attention_received, dpp_select, farthest_tokens, fuse_risk)},
     activation_quantize.__name__: activation_quantize,
     **{each.__name__: each for each in (hadamard, kronecker, kv4_read, kv4_write, kv8_read, layernorm_quantize)},
-    **{each.__name__: each for each in (linear_w4a16, linear_w4a4, linear_w8a16, merge_tokens, pivot_tokens)},
-    **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_int4, quantize_int4_static, rmsnorm)},
+    **{each.__name__: each for each in (linear_w4a16, linear_int, linear_w8a16, merge_tokens, pivot_tokens)},
+    **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_dynamic, quantize_static, rmsnorm)},
     **{each.__name__: each for each in (rmsnorm_quantize, rope, segment_attention, select_tokens, transform_quantize)},
     **{each.__name__: each for each in (simulate_kivi, simulate_qvlm, spread_tokens, text_relevance, token_scores)},
     "kv8_write": kv4_write,

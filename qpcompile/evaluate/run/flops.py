@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from qpcompile.ir.operators import LINEAR_W4A4, LINEAR_W4A16
+from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16
 from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program
 from qpcompile.runtime.machine import Machine, execute_graph
 
@@ -92,6 +92,6 @@ def _linear_w4a16(x: Sequence[int], packed: Sequence[int], *_: Any, out_shape: A
 # Operators missing in PyTorch's counter: attention on the CPU, and our linears.
 OURS = (
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention),
-    (LINEAR_W4A4.overloadpacket, _linear),
+    (LINEAR_INT.overloadpacket, _linear),
     (LINEAR_W4A16.overloadpacket, _linear_w4a16),
 )

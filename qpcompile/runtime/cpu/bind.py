@@ -4,7 +4,7 @@ If the C kernels are compiled (kernels/native/library.py), chains of row operato
 (row_chains.py) and linears read their weight in 4 bits. If not, the weight is unpacked once, since torch would do it on
 every call:
 
-    %y = qpcompile::linear_w4a4(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
+    %y = qpcompile::linear_int(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
 
 Decode steps on 4-bit caches are replayed by one call of C (tape.py).
@@ -24,10 +24,10 @@ from torch import fx
 
 from qpcompile.errors import KernelError
 from qpcompile.ir.edit import calls, get_tensor, set_tensor
-from qpcompile.ir.operators import LINEAR_W4A4, SPECS
+from qpcompile.ir.operators import LINEAR_INT, SPECS
 from qpcompile.ir.program import DECODE, Graph, Program
-from qpcompile.kernels.linear_w4a4.cpu import linear_unpacked
-from qpcompile.kernels.linear_w4a4.packing import unpack_int4
+from qpcompile.kernels.linear_int.cpu import linear_unpacked
+from qpcompile.kernels.linear_int.packing import unpack_int4
 from qpcompile.kernels.native import library as native
 from qpcompile.runtime.cpu.row_chains import join_rows
 from qpcompile.runtime.cpu.tape import TapedDecode
@@ -92,7 +92,7 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
     if native.available():
         join_rows(bound)
     else:
-        for node in list(calls(bound, LINEAR_W4A4)):
+        for node in list(calls(bound, LINEAR_INT)):
             if node.args[2].op == "get_attr":  # type: ignore[union-attr]
                 _unpack(module, node, codes)
     for node in calls(bound, *KERNELS):
@@ -126,6 +126,6 @@ def _linear(
     dtype: torch.dtype,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """linear_w4a4 on codes: i8[N, 2 ceil(K / 2)], whose last column is padding where K is odd."""
+    """linear_int on codes: i8[N, 2 ceil(K / 2)], whose last column is padding where K is odd."""
     y = linear_unpacked(q, scale, codes[:, : q.shape[-1]], weight_scale, bias, dtype)
     return y if residual is None else y + residual

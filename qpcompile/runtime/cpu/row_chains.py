@@ -1,7 +1,7 @@
 """Fuse chains of row operators in a bound graph into one C call each (kernels/native/rows.py).
 
     %n = rmsnorm(%x, @w, eps);  %k = kronecker(%n, @scale, @left, @right);  %c = sub(%k, @shift)
-    %q = quantize_int4(%c, group, clip)
+    %q = quantize_dynamic(%c, group, clip)
       -> %q = rows(%x)
 
 Every part except the quantizer is optional. A chain is fused only if its intermediate values have no other reader, and
@@ -25,7 +25,7 @@ from qpcompile.ir.operators import (
     HADAMARD,
     KRONECKER,
     LAYERNORM_QUANTIZE,
-    QUANTIZE_INT4,
+    QUANTIZE_DYNAMIC,
     RMSNORM,
     RMSNORM_QUANTIZE,
     TRANSFORM_QUANTIZE,
@@ -57,7 +57,7 @@ def join_rows(graph: Graph) -> None:
     joiner = _Joiner(graph.module, value_types(graph))
     for node in list(calls(graph, *FUSED)):
         joiner.join_fused(node)
-    for node in list(calls(graph, QUANTIZE_INT4)):
+    for node in list(calls(graph, QUANTIZE_DYNAMIC)):
         joiner.join_quantizer(node)
     for node in list(calls(graph, KRONECKER, HADAMARD)):
         joiner.join(node, Rows("plain", (node.args[0],)), joiner.change(node))

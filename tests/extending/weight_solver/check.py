@@ -7,7 +7,7 @@ from extending.recipe_reference import recipe_page
 from programs import changed_recipe, stubbed, traced
 
 from qpcompile.ir.edit import get_tensor
-from qpcompile.kernels.linear_w4a4.packing import unpack_int4
+from qpcompile.kernels.linear_int.packing import unpack_int4
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.pipeline import needs_samples
 

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from kernels.compiled.sass import Compiled, compiled
 
-from qpcompile.kernels.linear_w4a4.tuning import Tile, with_split
+from qpcompile.kernels.linear_int.tuning import Tile, with_split
 from qpcompile.kernels.linear_w4a16.triton import PLANE, SHAPES, linear_w4a16_kernel
 
 

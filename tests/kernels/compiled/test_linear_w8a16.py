@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from kernels.compiled.sass import Compiled, compiled
 
-from qpcompile.kernels.linear_w4a4.tuning import Tile
+from qpcompile.kernels.linear_int.tuning import Tile
 from qpcompile.kernels.linear_w8a16.triton import SHAPES, linear_w8a16_kernel
 
 

@@ -22,8 +22,8 @@ def test_probe(name: str) -> None:
 @pytest.mark.parametrize(
     ("tokens", "channels", "group_size"), [(0, 4, 0), (17, 63, 9), (208, 4096, 0), (65, 11008, 128)]
 )
-def test_quantize_int4(tokens: int, channels: int, group_size: int, dtype: torch.dtype) -> None:
+def test_quantize_dynamic(tokens: int, channels: int, group_size: int, dtype: torch.dtype) -> None:
     x = torch.randn(tokens, channels, device="cuda").to(dtype)
-    found = torch.ops.qpcompile.quantize_int4(x, group_size, 0.9)
-    expected = torch.ops.qpcompile.quantize_int4(x.cpu(), group_size, 0.9)
+    found = torch.ops.qpcompile.quantize_dynamic(x, group_size, 0.9)
+    expected = torch.ops.qpcompile.quantize_dynamic(x.cpu(), group_size, 0.9)
     assert all(torch.equal(left.cpu(), right) for left, right in zip(found, expected, strict=True))

@@ -6,7 +6,7 @@ from kernels.code_agreement import assert_codes_agree
 
 from qpcompile.kernels.kronecker import reference
 from qpcompile.kernels.kronecker import triton as kernels
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.kernels.transform_quantize.triton import transform_quantize
 
 # Sizes that are not powers of two, one column, an exactly full tile, and one that goes through memory.
@@ -35,7 +35,7 @@ def test_codes_are_the_references(left: int, right: int, group_size: int, dtype:
     x[:1] = 0
     values = reference.kronecker(x.float(), None, *both)
     found = transform_quantize(x, None, False, *both, None, group_size, 0.9)
-    assert_codes_agree(found, quantize_int4(values, group_size, 0.9), values)
+    assert_codes_agree(found, quantize_dynamic(values, group_size, 0.9), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

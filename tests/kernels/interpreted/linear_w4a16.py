@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.linear_w4a4.packing import pack_int4
-from qpcompile.kernels.linear_w4a4.tuning import Tile
+from qpcompile.kernels.linear_int.packing import pack_int4
+from qpcompile.kernels.linear_int.tuning import Tile
 from qpcompile.kernels.linear_w4a16 import reference
 from qpcompile.kernels.linear_w4a16 import triton as kernels
 

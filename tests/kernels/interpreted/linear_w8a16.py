@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.linear_w4a4.tuning import Tile
+from qpcompile.kernels.linear_int.tuning import Tile
 from qpcompile.kernels.linear_w8a16 import reference
 from qpcompile.kernels.linear_w8a16 import triton as kernels
 

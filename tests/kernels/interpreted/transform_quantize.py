@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qpcompile.kernels.activation_quantize.reference import FUNCTIONS, activation
 from qpcompile.kernels.layernorm_quantize.reference import layernorm
-from qpcompile.kernels.quantize_int4.reference import quantize_int4
+from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.kernels.rmsnorm_quantize.reference import rmsnorm
 from qpcompile.kernels.transform_quantize.reference import Epilogue
 from qpcompile.kernels.transform_quantize.triton import Rows, rows_quantize
@@ -41,7 +41,7 @@ def rows_of(kind: str, tokens: int, channels: int, dtype: torch.dtype = torch.fl
 
 def check(rows: Rows, values: Tensor, end: Epilogue) -> None:
     values = end.transformed(values)
-    expected = quantize_int4(values, end.group_size, end.clip_ratio)
+    expected = quantize_dynamic(values, end.group_size, end.clip_ratio)
     assert_codes_agree(rows_quantize(rows, end), expected, values)
 
 

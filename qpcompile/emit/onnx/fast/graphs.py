@@ -1,6 +1,6 @@
 """Rewrite graphs for speed in onnxruntime: `export_onnx(..., fast=True)`. The numerics change as listed here.
 
-    linear layers on 4-bit codes     %q, %s = quantize_int4(%x); linear_w4a4(%q, %s, W)  ->  linear_w4a16(%x, W)
+    linear layers on 4-bit codes     %q, %s = quantize_dynamic(%x); linear_int(%q, %s, W)  ->  linear_w4a16(%x, W)
                                      with the same 4-bit weights; activations are rounded to 8 bits inside the operator
     the head                         linear(%x, W)  ->  linear_w8(%x, W'), 8-bit weights in blocks of 128
                                      linear_w8a16(%x, W)  ->  linear_w8(%x, W), the same 8-bit weights
@@ -34,11 +34,11 @@ from qpcompile.ir.operators import (
     HADAMARD,
     KRONECKER,
     LAYERNORM_QUANTIZE,
-    LINEAR_W4A4,
+    LINEAR_INT,
     LINEAR_W4A16,
     LINEAR_W8A16,
-    QUANTIZE_INT4,
-    QUANTIZE_INT4_STATIC,
+    QUANTIZE_DYNAMIC,
+    QUANTIZE_STATIC,
     RMSNORM,
     RMSNORM_QUANTIZE,
     TRANSFORM_QUANTIZE,
@@ -128,7 +128,7 @@ def _narrow(part: Part) -> None:
 def _float_activations(part: Part) -> None:
     """Make linear layers read the inputs of their quantizers."""
     sources: dict[fx.Node, fx.Node | None] = {}
-    for node in calls(part, LINEAR_W4A4):
+    for node in calls(part, LINEAR_INT):
         codes, _, weight, weight_scale, bias, dtype, *residual = node.args
         pair = codes.args[0] if is_call(codes, operator.getitem) else None
         if not isinstance(pair, fx.Node):
@@ -150,7 +150,7 @@ def _float_activations(part: Part) -> None:
 def _unquantized(part: Part, pair: fx.Node) -> fx.Node | None:
     """The input of a quantizer; None if the node is not a known quantizer."""
     args = pair.args
-    if is_call(pair, QUANTIZE_INT4, QUANTIZE_INT4_STATIC):
+    if is_call(pair, QUANTIZE_DYNAMIC, QUANTIZE_STATIC):
         return args[0]  # type: ignore[return-value]
     if is_call(pair, RMSNORM_QUANTIZE):
         x, weight, eps, *epilogue = args

@@ -1,0 +1,28 @@
+"""Operand rule of `qpcompile::linear_int`."""
+
+from qpcompile.kernels.rules import FLOAT_TYPE, Relation, Rule, multiple
+
+RULE = Rule(
+    "qpcompile::linear_int",
+    {
+        "q": "i8[..., K]",
+        "scale": "f32[..., G]",
+        "weight": "u8[N, ceil(K/2)]",
+        "weight_scale": "f32[N, Gw]",
+        "bias": "f[N]?",
+        "dtype": FLOAT_TYPE,
+        "residual": "=dtype[..., N]?",
+    },
+    relations=(
+        multiple("scale", "K", "G"),
+        multiple("weight_scale", "K", "Gw"),
+        Relation(
+            "weight_scale",
+            "G and Gw must be equal, or one of them 1",
+            ("G", "Gw"),
+            lambda ours, theirs: ours == theirs or 1 in (ours, theirs),
+        ),
+    ),
+    gives=("=dtype[..., N]",),
+    empty="...",
+)
