@@ -96,7 +96,7 @@ def _fuse(graph: Graph, quantize: fx.Node) -> tuple[fx.Node | None, str]:
 
     Returns (the fused node, why what computes the transform's input is not in it; "" for no near miss).
     """
-    x, *transform, group_size, clip_ratio = quantize.args
+    x, *transform, group_size, clip_ratio, bits = quantize.args
     assert isinstance(x, fx.Node)
     chain = _Chain(x, *transform) if transform else _chain(x)  # type: ignore[arg-type]
     source = chain.source
@@ -112,7 +112,7 @@ def _fuse(graph: Graph, quantize: fx.Node) -> tuple[fx.Node | None, str]:
             return None, reason
         producer = TRANSFORM_QUANTIZE, (source,)
     operator, inputs = producer
-    new = call(graph, quantize, operator, *inputs, *chain.transform, group_size, clip_ratio, like=quantize)
+    new = call(graph, quantize, operator, *inputs, *chain.transform, group_size, clip_ratio, bits, like=quantize)
     quantize.replace_all_uses_with(new)
     graph.module.graph.erase_node(quantize)
     return new, reason
@@ -201,12 +201,12 @@ def _activation(node: fx.Node) -> tuple[str, fx.Node] | None:
 
 
 def _fuse_residual(graph: Graph, add: fx.Node) -> tuple[fx.Node | None, str]:
-    """Fuse an add into the epilogue of a linear on 4-bit codes. Returns as `_fuse_rope`."""
+    """Fuse an add into the epilogue of a linear on codes. Returns as `_fuse_rope`."""
     if len(add.args) != 2 or add.kwargs:
         return None, ""
     reason = ""
     for y, x in (add.args, add.args[::-1]):
-        if not isinstance(y, fx.Node) or not is_call(y, LINEAR_INT) or len(y.args) > 6:
+        if not isinstance(y, fx.Node) or not is_call(y, LINEAR_INT) or len(y.args) > 7:
             continue
         if len(y.users) > 1:
             reason = f"{y.name} has another reader"

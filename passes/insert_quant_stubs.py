@@ -91,7 +91,7 @@ def _stub_linears(graph: Graph, scheme: QuantizeScheme, left_out: list[LeftOut])
 
 def _check_width(name: str, width: int, scheme: QuantizeScheme) -> None:
     groups = {"weights": scheme.weights.kernel_group}
-    if scheme.activations.bits == 4:
+    if scheme.activations.bits != 16:
         groups["activations"] = scheme.activations.kernel_group
     for part, size in groups.items():
         if size and width % size:

@@ -1,10 +1,11 @@
-"""Quantize and pack every stubbed weight to 4 bits, and replace its linear by a 4-bit operator.
+"""Quantize every stubbed weight to 4 or 8 bits, and replace its linear by an operator on the codes.
 
 %y = linear(quant_stub(%x), quant_stub(@w), @b)
   -> %q = qpcompile::quantize_dynamic(%x)                                  once per input
      or %q = qpcompile::quantize_static(%x, where(%visual, @visual, @text))    scales from calibration
-     %y = qpcompile::linear_int(%q, @w_packed, @w_scale, @b)           activations in 4 bits
+     %y = qpcompile::linear_int(%q, @w_packed, @w_scale, @b)           activations in 4 or 8 bits
   or %y = qpcompile::linear_w4a16(%x, @w_packed, @w_scale, @b)          activations left as they are
+     and linear_w8a16 with 8-bit weights, which are stored unpacked as @w_codes
 """
 
 from __future__ import annotations
@@ -32,10 +33,17 @@ from qpcompile.ir.edit import (
     tidy,
 )
 from qpcompile.ir.node_facts import QuantizedFact, set_fact, stub_fact
-from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, QUANT_STUB, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+from qpcompile.ir.operators import (
+    LINEAR_INT,
+    LINEAR_W4A16,
+    LINEAR_W8A16,
+    QUANT_STUB,
+    QUANTIZE_DYNAMIC,
+    QUANTIZE_STATIC,
+)
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
-from qpcompile.kernels.linear_int.packing import pack_int4, packed_width
+from qpcompile.kernels.linear_int.packing import packed_width, stored_codes
 from qpcompile.progress import track
 from qpcompile.quantization.basis import weight_name
 from qpcompile.quantization.solve import output_error, solve
@@ -45,7 +53,8 @@ from qpcompile.recipe.quantize import QuantizeScheme
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
-Packed = tuple[torch.Tensor, torch.Tensor, float]
+Solved = tuple[torch.Tensor, torch.Tensor, float]
+"""Stored codes (kernels/linear_int/packing.py), their scales, and the output error."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class QuantizeWeights:
 
     name: ClassVar[str] = "quantize_weights"
     purpose: ClassVar[str] = (
-        "Quantize and pack every stubbed weight to 4 bits, and replace its linear by a 4-bit operator."
+        "Quantize every stubbed weight to 4 or 8 bits, and replace its linear by an operator on the codes."
     )
     needs: ClassVar[Stage] = "calibrated"
     gives: ClassVar[Stage] = "packed"
@@ -101,7 +110,7 @@ def _replace(
     linear: fx.Node,
     scheme: QuantizeScheme,
     calibration: Calibration,
-    solved: Packed,
+    solved: Solved,
     quantized: dict[fx.Node, tuple[fx.Node, fx.Node]],
     on: Placement,
 ) -> Site:
@@ -110,12 +119,12 @@ def _replace(
     assert isinstance(stub, fx.Node) and isinstance(weight_stub, fx.Node)
     fact, group = stub_fact(weight_stub), stub_fact(stub)
     assert fact is not None and group is not None
-    packed, scale, error = solved
-    name = weight_name(linear)
-    weight = add_tensor(graph, f"{name}_packed", packed, linear)
+    stored, scale, error = solved
+    name, inputs = weight_name(linear), scheme.activations
+    weight = add_tensor(graph, f"{name}_{'packed' if scheme.weights.bits == 4 else 'codes'}", stored, linear)
     factor = add_tensor(graph, f"{name}_scale", scale, linear)
     bias = operands(linear)["bias"]
-    if scheme.activations.bits == 4:
+    if inputs.bits != 16:
         if stub not in quantized:
             pair = _quantize_input(graph, stub, scheme, calibration, on)
             quantized[stub] = (
@@ -123,17 +132,19 @@ def _replace(
                 call(graph, stub, operator.getitem, pair, 1),
             )
         codes, step = quantized[stub]
-        new = call(graph, linear, LINEAR_INT, codes, step, weight, factor, bias, value(linear).dtype, like=linear)
+        dtype = value(linear).dtype
+        new = call(graph, linear, LINEAR_INT, codes, step, weight, factor, bias, dtype, inputs.bits, like=linear)
     else:
-        new = call(graph, linear, LINEAR_W4A16, stub.args[0], weight, factor, bias, like=linear)
+        operator_ = LINEAR_W4A16 if scheme.weights.bits == 4 else LINEAR_W8A16
+        new = call(graph, linear, operator_, stub.args[0], weight, factor, bias, like=linear)
     kernel = str(new.target.name())  # type: ignore[union-attr]
     set_fact(new, QuantizedFact((fact.site,), kernel))
     linear.replace_all_uses_with(new)
     return Site(
         graph=graph.name,
         name=fact.site,
-        weight_bits=4,
-        activation_bits=scheme.activations.bits,
+        weight_bits=scheme.weights.bits,
+        activation_bits=inputs.bits,
         error=error,
         kernel=kernel,
     )
@@ -164,7 +175,8 @@ def _quantize_input(
     x = before_cast(x) if value(before_cast(x)).dtype == torch.float32 else x
     if scheme.activations.granularity != "modality":
         clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
-        return call(graph, stub, QUANTIZE_DYNAMIC, x, scheme.activations.kernel_group, clip)
+        bits = scheme.activations.bits
+        return call(graph, stub, QUANTIZE_DYNAMIC, x, scheme.activations.kernel_group, clip, bits)
     statistics = calibration.inputs.get(fact.site)
     if statistics is None or not len(statistics.rows):
         raise CalibrationError(
@@ -173,9 +185,9 @@ def _quantize_input(
             do="give samples that use it, add it to quantize.ignore, or set quantize.activations.granularity to token",
         )
     weights = [on.weight(graph.module, weight_name(linear)).detach() for linear in stub.users]
-    scales = static_scales(statistics.to(on.device), torch.cat(weights), scheme.activations.clip_search)
+    scales = static_scales(statistics.to(on.device), torch.cat(weights), scheme.activations)
     scale = select_scale(graph, stub, scales.to(on.home), fact.site.replace(".", "_"))
-    return call(graph, stub, QUANTIZE_STATIC, x, scale)
+    return call(graph, stub, QUANTIZE_STATIC, x, scale, scheme.activations.bits)
 
 
 def _solved(
@@ -185,8 +197,8 @@ def _solved(
     calibration: Calibration,
     checkpoint: Checkpoint,
     on: Placement,
-) -> Packed:
-    """The 4-bit weight of a linear: solved by an interrupted compile, or solved now."""
+) -> Solved:
+    """The codes and scales of a linear's weight: solved by an interrupted compile, or solved now."""
     facts = [stub_fact(argument) for argument in linear.args[:2] if isinstance(argument, fx.Node)]
     group, fact = facts
     assert group is not None and fact is not None
@@ -195,15 +207,17 @@ def _solved(
         if kept is not None:
             rows, columns = get_tensor(graph.module, weight_name(linear)).shape
             groups = columns // (scheme.weights.kernel_group or columns)
+            packed = scheme.weights.bits == 4
+            stored = ((rows, packed_width(columns)), torch.uint8) if packed else ((rows, columns), torch.int8)
             expected = {
-                "packed": ((rows, packed_width(columns)), torch.uint8),
+                "stored": stored,
                 "scale": ((rows, groups), torch.float32),
             }
-            packed, scale = kept.fits(expected).values()
-            return packed, scale, kept.read(dict[str, float])["error"]
-    packed, scale, error = _solve(graph, linear, fact.site, scheme, calibration, group.site, on)
-    checkpoint.save(title, {"packed": packed, "scale": scale}, {"error": error})
-    return packed, scale, error
+            codes, scale = kept.fits(expected).values()
+            return codes, scale, kept.read(dict[str, float])["error"]
+    codes, scale, error = _solve(graph, linear, fact.site, scheme, calibration, group.site, on)
+    checkpoint.save(title, {"stored": codes, "scale": scale}, {"error": error})
+    return codes, scale, error
 
 
 def _solve(
@@ -214,7 +228,7 @@ def _solve(
     calibration: Calibration,
     group: str,
     on: Placement,
-) -> Packed:
+) -> Solved:
     weight = on.weight(graph.module, weight_name(linear)).detach()
     size = scheme.weights.kernel_group
     if size and weight.shape[1] % size:
@@ -226,7 +240,8 @@ def _solve(
     statistics = calibration.inputs.get(group)
     moments = None if statistics is None else on.there(statistics.moments)
     codes, scale = solve(weight, moments, scheme.weights)
-    return *on.back((pack_int4(codes), scale)), output_error(weight, codes, scale, moments)
+    stored = stored_codes(codes, scheme.weights.bits)
+    return *on.back((stored, scale)), output_error(weight, codes, scale, moments)
 
 
 def _drop_stubs(graph: Graph, roles: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Search a clip ratio for each quantized input: the one with the least output error of its linears.
 
-    min over r of  mean over tokens of || W (Q_r(x) - x) ||^2,   scale of Q_r = r max|x| / 7
+    min over r of  mean over tokens of || W (Q_r(x) - x) ||^2,   scale of Q_r = r max|x| / h,  h = 7 or 127
 
 Visual and text tokens of the calibration are averaged separately, and the two means are added. A smaller quantization
 step for most channels outweighs the error of the few that are clipped. The ratio is stored in the stub's fact, and from
@@ -25,6 +25,7 @@ from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Program
 from qpcompile.quantization.basis import weight_name
 from qpcompile.quantization.fake_quant import round_trip
+from qpcompile.recipe.quantize import ActivationScheme
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
@@ -56,18 +57,19 @@ class SearchClips:
                     continue
                 if fact.site not in found:
                     weights = [on.weight(graph.module, weight_name(linear)).detach() for linear in stub.users]
-                    group = scheme.activations.kernel_group
-                    found[fact.site] = best_clip(inputs[fact.site].to(on.device), torch.cat(weights), group)
+                    statistics = inputs[fact.site].to(on.device)
+                    found[fact.site] = best_clip(statistics, torch.cat(weights), scheme.activations)
                 set_fact(stub, replace(fact, clip=found[fact.site]))
         return False
 
 
-def best_clip(statistics: InputStatistics, weights: torch.Tensor, group_size: int) -> float:
+def best_clip(statistics: InputStatistics, weights: torch.Tensor, scheme: ActivationScheme) -> float:
     """weights: f[N, C] -> the ratio of RATIOS with the least output error, ties to the largest."""
     rows, square = statistics.rows, _squares(weights.float(), len(RATIOS) * len(statistics.rows))
     # Text tokens are few, but the answer is generated from them.
     shares = torch.where(statistics.visual, 1 / statistics.visual.sum(), 1 / (~statistics.visual).sum())
-    costs = [float(square(round_trip(rows, group_size, ratio) - rows) @ shares) for ratio in RATIOS]
+    errors = (round_trip(rows, scheme.kernel_group, ratio, scheme.bits) - rows for ratio in RATIOS)
+    costs = [float(square(error) @ shares) for error in errors]
     return RATIOS[min(range(len(RATIOS)), key=costs.__getitem__)]
 
 

@@ -229,9 +229,8 @@ class _Training:
         if fact.role == "activation":
             if self.scheme.activations.bits == 16:
                 return value if learned is None else kronecker_rows(value, *learned.factors()).to(value.dtype)
-            group = self.scheme.activations.kernel_group
             if learned is not None:
-                return learned.inputs(value, group).to(value.dtype)
+                return learned.inputs(value, self.scheme.activations).to(value.dtype)
         if fact.role == "weight":
             return self.weights[node]
         # Nothing is learned here: gradients only pass through.
@@ -252,7 +251,8 @@ class _Training:
 
     def _rounded(self, weight: torch.Tensor, learned: LearnedTransform | None) -> torch.Tensor:
         moved = weight if learned is None else learned.weights(weight)
-        return rounded(moved, self.scheme.weights.kernel_group, 1.0).to(weight.dtype)
+        scheme = self.scheme.weights
+        return rounded(moved, scheme.kernel_group, 1.0, scheme.bits).to(weight.dtype)
 
     def loss(self, batch: _Batch, targets: Values) -> torch.Tensor:
         """The error of one batch under rounding with the current factors, against the block's full-precision output."""
@@ -333,7 +333,7 @@ class _Training:
             for name in names:
                 moved[name] = self.on.back(moved[name]).contiguous()
                 set_tensor(module, name, moved[name])
-            if self.scheme.activations.bits == 4:
+            if self.scheme.activations.bits != 16:
                 set_fact(stub, replace(fact, clip=float(torch.sigmoid(self.sites[fact.site].clip))))
 
 

@@ -206,7 +206,7 @@ def needs_samples(recipe: Recipe) -> list[str]:
     """The settings of a recipe that need calibration samples, in words."""
     needs = []
     scheme = recipe.quantize
-    if scheme is not None and scheme.weights.bits == 4:
+    if scheme is not None and scheme.weights.bits != 16:
         asked = {
             f"weights.solver {scheme.weights.solver} (rtn needs none)": needs_moments(scheme.weights),
             "smooth (null needs none)": scheme.smooth is not None,

@@ -36,6 +36,7 @@ def activation_quantize(
     shift: Any,
     group_size: int,
     clip_ratio: float,
+    bits: int,
 ) -> tuple[Any, Any]:
     """x, up: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
     assert x.shape is not None
@@ -43,7 +44,7 @@ def activation_quantize(
     values = activation(op.Cast(x, to=wide), function, wide)
     values = values if up is None else op.Mul(values, op.Cast(up, to=wide))
     values = op.Cast(values, to=ir.DataType.FLOAT)
-    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
+    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio, bits)
 
 
 def activation(x: Any, function: str, wide: ir.DataType) -> Any:

@@ -1,4 +1,4 @@
-"""qpcompile::activation_quantize: fused activation function or gated linear unit, transform and 4-bit quantization."""
+"""qpcompile::activation_quantize: fused activation function or gated linear unit, transform and quantization."""
 
 from typing import Any
 

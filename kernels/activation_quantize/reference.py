@@ -1,4 +1,4 @@
-"""Fused activation function or gated linear unit, online transform and 4-bit quantization.
+"""Fused activation function or gated linear unit, online transform and quantization.
 
     y = f(x), or f(x) * up;   (q, scale) = transform_quantize(y)
 

@@ -16,7 +16,7 @@ def _onnx() -> OnnxForm:
 
 
 def _probe(device: torch.device) -> None:
-    activation_quantize(noise(3, 48, device=device), None, "silu", None, True, None, None, None, 0, 1.0)
+    activation_quantize(noise(3, 48, device=device), None, "silu", None, True, None, None, None, 0, 1.0, 8)
 
 
 SPEC = Spec(OVERLOAD, RULE, _probe, since="fused", cpu=cpu.activation_quantize, onnx=_onnx)

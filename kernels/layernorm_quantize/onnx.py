@@ -23,6 +23,7 @@ def layernorm_quantize(
     shift: Any,
     group_size: int,
     clip_ratio: float,
+    bits: int,
 ) -> tuple[Any, Any]:
     """x: f[..., C], weight, bias: f[C] -> q: i8[..., C], scale: f32[..., G]."""
     assert x.shape is not None
@@ -33,4 +34,4 @@ def layernorm_quantize(
     values = op.Div(values, op.Sqrt(op.Add(mean, constant(eps, wide))))
     values = op.Add(op.Mul(values, op.Cast(weight, to=wide)), op.Cast(bias, to=wide))
     values = op.Cast(values, to=ir.DataType.FLOAT)
-    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
+    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio, bits)

@@ -1,4 +1,4 @@
-"""qpcompile::layernorm_quantize: fused layer norm, transform and 4-bit quantization."""
+"""qpcompile::layernorm_quantize: fused layer norm, transform and quantization."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Fused layer normalization, online transform and 4-bit quantization: a composition of two references.
+"""Fused layer normalization, online transform and quantization: a composition of two references.
 
     y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias;   (q, scale) = transform_quantize(y)
 

@@ -17,7 +17,7 @@ def _onnx() -> OnnxForm:
 
 def _probe(device: torch.device) -> None:
     x, weight = noise(3, 48, device=device), noise(48, device=device)
-    layernorm_quantize(x, weight, weight, 1e-6, None, True, None, None, None, 0, 1.0)
+    layernorm_quantize(x, weight, weight, 1e-6, None, True, None, None, None, 0, 1.0, 8)
 
 
 SPEC = Spec(OVERLOAD, RULE, _probe, since="fused", cpu=cpu.layernorm_quantize, onnx=_onnx)

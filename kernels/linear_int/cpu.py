@@ -1,4 +1,4 @@
-"""CPU kernel of linear_int: C on the packed weight; for many tokens AMX tiles or oneDNN where they are faster.
+"""CPU kernel of linear_int: C on the stored weight; for many tokens AMX tiles or oneDNN where they are faster.
 
 Few tokens are bound by weight bandwidth, so the weight is multiplied in its packed form, two codes per byte. For many
 tokens it is unpacked once per call, which is cheap compared with the product:
@@ -6,6 +6,8 @@ tokens it is unpacked once per call, which is cheap compared with the product:
 - with AMX: on tiles, in C;
 - with AVX512-VNNI: to int8, and oneDNN multiplies (torch._int_mm);
 - below: a panel of channels at a time, and C multiplies (panels.inc). oneDNN has no fast product of bytes there.
+
+Weights of 8 bits are stored unpacked: the same without that step, and C multiplies rows (codes.inc).
 
 One thread, in ms:
 
@@ -27,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.linear_int.packing import unpack_int4
+from qpcompile.kernels.linear_int.packing import codes_of
 from qpcompile.kernels.linear_int.reference import linear_codes
 from qpcompile.kernels.linear_int.rule import RULE
 from qpcompile.kernels.native import library as native
@@ -36,8 +38,10 @@ VNNI = native.LEVELS.index("avx512")
 """The level from which oneDNN has a fast integer product; below it, C is faster for any number of tokens."""
 FEW_TOKENS = 16
 """The most tokens for which vector instructions multiply the packed weight, without AMX tiles."""
+EXACT = 2**10
+"""The most products of two int8 whose sum is exact in float32."""
 FEW_BEFORE_TILES = 8
-"""The same with AMX tiles: 16 rows of a tile are then half empty."""
+"""FEW_TOKENS with AMX tiles: 16 rows of a tile are then half empty."""
 
 
 @RULE.checked
@@ -48,24 +52,26 @@ def linear_int(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    bits: int,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N].
+    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)] | i8[N, K], weight_scale: f32[N, Gw] -> f[..., N].
 
-    residual: dtype[..., N], added to the rounded y as a separate operator would do.
+    bits: of the codes q; C looks at the codes themselves. residual: dtype[..., N], added to the rounded y as a separate
+    operator would do.
     """
     operands = q, scale, weight, weight_scale, bias, dtype
-    native_takes = native.takes(scale, weight_scale, bias)
-    tiles = native_takes and native.library().amx and scale.shape[-1] == weight_scale.shape[-1] == 1
+    native_takes, packed = native.takes(scale, weight_scale, bias), weight.dtype == torch.uint8
+    tiles = native_takes and packed and native.library().amx and scale.shape[-1] == weight_scale.shape[-1] == 1
     few = q.numel() <= (FEW_BEFORE_TILES if tiles else FEW_TOKENS) * q.shape[-1]
     if tiles and not few:
         return _on_tiles(*operands, residual)
     if native_takes and (few or native.library().level < VNNI):
-        y = _from_packed(*operands)
+        y = _in_c(*operands)
     elif native_takes:
-        y = _from_codes(q, scale, native_codes(weight, q.shape[-1]), *operands[3:])
+        y = _from_codes(q, scale, native_codes(weight, q.shape[-1]) if packed else weight, *operands[3:])
     else:
-        y = linear_codes(q, scale, unpack_int4(weight, q.shape[-1]), *operands[3:], integer_product)
+        y = linear_codes(q, scale, codes_of(weight, q.shape[-1]), *operands[3:], integer_product)
     return y if residual is None else _sum(y, residual)
 
 
@@ -78,7 +84,7 @@ def _sum(y: Tensor, residual: Tensor) -> Tensor:
     return total
 
 
-def _from_packed(
+def _in_c(
     q: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -151,11 +157,13 @@ def linear_unpacked(
 
 
 def integer_product(q: Tensor, codes: Tensor) -> Tensor:
-    """q: i8[T, K], codes: i8[N, K] of at most 4 bits -> i32[T, N], exact."""
+    """q: i8[T, K], codes: i8[N, K] -> i32[T, N], exact."""
     if not torch.cpu._is_vnni_supported():
-        # Sums of at most K * 128 * 8 are exact in float32 below 2^24, and oneDNN's product is 30 times slower here.
-        wide = torch.float32 if q.shape[1] <= 2**14 else torch.float64
-        return (q.to(wide) @ codes.to(wide).T).to(torch.int32)
+        # Sums of 2^10 products are exact in float32, at most 2^24, and oneDNN's product is 30 times slower here.
+        total = torch.zeros(len(q), len(codes), dtype=torch.int32)
+        for left, right in zip(q.split(EXACT, 1), codes.split(EXACT, 1), strict=True):
+            total += (left.float() @ right.float().T).to(torch.int32)
+        return total
     # The product of one token is fast on the transposed view. With K = 1 its strides would be ambiguous.
     right = _dense(codes).T if codes.shape[1] > 1 else _dense(codes.T)
     return torch.ops.aten._int_mm.default(_dense(q), right)

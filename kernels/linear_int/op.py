@@ -1,4 +1,4 @@
-"""qpcompile::linear_int: linear layer on 4-bit activations and packed 4-bit weights."""
+"""qpcompile::linear_int: linear layer on codes of activations and weights."""
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ def linear_int(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    bits: int,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N].
+    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)] | i8[N, K], weight_scale: f32[N, Gw] -> f[..., N].
 
+    bits: of the codes q: 4 promises -8 to 7, which the GPU kernel is faster with; 8 allows any.
     residual: dtype[..., N], added to the rounded y (passes/fuse_kernels.py).
     """
-    return cpu.linear_int(q, scale, weight, weight_scale, bias, dtype, residual)
+    return cpu.linear_int(q, scale, weight, weight_scale, bias, dtype, bits, residual)
 
 
 @linear_int.register_kernel("cuda")
@@ -32,12 +34,13 @@ def _linear_int_cuda(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    bits: int,
     residual: Tensor | None = None,
 ) -> Tensor:
     from qpcompile.kernels.linear_int import triton
 
-    RULE.check(q, scale, weight, weight_scale, bias, dtype, residual)
-    return triton.linear_int(q, scale, weight, weight_scale, bias, dtype, residual=residual)
+    RULE.check(q, scale, weight, weight_scale, bias, dtype, bits, residual)
+    return triton.linear_int(q, scale, weight, weight_scale, bias, dtype, bits, residual)
 
 
 @linear_int.register_fake
@@ -48,9 +51,10 @@ def _linear_int_fake(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    bits: int,
     residual: Tensor | None = None,
 ) -> Tensor:
-    return RULE.fake(q, scale, weight, weight_scale, bias, dtype, residual)
+    return RULE.fake(q, scale, weight, weight_scale, bias, dtype, bits, residual)
 
 
 OVERLOAD = torch.ops.qpcompile.linear_int.default

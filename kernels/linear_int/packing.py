@@ -1,4 +1,4 @@
-"""Packing of 4-bit weights, two per byte, in planes: the one layout of all back ends.
+"""Storage of weights. 8-bit codes are stored as they are; 4-bit codes two per byte, in planes, on all back ends.
 
 A row of K codes is split into blocks of 2 P columns, P = 128 where 256 divides K and ceil(K / 2) otherwise (one block,
 an odd K padded with a zero code). Byte j of the block that starts at column k holds
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels.quantize_dynamic.reference import HIGHEST, LOWEST
+from qpcompile.kernels.quantize_dynamic.reference import code_range
+
+LOWEST, HIGHEST = code_range(4)
 
 
 def plane_width(in_features: int) -> int:
@@ -51,3 +53,13 @@ def unpack_int4(packed: Tensor, in_features: int) -> Tensor:
     codes[:, :, 0] -= 8
     torch.bitwise_right_shift(nibbles, 4, out=codes[:, :, 1])
     return codes.view(rows, 2 * width)[:, :in_features].contiguous()
+
+
+def stored_codes(q: Tensor, bits: int) -> Tensor:
+    """q: i8[N, K] of `bits` bits -> u8[N, ceil(K / 2)] for 4 bits, q for 8."""
+    return pack_int4(q) if bits == 4 else q
+
+
+def codes_of(stored: Tensor, in_features: int) -> Tensor:
+    """The inverse of `stored_codes` -> i8[N, K]; the type tells which it is."""
+    return unpack_int4(stored, in_features) if stored.dtype == torch.uint8 else stored

@@ -1,7 +1,8 @@
-"""Two-step ONNX export of operators on packed 4-bit weights, because a translation sees weights without data.
+"""Two-step ONNX export of operators on stored weights, because a translation sees weights without data.
 
 The translation emits one placeholder node of our own domain; `lower_placeholders` replaces it by standard ONNX once the
-data is available, with the weight stored as INT4[K, N]: two codes per byte, in the layout of a product.
+data is available, with the weight stored as INT4[K, N], two codes per byte, or as UINT8[K, N]: in the layout of a
+product.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 from onnxscript import values
 
 from qpcompile.errors import ExportError
-from qpcompile.kernels.linear_int.packing import unpack_int4
+from qpcompile.kernels.linear_int.packing import codes_of
 
 DOMAIN = "qpcompile"
 FIRST_OPSET = 21
@@ -53,11 +54,10 @@ def lower_placeholders(
     store: Store | None = None,
     takes: Callable[[int, int], bool] | None = None,
 ) -> None:
-    """Replace every node `name` of our domain in `model`; input `weight_at` is the packed weight, the next its scale.
+    """Replace every node `name` of our domain in `model`; input `weight_at` is the stored weight, the next its scale.
 
-    Weights become INT4[K, N], or the result of `store`. A node whose numbers of inputs and of groups `takes` rejects is
-    skipped.
-    A weight that several nodes share stays shared, and unused initializers are removed.
+    Weights become INT4[K, N] or UINT8[K, N], or the result of `store`. A node whose numbers of inputs and of groups
+    `takes` rejects is skipped. A weight that several nodes share stays shared, and unused initializers are removed.
     """
     graph = model.graph
     nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == name]
@@ -73,7 +73,7 @@ def lower_placeholders(
         scales, in_features = _array(scale).astype(np.float32), node.attributes["in_features"].as_int()
         if takes is not None and not takes(in_features, scales.shape[1]):
             continue
-        weight = _stored(graph, packed, in_features, scales, store or int4_columns)
+        weight = _stored(graph, packed, in_features, scales, store)
         tape = ir.tape.Tape()
         y = build(tape, node, weight, scales)
         for index, made in enumerate(tape.nodes):
@@ -116,10 +116,11 @@ def _array(value: ir.Value) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _stored(graph: ir.Graph, packed: ir.Value, in_features: int, scale: np.ndarray, store: Store) -> ir.Value:
-    """packed: u8[N, ceil(K/2)] in planes -> the tensor that `store` returns, registered once for all readers."""
-    codes = unpack_int4(torch.from_numpy(np.ascontiguousarray(_array(packed))), in_features).numpy()
-    ending, tensor = store(codes, scale)
+def _stored(graph: ir.Graph, packed: ir.Value, in_features: int, scale: np.ndarray, store: Store | None) -> ir.Value:
+    """packed: u8[N, ceil(K/2)] or i8[N, K] -> the tensor that `store` returns, registered once for all readers."""
+    given = _array(packed)
+    store = store or (int4_columns if given.dtype == np.uint8 else uint8_columns)
+    ending, tensor = store(codes_of(torch.from_numpy(np.ascontiguousarray(given)), in_features).numpy(), scale)
     tensor.name = f"{packed.name}_{ending}"
     if tensor.name in graph.initializers:
         return graph.initializers[tensor.name]
@@ -132,6 +133,11 @@ def int4_columns(codes: np.ndarray, scale: np.ndarray) -> tuple[str, ir.TensorPr
     """codes: i8[N, K] -> INT4[K, N]."""
     columns = codes.T
     return "int4", ir.PackedTensor(pack_pairs(columns), ir.DataType.INT4, shape=ir.Shape(columns.shape))
+
+
+def uint8_columns(codes: np.ndarray, scale: np.ndarray) -> tuple[str, ir.TensorProtocol]:
+    """codes: i8[N, K] -> UINT8[K, N], codes + 128."""
+    return "uint8", ir.tensor(np.ascontiguousarray(codes.T).view(np.uint8) ^ 128)
 
 
 def pack_pairs(codes: np.ndarray) -> np.ndarray:

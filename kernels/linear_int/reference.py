@@ -1,8 +1,9 @@
-"""Linear layer on 4-bit activations and 4-bit weights with an exact integer product, in plain torch.
+"""Linear layer on codes of activations and of weights, int8 each, with an exact integer product, in plain torch.
 
     y[t, n] = sum_g (sum_{k in g} q[t, k] w[n, k]) * scale[t, g] * weight_scale[n, g] + bias[n]
 
-The inner sum is an exact int32. It is scaled in float32 in the order written, left to right, then cast once.
+The inner sum is an exact int32. It is scaled in float32 in the order written, left to right, then cast once. Weights of
+4 bits are stored packed (packing.py), those of 8 bits as they are.
 Source: QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, section 4, arXiv 2404.00456.
 """
 
@@ -11,19 +12,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.linear_int.packing import unpack_int4
+from qpcompile.kernels.linear_int.packing import codes_of
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear_int(
-    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    bits: int = 8,
 ) -> Tensor:
-    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> y: dtype[..., N].
+    """q: i8[..., K], scale: f32[..., G], weight: u8[N, ceil(K/2)] | i8[N, K], weight_scale: f32[N, Gw] -> f[..., N].
 
-    G and Gw are equal, or one of them is 1. bias: f[N].
+    G and Gw are equal, or one of them is 1. bias: f[N]. bits: of the codes q; of no effect on the result.
     """
-    codes = unpack_int4(weight, q.shape[-1])
+    codes = codes_of(weight, q.shape[-1])
     return linear_codes(q, scale, codes, weight_scale, bias, dtype, integer_product)
 
 

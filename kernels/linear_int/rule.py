@@ -1,16 +1,18 @@
 """Operand rule of `qpcompile::linear_int`."""
 
-from qpcompile.kernels.rules import FLOAT_TYPE, Relation, Rule, multiple
+from qpcompile.kernels.quantize_dynamic.reference import BITS
+from qpcompile.kernels.rules import FLOAT_TYPE, Relation, Rule, multiple, one_of
 
 RULE = Rule(
     "qpcompile::linear_int",
     {
         "q": "i8[..., K]",
         "scale": "f32[..., G]",
-        "weight": "u8[N, ceil(K/2)]",
+        "weight": ("u8[N, ceil(K/2)]", "i8[N, K]"),
         "weight_scale": "f32[N, Gw]",
         "bias": "f[N]?",
         "dtype": FLOAT_TYPE,
+        "bits": one_of(*BITS),
         "residual": "=dtype[..., N]?",
     },
     relations=(

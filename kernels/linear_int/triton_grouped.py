@@ -1,4 +1,4 @@
-"""GPU kernel of linear_int with scales per group of any size: correct, not tuned (see linear_int/triton.py)."""
+"""GPU kernel of linear_int with scales per group of any size, or 8-bit weights: correct, not tuned (see triton.py)."""
 
 # Kernel bodies and launches are Triton's language, which only looks like Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
@@ -26,12 +26,13 @@ def linear_int_grouped_kernel(
     G: tl.constexpr,
     GW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PACKED: tl.constexpr,
     OUT: tl.constexpr,
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:
-    """w: i8[N, ceil(K/2)] packed, q: i8[T, K] codes, scale: f32[T, G], w_scale: f32[N, GW] -> y: f[T, N]."""
-    WIDTH: tl.constexpr = (K + 1) // 2
+    """w: i8[N, ceil(K/2)] (PACKED) | i8[N, K], q: i8[T, K], scale: f32[T, G], w_scale: f32[N, GW] -> y: f[T, N]."""
+    WIDTH: tl.constexpr = (K + 1) // 2 if PACKED else K
     GROUPS: tl.constexpr = G if G > GW else GW
     SIZE: tl.constexpr = K // GROUPS
     row = tl.program_id(0) * OUT + tl.arange(0, OUT)
@@ -47,9 +48,11 @@ def linear_int_grouped_kernel(
             inner = start + tl.arange(0, STEP)
             inside = inner < SIZE
             k = group * SIZE + inner
-            at = w_ptr + row_at[:, None] * WIDTH + (k // (2 * PLANE) * PLANE + k % PLANE)[None, :]
-            packed = tl.load(at, mask=row_in[:, None] & inside[None, :], other=0)
-            w = tl.where(((k // PLANE) % 2 == 1)[None, :], packed >> 4, (packed & 15) - 8)
+            byte = k // (2 * PLANE) * PLANE + k % PLANE if PACKED else k
+            at = w_ptr + row_at[:, None] * WIDTH + byte[None, :]
+            w = tl.load(at, mask=row_in[:, None] & inside[None, :], other=0)
+            if PACKED:
+                w = tl.where(((k // PLANE) % 2 == 1)[None, :], w >> 4, (w & 15) - 8)
             x = tl.load(q_ptr + token_at[None, :] * K + k[:, None], mask=token_in[None, :] & inside[:, None], other=0)
             exact = tl.dot(w, x, exact, out_dtype=tl.int32)
         scale = tl.load(scale_ptr + token_at * G + (group if G > 1 else 0), mask=token_in, other=0.0)
@@ -62,14 +65,20 @@ def linear_int_grouped_kernel(
 
 
 def run_grouped(
-    rows: Tensor, packed: Tensor, scales: tuple[Tensor, Tensor], bias: Tensor | None, y: Tensor, tile: Tile
+    rows: Tensor,
+    stored: Tensor,
+    scales: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    y: Tensor,
+    tile: Tile,
+    packed: bool,
 ) -> None:
-    """rows: i8[T, K] codes, packed: i8[N, ceil(K/2)], scales: f32[T, G], f32[N, Gw], bias: f[N] -> y: f[T, N]."""
+    """rows: i8[T, K], stored: i8[N, ceil(K/2)] if packed, else i8[N, K], scales: f32[T, G], f32[N, Gw] -> f[T, N]."""
     tokens, in_features = rows.shape
     grid = triton.cdiv(y.shape[1], tile.out), triton.cdiv(tokens, tile.tokens)
     linear_int_grouped_kernel[grid](
-        packed, rows, *scales, packed if bias is None else bias, y, tokens, y.shape[1],
-        in_features, plane_width(in_features), scales[0].shape[-1], scales[1].shape[-1], bias is not None,
+        stored, rows, *scales, stored if bias is None else bias, y, tokens, y.shape[1],
+        in_features, plane_width(in_features), scales[0].shape[-1], scales[1].shape[-1], bias is not None, packed,
         tile.out, tile.tokens, tile.step,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip

@@ -17,7 +17,7 @@ def _onnx() -> OnnxForm:
 
 
 def _probe(device: torch.device) -> None:
-    codes, weight_scale = quantize_dynamic(noise(48, 256, device=device), 0, 1.0)
+    codes, weight_scale = quantize_dynamic(noise(48, 256, device=device), 0, 1.0, 4)
     linear_w4a16(noise(3, 256, device=device), pack_int4(codes), weight_scale, None)
 
 

@@ -82,7 +82,7 @@ def _of(kind: Kind, names: str) -> Signature:
 
 PLAN: Signature = (
     *_of(SPAN, "weight bias transform_scale left right shift tiles gates"),
-    *_of(WHOLE, "channels group_size left_size right_size kind element rounded"),
+    *_of(WHOLE, "channels group_size left_size right_size kind element rounded highest"),
     *_of(REAL, "constant clip_ratio"),
 )
 """The parameters of a row operator (native/rows.py)."""

@@ -39,7 +39,7 @@ typedef struct {
     const uint16_t *tiles; /* of kronecker/amx.inc: the factors for AMX, or NULL */
     const float *gates;    /* of activation_quantize/cpu.inc: a function's value for each bfloat16, f32[65536], or NULL */
     double constant;
-    float clip;
+    float clip, highest; /* the largest code */
     int kind;           /* an index into rows_of, of `enum kind` */
     int element;        /* of the rows */
     int weight_element; /* of weight and bias */

@@ -16,7 +16,7 @@ from torch import Tensor
 from qpcompile.kernels.hadamard.reference import factor_arrays
 from qpcompile.kernels.native.cells import ELEMENTS, OTHER
 from qpcompile.kernels.native.library import call, library, real
-from qpcompile.kernels.quantize_dynamic.reference import group_count
+from qpcompile.kernels.quantize_dynamic.reference import group_count, highest
 
 Gate = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu_then_mul", "sigmoid_mul"]
 Kind = Literal["plain", "rmsnorm", "layernorm"] | Gate
@@ -37,6 +37,7 @@ class RowPlan:
     scale: f32[C], applied before the basis change.
     factors: f32[A, A] and f32[c, c] with A c = C, or True for the Hadamard rotation.
     shift: f32[C], subtracted after it.
+    bits: of the codes.
     as_graph: round between the fused operators like the graph does (half precision).
     level: the instruction set, None for the best one.
     arguments: those of the function in C.
@@ -54,6 +55,7 @@ class RowPlan:
     shift: Tensor | None = None
     group_size: int = 0
     clip_ratio: float = 1.0
+    bits: int = 4
     as_graph: bool = False
     level: int | None = None
     arguments: tuple[Any, ...] = field(init=False, repr=False)
@@ -79,7 +81,7 @@ class RowPlan:
         return (
             *(weight, bias, scale, left, right, shift, tiles, gates),
             *(self.channels, self.group_size, *sizes, KINDS.index(self.kind), element, rounded),
-            *(self.constant, self.clip_ratio),
+            *(highest(self.bits), self.constant, self.clip_ratio),
         )
 
     def quantized(self, x: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ def _gates(kind: Kind, constant: float, as_graph: bool) -> Tensor:
     """f32[65536], the gate function tabulated over every bfloat16, bit-identical to the direct computation."""
     gates, rounded = torch.empty(2**16), ELEMENTS[torch.bfloat16 if as_graph else torch.float32]
     sizes = 0, 0, 0, 0, KINDS.index(kind), ELEMENTS[torch.bfloat16], rounded
-    call("gates_f32", gates, *[None] * 8, *sizes, constant, 0.0)
+    call("gates_f32", gates, *[None] * 8, *sizes, 0, constant, 0.0)
     return gates
 
 

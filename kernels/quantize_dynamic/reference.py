@@ -1,7 +1,7 @@
-"""Symmetric dynamic 4-bit quantization of activations, one scale per token or per group of channels, in plain torch.
+"""Symmetric dynamic quantization of activations to 4 or 8 bits, per token or group of channels, in plain torch.
 
-    scale = clip_ratio * max|x| / 7   (1 where that is 0)
-    q     = clamp(round_half_even(x / scale), -8, 7)
+    scale = clip_ratio * max|x| / h   (1 where that is 0)      h = 7 for 4 bits, 127 for 8
+    q     = clamp(round_half_even(x / scale), -h - 1, h)
 
 Every step is an IEEE float32 operation with true division, so that all back ends produce identical codes.
 Source: QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, section 4.1 (per-token symmetric), arXiv 2404.00456.
@@ -12,15 +12,30 @@ from torch import Tensor
 
 from qpcompile.errors import KernelError
 
-LOWEST, HIGHEST = -8, 7
+BITS = (4, 8)
+"""The bits that a code may have; it is an int8 in either case."""
 
 
-def quantize_dynamic(x: Tensor, group_size: int = 0, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
-    """x: f[..., C] -> q: i8[..., C] in [-8, 7], scale: f32[..., G], x ≈ q * scale; group_size 0 means G = 1."""
+def highest(bits: int) -> int:
+    """The largest code, h: 7 or 127. The lowest is -h - 1."""
+    return 2 ** (bits - 1) - 1
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The lowest and the highest code."""
+    return -highest(bits) - 1, highest(bits)
+
+
+def quantize_dynamic(x: Tensor, group_size: int = 0, clip_ratio: float = 1.0, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """x: f[..., C] -> q: i8[..., C] of `bits` bits, scale: f32[..., G], x ≈ q * scale; group_size 0 means G = 1."""
     groups = split_groups(x.float(), group_size)
-    scale = int4_scale(groups.abs().amax(-1), clip_ratio)
-    codes = torch.clamp(torch.round(groups / scale.unsqueeze(-1)), LOWEST, HIGHEST)
-    return codes.to(torch.int8).reshape(x.shape), scale
+    scale = step_of(groups.abs().amax(-1), clip_ratio, bits)
+    return rounded(groups / scale.unsqueeze(-1), bits).reshape(x.shape), scale
+
+
+def rounded(ratio: Tensor, bits: int) -> Tensor:
+    """ratio: f32[...] of values to their step -> codes: i8[...]."""
+    return torch.clamp(torch.round(ratio), *code_range(bits)).to(torch.int8)
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
@@ -29,10 +44,10 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     return (groups * scale.unsqueeze(-1)).reshape(q.shape)
 
 
-def int4_scale(absmax: Tensor, clip_ratio: float) -> Tensor:
+def step_of(absmax: Tensor, clip_ratio: float, bits: int) -> Tensor:
     """absmax: f32[..., G] -> f32[..., G], the quantization step."""
-    # A Python scalar 7.0 would let CUDA's division kernel multiply by a rounded reciprocal.
-    scale = (absmax * clip_ratio) / absmax.new_full((), 7.0)
+    # A Python scalar would let CUDA's division kernel multiply by a rounded reciprocal.
+    scale = (absmax * clip_ratio) / absmax.new_full((), float(highest(bits)))
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 

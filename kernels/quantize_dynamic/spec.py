@@ -18,7 +18,7 @@ def _onnx() -> OnnxForm:
 
 def _probe(device: torch.device) -> tuple[Tensor, Tensor]:
     x = noise(17, 256, device=device)
-    return quantize_dynamic(x, 0, 1.0)[0], reference.quantize_dynamic(x, 0, 1.0)[0]
+    return quantize_dynamic(x, 0, 1.0, 8)[0], reference.quantize_dynamic(x, 0, 1.0, 8)[0]
 
 
 SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", cpu=cpu.quantize_dynamic, onnx=_onnx)

@@ -5,14 +5,13 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset21
 
-from qpcompile.kernels.quantize_dynamic.reference import HIGHEST, LOWEST
+from qpcompile.kernels.quantize_dynamic.onnx import rounded
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
 
-def quantize_static(x: Any, scale: Any) -> tuple[Any, Any]:
+def quantize_static(x: Any, scale: Any, bits: int) -> tuple[Any, Any]:
     """x: f[..., C], scale: f32[1] or f32[..., 1] -> q: i8[..., C], scale: f32[..., 1]."""
     values = op.Cast(x, to=ir.DataType.FLOAT)
-    codes = op.Clip(op.Round(op.Div(values, scale)), float(LOWEST), float(HIGHEST))
     sizes = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[1]), axis=0)
-    return op.Cast(codes, to=ir.DataType.INT8), op.Expand(scale, sizes)
+    return rounded(values, scale, bits), op.Expand(scale, sizes)

@@ -15,7 +15,7 @@ def _onnx() -> OnnxForm:
 
 
 def _probe(device: torch.device) -> None:
-    quantize_static(noise(3, 48, device=device), torch.ones(1, device=device))
+    quantize_static(noise(3, 48, device=device), torch.ones(1, device=device), 4)
 
 
 SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", onnx=_onnx)

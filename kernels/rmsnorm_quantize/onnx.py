@@ -22,6 +22,7 @@ def rmsnorm_quantize(
     shift: Any,
     group_size: int,
     clip_ratio: float,
+    bits: int,
 ) -> tuple[Any, Any]:
     """x: f[..., C], weight: f[C] -> q: i8[..., C], scale: f32[..., G]."""
     assert x.shape is not None
@@ -30,4 +31,4 @@ def rmsnorm_quantize(
     mean = op.ReduceMean(op.Mul(values, values), [-1], keepdims=1)
     values = op.Div(values, op.Sqrt(op.Add(mean, constant(eps, wide))))
     values = op.Cast(op.Mul(values, op.Cast(weight, to=wide)), to=ir.DataType.FLOAT)
-    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
+    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio, bits)

@@ -1,4 +1,4 @@
-"""qpcompile::rmsnorm_quantize: fused RMS norm, transform and 4-bit quantization."""
+"""qpcompile::rmsnorm_quantize: fused RMS norm, transform and quantization."""
 
 from typing import Any
 

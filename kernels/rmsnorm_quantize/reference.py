@@ -1,4 +1,4 @@
-"""Fused RMS normalization, online transform and 4-bit quantization: a composition of two references.
+"""Fused RMS normalization, online transform and quantization: a composition of two references.
 
     y = x / sqrt(mean(x^2) + eps) * weight;   (q, scale) = transform_quantize(y)
 

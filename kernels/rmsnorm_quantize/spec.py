@@ -16,7 +16,9 @@ def _onnx() -> OnnxForm:
 
 
 def _probe(device: torch.device) -> None:
-    rmsnorm_quantize(noise(3, 48, device=device), noise(48, device=device), 1e-6, None, True, None, None, None, 0, 1.0)
+    rmsnorm_quantize(
+        noise(3, 48, device=device), noise(48, device=device), 1e-6, None, True, None, None, None, 0, 1.0, 8
+    )
 
 
 SPEC = Spec(OVERLOAD, RULE, _probe, since="fused", cpu=cpu.rmsnorm_quantize, onnx=_onnx)

@@ -95,11 +95,12 @@ def token_scores(
     rotate: bool,
     group_size: int,
     clip_ratio: float,
+    bits: int,
     relative: bool,
     sink: float,
 ) -> Tensor:
     """Shapes as in reference.py."""
-    settings = Settings(weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
+    settings = Settings(weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, bits, relative, sink)
     attention, tokens = Attention(q, k, mask, scale), Tokens(visual, valid, queries)
     return reference.token_scores(hidden, rounded, attention, tokens, settings, attention_mass)
 

@@ -33,6 +33,7 @@ def token_scores(
     rotate: bool,
     group_size: int,
     clip_ratio: float,
+    bits: int,
     relative: bool,
     sink: float,
 ) -> Any:
@@ -46,7 +47,7 @@ def token_scores(
         magnitude = op.ReduceL2(_without_sinks(hidden, counted, sink), [-1], keepdims=0)
     if weights[3]:
         lost = _residual(
-            _without_sinks(rounded, counted, sink), rounded.shape, rotate, group_size, clip_ratio, relative
+            _without_sinks(rounded, counted, sink), rounded.shape, rotate, group_size, clip_ratio, bits, relative
         )
     score: Any = 0.0
     metrics = (attention.get("inter"), magnitude, attention.get("intra"), lost)
@@ -69,10 +70,12 @@ def _without_sinks(tensor: Any, counted: Any, sink: float) -> Any:
     return op.Where(op.Unsqueeze(op.Greater(peak, op.Mul(middle, sink)), [1]), 0.0, values)
 
 
-def _residual(values: Any, shape: ir.Shape, rotate: bool, group_size: int, clip_ratio: float, relative: bool) -> Any:
+def _residual(
+    values: Any, shape: ir.Shape, rotate: bool, group_size: int, clip_ratio: float, bits: int, relative: bool
+) -> Any:
     """values: f32[B, S, C] of the given shape -> f32[B, S]."""
     values = rotated(values, shape) if rotate else values
-    codes, scale = quantize_values(values, shape, group_size, clip_ratio)
+    codes, scale = quantize_values(values, shape, group_size, clip_ratio, bits)
     codes = op.Cast(codes, to=ir.DataType.FLOAT)
     if groups := group_size and shape[-1] // group_size:
         parts = op.Mul(op.Reshape(codes, [0, 0, groups, group_size]), op.Reshape(scale, [0, 0, groups, 1]))

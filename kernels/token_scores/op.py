@@ -31,6 +31,7 @@ def token_scores(
     rotate: bool,
     group_size: int,
     clip_ratio: float,
+    bits: int,
     relative: bool,
     sink: float,
 ) -> Tensor:
@@ -40,7 +41,7 @@ def token_scores(
     mask: f or bool [B | 1, 1 | H, S, S], None is causal. weights: of inter, magnitude, intra, residual.
     Visual tokens get the weighted sum, other valid tokens +inf, padding -inf. Terms and options: see reference.py.
     """
-    settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
+    settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, bits, relative, sink)
     return cpu.token_scores(hidden, rounded, q, k, mask, scale, visual, valid, queries, *settings).contiguous()
 
 
@@ -63,12 +64,13 @@ def _(
     rotate: bool,
     group_size: int,
     clip_ratio: float,
+    bits: int,
     relative: bool,
     sink: float,
 ) -> Tensor:
     from qpcompile.kernels.token_scores import triton
 
-    settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
+    settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, bits, relative, sink)
     RULE.check(hidden, rounded, q, k, mask, scale, visual, valid, queries, *settings)
     attention, tokens = Attention(q, k, mask, scale), Tokens(visual, valid, queries)
     scores = reference.token_scores(hidden, rounded, attention, tokens, Settings(*settings), triton.attention_mass)
@@ -94,10 +96,11 @@ def _(
     rotate: bool,
     group_size: int,
     clip_ratio: float,
+    bits: int,
     relative: bool,
     sink: float,
 ) -> Tensor:
-    settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, relative, sink)
+    settings = (weights, normalize, low, high, intra_mean, rotate, group_size, clip_ratio, bits, relative, sink)
     return RULE.fake(hidden, rounded, q, k, mask, scale, visual, valid, queries, *settings)
 
 

@@ -1,9 +1,9 @@
-"""Score visual tokens by the quantized model's attention and by their 4-bit quantization residual.
+"""Score visual tokens by the quantized model's attention and by their quantization residual.
 
     inter_i     = 1/H sum_h sum_{j in T} A^h[j, i]        attention from text queries T
     magnitude_i = ||v_i||
     intra_i     = 1/H sum_h sum_{k in V} A^h[k, i]        attention from visual queries V
-    residual_i  = ||Q(x_i) - x_i||                        Q: symmetric int4, after the rotation if asked; or / ||x_i||
+    residual_i  = ||Q(x_i) - x_i||                        Q: quantize_dynamic, after the rotation if asked; or / ||x_i||
     score_i     = sum over the four of weight * normalised metric
 
 A = softmax(scale * Q K^T + mask), grouped-query. Text tokens score +inf, padding -inf, so that top-k always keeps the
@@ -73,7 +73,9 @@ def token_scores(
     lost = nothing
     if weights[3]:
         values = without_sinks(rounded.float(), counted, settings.sink)
-        lost = residual(values, settings.rotate, settings.group_size, settings.clip_ratio, settings.relative)
+        lost = residual(
+            values, settings.rotate, settings.group_size, settings.clip_ratio, settings.bits, settings.relative
+        )
     scores = nothing
     for weight, metric in zip(weights, (inter, magnitude, intra, lost), strict=True):
         if weight:
@@ -96,10 +98,10 @@ def without_sinks(values: Tensor, counted: Tensor, sink: float) -> Tensor:
     return values.masked_fill((peak > sink * middle)[:, None], 0.0)
 
 
-def residual(values: Tensor, rotate: bool, group_size: int, clip_ratio: float, relative: bool) -> Tensor:
-    """values: f32[B, S, C] -> f32[B, S], the L2 norm of the int4 rounding error, or its ratio to the token's norm."""
+def residual(values: Tensor, rotate: bool, group_size: int, clip_ratio: float, bits: int, relative: bool) -> Tensor:
+    """values: f32[B, S, C] -> f32[B, S], the L2 norm of the rounding error, or its ratio to the token's norm."""
     if rotate:
         values = hadamard(values)
-    codes, scale = quantize_dynamic(values, group_size, clip_ratio)
+    codes, scale = quantize_dynamic(values, group_size, clip_ratio, bits)
     lost = (dequantize(codes, scale) - values).norm(dim=-1)
     return lost / (values.norm(dim=-1) + EPSILON) if relative else lost

@@ -1,5 +1,6 @@
 """Operand rule of `qpcompile::token_scores`."""
 
+from qpcompile.kernels.quantize_dynamic.reference import BITS
 from qpcompile.kernels.rules import FLAG, Relation, Rule, count, grouped, multiple, number, numbers, one_of
 from qpcompile.kernels.token_scores.normalize import METHODS
 
@@ -23,6 +24,7 @@ RULE = Rule(
         "rotate": FLAG,
         "group_size": count(),
         "clip_ratio": number(0, 1, above=True),
+        "bits": one_of(*BITS),
         "relative": FLAG,
         "sink": number(0),
     },

@@ -34,7 +34,8 @@ class Settings:
 
     weights: of (inter, magnitude, intra, residual). normalize, low, high: see normalize.py; low, high: percentiles.
     intra_mean: divide intra by the number of visual queries that see the key.
-    rotate, group_size, clip_ratio: of the quantizer whose residual counts; relative: divide it by the token's norm.
+    rotate, group_size, clip_ratio, bits: of the quantizer whose residual counts; relative: divide it by the token's
+    norm.
     sink: see reference.without_sinks, 0 leaves all channels in.
     """
 
@@ -46,5 +47,6 @@ class Settings:
     rotate: bool
     group_size: int
     clip_ratio: float
+    bits: int
     relative: bool
     sink: float

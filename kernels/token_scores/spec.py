@@ -18,7 +18,7 @@ def _probe(device: torch.device) -> None:
     hidden, q = noise(1, 6, 48, device=device), noise(1, 4, 6, 12, device=device)
     valid = torch.ones(1, 6, dtype=torch.bool, device=device)
     visual = valid & (torch.arange(6, device=device) < 4)
-    settings = ([0.45, 0.25, 0.1, 0.2], "percentile", 1.0, 99.0, False, False, 0, 1.0, False, 0.0)
+    settings = ([0.45, 0.25, 0.1, 0.2], "percentile", 1.0, 99.0, False, False, 0, 1.0, 4, False, 0.0)
     token_scores(hidden, hidden, q, q, None, 0.3, visual, valid, ~visual, *settings)
 
 

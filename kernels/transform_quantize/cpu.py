@@ -38,11 +38,11 @@ def readable(end: Epilogue, x: Tensor, *tensors: Tensor | None) -> bool:
 def row_plan(kind: Kind, x: Tensor, end: Epilogue, level: int | None, **parameters: Any) -> RowPlan:
     """The operator in C for rows of `kind` of the type and width of x; parameters: those of the kind."""
     factors = end.rotate if end.left is None or end.right is None else (end.left, end.right)
-    settings: dict[str, Any] = {"group_size": end.group_size, "clip_ratio": end.clip_ratio, "level": level}
-    settings |= {"scale": end.transform_scale, "factors": factors, "shift": end.shift}
+    settings: dict[str, Any] = {"group_size": end.group_size, "clip_ratio": end.clip_ratio, "bits": end.bits}
+    settings |= {"level": level, "scale": end.transform_scale, "factors": factors, "shift": end.shift}
     return RowPlan(kind, x.dtype, x.shape[-1], **parameters, **settings)
 
 
 def quantized(rows: Tensor, end: Epilogue, x: Tensor) -> tuple[Tensor, Tensor]:
     """rows: f32[..., C], computed from x -> q: i8[..., C], scale: f32[..., G], by torch."""
-    return quantize_dynamic(end.transformed(rows, wide_type(x)), end.group_size, end.clip_ratio)
+    return quantize_dynamic(end.transformed(rows, wide_type(x)), end.group_size, end.clip_ratio, end.bits)

@@ -22,10 +22,11 @@ def transform_quantize(
     shift: Any,
     group_size: int,
     clip_ratio: float,
+    bits: int,
 ) -> tuple[Any, Any]:
     """x: f[..., C] -> q: i8[..., C], scale: f32[..., G]. The rank and C of `x` must be known."""
     values = op.Cast(x, to=ir.DataType.FLOAT)
-    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio)
+    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio, bits)
 
 
 def quantized(
@@ -38,6 +39,7 @@ def quantized(
     shift: Any,
     group_size: int,
     clip_ratio: float,
+    bits: int,
 ) -> tuple[Any, Any]:
     """values: f32[..., C], computed from x: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
     shape, wide = x.shape, wide_type(x)
@@ -47,4 +49,4 @@ def quantized(
     elif rotate:
         values = rotated(values, shape, wide)
     values = values if shift is None else op.Sub(values, shift)
-    return quantize_values(values, shape, group_size, clip_ratio)
+    return quantize_values(values, shape, group_size, clip_ratio, bits)

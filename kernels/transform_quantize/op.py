@@ -1,4 +1,4 @@
-"""qpcompile::transform_quantize: online transform and 4-bit quantization of a linear's input."""
+"""qpcompile::transform_quantize: online transform and quantization of a linear's input."""
 
 from typing import Any
 

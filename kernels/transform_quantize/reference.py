@@ -1,4 +1,4 @@
-"""Online transform of a linear's input, then 4-bit quantization; also the epilogue of operators that compute the input.
+"""Online transform of a linear's input, then quantization; also the epilogue of operators that compute the input.
 
     y = T (x * transform_scale) - shift;   (q, scale) = quantize_dynamic(y)
 
@@ -21,16 +21,16 @@ from qpcompile.kernels.sums import wide_type
 
 SCHEMA = (
     "Tensor? transform_scale, bool rotate, Tensor? left, Tensor? right, Tensor? shift, "
-    "int group_size, float clip_ratio) -> (Tensor, Tensor)"
+    "int group_size, float clip_ratio, int bits) -> (Tensor, Tensor)"
 )
 """The end of the schema of every operator with this epilogue."""
-EpilogueArguments = tuple[Tensor | None, bool, Tensor | None, Tensor | None, Tensor | None, int, float]
+EpilogueArguments = tuple[Tensor | None, bool, Tensor | None, Tensor | None, Tensor | None, int, float, int]
 """The fields of an `Epilogue`, in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Epilogue:
-    """A transform and a quantizer, by the operators' last seven arguments.
+    """A transform and a quantizer, by the operators' last eight arguments.
 
     transform_scale, shift: f32[C]; left: f32[A, A], right: f32[c, c] with A c = C; group_size 0: one scale per token.
     """
@@ -42,6 +42,7 @@ class Epilogue:
     shift: Tensor | None = None
     group_size: int = 0
     clip_ratio: float = 1.0
+    bits: int = 4
 
     def transformed(self, x: Tensor, wide: torch.dtype | None = None) -> Tensor:
         """x: f32[..., C] -> f32[..., C]; wide: the accumulation type, if x was computed from another type's tensor."""
@@ -53,7 +54,7 @@ class Epilogue:
 
     def quantized(self, x: Tensor, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """x: f32[..., C] -> q: i8[..., C], scale: f32[..., G]."""
-        return quantize_dynamic(self.transformed(x, wide), self.group_size, self.clip_ratio)
+        return quantize_dynamic(self.transformed(x, wide), self.group_size, self.clip_ratio, self.bits)
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The factors of T for the channels of x, on its device; None for the identity."""

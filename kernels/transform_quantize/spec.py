@@ -17,7 +17,7 @@ def _onnx() -> OnnxForm:
 
 def _probe(device: torch.device) -> None:
     x, left, right = (noise(*sizes, device=device) for sizes in ((3, 48), (8, 8), (6, 6)))
-    transform_quantize(x, None, False, left, right, noise(48, device=device), 0, 1.0)
+    transform_quantize(x, None, False, left, right, noise(48, device=device), 0, 1.0, 8)
 
 
 SPEC = Spec(OVERLOAD, RULE, _probe, since="fused", cpu=cpu.transform_quantize, onnx=_onnx)

@@ -30,6 +30,7 @@ from qpcompile.kernels.hadamard.triton import (
     tile_channels,
 )
 from qpcompile.kernels.kronecker.triton import change_tile, factor_tiling, kronecker
+from qpcompile.kernels.quantize_dynamic.reference import highest
 from qpcompile.kernels.quantize_dynamic.triton import quantize_dynamic, quantize_tile
 from qpcompile.kernels.rmsnorm_quantize.triton import norm_tile
 from qpcompile.kernels.transform_quantize.reference import Epilogue, EpilogueArguments
@@ -82,6 +83,7 @@ def rows_kernel(
     SCALED: tl.constexpr,
     SHIFTED: tl.constexpr,
     CODES: tl.constexpr,
+    HIGHEST: tl.constexpr,
 ) -> None:
     """x, up: f[T, C] -> y: i8[T, C] and token_scale: f32[T] (CODES), or y: f32[T, C].
 
@@ -118,7 +120,7 @@ def rows_kernel(
     if SHIFTED:
         y = y - tl.load(shift_ptr + channel, mask=inside, other=0.0)
     if CODES:
-        codes, scale = quantize_tile(tl.where(inside, y, 0.0), clip_ratio, TOKENS)
+        codes, scale = quantize_tile(tl.where(inside, y, 0.0), clip_ratio, HIGHEST, TOKENS)
         tl.store(y_ptr + token * C + channel, codes, mask=here)
         tl.store(token_scale_ptr + token, scale, mask=token < T)
     else:
@@ -135,10 +137,10 @@ def rows_quantize(rows: Rows, end: Epilogue) -> tuple[Tensor, Tensor]:
     tiling = _tiling(rows, end)
     if tiling is None:
         values = _launch(rows, Epilogue(), plain_tiling(rows.x.shape[-1]), False)[0]
-        return quantize_dynamic(_through_memory(values, end), end.group_size, end.clip_ratio)
+        return quantize_dynamic(_through_memory(values, end), end.group_size, end.clip_ratio, end.bits)
     if end.group_size or tiling.parts > 1:
         values = _launch(rows, end, tiling, False)[0]
-        return quantize_dynamic(values, end.group_size, end.clip_ratio)
+        return quantize_dynamic(values, end.group_size, end.clip_ratio, end.bits)
     return _launch(rows, end, tiling, True)
 
 
@@ -175,6 +177,6 @@ def _launch(rows: Rows, end: Epilogue, tiling: Tiling, codes: bool) -> tuple[Ten
             x, *[x if each is None else each.contiguous() for each in read], y, scale, scale.numel(), rows.eps,
             end.clip_ratio, norm_of(tiling.channels), rows.kind, change, odd_factor(tiling.channels), *tiling.shape,
             tiling.filled, tiling.parts, rows.up is not None, end.transform_scale is not None, end.shift is not None,
-            codes, num_warps=tiling.warps, num_stages=1, enable_fp_fusion=False,
+            codes, highest(end.bits), num_warps=tiling.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
     return y, scale

@@ -179,17 +179,12 @@ def needed_operators(recipe: Recipe) -> list[str]:
         needed += ["kv8_write", "kv8_read"]
     if scheme.transform != "none":
         needed.append("hadamard" if scheme.transform == "hadamard" else "kronecker")
-    if scheme.weights.bits == 4:
-        four = [
-            "quantize_dynamic",
-            "transform_quantize",
-            "rmsnorm_quantize",
-            "layernorm_quantize",
-            "activation_quantize",
-        ]
-        four += ["linear_int"]
-        needed += four if scheme.activations.bits == 4 else ["linear_w4a16"]
-    if scheme.head_bits == 8:
+    if scheme.activations.bits != 16:
+        needed += ["quantize_dynamic", "transform_quantize", "rmsnorm_quantize", "layernorm_quantize"]
+        needed += ["activation_quantize", "linear_int"]
+    elif scheme.weights.bits == 4:
+        needed.append("linear_w4a16")
+    if scheme.head_bits == 8 or (scheme.weights.bits, scheme.activations.bits) == (8, 16):
         needed.append("linear_w8a16")
     return needed
 

@@ -136,8 +136,8 @@ def _weights(recipe: Recipe, samples: int) -> str:
     if scheme is None or scheme.weights.bits == 16 or scheme.simulation != "none":
         return NOTHING
     per = "channel" if scheme.weights.granularity == "channel" else f"group of {scheme.weights.group_size}"
-    inputs = f"{scheme.activations.bits}-bit inputs" if scheme.activations.bits == 4 else "float inputs"
-    return f"int4 by {scheme.weights.solver}, one scale per {per}, for {inputs}"
+    inputs = f"{scheme.activations.bits}-bit inputs" if scheme.activations.bits != 16 else "float inputs"
+    return f"int{scheme.weights.bits} by {scheme.weights.solver}, one scale per {per}, for {inputs}"
 
 
 def _head(recipe: Recipe, samples: int) -> str:

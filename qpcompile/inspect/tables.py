@@ -119,11 +119,9 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("quantization", "none"))
     else:
         per = {"group": f"group of {scheme.weights.group_size}"}
-        weights = (
-            f"4 bits per {per.get(scheme.weights.granularity, scheme.weights.granularity)}, {scheme.weights.solver}"
-        )
+        weights = _bits(scheme.weights.bits, per.get(scheme.weights.granularity, scheme.weights.granularity))
         rows += [
-            ("weights", weights if scheme.weights.bits == 4 else "left as they are"),
+            ("weights", weights if scheme.weights.bits == 16 else f"{weights}, {scheme.weights.solver}"),
             ("activations", _bits(scheme.activations.bits, scheme.activations.granularity)),
             ("KV cache", _bits(scheme.kv_cache.bits, "token and head")),
             ("transform", scheme.transform + (f", smoothing {scheme.smooth:g}" if scheme.smooth is not None else "")),
@@ -139,7 +137,7 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _bits(bits: int, granularity: str) -> str:
-    return f"4 bits per {granularity}" if bits == 4 else "left as they are"
+    return "left as they are" if bits == 16 else f"{bits} bits per {granularity}"
 
 
 def _graph_changes(step: PassRun) -> tuple[GraphChange, ...]:

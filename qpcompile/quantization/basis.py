@@ -80,7 +80,7 @@ def change_basis(graphs: Sequence[Graph], scheme: QuantizeScheme, calibration: C
     finder = _Finder(graph, graphs, scheme, calibration, on, Basis())
     changes = scheme.transform != "none" or scheme.smooth is not None or scheme.scaling != "none"
     balanced = finder.fold_values() if changes and scheme.kv_cache.bits != 16 else set()
-    if scheme.weights.bits == 4:
+    if scheme.weights.bits != 16:
         for stub in list(calls(graph, QUANT_STUB)):
             fact = stub_fact(stub)
             if fact is not None and fact.role == "activation":

@@ -9,7 +9,7 @@ from qpcompile.kernels.kv4_read.reference import kv4_read
 from qpcompile.kernels.kv4_write.reference import kv4_write
 from qpcompile.kernels.kv8_read.reference import kv8_read
 from qpcompile.kernels.kv8_write.reference import kv8_write
-from qpcompile.kernels.linear_int.packing import pack_int4, unpack_int4
+from qpcompile.kernels.linear_int.packing import codes_of, stored_codes
 from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.recipe.quantize import QuantizeScheme
 from qpcompile.runtime.placement import Placement
@@ -18,12 +18,12 @@ from qpcompile.runtime.placement import Placement
 class StubRounding:
     """`fake_quantize` for one recipe over many samples: constant weights are rounded once and cached.
 
-    The cache is in 4 bits, at home: all rounded weights in 16 bits would be a second copy of the model.
+    The cache is of codes, at home: all rounded weights in 16 bits would be a second copy of the model.
     """
 
     def __init__(self, scheme: QuantizeScheme, on: Placement) -> None:
         self.scheme, self.on = scheme, on
-        # Packed codes, and a scale for each row or group.
+        # Stored codes, and a scale for each row or group.
         self._weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor, fact: StubFact) -> torch.Tensor:
@@ -33,10 +33,10 @@ class StubRounding:
         if self.scheme.weights.bits == 16:
             return x
         if fact.site not in self._weights:
-            codes, scale = quantize_dynamic(x, self.scheme.weights.kernel_group)
-            self._weights[fact.site] = self.on.back((pack_int4(codes), scale))
-        packed, scale = self.on.there(self._weights[fact.site])
-        return _widened(unpack_int4(packed, x.shape[1]), scale, x.dtype)
+            codes, scale = quantize_dynamic(x, self.scheme.weights.kernel_group, 1.0, self.scheme.weights.bits)
+            self._weights[fact.site] = self.on.back((stored_codes(codes, self.scheme.weights.bits), scale))
+        stored, scale = self.on.there(self._weights[fact.site])
+        return _widened(codes_of(stored, x.shape[1]), scale, x.dtype)
 
 
 def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> torch.Tensor:
@@ -45,9 +45,10 @@ def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> to
         if scheme.activations.bits == 16:
             return x
         clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
-        return round_trip(x, scheme.activations.kernel_group, clip)
+        return round_trip(x, scheme.activations.kernel_group, clip, scheme.activations.bits)
     if fact.role == "weight":
-        return x if scheme.weights.bits == 16 else round_trip(x, scheme.weights.kernel_group, 1.0)
+        weights = scheme.weights
+        return x if weights.bits == 16 else round_trip(x, weights.kernel_group, 1.0, weights.bits)
     if scheme.kv_cache.bits == 16:
         return x
     if scheme.kv_cache.bits == 8:
@@ -56,9 +57,9 @@ def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> to
     return kv4_read(codes, affine, x.shape[-1], x.dtype)
 
 
-def round_trip(x: torch.Tensor, group_size: int, clip_ratio: float) -> torch.Tensor:
-    """x: f[..., C] quantized to 4-bit codes and dequantized."""
-    return _widened(*quantize_dynamic(x, group_size, clip_ratio), x.dtype)
+def round_trip(x: torch.Tensor, group_size: int, clip_ratio: float, bits: int) -> torch.Tensor:
+    """x: f[..., C] quantized to codes of `bits` bits and dequantized."""
+    return _widened(*quantize_dynamic(x, group_size, clip_ratio, bits), x.dtype)
 
 
 def _widened(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """The trainable parameters at one linear input: two factors of a basis change, and a clip ratio.
 
-    x' = (L kron R) x        W' = W (L kron R)^-1        scale of x' = sigmoid(c) max|x'| / 7
+    x' = (L kron R) x        W' = W (L kron R)^-1        scale of x' = sigmoid(c) max|x'| / h
 
 rotation     L, R orthogonal: Cayley's (I - S)(I + S)^-1 of a skew-symmetric S, so that every step stays a rotation
 flatquant    L, R free; initialized at the minimum of  tr(M Sigma) tr(M^-1 W^T W),  M = (L kron R)^T (L kron R), which
-             is the noise of rounding an outlier-free x' to 4 bits, and inverted directly
+             is the noise of rounding an outlier-free x', and inverted directly
 
 Both are initialized on top of the existing Hadamard rotation. Rounding uses the straight-through estimator.
 
@@ -19,9 +19,10 @@ import math
 import torch
 from torch import nn
 
+from qpcompile.kernels.quantize_dynamic.reference import code_range, highest
 from qpcompile.quantization.block_sums import BlockSums
+from qpcompile.recipe.quantize import ActivationScheme
 
-HIGHEST = 7
 SWEEPS = 5
 # Regularization: this share of the mean eigenvalue is added to every eigenvalue.
 FLOOR = 1e-3
@@ -50,10 +51,10 @@ class LearnedTransform(nn.Module):
             return cayley(self.left), cayley(self.right)
         return self.left, self.right
 
-    def inputs(self, x: torch.Tensor, group_size: int) -> torch.Tensor:
+    def inputs(self, x: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
         """x: f[..., C] -> f32[..., C], transformed and fake-quantized."""
         left, right = self.factors()
-        return rounded(kronecker_rows(x, left, right), group_size, torch.sigmoid(self.clip))
+        return rounded(kronecker_rows(x, left, right), scheme.kernel_group, torch.sigmoid(self.clip), scheme.bits)
 
     def weights(self, weight: torch.Tensor) -> torch.Tensor:
         """weight: f[N, C] -> W (L kron R)^-1: f32[N, C]."""
@@ -67,12 +68,12 @@ def kronecker_rows(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
     return (left @ (blocks @ right.T)).reshape(x.shape)
 
 
-def rounded(x: torch.Tensor, group_size: int, clip: torch.Tensor | float) -> torch.Tensor:
-    """x: f[..., C] fake-quantized to 4 bits, one scale per row or group of a row, with straight-through gradients."""
+def rounded(x: torch.Tensor, group_size: int, clip: torch.Tensor | float, bits: int) -> torch.Tensor:
+    """x: f[..., C] fake-quantized, one scale per row or group of a row, with straight-through gradients."""
     groups = x.unflatten(-1, (-1, group_size)) if group_size else x.unsqueeze(-2)
-    scale = (groups.abs().amax(dim=-1, keepdim=True) * clip / HIGHEST).clamp(min=1e-12)
+    scale = (groups.abs().amax(dim=-1, keepdim=True) * clip / highest(bits)).clamp(min=1e-12)
     ratio = groups / scale
-    codes = (ratio + (ratio.round() - ratio).detach()).clamp(-HIGHEST - 1, HIGHEST)
+    codes = (ratio + (ratio.round() - ratio).detach()).clamp(*code_range(bits))
     return (codes * scale).flatten(-2)
 
 

@@ -36,9 +36,9 @@ def search_scale(
         scale = typical.pow(step / STEPS)
         scale = scale / (scale.max() * scale.min()).sqrt()
         inputs = (x / scale) @ rotation.T
-        if scheme.activations.bits == 4:
-            inputs = round_trip(inputs, scheme.activations.kernel_group, scheme.activations.clip_ratio)
-        rounded = round_trip((wide * scale) @ rotation.T, scheme.weights.kernel_group, 1.0)
+        if (given := scheme.activations).bits != 16:
+            inputs = round_trip(inputs, given.kernel_group, given.clip_ratio, given.bits)
+        rounded = round_trip((wide * scale) @ rotation.T, scheme.weights.kernel_group, 1.0, scheme.weights.bits)
         error = (inputs @ rounded.T - exact).abs()
         cost = error.mean(dim=-1) if scheme.scaling == "mbq" else error.pow(2).mean(dim=-1)
         total = float((cost * importance).sum())

@@ -1,4 +1,4 @@
-"""Quantize a weight to 4 bits: find its scales, per output channel or group of inputs, and solve for its codes.
+"""Quantize a weight to 4 or 8 bits: find its scales, per output channel or group of inputs, and solve for its codes.
 
 The solvers are the files of solvers/, as solver.py describes them.
 """
@@ -10,7 +10,8 @@ from importlib import import_module
 import torch
 
 from qpcompile.calibration.statistics import strips
-from qpcompile.quantization.solver import HIGHEST, LOWEST, Solver, expand
+from qpcompile.kernels.quantize_dynamic.reference import code_range, highest
+from qpcompile.quantization.solver import Solver, expand
 from qpcompile.recipe import choices
 from qpcompile.recipe.quantize import WeightScheme
 
@@ -54,26 +55,26 @@ def output_error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor,
 
 
 def _scales(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightScheme) -> torch.Tensor:
-    """f32[N, G]: the absolute maximum over 7, or the clipped one with the least weighted squared error."""
+    """f32[N, G]: absolute maximum over highest code, or the clipped one with the least weighted squared error."""
     rows, columns = weight.shape
     size = scheme.kernel_group or columns
     groups = weight.view(rows, columns // size, size)
     largest = groups.abs().amax(dim=-1)
-    full = torch.where(largest > 0, largest / HIGHEST, torch.ones_like(largest))
+    full = torch.where(largest > 0, largest / highest(scheme.bits), torch.ones_like(largest))
     if not scheme.clip_search:
         return full
     importance = torch.ones(columns, device=weight.device) if moments is None else moments.diagonal().clamp(min=0)
     importance = (importance / importance.mean().clamp(min=1e-30)).view(1, columns // size, size)
     parts = zip(groups.split(max(1, PART // columns)), full.split(max(1, PART // columns)), strict=True)
-    return torch.cat([_clipped(part, whole, importance) for part, whole in parts])
+    return torch.cat([_clipped(part, whole, importance, scheme.bits) for part, whole in parts])
 
 
-def _clipped(groups: torch.Tensor, full: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+def _clipped(groups: torch.Tensor, full: torch.Tensor, importance: torch.Tensor, bits: int) -> torch.Tensor:
     """groups: f32[N, G, C], full: f32[N, G], importance: f32[1, G, C] -> the best of full * CLIPS, f32[N, G]."""
     best, least = full, torch.full_like(full, torch.inf)
     for clip in CLIPS:
         scale = (full * clip)[..., None]
-        rounded = (groups / scale).round_().clamp_(LOWEST, HIGHEST).mul_(scale)
+        rounded = (groups / scale).round_().clamp_(*code_range(bits)).mul_(scale)
         error = rounded.sub_(groups).square_().mul_(importance).sum(dim=-1)
         best, least = torch.where(error < least, scale[..., 0], best), torch.minimum(error, least)
     return best

@@ -1,4 +1,4 @@
-"""The interface of weight solvers, which choose the 4-bit codes of a weight for given scales.
+"""The interface of weight solvers, which choose the codes of a weight for given scales.
 
     class Solver:
         needs_moments                                              whether calibration collects sum x x^T for it
@@ -15,8 +15,6 @@ import torch
 
 from qpcompile.recipe.quantize import WeightScheme
 
-LOWEST, HIGHEST = -8, 7
-
 
 class Solver(Protocol):
     """One solver."""
@@ -27,7 +25,10 @@ class Solver(Protocol):
     def codes(
         self, weight: torch.Tensor, moments: torch.Tensor | None, scale: torch.Tensor, scheme: WeightScheme
     ) -> torch.Tensor:
-        """weight: f32[N, K]; moments: f32[K, K] (sum x x^T) or None; scale: f32[N, G] -> codes i8[N, K] in -8..7."""
+        """weight: f32[N, K]; moments: f32[K, K] (sum x x^T) or None; scale: f32[N, G] -> codes i8[N, K].
+
+        Codes are in `code_range(scheme.bits)` (kernels/quantize_dynamic/reference.py).
+        """
         ...
 
 

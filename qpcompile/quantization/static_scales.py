@@ -1,6 +1,6 @@
 """Static activation scales from calibration, one per modality, and their per-token selection in the graph.
 
-    scale_m = r max|x| / 7 over calibration tokens of modality m;  r by search if the recipe asks, else 1
+    scale_m = r max|x| / h over calibration tokens of modality m;  r by search if the recipe asks, else 1
 
 Prefill selects by the visual mask, carried through token cuts; the tower and the projector see visual tokens only, and
 decode text only.
@@ -20,30 +20,31 @@ from qpcompile.ir.edit import add_tensor, aten, call, is_call
 from qpcompile.ir.operators import SELECT_TOKENS
 from qpcompile.ir.program import DECODE, PREFILL, Graph
 from qpcompile.ir.shapes import add_input, same, value
+from qpcompile.kernels.quantize_dynamic.reference import code_range, highest
+from qpcompile.recipe.quantize import ActivationScheme
 from qpcompile.runtime.machine import VISUAL
 
-HIGHEST, LOWEST = 7, -8
 RATIOS = tuple(1 - 0.03 * step for step in range(25))
 
 
-def static_scales(statistics: InputStatistics, weights: torch.Tensor, search: bool) -> torch.Tensor:
+def static_scales(statistics: InputStatistics, weights: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
     """weights: f[N, C] of the linears -> f32[2] on the CPU, visual and text tokens; one replaces a missing other."""
     gram = weights.float().T @ weights.float()
     visual, text = statistics.rows[statistics.visual], statistics.rows[~statistics.visual]
-    found = [_scale(rows if len(rows) else statistics.rows, gram, search) for rows in (visual, text)]
+    found = [_scale(rows if len(rows) else statistics.rows, gram, scheme) for rows in (visual, text)]
     return torch.tensor(found, dtype=torch.float32)
 
 
-def _scale(rows: torch.Tensor, gram: torch.Tensor, search: bool) -> float:
-    full = float(rows.abs().max()) / HIGHEST if rows.numel() else 0.0
+def _scale(rows: torch.Tensor, gram: torch.Tensor, scheme: ActivationScheme) -> float:
+    full = float(rows.abs().max()) / highest(scheme.bits) if rows.numel() else 0.0
     if full == 0.0:
         return 1.0
-    if not search:
+    if not scheme.clip_search:
         return full
 
     def cost(ratio: float) -> float:
         scale = full * ratio
-        error = (rows / scale).round().clamp(LOWEST, HIGHEST) * scale - rows
+        error = (rows / scale).round().clamp(*code_range(scheme.bits)) * scale - rows
         return float(((error @ gram) * error).sum())
 
     return full * min(RATIOS, key=cost)

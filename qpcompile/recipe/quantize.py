@@ -31,7 +31,10 @@ class Section(BaseModel):
 class WeightScheme(Section):
     """How linear weights are stored."""
 
-    bits: Literal[4, 16] = Field(default=4, description="4 packs two weights per byte; 16 leaves weights unquantized.")
+    bits: Literal[4, 8, 16] = Field(
+        default=4,
+        description="4 packs two weights per byte; 8 stores one per byte; 16 leaves weights unquantized.",
+    )
     granularity: Literal["channel", "group"] = Field(
         default="channel", description="One scale per output channel, or one per group of inputs of an output channel."
     )
@@ -41,7 +44,9 @@ class WeightScheme(Section):
         le=WIDEST,
         description="Inputs that share a scale; used with granularity group only. No linear is wider than the bound.",
     )
-    symmetric: bool = Field(default=True, description="Codes -8..7 around zero. The kernels take no weight zero point.")
+    symmetric: bool = Field(
+        default=True, description="Codes around zero, -8..7 or -128..127. The kernels take no weight zero point."
+    )
     solver: Solver = Field(default="gptq", description="How codes are chosen: one of the weight solvers below.")
     damping: float = Field(
         default=0.01,
@@ -63,8 +68,10 @@ class WeightScheme(Section):
 class ActivationScheme(Section):
     """How the inputs of linears are quantized at run time."""
 
-    bits: Literal[4, 16] = Field(
-        default=4, description="4 uses integer products; 16 leaves the inputs of linears unquantized."
+    bits: Literal[4, 8, 16] = Field(
+        default=4,
+        description="4 and 8 use integer products, at the same speed on a CPU: codes of both are int8; 16 leaves the "
+        "inputs of linears unquantized.",
     )
     granularity: Literal["token", "group", "modality"] = Field(
         default="token",
@@ -79,7 +86,7 @@ class ActivationScheme(Section):
         description="Channels that share a scale; used with granularity group only. No linear is wider than the bound.",
     )
     symmetric: bool = Field(
-        default=True, description="Codes -8..7 around zero. The kernels take no activation zero point."
+        default=True, description="Codes around zero, -8..7 or -128..127. The kernels take no activation zero point."
     )
     clip_ratio: float = Field(
         default=1.0,
@@ -91,7 +98,7 @@ class ActivationScheme(Section):
     clip_search: bool = Field(
         default=False,
         description="Search a clip ratio per site, for the least output error on calibration tokens; used with "
-        "4-bit inputs only.",
+        "quantized inputs only.",
     )
 
     @property
@@ -186,7 +193,7 @@ class QuantizeScheme(Section):
         ge=0,
         lt=1,
         description="Subtract the mean of an input, compensated in the bias, if it has more than this share of "
-        "the input's energy; null: nowhere. Used with 4-bit weights only.",
+        "the input's energy; null: nowhere. Used with quantized weights only.",
     )
     scope: tuple[Scope, ...] = Field(
         default=("vision", "projector", "language"),
@@ -251,12 +258,18 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["activations.symmetric"] = "no linear kernel takes an activation zero point; write true"
     if cache.symmetric:
         reasons["kv_cache.symmetric"] = "the cache kernels are asymmetric only; write false"
-    if weights.bits == 16 and activations.bits == 4:
-        reasons["activations.bits"] = "4-bit inputs multiply 4-bit weights only; set weights.bits to 4 or this to 16"
+    if weights.bits == 16 and activations.bits != 16:
+        reasons["activations.bits"] = "codes multiply codes only; set weights.bits to 4 or 8, or this to 16"
+    if weights.bits == 8 and activations.bits == 4:
+        reasons["activations.bits"] = "with 8-bit weights 4-bit inputs cost as much as 8-bit ones; write 8 or 16"
+    if weights.bits == 8 and activations.bits == 16 and weights.kernel_group:
+        reasons["weights.granularity"] = (
+            "8-bit weights have one scale per channel for unquantized inputs; write channel"
+        )
     if weights.bits == 16 and scheme.transform != "none":
-        reasons["transform"] = "it serves 4-bit linears and weights.bits is 16; write none"
+        reasons["transform"] = "it serves quantized linears and weights.bits is 16; write none"
     if weights.bits == 16 and scheme.smooth is not None:
-        reasons["smooth"] = "it serves 4-bit linears and weights.bits is 16; write null"
+        reasons["smooth"] = "it serves quantized linears and weights.bits is 16; write null"
     if scheme.head_bits == 8 and "language" not in scheme.scope:
         reasons["head_bits"] = "the head belongs to language, which is not in scope; write 16"
     if scheme.simulation != "none" and (weights.bits, activations.bits) != (4, 4):
@@ -268,8 +281,8 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
     if scheme.scaling != "none" and scheme.smooth is not None:
         reasons["smooth"] = f"scaling {scheme.scaling} searches what smooth fixes; write null"
     if weights.bits == 16 and scheme.scaling != "none":
-        reasons["scaling"] = "it serves 4-bit linears and weights.bits is 16; write none"
-    if weights.kernel_group and activations.bits == 4 and activations.kernel_group not in (0, weights.kernel_group):
+        reasons["scaling"] = "it serves quantized linears and weights.bits is 16; write none"
+    if weights.kernel_group and activations.bits != 16 and activations.kernel_group not in (0, weights.kernel_group):
         reasons["activations.group_size"] = (
             f"must equal weights.group_size ({weights.group_size}) when both are grouped"
         )

@@ -44,7 +44,10 @@ class ScoreWeights(Section):
     magnitude: float = Field(default=0.25, ge=0, le=LARGEST_WEIGHT, description="L2 norm of the hidden state.")
     intra: float = Field(default=0.10, ge=0, le=LARGEST_WEIGHT, description="Attention from visual queries.")
     residual: float = Field(
-        default=0.20, ge=0, le=LARGEST_WEIGHT, description="L2 error of rounding the hidden state to 4 bits."
+        default=0.20,
+        ge=0,
+        le=LARGEST_WEIGHT,
+        description="L2 error of rounding the hidden state to the bits of activations.",
     )
 
     @model_validator(mode="after")

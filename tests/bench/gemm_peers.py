@@ -63,7 +63,7 @@ def ours_w4a4(layer: Layer, tokens: int) -> Prepared:
     """The product alone, from codes."""
     q, scale, weight_scale = _codes(tokens, layer.in_features), _scales(tokens), _scales(layer.out_features)
     calls: list[Call] = [
-        lambda weight=weight: linear_int.linear_int(q, scale, weight, weight_scale, None, torch.bfloat16)
+        lambda weight=weight: linear_int.linear_int(q, scale, weight, weight_scale, None, torch.bfloat16, 4)
         for weight in _packed(layer)
     ]
     return Prepared(calls, layer.out_features * (packed_width(layer.in_features) + 4), "int8")
@@ -74,8 +74,8 @@ def ours_w4a4_rounding(layer: Layer, tokens: int) -> Prepared:
     x, weight_scale = _activations(tokens, layer), _scales(layer.out_features)
 
     def call(weight: Tensor) -> Tensor:
-        q, scale = quantize_dynamic.quantize_dynamic(x, 0, 1.0)
-        return linear_int.linear_int(q, scale, weight, weight_scale, None, torch.bfloat16)
+        q, scale = quantize_dynamic.quantize_dynamic(x, 0, 1.0, 4)
+        return linear_int.linear_int(q, scale, weight, weight_scale, None, torch.bfloat16, 4)
 
     calls: list[Call] = [lambda weight=weight: call(weight) for weight in _packed(layer)]
     return Prepared(calls, layer.out_features * (packed_width(layer.in_features) + 4), "int8")

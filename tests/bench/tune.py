@@ -72,7 +72,7 @@ def measure(tiles: Sequence[Tile], out_features: int, in_features: int, tokens: 
 
     def seconds(tile: Tile) -> float:
         calls = [
-            lambda weight=weight: linear_int(q, scale, weight, weight_scale, None, torch.bfloat16, tile=tile)
+            lambda weight=weight: linear_int(q, scale, weight, weight_scale, None, torch.bfloat16, 4, tile=tile)
             for weight in weights
         ]
         try:

@@ -88,12 +88,26 @@ def test_a_prompt_without_a_picture(captured: tuple[Any, Program, Cases], plain:
     assert OnnxVLM(plain, threads=1).generate(ids.numpy(), max_new_tokens=5).tolist() == expected.tolist()
 
 
-def test_eight_bits_lose_little_of_what_four_bit_weights_say(
-    captured: tuple[Any, Program, Cases], tmp_path: Path
+WEIGHTS = {
+    "4 bits": ("quantize.activations.bits=16",),
+    "8 bits": ("quantize.weights.bits=8", "quantize.activations.bits=8"),
+    "8 bits, grouped": (
+        *("quantize.weights.bits=8", "quantize.activations.bits=8", "quantize.weights.granularity=group"),
+        "quantize.weights.group_size=16",
+    ),
+    "8 bits, float inputs": ("quantize.weights.bits=8", "quantize.activations.bits=16"),
+}
+
+
+@pytest.mark.parametrize(
+    "weights", ["4 bits", "8 bits", *(pytest.param(each, marks=pytest.mark.slow) for each in list(WEIGHTS)[2:])]
+)
+def test_eight_bits_lose_little_of_what_the_weights_say(
+    captured: tuple[Any, Program, Cases], weights: str, tmp_path: Path
 ) -> None:
-    """Against the module with the same 4-bit weights and nothing else quantized: activations, head and cache differ."""
+    """Against the module with the same weights and at least 8 bits elsewhere: activations, head and cache differ."""
     _, program, cases = captured
-    overrides = ("quantize.activations.bits=16", "quantize.kv_cache.bits=8", "quantize.transform=none")
+    overrides = (*WEIGHTS[weights], "quantize.kv_cache.bits=8", "quantize.transform=none")
     program = compiled(program, cases, "w4a4kv4", "quantize.smooth=null", "quantize.center=null", *overrides)
     export_onnx(program, tmp_path / "fast", fast=True)
     machine, runner = Machine(program), OnnxVLM(tmp_path / "fast", threads=1)

@@ -17,12 +17,12 @@ graph prefill of model
 # layers.0
 %3 = aten::relu(%1) : f32[B, S0, 4]
 # layers.1
-%4 = qpcompile::quantize_dynamic(%3, 0, 1.0) : (i8[B, S0, 4], f32[B, S0, 1])
+%4 = qpcompile::quantize_dynamic(%3, 0, 1.0, 4) : (i8[B, S0, 4], f32[B, S0, 1])
 %5 = operator.getitem(%4, 0) : i8[B, S0, 4]
 %6 = operator.getitem(%4, 1) : f32[B, S0, 1]
 @layers.1.up.weight_packed : u8[4, 2]
 @layers.1.up.weight_scale : f32[4, 1]
-%7 = qpcompile::linear_int(%5, %6, @layers.1.up.weight_packed, @layers.1.up.weight_scale, None, f32) : f32[B, S0, 4]
+%7 = qpcompile::linear_int(%5, %6, @layers.1.up.weight_packed, @layers.1.up.weight_scale, None, f32, 4) : f32[B, S0, 4]
 # top
 %8 = aten::sym_size.int(%0, 0) : int B
 # layers.1

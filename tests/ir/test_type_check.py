@@ -42,7 +42,7 @@ class Step(nn.Module):
         y = torch.ops.qpcompile.linear_w8a16(self.up(x), self.codes, self.scale, None)
         longer = torch.cat([past, y], dim=1)
         mask = torch.arange(longer.shape[1])[None].expand(x.shape[0], -1)
-        q, _ = torch.ops.qpcompile.quantize_dynamic(longer, 0, 1.0)
+        q, _ = torch.ops.qpcompile.quantize_dynamic(longer, 0, 1.0, 4)
         return longer, mask, q
 
 

@@ -13,7 +13,14 @@ CHANGES = ("none", "rotated", "factors")
 
 
 def epilogue_of(
-    channels: int, change: str, *, scaled: bool = False, shifted: bool = False, group_size: int = 0, clip: float = 0.9
+    channels: int,
+    change: str,
+    *,
+    scaled: bool = False,
+    shifted: bool = False,
+    group_size: int = 0,
+    clip: float = 0.9,
+    bits: int = 4,
 ) -> Epilogue:
     """A random epilogue. change: one of `CHANGES`; factors are of the sides that are nearest to a square."""
     side = max(each for each in range(1, int(channels**0.5) + 1) if channels % each == 0)
@@ -27,12 +34,13 @@ def epilogue_of(
         torch.randn(channels) if shifted else None,
         group_size,
         clip,
+        bits,
     )
 
 
 def arguments_of(end: Epilogue) -> EpilogueArguments:
-    """The operator's last seven arguments."""
-    return (end.transform_scale, end.rotate, end.left, end.right, end.shift, end.group_size, end.clip_ratio)
+    """The operator's last eight arguments."""
+    return (end.transform_scale, end.rotate, end.left, end.right, end.shift, end.group_size, end.clip_ratio, end.bits)
 
 
 class Transforms(torch.nn.Module):
@@ -43,6 +51,7 @@ class Transforms(torch.nn.Module):
         self.operator, self.first = operator, first
         self.ends = [Epilogue()]
         self.ends += [epilogue_of(144, change, scaled=True, shifted=True, group_size=36) for change in CHANGES]
+        self.ends += [epilogue_of(144, "rotated", scaled=True, bits=8)]
         # Operands of an exported program are its tensors.
         for place, end in enumerate(self.ends):
             for name, value in vars(end).items():

@@ -144,7 +144,16 @@ def _plan(kind: int) -> Arguments:
     tensors = {"weight": None, "bias": None, "transform_scale": torch.rand(24), "left": torch.rand(4, 4)}
     tensors |= {"right": torch.rand(6, 6), "shift": torch.rand(24), "tiles": None, "gates": None}
     sizes = {"channels": 24, "group_size": 12, "left_size": 4, "right_size": 6}
-    return {**tensors, **sizes, "kind": kind, "element": 0, "rounded": 0, "constant": 1e-5, "clip_ratio": 0.9}
+    return {
+        **tensors,
+        **sizes,
+        "kind": kind,
+        "element": 0,
+        "rounded": 0,
+        "highest": 7,
+        "constant": 1e-5,
+        "clip_ratio": 0.9,
+    }
 
 
 def _wide(arguments: Callable[[], Arguments]) -> Callable[[], Arguments]:

@@ -10,6 +10,7 @@ import torch
 from kernels.epilogues import CHANGES, arguments_of, epilogue_of
 from torch import Tensor
 
+from qpcompile.errors import KernelError
 from qpcompile.kernels.activation_quantize import cpu as activation_cpu
 from qpcompile.kernels.activation_quantize import reference as activations
 from qpcompile.kernels.attention_kv4 import cpu as attention_cpu
@@ -134,9 +135,10 @@ def test_quantizer_and_rotations_are_the_reference(
 ) -> None:
     torch.manual_seed(tokens + channels)
     x, scale = torch.randn(tokens, channels).to(dtype), torch.rand(channels) + 0.5
-    found = quantize_cpu._native(x, group_size, 0.9, level)
-    expected = quantize.quantize_dynamic(x, group_size, 0.9)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    for bits in (4, 8):
+        found = quantize_cpu._native(x, group_size, 0.9, bits, level)
+        expected = quantize.quantize_dynamic(x, group_size, 0.9, bits)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     left, right = (each + 0.1 * torch.randn_like(each) for each in hadamard.factors(channels))
     pairs = [
         (hadamard_cpu._native(x, scale, level), hadamard.hadamard(x, scale)),
@@ -192,7 +194,7 @@ def test_linears_are_the_reference(columns: int, features: int, groups: tuple[in
     for tokens in FEW:
         q, scale = codes(tokens, columns), torch.rand(tokens, groups[0])
         for term, dtype in ((None, torch.float32), (bias.bfloat16(), torch.bfloat16), (bias, torch.float16)):
-            found = linear_cpu._from_packed(q, scale, weight, weight_scale, term, dtype, level)
+            found = linear_cpu._in_c(q, scale, weight, weight_scale, term, dtype, level)
             assert torch.equal(found, linear.linear_int(q, scale, weight, weight_scale, term, dtype))
 
 
@@ -210,8 +212,46 @@ def test_packed_linears_on_many_tokens_are_the_reference(
     for tokens in (9, 48, 51):
         q, scale = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8), torch.rand(tokens, groups[0])
         for term, dtype in ((None, torch.float32), (bias, torch.bfloat16)):
-            found = linear_cpu._from_packed(q, scale, weight, weight_scale, term, dtype, level)
+            found = linear_cpu._in_c(q, scale, weight, weight_scale, term, dtype, level)
             assert torch.equal(found, linear.linear_int(q, scale, weight, weight_scale, term, dtype))
+
+
+@levels
+@pytest.mark.parametrize("groups", [(1, 1), (4, 4), (1, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize(("columns", "features"), LINEARS)
+def test_linears_of_8_bit_weights_are_the_reference(
+    columns: int, features: int, groups: tuple[int, int], level: int
+) -> None:
+    if columns % max(groups):
+        pytest.skip("the groups do not divide the channels")
+    torch.manual_seed(columns)
+    weight = torch.randint(-128, 128, (features, columns), dtype=torch.int8)
+    weight_scale, bias = torch.rand(features, groups[1]), torch.randn(features)
+    for tokens in (1, 2, 3, 4, 9, 33):
+        q, scale = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8), torch.rand(tokens, groups[0])
+        for term, dtype in ((None, torch.float32), (bias, torch.bfloat16)):
+            found = linear_cpu._in_c(q, scale, weight, weight_scale, term, dtype, level)
+            assert torch.equal(found, linear.linear_int(q, scale, weight, weight_scale, term, dtype))
+
+
+@levels
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize(("left", "right"), [(-128, -128), (-128, 127), (127, 127), (127, -128)])
+def test_linears_of_8_bit_weights_do_not_overflow(left: int, right: int, tokens: int, level: int) -> None:
+    columns = 1 << 16
+    q, weight = torch.full((tokens, columns), left, dtype=torch.int8), torch.full((5, columns), right, dtype=torch.int8)
+    found = linear_cpu._in_c(q, torch.ones(tokens, 1), weight, torch.ones(5, 1), None, torch.float32, level)
+    assert torch.equal(found, torch.full((tokens, 5), float(left * right * columns)))
+    with pytest.raises(KernelError, match="columns is 65537"):
+        linear_cpu._in_c(
+            q.new_zeros(1, columns + 1),
+            torch.ones(1, 1),
+            q.new_zeros(1, columns + 1),
+            torch.ones(1, 1),
+            None,
+            torch.float32,
+            level,
+        )
 
 
 @levels
@@ -220,7 +260,7 @@ def test_packed_linears_on_many_tokens_are_the_reference(
 def test_packed_linears_do_not_overflow(left: int, right: int, tokens: int, level: int) -> None:
     q, weight = torch.full((tokens, 4096), left, dtype=torch.int8), torch.full((33, 4096), right, dtype=torch.int8)
     ones = torch.ones(tokens, 1), pack_int4(weight), torch.ones(33, 1)
-    found = linear_cpu._from_packed(q, *ones, None, torch.float32, level)
+    found = linear_cpu._in_c(q, *ones, None, torch.float32, level)
     assert torch.equal(found, torch.full((tokens, 33), float(left * right * 4096)))
 
 
@@ -248,7 +288,7 @@ def test_residuals_are_added_to_what_is_rounded(columns: int, features: int, tok
     x = 100 * torch.randn(tokens, 2 * features).to(dtype)[:, ::2]
     for bias in (None, rest[1]):
         expected = linear.linear_int(*operands, rest[0], bias, dtype) + x
-        assert torch.equal(linear_cpu.linear_int(*operands, rest[0], bias, dtype, x), expected)
+        assert torch.equal(linear_cpu.linear_int(*operands, rest[0], bias, dtype, 8, x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -262,24 +302,25 @@ def test_linears_whose_results_go_past_the_caches(
     expected = linear.linear_int(q, scale, weight, weight_scale, None, dtype)
     for threads in (1, 2):
         two_threads(threads)
-        assert torch.equal(linear_cpu.linear_int(q, scale, weight, weight_scale, None, dtype), expected)
-        assert torch.equal(linear_cpu.linear_int(q, scale, weight, weight_scale, None, dtype, x), expected + x)
+        assert torch.equal(linear_cpu.linear_int(q, scale, weight, weight_scale, None, dtype, 8), expected)
+        assert torch.equal(linear_cpu.linear_int(q, scale, weight, weight_scale, None, dtype, 8, x), expected + x)
 
 
 @levels
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("clip", [1.0, 0.83])
-def test_quotients_at_ties_round_as_divisions_do(clip: float, level: int) -> None:
+def test_quotients_at_ties_round_as_divisions_do(clip: float, bits: int, level: int) -> None:
     torch.manual_seed(0)
     largest = torch.rand(400, 1) * 10 ** torch.randint(-30, 30, (400, 1)).float()
-    step = largest * clip / 7
+    step = largest * clip / quantize.highest(bits)
     # Halves of the step, and the numbers on both sides of them.
-    ties = step * (torch.arange(-17, 15) + 0.5)
+    ties = step * (torch.arange(-17, 15) + 0.5 if bits == 4 else torch.arange(-155, 155) + 0.5)
     near = torch.cat(
         [ties, *(torch.nextafter(ties, torch.full_like(ties, side)) for side in (-torch.inf, torch.inf))], 1
     )
     x = torch.cat([largest, torch.where(near.abs() > largest, 0.0, near)], 1)
     x = torch.cat([x, torch.full((1, x.shape[1]), 1e-42), torch.full((1, x.shape[1]), 3e38)])
-    found, expected = quantize_cpu._native(x, 0, clip, level), quantize.quantize_dynamic(x, 0, clip)
+    found, expected = quantize_cpu._native(x, 0, clip, bits, level), quantize.quantize_dynamic(x, 0, clip, bits)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
@@ -351,8 +392,8 @@ def test_threads_give_the_same_bits(two_threads: Callable[[int], None]) -> None:
     for threads in (1, 2):
         two_threads(threads)
         q, scale = rmsnorm_cpu._native(x, x[0], 1e-5, Epilogue(rotate=True))
-        many = linear_cpu.linear_int(q, scale, weight, torch.ones(700, 1), None, torch.float32)
-        few = linear_cpu.linear_int(q[:4], scale[:4], weight, torch.ones(700, 1), None, torch.float32)
+        many = linear_cpu.linear_int(q, scale, weight, torch.ones(700, 1), None, torch.float32, 8)
+        few = linear_cpu.linear_int(q[:4], scale[:4], weight, torch.ones(700, 1), None, torch.float32, 8)
         k = write_cpu._native(cache)
         results.append((q, scale, many, few, *k, attention_cpu._native(cache[:, :, :1], *k, *k, None, 0.1)))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
@@ -368,7 +409,7 @@ def test_a_token_is_the_same_in_every_batch() -> None:
 def test_nan_stays_nan() -> None:
     x = torch.randn(2, 64)
     x[0, 5] = torch.nan
-    _, scale = quantize_cpu._native(x, 0, 1.0)
+    _, scale = quantize_cpu._native(x, 0, 1.0, 4)
     assert scale[0].isnan().all() and scale[1].isfinite().all()
     assert write_cpu._native(x.view(1, 1, 2, 64))[1][0, 0, 0, 0].isnan()
 
@@ -381,7 +422,7 @@ def test_not_contiguous() -> None:
     q, packed = codes(96, 5).T, pack_int4(codes(14, 96))[::2]
     ones = torch.ones(10, 1)[::2], torch.ones(1, 7).T
     expected = linear.linear_int(q, ones[0], packed, ones[1], None, torch.float32)
-    assert torch.equal(linear_cpu._from_packed(q, ones[0], packed, ones[1], None, torch.float32), expected)
+    assert torch.equal(linear_cpu._in_c(q, ones[0], packed, ones[1], None, torch.float32), expected)
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,9 +189,9 @@ def test_operands_of_a_bound_linear_are_refused() -> None:
     for rows, scales in ((1, 40), (3, 150), (2000, 40), (0, 40)):
         q, scale = native_calls._i8(rows, 64), torch.ones(scales, 1)
         with pytest.raises(KernelError, match="scale has"):
-            linear._from_packed(q, scale, weight, ones, None, torch.float32)
+            linear._in_c(q, scale, weight, ones, None, torch.float32)
     with pytest.raises(KernelError, match="weight_scale is bf16"):
-        linear.linear_int(native_calls._i8(1, 64), torch.ones(1, 1), weight, ones.bfloat16(), None, torch.float32)
+        linear.linear_int(native_calls._i8(1, 64), torch.ones(1, 1), weight, ones.bfloat16(), None, torch.float32, 4)
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=[native.LEVELS[level] for level in LEVELS])

@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "rotate": False,
     "group_size": 0,
     "clip_ratio": 1.0,
+    "bits": 4,
     "relative": False,
     "sink": 0.0,
 }
@@ -207,15 +208,15 @@ def test_residual_by_hand() -> None:
     # Scale 1: 0.5 rounds to 0 and loses 0.5, -1.2 loses 0.2. A zero row loses nothing.
     values = torch.tensor([[[7.0, 0.5, -1.2, 3.0], [0.0, 0.0, 0.0, 0.0]]])
     expected = torch.tensor([[(0.25 + 0.04) ** 0.5, 0.0]])
-    torch.testing.assert_close(reference.residual(values, False, 0, 1.0, False), expected)
+    torch.testing.assert_close(reference.residual(values, False, 0, 1.0, 4, False), expected)
     share = expected / torch.tensor([[(49 + 0.25 + 1.44 + 9) ** 0.5, 1.0]])
-    torch.testing.assert_close(reference.residual(values, False, 0, 1.0, True), share)
+    torch.testing.assert_close(reference.residual(values, False, 0, 1.0, 4, True), share)
     # Groups of two: (7, 0.5) has scale 1, (-1.2, 3) has 3 / 7 and codes -3 and 7.
     grouped = torch.tensor([[(0.25 + (9 / 7 - 1.2) ** 2) ** 0.5, 0.0]])
-    torch.testing.assert_close(reference.residual(values, False, 2, 1.0, False), grouped)
+    torch.testing.assert_close(reference.residual(values, False, 2, 1.0, 4, False), grouped)
     # Hadamard of order 4 over 2: rows (4.65, 1.15, 2.85, 5.35); scale 5.35 / 7, codes 6 2 4 7.
     lost = [6 * 5.35 / 7 - 4.65, 2 * 5.35 / 7 - 1.15, 4 * 5.35 / 7 - 2.85, 0.0]
-    rotated = reference.residual(torch.tensor([[[7.0, 0.5, -1.2, 3.0]]]), True, 0, 1.0, False)
+    rotated = reference.residual(torch.tensor([[[7.0, 0.5, -1.2, 3.0]]]), True, 0, 1.0, 4, False)
     assert rotated.item() == pytest.approx(sum(x * x for x in lost) ** 0.5, rel=1e-5)
 
 
@@ -242,7 +243,7 @@ def test_residual_may_be_of_another_tensor() -> None:
     options = DEFAULTS | {"weights": [0.0, 0.0, 0.0, 1.0], "normalize": "none"}
     counted = given["visual"] & given["valid"]
     found = token_scores(**given | {"rounded": other}, **options)[counted]
-    torch.testing.assert_close(found, reference.residual(other, False, 0, 1.0, False)[counted])
+    torch.testing.assert_close(found, reference.residual(other, False, 0, 1.0, 4, False)[counted])
 
 
 def test_zero_rows_and_missing_kinds_stay_finite() -> None:

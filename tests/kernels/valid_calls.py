@@ -41,7 +41,7 @@ def cache() -> tuple[Tensor, Tensor]:
 
 def epilogue() -> tuple[Any, ...]:
     """Everything that an epilogue may have, but for the rotation."""
-    return real(C), False, real(3, 3), real(4, 4), real(C), 4, 0.9
+    return real(C), False, real(3, 3), real(4, 4), real(C), 4, 0.9, 8
 
 
 VISUAL, VALID, TEXT = flags(1, 2, 3), flags(*range(S)), flags(4, 5)
@@ -63,14 +63,14 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "kv8_write": lambda: (real(B, HKV, S, D),),
     "layernorm_quantize": lambda: (real(B, ROWS, C), real(C), real(C), 1e-6, *epilogue()),
     "linear_w4a16": lambda: (real(B, ROWS, C), *packed(), real(N)),
-    "linear_int": lambda: (*quantize_dynamic(real(B, ROWS, C)), *packed(), real(N), torch.float32, real(B, ROWS, N)),
+    "linear_int": lambda: (*quantize_dynamic(real(B, ROWS, C)), *packed(), real(N), torch.float32, 4, real(B, ROWS, N)),
     "linear_w8a16": lambda: (real(B, ROWS, C), torch.ones(N, C, dtype=torch.int8), real(N, 1), real(N)),
     "merge_tokens": lambda: (real(B, S, C), real(B, S, D), real(B, S).abs(), VISUAL, TEXT, 2),
     "pivot_tokens": lambda: (real(B, S, C), real(B, HKV, S, D), VISUAL, VALID, BUDGET, 1, 1),
     "quant_stub": lambda: (real(B, ROWS, C),),
     "quantization_risk": lambda: (real(B, S, C), VISUAL, "complex", 4),
-    "quantize_dynamic": lambda: (real(B, ROWS, C), 4, 0.9),
-    "quantize_static": lambda: (real(B, ROWS, C), real(B, ROWS, 1).abs()),
+    "quantize_dynamic": lambda: (real(B, ROWS, C), 4, 0.9, 8),
+    "quantize_static": lambda: (real(B, ROWS, C), real(B, ROWS, 1).abs(), 8),
     "rmsnorm": lambda: (real(B, ROWS, C), real(C), 1e-6),
     "rmsnorm_quantize": lambda: (real(B, ROWS, C), real(C), 1e-6, *epilogue()),
     "rope": lambda: (real(B, H, S, D), real(1, S, D), real(1, S, D)),
@@ -82,7 +82,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "text_relevance": lambda: (real(B, S, C), VISUAL, VALID, -1),
     "token_scores": lambda: (
         *(real(B, S, C), real(B, S, C), real(B, H, S, D), real(B, HKV, S, D), None, 0.3, VISUAL, VALID, TEXT),
-        *([1.0, 0.5, 1.0, 2.0], "percentile", 1.0, 99.0, True, True, 4, 1.0, True, 3.0),
+        *([1.0, 0.5, 1.0, 2.0], "percentile", 1.0, 99.0, True, True, 4, 1.0, 8, True, 3.0),
     ),
     "transform_quantize": lambda: (real(B, ROWS, C), *epilogue()),
 }

@@ -85,24 +85,24 @@ graph prefill of model
 %0 = input x : f32[B, S0, 8]
 # norm
 @norm.weight : f32[8]
-%1 = qpcompile::rmsnorm_quantize(%0, @norm.weight, 1e-06, None, True, None, None, None, 0, 1.0) : (i8[B, S0, 8], f32[B, S0, 1])
+%1 = qpcompile::rmsnorm_quantize(%0, @norm.weight, 1e-06, None, True, None, None, None, 0, 1.0, 4) : (i8[B, S0, 8], f32[B, S0, 1])
 %2 = operator.getitem(%1, 0) : i8[B, S0, 8]
 %3 = operator.getitem(%1, 1) : f32[B, S0, 1]
 # layers.0
 @layers.0.gate_proj.weight_packed : u8[12, 4]
 @layers.0.gate_proj.weight_scale : f32[12, 1]
-%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32) : f32[B, S0, 12]
+%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32, 4) : f32[B, S0, 12]
 @layers.0.up_proj.weight_packed : u8[12, 4]
 @layers.0.up_proj.weight_scale : f32[12, 1]
-%5 = qpcompile::linear_int(%2, %3, @layers.0.up_proj.weight_packed, @layers.0.up_proj.weight_scale, None, f32) : f32[B, S0, 12]
+%5 = qpcompile::linear_int(%2, %3, @layers.0.up_proj.weight_packed, @layers.0.up_proj.weight_scale, None, f32, 4) : f32[B, S0, 12]
 # top
-%6 = qpcompile::activation_quantize(%4, %5, 'silu', None, True, None, None, None, 0, 1.0) : (i8[B, S0, 12], f32[B, S0, 1])
+%6 = qpcompile::activation_quantize(%4, %5, 'silu', None, True, None, None, None, 0, 1.0, 4) : (i8[B, S0, 12], f32[B, S0, 1])
 %7 = operator.getitem(%6, 0) : i8[B, S0, 12]
 %8 = operator.getitem(%6, 1) : f32[B, S0, 1]
 # layers.0
 @layers.0.down_proj.weight_packed : u8[8, 6]
 @layers.0.down_proj.weight_scale : f32[8, 1]
-%9 = qpcompile::linear_int(%7, %8, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32) : f32[B, S0, 8]
+%9 = qpcompile::linear_int(%7, %8, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32, 4) : f32[B, S0, 8]
 return y = %9
 """,  # noqa: E501
     )
@@ -183,7 +183,7 @@ def test_a_layer_norm_is_fused(apply: Apply, transform: str) -> None:
     expected = run(graph, **TOKENS)["y"]
     assert apply(program, FuseKernels())
     (node,) = calls(graph, LAYERNORM_QUANTIZE)
-    assert node.args[3:] == (1e-3, None, transform == "hadamard", None, None, None, 0, 1.0)
+    assert node.args[3:] == (1e-3, None, transform == "hadamard", None, None, None, 0, 1.0, 4)
     assert not list(calls(graph, QUANTIZE_DYNAMIC))
     assert relative(run(graph, **TOKENS)["y"], expected) < LAST_BIT
 
@@ -266,8 +266,8 @@ class Chain(nn.Module):
             moved = source * self.scale
         else:
             moved = ours.kronecker(source, None, self.left, self.right)
-        q, step = ours.quantize_dynamic(moved - self.shift, 0, 0.9)
-        y = ours.linear_int(q, step, self.weight, self.weight_scale, None, x.dtype)
+        q, step = ours.quantize_dynamic(moved - self.shift, 0, 0.9, 4)
+        y = ours.linear_int(q, step, self.weight, self.weight_scale, None, x.dtype, 4)
         return y + moved.sum() if self.kind.endswith("read twice") else y
 
 

@@ -111,8 +111,8 @@ class Residual(nn.Module):
         self.register_buffer("bias", torch.rand(8) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, step = torch.ops.qpcompile.quantize_dynamic(x, 0, 1.0)
-        return self.add(x, torch.ops.qpcompile.linear_int(q, step, self.weight, self.scale, self.bias, x.dtype))
+        q, step = torch.ops.qpcompile.quantize_dynamic(x, 0, 1.0, 4)
+        return self.add(x, torch.ops.qpcompile.linear_int(q, step, self.weight, self.scale, self.bias, x.dtype, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

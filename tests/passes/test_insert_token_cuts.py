@@ -73,7 +73,7 @@ def test_golden_prefill(apply: Apply) -> None:
     expecttest.assert_expected_inline(
         "".join(lines[start : first + 1] + kept),
         """\
-%38 = qpcompile::token_scores(%31, %31, %18, %25, %15, 0.5, %2, %3, %37, [0.517, 0.317, 0.167, 0.0], 'percentile', 1.0, 99.0, False, False, 0, 1.0, False, 0.0) : f32[B, S0]
+%38 = qpcompile::token_scores(%31, %31, %18, %25, %15, 0.5, %2, %3, %37, [0.517, 0.317, 0.167, 0.0], 'percentile', 1.0, 99.0, False, False, 0, 1.0, 4, False, 0.0) : f32[B, S0]
 %39 = aten::sym_size.int(%2, 0) : int B
 %40 = aten::sym_size.int(%2, 1) : int S0
 %41 = aten::sym_size.int(%4, 0) : int S1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.passes.search_clips import RATIOS, SearchClips, best_clip
 from qpcompile.quantization.fake_quant import round_trip
+from qpcompile.recipe.quantize import ActivationScheme
 
 Apply = Callable[[Program, SearchClips], bool]
 
@@ -52,23 +54,26 @@ def test_every_site_gets_one_in_both_graphs(apply: Apply) -> None:
     assert {float(node.args[2]) for node in nodes} == set(found.values())  # type: ignore[arg-type]
 
 
-def test_is_the_best_of_all_ratios() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_is_the_best_of_all_ratios(bits: Literal[4, 8]) -> None:
     rows, weights = noise(100, 32), noise(5, 32, seed=1)
-    best = best_clip(statistics(rows), weights, 0)
-    costs = {ratio: float(((round_trip(rows, 0, ratio) - rows) @ weights.T).pow(2).sum()) for ratio in RATIOS}
-    assert costs[best] == pytest.approx(min(costs.values()), rel=1e-5) and best < 1.0
+    best = best_clip(statistics(rows), weights, ActivationScheme(bits=bits))
+    costs = {ratio: float(((round_trip(rows, 0, ratio, bits) - rows) @ weights.T).pow(2).sum()) for ratio in RATIOS}
+    assert costs[best] == pytest.approx(min(costs.values()), rel=1e-5)
+    # 8 bits lose less by their steps than by a clip.
+    assert (best < 1.0) == (bits == 4)
 
 
 def test_values_on_the_grid_are_not_clipped() -> None:
     rows = torch.tensor([[7.0, 3.0, -2.0, 1.0]]).repeat(10, 1)
-    assert best_clip(statistics(rows), torch.eye(4), 0) == 1.0
+    assert best_clip(statistics(rows), torch.eye(4), ActivationScheme()) == 1.0
 
 
 def test_few_text_tokens_count_as_much_as_many_visual_ones() -> None:
     exact = torch.tensor([[7.0, 3.0, -2.0, 1.0]])
     rows = torch.cat([noise(200, 4), 30 * exact])
     visual = torch.arange(201) < 200
-    assert best_clip(statistics(rows, visual), torch.eye(4), 0) == 1.0
+    assert best_clip(statistics(rows, visual), torch.eye(4), ActivationScheme()) == 1.0
 
 
 @pytest.mark.parametrize("settings", [(), ("quantize.activations.clip_search=false",)])

@@ -37,7 +37,7 @@ class Normed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         y = y * torch.sigmoid(y)
-        return y if self.plain else torch.ops.qpcompile.quantize_dynamic(y, 0, 1.0)[0]
+        return y if self.plain else torch.ops.qpcompile.quantize_dynamic(y, 0, 1.0, 4)[0]
 
 
 class Plain(nn.Module):
@@ -56,7 +56,7 @@ class Patches(nn.Module):
         self.embed = nn.Conv2d(3, WIDTH, 4, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.qpcompile.quantize_dynamic(self.embed(x), 0, 1.0)[1]
+        return torch.ops.qpcompile.quantize_dynamic(self.embed(x), 0, 1.0, 4)[1]
 
 
 def wide(graph: Graph) -> int:
@@ -110,7 +110,7 @@ graph prefill of model
 %7 = aten::sigmoid(%6) : f64[B, S0, 6]
 %8 = aten::to.dtype(%7, f32) : f32[B, S0, 6]
 %9 = aten::mul.Tensor(%5, %8) : f32[B, S0, 6]
-%10 = qpcompile::quantize_dynamic(%9, 0, 1.0) : (i8[B, S0, 6], f32[B, S0, 1])
+%10 = qpcompile::quantize_dynamic(%9, 0, 1.0, 4) : (i8[B, S0, 6], f32[B, S0, 1])
 %11 = operator.getitem(%10, 0) : i8[B, S0, 6]
 return y = %11
 """,
@@ -120,7 +120,7 @@ return y = %11
 def test_numbers(apply: Apply) -> None:
     graph = traced(Normed(), TOKENS)
     reference, _ = torch.ops.qpcompile.quantize_dynamic(
-        Normed(plain=True).double()(TOKENS["x"].double()).float(), 0, 1.0
+        Normed(plain=True).double()(TOKENS["x"].double()).float(), 0, 1.0, 4
     )
     expected = run(graph, **TOKENS)["y"]
     assert apply(fused(graph), WidenSums())

@@ -54,7 +54,7 @@ def test_residual_of_what_the_next_layer_rounds(relative: bool) -> None:
     program = compiled(
         "none", *keys, ONLY_RESIDUAL, f"tokens.residual_relative={str(relative).lower()}", "tokens.normalize=rank"
     )
-    lost = residual(normed_input(1)[None], False, 0, 1.0, relative)[0]
+    lost = residual(normed_input(1)[None], False, 0, 1.0, 4, relative)[0]
     visual = (cases["longer"]["input_ids"][0] == IMAGE).nonzero().flatten()
     count = program.plan.cuts[0].kept(len(visual))
     expected = visual[lost[visual].topk(count).indices].sort().values.tolist()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qpcompile.quantization.block_sums import SumsOfMatrix
 from qpcompile.quantization.fake_quant import round_trip
 from qpcompile.quantization.learned_transform import LearnedTransform, balanced_factors, cayley, kronecker_rows, rounded
+from qpcompile.recipe.quantize import ActivationScheme
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -35,15 +36,17 @@ def test_cayley_gives_rotations(size: int) -> None:
     assert torch.equal(cayley(torch.zeros(size, size)), torch.eye(size))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [0, 4])
-def test_rounds_as_the_operator_does(group: int) -> None:
+def test_rounds_as_the_operator_does(group: int, bits: int) -> None:
     x = noise(3, 5, 12)
-    assert torch.allclose(rounded(x, group, 0.8), round_trip(x, group, 0.8), atol=1e-6)
+    assert torch.allclose(rounded(x, group, 0.8, bits), round_trip(x, group, 0.8, bits), atol=1e-6)
 
 
 def test_gradients_reach_everything_that_is_learned() -> None:
     learned = LearnedTransform(False, 3, 4, 0.9)
-    loss = (learned.inputs(noise(6, 12), 0) @ rounded(learned.weights(noise(5, 12, seed=1)), 0, 1.0).T).pow(2).sum()
+    weight = rounded(learned.weights(noise(5, 12, seed=1)), 0, 1.0, 4)
+    loss = (learned.inputs(noise(6, 12), ActivationScheme()) @ weight.T).pow(2).sum()
     loss.backward()
     assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in learned.parameters())
 

@@ -19,6 +19,7 @@ from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.quantization.static_scales import static_scales
+from qpcompile.recipe.quantize import ActivationScheme
 from qpcompile.runtime.interpret import run_watched
 from qpcompile.runtime.machine import VISUAL, Machine, execute_graph
 
@@ -53,15 +54,21 @@ def test_one_scale_for_each_modality() -> None:
     statistics = InputStatistics.empty(2, moments=False)
     rows, visual = torch.tensor([[7.0, 1.0], [1.0, -3.5], [0.7, 0.1]]), torch.tensor([True, True, False])
     statistics.add(rows, visual=visual)
-    assert torch.allclose(static_scales(statistics, torch.eye(2), search=False), torch.tensor([1.0, 0.1]))
-    searched = static_scales(statistics, torch.eye(2), search=True)
+    assert torch.allclose(static_scales(statistics, torch.eye(2), ActivationScheme()), torch.tensor([1.0, 0.1]))
+    searched = static_scales(statistics, torch.eye(2), ActivationScheme(clip_search=True))
     assert (searched <= torch.tensor([1.0, 0.1]) + 1e-6).all()
+
+
+def test_a_scale_of_8_bits() -> None:
+    statistics = InputStatistics.empty(1, moments=False)
+    statistics.add(torch.tensor([[254.0]]))
+    assert static_scales(statistics, torch.eye(1), ActivationScheme(bits=8)).tolist() == [2.0, 2.0]
 
 
 def test_a_modality_that_was_never_seen_takes_the_other_scale() -> None:
     statistics = InputStatistics.empty(1, moments=False)
     statistics.add(torch.tensor([[14.0]]))
-    assert static_scales(statistics, torch.eye(1), search=False).tolist() == [2.0, 2.0]
+    assert static_scales(statistics, torch.eye(1), ActivationScheme()).tolist() == [2.0, 2.0]
 
 
 def test_prefill_chooses_by_the_mask() -> None:

@@ -36,10 +36,10 @@ class Quantized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ours = torch.ops.qpcompile
-        q, step = ours.rmsnorm_quantize(x, self.gain, 1e-6, None, True, None, None, None, 0, 1.0)
-        y = ours.linear_int(q, step, self.first, self.scale, None, torch.float32)
-        q, step = ours.quantize_dynamic(ours.hadamard(y, None), 0, 1.0)
-        return x + ours.linear_int(q, step, self.second, self.scale[:9], self.bias, torch.float32)
+        q, step = ours.rmsnorm_quantize(x, self.gain, 1e-6, None, True, None, None, None, 0, 1.0, 4)
+        y = ours.linear_int(q, step, self.first, self.scale, None, torch.float32, 4)
+        q, step = ours.quantize_dynamic(ours.hadamard(y, None), 0, 1.0, 4)
+        return x + ours.linear_int(q, step, self.second, self.scale[:9], self.bias, torch.float32, 4)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["torch", "native"])

@@ -145,7 +145,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ours = torch.ops.qpcompile
-        return self.extra(x, ours.linear_int(*ours.quantize_dynamic(x, 0, 1.0), self.weight, self.scale, None, x.dtype))
+        return self.extra(
+            x, ours.linear_int(*ours.quantize_dynamic(x, 0, 1.0, 4), self.weight, self.scale, None, x.dtype, 4)
+        )
 
 
 def negative(x: Tensor, y: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ def _tail(draw: Draw, channels: int) -> Arguments:
         "shift": draw.choice((None, torch.randn(channels))),
         "group_size": draw.choice(groups),
         "clip_ratio": 0.9,
+        "bits": draw.choice((4, 8)),
     }
 
 
@@ -156,14 +157,16 @@ def transform_quantize(draw: Draw) -> Arguments:
 def linear_int(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
     features, groups = draw.choice((1, 3, 40, 65)), 2 if channels % 2 == 0 and draw.random() < 0.3 else 1
-    q, dtype = torch.randint(-8, 8, (rows, channels), dtype=torch.int8), draw.choice(FLOATS)
+    q, dtype = torch.randint(-128, 128, (rows, channels), dtype=torch.int8), draw.choice(FLOATS)
+    wide = torch.randint(-128, 128, (features, channels), dtype=torch.int8)
     return {
         "q": q,
         "scale": _positive(rows, groups),
-        "weight": _codes(features, (channels + 1) // 2),
+        "weight": draw.choice((_codes(features, (channels + 1) // 2), wide)),
         "weight_scale": _positive(features, groups),
         "bias": draw.choice((None, _f(draw, features))),
         "dtype": dtype,
+        "bits": 8,
         "residual": torch.randn(rows, features).to(dtype) if draw.random() < 0.3 else None,
     }
 
@@ -211,12 +214,17 @@ def quantization_risk(draw: Draw) -> Arguments:
 def quantize_dynamic(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
     tail = _tail(draw, channels)
-    return {"x": _f(draw, rows, channels), "group_size": tail["group_size"], "clip_ratio": tail["clip_ratio"]}
+    quantizer = {name: tail[name] for name in ("group_size", "clip_ratio", "bits")}
+    return {"x": _f(draw, rows, channels), **quantizer}
 
 
 def quantize_static(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
-    return {"x": _f(draw, rows, channels), "scale": _positive(*draw.choice(((1,), (rows, 1))))}
+    return {
+        "x": _f(draw, rows, channels),
+        "scale": _positive(*draw.choice(((1,), (rows, 1)))),
+        "bits": draw.choice((4, 8)),
+    }
 
 
 def rmsnorm(draw: Draw) -> Arguments:
@@ -286,6 +294,7 @@ def token_scores(draw: Draw) -> Arguments:
         "rotate": draw.random() < 0.5,
         "group_size": 0,
         "clip_ratio": 1.0,
+        "bits": draw.choice((4, 8)),
         "relative": draw.random() < 0.5,
         "sink": 0.0,
     }

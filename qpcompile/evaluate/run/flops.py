@@ -4,7 +4,7 @@
     C(S) = 2 S (2 d a + 2 d k + 3 d m) + 4 S^2 a
 
 d hidden width, a = heads x head width, k = KV heads x head width, m MLP width; a multiplication and an addition are two
-operations; norms, rotary positions and the head are left out. 4-bit products count like others.
+operations; norms, rotary positions and the head are left out. integer products count like others.
 
 Source: "QUOTA" (arXiv 2604.17320), equations 10 to 13; C is the usual count for a gated MLP, which gives the 40.89 %
 that the paper prints for its schedule.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16
+from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16
 from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program
 from qpcompile.runtime.machine import Machine, execute_graph
 
@@ -80,18 +80,19 @@ def _attention(query: Sequence[int], key: Sequence[int], *_: Any, out_shape: Any
     return 4 * math.prod(query) * key[2]
 
 
-def _linear(codes: Sequence[int], _: Any, packed: Sequence[int], *__: Any, out_shape: Any = None) -> int:
-    """codes [..., K], packed [N, ceil(K / 2)]."""
-    return 2 * math.prod(codes) * packed[0]
+def _linear(codes: Sequence[int], _: Any, weight: Sequence[int], *__: Any, out_shape: Any = None) -> int:
+    """codes [..., K], weight [N, K], or [N, ceil(K / 2)] if it is packed."""
+    return 2 * math.prod(codes) * weight[0]
 
 
-def _linear_w4a16(x: Sequence[int], packed: Sequence[int], *_: Any, out_shape: Any = None) -> int:
-    return 2 * math.prod(x) * packed[0]
+def _linear_on_floats(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any = None) -> int:
+    return 2 * math.prod(x) * weight[0]
 
 
 # Operators missing in PyTorch's counter: attention on the CPU, and our linears.
 OURS = (
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention),
     (LINEAR_INT.overloadpacket, _linear),
-    (LINEAR_W4A16.overloadpacket, _linear_w4a16),
+    (LINEAR_W4A16.overloadpacket, _linear_on_floats),
+    (LINEAR_W8A16.overloadpacket, _linear_on_floats),
 )

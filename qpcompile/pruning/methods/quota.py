@@ -71,6 +71,7 @@ class Quota:
             rounding.rotate,
             rounding.group_size,
             rounding.clip_ratio,
+            rounding.bits,
             tokens.residual_relative,
             tokens.sink_ratio or 0.0,
         )
@@ -85,18 +86,20 @@ class _Rounding:
     rotate: bool
     group_size: int
     clip_ratio: float
+    bits: int
 
 
 def rounding_of(point: Point) -> _Rounding:
     """The residual stream, or the input of the next layer's first linear; with the recipe's quantizer."""
     scheme, tokens = point.recipe.quantize, point.recipe.tokens
-    group_size, clip_ratio = (0, 1.0)
-    if scheme is not None and scheme.activations.bits == 4:
-        group_size, clip_ratio = scheme.activations.kernel_group, scheme.activations.clip_ratio
+    # A recipe without a quantizer is scored by the error of 4 bits.
+    group_size, clip_ratio, bits = (0, 1.0, 4)
+    if scheme is not None and scheme.activations.bits != 16:
+        inputs = scheme.activations
+        group_size, clip_ratio, bits = inputs.kernel_group, inputs.clip_ratio, inputs.bits
     if tokens.residual_of == "stream":
-        return _Rounding(
-            point.hidden(), point.rotate and tokens.residual_space == "transformed", group_size, clip_ratio
-        )
+        rotate = point.rotate and tokens.residual_space == "transformed"
+        return _Rounding(point.hidden(), rotate, group_size, clip_ratio, bits)
     linears = calls(point.graph, aten.linear.default)
     source = next(node.args[0] for node in linears if layer_of(node) == point.layer + 1)
     assert isinstance(source, fx.Node)
@@ -105,7 +108,7 @@ def rounding_of(point: Point) -> _Rounding:
         source = source.args[0]
         assert isinstance(source, fx.Node)
     # This tensor includes folded and online basis changes already.
-    return _Rounding(point.early(source), False, group_size, clip_ratio)
+    return _Rounding(point.early(source), False, group_size, clip_ratio, bits)
 
 
 def sensitivity_schedule(program: Program) -> Schedule:

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from qpcompile.quantization.solver import HIGHEST, LOWEST, Solver, expand
+from qpcompile.kernels.quantize_dynamic.reference import code_range
+from qpcompile.quantization.solver import Solver, expand
 from qpcompile.quantization.solvers.rtn import RoundToNearest
 from qpcompile.recipe.quantize import WeightScheme
 
@@ -31,12 +32,12 @@ class Gptq:
         """Every column after those before it."""
         if moments is None:
             return RoundToNearest().codes(weight, moments, scale, scheme)
-        return _gptq(weight, moments, scale, scheme.damping)
+        return _gptq(weight, moments, scale, scheme)
 
 
-def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, damping: float) -> torch.Tensor:
+def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
     columns, dead = weight.shape[1], moments.diagonal() <= 0
-    work, inverse = weight.clone(), _inverse_factor(moments, dead, damping)
+    work, inverse = weight.clone(), _inverse_factor(moments, dead, scheme.damping)
     work[:, dead] = 0
     steps = expand(scale, columns)
     codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
@@ -46,7 +47,7 @@ def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, damp
         part, sizes = work[:, start:end].T.contiguous(), steps[:, start:end].T.contiguous()
         rounded, errors = torch.empty_like(part), torch.empty_like(part)
         for column, row in enumerate(inverse[start:end, start:end]):
-            torch.div(part[column], sizes[column], out=rounded[column]).round_().clamp_(LOWEST, HIGHEST)
+            torch.div(part[column], sizes[column], out=rounded[column]).round_().clamp_(*code_range(scheme.bits))
             error = torch.sub(part[column], rounded[column] * sizes[column], out=errors[column]).div_(row[column])
             part[column + 1 :].addr_(row[column + 1 :], error, alpha=-1)
         codes[:, start:end] = rounded.T.to(torch.int8)

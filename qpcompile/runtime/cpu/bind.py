@@ -4,8 +4,8 @@ If the C kernels are compiled (kernels/native/library.py), chains of row operato
 (row_chains.py) and linears read their weight in 4 bits. If not, the weight is unpacked once, since torch would do it on
 every call:
 
-    %y = qpcompile::linear_int(%q, %s, @w, @w_scale, @b, f32)         @w: u8[N, ceil(K / 2)]
-      -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32)     @w_codes: i8[N, K], unpacked here
+    %y = qpcompile::linear_int(%q, %s, @w, @w_scale, @b, f32, 4)      @w: u8[N, ceil(K / 2)]
+      -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32, 4)  @w_codes: i8[N, K], unpacked here
 
 Decode steps on 4-bit caches are replayed by one call of C (tape.py).
 
@@ -93,8 +93,7 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
         join_rows(bound)
     else:
         for node in list(calls(bound, LINEAR_INT)):
-            if node.args[2].op == "get_attr":  # type: ignore[union-attr]
-                _unpack(module, node, codes)
+            _unpack(module, node, codes)
     for node in calls(bound, *KERNELS):
         node.target = KERNELS[node.target]
     own.eliminate_dead_code()
@@ -104,10 +103,13 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
 
 
 def _unpack(module: fx.GraphModule, linear: fx.Node, codes: Codes) -> None:
-    """Bind one linear to its unpacked weight."""
+    """Bind one linear to its unpacked weight, if it is packed."""
     source = linear.args[2]
-    assert isinstance(source, fx.Node)
+    if not isinstance(source, fx.Node) or source.op != "get_attr":
+        return
     packed = get_tensor(module, str(source.target))
+    if packed.dtype != torch.uint8:
+        return
     if packed.data_ptr() not in codes:
         codes[packed.data_ptr()] = unpack_int4(packed, 2 * packed.shape[1])
     name = f"{source.target}_codes"
@@ -124,6 +126,7 @@ def _linear(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    bits: int,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """linear_int on codes: i8[N, 2 ceil(K / 2)], whose last column is padding where K is odd."""

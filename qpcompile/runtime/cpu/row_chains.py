@@ -1,7 +1,7 @@
 """Fuse chains of row operators in a bound graph into one C call each (kernels/native/rows.py).
 
     %n = rmsnorm(%x, @w, eps);  %k = kronecker(%n, @scale, @left, @right);  %c = sub(%k, @shift)
-    %q = quantize_dynamic(%c, group, clip)
+    %q = quantize_dynamic(%c, group, clip, bits)
       -> %q = rows(%x)
 
 Every part except the quantizer is optional. A chain is fused only if its intermediate values have no other reader, and
@@ -86,7 +86,7 @@ class _Joiner:
     def join_fused(self, node: fx.Node) -> None:
         """Bind an operator that the compiler fused already to its weights."""
         rows = _rows_of(node)
-        scale, rotate, left, right, shift, group_size, clip_ratio = node.args[-7:]
+        scale, rotate, left, right, shift, group_size, clip_ratio, bits = node.args[-8:]
         factors = rotate if left is None else (left, right)
         change = {
             "scale": scale,
@@ -94,6 +94,7 @@ class _Joiner:
             "shift": shift,
             "group_size": group_size,
             "clip_ratio": clip_ratio,
+            "bits": bits,
         }
         if (plan := self.plan(rows, change, as_graph=False)) is not None:
             _replace(node, plan.quantized, rows.sources)
@@ -102,13 +103,13 @@ class _Joiner:
         """Fuse a quantizer with the producer of its rows and their basis change."""
         change: dict[str, Any] = {}
         every: tuple[Any, ...] = node.args
-        x, group_size, clip_ratio = every
+        x, group_size, clip_ratio, bits = every
         if is_call(x, aten.sub.Tensor) and self.is_inner(x) and not x.kwargs and self.is_vector(x.args[1]):
             change["shift"], x = x.args[1], x.args[0]
         if is_call(x, KRONECKER, HADAMARD) and self.is_inner(x) and (found := self.change(x)) is not None:
             change, x = change | found, x.args[0]
         rows = (self.rows(x) if isinstance(x, fx.Node) and self.is_inner(x) else None) or Rows("plain", (x,))
-        plan = self.plan(rows, change | {"group_size": group_size, "clip_ratio": clip_ratio})
+        plan = self.plan(rows, change | {"group_size": group_size, "clip_ratio": clip_ratio, "bits": bits})
         if plan is not None:
             _replace(node, plan.quantized, rows.sources)
 
@@ -193,7 +194,7 @@ class _Joiner:
 
 def _rows_of(node: fx.Node) -> Rows:
     """How one of the `FUSED` operators computes its rows."""
-    x, *rest = node.args[:-7]
+    x, *rest = node.args[:-8]
     if is_call(node, ACTIVATION_QUANTIZE):
         up, function = rest
         return Rows(KINDS[str(function)], (x,) if up is None else (x, up))

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from kernels.compiled.sass import Compiled, compiled
 
-from qpcompile.kernels.linear_int.triton import NEIGHBOURS, linear_int_kernel, prepare_activations_kernel
+from qpcompile.kernels.linear_int.triton import NEIGHBOURS, linear_int_kernel, prepare_activations_kernel, tile_of_two
 from qpcompile.kernels.linear_int.triton_grouped import linear_int_grouped_kernel
 from qpcompile.kernels.linear_int.tuning import RAW_TOKENS, SHAPES, Tile, start_tile
 
@@ -25,9 +25,16 @@ SIGNATURE |= {"workspace_ptr": "*i32", **SIZES}
 HOPPER_SHARED = 227 * 1024
 
 
-def linear(tile: Tile, raw: bool, arch: int = 90, residual: bool = False) -> Compiled:
+def linear(tile: Tile, raw: bool, arch: int = 90, residual: bool = False, bits: int = 4) -> Compiled:
     """The kernel for K = 4096 with a bias."""
-    constants = {"K": 4096, "PLANE": 128, "RAW": raw, "HAS_BIAS": True, "HAS_RESIDUAL": residual}
+    constants = {
+        "K": 4096,
+        "PLANE": 128,
+        "RAW": raw,
+        "FACTOR": 16 if bits == 4 else 1,
+        "HAS_BIAS": True,
+        "HAS_RESIDUAL": residual,
+    }
     constants |= {"OUT": tile.out, "TOKENS": tile.tokens, "STEP": tile.step, "SPLIT": tile.split}
     constants |= {"NEIGHBOURS": NEIGHBOURS}
     return compiled(linear_int_kernel, SIGNATURE, constants, arch, tile.warps, tile.stages)
@@ -62,6 +69,31 @@ def test_hopper(tokens: int, split: int, instructions: int, products: int, regis
     assert code.count("STG") <= tile.out * tile.tokens // (32 * tile.warps) // 8
 
 
+@pytest.mark.parametrize(
+    ("tokens", "instructions", "products", "registers"), [(256, 154, 8, 180), (1024, 108, 4, 220), (16384, 108, 4, 220)]
+)
+def test_8_bit_activations(tokens: int, instructions: int, products: int, registers: int) -> None:
+    code = linear(tile_of_two(start_tile(132, 4096, 4096, tokens)), raw=False, bits=8)
+    # As with 4 bits: masks only, and no more instructions than the second accumulator needs.
+    assert code.loop_count("IGMMA") == products
+    assert code.loop_count("PRMT") == code.loop_count("STS") == code.spills == 0
+    assert len(code.loop) <= 1.1 * instructions and code.registers <= registers
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(100, marks=pytest.mark.slow)])
+def test_8_bit_activations_on_other_architectures(arch: int) -> None:
+    code = linear(tile_of_two(start_tile(108, 4096, 4096, 256)), raw=False, arch=arch, bits=8)
+    assert code.count({80: "IMMA", 100: "UTCIMMA"}[arch]) > 0
+    assert code.shared <= {80: 163, 100: 227}[arch] * 1024
+
+
+@pytest.mark.parametrize(("tokens", "instructions", "registers"), [(16, 89, 64), (64, 103, 96), (1024, 69, 160)])
+def test_8_bit_weights(tokens: int, instructions: int, registers: int) -> None:
+    code = grouped(start_tile(132, 4096, 4096, tokens), groups=1, packed=False)
+    assert code.count("IGMMA") > 0 and code.loop_count("PRMT") == code.spills == 0
+    assert len(code.loop) <= 1.1 * instructions and code.registers <= registers
+
+
 def test_residual_costs_registers_but_nothing_in_the_loop() -> None:
     code = linear(SHAPES[1024], raw=False, residual=True)
     assert code.spills == 0 and len(code.loop) <= 1.1 * 95 and code.registers <= 192
@@ -88,17 +120,21 @@ def test_other_architectures(tokens: int, arch: int) -> None:
     assert code.shared <= {80: 163, 100: 227}[arch] * 1024
 
 
-def test_grouped() -> None:
-    tile = SHAPES[64]
-    constants = {"K": 4096, "PLANE": 128, "G": 32, "GW": 32, "HAS_BIAS": True}
+def grouped(tile: Tile, groups: int, packed: bool) -> Compiled:
+    """The kernel of scales per group, for K = 4096 with a bias."""
+    constants = {"K": 4096, "PLANE": 128, "G": groups, "GW": groups, "HAS_BIAS": True, "PACKED": packed}
     constants |= {"OUT": tile.out, "TOKENS": tile.tokens, "STEP": tile.step}
     signature = {"w_ptr": "*i8", "q_ptr": "*i8", **SCALES, "y_ptr": "*bf16", **SIZES}
-    code = compiled(linear_int_grouped_kernel, signature, constants, 90, tile.warps, tile.stages)
+    return compiled(linear_int_grouped_kernel, signature, constants, 90, tile.warps, tile.stages)
+
+
+def test_grouped() -> None:
+    code = grouped(SHAPES[64], groups=32, packed=True)
     assert code.count("IGMMA") > 0 and code.spills == 0
 
 
 def test_preparation() -> None:
     signature = {"q_ptr": "*i8", "x_ptr": "*i8", "sum_ptr": "*i32"}
-    code = compiled(prepare_activations_kernel, signature, {"K": 4096, "PLANE": 128, "BLOCK": 2048}, 90)
+    code = compiled(prepare_activations_kernel, signature, {"K": 4096, "PLANE": 128, "FACTOR": 16, "BLOCK": 2048}, 90)
     assert code.spills == 0 and code.registers <= 64
     assert all("128" in each for each in code.instructions if each.startswith(("LDG", "STG.E.1")))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.kernels.linear_int import op, reference
-from qpcompile.kernels.linear_int.packing import pack_int4
+from qpcompile.kernels.linear_int.packing import pack_int4, stored_codes
 from qpcompile.kernels.linear_int.tuning import BUCKETS, start_tile
 from qpcompile.kernels.linear_w4a16 import reference as half_reference
 
@@ -37,9 +37,20 @@ def test_operator_has_the_bits_of_the_reference(in_features: int, out_features: 
     q, weight = codes(tokens, in_features), pack_int4(codes(out_features, in_features))
     scale, weight_scale = torch.rand(tokens, 1, device="cuda"), torch.rand(out_features, 1, device="cuda")
     for dtype in (torch.bfloat16, torch.float32):
-        operands = (q, scale, weight, weight_scale, torch.randn(out_features, device="cuda").to(dtype), dtype)
+        operands = (q, scale, weight, weight_scale, torch.randn(out_features, device="cuda").to(dtype), dtype, 4)
         found = torch.ops.qpcompile.linear_int(*operands)
         assert torch.equal(found, reference.linear_int(*operands))
+
+
+@pytest.mark.parametrize("groups", [1, 32])
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 65, 300])
+def test_8_bit_activations(tokens: int, weight_bits: int, groups: int) -> None:
+    q, weight = codes(tokens, 4096, bits=8), stored_codes(codes(1000, 4096, bits=weight_bits), weight_bits)
+    scale, weight_scale = torch.rand(tokens, groups, device="cuda"), torch.rand(1000, 1, device="cuda")
+    operands = (q, scale, weight, weight_scale, None, torch.float32, 8)
+    found, expected = torch.ops.qpcompile.linear_int(*operands), reference.linear_int(*operands)
+    torch.testing.assert_close(found, expected, rtol=0 if groups == 1 else 1e-5, atol=0 if groups == 1 else 1e-1)
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 300])
@@ -51,7 +62,7 @@ def test_every_tile_of_the_rule(limit: int, bits: int, tokens: int) -> None:
     for split in (1, 3):
         tile = replace(start_tile(132, 1000, 4096, limit), split=split)
         found = triton_kernels().linear_int(
-            q, scales[0], pack_int4(weight), scales[1], None, torch.float32, residual=residual, bits=bits, tile=tile
+            q, scales[0], pack_int4(weight), scales[1], None, torch.float32, bits, residual, tile=tile
         )
         assert torch.equal(found, reference.integer_product(q, weight).float())
 
@@ -60,7 +71,7 @@ def test_every_tile_of_the_rule(limit: int, bits: int, tokens: int) -> None:
 def test_split_columns_give_the_same_bits_every_time(tokens: int) -> None:
     q, weight = codes(tokens, 11008), pack_int4(codes(4096, 11008))
     scale, weight_scale = torch.rand(tokens, 1, device="cuda"), torch.rand(4096, 1, device="cuda")
-    operands = (q, scale, weight, weight_scale, None, torch.bfloat16)
+    operands = (q, scale, weight, weight_scale, None, torch.bfloat16, 4)
     first = torch.ops.qpcompile.linear_int(*operands)
     assert all(torch.equal(torch.ops.qpcompile.linear_int(*operands), first) for _ in range(200))
 
@@ -68,7 +79,7 @@ def test_split_columns_give_the_same_bits_every_time(tokens: int) -> None:
 def test_residual_has_the_bits_of_an_operator_of_its_own() -> None:
     q, weight, residual = codes(65, 512), pack_int4(codes(96, 512)), torch.randn(65, 96, device="cuda").bfloat16()
     operands = (torch.rand(65, 1, device="cuda"), weight, torch.rand(96, 1, device="cuda"), None, torch.bfloat16)
-    found = triton_kernels().linear_int(q, *operands, residual=residual)
+    found = triton_kernels().linear_int(q, *operands, 4, residual)
     assert torch.equal(found, reference.linear_int(q, *operands) + residual)
 
 
@@ -77,7 +88,7 @@ def test_residual_has_the_bits_of_an_operator_of_its_own() -> None:
 def test_groups(tokens: int, groups: int, weight_groups: int) -> None:
     q, weight = codes(tokens, 4096), pack_int4(codes(96, 4096))
     scale, weight_scale = torch.rand(tokens, groups, device="cuda"), torch.rand(96, weight_groups, device="cuda")
-    operands = (q, scale, weight, weight_scale, None, torch.float32)
+    operands = (q, scale, weight, weight_scale, None, torch.float32, 4)
     found = torch.ops.qpcompile.linear_int(*operands)
     torch.testing.assert_close(found, reference.linear_int(*operands), rtol=1e-6, atol=1e-3)
 
@@ -106,12 +117,12 @@ def test_every_nibble_becomes_its_float(dtype: torch.dtype) -> None:
 
 def test_opcheck() -> None:
     operands = (codes(2, 3, 512), torch.rand(2, 3, 1, device="cuda"), pack_int4(codes(96, 512)))
-    torch.library.opcheck(op.linear_int, (*operands, torch.rand(96, 1, device="cuda"), None, torch.bfloat16))
+    torch.library.opcheck(op.linear_int, (*operands, torch.rand(96, 1, device="cuda"), None, torch.bfloat16, 4))
 
 
 def test_a_captured_call_replays() -> None:
     q, weight = codes(1, 4096), pack_int4(codes(4096, 4096))
-    operands = (torch.ones(1, 1, device="cuda"), weight, torch.ones(4096, 1, device="cuda"), None, torch.float32)
+    operands = (torch.ones(1, 1, device="cuda"), weight, torch.ones(4096, 1, device="cuda"), None, torch.float32, 4)
     torch.ops.qpcompile.linear_int(q, *operands)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -24,6 +24,6 @@ def test_probe(name: str) -> None:
 )
 def test_quantize_dynamic(tokens: int, channels: int, group_size: int, dtype: torch.dtype) -> None:
     x = torch.randn(tokens, channels, device="cuda").to(dtype)
-    found = torch.ops.qpcompile.quantize_dynamic(x, group_size, 0.9)
-    expected = torch.ops.qpcompile.quantize_dynamic(x.cpu(), group_size, 0.9)
+    found = torch.ops.qpcompile.quantize_dynamic(x, group_size, 0.9, 4)
+    expected = torch.ops.qpcompile.quantize_dynamic(x.cpu(), group_size, 0.9, 4)
     assert all(torch.equal(left.cpu(), right) for left, right in zip(found, expected, strict=True))

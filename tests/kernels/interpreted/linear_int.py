@@ -23,7 +23,7 @@ def random_codes(*shape: int, seed: int = 0, bits: int = 4) -> Tensor:
 def exact(q: Tensor, codes: Tensor, tile: Tile | None, bits: int = 4) -> Tensor:
     """The kernel's integer sums i32[T, N]: with scales of one the result is the sum, exact in float32."""
     ones = torch.ones(q.shape[0], 1), torch.ones(codes.shape[0], 1)
-    y = kernels.linear_int(q, ones[0], pack_int4(codes), ones[1], None, torch.float32, bits=bits, tile=tile)
+    y = kernels.linear_int(q, ones[0], pack_int4(codes), ones[1], None, torch.float32, bits, tile=tile)
     return y.to(torch.int32)
 
 
@@ -40,11 +40,26 @@ def test_integer_sums_are_exact(tokens: int, in_features: int, out_features: int
     assert torch.equal(exact(q, codes, replace(SMALL, split=split)), reference.integer_product(q, codes))
 
 
-@pytest.mark.parametrize(("tokens", "in_features", "split"), [(1, 256, 1), (17, 301, 2), (65, 512, 3)])
+@pytest.mark.parametrize(("tokens", "in_features", "split"), [(1, 256, 1), (17, 301, 2), (65, 512, 1), (70, 301, 2)])
 def test_codes_of_8_bits(tokens: int, in_features: int, split: int) -> None:
     q, codes = random_codes(tokens, in_features, bits=8), random_codes(33, in_features, seed=1)
     q[0, :] = -128
     assert torch.equal(exact(q, codes, replace(SMALL, split=split), bits=8), reference.integer_product(q, codes))
+
+
+@pytest.mark.parametrize(("groups", "weight_groups"), [(1, 1), (3, 3), (1, 3), (3, 1)])
+@pytest.mark.parametrize(("tokens", "in_features", "out_features"), [(0, 9, 8), (1, 3, 1), (17, 96, 40), (33, 303, 5)])
+def test_weights_of_8_bits(tokens: int, in_features: int, out_features: int, groups: int, weight_groups: int) -> None:
+    q, weight = random_codes(tokens, in_features, bits=8), random_codes(out_features, in_features, seed=1, bits=8)
+    weight[0] = -128
+    scale, weight_scale = torch.rand(tokens, groups) + 0.5, torch.rand(out_features, weight_groups) + 0.5
+    bias, residual = torch.randn(out_features), torch.randn(tokens, out_features)
+    rest = weight, weight_scale, bias, torch.float32
+    found = kernels.linear_int(q, scale, *rest, 8, residual, tile=SMALL)
+    expected = reference.linear_int(q, scale, *rest) + residual
+    if groups == weight_groups == 1:
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-2)
 
 
 def test_neighbours_cover_every_tile() -> None:
@@ -61,9 +76,11 @@ def test_every_tile_of_the_rule(limit: int, tokens: int) -> None:
 
 
 def test_extremes_fit_the_accumulator_and_the_operands() -> None:
-    for tokens in (2, 70):
-        q, codes = torch.full((tokens, 1024), -8, dtype=torch.int8), torch.full((3, 1024), -8, dtype=torch.int8)
-        assert torch.equal(exact(q, codes, None), torch.full((tokens, 3), 64 * 1024, dtype=torch.int32))
+    for tokens, bits in ((2, 4), (70, 4), (2, 8), (70, 8)):
+        lowest = -(2 ** (bits - 1))
+        q, codes = torch.full((tokens, 1024), lowest, dtype=torch.int8), torch.full((3, 1024), -8, dtype=torch.int8)
+        expected = torch.full((tokens, 3), -8 * lowest * 1024, dtype=torch.int32)
+        assert torch.equal(exact(q, codes, None, bits), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -73,7 +90,7 @@ def test_scales_and_bias(in_features: int, groups: int, weight_groups: int, dtyp
     q, weight = random_codes(2, 9, in_features), pack_int4(random_codes(21, in_features, seed=1))
     scale, weight_scale = torch.rand(2, 9, groups) + 0.5, torch.rand(21, weight_groups) + 0.5
     bias = torch.rand(21).to(dtype)
-    found = kernels.linear_int(q, scale, weight, weight_scale, bias, dtype, tile=SMALL)
+    found = kernels.linear_int(q, scale, weight, weight_scale, bias, dtype, 8, tile=SMALL)
     expected = reference.linear_int(q, scale, weight, weight_scale, bias, dtype)
     # The interpreter truncates float32 to bfloat16 where hardware rounds: one unit in the last place.
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2**-7}[dtype]
@@ -88,7 +105,7 @@ def test_scaled_sums_bias_and_residual_have_the_bits_of_the_reference(tokens: in
     for dtype in (torch.float32, torch.float16):
         residual = torch.randn(2, tokens // 2, 21).to(dtype)
         found = kernels.linear_int(
-            q, scale, weight, weight_scale, bias, dtype, residual=residual, tile=replace(SMALL, split=split)
+            q, scale, weight, weight_scale, bias, dtype, 4, residual, tile=replace(SMALL, split=split)
         )
         expected = reference.linear_int(q, scale, weight, weight_scale, bias, dtype) + residual
         assert torch.equal(found, expected)
@@ -97,7 +114,7 @@ def test_scaled_sums_bias_and_residual_have_the_bits_of_the_reference(tokens: in
 def test_residual_with_groups() -> None:
     q, weight, residual = random_codes(5, 96), pack_int4(random_codes(7, 96, seed=1)), torch.randn(5, 7)
     scales = torch.rand(5, 3), torch.rand(7, 3)
-    found = kernels.linear_int(q, scales[0], weight, scales[1], None, torch.float32, residual=residual, tile=SMALL)
+    found = kernels.linear_int(q, scales[0], weight, scales[1], None, torch.float32, 4, residual, tile=SMALL)
     expected = reference.linear_int(q, scales[0], weight, scales[1], None, torch.float32) + residual
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
 
@@ -106,13 +123,14 @@ def test_residual_with_groups() -> None:
 def test_strided_operands(groups: int) -> None:
     q, scale = random_codes(96, 5).T, (torch.rand(10, groups) + 0.5)[::2]
     weight, weight_scale = pack_int4(random_codes(14, 96, seed=1))[::2], (torch.rand(groups, 7) + 0.5).T
-    found = kernels.linear_int(q, scale, weight, weight_scale, None, torch.float32, tile=SMALL)
+    found = kernels.linear_int(q, scale, weight, weight_scale, None, torch.float32, 8, tile=SMALL)
     expected = reference.linear_int(q, scale, weight, weight_scale, None, torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
 
 
 def test_prepared_activations() -> None:
     q = random_codes(5, 6)
-    x, sums = kernels.prepare_activations(q)
-    assert torch.equal(x, torch.cat([q[:, :3] * 16, q[:, 3:]], 1))
-    assert sums.tolist() == q[:, :3].sum(1).tolist()
+    for factor in (1, 16):
+        x, sums = kernels.prepare_activations(q, factor)
+        assert torch.equal(x, torch.cat([q[:, :3] * factor, q[:, 3:]], 1))
+        assert sums.tolist() == q[:, :3].sum(1).tolist()

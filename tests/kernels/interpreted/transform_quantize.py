@@ -41,7 +41,7 @@ def rows_of(kind: str, tokens: int, channels: int, dtype: torch.dtype = torch.fl
 
 def check(rows: Rows, values: Tensor, end: Epilogue) -> None:
     values = end.transformed(values)
-    expected = quantize_dynamic(values, end.group_size, end.clip_ratio)
+    expected = quantize_dynamic(values, end.group_size, end.clip_ratio, end.bits)
     assert_codes_agree(rows_quantize(rows, end), expected, values)
 
 
@@ -54,6 +54,12 @@ def test_codes_are_the_references(tokens: int, channels: int, group_size: int, k
         *rows_of(kind, tokens, channels),
         epilogue_of(channels, change, scaled=scaled, shifted=channels != 344, group_size=group_size),
     )
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_codes_of_8_bits(group_size: int, change: str) -> None:
+    check(*rows_of("rmsnorm", 5, 96), epilogue_of(96, change, group_size=group_size, bits=8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

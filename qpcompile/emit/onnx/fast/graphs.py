@@ -1,9 +1,9 @@
 """Rewrite graphs for speed in onnxruntime: `export_onnx(..., fast=True)`. The numerics change as listed here.
 
-    linear layers on 4-bit codes     %q, %s = quantize_dynamic(%x); linear_int(%q, %s, W)  ->  linear_w4a16(%x, W)
+    linear layers on codes           %q, %s = quantize_dynamic(%x); linear_int(%q, %s, W)  ->  linear_w4a16(%x, W)
                                      with the same 4-bit weights; activations are rounded to 8 bits inside the operator
+    8-bit weights                    linear_int(%q, %s, W), linear_w8a16(%x, W)  ->  linear_w8(%x, W), the same weights
     the head                         linear(%x, W)  ->  linear_w8(%x, W'), 8-bit weights in blocks of 128
-                                     linear_w8a16(%x, W)  ->  linear_w8(%x, W), the same 8-bit weights
     token embeddings                 embedding(W, %ids)  ->  embedding_16, 16 bits per number
     sums in float64                  are float32 again
     attention in prefill             on unquantized keys and values
@@ -28,6 +28,7 @@ from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, 
 from qpcompile.emit.onnx.fast.attention import append_in_place, float_keys, rotary_in_one
 from qpcompile.emit.onnx.fast.inputs import patches_in_one, tokens_in_16_bits
 from qpcompile.emit.onnx.wrap import Part
+from qpcompile.errors import ExportError
 from qpcompile.ir.edit import aten, get_tensor, is_call, set_tensor
 from qpcompile.ir.operators import (
     ACTIVATION_QUANTIZE,
@@ -46,6 +47,7 @@ from qpcompile.ir.operators import (
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
 from qpcompile.ir.shapes import value
 from qpcompile.kernels.activation_quantize.reference import SLOPE
+from qpcompile.kernels.linear_w4a16.onnx_contrib import block_size
 
 Tensor = torch.Tensor
 
@@ -56,7 +58,7 @@ AS_MODULE = {
 }
 """By the recipe's numerics, where the graphs are the module's."""
 CHANGES = (
-    "weights are the compiled model's 4-bit weights; in front of them activations have 8 bits, one scale per token in "
+    "weights are the compiled model's weights; in front of them activations have 8 bits, one scale per token in "
     "prefill and one per 128 channels of a token in decode, in place of the recipe's",
     "the head has the module's 8-bit weights, or 8-bit weights in blocks of 128 where the module's has 16 bits and the "
     "recipe quantizes anything; activations have 8 bits in front of both",
@@ -104,7 +106,7 @@ def _fast_part(program: Program, name: str, part: Part) -> Part:
     _narrow(part)
     _float_activations(part)
     if scheme is not None:
-        _head_in_8_bits(part)
+        _weights_of_8_bits(part)
         tokens_in_16_bits(part)
     patches_in_one(part)
     rotary_in_one(part)
@@ -129,7 +131,7 @@ def _float_activations(part: Part) -> None:
     """Make linear layers read the inputs of their quantizers."""
     sources: dict[fx.Node, fx.Node | None] = {}
     for node in calls(part, LINEAR_INT):
-        codes, _, weight, weight_scale, bias, dtype, *residual = node.args
+        codes, _, weight, weight_scale, bias, dtype, _, *residual = node.args
         pair = codes.args[0] if is_call(codes, operator.getitem) else None
         if not isinstance(pair, fx.Node):
             continue
@@ -139,7 +141,9 @@ def _float_activations(part: Part) -> None:
             if dtype != torch.float32:
                 # Scales and shifts of activations are float32: the quantizer's input may be wider.
                 source = put(part, node, aten.to.dtype, source, dtype, like=node)
-            new = put(part, node, LINEAR_W4A16, source, weight, weight_scale, bias, like=node)
+            packed = value(weight).dtype == torch.uint8  # type: ignore[arg-type]
+            target = LINEAR_W4A16 if packed else LINEAR_W8A16
+            new = put(part, node, target, source, weight, weight_scale, bias, like=node)
             new.meta["val"] = value(node)
             if residual:
                 new = put(part, node, aten.add.Tensor, new, *residual, like=node)
@@ -191,7 +195,7 @@ def _activation(part: Part, before: fx.Node, x: Any, function: Any) -> fx.Node:
 
 
 def linear_w8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x: f[..., K], codes: u8[N, B, 128], zero at 128, scale: f32[N, B] -> f[..., N], B blocks of 128 inputs."""
+    """x: f[..., K], codes: u8[N, B, size], zero at 128, scale: f32[N, B] -> f[..., N], B blocks of inputs."""
     weight = ((codes.float() - 128) * scale[..., None]).flatten(1)[:, : x.shape[-1]]
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
@@ -205,28 +209,39 @@ def quantize_w8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.round(wide / scale[..., None]) + 128).to(torch.uint8), scale
 
 
-def in_blocks(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """codes: i8[N, K], scale: f32[N, 1] of `linear_w8a16` -> those of `linear_w8`; the last block is zero-padded."""
-    moved = torch.nn.functional.pad(codes.view(torch.uint8) ^ 128, (0, -codes.shape[1] % HEAD_BLOCK), value=128)
-    blocks = moved.unflatten(1, (-1, HEAD_BLOCK))
-    return blocks, scale.repeat(1, blocks.shape[1])
+def in_blocks(codes: Tensor, scale: Tensor, block: int = HEAD_BLOCK) -> tuple[Tensor, Tensor]:
+    """codes: i8[N, K], scale: f32[N, G] -> those of `linear_w8`, in blocks of inputs; the last one is zero-padded."""
+    moved = torch.nn.functional.pad(codes.view(torch.uint8) ^ 128, (0, -codes.shape[1] % block), value=128)
+    blocks = moved.unflatten(1, (-1, block))
+    return blocks, scale.repeat_interleave(blocks.shape[1] // scale.shape[1], 1)
 
 
-def _head_in_8_bits(part: Part) -> None:
+def _weights_of_8_bits(part: Part) -> None:
+    """Bring 8-bit weights, and the head's floats, into the layout of `linear_w8`."""
     for node in calls(part, aten.linear.default, LINEAR_W8A16):
         x, weight, *rest = node.args
-        if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).startswith(f"{HEAD}.")):
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            continue
+        if node.target is not LINEAR_W8A16 and not str(weight.target).startswith(f"{HEAD}."):
             continue
         tensor = get_tensor(part.module, str(weight.target))
         if node.target is LINEAR_W8A16:
             scale, *bias = rest
             assert isinstance(scale, fx.Node)
-            made = in_blocks(tensor, get_tensor(part.module, str(scale.target)))
+            steps = get_tensor(part.module, str(scale.target))
+            block = block_size(tensor.shape[1], steps.shape[1])
+            if block is None:
+                raise ExportError(
+                    f"a group of {tensor.shape[1] // steps.shape[1]} inputs cannot be split into blocks of 16 or more",
+                    where=str(weight.target),
+                    do="export without fast, or compile with quantize.weights.granularity: channel",
+                )
+            made = in_blocks(tensor, steps, block)
         else:
             made, bias = quantize_w8(tensor), rest
         names = (f"{weight.target}_blocks", f"{weight.target}_block_scale")
         for name, each in zip(names, made, strict=True):
             set_tensor(part.module, name, each)
         with part.module.graph.inserting_before(node):
-            stored = [part.module.graph.get_attr(name) for name in names]
-        node.replace_all_uses_with(put(part, node, linear_w8, x, *stored, bias[0] if bias else None, like=node))
+            given = [part.module.graph.get_attr(name) for name in names]
+        node.replace_all_uses_with(put(part, node, linear_w8, x, *given, bias[0] if bias else None, like=node))

@@ -17,7 +17,7 @@ from qpcompile.emit.onnx.fast.attention import (
     doubled_rope,
     open_attention,
 )
-from qpcompile.emit.onnx.fast.graphs import HEAD_BLOCK, linear_w8
+from qpcompile.emit.onnx.fast.graphs import linear_w8
 from qpcompile.emit.onnx.fast.inputs import embedding_16, rows_of_16_bits
 from qpcompile.emit.onnx.fast.segments import segment_attention
 from qpcompile.emit.onnx.record import Recorder
@@ -40,9 +40,9 @@ def contrib(name: str, inputs: list[Any], outputs: int = 1, **attributes: Any) -
     return recorder.node(CONTRIB, name, inputs, attributes, outputs)
 
 
-def head(x: Any, codes: Any, scale: Any, bias: Any) -> Any:
+def blocks_of_8_bits(x: Any, codes: Any, scale: Any, bias: Any) -> Any:
     """The translation of `linear_w8`."""
-    sizes = {"K": x.shape[-1], "N": codes.shape[0], "bits": 8, "block_size": HEAD_BLOCK, "accuracy_level": 4}
+    sizes = {"K": x.shape[-1], "N": codes.shape[0], "bits": 8, "block_size": codes.shape[2], "accuracy_level": 4}
     return contrib("MatMulNBits", [x, codes, scale, None, None, bias], **sizes)
 
 
@@ -171,7 +171,7 @@ TRANSLATIONS = {
     open_attention: open_attention_in_one,
     causal_attention: causal_attention_in_one,
     doubled_rope: rope,
-    linear_w8: head,
+    linear_w8: blocks_of_8_bits,
     embedding_16: rows_of_16_bits,
     channel_codes: codes_by_channel,
     cached_attention: in_place,

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from qpcompile.quantization.solver import HIGHEST, LOWEST, Solver, expand
+from qpcompile.kernels.quantize_dynamic.reference import code_range
+from qpcompile.quantization.solver import Solver, expand
 from qpcompile.recipe.quantize import WeightScheme
 
 
@@ -21,7 +22,7 @@ class Floor:
         self, weight: torch.Tensor, moments: torch.Tensor | None, scale: torch.Tensor, scheme: WeightScheme
     ) -> torch.Tensor:
         """Every weight by itself."""
-        return (weight / expand(scale, weight.shape[1])).floor().clamp(LOWEST, HIGHEST).to(torch.int8)
+        return (weight / expand(scale, weight.shape[1])).floor().clamp(*code_range(scheme.bits)).to(torch.int8)
 
 
 SOLVER: Solver = Floor()
