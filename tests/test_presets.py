@@ -27,17 +27,15 @@ BEDS = Path(__file__).resolve().parent / "testbed"
 BRIEF = ("calibration.samples=2",)
 BRIEF_TRAINING = ("quantize.training.samples=2", "quantize.training.epochs=1")
 NEW = 6
-LAYER = Counter(
-    rmsnorm_quantize=2,
-    activation_quantize=1,
-    transform_quantize=1,
-    linear_int=7,
-    rope=2,
-    hadamard=2,
-    kv4_write=2,
-    attention_kv4=1,
-)
-"""Operators of a decoder layer of every W4A4 preset: norms, activation and quantizers are in none of their own."""
+LINEARS = Counter(rmsnorm_quantize=2, activation_quantize=1, linear_int=7, rope=2, hadamard=2)
+LAYERS = {
+    4: LINEARS + Counter(transform_quantize=1, kv4_write=2, attention_kv4=1),
+    8: LINEARS + Counter(quantize_dynamic=1, kv8_write=2, kv8_read=2, scaled_dot_product_attention=1, to=4),
+}
+"""Operators of a decoder layer of every preset that quantizes activations, by the bits of its cache.
+
+Norms, activation and quantizers are in no operators of their own, but for a quantizer that has nothing before it.
+"""
 APPENDS = Counter(cat=4)
 """A decode step appends codes and scales of keys and values to the cache; bound graphs write them in place."""
 VIEWS = {"view", "reshape", "transpose", "unsqueeze", "expand", "contiguous", "sym_size", "getitem"}
@@ -80,9 +78,10 @@ def test_compile_answer_save_load_and_answer_again(tmp_path: Path, bed: str, pre
     expected = answer(model, bed)
     compiled = qpcompile.compile(model, recipe, processor=processor, calibration=BEDS / "calibration" / bed)
     found = answer(compiled, bed)
-    if recipe.quantize is not None and recipe.quantize.activations.bits == 4:
-        assert operators(compiled.program.graphs[PREFILL]) == LAYER
-        assert operators(compiled.program.graphs[DECODE]) == LAYER + APPENDS
+    if recipe.quantize is not None and recipe.quantize.activations.bits != 16:
+        layer = LAYERS[recipe.quantize.kv_cache.bits]
+        assert operators(compiled.program.graphs[PREFILL]) == layer
+        assert operators(compiled.program.graphs[DECODE]) == layer + APPENDS
     compiled.save_pretrained(tmp_path / "out")
     again = answer(qpcompile.load(tmp_path / "out"), bed)
     assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])

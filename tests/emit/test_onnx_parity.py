@@ -38,7 +38,10 @@ def bed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "numerics"),
-    [("w4a4kv4", "exact"), ("quota-30", "exact"), ("quota-30", "fast"), ("prune-30", "fast")],
+    [
+        *[("w4a4kv4", "exact"), ("quota-30", "exact"), ("quota-30", "fast"), ("prune-30", "fast")],
+        *[("quota-30-w4a8", "fast"), ("w8a8", "exact")],
+    ],
 )
 def test_answers_are_the_same(bed: tuple[str, list[Question]], preset: str, numerics: str, tmp_path: Path) -> None:
     family, questions = bed

@@ -12,7 +12,10 @@ from qpcompile.errors import RecipeError
 from qpcompile.recipe.quantize import matches_name
 from qpcompile.recipe.recipe import Recipe, preset_names
 
-PRESETS = ["joint-12.5", "joint-30", "none", "prune-30", "qapruner-12.5", "quota-30", "quota-50", "w4a16", "w4a4kv4"]
+PRESETS = [
+    *("joint-12.5", "joint-30", "joint-30-w4a8", "none", "prune-30", "qapruner-12.5", "quota-30", "quota-30-w4a8"),
+    *("quota-50", "w4a16", "w4a4kv4", "w4a8kv4", "w8a8"),
+]
 
 WEIGHTS = st.fixed_dictionaries(
     {},
@@ -26,7 +29,7 @@ WEIGHTS = st.fixed_dictionaries(
 ACTIVATIONS = st.fixed_dictionaries(
     {},
     optional={
-        "bits": st.sampled_from([4, 16]),
+        "bits": st.sampled_from([4, 8, 16]),
         "granularity": st.sampled_from(["token", "group"]),
         "clip_ratio": st.floats(0.01, 1),
     },
@@ -136,6 +139,14 @@ def test_presets_say_what_their_names_say() -> None:
     assert weights_only and (weights_only.activations.bits, weights_only.kv_cache.bits) == (16, 16)
     assert weights_only.weights.kernel_group == 0 and weights_only.head_bits == 16
     assert Recipe.load("prune-30").quantize is None
+    eight = Recipe.load("w4a8kv4").quantize
+    assert eight and (eight.weights.bits, eight.activations.bits, eight.kv_cache.bits) == (4, 8, 4)
+    assert (eight.transform, eight.smooth, eight.weights.solver) == ("hadamard", 0.5, "gptq")
+    for method in ("quota", "joint"):
+        pruned = Recipe.load(f"{method}-30-w4a8")
+        assert pruned.quantize == eight and pruned.tokens == Recipe.load(f"{method}-30").tokens
+    wide = Recipe.load("w8a8").quantize
+    assert wide and (wide.weights.bits, wide.activations.bits, wide.kv_cache.bits) == (8, 8, 8)
 
 
 def test_load_takes_a_recipe_and_a_path(tmp_path: Path) -> None:
@@ -198,7 +209,7 @@ def test_all_wrong_keys_are_listed_at_once() -> None:
         ("tokens: {candidate_layers: all}", 'tokens.candidate_layers: given "all"; allowed: auto | list'),
         ("tokens: {percentiles: [99, 1]}", "tokens.percentiles: given [99, 1]; allowed: [number, number] (needs 0 <="),
         ("tokens: {sensitivity_clip: [0.1, 1.1]}", "needs 0 <= low < high <= 1"),
-        ("quantize: {weights: {bits: 3}}", "quantize.weights.bits: given 3; allowed: 4 | 16"),
+        ("quantize: {weights: {bits: 3}}", "quantize.weights.bits: given 3; allowed: 4 | 8 | 16"),
         ("quantize: {head_bits: 4}", "quantize.head_bits: given 4; allowed: 8 | 16"),
         ("quantize: {smooth: 1.0}", "quantize.smooth: given 1.0; allowed: number > 0 and < 1 | null"),
         ("quantize: {scope: []}", "quantize.scope: given []"),
@@ -271,8 +282,19 @@ def test_sources_that_are_no_recipe(tmp_path: Path) -> None:
             "tokens: {weights: {inter: 1e-9, magnitude: 0, intra: 0, residual: 0}}",
             "tokens.weights.inter: given 1e-09: all four weights are below 1e-06",
         ),
-        ("quantize: {weights: {bits: 16}, transform: none}", "quantize.activations.bits: not given: 4-bit inputs"),
-        ("quantize: {weights: {bits: 16}, activations: {bits: 16}}", "quantize.transform: not given: it serves 4-bit"),
+        ("quantize: {weights: {bits: 16}, transform: none}", "quantize.activations.bits: not given: codes multiply"),
+        (
+            "quantize: {weights: {bits: 8}}",
+            "quantize.activations.bits: not given: with 8-bit weights 4-bit",
+        ),
+        (
+            "quantize: {weights: {bits: 8, granularity: group}, activations: {bits: 16}}",
+            'quantize.weights.granularity: given "group": 8-bit weights for unquantized inputs',
+        ),
+        (
+            "quantize: {weights: {bits: 16}, activations: {bits: 16}}",
+            "quantize.transform: not given: it serves quanti",
+        ),
         (
             "quantize: {weights: {bits: 16}, activations: {bits: 16}, smooth: 0.5}",
             "quantize.smooth: given 0.5: it serves",
@@ -309,6 +331,9 @@ def test_impossible_combination_is_refused_with_the_reason(text: str, said: str)
         "quantize: {activations: {granularity: group, group_size: 16}}",
         "quantize: {weights: {granularity: group, group_size: 16}}",
         "quantize: {weights: {granularity: group}, activations: {granularity: group}}",
+        "quantize: {activations: {bits: 8}}",
+        "quantize: {weights: {bits: 8, granularity: group}, activations: {bits: 8, granularity: group}}",
+        "quantize: {weights: {bits: 8}, activations: {bits: 16}}",
         "quantize: {weights: {bits: 16}, activations: {bits: 16}, transform: none}",
         "quantize: {weights: {bits: 16}, activations: {bits: 16}, kv_cache: {bits: 16}, transform: none, head_bits: 8}",
         "tokens: {eta: 1e-6}",
