@@ -12,6 +12,7 @@ where its rows are float64: their input is cast in the same way, and their resul
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ import torch
 from torch import fx
 
 from qpcompile.ir.convolutions import CONVOLUTIONS, cuts_patches
-from qpcompile.ir.edit import aten, call, calls, tidy
+from qpcompile.ir.edit import aten, call, calls, is_call, tidy
 from qpcompile.ir.numerics import check_numerics
 from qpcompile.ir.operators import (
     ACTIVATION_QUANTIZE,
@@ -29,6 +30,8 @@ from qpcompile.ir.operators import (
     LAYERNORM_QUANTIZE,
     RMSNORM,
     RMSNORM_QUANTIZE,
+    ROPE_KV4_APPEND,
+    ROPE_KV4_WRITE,
     SEGMENT_ATTENTION,
     TRANSFORM_QUANTIZE,
 )
@@ -51,6 +54,7 @@ FUNCTIONS = (
 ROWS: dict[object, int] = {
     **dict.fromkeys((TRANSFORM_QUANTIZE, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, HADAMARD, KRONECKER, ATTENTION_KV4), 1),
     ACTIVATION_QUANTIZE: 2,
+    **dict.fromkeys((ROPE_KV4_WRITE, ROPE_KV4_APPEND), 3),
 }
 """Operators of ours that compute in the type of their first operands, and how many those are; others keep theirs."""
 
@@ -87,10 +91,22 @@ def _widen(graph: Graph) -> bool:
         result = call(graph, node, node.target, *operands[0], *rest, like=node, **operands[1])
         if isinstance(value(result), torch.Tensor):
             result = call(graph, node, aten.to.dtype, result, torch.float32, like=node)
+        else:
+            _narrow_parts(graph, node, result)
         node.replace_all_uses_with(result)
         graph.module.graph.erase_node(node)
     tidy(graph)
     return bool(found)
+
+
+def _narrow_parts(graph: Graph, node: fx.Node, result: fx.Node) -> None:
+    """Cast what readers take of several results to float32, if it is float64 now."""
+    for part in list(node.users):
+        assert is_call(part, operator.getitem)
+        if value(result)[part.args[1]].dtype == torch.float64:
+            wide = call(graph, part, operator.getitem, result, part.args[1], like=part)
+            part.replace_all_uses_with(call(graph, part, aten.to.dtype, wide, torch.float32, like=part))
+            graph.module.graph.erase_node(part)
 
 
 def _is_single(source: object) -> bool:

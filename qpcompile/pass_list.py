@@ -9,11 +9,13 @@ from qpcompile.ir.pass_manager import Pass
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.fold_transforms import FoldTransforms
+from qpcompile.passes.fuse_cache_writes import FuseCacheWrites
 from qpcompile.passes.fuse_kernels import FuseKernels
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.passes.measure_sensitivity import MeasureSensitivity
 from qpcompile.passes.merge_duplicates import MergeDuplicates
+from qpcompile.passes.merge_linears import MergeLinears
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.quantize_head import QuantizeHead
 from qpcompile.passes.quantize_kv_cache import QuantizeKvCache
@@ -50,6 +52,8 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         QuantizeKvCache(),
         FuseKernels(),
         MergeDuplicates(),
+        MergeLinears(),
+        FuseCacheWrites(),
         # Make all back ends produce identical codes.
         WidenSums(),
     ]

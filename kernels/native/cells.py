@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
+from qpcompile.kernels.row_stride import row_stride
 
 ELEMENTS = {
     torch.float32: 0,
@@ -60,7 +61,8 @@ def _front(tensor: Tensor | None) -> Cells:
     if not tensor.is_cpu:
         raise _LayoutError(f"is on {tensor.device}, not on the CPU")
     count = int(tensor.untyped_storage().nbytes()) // tensor.itemsize - int(tensor.storage_offset())
-    return tensor.data_ptr(), count, ELEMENTS.get(tensor.dtype, OTHER)
+    # The offset of an empty tensor may be beyond the end.
+    return tensor.data_ptr(), max(count, 0), ELEMENTS.get(tensor.dtype, OTHER)
 
 
 def _view(tensor: Tensor | None) -> Cells:
@@ -72,7 +74,19 @@ def _view(tensor: Tensor | None) -> Cells:
     return *_front(tensor), *tensor.stride()
 
 
-SPAN, FRONT, VIEW, WHOLE, REAL = Kind("qqq", _span), Kind("qqq", _front), Kind("7q", _view), Kind("q"), Kind("d")
+def _rows(tensor: Tensor | None) -> Cells:
+    """A tensor of rows: its elements, those to the end of its storage, and those from row to row."""
+    if tensor is None:
+        return 0, 0, NOTHING, 0, 0
+    stride = row_stride(tensor)
+    if stride is None:
+        raise _LayoutError(f"has a memory layout without rows: {list(tensor.shape)}, strides {list(tensor.stride())}")
+    address, count, element = _front(tensor)
+    return address, tensor.numel(), element, count, stride
+
+
+SPAN, FRONT, VIEW, ROWS = Kind("qqq", _span), Kind("qqq", _front), Kind("7q", _view), Kind("5q", _rows)
+WHOLE, REAL = Kind("q"), Kind("d")
 Signature = tuple[tuple[str, Kind], ...]
 
 
@@ -101,6 +115,10 @@ SIGNATURES: dict[str, Signature] = {
     "linear_w8a16": (*_of(SPAN, "x weight weight_scale y"), *_of(WHOLE, "tokens columns features")),
     "kv4_write": (*_of(VIEW, "x"), *_of(SPAN, "codes affine"), *_of(WHOLE, "batch heads tokens size")),
     "rope": (*_of(VIEW, "x cos sin"), *_of(SPAN, "y"), *_of(WHOLE, "batch heads tokens size")),
+    "rope_kv4_write": (
+        *(*_of(VIEW, "q k v cos sin"), *_of(SPAN, "y k_codes k_affine v_codes v_affine left right tiles")),
+        *_of(WHOLE, "batch heads groups tokens size left_size right_size"),
+    ),
     "attention_kv4": (
         *(*_of(VIEW, "q"), *_of(FRONT, "k_codes k_affine v_codes v_affine"), *_of(VIEW, "mask"), *_of(SPAN, "y")),
         *(*_of(WHOLE, "batch heads groups rows keys room size"), *_of(REAL, "scale")),
@@ -113,7 +131,7 @@ SIGNATURES: dict[str, Signature] = {
         *(*_of(WHOLE, "batch heads key_heads tokens size group_count"), *_of(REAL, "scale")),
     ),
     "change_tiles_amx": (*_of(SPAN, "left right tiles"), *_of(WHOLE, "left_size right_size")),
-    "rows": (*_of(SPAN, "x second q scale y"), *_of(WHOLE, "rows"), *PLAN),
+    "rows": (*(*_of(ROWS, "x second"), *_of(SPAN, "q scale y"), *_of(WHOLE, "rows"), *PLAN),),
     "gates": (*_of(SPAN, "made"), *PLAN),
     "add": _of(SPAN, "x y sum"),
     "append": (*_of(SPAN, "token room"), *_of(WHOLE, "heads size tokens at")),

@@ -17,6 +17,7 @@ from qpcompile.kernels.hadamard.reference import factor_arrays
 from qpcompile.kernels.native.cells import ELEMENTS, OTHER
 from qpcompile.kernels.native.library import call, library, real
 from qpcompile.kernels.quantize_dynamic.reference import group_count, highest
+from qpcompile.kernels.row_stride import in_rows
 
 Gate = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu_then_mul", "sigmoid_mul"]
 Kind = Literal["plain", "rmsnorm", "layernorm"] | Gate
@@ -99,9 +100,9 @@ class RowPlan:
         return y
 
     def _run(self, x: Tensor, second: Tensor | None, q: Tensor | None, scale: Tensor | None, y: Tensor | None) -> None:
-        second = None if second is None else second.contiguous()
+        second = None if second is None else in_rows(second)
         rows = math.prod(x.shape[:-1])
-        call("rows_" + real(x), x.contiguous(), second, q, scale, y, rows, *self.arguments, level=self.level)
+        call("rows_" + real(x), in_rows(x), second, q, scale, y, rows, *self.arguments, level=self.level)
 
 
 def _factors(channels: int, given: tuple[Tensor, Tensor] | bool) -> tuple[Tensor | None, Tensor | None]:
@@ -113,6 +114,15 @@ def _factors(channels: int, given: tuple[Tensor, Tensor] | bool) -> tuple[Tensor
         return None, None
     left, right = factor_arrays(channels)
     return torch.from_numpy(left), torch.from_numpy(right)
+
+
+@functools.cache
+def rotation(channels: int, on_tiles: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The factors of the Hadamard rotation, and for half precision those on AMX tiles, if the processor has them."""
+    with torch.inference_mode(False):
+        left, right = _factors(channels, True)
+        assert left is not None and right is not None
+        return left, right, _tiles(left, right) if on_tiles else None
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 from qpcompile.kernels.native.cells import error_of
 from qpcompile.kernels.native.library import RecordedCall, library, name_of
 
-CELLS = 56
+CELLS = 72
 """The argument cells of a `tape_call` in calls.inc."""
 
 

@@ -33,6 +33,7 @@ from qpcompile.kernels.kronecker.triton import change_tile, factor_tiling, krone
 from qpcompile.kernels.quantize_dynamic.reference import highest
 from qpcompile.kernels.quantize_dynamic.triton import quantize_dynamic, quantize_tile
 from qpcompile.kernels.rmsnorm_quantize.triton import norm_tile
+from qpcompile.kernels.row_stride import in_rows, row_stride
 from qpcompile.kernels.transform_quantize.reference import Epilogue, EpilogueArguments
 
 
@@ -65,6 +66,8 @@ def rows_kernel(
     y_ptr: tl.tensor,
     token_scale_ptr: tl.tensor,
     T: tl.tensor,
+    x_stride: tl.tensor,
+    up_stride: tl.tensor,
     eps: tl.tensor,
     clip_ratio: tl.tensor,
     norm: tl.constexpr,
@@ -85,7 +88,8 @@ def rows_kernel(
     CODES: tl.constexpr,
     HIGHEST: tl.constexpr,
 ) -> None:
-    """x, up: f[T, C] -> y: i8[T, C] and token_scale: f32[T] (CODES), or y: f32[T, C].
+    """x, up: f[T, C], x_stride and up_stride from token to token -> y: i8[T, C] and token_scale: f32[T] (CODES), or
+    y: f32[T, C].
 
     weight, bias: f[C], scale, shift: f32[C]. CHANGE: none, rotated (left: `inner_factor`) or factors (left: f32[FILLED,
     FILLED], right: f32[INNER, INNER]). FILLED: the rows of the tile that hold channels. Program (t, p): part p of its
@@ -98,13 +102,13 @@ def rows_kernel(
     y = tl.zeros((TOKENS * ROWS, PAD), tl.float32)
     for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         channel = tile_channels(part, C, PARTS, ROWS, INNER, PAD)
-        x = tl.load(x_ptr + token * C + channel, mask=here, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + token * x_stride + channel, mask=here, other=0.0).to(tl.float32)
         if KIND == "rmsnorm" or KIND == "layernorm":
             x = norm_tile(x, weight_ptr + channel, bias_ptr + channel, inside, eps, KIND == "layernorm", C, TOKENS)
         elif KIND != "plain":
             x = activation_tile(x, KIND)
         if GATED:
-            x = x * tl.load(up_ptr + token * C + channel, mask=here, other=0.0).to(tl.float32)
+            x = x * tl.load(up_ptr + token * up_stride + channel, mask=here, other=0.0).to(tl.float32)
         if SCALED:
             x = x * tl.load(scale_ptr + channel, mask=inside, other=0.0)
         if part == 0:
@@ -166,16 +170,18 @@ def _through_memory(values: Tensor, end: Epilogue) -> Tensor:
 
 def _launch(rows: Rows, end: Epilogue, tiling: Tiling, codes: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales, or f32[..., C] and undefined scales."""
-    x = rows.x.contiguous()
+    x = in_rows(rows.x)
+    up = x if rows.up is None else in_rows(rows.up)
     y = torch.empty(x.shape, dtype=torch.int8 if codes else torch.float32, device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     if scale.numel():
         change = "factors" if end.left is not None else "rotated" if end.rotate else "none"
         left = inner_factor(tiling, x.device) if change == "rotated" else end.left
-        read = (rows.up, rows.weight, rows.bias, end.transform_scale, left, end.right, end.shift)
+        read = (rows.weight, rows.bias, end.transform_scale, left, end.right, end.shift)
         rows_kernel[(triton.cdiv(scale.numel(), tiling.tokens), tiling.parts)](
-            x, *[x if each is None else each.contiguous() for each in read], y, scale, scale.numel(), rows.eps,
-            end.clip_ratio, norm_of(tiling.channels), rows.kind, change, odd_factor(tiling.channels), *tiling.shape,
+            x, up, *[x if each is None else each.contiguous() for each in read], y, scale, scale.numel(), row_stride(x),
+            row_stride(up), rows.eps, end.clip_ratio, norm_of(tiling.channels), rows.kind, change,
+            odd_factor(tiling.channels), *tiling.shape,
             tiling.filled, tiling.parts, rows.up is not None, end.transform_scale is not None, end.shift is not None,
             codes, highest(end.bits), num_warps=tiling.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip

@@ -166,6 +166,19 @@ def _merge(recipe: Recipe, samples: int) -> str:
     return "eliminate common subexpressions of cuts and caches"
 
 
+def _merge_linears(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or scheme.weights.bits == 16 or scheme.activations.bits == 16:
+        return NOTHING
+    return "one product for queries, keys and values, and one for gate and up projections"
+
+
+def _cache_writes(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or recipe.quantize.kv_cache.bits != 4:
+        return NOTHING
+    return "rotary embedding, rotation, 4-bit codes and the append to the cache in one operator"
+
+
 def _widen(recipe: Recipe, samples: int) -> str:
     return "sums in float64: identical codes on all back ends" if recipe.numerics == "exact" else NOTHING
 
@@ -193,5 +206,7 @@ EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "quantize_kv_cache": _cache,
     "fuse_kernels": _fuse,
     "merge_duplicates": _merge,
+    "merge_linears": _merge_linears,
+    "fuse_cache_writes": _cache_writes,
     "widen_sums": _widen,
 }

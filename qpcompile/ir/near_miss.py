@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qpcompile.ir.measurements import Measurement
+from qpcompile.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -17,3 +19,9 @@ class NearMiss:
 
 
 NEAR_MISSES: Measurement[tuple[NearMiss, ...]] = Measurement("near misses")
+
+
+def note_misses(program: Program, missed: Sequence[NearMiss]) -> None:
+    """Add to the near misses of earlier passes, each once."""
+    known = program.measured.get(NEAR_MISSES) or ()
+    program.measured[NEAR_MISSES] = tuple(dict.fromkeys((*known, *missed)))

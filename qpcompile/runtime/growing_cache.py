@@ -9,6 +9,7 @@ and is not rewritten. Beam search reorders rows, which copies the cache too.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import MutableMapping
 
 import torch
@@ -17,8 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qpcompile.ir.edit import aten, calls, is_call
 from qpcompile.ir.names import Name
-from qpcompile.ir.operators import ATTENTION_KV4
+from qpcompile.ir.operators import ATTENTION_KV4, ROPE_KV4_APPEND, ROPE_KV4_WRITE
 from qpcompile.ir.program import Graph
+from qpcompile.ir.types import TYPE, ValueType, value_types
 
 # Spare capacity given to a full cache: this many tokens, or a quarter of its length.
 ROOM = 64
@@ -53,6 +55,8 @@ def grow_in_place(graph: Graph, caches: GrowingCaches, packed_codes: bool) -> in
     """Rewrite appends to the caches of a decode graph, except those read by `attention_kv4` if it needs contiguous
     codes; returns the number of rewrites.
     """
+    if not packed_codes:
+        split_appends(graph)
     found = appends(graph)
     if packed_codes:
         found = [node for node in found if not any(is_call(user, ATTENTION_KV4) for user in node.users)]
@@ -60,6 +64,33 @@ def grow_in_place(graph: Graph, caches: GrowingCaches, packed_codes: bool) -> in
         node.args = tuple(node.args[0])  # type: ignore[arg-type]
         node.target = caches.append
     return len(found)
+
+
+def split_appends(graph: Graph) -> None:
+    """Split rope_kv4_append in rope_kv4_write and appends, which buffers with spare capacity take over.
+
+    %w = rope_kv4_append(..., %past, ...)    becomes    %w = rope_kv4_write(...)
+    getitem(%w, 1)                                      cat([%past, getitem(%w, 1)], 2)
+    """
+    types = value_types(graph)
+    for node in list(calls(graph, ROPE_KV4_APPEND)):
+        *operands, k_codes, k_affine, v_codes, v_affine = node.args
+        with graph.module.graph.inserting_before(node):
+            write = graph.module.graph.call_function(ROPE_KV4_WRITE, tuple(operands))
+        tokens = types[operands[1]].sizes[2]  # type: ignore[index]
+        for user in list(node.users):
+            index = user.args[1]
+            user.args = (write, index)
+            if index == 0:
+                continue
+            past = (k_codes, k_affine, v_codes, v_affine)[int(index) - 1]  # type: ignore[arg-type]
+            assert isinstance(past, fx.Node)
+            with graph.module.graph.inserting_before(user):
+                new = graph.module.graph.call_function(operator.getitem, (write, index))
+            sizes = types[past].sizes
+            new.meta[TYPE] = ValueType(types[past].dtype, (*sizes[:2], tokens, *sizes[3:]))
+            user.target, user.args = aten.cat.default, ([past, new], 2)
+        graph.module.graph.erase_node(node)
 
 
 def appends(graph: Graph) -> list[fx.Node]:

@@ -53,6 +53,21 @@ def test_op_is_the_composition(
         assert_codes_agree(found, expected, values, tiles=change != "none" and native.library().amx)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_views_are_their_copies(dtype: torch.dtype) -> None:
+    """Gate and up as views of one product; rows with a gap between batches, backwards, repeated."""
+    product = (torch.randn(3, 5, 4 * 33) * 5).to(dtype)
+    gate, up, *_ = product.split(33, dim=-1)
+    views = [(gate, up), (gate[:, :4], up[:, :4]), (gate[:, ::2], None), (gate[:1].expand(3, 5, 33), up)]
+    views += [(gate.mT.contiguous().mT, up), (gate[0, 0], up[0, 0]), (gate[:, :1], up[:, 4:])]
+    end = arguments_of(epilogue_of(33, "rotated", shifted=True))
+    for x, other in views:
+        found = torch.ops.qpcompile.activation_quantize(x, other, "silu", *end)
+        copies = x.contiguous(), None if other is None else other.contiguous()
+        expected = torch.ops.qpcompile.activation_quantize(*copies, "silu", *end)
+        assert all(map(torch.equal, found, expected))
+
+
 def test_every_float_in_c() -> None:
     """Every bfloat16, and what lies between them near zero: rounded once from float64, or near that in float32."""
     if not native.available():

@@ -39,6 +39,11 @@ def cache() -> tuple[Tensor, Tensor]:
     return kv4_write(real(B, HKV, S, D))
 
 
+def heads(tokens: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values of new tokens."""
+    return real(B, H, tokens, D), real(B, HKV, tokens, D), real(B, HKV, tokens, D)
+
+
 def epilogue() -> tuple[Any, ...]:
     """Everything that an epilogue may have, but for the rotation."""
     return real(C), False, real(3, 3), real(4, 4), real(C), 4, 0.9, 8
@@ -74,6 +79,8 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "rmsnorm": lambda: (real(B, ROWS, C), real(C), 1e-6),
     "rmsnorm_quantize": lambda: (real(B, ROWS, C), real(C), 1e-6, *epilogue()),
     "rope": lambda: (real(B, H, S, D), real(1, S, D), real(1, S, D)),
+    "rope_kv4_append": lambda: (*heads(1), real(B, 1, 1, D), real(1, 1, 1, D), True, *cache(), *cache()),
+    "rope_kv4_write": lambda: (*heads(S), real(B, 1, S, D), real(1, 1, 1, D), True),
     "segment_attention": lambda: (real(1, H, S, D), real(1, HKV, S, D), real(1, HKV, S, 7), SEGMENTS, 0.3),
     "select_tokens": lambda: (real(B, S), 3, BUDGET),
     "simulate_kivi": lambda: (real(B, HKV, S, D), 15, True),

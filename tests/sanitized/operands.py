@@ -238,6 +238,21 @@ def rope(draw: Draw) -> Arguments:
     return {"x": _f(draw, 2, 3, tokens, size), **tables}
 
 
+def rope_kv4_write(draw: Draw) -> Arguments:
+    size, tokens, rows = draw.choice((2, 8, 24, 64)), draw.choice((1, 5)), draw.choice((1, 2))
+    x = _f(draw, rows, 7, tokens, size)
+    tables = {"cos": torch.randn(1, 1, tokens, size), "sin": torch.randn(rows, 1, tokens, size)}
+    return {"q": x[:, :3], "k": x[:, 3:4], "v": x[:, 6:], **tables, "rotate": draw.choice((True, False))}
+
+
+def rope_kv4_append(draw: Draw) -> Arguments:
+    given = rope_kv4_write(draw)
+    rows, size, before = given["q"].shape[0], given["q"].shape[3], draw.choice((0, 3))
+    past = {f"{part}_codes": _codes(rows, 1, before, size // 2) for part in "kv"}
+    past |= {f"{part}_affine": _positive(rows, 1, before, 2) for part in "kv"}
+    return given | {name: past[name] for name in ("k_codes", "k_affine", "v_codes", "v_affine")}
+
+
 def segment_attention(draw: Draw) -> Arguments:
     tokens = draw.choice((1, 5, 20))
     tensors = {"q": torch.randn(1, 4, tokens, 8), "k": torch.randn(1, 2, tokens, 8), "v": torch.randn(1, 2, tokens, 6)}
@@ -338,6 +353,7 @@ OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
     **{each.__name__: each for each in (hadamard, kronecker, kv4_read, kv4_write, kv8_read, layernorm_quantize)},
     **{each.__name__: each for each in (linear_w4a16, linear_int, linear_w8a16, merge_tokens, pivot_tokens)},
     **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_dynamic, quantize_static, rmsnorm)},
+    **{each.__name__: each for each in (rope_kv4_append, rope_kv4_write)},
     **{each.__name__: each for each in (rmsnorm_quantize, rope, segment_attention, select_tokens, transform_quantize)},
     **{each.__name__: each for each in (simulate_kivi, simulate_qvlm, spread_tokens, text_relevance, token_scores)},
     "kv8_write": kv4_write,

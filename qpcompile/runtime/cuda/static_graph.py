@@ -32,7 +32,7 @@ from qpcompile.ir.overloads import is_overload, schema
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import target_text
 from qpcompile.ir.types import UNKNOWN, value_types
-from qpcompile.runtime.growing_cache import appends
+from qpcompile.runtime.growing_cache import appends, split_appends
 from qpcompile.runtime.machine import ALIVE, KEPT, SEEN
 
 # The group of layers before every cut; other groups are named by the layer of their cut.
@@ -82,6 +82,7 @@ def write_token(past: torch.Tensor, new: torch.Tensor, slot: torch.Tensor) -> to
 def static_graph(graph: Graph) -> StaticGraph:
     """The rewritten decode graph; the original is unchanged. Raises KernelError if it cannot be made static."""
     graph = clone(graph)
+    split_appends(graph)
     lengths = _Lengths(graph)
     outside: dict[str, int] = {
         path: axis

@@ -19,7 +19,7 @@ from qpcompile.kernels.transform_quantize.triton import rows_kernel
 HADAMARD = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "inner_ptr": "*fp32", "y_ptr": "*bf16", "T": "i32"}
 ROWS = {"x_ptr": "*bf16", "up_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "scale_ptr": "*fp32"}
 ROWS |= {"left_ptr": "*fp32", "right_ptr": "*fp32", "shift_ptr": "*fp32", "y_ptr": "*i8", "token_scale_ptr": "*fp32"}
-ROWS |= {"T": "i32", "eps": "fp32", "clip_ratio": "fp32"}
+ROWS |= {"T": "i32", "x_stride": "i32:16", "up_stride": "i32:16", "eps": "fp32", "clip_ratio": "fp32"}
 
 
 def code_of(kernel: Any, signature: dict[str, str], tiling: Tiling | None, arch: int, **constants: Any) -> Compiled:

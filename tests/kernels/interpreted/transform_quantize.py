@@ -62,6 +62,13 @@ def test_codes_of_8_bits(group_size: int, change: str) -> None:
     check(*rows_of("rmsnorm", 5, 96), epilogue_of(96, change, group_size=group_size, bits=8))
 
 
+def test_views_of_one_product() -> None:
+    """Gate and up as a merged linear leaves them."""
+    gate, up = (torch.randn(3, 5, 2 * 96) * 5).split(96, dim=-1)
+    check(Rows("silu", gate, up), activation(gate, up, "silu"), epilogue_of(96, "rotated", shifted=True))
+    check(Rows("plain", up[:, ::2]), up[:, ::2], epilogue_of(96, "none"))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "layernorm", "gated silu"])
 def test_half_types(kind: str, dtype: torch.dtype) -> None:

@@ -26,6 +26,7 @@ from torch import fx
 from qpcompile.emit.onnx.edit import calls, put
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.attention import append_in_place, float_keys, rotary_in_one
+from qpcompile.emit.onnx.fast.cache_writes import split_cache_writes
 from qpcompile.emit.onnx.fast.inputs import patches_in_one, tokens_in_16_bits
 from qpcompile.emit.onnx.wrap import Part
 from qpcompile.errors import ExportError
@@ -77,6 +78,8 @@ def fast_parts(program: Program, parts: Mapping[str, Part]) -> dict[str, Part]:
 
     Raises ExportError if a cache cannot grow in place.
     """
+    for part in parts.values():
+        split_cache_writes(part)
     picture = vision_example(program, SIZES[0])
     said = _note_values(parts[VISION], picture)
     prompt = prefill_example(program, SIZES[0], said)

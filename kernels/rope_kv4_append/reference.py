@@ -1,0 +1,29 @@
+"""`rope_kv4_write` of a decode step, whose codes and scales are appended to those of the tokens before it.
+
+q', *new = rope_kv4_write(q, k, v, cos, sin, rotate);   each part of the cache is cat([past, new])
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.rope_kv4_write import reference
+from qpcompile.kernels.rope_kv4_write.reference import Written
+
+
+def rope_kv4_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool, *past: Tensor
+) -> Written:
+    """Operands as in rope_kv4_write; past: codes u8[B, Hkv, P, D / 2], affine f32[B, Hkv, P, 2] of keys and values.
+
+    Returns `Written` with P + S tokens.
+    """
+    return appended(reference.rope_kv4_write(q, k, v, cos, sin, rotate), past)
+
+
+def appended(written: Written, past: tuple[Tensor, ...]) -> Written:
+    """The query, and the parts of the cache joined with those of the tokens before."""
+    y, *new = written
+    first, second, third, fourth = (torch.cat(parts, dim=2) for parts in zip(past, new, strict=True))
+    return y, first, second, third, fourth

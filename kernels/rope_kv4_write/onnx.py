@@ -1,0 +1,32 @@
+"""`qpcompile::rope_kv4_write` in standard ONNX operators: the composition of its parts."""
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import opset21
+
+from qpcompile.kernels.hadamard.onnx import hadamard
+from qpcompile.kernels.kv4_write.onnx import kv4_write
+from qpcompile.kernels.rope.onnx import rope
+
+op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
+
+
+def rope_kv4_write(q: Any, k: Any, v: Any, cos: Any, sin: Any, rotate: bool) -> tuple[Any, Any, Any, Any, Any]:
+    """q: f[B, Hq, S, D], k, v: f[B, Hkv, S, D], cos, sin: f[B | 1, 1, S | 1, D] -> `Written` of reference.py."""
+
+    def changed(x: Any) -> Any:
+        shape, dtype = x.shape, x.dtype
+        # Rows in float64 hold float32 values: only the rotation sums in it (reference.py).
+        if cos is not None:
+            x = _as(rope(op.Cast(x, to=ir.DataType.FLOAT), cos, sin), shape, ir.DataType.FLOAT)
+            x = _as(op.Cast(x, to=dtype), shape, dtype)
+        return hadamard(x) if rotate else x
+
+    return changed(q), *kv4_write(_as(changed(k), k.shape, k.dtype)), *kv4_write(v)
+
+
+def _as(x: Any, shape: Any, dtype: ir.DataType) -> Any:
+    """x with the shape and type that operators after it read."""
+    x.shape, x.dtype = shape, dtype
+    return x

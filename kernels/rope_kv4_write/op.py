@@ -1,0 +1,41 @@
+"""qpcompile::rope_kv4_write: rotary embedding, rotation and 4-bit cache codes of one attention layer's new tokens."""
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.rope_kv4_write import cpu
+from qpcompile.kernels.rope_kv4_write.rule import RULE
+
+SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, bool rotate"
+"""The first operands, also of rope_kv4_append."""
+RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+
+@torch.library.custom_op(
+    "qpcompile::rope_kv4_write", mutates_args=(), device_types="cpu", schema=f"({SCHEMA}) -> {RESULTS}"
+)
+def rope_kv4_write(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q: f[B, Hq, S, D], k, v: f[B, Hkv, S, D], D even, cos, sin: f[B | 1, 1, S | 1, D] -> `Written` (reference.py)."""
+    return cpu.rope_kv4_write(q, k, v, cos, sin, rotate)
+
+
+@rope_kv4_write.register_kernel("cuda")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from qpcompile.kernels.rope_kv4_write import triton
+
+    RULE.check(q, k, v, cos, sin, rotate)
+    return triton.rope_kv4_write(q, k, v, cos, sin, rotate)
+
+
+@rope_kv4_write.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return RULE.fake(q, k, v, cos, sin, rotate)
+
+
+OVERLOAD = torch.ops.qpcompile.rope_kv4_write.default

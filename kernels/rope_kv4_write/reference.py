@@ -1,0 +1,48 @@
+"""Rotary embedding and Hadamard rotation of queries and keys, and keys and values quantized for the 4-bit cache.
+
+    q' = hadamard(rope(q));   k_codes, k_affine = kv4_write(hadamard(rope(k)));   v_codes, v_affine = kv4_write(v)
+
+The composition of `rope`, `hadamard` and `kv4_write`, with their rounding in half precision. Without tables there is no
+rotary embedding, without `rotate` no rotation: keys and queries are rotated alike, so that their products are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.hadamard.reference import hadamard
+from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.rope.reference import rope
+
+Written = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q: f[B, Hq, S, D], then codes: u8[B, Hkv, S, D / 2] and affine: f32[B, Hkv, S, 2] of keys and of values."""
+
+
+def rope_kv4_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool) -> Written:
+    """q: f[B, Hq, S, D], k, v: f[B, Hkv, S, D], D even, cos, sin: f[B | 1, 1, S | 1, D] -> `Written`."""
+    return composed(q, k, v, cos, sin, rotate, rope, hadamard, kv4_write)
+
+
+def composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate: bool,
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    change: Callable[[Tensor], Tensor],
+    write: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Written:
+    """The composition of the three parts; rows in float64 hold float32 values, and only their rotation sums in it."""
+    kind = q.dtype
+    narrow = torch.float32 if kind == torch.float64 else kind
+    q, k, v = (each.to(narrow) for each in (q, k, v))
+    if cos is not None and sin is not None:
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
+    if rotate:
+        q, k = (change(each.to(kind)).to(narrow) for each in (q, k))
+    return q.to(kind).contiguous(), *write(k), *write(v)

@@ -1,0 +1,38 @@
+"""Split rope_kv4_write and rope_kv4_append into their parts, which fast graphs replace one by one (attention.py)."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from qpcompile.emit.onnx.edit import calls, put
+from qpcompile.emit.onnx.wrap import Part
+from qpcompile.ir.edit import aten
+from qpcompile.ir.operators import HADAMARD, KV4_WRITE, ROPE, ROPE_KV4_APPEND, ROPE_KV4_WRITE
+
+
+def split_cache_writes(part: Part) -> None:
+    """Replace every fused write by rope, hadamard, kv4_write and cat."""
+    for node in calls(part, ROPE_KV4_WRITE, ROPE_KV4_APPEND):
+        results = _parts(part, node)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            part.module.graph.erase_node(user)
+        part.module.graph.erase_node(node)
+
+
+def _parts(part: Part, node: fx.Node) -> list[fx.Node]:
+    """The results of one fused write: queries, codes and scales of keys, and of values."""
+    query, key, held, cos, sin, rotate, *past = node.args
+    turned = [query, key]
+    if cos is not None:
+        turned = [put(part, node, ROPE, each, cos, sin, like=node) for each in turned]
+    if rotate:
+        turned = [put(part, node, HADAMARD, each, None, like=node) for each in turned]
+    written = [put(part, node, KV4_WRITE, each, like=node) for each in (turned[1], held)]
+    new = [put(part, node, operator.getitem, pair, index, like=node) for pair in written for index in range(2)]
+    if past:
+        joined = zip(past, new, strict=True)
+        new = [put(part, node, aten.cat.default, [old, each], 2, like=node) for old, each in joined]
+    return [turned[0], *new]  # type: ignore[list-item]

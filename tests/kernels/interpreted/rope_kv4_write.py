@@ -1,0 +1,92 @@
+"""Cases for rope_kv4_write in Triton's interpreter; see test_triton_interpreter.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qpcompile.kernels.kv4_read.reference import kv4_read
+from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.rope_kv4_append import reference as append_reference
+from qpcompile.kernels.rope_kv4_write import reference
+from qpcompile.kernels.rope_kv4_write.triton import rope_kv4_append, rope_kv4_write, tiling_of
+
+# (batch, query heads, key heads, tokens, head size): several heads a program and one, odd factors, none, no tile.
+SHAPES = [(1, 4, 2, 3, 128), (2, 3, 1, 17, 80), (1, 2, 2, 1, 2), (1, 2, 1, 0, 8), (1, 2, 1, 5, 256), (1, 1, 1, 2, 24)]
+KINDS = [(True, True), (True, False), (False, True)]
+kinds = pytest.mark.parametrize(("tables", "rotate"), KINDS, ids=["rope and rotation", "rope", "rotation"])
+
+
+def given(shape: tuple[int, ...], tables: bool, rotate: bool, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Views of one product [B, S, (Hq + 2 Hkv) D], as a merged linear leaves them, the tables, and `rotate`."""
+    batch, heads, groups, tokens, size = shape
+    torch.manual_seed(size)
+    parts = (
+        torch.randn(batch, tokens, (heads + 2 * groups) * size)
+        .to(dtype)
+        .split((heads * size, groups * size, groups * size), -1)
+    )
+    angles = torch.randn(1, 1, tokens, size) * 9
+    views = [part.unflatten(-1, (part.shape[-1] // size, size)).transpose(1, 2) for part in parts]
+    return [*views, *((angles.cos(), angles.sin()) if tables else (None, None)), rotate]
+
+
+def check(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], size: int, rotate: bool, dtype: torch.dtype) -> None:
+    """Values and scales up to TF32 parts where rotated, else the reference's; codes then differ next to ties only."""
+    if not rotate and dtype == torch.float32:
+        assert all(map(torch.equal, found, expected))
+        return
+    # The interpreter truncates float32 to bfloat16 where hardware rounds.
+    near = 2**-6 if dtype == torch.bfloat16 else 2**-9 if dtype == torch.float16 else 2**-18
+    torch.testing.assert_close(found[0], expected[0], rtol=near, atol=8 * near)
+    assert all(map(torch.equal, found[3:], expected[3:]))
+    torch.testing.assert_close(found[2][..., 0], expected[2][..., 0], rtol=8 * near, atol=0)
+    keys = [kv4_read(each[1], each[2], size, torch.float32) for each in (found, expected)]
+    step = expected[2][..., :1]
+    assert ((keys[0] - keys[1]).abs() <= (1 + 64 * near) * step + 1e-6).all()
+    most = 0.001 if dtype == torch.float32 else 0.2
+    assert (found[1] != expected[1]).sum() <= most * found[1].numel()
+
+
+@kinds
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_is_the_reference(shape: tuple[int, ...], tables: bool, rotate: bool) -> None:
+    operands = given(shape, tables, rotate)
+    expected = reference.rope_kv4_write(*operands)
+    check(rope_kv4_write(*operands), expected, shape[4], rotate, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@kinds
+def test_half_precision(tables: bool, rotate: bool, dtype: torch.dtype) -> None:
+    operands = given((1, 4, 2, 3, 128), tables, rotate, dtype)
+    expected = reference.rope_kv4_write(*operands)
+    check(rope_kv4_write(*operands), expected, 128, rotate, dtype)
+
+
+@kinds
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_append(before: int, tables: bool, rotate: bool) -> None:
+    operands = given((2, 4, 2, 1, 64), tables, rotate)
+    past = [*kv4_write(torch.randn(2, 2, before, 64)), *kv4_write(torch.randn(2, 2, before, 64))]
+    expected = append_reference.rope_kv4_append(*operands, *past)
+    check(rope_kv4_append(*operands, *past), expected, 64, rotate, torch.float32)
+
+
+def test_other_layouts_and_widths() -> None:
+    q, k, v, cos, sin, _ = given((1, 2, 1, 3, 16), True, True)
+    expected = rope_kv4_write(q, k, v, cos, sin, True)
+    q, k, v, cos, sin = (each.mT.contiguous().mT for each in (q, k, v, cos, sin))
+    assert all(map(torch.equal, rope_kv4_write(q, k, v, cos, sin, True), expected))
+    # An odd factor of 131 fits no tile: its parts are run.
+    assert tiling_of(2 * 131, True) is None
+    operands = given((1, 1, 1, 2, 2 * 131), True, True)
+    expected = reference.rope_kv4_write(*operands)
+    check(rope_kv4_write(*operands), expected, 2 * 131, True, torch.float32)
+
+
+def test_a_poisoned_token_stays_alone() -> None:
+    q, k, v, cos, sin, _ = given((1, 2, 1, 20, 32), True, True)
+    k[0, 0, 3, 9] = torch.nan
+    assert rope_kv4_write(q, k, v, cos, sin, True)[2].isnan().any(-1).flatten().nonzero().flatten().tolist() == [3]

@@ -1,0 +1,200 @@
+"""rope_kv4_write and rope_kv4_append: bit for bit the composition of their parts, in C and in ONNX."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qpcompile.errors import KernelError
+from qpcompile.kernels.hadamard.cpu import hadamard
+from qpcompile.kernels.kv4_write.cpu import kv4_write
+from qpcompile.kernels.native import library as native
+from qpcompile.kernels.rope.cpu import rope
+from qpcompile.kernels.rope_kv4_append import op as append_op
+from qpcompile.kernels.rope_kv4_append.reference import rope_kv4_append as append_reference
+from qpcompile.kernels.rope_kv4_write import cpu
+from qpcompile.kernels.rope_kv4_write import op as write_op
+from qpcompile.kernels.rope_kv4_write.reference import rope_kv4_write as write_reference
+
+ours = torch.ops.qpcompile
+rope_kv4_write = ours.rope_kv4_write
+LEVELS = range(native.library().level + 1) if native.available() else range(0)
+# (batch, query heads, key heads, tokens, head size): one key head for several, an odd factor, one token, none.
+SHAPES = [(2, 6, 2, 17, 80), (1, 4, 4, 1, 128), (3, 3, 1, 5, 2), (1, 2, 1, 63, 48), (1, 2, 2, 0, 8), (1, 28, 4, 3, 64)]
+KINDS = [(True, True), (True, False), (False, True)]
+both = pytest.mark.parametrize(("tables", "rotate"), KINDS, ids=["rope and rotation", "rope", "rotation"])
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def given(
+    shape: tuple[int, ...], tables: bool, rotate: bool, dtype: torch.dtype = torch.float32, rows: int = 1
+) -> list[Any]:
+    """Views of one product [B, S, (Hq + 2 Hkv) D], as a merged linear leaves them, the tables, and `rotate`."""
+    batch, heads, groups, tokens, size = shape
+    torch.manual_seed(size)
+    product = (torch.randn(batch, tokens, (heads + 2 * groups) * size) * 3).to(dtype)
+    parts = product.split((heads * size, groups * size, groups * size), dim=-1)
+    views = [part.unflatten(-1, (part.shape[-1] // size, size)).transpose(1, 2) for part in parts]
+    angles = torch.randn(rows, 1, tokens, size) * 9
+    return [*views, *((angles.cos(), angles.sin()) if tables else (None, None)), rotate]
+
+
+def by_parts(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool) -> tuple[Any, ...]:
+    """The kernels of the operators that it fuses."""
+    if cos is not None and sin is not None:
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+    if rotate:
+        q, k = hadamard(q, None), hadamard(k, None)
+    return q, *kv4_write(k), *kv4_write(v)
+
+
+def same(found: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def test_by_hand() -> None:
+    q = torch.tensor([[[[1.0, 0.0]]]])
+    k, v = torch.tensor([[[[0.0, 2.0]]]]), torch.tensor([[[[-1.5, 13.5]]]])
+    zero, one = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2)
+    # A quarter turn: q' = (0, 1), k' = (-2, 0), with scale 2 / 15 and zero point 15.
+    y, k_codes, k_affine, v_codes, v_affine = rope_kv4_write(q, k, v, zero, one, False)
+    assert y.flatten().tolist() == [0, 1] and k_codes.flatten().tolist() == [0 | 15 << 4]
+    torch.testing.assert_close(k_affine.flatten(), torch.tensor([2 / 15, 15.0]))
+    assert v_codes.flatten().tolist() == [0 | 15 << 4] and v_affine.flatten().tolist() == [1, 2]
+    # The rotation of two channels is their sum and difference over sqrt(2).
+    y, *_ = rope_kv4_write(q, k, v, None, None, True)
+    torch.testing.assert_close(y.flatten(), torch.tensor([0.5, 0.5]).sqrt())
+
+
+@both
+@shapes
+def test_float32_is_the_reference(shape: tuple[int, ...], tables: bool, rotate: bool) -> None:
+    operands = given(shape, tables, rotate, rows=shape[0])
+    assert same(rope_kv4_write(*operands), write_reference(*operands))
+    assert same(rope_kv4_write(*operands), by_parts(*operands))
+
+
+@both
+@shapes
+@pytest.mark.parametrize("tables_in", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_rounds_as_its_parts(
+    shape: tuple[int, ...], dtype: torch.dtype, tables_in: torch.dtype, tables: bool, rotate: bool
+) -> None:
+    *heads, cos, sin, _ = given(shape, tables, rotate, dtype)
+    operands = [*heads, *(None if each is None else each.to(tables_in) for each in (cos, sin)), rotate]
+    assert same(rope_kv4_write(*operands), by_parts(*operands))
+
+
+@pytest.mark.skipif(not native.available(), reason=native.library().problem or "compiled")
+@both
+@shapes
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set(
+    shape: tuple[int, ...], tables: bool, rotate: bool, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operands = given(shape, tables, rotate)
+    expected = write_reference(*operands)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *sizes, **options: empty(*sizes, **options).fill_(
+            torch.nan if options["dtype"].is_floating_point else 255
+        ),
+    )
+    assert same(cpu._native(*operands, level=level), expected)
+
+
+def test_any_layout() -> None:
+    q, k, v, cos, sin, _ = given((2, 4, 2, 5, 8), True, True)
+    expected = rope_kv4_write(q, k, v, cos, sin, True)
+    odd = [each.mT.contiguous().mT for each in (q, k, v)]
+    assert odd[0].stride(-1) != 1 and same(rope_kv4_write(*odd, cos, sin, True), expected)
+    assert same(rope_kv4_write(q, k, v, cos.mT.contiguous().mT, sin.expand(2, -1, -1, -1), True), expected)
+    one = cos[:, :, :1], sin[:, :, :1]
+    alike = [each.expand(-1, -1, 5, -1).contiguous() for each in one]
+    assert same(rope_kv4_write(q, k, v, *one, True), rope_kv4_write(q, k, v, *alike, True))
+
+
+def test_a_poisoned_token_stays_alone() -> None:
+    q, k, v, cos, sin, _ = given((1, 2, 1, 5, 16), True, True)
+    k[0, 0, 3, 9] = torch.nan
+    _, _, k_affine, _, v_affine = rope_kv4_write(q, k, v, cos, sin, True)
+    assert k_affine.isnan().any(-1).flatten().tolist() == [False, False, False, True, False]
+    assert v_affine.isfinite().all()
+
+
+@both
+@pytest.mark.parametrize("before", [0, 1, 7])
+def test_append_joins_with_the_past(before: int, tables: bool, rotate: bool) -> None:
+    operands = given((2, 4, 2, 1, 16), tables, rotate)
+    past = [*kv4_write(torch.randn(2, 2, before, 16)), *kv4_write(torch.randn(2, 2, before, 16))]
+    y, *new = rope_kv4_write(*operands)
+    expected = y, *(torch.cat(parts, 2) for parts in zip(past, new, strict=True))
+    assert same(ours.rope_kv4_append(*operands, *past), expected)
+    assert same(append_reference(*operands, *past), expected)
+
+
+def test_opcheck() -> None:
+    operands = given((2, 4, 2, 3, 8), True, True)
+    past = [*kv4_write(torch.randn(2, 2, 5, 8))] * 2
+    torch.library.opcheck(write_op.rope_kv4_write, tuple(operands))
+    torch.library.opcheck(write_op.rope_kv4_write, (*(each.bfloat16() for each in operands[:3]), None, None, True))
+    torch.library.opcheck(append_op.rope_kv4_append, (*operands, *past))
+
+
+def test_refusals() -> None:
+    q, k, v, cos, sin, _ = given((2, 4, 2, 3, 8), True, True)
+    past = [*kv4_write(torch.randn(2, 2, 5, 8))] * 2
+    refused = [
+        ("D is 7: D must be even", lambda: rope_kv4_write(q[..., :7], k[..., :7], v[..., :7], None, None, True)),
+        ("Hq must be a multiple", lambda: rope_kv4_write(q[:, :3], k, v, cos, sin, True)),
+        ("cos and sin must be given together", lambda: rope_kv4_write(q, k, v, cos, None, True)),
+        ("rotate must be True", lambda: rope_kv4_write(q, k, v, None, None, False)),
+        ("k is bf16", lambda: rope_kv4_write(q, k.bfloat16(), v, cos, sin, True)),
+        ("v is f32", lambda: rope_kv4_write(q, k, v[..., :6], cos, sin, True)),
+        ("cos is f32", lambda: rope_kv4_write(q, k, v, cos.expand(-1, 4, -1, -1), sin, True)),
+        ("k_codes is u8", lambda: ours.rope_kv4_append(q, k, v, cos, sin, True, past[0][..., :3], *past[1:])),
+        ("v_affine is f32", lambda: ours.rope_kv4_append(q, k, v, cos, sin, True, *past[:3], past[3][:, :, :4])),
+    ]
+    for message, call in refused:
+        with pytest.raises(KernelError, match=message):
+            call()
+
+
+class Write(torch.nn.Module):
+    """The product of a merged linear [B, S, 8 heads of 8], 4 of them queries, and a cache of keys and values."""
+
+    def __init__(self, tables: bool, rotate: bool) -> None:
+        super().__init__()
+        self.tables, self.rotate = tables, rotate
+
+    def operands(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Any, ...]:
+        heads = x.unflatten(-1, (8, 8)).transpose(1, 2)
+        tables = (cos.unsqueeze(1), sin.unsqueeze(1)) if self.tables else (None, None)
+        return heads[:, :4], heads[:, 4:6], heads[:, 6:], *tables, self.rotate
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        return ours.rope_kv4_write(*self.operands(x, cos, sin))
+
+
+class Append(Write):
+    """The same, appended."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        return ours.rope_kv4_append(*self.operands(x, cos, sin), *past)
+
+
+@both
+def test_onnx_is_bit_exact(export_onnx: Callable[..., Any], tables: bool, rotate: bool) -> None:
+    from qpcompile.kernels.rope_kv4_write.onnx import rope_kv4_write as translation
+
+    module = Write(tables, rotate)
+    sample = [torch.randn(2, 9, 64), *torch.randn(2, 2, 9, 8)]
+    exported = export_onnx(module, sample, {write_op.OVERLOAD: translation})
+    for batch, length in ((1, 1), (3, 17)):
+        inputs = [torch.randn(batch, length, 64), *torch.randn(2, batch, length, 8)]
+        assert same(exported(*inputs), module(*inputs))
