@@ -1,4 +1,4 @@
-"""Merge linears that read the same 4-bit codes into one product, and give each of them its part of the result.
+"""Merge linears that read the same codes into one product, and give each of them its part of the result.
 
     %q = linear_int(%c, %s, @wq, ...)      becomes      %y = linear_int(%c, %s, @wq_wk_wv, ...)
     %k = linear_int(%c, %s, @wk, ...)                   %q = aten::slice(%y, 2, 0, 128)
@@ -40,7 +40,7 @@ from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.stages import Stage
 
-WEIGHT, SCALE, BIAS, DTYPE, RESIDUAL = range(2, 7)
+WEIGHT, SCALE, BIAS, DTYPE, BITS, RESIDUAL = range(2, 8)
 """The places of operands of linear_int."""
 Linears = tuple[fx.Node, ...]
 Key = tuple[int, ...]
@@ -53,7 +53,7 @@ class MergeLinears:
 
     name: ClassVar[str] = "merge_linears"
     purpose: ClassVar[str] = (
-        "Merge linears that read the same 4-bit codes into one product, and give each of them its part of the result."
+        "Merge linears that read the same codes into one product, and give each of them its part of the result."
     )
     needs: ClassVar[Stage] = "fused"
     gives: ClassVar[Stage] = "fused"
@@ -115,14 +115,16 @@ def _alike(graph: Graph, missed: list[NearMiss]) -> Iterator[Linears]:
 
 
 def _form(node: fx.Node) -> tuple[Any, ...]:
-    """What merged linears share: no residual, weights of the module, the type, scales per row, the bias's type."""
+    """What merged linears share: no residual, weights of the module, types, scales per row, bits, the bias's type."""
     bias = node.args[BIAS]
     weights = [each for each in node.args[WEIGHT : BIAS + 1] if isinstance(each, fx.Node)]
     kind = "residual" if len(node.args) > RESIDUAL and node.args[RESIDUAL] is not None else "plain"
     if any(each.op != "get_attr" for each in weights):
         kind = "computed"
     scales = value(node.args[SCALE]).shape[1]  # type: ignore[arg-type]
-    return kind, node.args[DTYPE], scales, value(bias).dtype if isinstance(bias, fx.Node) else None
+    stored = value(node.args[WEIGHT]).dtype  # type: ignore[arg-type]
+    types = node.args[DTYPE], value(bias).dtype if isinstance(bias, fx.Node) else None
+    return kind, types[0], scales, types[1], (stored, node.args[BITS])
 
 
 def _difference(one: tuple[Any, ...], other: tuple[Any, ...]) -> str:
@@ -131,8 +133,8 @@ def _difference(one: tuple[Any, ...], other: tuple[Any, ...]) -> str:
         return "reads the codes of a linear that adds a residual, or adds one"
     if "computed" in (one[0], other[0]):
         return "reads the codes of a linear whose weight the graph computes, or has one"
-    what = ("", "another type", "other groups of inputs", "a bias of another type, or none")
-    place = next(index for index in range(1, 4) if one[index] != other[index])
+    what = ("", "another type", "other groups of inputs", "a bias of another type, or none", "other bits")
+    place = next(index for index in range(1, 5) if one[index] != other[index])
     return f"has {what[place]} than the first linear on the same codes"
 
 
@@ -155,7 +157,7 @@ def _replace(graph: Graph, linears: Linears, joined: dict[str, torch.Tensor]) ->
     first = linears[0]
     made = [add_tensor(graph, name, tensor, first) for name, tensor in joined.items()]
     bias = made[2] if len(made) > 2 else None
-    y = call(graph, first, LINEAR_INT, *first.args[:WEIGHT], *made[:2], bias, first.args[DTYPE], like=first)
+    y = call(graph, first, LINEAR_INT, *first.args[:WEIGHT], *made[:2], bias, *first.args[DTYPE:RESIDUAL], like=first)
     facts = [fact for node in linears if (fact := quantized_fact(node)) is not None]
     if facts:
         set_fact(y, QuantizedFact(tuple(site for fact in facts for site in fact.sites), facts[0].kernel))

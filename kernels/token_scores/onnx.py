@@ -74,7 +74,7 @@ def _residual(
     values: Any, shape: ir.Shape, rotate: bool, group_size: int, clip_ratio: float, bits: int, relative: bool
 ) -> Any:
     """values: f32[B, S, C] of the given shape -> f32[B, S]."""
-    values = rotated(values, shape) if rotate else values
+    values = rotated(values, shape, ir.DataType.DOUBLE) if rotate else values
     codes, scale = quantize_values(values, shape, group_size, clip_ratio, bits)
     codes = op.Cast(codes, to=ir.DataType.FLOAT)
     if groups := group_size and shape[-1] // group_size:

@@ -101,7 +101,7 @@ def without_sinks(values: Tensor, counted: Tensor, sink: float) -> Tensor:
 def residual(values: Tensor, rotate: bool, group_size: int, clip_ratio: float, bits: int, relative: bool) -> Tensor:
     """values: f32[B, S, C] -> f32[B, S], the L2 norm of the rounding error, or its ratio to the token's norm."""
     if rotate:
-        values = hadamard(values)
+        values = hadamard(values.double()).float()  # in float64, as other selection: back ends rank alike
     codes, scale = quantize_dynamic(values, group_size, clip_ratio, bits)
     lost = (dequantize(codes, scale) - values).norm(dim=-1)
     return lost / (values.norm(dim=-1) + EPSILON) if relative else lost

@@ -180,6 +180,7 @@ def export_command(
             if is_artifact(source):
                 compiled = load_artifact(source)
             else:
+                checked_device(device)
                 asked = Recipe.load(recipe).with_overrides(overrides or [])
                 compiled = compile_told(source, asked, data, device=device)
             compiled.export_onnx(folder, fast=fast)

@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+from qpcompile.ir.operators import LINEAR_INT, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from qpcompile.ir.program import Graph, Program
+from qpcompile.kernels.linear_int.packing import codes_of
 from qpcompile.progress import track
 from qpcompile.quality.answers import Agreement, Answer, answer, compare, free_answer
 from qpcompile.recipe.plan import Example, Loss, Quality
@@ -138,6 +140,8 @@ class _Unrounded(PlacedInterpreter):
         if target in (QUANTIZE_DYNAMIC, QUANTIZE_STATIC):
             return args[0], None
         if target is LINEAR_INT:
-            x, _, weight, weight_scale, bias, dtype = args
-            return LINEAR_W4A16(x.to(dtype), weight, weight_scale, bias)
+            x, _, stored, scale, bias, dtype, _, *residual = args
+            codes = codes_of(stored, x.shape[-1]).float().unflatten(1, (scale.shape[1], -1))
+            y = functional.linear(x.to(dtype), (codes * scale[..., None]).flatten(1).to(dtype), bias)
+            return y + residual[0] if residual else y
         return super().call_function(target, args, kwargs)

@@ -6,7 +6,8 @@ Weights are random, so only time and memory are meaningful. Every size is compil
 gets the only reference to the model. Linux only: memory is what the system counts as resident (`VmHWM`, which is
 reset after every pass), without its file cache. What Python and its libraries take before a model is loaded
 is excluded from the ratio to the weights. Seconds are CPU time of one thread, so that other load on the machine matters
-less; time that waits for files is in `waited`. A line per pass follows with --passes.
+less; time that waits for files is in `waited`. A line per pass follows with --passes, and with --to what a model of
+that many layers would take if each took what the last one did: extrapolated, not measured.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def main() -> None:
         for line in found["passes"] if options.passes else ():
             memory = f"peak {line['peak'] / GIB:5.2f}, behind it {line['resident'] / GIB:5.2f} GiB"
             print(f"       {line['name']:20s} {line['seconds']:8.1f} s   {memory}")
+        if options.to is not None and before is not None:
+            print(f"       {extrapolated(before, found, options.to)}")
         before = found
 
 
@@ -50,6 +53,15 @@ def growth(before: dict[str, Any] | None, found: dict[str, Any]) -> str:
     layers = found["layers"] - before["layers"]
     seconds, peak, weights = ((found[key] - before[key]) / layers for key in ("seconds", "peak", "weights"))
     return f"{seconds:.1f} s, {peak / GIB:.2f} GiB ({peak / weights:.2f} of its weights)"
+
+
+def extrapolated(before: dict[str, Any], found: dict[str, Any], layers: int) -> str:
+    """Minutes of one thread and the peak of `layers` layers, from two sizes."""
+    steps = (layers - found["layers"]) / (found["layers"] - before["layers"])
+    seconds, peak, weights = (found[key] + steps * (found[key] - before[key]) for key in ("seconds", "peak", "weights"))
+    return (
+        f"extrapolated to {layers}: {seconds / 60:.0f} min, {peak / GIB:.1f} GiB ({peak / weights:.2f} of its weights)"
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -67,6 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64, help="of each sample")
     parser.add_argument("--passes", action="store_true", help="also a line per pass")
+    parser.add_argument("--to", type=int, metavar="LAYERS", help="extrapolate to this many layers")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 

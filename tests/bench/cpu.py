@@ -16,6 +16,7 @@ cannot run gets a line with the reason. A run that was interrupted goes on with 
 import argparse
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -329,9 +330,10 @@ def log(folder: Path, name: str) -> Path:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log: the message of an exception."""
+    """The message of the exception at the end of a log, or its last line."""
     lines = path.read_text("utf-8", errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return [*lines, *raised][-1][:300] if lines else "it said nothing"
 
 
 def say(text: str) -> None:

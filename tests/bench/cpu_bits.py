@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cpu import processor
 from cpu_models import build, model_inputs
 from cpu_original import DTYPES, answer, quick
+from cpu_processor import processor
 from cpu_shapes import SHAPES, Shape
 
 import qpcompile

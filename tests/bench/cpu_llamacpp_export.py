@@ -1,9 +1,11 @@
 """Write a model for llama.cpp: cpu_llamacpp_export.py SHAPE FOLDER, in the environment of its converters.
 
-llama.cpp's own converters write the decoder and the tower in 16 bits, and its quantizer then Q4_0 and Q4_K_M, and Q8_0
-for the tower with its projector. Random weights have no tokenizer, so one is created in which each byte is a token.
+llama.cpp's own converters write the decoder in 16 bits, and its quantizer then Q4_0 and Q4_K_M; tower and projector are
+Q8_0. The quantizer in C refuses towers, so that of its Python package is used. Random weights have no tokenizer, so one
+is created in which each byte is a token.
 """
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -23,7 +25,6 @@ from transformers import LlamaForCausalLM, Qwen2VLImageProcessor
 
 SOURCES = BUILD / LLAMACPP / "sources"
 TYPES = ("Q4_0", "Q4_K_M")
-TOWER = "Q8_0"
 SPECIAL = 16
 
 
@@ -34,18 +35,18 @@ def main(name: str, target: str) -> None:
     unfinished = Path(f"{target}.unfinished")
     source = unfinished / "source"
     source.mkdir(parents=True)
-    decoder, projector = (llava if shape.family == "llava" else qwen2_vl)(shape, source)
+    projector = unfinished / "projector.gguf"
+    decoder = (llava if shape.family == "llava" else qwen2_vl)(shape, source, projector)
     for kind in TYPES:
         quantize(decoder, unfinished / f"{kind}.gguf", kind)
-    quantize(projector, unfinished / "projector.gguf", TOWER)
     read = {kind: step_mb(unfinished / f"{kind}.gguf") for kind in TYPES}
     (unfinished / STEP).write_text(json.dumps(read), "utf-8")
     shutil.rmtree(source)
     unfinished.rename(folder)
 
 
-def llava(shape: Shape, source: Path) -> tuple[Path, Path]:
-    """Decoder and tower as two GGUF files; the converter of CLIP towers wants the three parts apart."""
+def llava(shape: Shape, source: Path, projector: Path) -> Path:
+    """The decoder's GGUF file, and the projector's; the converter of CLIP towers wants the three parts apart."""
     model = build(shape).model, build(shape).lm_head
     decoder = LlamaForCausalLM(model[0].language_model.config)
     decoder.model.load_state_dict(model[0].language_model.state_dict())
@@ -56,15 +57,16 @@ def llava(shape: Shape, source: Path) -> tuple[Path, Path]:
     model[0].vision_tower.save_pretrained(tower)
     layer = {"vision_feature_layer": model[0].config.vision_feature_layer}
     add_settings(tower / "config.json", layer)
-    projector = model[0].multi_modal_projector.state_dict()
-    torch.save({f"multi_modal_projector.{key}": value for key, value in projector.items()}, source / "projector.pt")
+    weights = model[0].multi_modal_projector.state_dict()
+    torch.save({f"multi_modal_projector.{key}": value for key, value in weights.items()}, source / "projector.pt")
     script = "tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py"
     convert(script, "-m", tower, "--clip-model-is-vision", "--llava-projector", source / "projector.pt")
-    return as_gguf(source / "decoder", source / "decoder.gguf"), tower / "mmproj-model-f16.gguf"
+    as_q8_0(tower / "mmproj-model-f16.gguf", projector)
+    return as_gguf(source / "decoder", source / "decoder.gguf", "f16")
 
 
-def qwen2_vl(shape: Shape, source: Path) -> tuple[Path, Path]:
-    """Decoder and tower as two GGUF files, from one folder."""
+def qwen2_vl(shape: Shape, source: Path, projector: Path) -> Path:
+    """The decoder's GGUF file, and the projector's, from one folder."""
     model = build(shape)
     model.save_pretrained(source)
     # As published checkpoints say it; transformers 4.57 says it of the decoder.
@@ -72,13 +74,39 @@ def qwen2_vl(shape: Shape, source: Path) -> tuple[Path, Path]:
     write_tokenizer(shape, source)
     most = shape.side**2
     Qwen2VLImageProcessor(patch_size=shape.patch, min_pixels=56**2, max_pixels=most).save_pretrained(source)
-    return as_gguf(source, source / "decoder.gguf"), as_gguf(source, source / "projector.gguf", "--mmproj")
+    as_gguf(source, projector, "q8_0", "--mmproj")
+    return as_gguf(source, source / "decoder.gguf", "f16")
 
 
-def as_gguf(source: Path, file: Path, *options: str) -> Path:
-    """One file in 16 bits by llama.cpp's converter."""
-    convert("convert_hf_to_gguf.py", source, "--outfile", file, "--outtype", "f16", *options)
+def as_gguf(source: Path, file: Path, kind: str, *options: str) -> Path:
+    """One file by llama.cpp's converter."""
+    convert("convert_hf_to_gguf.py", source, "--outfile", file, "--outtype", kind, *options)
     return file
+
+
+def as_q8_0(source: Path, target: Path) -> None:
+    """A tower's file with the weights of linears in Q8_0, everything else as it is."""
+    gguf = package()
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, arch="clip")
+    for field in reader.fields.values():
+        if field.types and field.name != gguf.Keys.General.ARCHITECTURE and not field.name.startswith("GGUF."):
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=field.types[-1])
+    f16, q8_0 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q8_0
+    for each in reader.tensors:
+        kind, data = each.tensor_type, each.data
+        if kind == f16 and data.ndim == 2 and data.shape[1] % 32 == 0 and "embd" not in each.name:
+            kind, data = q8_0, gguf.quants.quantize(data.astype("float32"), q8_0)
+        writer.add_tensor(each.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def package() -> Any:
+    """llama.cpp's Python package, from its sources."""
+    sys.path.append(str(SOURCES / "gguf-py"))
+    return importlib.import_module("gguf")
 
 
 def convert(script: str, *arguments: str | Path) -> None:
@@ -90,10 +118,8 @@ def convert(script: str, *arguments: str | Path) -> None:
 
 def step_mb(file: Path) -> float:
     """The weights that a decode step reads, in MB (10^6 bytes): all but the embedding, of which it reads a row."""
-    sys.path.append(str(SOURCES / "gguf-py"))
-    from gguf import GGUFReader
-
-    return sum(int(each.n_bytes) for each in GGUFReader(file).tensors if each.name != "token_embd.weight") / 1e6
+    tensors = package().GGUFReader(file).tensors
+    return sum(int(each.n_bytes) for each in tensors if each.name != "token_embd.weight") / 1e6
 
 
 def add_settings(path: Path, settings: dict[str, Any]) -> None:

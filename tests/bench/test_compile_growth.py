@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_growth import growth
+from compile_growth import extrapolated, growth
 
 SCRIPT = Path(__file__).parent / "compile_growth.py"
 GIB = 2**30
@@ -16,6 +16,7 @@ def test_growth_is_that_of_a_layer() -> None:
     assert growth(None, sizes) == ""
     more = {"layers": 4, "seconds": 16.0, "peak": 5 * GIB, "weights": 6 * GIB}
     assert growth(sizes, more) == "3.0 s, 1.00 GiB (0.50 of its weights)"
+    assert extrapolated(sizes, more, 32) == "extrapolated to 32: 2 min, 33.0 GiB (0.53 of its weights)"
 
 
 @pytest.mark.slow

@@ -221,6 +221,13 @@ def test_a_folder_is_made_again_when_its_sources_change(tmp_path: Path, monkeypa
     assert len({before, changed, make.key()}) == 3
 
 
+def test_every_folder_depends_on_files_that_exist() -> None:
+    for make in MAKES.values():
+        found = [[*cpu_peers.ROOT.glob(pattern)] for pattern in (*make.depends, f"tests/bench/{make.script}")]
+        assert all(paths and all(path.is_file() for path in paths) for paths in found), make.folder
+        assert make.key() == make.key()
+
+
 @pytest.mark.slow
 def test_profile_names_graphs_operators_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = SHAPES["tiny-A"]

@@ -31,6 +31,12 @@ def test_the_digest_is_that_of_the_walk(monkeypatch: pytest.MonkeyPatch) -> None
     assert Samples([sample(1), sample(3)], None, 8, 0).digest() != asked.digest()
 
 
+@pytest.mark.parametrize("source", [list, iter])
+def test_the_example_is_the_same_for_every_draw(source: Callable[[Any], Any]) -> None:
+    drawn = [Samples(source([sample(number) for number in range(9)]), None, 2, seed) for seed in range(3)]
+    assert {int(each.example()["input_ids"][0, 1]) for each in drawn} == {0}
+
+
 def test_half_a_walk_gives_no_digest() -> None:
     samples = Samples([sample(1), sample(2)], None, 8, 0)
     next(iter(samples))

@@ -136,9 +136,10 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments: tuple[str, ...], co
 def test_compile_hands_everything_on(recorder: Recorder, tmp_path: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report.html"
     words = ("--recipe", "quota-30", "--set", "tokens.keep=0.4", "--set", "calibration.samples=3")
-    words += ("--min-agreement", "0.97")
+    words += ("--min-agreement", "0.97", "--device", "cpu")
     result = invoke("compile", MODEL, *words, "--data", DATA, "--output", out, "--report", report)
     assert result.exit_code == 0, result.output
+    assert recorder.asked["device"] == "cpu"
     assert recorder.asked["model"] == MODEL and recorder.asked["calibration"] == DATA
     recipe = recorder.asked["recipe"]
     assert (recipe.tokens.keep, recipe.calibration.samples, recipe.quantize.weights.bits) == (0.4, 3, 4)
@@ -146,6 +147,13 @@ def test_compile_hands_everything_on(recorder: Recorder, tmp_path: Path) -> None
     assert recorder.calls == [("save", "out"), ("report", "report.html")]
     assert len({picture for picture, _ in recorder.drawn}) == len(recorder.drawn) == cli.DRAWN
     assert "1.50 MB of weights" in result.output
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_compile(recorder: Recorder, tmp_path: Path) -> None:
+    for command, options in (("compile", ()), ("export", ("--recipe", "none"))):
+        result = invoke(command, MODEL, *options, "--output", tmp_path / "out", "--device", "nonsense")
+        assert result.exit_code == 1 and "cannot compute on nonsense" in result.output
+    assert not recorder.asked and not (tmp_path / "out").exists()
 
 
 def test_slow_recipe_is_announced_before_the_compile(recorder: Recorder, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_the_functions_of_the_chosen_set_run(name: str) -> None:
         chosen = native.library()
         found, addresses = total()
     assert (chosen.level, chosen.amx) == (level, name == "amx")
-    assert addresses == [ctypes.cast(BEST.functions["add", level], ctypes.c_void_p).value]
+    assert addresses == [ctypes.cast(BEST.functions["add", level], ctypes.c_void_p).value]  # type: ignore[arg-type]
     assert torch.equal(found, expected)
     assert native.library() is BEST
 

@@ -427,7 +427,7 @@ def test_not_contiguous() -> None:
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "sources_digest", lambda: "other")
-    loaded = native.library.__wrapped__()
+    loaded = native._loaded.__wrapped__()
     assert loaded.path is None and "compiled from other sources" in loaded.problem
 
 

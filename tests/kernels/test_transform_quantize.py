@@ -18,10 +18,10 @@ def test_by_hand() -> None:
     # Left exchanges the two halves, right the two channels of a half: [a b c d] becomes [d c b a].
     flip = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     x, scale, shift = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([2.0, 1.0, 1.0, 1.0]), torch.full((4,), -3.0)
-    q, step = reference.transform_quantize(x, scale, False, flip, flip, shift, 0, 1.0)
+    q, step = reference.transform_quantize(x, scale, False, flip, flip, shift, 0, 1.0, 4)
     assert q.tolist() == [[7, 6, 5, 5]] and step.tolist() == [[1.0]]
     x = torch.tensor([[2.0, 7.0, -3.0, 14.0]])
-    q, step = reference.transform_quantize(x, None, False, None, None, None, 2, 1.0)
+    q, step = reference.transform_quantize(x, None, False, None, None, None, 2, 1.0, 4)
     assert q.tolist() == [[2, 7, -2, 7]] and step.tolist() == [[1.0, 2.0]]
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import expecttest
 import pytest
 import torch
+from families import llava
 from programs import program_of, relative, run, traced
 from torch import Tensor, nn
 
+import qpcompile
 from qpcompile.errors import InvariantError, RecipeError
 from qpcompile.ir.edit import aten, calls
 from qpcompile.ir.pass_manager import run_passes
@@ -210,6 +212,13 @@ def test_half_precision_and_gpus_are_refused() -> None:
         assert caught.value.do and "numerics: fast" in caught.value.do
     with pytest.raises(RecipeError, match="on meta"):
         move(fused(traced(Normed(), TOKENS)), torch.device("meta"))
+
+
+def test_a_compile_refuses_before_it_starts() -> None:
+    model, cases = llava()
+    recipe = Recipe.load("quota-30").with_overrides(["numerics=exact"])
+    with pytest.raises(RecipeError, match=r"numerics: exact sums in float64 .* this model is in bfloat16"):
+        qpcompile.compile(model.bfloat16(), recipe, calibration=[cases["one"]])
 
 
 def test_the_head_stays(apply: Apply) -> None:

@@ -91,8 +91,6 @@ int answer_quantize(const char *from, const char *to, const char *type) {
         params.ftype = LLAMA_FTYPE_MOSTLY_Q4_0;
     else if (!strcmp(type, "Q4_K_M"))
         params.ftype = LLAMA_FTYPE_MOSTLY_Q4_K_M;
-    else if (!strcmp(type, "Q8_0"))
-        params.ftype = LLAMA_FTYPE_MOSTLY_Q8_0;
     else
         return -1;
     return llama_model_quantize(from, to, &params) ? -1 : 0;

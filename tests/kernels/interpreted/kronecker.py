@@ -34,8 +34,8 @@ def test_codes_are_the_references(left: int, right: int, group_size: int, dtype:
     x, both = (torch.randn(5, left * right) * 3).to(dtype), factors(left, right)
     x[:1] = 0
     values = reference.kronecker(x.float(), None, *both)
-    found = transform_quantize(x, None, False, *both, None, group_size, 0.9)
-    assert_codes_agree(found, quantize_dynamic(values, group_size, 0.9), values)
+    found = transform_quantize(x, None, False, *both, None, group_size, 0.9, 4)
+    assert_codes_agree(found, quantize_dynamic(values, group_size, 0.9, 4), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -108,7 +108,7 @@ def _silu(_: TensorInfo, x: Any) -> Any:
 
 def _gelu(out: TensorInfo, x: Any, *, approximate: str = "none") -> Any:
     if out.dtype == torch.float64:
-        return activation(x, "gelu_tanh" if approximate == "tanh" else "gelu")
+        return activation(x, "gelu_tanh" if approximate == "tanh" else "gelu", ir.DataType.DOUBLE)
     return op.Gelu(x, approximate=approximate)
 
 
