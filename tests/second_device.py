@@ -58,6 +58,10 @@ class OnSecond(torch.Tensor):
     def __torch_dispatch__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         return computed(function, args, kwargs or {})
 
+    def tolist(self) -> Any:
+        """The content as Python numbers, which torch refuses for subclasses."""
+        return self.held.tolist()
+
 
 def computed(function: Any, args: Any, kwargs: Any) -> Any:
     """Call an operator on the contents of its tensors."""
@@ -131,9 +135,11 @@ def differences(one: Program, other: Program) -> dict[str, Any]:
                 codes.append(float((tensor != others[key]).double().mean()))
     mine, theirs = one.plan, other.plan
     sites = [[(site.graph, site.name, site.kernel) for site in plan.sites] for plan in (mine, theirs)]
-    same = (mine.cuts, mine.candidate_layers, mine.left_out) == (theirs.cuts, theirs.candidate_layers, theirs.left_out)
+    layers = [[cut.layer for cut in plan.cuts] for plan in (mine, theirs)]
+    same = (mine.candidate_layers, mine.left_out) == (theirs.candidate_layers, theirs.left_out)
     return {
-        "same_plan": same and sites[0] == sites[1],
+        "same_plan": same and sites[0] == sites[1] and layers[0] == layers[1],
+        "ratios": _apart([cut.ratio for cut in mine.cuts], [cut.ratio for cut in theirs.cuts]),
         "codes": max(codes),
         "numbers": max(numbers),
         "site_errors": _apart([site.error for site in mine.sites], [site.error for site in theirs.sites]),

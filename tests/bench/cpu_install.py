@@ -1,5 +1,6 @@
 """The environments of the CPU benchmark's peers, in build/bench: `cpu.py --install-openvino`, `--install-llamacpp`."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -75,6 +76,7 @@ def unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as text:
         text.extractall(unfinished, filter="data")
     next(unfinished.glob("*/llama.cpp")).rename(folder)
+    shutil.rmtree(unfinished)
 
 
 def run(command: Sequence[str | Path]) -> None:

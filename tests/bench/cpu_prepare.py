@@ -20,11 +20,16 @@ from cpu_models import build, model_inputs
 from cpu_shapes import SHAPES, Shape
 from cpu_worker import STEP
 from onnx import TensorProto
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from transformers import PreTrainedModel
 
 import qpcompile
 from qpcompile.capture.samples import Source
+from qpcompile.emit.manifest_text import sealed
+from qpcompile.emit.onnx.runner.folder import MANIFEST
+from qpcompile.emit.onnx.weights import DATA as WEIGHTS
 from qpcompile.evaluate.run.workbench import Workbench
+from qpcompile.files import sha256
 from qpcompile.recipe.recipe import Recipe
 
 # Presets with changes, by the name of their folder.
@@ -97,15 +102,21 @@ def prepare_ort(shape: Shape, folder: Path, weights: str, how: str = "") -> None
 
 
 def quantize_ort(folder: Path) -> None:
-    """int4 weights in place."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
+    """int4 weights in place, in the layout that the runner checks: one weights file, and a manifest of all files."""
+    models = {}
     for path in sorted(folder.glob("*.onnx")):
         quantizer = MatMulNBitsQuantizer(onnx.load(path), 4, 32, is_symmetric=True, accuracy_level=4)
         quantizer.process()
-        path.unlink()
-        quantizer.model.save_model_to_file(str(path), use_external_data_format=True)  # type: ignore[union-attr]
-    (folder / "weights.data").unlink()
+        models[path] = quantizer.model.model  # type: ignore[union-attr]
+    (folder / WEIGHTS).unlink()
+    for path, model in models.items():
+        # Each graph's weights are appended.
+        onnx.save(model, path, save_as_external_data=True, location=WEIGHTS)
+    manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    manifest["files"] = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in manifest["files"]
+    }
+    (folder / MANIFEST).write_text(sealed(manifest), "utf-8")
 
 
 def write_step(folder: Path) -> None:
