@@ -6,20 +6,17 @@ python -m pytest -m slow tests/test_presets.py        about twenty minutes on on
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from layer_operators import OPERATORS, operators
 
 import qpcompile
 from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.capture.load import load_model
-from qpcompile.ir.edit import layer_of
-from qpcompile.ir.program import DECODE, PREFILL, Graph
-from qpcompile.ir.text import target_text
+from qpcompile.ir.program import DECODE, PREFILL
 from qpcompile.recipe.recipe import Recipe, preset_names
 
 BEDS = Path(__file__).resolve().parent / "testbed"
@@ -27,19 +24,6 @@ BEDS = Path(__file__).resolve().parent / "testbed"
 BRIEF = ("calibration.samples=2",)
 BRIEF_TRAINING = ("quantize.training.samples=2", "quantize.training.epochs=1")
 NEW = 6
-LINEARS = Counter(rmsnorm_quantize=2, activation_quantize=1, linear_int=7, rope=2, hadamard=2)
-LAYERS = {
-    4: LINEARS + Counter(transform_quantize=1, kv4_write=2, attention_kv4=1),
-    8: LINEARS + Counter(quantize_dynamic=1, kv8_write=2, kv8_read=2, scaled_dot_product_attention=1, to=4),
-}
-"""Operators of a decoder layer of every preset that quantizes activations, by the bits of its cache.
-
-Norms, activation and quantizers are in no operators of their own, but for a quantizer that has nothing before it.
-"""
-APPENDS = Counter(cat=4)
-"""A decode step appends codes and scales of keys and values to the cache; bound graphs write them in place."""
-VIEWS = {"view", "reshape", "transpose", "unsqueeze", "expand", "contiguous", "sym_size", "getitem"}
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
@@ -57,16 +41,6 @@ def answer(model: Any, bed: str) -> tuple[torch.Tensor, torch.Tensor]:
     return result.sequences, torch.stack(result.logits, dim=1)
 
 
-def operators(graph: Graph) -> Counter[str]:
-    """The operators of the decoder layer with the fewest, which has no cut before it; without views."""
-    layers: dict[int, Counter[str]] = {}
-    for node in graph.nodes:
-        layer, name = layer_of(node), target_text(node.target).split("::")[-1].split(".")[0]
-        if node.op == "call_function" and layer is not None and name not in VIEWS and node.target is not getitem:
-            layers.setdefault(layer, Counter())[name] += 1
-    return min(layers.values(), key=Counter.total)
-
-
 @pytest.mark.parametrize("preset", preset_names())
 @pytest.mark.parametrize("bed", ["llava", "qwen2_5_vl"])
 def test_compile_answer_save_load_and_answer_again(tmp_path: Path, bed: str, preset: str) -> None:
@@ -79,9 +53,9 @@ def test_compile_answer_save_load_and_answer_again(tmp_path: Path, bed: str, pre
     compiled = qpcompile.compile(model, recipe, processor=processor, calibration=BEDS / "calibration" / bed)
     found = answer(compiled, bed)
     if recipe.quantize is not None and recipe.quantize.activations.bits != 16:
-        layer = LAYERS[recipe.quantize.kv_cache.bits]
-        assert operators(compiled.program.graphs[PREFILL]) == layer
-        assert operators(compiled.program.graphs[DECODE]) == layer + APPENDS
+        prompt, step = OPERATORS[recipe.quantize.kv_cache.bits]
+        assert operators(compiled.program.graphs[PREFILL]) == prompt
+        assert operators(compiled.program.graphs[DECODE]) == step
     compiled.save_pretrained(tmp_path / "out")
     again = answer(qpcompile.load(tmp_path / "out"), bed)
     assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])

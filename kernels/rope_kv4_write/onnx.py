@@ -19,8 +19,8 @@ def rope_kv4_write(q: Any, k: Any, v: Any, cos: Any, sin: Any, rotate: bool) -> 
         shape, dtype = x.shape, x.dtype
         # Rows in float64 hold float32 values: only the rotation sums in it (reference.py).
         if cos is not None:
-            x = _as(rope(op.Cast(x, to=ir.DataType.FLOAT), cos, sin), shape, ir.DataType.FLOAT)
-            x = _as(op.Cast(x, to=dtype), shape, dtype)
+            narrow = _as(op.Cast(x, to=ir.DataType.FLOAT), shape, ir.DataType.FLOAT)
+            x = _as(op.Cast(rope(narrow, cos, sin), to=dtype), shape, dtype)
         return hadamard(x) if rotate else x
 
     return changed(q), *kv4_write(_as(changed(k), k.shape, k.dtype)), *kv4_write(v)

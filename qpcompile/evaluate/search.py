@@ -78,6 +78,13 @@ def search(examiner: Examiner, recipe: Recipe, accuracy: float, say: Callable[[s
             where="recipe",
             do="start from one that does both, such as quota-30",
         )
+    scheme = recipe.quantize
+    if (scheme.weights.bits, scheme.activations.bits, scheme.kv_cache.bits) != (4, 4, 4):
+        raise PlanError(
+            "the search begins with 4-bit weights, activations and cache, and the recipe has others",
+            where="recipe",
+            do="start from one that has them, such as quota-30",
+        )
     full = examiner.row(FULL_PRECISION, None)
     trials: list[Trial] = []
     for bits in LADDER:

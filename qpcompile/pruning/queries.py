@@ -71,7 +71,7 @@ def attention_from(point: Point, queries: fx.Node, attention: Attention) -> fx.N
         TOKEN_SCORES,
         *(hidden, hidden, attention.query, attention.key, attention.mask, attention.scale),
         *(point.visual, point.alive, queries),
-        *([1.0, 0.0, 0.0, 0.0], "none", 0.0, 100.0, False, False, 0, 1.0, False, 0.0),
+        *([1.0, 0.0, 0.0, 0.0], "none", 0.0, 100.0, False, False, 0, 1.0, 4, False, 0.0),
     )
 
 

@@ -47,7 +47,7 @@ class ScoreWeights(Section):
         default=0.20,
         ge=0,
         le=LARGEST_WEIGHT,
-        description="L2 error of rounding the hidden state to the bits of activations.",
+        description="L2 error of rounding the hidden state as activations are.",
     )
 
     @model_validator(mode="after")

@@ -64,12 +64,12 @@ def bend(folder: Path, suffix: str, change: Change, *, tell: bool) -> str:
 
 # The ending of a tensor's name, how it changes, and what is named where the graphs' types are changed with it.
 BENT: dict[str, tuple[str, Change, str]] = {
-    "scales of one element": ("q_proj.weight_scale", lambda each: each[:1], "linear_int, operand weight_scale"),
-    "no scales": ("q_proj.weight_scale", lambda each: each[:0], "linear_int, operand weight_scale"),
+    "scales of one element": ("v_proj.weight_scale", lambda each: each[:1], "linear_int, operand weight_scale"),
+    "no scales": ("v_proj.weight_scale", lambda each: each[:0], "linear_int, operand weight_scale"),
     "scales of bf16": ("up_proj.weight_scale", lambda each: each.bfloat16(), "linear_int, operand weight_scale"),
     "scales without groups": ("up_proj.weight_scale", lambda each: each[:, :0], "linear_int, operand weight_scale"),
-    "codes half as wide": ("q_proj.weight_packed", lambda each: each[:, :12], "linear_int, operand weight"),
-    "codes of i8": ("q_proj.weight_packed", lambda each: each.view(torch.int8), "linear_int, operand weight"),
+    "codes half as wide": ("v_proj.weight_packed", lambda each: each[:, :12], "linear_int, operand weight"),
+    "codes of i8": ("v_proj.weight_packed", lambda each: each.view(torch.int8), "linear_int, operand weight"),
     "a row of codes too few": ("up_proj.weight_packed", lambda each: each[1:], "linear_int, operand weight_scale"),
     "a bias of one": ("fc1.bias", lambda each: each[:1], "linear_int, operand bias"),
     "head scales of one": ("lm_head.weight_scale", lambda each: each[:1], "linear_w8a16, operand weight_scale"),

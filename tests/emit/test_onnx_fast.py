@@ -160,8 +160,8 @@ def test_operators_are_onnxruntimes_and_nothing_is_copied_or_wide(quota: tuple[P
     _, folders = quota
     decode, prefill = (operators(folders["fast"], name) for name in ("decode", "prefill"))
     assert decode["GroupQueryAttention"] == prefill["GroupQueryAttention"] == 3
-    assert decode["MatMulNBits"] == 3 * 7 + 1 and not decode["MatMulInteger"]
-    assert prefill["MatMulIntegerToFloat"] == 3 * 7 and prefill["MatMulNBits"] == 1
+    assert decode["MatMulNBits"] == 3 * 4 + 1 and not decode["MatMulInteger"]
+    assert prefill["MatMulIntegerToFloat"] == 3 * 4 and prefill["MatMulNBits"] == 1
     assert prefill["QuantizeLinear"] == 3 * 4
     graph = onnx.load(folders["fast"] / "decode.onnx", load_external_data=False).graph
     sizes = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output)}

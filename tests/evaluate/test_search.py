@@ -73,6 +73,8 @@ def test_what_no_recipe_reaches() -> None:
         find(Curve(), 0.99)
     with pytest.raises(PlanError, match="nothing to search"):
         search(Curve(), Recipe.load("w4a4kv4"), 0.9, lambda _: None)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="begins with 4-bit"):
+        search(Curve(), Recipe.load("quota-30-w4a8"), 0.9, lambda _: None)  # type: ignore[arg-type]
 
 
 def test_front_and_files(tmp_path: Path) -> None:

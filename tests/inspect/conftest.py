@@ -72,14 +72,14 @@ WEIGHTS = {"packed": torch.zeros(4, 2, dtype=torch.uint8), "scale": torch.ones(4
 CALLS: tuple[tuple[str, str | None, str, list[Any]], ...] = (
     ("int S0", None, "aten::sym_size.int", ["%1", 1]),
     ("f32[B, S0, 4]", "layers.0", "aten::relu.default", ["%1"]),
-    ("(i8[B, S0, 4], f32[B, S0, 1])", "layers.1", "qpcompile::quantize_dynamic.default", ["%3", 0, 1.0]),
+    ("(i8[B, S0, 4], f32[B, S0, 1])", "layers.1", "qpcompile::quantize_dynamic.default", ["%3", 0, 1.0, 4]),
     ("i8[B, S0, 4]", "layers.1", "operator.getitem", ["%4", 0]),
     ("f32[B, S0, 1]", None, "operator.getitem", ["%4", 1]),
     (
         "f32[B, S0, 4]",
         "layers.1.up",
         "qpcompile::linear_int.default",
-        ["%5", "%6", "@packed", "@scale", None, {"dtype": "float32"}],
+        ["%5", "%6", "@packed", "@scale", None, {"dtype": "float32"}, 4],
     ),
     ("int B", "", "aten::sym_size.int", ["%0", 0]),
     ("f32[B, S0, 4]", "layers.1", "aten::view.default", ["%7", ["%8", "%2", 4]]),

@@ -166,12 +166,16 @@ def _plan(kind: int) -> Arguments:
     }
 
 
+WIDENED = ("x", "second", "q", "k", "v", "y")
+"""Arguments that are float64 where sums are."""
+
+
 def _wide(arguments: Callable[[], Arguments]) -> Callable[[], Arguments]:
     """The same call on rows in float64."""
 
     def made() -> Arguments:
         given = arguments()
-        rows = {name: given[name].double() for name in ("x", "second", "q", "y") if _is_float(given.get(name))}
+        rows = {name: given[name].double() for name in WIDENED if _is_float(given.get(name))}
         return given | rows | ({"element": ELEMENTS[torch.float64]} if "element" in given else {})
 
     return made

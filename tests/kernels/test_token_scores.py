@@ -14,9 +14,8 @@ from qpcompile.kernels.token_scores import cpu, reference
 from qpcompile.kernels.token_scores.op import OVERLOAD, token_scores
 from qpcompile.kernels.token_scores.settings import Attention, Settings, Tokens
 
-WEIGHTS = [0.45, 0.25, 0.10, 0.20]
 DEFAULTS: dict[str, Any] = {
-    "weights": WEIGHTS,
+    "weights": [0.45, 0.25, 0.10, 0.20],
     "normalize": "percentile",
     "low": 1.0,
     "high": 99.0,
@@ -107,7 +106,7 @@ def naive(given: dict[str, Any], row: int, text: list[int], intra_mean: bool = F
         np.linalg.norm(restored - values, axis=-1),
     )
     score = np.zeros(len(seen))
-    for weight, metric in zip(WEIGHTS, metrics, strict=True):
+    for weight, metric in zip(DEFAULTS["weights"], metrics, strict=True):
         low, high = np.percentile(metric, [1, 99])
         score += weight * np.clip((metric - low) / (high - low + 1e-6), 0, 1)
     return score

@@ -30,6 +30,8 @@ def test_quantize_dynamic_divides_exactly() -> None:
     from qpcompile.kernels.quantize_dynamic.triton import quantize_dynamic_kernel
 
     pointers = {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32", "clip_ratio": "fp32"}
-    ptx = compile_for_hopper(quantize_dynamic_kernel, pointers, {"GROUP": 1000, "BLOCK": 1024}, 2).asm["ptx"]
+    ptx = compile_for_hopper(quantize_dynamic_kernel, pointers, {"HIGHEST": 127, "GROUP": 1000, "BLOCK": 1024}, 2).asm[
+        "ptx"
+    ]
     assert "div.rn.f32" in ptx
     assert not re.search(r"div\.(full|approx)|fma\.rn\.f32|\.ftz", ptx)

@@ -283,18 +283,12 @@ def test_sources_that_are_no_recipe(tmp_path: Path) -> None:
             "tokens.weights.inter: given 1e-09: all four weights are below 1e-06",
         ),
         ("quantize: {weights: {bits: 16}, transform: none}", "quantize.activations.bits: not given: codes multiply"),
-        (
-            "quantize: {weights: {bits: 8}}",
-            "quantize.activations.bits: not given: with 8-bit weights 4-bit",
-        ),
+        ("quantize: {weights: {bits: 8}}", "quantize.activations.bits: not given: with 8-bit weights"),
         (
             "quantize: {weights: {bits: 8, granularity: group}, activations: {bits: 16}}",
-            'quantize.weights.granularity: given "group": 8-bit weights for unquantized inputs',
+            'quantize.weights.granularity: given "group": 8-bit weights have one',
         ),
-        (
-            "quantize: {weights: {bits: 16}, activations: {bits: 16}}",
-            "quantize.transform: not given: it serves quanti",
-        ),
+        ("quantize: {weights: {bits: 16}, activations: {bits: 16}}", "quantize.transform: not given: it serves"),
         (
             "quantize: {weights: {bits: 16}, activations: {bits: 16}, smooth: 0.5}",
             "quantize.smooth: given 0.5: it serves",

@@ -162,9 +162,21 @@ def one_row(x: Tensor, y: Tensor) -> Tensor:
     return x[:, :1] + y
 
 
+def first_rows(x: Tensor, y: Tensor) -> Tensor:
+    return y[:1]
+
+
+def channels(x: Tensor, y: Tensor) -> Tensor:
+    return y[..., :8]
+
+
 @compiled_c
 @pytest.mark.parametrize(
-    ("extra", "problem"), [(torch.add, "no"), (negative, "aten::sub"), (halved, "aten::add"), (one_row, "aten::add")]
+    ("extra", "problem"),
+    [
+        *((torch.add, "no"), (negative, "aten::sub"), (halved, "aten::add"), (one_row, "aten::add")),
+        *((channels, "no"), (first_rows, "aten::slice")),
+    ],
 )
 def test_only_what_has_a_kernel(extra: Callable[[Tensor, Tensor], Tensor], problem: str) -> None:
     x = torch.randn(2, 3, 16)

@@ -36,9 +36,7 @@ from qpcompile.runtime.cpu.row_chains import IS_ROWS
 from qpcompile.runtime.growing_cache import GrowingCaches
 
 KERNELS: tuple[Any, ...] = tuple(spec.cpu for spec in SPECS if spec.taped)
-VIEWS: tuple[Any, ...] = (
-    *(aten.view.default, aten.reshape.default, aten.transpose.int, aten.unsqueeze.default, aten.slice.Tensor),
-)
+VIEWS: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.unsqueeze.default)
 COMPUTES_NOTHING = frozenset({"empty", "view", "transpose", "unsqueeze", "expand", "slice", "alias", "as_strided"})
 """torch operators that allocate memory or create views."""
 
@@ -270,6 +268,11 @@ def _obstacle(node: fx.Node, types: dict[fx.Node, ValueType], caches: GrowingCac
     if is_call(node, aten.add.Tensor):
         alike = len({types.get(each, UNKNOWN) for each in (node, *node.args)}) == 1 and len(node.args) == 2  # type: ignore[arg-type]
         known = alike and not node.kwargs and types[node].dtype in (torch.float32, torch.bfloat16)
+    elif is_call(node, aten.slice.Tensor):
+        (source,), axis = node.all_input_nodes[:1], node.args[1]
+        sizes = types.get(source, UNKNOWN).sizes
+        # Of channels, not of tokens: their number grows from replay to replay.
+        known = isinstance(axis, int) and axis < len(sizes) and sizes[axis].fixed is not None
     else:
         known = appends or IS_ROWS in node.meta or node.target in (*KERNELS, *VIEWS, operator.getitem)
     return "" if known else f"{target_text(node.target)} in the layers has no kernel in C for a decode step"

@@ -26,7 +26,7 @@ def code_of(kernel: Any, signature: dict[str, str], tiling: Tiling | None, arch:
     assert tiling is not None
     shape = dict(zip(("C", "TOKENS", "OUTER", "MIDDLE", "INNER", "PAD"), tiling.shape, strict=True))
     shape |= {"norm": norm_of(tiling.channels), "ODD": odd_factor(tiling.channels), "FILLED": tiling.filled}
-    shape |= {"PARTS": tiling.parts, "SCALED": False, "SHIFTED": False, "GATED": False, **constants}
+    shape |= {"PARTS": tiling.parts, "HIGHEST": 127, "SCALED": False, "SHIFTED": False, "GATED": False, **constants}
     named = {name: value for name, value in shape.items() if name in kernel.arg_names}
     return compiled(kernel, signature, named, arch, tiling.warps, stages=1)
 

@@ -1,0 +1,40 @@
+"""A decoder layer of every family is ten operators in prefill and in decode, and nothing in it nearly matched.
+
+python -m pytest -m slow tests/test_layer_operators.py        about five minutes on one core
+"""
+
+from __future__ import annotations
+
+import pytest
+from families import FAMILIES
+from layer_operators import LAYER, PROMPT, STEP, operators
+
+import qpcompile
+from qpcompile.ir.near_miss import NEAR_MISSES
+from qpcompile.ir.program import DECODE, PREFILL
+from qpcompile.recipe.recipe import Recipe
+
+QUICK = ("quantize.transform=hadamard", "quantize.weights.solver=rtn")
+NORMS = {
+    "qwen3_vl": "queries and keys have norms of their own, between their projection and the rotary embedding",
+    "paligemma": "the norm is not canonical: it multiplies by 1 + weight before it rounds",
+    "gemma3": "the same, for six norms in a layer",
+}
+"""Families with more operators, all of them in norms, and why."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_is_ten_operators(family: str) -> None:
+    model, cases = FAMILIES[family]()
+    recipe = Recipe.load("w4a4kv4").with_overrides(QUICK)
+    program = qpcompile.compile(model, recipe, calibration=[cases["one"]]).program
+    for name, cache in ((PREFILL, PROMPT), (DECODE, STEP)):
+        found, expected = operators(program.graphs[name]), LAYER + cache
+        assert expected.total() == 10
+        if family in NORMS:
+            assert found["rmsnorm"] >= 2 and found.total() > 10
+            assert all(found[each] == expected[each] for each in expected if each.startswith(("linear", "rope", "att")))
+        else:
+            assert found == expected
+    assert not [miss for miss in program.measured[NEAR_MISSES] if miss.graph in (PREFILL, DECODE)]
