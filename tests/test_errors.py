@@ -57,6 +57,7 @@ def test_one_root() -> None:
         "CaptureError",
         "CalibrationError",
         "PlanError",
+        "QualityError",
         "InputError",
         "KernelError",
         "ArtifactError",

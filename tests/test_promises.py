@@ -12,7 +12,8 @@ from programs import captured, changed_recipe, fresh
 from torch import Tensor
 
 from qpcompile.capture.capture import capture
-from qpcompile.ir.edit import get_tensor
+from qpcompile.ir.edit import calls, get_tensor
+from qpcompile.ir.operators import LINEAR_INT
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.ir.text import graph_text
@@ -274,7 +275,10 @@ def test_decoder_weights_take_at_most_three_tenths_of_fp16(quantized: Program) -
         assert len(linears) == 3 * 7
         plain = sum(2 * get_tensor(graph.module, weight).numel() for weight in linears)
         module = quantized.graphs[name].module
-        held = [get_tensor(module, f"{weight}_{part}") for weight in linears for part in ("packed", "scale")]
+        # Queries, keys and values are one product, and so are gate and up projections.
+        products = list(calls(quantized.graphs[name], LINEAR_INT))
+        assert len(products) == 3 * 4
+        held = [get_tensor(module, str(each.target)) for node in products for each in node.args[2:4]]  # type: ignore[union-attr]
         assert sum(tensor.numel() * tensor.element_size() for tensor in held) <= 0.30 * plain
         names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
         assert not names & set(linears), "the float weights are still there"

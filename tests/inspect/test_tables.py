@@ -53,6 +53,7 @@ def test_settings_in_words(plan: Plan) -> None:
     assert settings(Plan(recipe=Recipe.load("none"))) == [
         ("quantization", "none"),
         ("visual tokens", "all visual tokens are kept"),
+        ("numerics", "fast: sums in float32"),
         ("calibration", "no data"),
     ]
     weights = dict(settings(Plan(recipe=Recipe.load("w4a16"))))

@@ -53,10 +53,10 @@ class Linears(nn.Module):
 
     def product(self, codes: tuple[Tensor, Tensor], index: int, residual: Tensor | None = None) -> Tensor:
         part: Any = self.parts[index]
-        return ours.linear_int(*codes, part.weight, part.scale, part.bias, torch.float32, residual)
+        return ours.linear_int(*codes, part.weight, part.scale, part.bias, torch.float32, 4, residual)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        codes = ours.quantize_dynamic(x, 0, 1.0)
+        codes = ours.quantize_dynamic(x, 0, 1.0, 4)
         return tuple(self.product(codes, index).relu() for index in range(len(self.parts)))
 
 
@@ -64,7 +64,7 @@ class WithResidual(Linears):
     """The last one has a residual in its epilogue."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        codes = ours.quantize_dynamic(x, 0, 1.0)
+        codes = ours.quantize_dynamic(x, 0, 1.0, 4)
         return self.product(codes, 0), self.product(codes, 1), self.product(codes, 2, x)
 
 
@@ -72,7 +72,7 @@ class Apart(Linears):
     """Each on codes of its own."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.product(ours.quantize_dynamic(x * each, 0, 1.0), each) for each in range(3))
+        return tuple(self.product(ours.quantize_dynamic(x * each, 0, 1.0, 4), each) for each in range(3))
 
 
 class ReadAgain(Linears):
@@ -88,7 +88,7 @@ class Joined(Linears):
     """One result is viewed as rows of all channels of two tokens: no slice can be."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        codes = ours.quantize_dynamic(x, 0, 1.0)
+        codes = ours.quantize_dynamic(x, 0, 1.0, 4)
         first, second = self.product(codes, 0), self.product(codes, 1)
         return first.view(2, -1), second.unflatten(-1, (2, -1)).transpose(1, 2), self.product(codes, 2)
 
@@ -111,13 +111,13 @@ def test_golden(apply: Apply) -> None:
 graph prefill of model
 %0 = input x : f32[2, 5, 8]
 # top
-%1 = qpcompile::quantize_dynamic(%0, 0, 1.0) : (i8[2, 5, 8], f32[2, 5, 1])
+%1 = qpcompile::quantize_dynamic(%0, 0, 1.0, 4) : (i8[2, 5, 8], f32[2, 5, 1])
 %2 = operator.getitem(%1, 0) : i8[2, 5, 8]
 %3 = operator.getitem(%1, 1) : f32[2, 5, 1]
 @parts.0_1_2.weight : u8[18, 4]
 @parts.0_1_2.scale : f32[18, 1]
 @parts.0_1_2.bias : f32[18]
-%4 = qpcompile::linear_int(%2, %3, @parts.0_1_2.weight, @parts.0_1_2.scale, @parts.0_1_2.bias, f32) : f32[2, 5, 18]
+%4 = qpcompile::linear_int(%2, %3, @parts.0_1_2.weight, @parts.0_1_2.scale, @parts.0_1_2.bias, f32, 4) : f32[2, 5, 18]
 %5 = aten::slice.Tensor(%4, 2, 0, 8) : f32[2, 5, 8]
 %6 = aten::relu(%5) : f32[2, 5, 8]
 %7 = aten::slice.Tensor(%4, 2, 8, 12) : f32[2, 5, 4]

@@ -46,7 +46,7 @@ class Plain(nn.Module):
     """Arithmetic that is the same everywhere, and a quantizer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.qpcompile.quantize_dynamic(x * 2 + x.abs(), 0, 1.0)[0]
+        return torch.ops.qpcompile.quantize_dynamic(x * 2 + x.abs(), 0, 1.0, 4)[0]
 
 
 class Patches(nn.Module):
@@ -75,7 +75,7 @@ class Ours(nn.Module):
         self.weight = nn.Parameter(torch.linspace(0.5, 2, WIDTH), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        ours, plain = torch.ops.qpcompile, (None, True, None, None, None, 0, 1.0)
+        ours, plain = torch.ops.qpcompile, (None, True, None, None, None, 0, 1.0, 4)
         gated, _ = ours.activation_quantize(x, x, "silu", *plain)
         normed, _ = ours.rmsnorm_quantize(x, self.weight, 1e-5, *plain)
         codes, affine = ours.kv4_write(x[:, None])
@@ -155,10 +155,10 @@ graph prefill of model
 %0 = input x : f32[B, S0, 6]
 # top
 %1 = aten::to.dtype(%0, f64) : f64[B, S0, 6]
-%2 = qpcompile::activation_quantize(%1, %1, 'silu', None, True, None, None, None, 0, 1.0) : (i8[B, S0, 6], f32[B, S0, 1])
+%2 = qpcompile::activation_quantize(%1, %1, 'silu', None, True, None, None, None, 0, 1.0, 4) : (i8[B, S0, 6], f32[B, S0, 1])
 %3 = operator.getitem(%2, 0) : i8[B, S0, 6]
 @weight : f32[6]
-%4 = qpcompile::rmsnorm_quantize(%1, @weight, 1e-05, None, True, None, None, None, 0, 1.0) : (i8[B, S0, 6], f32[B, S0, 1])
+%4 = qpcompile::rmsnorm_quantize(%1, @weight, 1e-05, None, True, None, None, None, 0, 1.0, 4) : (i8[B, S0, 6], f32[B, S0, 1])
 %5 = operator.getitem(%4, 0) : i8[B, S0, 6]
 %6 = aten::slice.Tensor(%0, 0, 0, end) : f32[B, S0, 6]
 %7 = aten::unsqueeze(%6, 1) : f32[B, 1, S0, 6]

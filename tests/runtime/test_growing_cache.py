@@ -60,7 +60,9 @@ def test_a_tensor_of_somebody_else_is_copied() -> None:
 )
 def test_answers_are_the_same(family: Any, bits: int) -> None:
     model, cases = family()
-    recipe = qpcompile.Recipe.load("quota-30").with_overrides([*FAST, f"quantize.kv_cache.bits={bits}"])
+    # Torch's attention sums in another order where a cache has spare room: equal bits need wider sums.
+    numerics = "numerics=exact" if bits == 16 else "numerics=fast"
+    recipe = qpcompile.Recipe.load("quota-30").with_overrides([*FAST, f"quantize.kv_cache.bits={bits}", numerics])
     compiled = qpcompile.compile(model, recipe, calibration=[cases["one"]])
     check(compiled, cases, 6 if bits == 16 else 12)
 

@@ -43,6 +43,7 @@ from qpcompile.ir.operators import (
     QUANTIZE_STATIC,
     RMSNORM,
     RMSNORM_QUANTIZE,
+    ROPE,
     TRANSFORM_QUANTIZE,
 )
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
@@ -122,11 +123,12 @@ def _fast_part(program: Program, name: str, part: Part) -> Part:
 
 
 def _narrow(part: Part) -> None:
-    """Undo the pass `widen_sums` of exact numerics: remove all casts to float64."""
+    """Undo the pass `widen_sums` of exact numerics: remove all casts to float64, and those of turned heads back."""
     for node in calls(part, aten.to.dtype):
         source = node.args[0]
         tensor = source.meta.get("val") if isinstance(source, fx.Node) else None
-        if node.args[1] == torch.float64 and isinstance(tensor, Tensor) and tensor.is_floating_point():
+        widened = node.args[1] == torch.float64 and isinstance(tensor, Tensor) and tensor.is_floating_point()
+        if widened or (node.args[1] == torch.float32 and is_call(source, HADAMARD, ROPE)):
             node.replace_all_uses_with(source)  # type: ignore[arg-type]
 
 
