@@ -50,6 +50,12 @@ SIMULATE_QVLM = ours.simulate_qvlm.default
 TOKEN_SCORES = ours.token_scores.default
 TRANSFORM_QUANTIZE = ours.transform_quantize.default
 
+QUANTIZERS = (
+    *(QUANTIZE_DYNAMIC, QUANTIZE_STATIC, TRANSFORM_QUANTIZE),
+    *(RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, ACTIVATION_QUANTIZE),
+)
+"""Operators that give codes and scales of activations."""
+
 # Ours, and those of torch's that would repeat an operand where it is too short, or divide by no heads.
 RULES: dict[object, Rule] = {
     **{spec.overload: spec.rule for spec in SPECS},

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from qpcompile.errors import ArtifactError, KernelError
+from qpcompile.ir.code_bits import other_bits
 from qpcompile.ir.edit import get_tensor, map_nodes
 from qpcompile.ir.names import Name
 from qpcompile.ir.operators import RULES
@@ -51,12 +52,14 @@ def check_values(graph: Graph) -> None:
 
 
 def check_graphs(graphs: Mapping[str, Graph]) -> None:
-    """`check_values` on every graph, and check that decode takes and returns a cache like prefill's.
+    """`check_values` and `other_bits` on every graph, and check that decode takes and returns a cache like prefill's.
 
     Raises ArtifactError naming graph, value and operand.
     """
     for graph in graphs.values():
         check_values(graph)
+        if (problem := next(other_bits(graph), None)) is not None:
+            raise ArtifactError(problem, where=f"graph/{graph.name}.json", do=_AGAIN)
     if missing := [name for name in (PREFILL, DECODE) if name not in graphs]:
         raise ArtifactError(f"there is no {missing[0]} graph", where="manifest.json, graphs", do=_AGAIN)
     prefill, decode = graphs[PREFILL], graphs[DECODE]

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from qpcompile.errors import InvariantError, KernelError
+from qpcompile.ir.code_bits import other_bits
 from qpcompile.ir.edit import aten, get_tensor, map_nodes
 from qpcompile.ir.operators import RULES, SPECS
 from qpcompile.ir.overloads import is_overload
@@ -51,7 +52,7 @@ def problems(program: Program) -> Iterator[str]:
             yield f"the program has no {name} graph"
     for graph in program.graphs.values():
         yield from (f"{graph.name}: {text}" for text in _stage_problems(graph, program.stage))
-        yield from (f"{graph.name}: {text}" for text in _graph_problems(graph))
+        yield from (f"{graph.name}: {text}" for text in (*_graph_problems(graph), *other_bits(graph)))
     yield from _cache_problems(program)
 
 

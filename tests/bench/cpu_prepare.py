@@ -73,7 +73,7 @@ class Bench(Workbench):
     """Compile presets of an in-memory model on random samples."""
 
     def __init__(self, model: PreTrainedModel, samples: Source) -> None:
-        self.model, self.processor, self.calibration = model, None, samples
+        self.model, self.processor, self.calibration, self.device = model, None, samples, None
         self._captured, self._shared, self._sensitivity = None, None, {}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from qpcompile.compiled import CompiledVLM, load
 from qpcompile.emit.artifact.manifest import write_manifest
 from qpcompile.errors import ArtifactError
+from qpcompile.ir.code_bits import BITS
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.types import type_of
 from qpcompile.pass_list import passes
@@ -124,3 +125,17 @@ def test_wrong_type_of_a_value_is_refused(saved: Path, tmp_path: Path) -> None:
 def test_saved_again_it_loads(saved: Path, tmp_path: Path) -> None:
     load(saved).save_pretrained(tmp_path / "again")
     load(tmp_path / "again")
+
+
+def test_bits_that_no_quantizer_makes_are_refused(saved: Path, tmp_path: Path) -> None:
+    """The CPU reads codes of any bits; a GPU would pack 8-bit codes as 4-bit ones."""
+    folder = shutil.copytree(saved, tmp_path / "out")
+    path = folder / "graph" / "prefill.json"
+    data = json.loads(path.read_text())
+    product = next(node for node in data["nodes"] if node.get("target", "").startswith("qpcompile::linear_int"))
+    assert product["args"][BITS] == 4
+    product["args"][BITS] = 8
+    path.write_text(json.dumps(data))
+    hash_again(folder)
+    with pytest.raises(ArtifactError, match=r"takes codes of 8 bits, .* makes them of 4"):
+        load(folder)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toy_decoder import HIDDEN, decode_graph, prefill_graph, toy_feeds
 
 from qpcompile.errors import InvariantError
+from qpcompile.ir.code_bits import BITS, other_bits
 from qpcompile.ir.edit import add_tensor, aten, calls, get_tensor
 from qpcompile.ir.near_miss import NEAR_MISSES
 from qpcompile.ir.node_facts import QuantizedFact, quantized_fact, set_fact
@@ -100,6 +101,15 @@ def fused(module: nn.Module) -> tuple[Graph, Program]:
 
 def linears(graph: Graph) -> int:
     return len(list(calls(graph, LINEAR_INT)))
+
+
+def test_a_product_promises_the_bits_of_its_quantizer() -> None:
+    graph, _ = fused(Linears((4, 6, 5)))
+    assert list(other_bits(graph)) == []
+    product, *_ = calls(graph, LINEAR_INT)
+    product.update_arg(BITS, 8)
+    (problem,) = other_bits(graph)
+    assert problem.startswith(f"{product.name} takes codes of 8 bits, ") and problem.endswith(" makes them of 4")
 
 
 def test_golden(apply: Apply) -> None:
