@@ -64,8 +64,8 @@ RESTRICTED = """- our operators in C, torch and oneDNN restricted to {}; onnxrun
 ARTIFACTS = """Ours: compiled from random weights with two random samples, weights rounded to nearest without clip
 search, no training epochs, fixed candidate layers (tests/bench/cpu_prepare.py): the operators that run, and so the
 times, are those of the preset; its accuracy is not. All decoder layers, the tower and the projector are quantized as
-the recipe says. Float32 models compute norms, activations and changes of basis in float64, bfloat16 ones in float32
-([numerics](../numerics.md)). ONNX: exports of the float32 artifacts."""
+the recipe says. Sums are float32, the recipe's fast numerics ([numerics](../numerics.md)), which rows of an older run
+may not have. ONNX: exports of the float32 artifacts."""
 
 
 def page(rows: Sequence[Row], kind: str, instruction_set: str | None, new_tokens: int) -> str:
@@ -121,8 +121,8 @@ def _artifacts(ran: Sequence[Row]) -> Iterable[str]:
 
 
 def _claims(name: str) -> Iterable[str]:
-    """The paragraphs of README that refer to this page."""
-    paragraphs = (ROOT / "README.md").read_text("utf-8").split("\n\n")
+    """The paragraphs and list items of README that refer to this page."""
+    paragraphs = re.split(r"\n\n|\n(?=- )", (ROOT / "README.md").read_text("utf-8"))
     found = [" ".join(each.split()) for each in paragraphs if name in each]
     yield "## Claims of README that rest on this page"
     yield ""
