@@ -3,15 +3,14 @@
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.linear_w4a16 import reference
+from qpcompile.kernels.linear_w4a16 import cpu, reference
 from qpcompile.kernels.linear_w4a16.rule import RULE
 
 
 @torch.library.custom_op("qpcompile::linear_w4a16", mutates_args=(), device_types="cpu")
 def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """x: f[..., K], weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw], bias: f[N] -> x.dtype[..., N]."""
-    RULE.check(x, weight, weight_scale, bias)
-    return reference.linear_w4a16(x, weight, weight_scale, bias)
+    return cpu.linear_w4a16(x, weight, weight_scale, bias)
 
 
 @linear_w4a16.register_kernel("cuda")

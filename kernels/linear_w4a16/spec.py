@@ -3,6 +3,7 @@
 import torch
 
 from qpcompile.kernels.linear_int.packing import pack_int4
+from qpcompile.kernels.linear_w4a16 import cpu
 from qpcompile.kernels.linear_w4a16.op import OVERLOAD, linear_w4a16
 from qpcompile.kernels.linear_w4a16.rule import RULE
 from qpcompile.kernels.probe_inputs import noise
@@ -21,4 +22,4 @@ def _probe(device: torch.device) -> None:
     linear_w4a16(noise(3, 256, device=device), pack_int4(codes), weight_scale, None)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", cpu=cpu.linear_w4a16, taped=True, onnx=_onnx)

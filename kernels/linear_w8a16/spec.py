@@ -21,4 +21,4 @@ def _probe(device: torch.device) -> None:
     linear_w8a16(noise(3, 256, device=device), codes, weight_scale, None)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", cpu=cpu.linear_w8a16, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="packed", cpu=cpu.linear_w8a16, taped=True, onnx=_onnx)

@@ -112,7 +112,9 @@ SIGNATURES: dict[str, Signature] = {
     "unpack_int4": (*_of(SPAN, "weight codes"), *_of(WHOLE, "features columns")),
     "scale_int32": (*_of(SPAN, "sums scale weight_scale bias y"), *_of(WHOLE, "tokens features")),
     "linear": (*_of(SPAN, "x weight y"), *_of(WHOLE, "tokens columns features")),
-    "linear_w8a16": (*_of(SPAN, "x weight weight_scale y"), *_of(WHOLE, "tokens columns features")),
+    "linear_w8a16": (*_of(SPAN, "x weight weight_scale bias y"), *_of(WHOLE, "tokens columns features")),
+    "linear_w4a16": (*_of(SPAN, "x weight weight_scale bias y"), *_of(WHOLE, "tokens columns features groups")),
+    "dequantize_int4": (*_of(SPAN, "weight weight_scale dense"), *_of(WHOLE, "features columns groups")),
     "kv4_write": (*_of(VIEW, "x"), *_of(SPAN, "codes affine"), *_of(WHOLE, "batch heads tokens size")),
     "rope": (*_of(VIEW, "x cos sin"), *_of(SPAN, "y"), *_of(WHOLE, "batch heads tokens size")),
     "rope_kv4_write": (

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qpcompile.ir.operators import LINEAR_INT, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
 from qpcompile.ir.program import Graph, Program
-from qpcompile.kernels.linear_int.packing import codes_of
 from qpcompile.progress import track
 from qpcompile.quality.answers import Agreement, Answer, answer, compare, free_answer
 from qpcompile.recipe.plan import Example, Loss, Quality
@@ -141,7 +140,16 @@ class _Unrounded(PlacedInterpreter):
             return args[0], None
         if target is LINEAR_INT:
             x, _, stored, scale, bias, dtype, _, *residual = args
-            codes = codes_of(stored, x.shape[-1]).float().unflatten(1, (scale.shape[1], -1))
-            y = functional.linear(x.to(dtype), (codes * scale[..., None]).flatten(1).to(dtype), bias)
+            y = _product(x.to(dtype), stored, scale, bias)
             return y + residual[0] if residual else y
         return super().call_function(target, args, kwargs)
+
+
+def _product(x: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x: f[..., K], a weight as it is stored, scale: f32[N, G], bias: f[N] -> x.dtype[..., N]."""
+    if stored.dtype == torch.uint8:
+        return LINEAR_W4A16(x, stored, scale, bias)
+    if scale.shape[1] == 1:
+        return LINEAR_W8A16(x, stored, scale, bias)
+    dense = (stored.float().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+    return functional.linear(x, dense.to(x.dtype), bias)

@@ -1,6 +1,6 @@
 """Fixtures of the operators' tests: export a module to ONNX and run it in an onnxruntime session."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,3 +83,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return made.fill_(torch.nan if made.is_floating_point() else 200 if made.dtype == torch.uint8 else -128)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -70,8 +70,18 @@ def linear() -> Arguments:
 
 
 def linear_w8a16() -> Arguments:
-    tensors = {"x": torch.randn(3, 40), "weight": _i8(5, 40), "weight_scale": torch.rand(5, 1), "y": torch.zeros(3, 5)}
-    return {**tensors, "tokens": 3, "columns": 40, "features": 5}
+    weights = {"weight": _i8(5, 40), "weight_scale": torch.rand(5, 1), "bias": _bf16(5)}
+    return {"x": torch.randn(3, 40), **weights, "y": torch.zeros(3, 5), "tokens": 3, "columns": 40, "features": 5}
+
+
+def linear_w4a16() -> Arguments:
+    tensors = {"x": torch.randn(3, 45), "weight": _u8(5, 23), "weight_scale": torch.rand(5, 3), "bias": torch.rand(5)}
+    return {**tensors, "y": torch.zeros(3, 5), "tokens": 3, "columns": 45, "features": 5, "groups": 3}
+
+
+def dequantize_int4() -> Arguments:
+    tensors = {"weight": _u8(5, 23), "weight_scale": torch.rand(5, 3), "dense": torch.zeros(5, 45)}
+    return {**tensors, "features": 5, "columns": 45, "groups": 3}
 
 
 def kv4_write() -> Arguments:

@@ -1,4 +1,4 @@
-"""qpcompile::linear_w4a16: the float product with the dequantized weight, and ONNX with 4-bit weights."""
+"""qpcompile::linear_w4a16: the float product with the dequantized weight, torch, C, and ONNX with 4-bit weights."""
 
 from typing import Any
 
@@ -9,8 +9,24 @@ from torch import Tensor
 
 from qpcompile.errors import KernelError
 from qpcompile.kernels.linear_int.packing import pack_int4
+from qpcompile.kernels.linear_w4a16 import cpu, op, reference
 from qpcompile.kernels.linear_w4a16 import onnx as translation
-from qpcompile.kernels.linear_w4a16 import op, reference
+from qpcompile.kernels.native import library as native
+
+LEVELS = range(native.library().level + 1) if native.available() else []
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 1024, 67, 4),
+    (3, 37, 65, 1),
+    (8, 99, 7, 3),
+    (5, 33, 4, 11),
+    (2, 2304, 5, 9),
+    (16, 768, 3, 6),
+]
+"""(tokens, in_features, out_features, groups): odd rows, more than a block of columns, groups across both planes."""
+UNITS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""The relative error of a result: of sums in another order, or of one rounding."""
+levels = pytest.mark.parametrize("level", LEVELS)
 
 
 def random_weight(out_features: int, in_features: int, groups: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,12 +56,78 @@ def test_op_is_the_float_product(tokens: int, in_features: int, out_features: in
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_types_are_multiplied_in_float32(dtype: torch.dtype) -> None:
-    weight, scale, _ = random_weight(7, 96)
-    x, bias = torch.randn(2, 5, 96).to(dtype), torch.randn(7).to(dtype)
+@pytest.mark.parametrize("tokens", [5, cpu.FEW_ROWS + 1])
+def test_half_types_are_multiplied_in_float32(dtype: torch.dtype, tokens: int) -> None:
+    weight, scale, dense = random_weight(7, 96)
+    x, bias = torch.randn(1, tokens, 96).to(dtype), torch.randn(7).to(dtype)
     found = torch.ops.qpcompile.linear_w4a16(x, weight, scale, bias)
     assert found.dtype == dtype
-    assert torch.equal(found, reference.linear_w4a16(x.float(), weight, scale, bias.float()).to(dtype))
+    expected, size = x.double() @ dense.T + bias.double(), x.double().abs() @ dense.abs().T
+    # Many bfloat16 rows meet a weight that is rounded to bfloat16.
+    assert ((found.double() - expected).abs() <= UNITS[dtype] * (expected.abs() + size) + 1e-5).all()
+
+
+@levels
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poison")
+def test_in_c(shape: tuple[int, int, int, int], dtype: torch.dtype, biased: bool, level: int) -> None:
+    tokens, columns, features, groups = shape
+    weight, scale, dense = random_weight(features, columns, groups)
+    x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(features).to(dtype) if biased else None
+    y = cpu._native(x, weight, scale, bias, level)
+    expected = x.double() @ dense.T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(y.double(), expected, rtol=UNITS[dtype], atol=1e-4)
+    for row in range(tokens):
+        assert torch.equal(y[row : row + 1], cpu._native(x[row : row + 1], weight, scale, bias, level))
+
+
+@levels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poison")
+def test_dequantized_in_c_is_the_reference(shape: tuple[int, int, int, int], level: int) -> None:
+    _, columns, features, groups = shape
+    weight, scale, _ = random_weight(features, columns, groups)
+    assert torch.equal(
+        cpu.dequantized(weight, columns, scale, level), reference.dequantize_weight(weight, columns, scale)
+    )
+
+
+@levels
+@pytest.mark.parametrize("columns", [35, 512])
+def test_every_code_in_every_place(columns: int, level: int) -> None:
+    codes = torch.arange(-8, 8).to(torch.int8)[:, None].repeat(1, columns)
+    y = cpu._native(torch.eye(columns), pack_int4(codes), torch.ones(16, 1), None, level)
+    assert torch.equal(y, torch.arange(-8.0, 8.0).expand(columns, -1))
+
+
+@levels
+def test_what_is_not_finite(level: int) -> None:
+    x, codes = torch.ones(2, 40).bfloat16(), torch.ones(3, 40, dtype=torch.int8)
+    x[0, 7], x[1, 39] = torch.inf, torch.nan
+    y = cpu._native(x, pack_int4(codes), torch.tensor([[1.0], [torch.nan], [2.0]]), None, level)
+    assert y[0].tolist()[::2] == [torch.inf, torch.inf] and y[:, 1].isnan().all() and y[1].isnan().all()
+
+
+@pytest.mark.skipif(not native.available(), reason=native.library().problem or "compiled")
+@pytest.mark.usefixtures("two_threads")
+def test_threads_give_the_same_bits() -> None:
+    weight, scale, _ = random_weight(700, 1024, 8)
+    x = torch.randn(3, 1024).bfloat16()
+    two, dense = cpu._native(x, weight, scale, None), cpu.dequantized(weight, 1024, scale)
+    torch.set_num_threads(1)
+    assert torch.equal(two, cpu._native(x, weight, scale, None))
+    assert torch.equal(dense, cpu.dequantized(weight, 1024, scale))
+
+
+def test_many_rows_are_multiplied_by_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "CHANNELS", 8)
+    weight, scale, _ = random_weight(19, 96, 3)
+    for bias in (None, torch.randn(19)):
+        x = torch.randn(cpu.FEW_ROWS + 1, 96)
+        expected = reference.linear_w4a16(x, weight, scale, bias)
+        torch.testing.assert_close(cpu.linear_w4a16(x, weight, scale, bias), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_non_contiguous() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -28,26 +27,6 @@ def random_weight(out_features: int, in_features: int) -> tuple[Tensor, Tensor, 
     made = torch.Generator().manual_seed(out_features + in_features)
     codes, scale = reference.quantize_rows(torch.randn(out_features, in_features, generator=made))
     return codes, scale, codes.double() * scale.double()
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unwritten results are visible: outputs are filled with NaN and -128."""
-    plain = torch.empty
-
-    def poisoned(*given: Any, **named: Any) -> Tensor:
-        made = plain(*given, **named)
-        return made.fill_(torch.nan if made.is_floating_point() else -128)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def test_by_hand() -> None:
@@ -92,23 +71,25 @@ def test_half_types_are_multiplied_in_float32(dtype: torch.dtype) -> None:
 
 @levels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poison")
-def test_in_c(shape: tuple[int, int, int], dtype: torch.dtype, level: int) -> None:
+def test_in_c(shape: tuple[int, int, int], biased: bool, dtype: torch.dtype, level: int) -> None:
     tokens, columns, features = shape
     codes, scale, dense = random_weight(features, columns)
-    x = torch.randn(tokens, columns).to(dtype)
-    y = cpu._native(x, codes, scale, level)
+    x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(features).to(dtype) if biased else None
+    y = cpu._native(x, codes, scale, bias, level)
     # Float32 sums in a different order may round to the neighbour.
-    torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=UNITS[dtype], atol=1e-4)
+    expected = x.double() @ dense.T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(y.double(), expected, rtol=UNITS[dtype], atol=1e-4)
     for row in range(tokens):
-        assert torch.equal(y[row : row + 1], cpu._native(x[row : row + 1], codes, scale, level))
+        assert torch.equal(y[row : row + 1], cpu._native(x[row : row + 1], codes, scale, bias, level))
 
 
 @levels
 def test_every_code_in_every_place(level: int) -> None:
     codes = torch.arange(-128, 128).to(torch.int8)[:, None].repeat(1, 70)
-    y = cpu._native(torch.eye(70)[:32], codes, torch.ones(256, 1), level)
+    y = cpu._native(torch.eye(70)[:32], codes, torch.ones(256, 1), None, level)
     assert torch.equal(y, torch.arange(-128.0, 128.0).expand(32, -1))
 
 
@@ -116,7 +97,7 @@ def test_every_code_in_every_place(level: int) -> None:
 def test_what_is_not_finite(level: int) -> None:
     x, codes = torch.ones(2, 40).bfloat16(), torch.ones(3, 40, dtype=torch.int8)
     x[0, 7], x[1, 39] = torch.inf, torch.nan
-    y = cpu._native(x, codes, torch.tensor([[1.0], [torch.nan], [2.0]]), level)
+    y = cpu._native(x, codes, torch.tensor([[1.0], [torch.nan], [2.0]]), None, level)
     assert y[0].tolist()[::2] == [torch.inf, torch.inf] and y[:, 1].isnan().all() and y[1].isnan().all()
 
 
@@ -125,16 +106,16 @@ def test_what_is_not_finite(level: int) -> None:
 def test_threads_give_the_same_bits() -> None:
     codes, scale, _ = random_weight(700, 1024)
     x = torch.randn(3, 1024).bfloat16()
-    two = cpu._native(x, codes, scale)
+    two = cpu._native(x, codes, scale, None)
     torch.set_num_threads(1)
-    assert torch.equal(two, cpu._native(x, codes, scale))
+    assert torch.equal(two, cpu._native(x, codes, scale, None))
 
 
 def test_the_rest_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_native", lambda *given: pytest.fail("few rows without bias alone"))
+    monkeypatch.setattr(cpu, "_native", lambda *given: pytest.fail("few rows alone"))
     codes, scale, _ = random_weight(6, 40)
     one, many = torch.randn(1, 40), torch.randn(cpu.FEW_ROWS + 1, 40)
-    for x, bias in ((one.half(), None), (one, torch.randn(6)), (many, None)):
+    for x, bias in ((one.half(), None), (one, torch.randn(6).double()), (many, None)):
         assert torch.equal(cpu.linear_w8a16(x, codes, scale, bias), reference.linear_w8a16(x, codes, scale, bias))
     assert cpu.linear_w8a16(torch.randn(0, 40), codes, scale, None).shape == (0, 6)
 

@@ -174,8 +174,9 @@ def linear_int(draw: Draw) -> Arguments:
 def linear_w4a16(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
     features = draw.choice((1, 3, 40))
-    weights = {"weight": _codes(features, (channels + 1) // 2), "weight_scale": _positive(features, 1)}
-    return {"x": _f(draw, rows, channels), **weights, "bias": draw.choice((None, torch.randn(features)))}
+    groups = draw.choice([each for each in (1, 2, 3, channels) if channels % each == 0])
+    weights = {"weight": _codes(features, (channels + 1) // 2), "weight_scale": _positive(features, groups)}
+    return {"x": _f(draw, rows, channels), **weights, "bias": draw.choice((None, _f(draw, features)))}
 
 
 def linear_w8a16(draw: Draw) -> Arguments:
@@ -183,7 +184,7 @@ def linear_w8a16(draw: Draw) -> Arguments:
     features = draw.choice((1, 3, 40, 65))
     weight = torch.randint(-127, 128, (features, channels), dtype=torch.int8)
     scales = {"weight": weight, "weight_scale": _positive(features, 1)}
-    return {"x": _f(draw, rows, channels), **scales, "bias": draw.choice((None, None, torch.randn(features)))}
+    return {"x": _f(draw, rows, channels), **scales, "bias": draw.choice((None, _f(draw, features)))}
 
 
 def merge_tokens(draw: Draw) -> Arguments:

@@ -11,18 +11,8 @@ from pathlib import Path
 from asan_tree import ROOT, build, environment
 
 KERNELS = (
-    *(
-        "native",
-        "native_cells",
-        "native_codes",
-        "native_gates",
-        "native_tape",
-        "linear",
-        "linear_int",
-        "linear_w8a16",
-        "attention_kv4",
-        "kv4_write",
-    ),
+    *("native", "native_cells", "native_codes", "native_gates", "native_tape"),
+    *("linear", "linear_int", "linear_w4a16", "linear_w8a16", "attention_kv4", "kv4_write"),
     *("rope", "hadamard", "kronecker", "quantize_dynamic", "rmsnorm_quantize", "layernorm_quantize"),
     *("activation_quantize", "transform_quantize", "rope_kv4_write"),
 )
