@@ -37,7 +37,7 @@ COPIES = (
     aten.alias.default,
     aten.dropout.default,
 )
-CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
+CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
 WHOLE = 2**62
 
 
@@ -169,8 +169,8 @@ def _fuse_norms(graph: Graph) -> bool:
 def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | None:
     """(input, scale, eps, last node) of the norm around an rsqrt node, or None if the pattern does not match.
 
-    Two forms are matched: weight * cast(x * r) and cast(x * r) * (1 + weight), the second in float32 only, where the
-    order of casts does not matter.
+    Two forms are matched: weight * cast(x * r), and (x * r) * (1 + weight) in float32. Half-precision models cast x
+    before the second and the result after it: both casts stay.
     """
     shifted = rsqrt.args[0]
     if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):  # type: ignore[union-attr]
@@ -186,11 +186,9 @@ def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | Non
     if len(rsqrt.users) != 1 or product is None or not is_call(product, aten.mul.Tensor) or wide not in product.args:
         return None
     x, narrow = wide, product
-    if is_call(wide, *CASTS):
-        x = wide.args[0]
-        narrow = next(iter(product.users), product)
-        if len(product.users) != 1 or not is_call(narrow, *CASTS):
-            return None
+    cast = next(iter(product.users), product)
+    if is_call(wide, *CASTS) and len(product.users) == 1 and is_call(cast, *CASTS):
+        x, narrow = wide.args[0], cast
     end = next(iter(narrow.users), None)
     if len(narrow.users) != 1 or end is None or not is_call(end, aten.mul.Tensor):
         return None
@@ -207,16 +205,17 @@ def _match_norm(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node] | Non
 
 
 def _is_one_plus(scale: fx.Node) -> bool:
-    return (
-        is_call(scale, aten.add.Tensor)
-        and isinstance(scale.args[0], fx.Node)
-        and scale.args[0].op == "get_attr"
-        and scale.args[1] in (1.0,)
-    )
+    return is_call(scale, aten.add.Tensor) and scale.args[1] in (1.0,) and _weight(scale).op == "get_attr"
+
+
+def _weight(scale: fx.Node) -> fx.Node:
+    """The first operand of a sum, before a cast."""
+    (source,) = scale.args[:1]
+    source = source.args[0] if is_call(source, *CASTS) else source  # type: ignore[union-attr]
+    return source if isinstance(source, fx.Node) else scale
 
 
 def _one_plus(graph: Graph, scale: fx.Node, before: fx.Node) -> fx.Node:
-    source = scale.args[0]
-    assert isinstance(source, fx.Node)
-    name = f"{source.target}_plus_one"
-    return add_tensor(graph, name, get_tensor(graph.module, str(source.target)).detach() + 1.0, before)
+    name = str(_weight(scale).target)
+    wide = get_tensor(graph.module, name).detach().to(value(scale).dtype)
+    return add_tensor(graph, f"{name}_plus_one", wide + 1.0, before)

@@ -17,8 +17,7 @@ from qpcompile.recipe.recipe import Recipe
 QUICK = ("quantize.transform=hadamard", "quantize.weights.solver=rtn")
 NORMS = {
     "qwen3_vl": "queries and keys have norms of their own, between their projection and the rotary embedding",
-    "paligemma": "the norm is not canonical: it multiplies by 1 + weight before it rounds",
-    "gemma3": "the same, for six norms in a layer",
+    "gemma3": "the same, and norms after attention and MLP, before their residual sums",
 }
 """Families with more operators, all of them in norms, and why."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -76,7 +76,7 @@ class OnePlus(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-        return wide * (1.0 + self.weight.float()) if self.weight.dtype != x.dtype else wide * (1.0 + self.weight)
+        return (wide * (1.0 + self.weight.float())).type_as(x)
 
 
 class Twice(nn.Module):
@@ -97,9 +97,11 @@ class Twice(nn.Module):
         (Norm(), torch.bfloat16),
         (Norm().half(), torch.float16),
         (OnePlus(), torch.float32),
+        (OnePlus(torch.bfloat16), torch.bfloat16),
+        (OnePlus(torch.float16), torch.float32),
         (Twice(), torch.float32),
     ],
-    ids=["f32", "bf16 with f32 weight", "f16", "one plus", "one weight, two norms"],
+    ids=["f32", "bf16 with f32 weight", "f16", "one plus", "one plus, bf16", "one plus f16", "one weight, two norms"],
 )
 def test_norms_become_one_node_with_equal_bits(apply: Apply, module: nn.Module, dtype: torch.dtype) -> None:
     feeds = {"x": TOKENS["x"].to(dtype)}
