@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qpcompile.emit.artifact import artifact
 from qpcompile.emit.artifact.folder import reading
@@ -16,6 +18,7 @@ from qpcompile.emit.artifact.folder_kind import refuse_onnx_folder
 from qpcompile.emit.artifact.pickled import from_files, to_files
 from qpcompile.emit.artifact.weights import stored_tensors, total_bytes
 from qpcompile.errors import ExportError, InputError
+from qpcompile.inspect.summary import as_html, as_text, summary
 from qpcompile.ir.program import Program
 from qpcompile.ir.text import graph_text
 from qpcompile.recipe.plan import Plan
@@ -23,6 +26,7 @@ from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.cpu.bind import BoundGraphs
 from qpcompile.runtime.cuda.static_decode import StaticDecode, cuda_graph
 from qpcompile.runtime.devices import move
+from qpcompile.runtime.generation_options import plain_settings
 from qpcompile.runtime.machine import Machine
 from qpcompile.versions import tell_newer
 
@@ -117,13 +121,49 @@ class CompiledVLM:
         """
         return self.machine.generate(**({} if inputs is None else {"inputs": inputs}), **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: `forward` of the transformers model runs layers that a compiled model does not have."""
-        raise InputError(
-            "a compiled model is not called; its graphs are run by generate",
-            where="CompiledVLM.__call__",
-            do="call compiled.generate(**inputs); it returns logits with output_logits and return_dict_in_generate",
-        )
+    def __call__(self, **inputs: Any) -> CausalLMOutputWithPast:
+        """The distribution of the next token: `logits`, f[B, 1, vocabulary]. Use `generate` for an answer.
+
+        Logits of other positions do not exist where tokens were cut, and no cache is returned.
+
+        Args:
+            inputs: the processor's outputs, without generation settings.
+        """
+        if given := sorted(set(inputs) & set(vars(GenerationConfig()))):
+            raise InputError(
+                f"{', '.join(given)}: a call returns the next token's logits, and nothing else",
+                where="CompiledVLM.__call__",
+                do="give the processor's outputs only, or call generate, which takes settings",
+            )
+        asked = {**plain_settings(self.machine.host), "output_logits": True, "return_dict_in_generate": True}
+        answer = self.generate(**inputs, **asked)
+        return CausalLMOutputWithPast(logits=answer.logits[0][:, None])
+
+    def can_generate(self) -> bool:
+        """True, as transformers' pipelines ask."""
+        return True
+
+    def eval(self) -> CompiledVLM:
+        """This model, which is always in this mode."""
+        return self
+
+    @property
+    def input_modalities(self) -> Any:
+        """What the transformers model takes: text, pictures, ..."""
+        return self.machine.host.input_modalities
+
+    @property
+    def output_modalities(self) -> Any:
+        """What it gives: text."""
+        return self.machine.host.output_modalities
+
+    def __repr__(self) -> str:
+        """What was compiled, how, and what it cost, by line."""
+        return as_text(summary(self.program, self.weight_bytes()))
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        return as_html(summary(self.program, self.weight_bytes()))
 
     def kept_tokens(self, **inputs: Any) -> dict[int, torch.Tensor]:
         """The tokens of the prompt that are kept after each cut.

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import qpcompile
 from qpcompile.capture.data_folder import question_inputs, read_questions
@@ -31,3 +32,11 @@ def test_compile_save_load_and_answer(tmp_path: Path) -> None:
     expected = model.generate(**inputs, **settings)
     assert torch.equal(loaded.generate(**inputs, **settings), expected)
     assert torch.equal(compiled.generate(**inputs, **settings), expected)
+    # transformers' own pipeline takes a compiled model.
+    pipe = pipeline("image-text-to-text", model=loaded, processor=loaded.processor)
+    picture = {"type": "image", "image": Image.open(BEDS / "calibration" / "llava" / question.image)}
+    chat = [{"role": "user", "content": [picture, {"type": "text", "text": question.question}]}]
+    (answer,) = pipe(text=chat, max_new_tokens=NEW, do_sample=False, return_full_text=False)
+    (text,) = processor.batch_decode(expected[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer["generated_text"].strip() == text.strip()
+    assert "CompiledVLM" in repr(pipe)

@@ -15,7 +15,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from qpcompile.compiled import CompiledVLM
-from qpcompile.errors import ExportError
+from qpcompile.errors import ExportError, InputError
 from qpcompile.runtime.kv_cache import CompiledCache
 
 Case = dict[str, torch.Tensor]
@@ -190,3 +190,26 @@ def test_report_and_onnx_are_handed_on(compiled_llava: CompiledVLM, monkeypatch:
     machine, program = compiled_llava.machine, compiled_llava.program
     assert calls[0][:4] == (machine, compiled_llava.processor, "out.html", None)
     assert calls[1][:4] == (program, "out-onnx", (), False)
+
+
+@pytest.mark.parametrize("case", ["one", "padded"])
+def test_a_call_gives_the_logits_of_the_next_token(tiny_llava: Tiny, compiled_llava: CompiledVLM, case: str) -> None:
+    model, cases = tiny_llava
+    with torch.no_grad():
+        expected = model(**cases[case]).logits[:, -1:]
+    found = compiled_llava(**cases[case])
+    assert found.past_key_values is None and found.logits.shape == expected.shape
+    torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_refuses_settings(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
+    case = tiny_llava[1]["one"]
+    with pytest.raises(InputError, match="do_sample, output_attentions: a call returns the next token's logits"):
+        compiled_llava(**case, do_sample=True, output_attentions=True)
+    with pytest.raises(InputError, match="labels"):
+        compiled_llava(**case, labels=case["input_ids"])
+
+
+def test_it_looks_like_a_model_of_transformers(compiled_llava: CompiledVLM) -> None:
+    assert compiled_llava.can_generate() and compiled_llava.eval() is compiled_llava
+    assert {"image", "text"} <= set(compiled_llava.input_modalities) and "text" in compiled_llava.output_modalities

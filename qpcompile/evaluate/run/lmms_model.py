@@ -38,6 +38,7 @@ class LmmsModel(lmms):
         recipe: preset or file to compile the model by; without one the model runs in full precision.
         calibration: data folder for the compile.
         batch_size: prompts answered at once.
+        device: a torch device that the model moves to; without one it stays on the CPU.
     """
 
     is_simple = False
@@ -59,10 +60,10 @@ class LmmsModel(lmms):
                 where="lmms-eval --model_args",
                 do="give pretrained, recipe, calibration and batch_size only",
             )
-        if device not in (None, "cpu"):
-            raise ModelError(f"compiled models run on the processor, not on {device}", do="add --device cpu")
         self.batch_size = int(batch_size)
         self.model, self.processor = _open(pretrained, recipe, calibration)
+        if device is not None:
+            self.model.to(device)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """One answer per request, in order; consecutive ones with equal settings and one picture each share a batch."""
@@ -93,7 +94,9 @@ class LmmsModel(lmms):
     def _answer(self, batch: Sequence[Instance]) -> list[str]:
         places = [f"task {request.args[4]}, {request.args[5]}, {request.args[3]}" for request in batch]
         conversations = [self._conversation(request, place) for request, place in zip(batch, places, strict=True)]
-        inputs = chat_inputs(self.processor, conversations, places)
+        made = chat_inputs(self.processor, conversations, places)
+        device = self.model.device
+        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in made.items()}
         with torch.no_grad():
             tokens = self.model.generate(**inputs, **_settings(batch[0].args[2]))
         texts = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
