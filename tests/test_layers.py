@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"inspect"}),),
     (frozenset({"compiled"}),),
     (frozenset({"pipeline"}),),
-    (frozenset({"evaluate"}),),
+    (frozenset({"evaluate"}), frozenset({"serve"})),
     (frozenset({"cli", "__init__", "__main__"}),),
 )
 PLACE = {name: (level, cell) for level, row in enumerate(LEVELS) for cell in row for name in cell}

@@ -12,6 +12,7 @@ bomb blocks the process.
 
 from __future__ import annotations
 
+import io
 import stat
 from os import PathLike
 from pathlib import Path
@@ -65,6 +66,14 @@ def read_picture(source: str | PathLike[str] | Image.Image, *, where: str | None
         return _converted(image, name, where)
 
 
+def read_picture_bytes(data: bytes, *, where: str) -> Image.Image:
+    """The same for the content of a file; `where` is what errors call it."""
+    if not data:
+        raise _error("has no bytes", where, None, "send it again")
+    with _headed(io.BytesIO(data), where, None) as image:
+        return _converted(image, where, None)
+
+
 def check_picture(path: Path, *, where: str | None = None) -> None:
     """The checks of `read_picture` on a file's kind and header, without decoding it."""
     with _opened(path, where):
@@ -74,9 +83,13 @@ def check_picture(path: Path, *, where: str | None = None) -> None:
 def _opened(path: Path, where: str | None) -> Image.Image:
     """The picture with its header read and its size checked, not yet decoded."""
     _check_file(path, where)
+    return _headed(path, path, where)
+
+
+def _headed(source: Path | io.BytesIO, path: str | Path, where: str | None) -> Image.Image:
     Image.init()
     try:
-        image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError as error:
         raise _error(f"has too many pixels: {error}", path, where, "make it smaller first") from error
     except Exception as error:  # decoders raise arbitrary exceptions on damaged bytes

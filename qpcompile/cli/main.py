@@ -1,4 +1,4 @@
-"""The command `qpcompile`: compile, run, export, inspect, eval, sweep, search, doctor.
+"""The command `qpcompile`: compile, run, chat, serve, export, inspect, eval, sweep, search, doctor.
 
 Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 128 + the signal that stopped it: 130
 for Ctrl-C, 143 for SIGTERM, 129 if the terminal was closed.
@@ -20,7 +20,7 @@ from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.capture.data_folder import first_pictures
 from qpcompile.capture.picture import read_picture
 from qpcompile.claims import Claim, claimed, held_folder, refuse_places
-from qpcompile.cli import terminal
+from qpcompile.cli import talk, terminal
 from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor, open_model
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
 from qpcompile.evaluate.questions.data_sets import read_data
@@ -54,7 +54,7 @@ Device = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="Where a compile computes, as torch names it: cuda, cpu; by default the processor.",
+        help="Where to compute, as torch names it: cuda, cpu; by default the processor.",
         show_default=False,
     ),
 ]
@@ -150,6 +150,39 @@ def run_command(
         tokens = compiled.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         typer.echo(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
+
+
+@app.command("chat", epilog="Example:\n\nqpcompile chat out/ --image photo.png")
+def chat_command(
+    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Picture of the first message; repeatable.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    debug: Debug = False,
+) -> None:
+    """Talk about pictures: several turns, answers streamed."""
+    with told_as_text(debug):
+        talk.chat(artifact, images or [], max_new_tokens)
+
+
+@app.command("serve", epilog="Example:\n\nqpcompile serve out/ --port 8000")
+def serve_command(
+    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get status 429.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Longest request, pictures included.")] = 32_000_000,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from URLs in requests.")] = False,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Serve a compiled model over HTTP, as OpenAI's chat completions."""
+    limits = {"most_rows": max_batch, "most_waiting": max_queue, "most_tokens": max_tokens, "most_bytes": max_bytes}
+    with told_as_text(debug):
+        talk.serve(artifact, host, port, device, **limits, allow_urls=allow_urls)
 
 
 @app.command(
