@@ -18,7 +18,8 @@ def encode_pictures(model: PreTrainedModel, pixels: Tensor) -> Tensor:
     if isinstance(model, LlavaForConditionalGeneration):
         tower = model.model.vision_tower
         hidden = tower.pre_layrnorm(tower.embeddings(scaled))
-        for layer in tower.encoder.layers[:-1]:  # vision_feature_layer is -2: the last layer is never read
+        layers = tower.encoder.layers
+        for layer in layers[: len(layers) + 1 + model.config.vision_feature_layer]:  # later ones are never read
             hidden = layer(hidden, attention_mask=None)
         return model.model.multi_modal_projector(hidden[:, 1:])
     B, _, H, W = scaled.shape

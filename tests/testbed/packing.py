@@ -109,9 +109,10 @@ def picture_positions(family: str, height: int, width: int) -> tuple[Tensor, int
 
 
 def attention_mask(segment: Tensor, prefix: int) -> Tensor:
-    """bool[B, 1, L, L], L = prefix + T: causal, and a question sees only the shared part and itself."""
+    """f32[B, 1, L, L], L = prefix + T, to be added: causal, and a question sees only the shared part and itself."""
     whole = torch.nn.functional.pad(segment, (prefix, 0))
     length = whole.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     visible = (whole[:, None, :] == 0) | (whole[:, None, :] == whole[:, :, None])
-    return (visible & causal)[:, None]
+    hidden = ~(visible & causal)[:, None]
+    return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)

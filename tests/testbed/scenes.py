@@ -238,6 +238,14 @@ def sample(family: str, seed: int, index: int) -> tuple[NDArray[np.uint8], Quest
     return render(scene, rng), ask(scene, rng)
 
 
+def sample_objects(family: str, seed: int, index: int) -> NDArray[np.bool_]:
+    """Which visual tokens of that sample's picture lie on an object: bool[N] in raster order."""
+    rng = np.random.default_rng([seed, index])
+    sizes = SIZES[family]
+    scene = random_scene(rng, *sizes[rng.integers(len(sizes))])
+    return np.array([words is not None for words in token_words(scene)])
+
+
 def samples(family: str, seed: int, count: int) -> Iterator[tuple[NDArray[np.uint8], Question]]:
     """The first `count` samples of a data set."""
     return (sample(family, seed, index) for index in range(count))

@@ -104,7 +104,7 @@ def decoder_step(model: PreTrainedModel, family: str, step: int, progress: float
     tokens = ideal_tokens(labels, embedding, family)
     scale = 1 + 0.2 * torch.randn(tokens.shape[:2], generator=generator)[:, :, None]
     tokens = tokens * scale + 0.06 * torch.randn(tokens.shape, generator=generator)
-    return _answer_loss(answer_logits(model, family, batch, tokens, keep), batch)
+    return answer_loss(answer_logits(model, family, batch, tokens, keep), batch)
 
 
 def joint_step(model: PreTrainedModel, family: str, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
@@ -113,12 +113,12 @@ def joint_step(model: PreTrainedModel, family: str, step: int, progress: float) 
     batch = make_batch(family, (TRAIN_SEED, 3, step), 4, 16, weights=weights)
     with torch.set_grad_enabled(progress > 0.8):  # until then only the decoder adapts to the tower's tokens
         tokens = encode_pictures(model, batch.pixels)
-    loss, report = _answer_loss(answer_logits(model, family, batch, tokens, None), batch)
+    loss, report = answer_loss(answer_logits(model, family, batch, tokens, None), batch)
     entropy, distance = patch_loss(tokens, batch.labels, word_embeddings(model), family)
     return loss + 0.1 * entropy + 0.02 * distance, {**report, "patch": entropy.item()}
 
 
-def _answer_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+def answer_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of answers and ends; answers sit at the even places."""
     losses = F.cross_entropy(logits, batch.target, reduction="none")
     right = (logits[::2].argmax(-1) == batch.target[::2]).float().mean()
