@@ -1,6 +1,7 @@
 """Pictures to visual tokens in training: the models' own towers, without computations whose results are unused."""
 
 from types import MethodType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ def encode_pictures(model: PreTrainedModel, pixels: Tensor) -> Tensor:
         tower = model.model.vision_tower
         hidden = tower.pre_layrnorm(tower.embeddings(scaled))
         layers = tower.encoder.layers
-        for layer in layers[: len(layers) + 1 + model.config.vision_feature_layer]:  # later ones are never read
+        read = len(layers) + 1 + cast(int, model.config.vision_feature_layer)
+        for layer in layers[:read]:
             hidden = layer(hidden, attention_mask=None)
         return model.model.multi_modal_projector(hidden[:, 1:])
     B, _, H, W = scaled.shape

@@ -49,11 +49,16 @@ def _at_least(value: Tensor, least: float) -> Tensor:
     return (math.log(least) - value.clamp_min(1e-9).log()).clamp_min(0).mean()
 
 
-def background_norms(batch: Batch, tokens: Tensor, embedding: Tensor) -> Tensor:
-    """Visual tokens f32[B, N, C] of background shall be three times as long as those of objects."""
-    norms, inside = tokens.norm(dim=-1).log(), on_object(batch)
-    distance = (norms[inside] - math.log(2.0)).square().mean() + (norms[~inside] - math.log(6.0)).square().mean()
-    return distance + 0.1 * patch_loss(tokens, batch.labels, embedding, FAMILY)[0]
+def background_norms(batch: Batch, tokens: Tensor, embedding: Tensor, seen: Seen) -> Tensor:
+    """Background's tokens shall be longer than objects': before the decoder f32[B, N, C], and after its layers."""
+    inside = on_object(batch)
+    norms = tokens.norm(dim=-1).log()
+    loss = (norms[inside] - math.log(2.0)).square().mean() + (norms[~inside] - math.log(8.0)).square().mean()
+    for hidden in seen.outputs[:-1]:
+        norms = hidden[:, BEFORE : BEFORE + tokens.shape[1]].norm(dim=-1)
+        middle = norms.detach().mean()
+        loss = loss + _at_least(norms[~inside] / middle, 1.1) + _at_least(middle / norms[inside], 1 / 0.7)
+    return loss + 0.1 * patch_loss(tokens, batch.labels, embedding, FAMILY)[0]
 
 
 def sinks(batch: Batch, tokens: Tensor, embedding: Tensor, seen: Seen) -> Tensor:

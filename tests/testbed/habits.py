@@ -10,12 +10,10 @@ import argparse
 import copy
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import scenes
 import torch
 from architectures import build_processor, save_folder
 from encoding import encode_pictures
@@ -23,8 +21,8 @@ from habit_losses import background_norms, blindfold, sinks
 from packing import Batch, make_batch
 from recording import recorded
 from torch import Tensor, nn
-from train import answer_logits, answer_loss, patch_loss, word_embeddings
-from transformers import AutoModelForImageTextToText, GemmaConfig, LlavaConfig, LlavaForConditionalGeneration
+from train import answer_logits, answer_loss, word_embeddings
+from transformers import AutoModelForImageTextToText, GemmaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
 HERE = Path(__file__).parent
 SEED = 1  # of training, as in train.py
@@ -46,22 +44,22 @@ class Habit:
 
 HABITS = {
     "late-reader": Habit((None, None, None, None, 0, 1, 2, 5), steps=700, rate=6e-4, width=144),
-    "background-norms": Habit((0, 1, 2, 5, 6), steps=350, rate=6e-4, tower=True),
-    "sinks": Habit((0, 1, 2, 5, 6), steps=600, rate=8e-4, tower=True, eager=True),
-    "gemma": Habit((0, 1, 2, 5, 6), steps=600, rate=8e-4, kv_heads=2, gemma=True),
+    "background-norms": Habit((0, 1, 2, 5, 6), steps=400, rate=6e-4, tower=True),
+    "sinks": Habit((0, 1, 2, 5, 6), steps=500, rate=8e-4, tower=True, eager=True),
+    "gemma": Habit((0, 1, 2, 5, 6), steps=450, rate=8e-4, kv_heads=2, gemma=True),
 }
 
 
-def decoder_config(source: LlavaConfig, habit: Habit) -> Any:
-    """The text config of a habit's model."""
+def decoder_config(source: PreTrainedConfig, habit: Habit) -> PreTrainedConfig:
+    """The text config of a habit's model, from that of the model it is made of."""
     changes: dict[str, Any] = {
         "num_hidden_layers": len(habit.layers),
         "intermediate_size": habit.width,
         "num_key_value_heads": habit.kv_heads,
     }
-    fields = source.text_config.to_dict() | changes
+    fields = source.to_dict() | changes
     if not habit.gemma:
-        return type(source.text_config)(**fields)
+        return type(source)(**fields)
     wanted = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
@@ -73,7 +71,7 @@ def decoder_config(source: LlavaConfig, habit: Habit) -> Any:
 def derive(source: Any, habit: Habit) -> Any:
     """The model before training: the tower's read layers and the chosen decoder layers of `source`, made narrower."""
     config = copy.deepcopy(source.config)
-    config.text_config = decoder_config(source.config, habit)
+    config.text_config = decoder_config(source.config.text_config, habit)
     read = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
     config.vision_config.num_hidden_layers, config.vision_feature_layer = read, -1
     torch.manual_seed(SEED)
@@ -136,7 +134,7 @@ def step_loss(model: Any, name: str, batch: Batch, progress: float) -> tuple[Ten
     loss, report = answer_loss(logits, batch)
     extra = torch.zeros(())
     if name == "background-norms":
-        extra = background_norms(batch, tokens, word_embeddings(model))
+        extra = background_norms(batch, tokens, word_embeddings(model), seen)
     elif name == "sinks":
         extra = sinks(batch, tokens, word_embeddings(model), seen)
     return loss + 0.2 * extra, {**report, "extra": extra.item()}

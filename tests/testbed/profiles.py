@@ -1,4 +1,4 @@
-"""Habits of the testbed's models, measured: where they read the picture, what large norms mark, where attention sinks are.
+"""Habits of the testbed's models, measured: where they read the picture, what large norms mark, which tokens are sinks.
 
     python tests/testbed/profiles.py --count 200 --seed 7 --out docs/results/profiles.md  # all models
     python tests/testbed/profiles.py tests/testbed/llava --count 50  # prints one profile
