@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from qpcompile.calibration.collect import collect
 from qpcompile.calibration.statistics import CALIBRATION, Calibration
 from qpcompile.ir.program import Program
-from qpcompile.quantization.solve import needs_moments
+from qpcompile.quantization.solve import uses_moments
 from qpcompile.stages import Stage
 
 
@@ -37,6 +37,6 @@ class Calibrate:
         if scheme is None or scheme.weights.bits == 16 or not self.count:
             program.measured[CALIBRATION] = Calibration()
         else:
-            moments = needs_moments(scheme.weights)
+            moments = uses_moments(scheme)
             program.measured[CALIBRATION] = collect(program, self.samples, self.count, self.name, moments)
         return False

@@ -46,10 +46,11 @@ from qpcompile.ir.shapes import value
 from qpcompile.kernels.linear_int.packing import packed_width, stored_codes
 from qpcompile.progress import track
 from qpcompile.quantization.basis import weight_name
+from qpcompile.quantization.site_bits import inputs_at, weights_at
 from qpcompile.quantization.solve import output_error, solve
 from qpcompile.quantization.static_scales import select_scale, static_scales
 from qpcompile.recipe.plan import Site
-from qpcompile.recipe.quantize import QuantizeScheme
+from qpcompile.recipe.quantize import QuantizeScheme, WeightScheme
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
@@ -120,8 +121,8 @@ def _replace(
     fact, group = stub_fact(weight_stub), stub_fact(stub)
     assert fact is not None and group is not None
     stored, scale, error = solved
-    name, inputs = weight_name(linear), scheme.activations
-    weight = add_tensor(graph, f"{name}_{'packed' if scheme.weights.bits == 4 else 'codes'}", stored, linear)
+    name, inputs, weights = weight_name(linear), inputs_at(group, scheme), weights_at(fact, scheme)
+    weight = add_tensor(graph, f"{name}_{'packed' if weights.bits == 4 else 'codes'}", stored, linear)
     factor = add_tensor(graph, f"{name}_scale", scale, linear)
     bias = operands(linear)["bias"]
     if inputs.bits != 16:
@@ -135,7 +136,7 @@ def _replace(
         dtype = value(linear).dtype
         new = call(graph, linear, LINEAR_INT, codes, step, weight, factor, bias, dtype, inputs.bits, like=linear)
     else:
-        operator_ = LINEAR_W4A16 if scheme.weights.bits == 4 else LINEAR_W8A16
+        operator_ = LINEAR_W4A16 if weights.bits == 4 else LINEAR_W8A16
         new = call(graph, linear, operator_, stub.args[0], weight, factor, bias, like=linear)
     kernel = str(new.target.name())  # type: ignore[union-attr]
     set_fact(new, QuantizedFact((fact.site,), kernel))
@@ -143,7 +144,7 @@ def _replace(
     return Site(
         graph=graph.name,
         name=fact.site,
-        weight_bits=scheme.weights.bits,
+        weight_bits=weights.bits,
         activation_bits=inputs.bits,
         error=error,
         kernel=kernel,
@@ -173,10 +174,10 @@ def _quantize_input(
     assert fact is not None and isinstance(x, fx.Node)
     # The float32 result of a transform is rounded once, to codes, and not to the model's type first.
     x = before_cast(x) if value(before_cast(x)).dtype == torch.float32 else x
-    if scheme.activations.granularity != "modality":
-        clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
-        bits = scheme.activations.bits
-        return call(graph, stub, QUANTIZE_DYNAMIC, x, scheme.activations.kernel_group, clip, bits)
+    inputs = inputs_at(fact, scheme)
+    if inputs.granularity != "modality":
+        clip = inputs.clip_ratio if fact.clip is None else fact.clip
+        return call(graph, stub, QUANTIZE_DYNAMIC, x, inputs.kernel_group, clip, inputs.bits)
     statistics = calibration.inputs.get(fact.site)
     if statistics is None or not len(statistics.rows):
         raise CalibrationError(
@@ -185,9 +186,9 @@ def _quantize_input(
             do="give samples that use it, add it to quantize.ignore, or set quantize.activations.granularity to token",
         )
     weights = [on.weight(graph.module, weight_name(linear)).detach() for linear in stub.users]
-    scales = static_scales(statistics.to(on.device), torch.cat(weights), scheme.activations)
+    scales = static_scales(statistics.to(on.device), torch.cat(weights), inputs)
     scale = select_scale(graph, stub, scales.to(on.home), fact.site.replace(".", "_"))
-    return call(graph, stub, QUANTIZE_STATIC, x, scale, scheme.activations.bits)
+    return call(graph, stub, QUANTIZE_STATIC, x, scale, inputs.bits)
 
 
 def _solved(
@@ -202,12 +203,12 @@ def _solved(
     facts = [stub_fact(argument) for argument in linear.args[:2] if isinstance(argument, fx.Node)]
     group, fact = facts
     assert group is not None and fact is not None
-    title = f"{QuantizeWeights.name} {fact.site}"
+    title, weights = f"{QuantizeWeights.name} {fact.site}", weights_at(fact, scheme)
     with checkpoint.found(title) as kept:
         if kept is not None:
             rows, columns = get_tensor(graph.module, weight_name(linear)).shape
-            groups = columns // (scheme.weights.kernel_group or columns)
-            packed = scheme.weights.bits == 4
+            groups = columns // (weights.kernel_group or columns)
+            packed = weights.bits == 4
             stored = ((rows, packed_width(columns)), torch.uint8) if packed else ((rows, columns), torch.int8)
             expected = {
                 "stored": stored,
@@ -215,7 +216,7 @@ def _solved(
             }
             codes, scale = kept.fits(expected).values()
             return codes, scale, kept.read(dict[str, float])["error"]
-    codes, scale, error = _solve(graph, linear, fact.site, scheme, calibration, group.site, on)
+    codes, scale, error = _solve(graph, linear, fact.site, weights, calibration, group.site, on)
     checkpoint.save(title, {"stored": codes, "scale": scale}, {"error": error})
     return codes, scale, error
 
@@ -224,13 +225,13 @@ def _solve(
     graph: Graph,
     linear: fx.Node,
     site: str,
-    scheme: QuantizeScheme,
+    scheme: WeightScheme,
     calibration: Calibration,
     group: str,
     on: Placement,
 ) -> Solved:
     weight = on.weight(graph.module, weight_name(linear)).detach()
-    size = scheme.weights.kernel_group
+    size = scheme.kernel_group
     if size and weight.shape[1] % size:
         raise RecipeError(
             f"{site} has {weight.shape[1]} inputs, which {size} does not divide",
@@ -239,8 +240,8 @@ def _solve(
         )
     statistics = calibration.inputs.get(group)
     moments = None if statistics is None else on.there(statistics.moments)
-    codes, scale = solve(weight, moments, scheme.weights)
-    stored = stored_codes(codes, scheme.weights.bits)
+    codes, scale = solve(weight, moments, scheme)
+    stored = stored_codes(codes, scheme.bits)
     return *on.back((stored, scale)), output_error(weight, codes, scale, moments)
 
 

@@ -12,7 +12,6 @@ AWQ does for weights (arXiv 2306.00978).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,13 +23,11 @@ from qpcompile.ir.node_facts import set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Program
 from qpcompile.quantization.basis import weight_name
-from qpcompile.quantization.fake_quant import round_trip
+from qpcompile.quantization.rounding_error import RATIOS, rounding_errors
+from qpcompile.quantization.site_bits import inputs_at
 from qpcompile.recipe.quantize import ActivationScheme
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
-
-RATIOS = tuple(1 - 0.03 * step for step in range(15))
-
 
 @dataclass(frozen=True)
 class SearchClips:
@@ -58,25 +55,12 @@ class SearchClips:
                 if fact.site not in found:
                     weights = [on.weight(graph.module, weight_name(linear)).detach() for linear in stub.users]
                     statistics = inputs[fact.site].to(on.device)
-                    found[fact.site] = best_clip(statistics, torch.cat(weights), scheme.activations)
+                    found[fact.site] = best_clip(statistics, torch.cat(weights), inputs_at(fact, scheme))
                 set_fact(stub, replace(fact, clip=found[fact.site]))
         return False
 
 
 def best_clip(statistics: InputStatistics, weights: torch.Tensor, scheme: ActivationScheme) -> float:
     """weights: f[N, C] -> the ratio of RATIOS with the least output error, ties to the largest."""
-    rows, square = statistics.rows, _squares(weights.float(), len(RATIOS) * len(statistics.rows))
-    # Text tokens are few, but the answer is generated from them.
-    shares = torch.where(statistics.visual, 1 / statistics.visual.sum(), 1 / (~statistics.visual).sum())
-    errors = (round_trip(rows, scheme.kernel_group, ratio, scheme.bits) - rows for ratio in RATIOS)
-    costs = [float(square(error) @ shares) for error in errors]
+    costs = rounding_errors(statistics, weights, scheme, RATIOS)
     return RATIOS[min(range(len(RATIOS)), key=costs.__getitem__)]
-
-
-def _squares(weights: torch.Tensor, count: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """f32[R, C] -> || W x ||^2: f32[R], for `count` rows x in all: by W, or by W^T W where that is less work."""
-    outputs, channels = weights.shape
-    if count * outputs <= channels * (outputs + count):
-        return lambda rows: (rows @ weights.T).square().sum(dim=-1)
-    gram = weights.T @ weights
-    return lambda rows: ((rows @ gram) * rows).sum(dim=-1)

@@ -43,9 +43,10 @@ from qpcompile.quantization.basis_change import WIDE
 from qpcompile.quantization.block_sums import SumsOfMatrix, SumsOfRows
 from qpcompile.quantization.fake_quant import fake_quantize
 from qpcompile.quantization.learned_transform import LearnedTransform, kronecker_rows, rounded
+from qpcompile.quantization.site_bits import inputs_at, weights_at
 from qpcompile.quantization.training_time import TrainingTime
 from qpcompile.recipe.plan import TrainedBlock
-from qpcompile.recipe.quantize import QuantizeScheme
+from qpcompile.recipe.quantize import QuantizeScheme, WeightScheme
 from qpcompile.runtime.machine import Machine
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
@@ -227,10 +228,11 @@ class _Training:
             return value
         learned = self.owners.get(node)
         if fact.role == "activation":
-            if self.scheme.activations.bits == 16:
+            inputs = inputs_at(fact, self.scheme)
+            if inputs.bits == 16:
                 return value if learned is None else kronecker_rows(value, *learned.factors()).to(value.dtype)
             if learned is not None:
-                return learned.inputs(value, self.scheme.activations).to(value.dtype)
+                return learned.inputs(value, inputs).to(value.dtype)
         if fact.role == "weight":
             return self.weights[node]
         # Nothing is learned here: gradients only pass through.
@@ -245,13 +247,19 @@ class _Training:
                 weight = self.on.weight(self.graph.module, _target(stub.args[0])).detach()
                 # Recomputed in the backward pass (checkpointing): together it is six times the layer's weights.
                 rounding[stub] = recomputed(
-                    self._rounded, weight, self.owners.get(stub), use_reentrant=False, preserve_rng_state=False
+                    self._rounded,
+                    weight,
+                    self.owners.get(stub),
+                    weights_at(fact, self.scheme),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
         return rounding
 
-    def _rounded(self, weight: torch.Tensor, learned: LearnedTransform | None) -> torch.Tensor:
+    def _rounded(
+        self, weight: torch.Tensor, learned: LearnedTransform | None, scheme: WeightScheme
+    ) -> torch.Tensor:
         moved = weight if learned is None else learned.weights(weight)
-        scheme = self.scheme.weights
         return rounded(moved, scheme.kernel_group, 1.0, scheme.bits).to(weight.dtype)
 
     def loss(self, batch: _Batch, targets: Values) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from qpcompile.ir.pass_manager import Pass
+from qpcompile.passes.assign_bits import AssignBits
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.fold_transforms import FoldTransforms
@@ -37,6 +38,7 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         # Calibrate, and transform linear inputs to remove outliers.
         Calibrate(samples, count),
         FoldTransforms(),
+        AssignBits(),
         SearchClips(),
         TrainTransforms(samples, count),
         MeasureSensitivity(samples, count),

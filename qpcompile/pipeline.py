@@ -215,6 +215,7 @@ def needs_samples(recipe: Recipe) -> list[str]:
             "activations.clip_search (false needs none)": scheme.activations.clip_search,
             "activations.granularity modality (token needs none)": scheme.activations.granularity == "modality",
             f"transform {scheme.transform} (hadamard needs none)": scheme.transform in ("rotation", "flatquant"),
+            "mean_bits (null needs none)": scheme.mean_bits.asked,
             f"simulation {scheme.simulation}": scheme.simulation != "none",
         }
         needs += [f"quantize.{key}" for key, measures in asked.items() if measures]

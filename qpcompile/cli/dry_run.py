@@ -62,7 +62,9 @@ def _calibrate(recipe: Recipe, samples: int) -> str:
     scheme = recipe.quantize
     if scheme is None or scheme.weights.bits == 16 or not samples:
         return NOTHING
-    more = f" and second moments for {scheme.weights.solver}" if needs_moments(scheme.weights) else ""
+    needs = [scheme.weights.solver] if needs_moments(scheme.weights) else []
+    needs += ["the bits of weights"] if scheme.mean_bits.weights is not None else []
+    more = f" and second moments for {' and '.join(needs)}" if needs else ""
     return f"{samples} samples: ranges{more} at every linear input"
 
 
@@ -75,6 +77,15 @@ def _transforms(recipe: Recipe, samples: int) -> str:
     parts += ["centre inputs"] if scheme.center is not None else []
     parts += ["rotate queries and keys"] if scheme.kv_cache.bits != 16 and scheme.kv_cache.rotate else []
     return ", ".join(parts) or NOTHING
+
+
+def _bits(recipe: Recipe, samples: int) -> str:
+    scheme = recipe.quantize
+    if scheme is None or not scheme.mean_bits.asked:
+        return NOTHING
+    means = {"weights": scheme.mean_bits.weights, "activations": scheme.mean_bits.activations}
+    asked = [f"{mean:g} of {part}" for part, mean in means.items() if mean is not None]
+    return f"4 or 8 bits for each site by its measured error, with a mean of {' and '.join(asked)}"
 
 
 def _clips(recipe: Recipe, samples: int) -> str:
@@ -193,6 +204,7 @@ EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "insert_quant_stubs": _stubs,
     "calibrate": _calibrate,
     "fold_transforms": _transforms,
+    "assign_bits": _bits,
     "search_clips": _clips,
     "train_transforms": _training,
     "measure_sensitivity": _sensitivity,

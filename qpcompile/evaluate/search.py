@@ -50,7 +50,10 @@ class Trial:
     def cost(self) -> tuple[float, float]:
         """Relative bit operations, then bytes of the cache."""
         scheme = self.recipe.quantize
-        weights, activations = (16, 16) if scheme is None else (scheme.weights.bits, scheme.activations.bits)
+        weights, activations = (16.0, 16.0)
+        if scheme is not None:
+            weights = scheme.mean_bits.weights or scheme.weights.bits
+            activations = scheme.mean_bits.activations or scheme.activations.bits
         return self.row.flops_share * weights * activations / 256, self.row.kv_bytes
 
 

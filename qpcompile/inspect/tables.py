@@ -123,6 +123,11 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
         rows += [
             ("weights", weights if scheme.weights.bits == 16 else f"{weights}, {scheme.weights.solver}"),
             ("activations", _bits(scheme.activations.bits, scheme.activations.granularity)),
+            *(
+                (f"bits of {part}", f"8 for some sites, a mean of {mean:g} at most")
+                for part, mean in (("weights", scheme.mean_bits.weights), ("activations", scheme.mean_bits.activations))
+                if mean is not None
+            ),
             ("KV cache", _bits(scheme.kv_cache.bits, "token and head")),
             ("transform", scheme.transform + (f", smoothing {scheme.smooth:g}" if scheme.smooth is not None else "")),
             ("scope", ", ".join(scheme.scope)),

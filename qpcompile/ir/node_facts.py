@@ -16,13 +16,15 @@ Role = Literal["activation", "weight", "key", "value"]
 class StubFact:
     """A quantization stub: its site (dotted module name), the role of its value, and its layer.
 
-    clip: for an activation, the clip ratio searched for this site; None to use the recipe's.
+    clip: for an activation, the clip ratio searched for this site; bits: the bits assigned to this site. None to use
+    the recipe's.
     """
 
     site: str
     role: Role
     layer: int | None
     clip: float | None = None
+    bits: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from qpcompile.kernels.kv8_read.reference import kv8_read
 from qpcompile.kernels.kv8_write.reference import kv8_write
 from qpcompile.kernels.linear_int.packing import codes_of, stored_codes
 from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
+from qpcompile.quantization.site_bits import cache_at, inputs_at, weights_at
 from qpcompile.recipe.quantize import QuantizeScheme
 from qpcompile.runtime.placement import Placement
 
@@ -30,11 +31,12 @@ class StubRounding:
         """x: f[...], the value of the stub with this fact."""
         if fact.role != "weight":
             return fake_quantize(x, fact, self.scheme)
-        if self.scheme.weights.bits == 16:
+        weights = weights_at(fact, self.scheme)
+        if weights.bits == 16:
             return x
         if fact.site not in self._weights:
-            codes, scale = quantize_dynamic(x, self.scheme.weights.kernel_group, 1.0, self.scheme.weights.bits)
-            self._weights[fact.site] = self.on.back((stored_codes(codes, self.scheme.weights.bits), scale))
+            codes, scale = quantize_dynamic(x, weights.kernel_group, 1.0, weights.bits)
+            self._weights[fact.site] = self.on.back((stored_codes(codes, weights.bits), scale))
         stored, scale = self.on.there(self._weights[fact.site])
         return _widened(codes_of(stored, x.shape[1]), scale, x.dtype)
 
@@ -42,16 +44,18 @@ class StubRounding:
 def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> torch.Tensor:
     """x: f[...] quantized and dequantized; unchanged if the recipe keeps 16 bits."""
     if fact.role == "activation":
-        if scheme.activations.bits == 16:
+        inputs = inputs_at(fact, scheme)
+        if inputs.bits == 16:
             return x
-        clip = scheme.activations.clip_ratio if fact.clip is None else fact.clip
-        return round_trip(x, scheme.activations.kernel_group, clip, scheme.activations.bits)
+        clip = inputs.clip_ratio if fact.clip is None else fact.clip
+        return round_trip(x, inputs.kernel_group, clip, inputs.bits)
     if fact.role == "weight":
-        weights = scheme.weights
+        weights = weights_at(fact, scheme)
         return x if weights.bits == 16 else round_trip(x, weights.kernel_group, 1.0, weights.bits)
-    if scheme.kv_cache.bits == 16:
+    cache = cache_at(fact, scheme)
+    if cache.bits == 16:
         return x
-    if scheme.kv_cache.bits == 8:
+    if cache.bits == 8:
         return kv8_read(*kv8_write(x), x.dtype)
     codes, affine = kv4_write(x)
     return kv4_read(codes, affine, x.shape[-1], x.dtype)

@@ -13,7 +13,7 @@ from qpcompile.calibration.statistics import strips
 from qpcompile.kernels.quantize_dynamic.reference import code_range, highest
 from qpcompile.quantization.solver import Solver, expand
 from qpcompile.recipe import choices
-from qpcompile.recipe.quantize import WeightScheme
+from qpcompile.recipe.quantize import QuantizeScheme, WeightScheme
 
 # Elements of the rows whose scales are searched at a time: they stay in a core's cache.
 PART = 2**17
@@ -27,6 +27,11 @@ SOLVERS: dict[str, Solver] = {
 def needs_moments(scheme: WeightScheme) -> bool:
     """Whether the recipe's solver uses second moments of the inputs, from calibration."""
     return SOLVERS[scheme.solver].needs_moments
+
+
+def uses_moments(scheme: QuantizeScheme) -> bool:
+    """Whether the recipe needs second moments of the inputs: for its solver, or to measure errors of weights."""
+    return needs_moments(scheme.weights) or scheme.mean_bits.weights is not None
 
 
 def solve(

@@ -72,6 +72,17 @@ class Site(Section):
     kernel: str = Field(min_length=1, description="Operator and back end the site is bound to.")
 
 
+class SiteBits(Section):
+    """The bits that one site was assigned under `quantize.mean_bits`; linears that read one input are one site."""
+
+    name: str = Field(min_length=1, description="Module path of the first linear that reads the input.")
+    part: Literal["weights", "activations"] = Field(description="Whose bits.")
+    bits: Literal[4, 8] = Field(description="Bits that were assigned.")
+    size: int = Field(ge=1, description="Weights of the linears: what the site counts in the mean.")
+    error: float = Field(ge=0, description="Relative squared error of the outputs with 4 bits, summed over linears.")
+    error_raised: float = Field(ge=0, description="The same with 8 bits.")
+
+
 class LeftOut(Section):
     """One site in the recipe's scope that was not quantized."""
 
@@ -156,6 +167,9 @@ class Plan(Section):
         default=(), strict=False, description="Where visual tokens are dropped, and how many stay."
     )
     sites: tuple[Site, ...] = Field(default=(), strict=False, description="Everything that was quantized.")
+    bits: tuple[SiteBits, ...] = Field(
+        default=(), strict=False, description="Bits per site, where the recipe asks for a mean."
+    )
     left_out: tuple[LeftOut, ...] = Field(default=(), strict=False, description="Everything in scope that was not.")
     trained: tuple[TrainedBlock, ...] = Field(default=(), strict=False, description="Training of changes of basis.")
     calibration: CalibrationUsed = Field(default=CalibrationUsed(), description="The data.")
@@ -176,6 +190,11 @@ class Plan(Section):
     @classmethod
     def _sort_by_name(cls, entries: tuple[Named, ...]) -> tuple[Named, ...]:
         return tuple(sorted(entries, key=lambda entry: (entry.graph, entry.name)))
+
+    @field_validator("bits")
+    @classmethod
+    def _sort_by_part(cls, entries: tuple[SiteBits, ...]) -> tuple[SiteBits, ...]:
+        return tuple(sorted(entries, key=lambda entry: (entry.part, entry.name)))
 
     @field_validator("versions")
     @classmethod

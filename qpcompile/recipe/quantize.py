@@ -153,12 +153,34 @@ class CacheScheme(Section):
     )
 
 
+class MeanBits(Section):
+    """Mean bits over all sites, where each takes 4 or 8 by its measured error; null: the same bits everywhere."""
+
+    weights: float | None = Field(
+        default=None, ge=4, le=8, description="Mean over weights; used with weights.bits 4 only. null: weights.bits."
+    )
+    activations: float | None = Field(
+        default=None,
+        ge=4,
+        le=8,
+        description="Mean over multiplications; used with activations.bits 4 only. null: activations.bits.",
+    )
+
+    @property
+    def asked(self) -> bool:
+        """Whether any bits are assigned per site."""
+        return self.weights is not None or self.activations is not None
+
+
 class QuantizeScheme(Section):
     """What is quantized, and how."""
 
     weights: WeightScheme = Field(default=WeightScheme(), description="Weights of linears.")
     activations: ActivationScheme = Field(default=ActivationScheme(), description="Inputs of linears.")
     kv_cache: CacheScheme = Field(default=CacheScheme(), description="Keys and values of the decoder.")
+    mean_bits: MeanBits = Field(
+        default=MeanBits(), description="Bits per site by measured output error, under a budget of mean bits."
+    )
     head_bits: Literal[8, 16] = Field(
         default=16,
         description="8 stores the language head, which never has 4 bits, with one scale per output channel; its inputs "
@@ -266,6 +288,15 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["weights.granularity"] = (
             "8-bit weights have one scale per channel for unquantized inputs; write channel"
         )
+    means = {"weights": (scheme.mean_bits.weights, weights.bits)}
+    means["activations"] = scheme.mean_bits.activations, activations.bits
+    for part, (mean, bits) in means.items():
+        if mean is not None and bits != 4:
+            reasons[f"mean_bits.{part}"] = f"sites are raised from 4 bits to 8; set {part}.bits to 4, or this to null"
+    if scheme.mean_bits.weights is not None and activations.bits == 16 and weights.kernel_group:
+        reasons["weights.granularity"] = "8-bit weights have one scale per channel for unquantized inputs; write channel"
+    if scheme.simulation != "none" and scheme.mean_bits.asked:
+        reasons["mean_bits"] = "the simulation has 4 bits everywhere; set both to null"
     if weights.bits == 16 and scheme.transform != "none":
         reasons["transform"] = "it serves quantized linears and weights.bits is 16; write none"
     if weights.bits == 16 and scheme.smooth is not None:

@@ -105,6 +105,7 @@ def rounding_of(point: Point) -> _Rounding:
     assert isinstance(source, fx.Node)
     if fact := stub_fact(source):
         clip_ratio = clip_ratio if fact.clip is None else fact.clip
+        bits = bits if fact.bits is None else fact.bits
         source = source.args[0]
         assert isinstance(source, fx.Node)
     # This tensor includes folded and online basis changes already.
