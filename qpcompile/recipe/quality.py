@@ -34,6 +34,13 @@ class QualityScheme(Section):
     max_activation_bits: Literal[8, 16] | None = Field(
         default=None, description="Ceiling for quantize.activations.bits. null: not raised."
     )
+    max_mean_bits: float | None = Field(
+        default=None,
+        gt=4,
+        le=8,
+        description="Ceiling for quantize.mean_bits where 4 bits lose most: the sites with the largest errors are "
+        "raised before all of them. A step is 0.5 for weights and 1 for activations. null: not raised.",
+    )
     max_cache_bits: Literal[8, 16] | None = Field(
         default=None, description="Ceiling for quantize.kv_cache.bits. null: not raised."
     )
@@ -41,7 +48,7 @@ class QualityScheme(Section):
     @property
     def may_raise(self) -> bool:
         """Whether a compile may start again with a raised recipe."""
-        ceilings = (self.max_keep, self.max_activation_bits, self.max_cache_bits)
+        ceilings = (self.max_keep, self.max_activation_bits, self.max_mean_bits, self.max_cache_bits)
         return any(ceiling is not None for ceiling in ceilings)
 
     @model_validator(mode="after")

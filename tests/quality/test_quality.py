@@ -176,3 +176,26 @@ def test_demands_that_contradict_each_other_are_refused(overrides: tuple[str, ..
 def test_a_demand_needs_samples() -> None:
     with pytest.raises(CalibrationError, match="agreement is demanded"):
         meter(None, None, Recipe.load("w4a16").with_overrides(["quality.min_agreement=0.9"]))
+
+
+def test_mean_bits_are_raised_before_the_bits_of_all_sites() -> None:
+    ceilings = "quality.min_agreement=0.9", "quality.max_mean_bits=5.5", "quality.max_activation_bits=8"
+    lost = ("weights", 0.1), ("activations", 0.5)
+    asked, overrides = recipe(*ceilings, "tokens.method=none", "tokens.keep=1"), list[str]()
+    while True:
+        try:
+            step = next_step(plan(asked, 8, *lost))
+        except QualityError as error:
+            assert "max_mean_bits" in str(error)
+            break
+        assert step is not None
+        overrides.append(step.override.removeprefix("quantize.mean_bits."))
+        asked = step.recipe
+    raised = ["activations=5", "activations=5.5", "activations=8", "weights=4.5", "weights=5", "weights=5.5"]
+    assert overrides == raised
+
+
+def test_all_sites_are_raised_without_a_mean() -> None:
+    asked = recipe("quality.min_agreement=0.9", "quality.max_activation_bits=8")
+    step = next_step(plan(asked, 8, ("weights", 0.1), ("activations", 0.5)))
+    assert step is not None and step.override == "quantize.activations.bits=8"
