@@ -2,6 +2,7 @@
 
     rope(%q), rope(%k)                             becomes   %w = rope_kv4_write(%q, %k, %v, %cos, %sin, True)
     hadamard(%q'), hadamard(%k')                             getitem(%w, 0), ..., getitem(%w, 4)
+    [%k'' - @center]
     kv4_write(%k''), kv4_write(%v)
 
     decode: cat([%past, ...], 2) of the four parts           %w = rope_kv4_append(..., %past, ...)
@@ -73,6 +74,7 @@ class _Found:
     operands: list[fx.Node] = field(default_factory=list[fx.Node])
     tables: tuple[fx.Node | None, fx.Node | None] = (None, None)
     rotate: bool = False
+    center: fx.Node | None = None
     past: list[fx.Node] = field(default_factory=list[fx.Node])
     replaced: list[fx.Node] = field(default_factory=list[fx.Node])
 
@@ -80,7 +82,7 @@ class _Found:
 def _fuse(graph: Graph, attention: fx.Node, order: dict[fx.Node, int]) -> None:
     """Fuse the writes of one attention. Raises _MissError."""
     found = _find(attention)
-    read = [node for node in (*found.operands, *found.tables, *found.past) if node is not None]
+    read = [node for node in (*found.operands, *found.tables, *found.past, found.center) if node is not None]
     last = max(read, key=order.__getitem__)
     for node in found.replaced:
         for user in node.users:
@@ -88,7 +90,8 @@ def _fuse(graph: Graph, attention: fx.Node, order: dict[fx.Node, int]) -> None:
                 raise _MissError(f"{user.name} reads {node.name} before {last.name} is computed")
     target = ROPE_KV4_APPEND if found.past else ROPE_KV4_WRITE
     before = last.next
-    new = call(graph, before, target, *found.operands, *found.tables, found.rotate, *found.past, like=attention)
+    rest = [*found.past, *([] if found.center is None else [found.center])]
+    new = call(graph, before, target, *found.operands, *found.tables, found.rotate, *rest, like=attention)
     for index, node in enumerate(found.replaced):
         part = call(graph, before, operator.getitem, new, index, like=attention)
         order[part] = order[last]
@@ -102,6 +105,9 @@ def _find(attention: fx.Node) -> _Found:
     key, held = writes[0].args[0], writes[2].args[0]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(held, fx.Node)
     found = _Found(replaced=[query])
+    if is_call(key, aten.sub.Tensor) and _is_center(key.args[1]):
+        found.center = key.args[1]  # type: ignore[assignment]
+        key = _inside(key, alone=True)
     found.rotate = _rotated(query) and _rotated(key)
     if not found.rotate and (_rotated(query) or _rotated(key)):
         raise _MissError(f"only one of {query.name} and {key.name} is rotated")
@@ -141,6 +147,14 @@ def _write(part: Any) -> fx.Node | None:
 
 def _rotated(node: fx.Node) -> bool:
     return is_call(node, HADAMARD) and node.args[1] is None
+
+
+def _is_center(node: Any) -> bool:
+    """Whether an operand is a weight [1, H, 1, D]."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return False
+    shape = value(node).shape
+    return len(shape) == 4 and shape[0] == shape[2] == 1
 
 
 def _inside(node: fx.Node, alone: bool = False) -> fx.Node:

@@ -9,6 +9,7 @@ from qpcompile.ir.pass_manager import Pass
 from qpcompile.passes.assign_bits import AssignBits
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
+from qpcompile.passes.center_keys import CenterKeys
 from qpcompile.passes.fold_transforms import FoldTransforms
 from qpcompile.passes.fuse_cache_writes import FuseCacheWrites
 from qpcompile.passes.fuse_kernels import FuseKernels
@@ -38,6 +39,7 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         # Calibrate, and transform linear inputs to remove outliers.
         Calibrate(samples, count),
         FoldTransforms(),
+        CenterKeys(samples, count),
         AssignBits(),
         SearchClips(),
         TrainTransforms(samples, count),

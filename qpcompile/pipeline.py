@@ -206,6 +206,8 @@ def needs_samples(recipe: Recipe) -> list[str]:
     """The settings of a recipe that need calibration samples, in words."""
     needs = []
     scheme = recipe.quantize
+    if scheme is not None and scheme.kv_cache.center:
+        needs.append("quantize.kv_cache.center (false needs none)")
     if scheme is not None and scheme.weights.bits != 16:
         asked = {
             f"weights.solver {scheme.weights.solver} (rtn needs none)": needs_moments(scheme.weights),

@@ -118,7 +118,7 @@ SIGNATURES: dict[str, Signature] = {
     "kv4_write": (*_of(VIEW, "x"), *_of(SPAN, "codes affine"), *_of(WHOLE, "batch heads tokens size")),
     "rope": (*_of(VIEW, "x cos sin"), *_of(SPAN, "y"), *_of(WHOLE, "batch heads tokens size")),
     "rope_kv4_write": (
-        *(*_of(VIEW, "q k v cos sin"), *_of(SPAN, "y k_codes k_affine v_codes v_affine left right tiles")),
+        *(*_of(VIEW, "q k v cos sin"), *_of(SPAN, "y k_codes k_affine v_codes v_affine left right tiles center")),
         *_of(WHOLE, "batch heads groups tokens size left_size right_size"),
     ),
     "attention_kv4": (

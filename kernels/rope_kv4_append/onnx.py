@@ -4,6 +4,7 @@ from typing import Any
 
 from onnxscript import opset21
 
+from qpcompile.kernels.rope_kv4_append.reference import PARTS
 from qpcompile.kernels.rope_kv4_write.onnx import rope_kv4_write
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
@@ -13,6 +14,7 @@ def rope_kv4_append(
     q: Any, k: Any, v: Any, cos: Any, sin: Any, rotate: bool, *past: Any
 ) -> tuple[Any, Any, Any, Any, Any]:
     """Operands as in reference.py -> `Written` with P + S tokens."""
-    y, *new = rope_kv4_write(q, k, v, cos, sin, rotate)
-    first, second, third, fourth = (op.Concat(*parts, axis=2) for parts in zip(past, new, strict=True))
+    *parts, center = past if len(past) > len(PARTS) else (*past, None)
+    y, *new = rope_kv4_write(q, k, v, cos, sin, rotate, center)
+    first, second, third, fourth = (op.Concat(*pair, axis=2) for pair in zip(parts, new, strict=True))
     return y, first, second, third, fourth

@@ -12,14 +12,24 @@ from qpcompile.kernels.rope_kv4_write import reference
 from qpcompile.kernels.rope_kv4_write.reference import Written
 
 
+PARTS = ("k_codes", "k_affine", "v_codes", "v_affine")
+
+
 def rope_kv4_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool, *past: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool, *past: Tensor | None
 ) -> Written:
-    """Operands as in rope_kv4_write; past: codes u8[B, Hkv, P, D / 2], affine f32[B, Hkv, P, 2] of keys and values.
+    """Operands as in rope_kv4_write, the last one `center`, which may be left out; past: codes u8[B, Hkv, P, D / 2], affine f32[B, Hkv, P, 2] of keys and values.
 
     Returns `Written` with P + S tokens.
     """
-    return appended(reference.rope_kv4_write(q, k, v, cos, sin, rotate), past)
+    parts, center = divided(past)
+    return appended(reference.rope_kv4_write(q, k, v, cos, sin, rotate, center), parts)
+
+
+def divided(past: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The four parts of a cache, and the operand after them."""
+    *parts, center = past if len(past) > len(PARTS) else (*past, None)
+    return tuple(part for part in parts if part is not None), center
 
 
 def appended(written: Written, past: tuple[Tensor, ...]) -> Written:

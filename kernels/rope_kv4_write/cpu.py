@@ -15,11 +15,19 @@ from qpcompile.kernels.rope_kv4_write.rule import RULE
 
 
 @RULE.checked
-def rope_kv4_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool) -> Written:
-    """q: f[B, Hq, S, D], k, v: f[B, Hkv, S, D], D even, cos, sin: f[B | 1, 1, S | 1, D] -> `Written`."""
+def rope_kv4_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate: bool,
+    center: Tensor | None = None,
+) -> Written:
+    """Shapes as in reference.py."""
     if all(native.computes(each, cos, sin) for each in (q, k, v)):
-        return _native(q, k, v, cos, sin, rotate)
-    return composed(q, k, v, cos, sin, rotate, rope, lambda x: hadamard(x, None), kv4_write)
+        return _native(q, k, v, cos, sin, rotate, center)
+    return composed(q, k, v, cos, sin, rotate, center, rope, lambda x: hadamard(x, None), kv4_write)
 
 
 def _native(
@@ -29,6 +37,7 @@ def _native(
     cos: Tensor | None,
     sin: Tensor | None,
     rotate: bool,
+    center: Tensor | None = None,
     level: int | None = None,
 ) -> Written:
     # The last axis must be contiguous; heads and tokens may have any strides, as projections leave them.
@@ -43,9 +52,11 @@ def _native(
         for width, dtype in ((size // 2, torch.uint8), (2, torch.float32)) * 2
     ]
     sides = (0, 0) if left is None or right is None else (len(left), len(right))
+    center = None if center is None else center.float().contiguous()
     sizes = batch, heads, groups, tokens, size, *sides
     native.call(
-        "rope_kv4_write_" + native.real(q), q, k, v, *tables, y, *cache, left, right, tiles, *sizes, level=level
+        *("rope_kv4_write_" + native.real(q), q, k, v, *tables, y, *cache, left, right, tiles, center, *sizes),
+        level=level,
     )
     return y, cache[0], cache[1], cache[2], cache[3]
 

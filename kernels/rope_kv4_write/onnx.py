@@ -12,8 +12,10 @@ from qpcompile.kernels.rope.onnx import rope
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
 
-def rope_kv4_write(q: Any, k: Any, v: Any, cos: Any, sin: Any, rotate: bool) -> tuple[Any, Any, Any, Any, Any]:
-    """q: f[B, Hq, S, D], k, v: f[B, Hkv, S, D], cos, sin: f[B | 1, 1, S | 1, D] -> `Written` of reference.py."""
+def rope_kv4_write(
+    q: Any, k: Any, v: Any, cos: Any, sin: Any, rotate: bool, center: Any = None
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Operands as in reference.py -> `Written`."""
 
     def changed(x: Any) -> Any:
         shape, dtype = x.shape, x.dtype
@@ -23,7 +25,11 @@ def rope_kv4_write(q: Any, k: Any, v: Any, cos: Any, sin: Any, rotate: bool) -> 
             x = _as(op.Cast(rope(narrow, cos, sin), to=dtype), shape, dtype)
         return hadamard(x) if rotate else x
 
-    return changed(q), *kv4_write(_as(changed(k), k.shape, k.dtype)), *kv4_write(v)
+    key = _as(changed(k), k.shape, k.dtype)
+    if center is not None:
+        narrow = op.Sub(op.Cast(key, to=ir.DataType.FLOAT), op.Cast(center, to=ir.DataType.FLOAT))
+        key = _as(op.Cast(narrow, to=k.dtype), k.shape, k.dtype)
+    return changed(q), *kv4_write(key), *kv4_write(v)
 
 
 def _as(x: Any, shape: Any, dtype: ir.DataType) -> Any:

@@ -8,34 +8,59 @@ from qpcompile.kernels.rope_kv4_write.rule import RULE
 
 SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, bool rotate"
 """The first operands, also of rope_kv4_append."""
+CENTER = "Tensor? center=None"
+"""The last operand of both."""
 RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 @torch.library.custom_op(
-    "qpcompile::rope_kv4_write", mutates_args=(), device_types="cpu", schema=f"({SCHEMA}) -> {RESULTS}"
+    "qpcompile::rope_kv4_write",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({SCHEMA}, {CENTER}) -> {RESULTS}",
 )
 def rope_kv4_write(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate: bool,
+    center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q: f[B, Hq, S, D], k, v: f[B, Hkv, S, D], D even, cos, sin: f[B | 1, 1, S | 1, D] -> `Written` (reference.py)."""
-    return cpu.rope_kv4_write(q, k, v, cos, sin, rotate)
+    """q: f[B, Hq, S, D], k, v: f[B, Hkv, S, D], D even, cos, sin: f[B | 1, 1, S | 1, D], center: f[1, Hkv, 1, D] ->
+    `Written` (reference.py).
+    """
+    return cpu.rope_kv4_write(q, k, v, cos, sin, rotate, center)
 
 
 @rope_kv4_write.register_kernel("cuda")
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate: bool,
+    center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from qpcompile.kernels.rope_kv4_write import triton
 
-    RULE.check(q, k, v, cos, sin, rotate)
-    return triton.rope_kv4_write(q, k, v, cos, sin, rotate)
+    RULE.check(q, k, v, cos, sin, rotate, center)
+    return triton.rope_kv4_write(q, k, v, cos, sin, rotate, center)
 
 
 @rope_kv4_write.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate: bool,
+    center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return RULE.fake(q, k, v, cos, sin, rotate)
+    return RULE.fake(q, k, v, cos, sin, rotate, center)
 
 
 OVERLOAD = torch.ops.qpcompile.rope_kv4_write.default

@@ -1,9 +1,11 @@
 """Rotary embedding and Hadamard rotation of queries and keys, and keys and values quantized for the 4-bit cache.
 
-    q' = hadamard(rope(q));   k_codes, k_affine = kv4_write(hadamard(rope(k)));   v_codes, v_affine = kv4_write(v)
+    q' = hadamard(rope(q));   k_codes, k_affine = kv4_write(hadamard(rope(k)) - center);   v_codes, v_affine = kv4_write(v)
 
 The composition of `rope`, `hadamard` and `kv4_write`, with their rounding in half precision. Without tables there is no
 rotary embedding, without `rotate` no rotation: keys and queries are rotated alike, so that their products are the same.
+`center` is one vector per key head, which changes all products of a query by the same number: a softmax over them is
+the same.
 """
 
 from __future__ import annotations
@@ -21,9 +23,19 @@ Written = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """q: f[B, Hq, S, D], then codes: u8[B, Hkv, S, D / 2] and affine: f32[B, Hkv, S, 2] of keys and of values."""
 
 
-def rope_kv4_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool) -> Written:
-    """q: f[B, Hq, S, D], k, v: f[B, Hkv, S, D], D even, cos, sin: f[B | 1, 1, S | 1, D] -> `Written`."""
-    return composed(q, k, v, cos, sin, rotate, rope, hadamard, kv4_write)
+def rope_kv4_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate: bool,
+    center: Tensor | None = None,
+) -> Written:
+    """q: f[B, Hq, S, D], k, v: f[B, Hkv, S, D], D even, cos, sin: f[B | 1, 1, S | 1, D], center: f[1, Hkv, 1, D] ->
+    `Written`.
+    """
+    return composed(q, k, v, cos, sin, rotate, center, rope, hadamard, kv4_write)
 
 
 def composed(
@@ -33,6 +45,7 @@ def composed(
     cos: Tensor | None,
     sin: Tensor | None,
     rotate: bool,
+    center: Tensor | None,
     turn: Callable[[Tensor, Tensor, Tensor], Tensor],
     change: Callable[[Tensor], Tensor],
     write: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -45,4 +58,6 @@ def composed(
         q, k = turn(q, cos, sin), turn(k, cos, sin)
     if rotate:
         q, k = (change(each.to(kind)).to(narrow) for each in (q, k))
+    if center is not None:
+        k = k - center.to(narrow)
     return q.to(kind).contiguous(), *write(k), *write(v)

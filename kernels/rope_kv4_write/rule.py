@@ -13,7 +13,7 @@ def writing(name: str, past: Mapping[str, str], codes: str, affine: str) -> Rule
     tables = {"cos": "f[B|1, 1, S|1, D]?", "sin": "=cos[B|1, 1, S|1, D]?"}
     return Rule(
         name,
-        {**heads, **tables, "rotate": FLAG, **past},
+        {**heads, **tables, "rotate": FLAG, **past, "center": "f[1, Hkv, 1, D]?"},
         relations=(
             Relation("q", "D must be even", ("D",), lambda size: size % 2 == 0),
             Relation("q", "Hq must be a multiple of Hkv", ("Hq", "Hkv"), lambda of, by: of % by == 0),

@@ -34,7 +34,7 @@ from qpcompile.kernels.hadamard.triton import (
 )
 from qpcompile.kernels.kv4_write.triton import affine_codes, kv4_write, round_even
 from qpcompile.kernels.rope.triton import rope
-from qpcompile.kernels.rope_kv4_append.reference import appended
+from qpcompile.kernels.rope_kv4_append.reference import appended, divided
 from qpcompile.kernels.rope_kv4_write.reference import Written
 
 
@@ -53,6 +53,7 @@ def rope_kv4_kernel(
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
     inner_ptr: tl.tensor,
+    center_ptr: tl.tensor,
     y_ptr: tl.tensor,
     k_codes_ptr: tl.tensor,
     k_affine_ptr: tl.tensor,
@@ -87,8 +88,9 @@ def rope_kv4_kernel(
     ODD: tl.constexpr,
     TABLES: tl.constexpr,
     ROTATE: tl.constexpr,
+    CENTER: tl.constexpr,
 ) -> None:
-    """q: f[B, H, S, 2 HALF], k, v: f[B, G, S, 2 HALF], cos, sin: f[B, 1, S, 2 HALF] -> y: as q, codes: u8[B, G, slots,
+    """q: f[B, H, S, 2 HALF], k, v: f[B, G, S, 2 HALF], cos, sin: f[B, 1, S, 2 HALF], center: f[G, 2 HALF] -> y: as q, codes: u8[B, G, slots,
     HALF], affine: f32[B, G, slots, 2]. inner: `inner_factor` of HALF channels.
     """
     ROWS: tl.constexpr = OUTER * MIDDLE
@@ -129,6 +131,13 @@ def rope_kv4_kernel(
         tl.store(y, low.to(y_ptr.dtype.element_ty), mask=here)
         tl.store(y + HALF, high.to(y_ptr.dtype.element_ty), mask=here)
     else:
+        if CENTER:
+            if not is_value:
+                center = center_ptr + head * (2 * HALF) + channel
+                low -= tl.load(center, mask=here, other=0.0).to(tl.float32)
+                high -= tl.load(center + HALF, mask=here, other=0.0).to(tl.float32)
+                low = low.to(y_ptr.dtype.element_ty).to(tl.float32)
+                high = high.to(y_ptr.dtype.element_ty).to(tl.float32)
         low, high = tl.where(here, low, 0.0), tl.where(here, high, 0.0)
         least = tl.minimum(-largest(tl.maximum(-low, -high), TOKENS), 0.0)
         span = tl.maximum(largest(tl.maximum(low, high), TOKENS), 0.0) - least
@@ -157,18 +166,42 @@ def tiling_of(size: int, rotate: bool) -> Tiling | None:
     return None if found is None or found.parts > 1 else found
 
 
-def rope_kv4_write(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool) -> Written:
-    """q: f[B, H, S, D], k, v: f[B, G, S, D], D even, cos, sin: f[B | 1, 1, S | 1, D] -> `Written`."""
-    return rope_kv4_append(q, k, v, cos, sin, rotate)
+def rope_kv4_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate: bool,
+    center: Tensor | None = None,
+) -> Written:
+    """q: f[B, H, S, D], k, v: f[B, G, S, D], D even, cos, sin: f[B | 1, 1, S | 1, D], center: f[1, G, 1, D] ->
+    `Written`.
+    """
+    return _written(q, k, v, cos, sin, rotate, center, ())
 
 
 def rope_kv4_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool, *past: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool, *past: Tensor | None
 ) -> Written:
     """The same, after the tokens of past: codes u8[B, G, P, D / 2], affine f32[B, G, P, 2] of keys and of values."""
+    parts, center = divided(past)
+    return _written(q, k, v, cos, sin, rotate, center, parts)
+
+
+def _written(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate: bool,
+    center: Tensor | None,
+    past: tuple[Tensor, ...],
+) -> Written:
     tiling = tiling_of(q.shape[3], rotate)
     if tiling is None:
-        return _by_parts(q, k, v, cos, sin, rotate, *past)
+        return _by_parts(q, k, v, cos, sin, rotate, center, past)
     q, k, v = (each if each.stride(3) == 1 else each.contiguous() for each in (q, k, v))
     (batch, heads, tokens, size), groups = q.shape, k.shape[1]
     before = past[0].shape[2] if past else 0
@@ -187,9 +220,9 @@ def rope_kv4_append(
         steps = [(0, 0) if each is None else (each.stride(0), each.stride(2)) for each in read]
         rope_kv4_kernel[(programs,)](
             q, k, v, *[q if each is None else each for each in read],
-            inner_factor(tiling, q.device) if rotate else q, y, *cache, batch, heads, groups, tokens, before,
+            inner_factor(tiling, q.device) if rotate else q, q if center is None else center.contiguous(), y, *cache, batch, heads, groups, tokens, before,
             before + tokens, *strides[0], *strides[1], *strides[2], *steps[0], *steps[1], norm_of(size),
-            *tiling.shape, odd_factor(tiling.channels), cos is not None, rotate, num_warps=4, num_stages=1,
+            *tiling.shape, odd_factor(tiling.channels), cos is not None, rotate, center is not None, num_warps=4, num_stages=1,
             enable_fp_fusion=False,
         )  # fmt: skip
     return y, cache[0], cache[1], cache[2], cache[3]
@@ -200,12 +233,20 @@ def _table(table: Tensor) -> Tensor:
 
 
 def _by_parts(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool, *past: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rotate: bool,
+    center: Tensor | None,
+    past: tuple[Tensor, ...],
 ) -> Written:
     """By the kernels of its parts."""
     if cos is not None and sin is not None:
         q, k = rope(q, cos, sin), rope(k, cos, sin)
     if rotate:
         q, k = hadamard_cuda(q, None), hadamard_cuda(k, None)
+    k = k if center is None else k - center.to(k.dtype)
     written = q, *kv4_write(k), *kv4_write(v)
     return appended(written, past) if past else written

@@ -79,6 +79,12 @@ def _transforms(recipe: Recipe, samples: int) -> str:
     return ", ".join(parts) or NOTHING
 
 
+def _centers(recipe: Recipe, samples: int) -> str:
+    if recipe.quantize is None or not recipe.quantize.kv_cache.center or not samples:
+        return NOTHING
+    return "subtract the mean key of each head before keys are rounded; the key of a sink becomes exact"
+
+
 def _bits(recipe: Recipe, samples: int) -> str:
     scheme = recipe.quantize
     if scheme is None or not scheme.mean_bits.asked:
@@ -204,6 +210,7 @@ EXPECT: dict[str, Callable[[Recipe, int], str]] = {
     "insert_quant_stubs": _stubs,
     "calibrate": _calibrate,
     "fold_transforms": _transforms,
+    "center_keys": _centers,
     "assign_bits": _bits,
     "search_clips": _clips,
     "train_transforms": _training,

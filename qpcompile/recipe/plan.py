@@ -83,6 +83,18 @@ class SiteBits(Section):
     error_raised: float = Field(ge=0, description="The same with 8 bits.")
 
 
+class KeyCenter(Section):
+    """The constant that is subtracted from the keys of one layer before they are rounded."""
+
+    layer: int = Field(ge=0, description="Index of the layer.")
+    share: float = Field(ge=0, le=1, description="Share of the keys' energy that is their mean.")
+    sink: float | None = Field(
+        default=None,
+        ge=0,
+        description="Residual norm of the token whose key is stored exactly, over the median; null: no token is massive.",
+    )
+
+
 class LeftOut(Section):
     """One site in the recipe's scope that was not quantized."""
 
@@ -146,7 +158,7 @@ class Quality(Section):
         return self.equal_answers / self.samples
 
 
-PerLayer = TypeVar("PerLayer", LayerFacts, Sensitivity, Cut)
+PerLayer = TypeVar("PerLayer", LayerFacts, Sensitivity, Cut, KeyCenter)
 Named = TypeVar("Named", Site, LeftOut)
 
 
@@ -170,6 +182,9 @@ class Plan(Section):
     bits: tuple[SiteBits, ...] = Field(
         default=(), strict=False, description="Bits per site, where the recipe asks for a mean."
     )
+    key_centers: tuple[KeyCenter, ...] = Field(
+        default=(), strict=False, description="Layers whose keys are centred before they are rounded."
+    )
     left_out: tuple[LeftOut, ...] = Field(default=(), strict=False, description="Everything in scope that was not.")
     trained: tuple[TrainedBlock, ...] = Field(default=(), strict=False, description="Training of changes of basis.")
     calibration: CalibrationUsed = Field(default=CalibrationUsed(), description="The data.")
@@ -181,7 +196,7 @@ class Plan(Section):
     def _sort_layers(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         return tuple(sorted(layers, key=lambda layer: layer.index))
 
-    @field_validator("facts", "sensitivity", "cuts")
+    @field_validator("facts", "sensitivity", "cuts", "key_centers")
     @classmethod
     def _sort_by_layer(cls, entries: tuple[PerLayer, ...]) -> tuple[PerLayer, ...]:
         return tuple(sorted(entries, key=lambda entry: entry.layer))
@@ -301,4 +316,5 @@ def _layer_lists(plan: Plan) -> dict[str, list[int]]:
         "facts": [facts.layer for facts in plan.facts],
         "sensitivity": [entry.layer for entry in plan.sensitivity],
         "cuts": [cut.layer for cut in plan.cuts],
+        "key_centers": [entry.layer for entry in plan.key_centers],
     }

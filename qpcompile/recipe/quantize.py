@@ -148,6 +148,11 @@ class CacheScheme(Section):
     symmetric: bool = Field(
         default=False, description="The cache kernels store unsigned codes with a zero point, only."
     )
+    center: bool = Field(
+        default=False,
+        description="Subtract the mean key of calibration from all keys of a head before they are rounded, which "
+        "changes no attention; moved so that the key of a sink, a token with a massive residual, is exact.",
+    )
     rotate: bool = Field(
         default=True, description="Rotate queries and keys by an orthogonal matrix first: same dot products."
     )
@@ -307,6 +312,8 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["simulation"] = "it stands for 4-bit weights and activations; set both to 4, or write none"
     if cache.granularity == "kivi" and cache.bits == 16:
         reasons["kv_cache.granularity"] = "nothing is rounded at 16 bits; write token-head"
+    if cache.center and (cache.bits == 16 or cache.granularity == "kivi"):
+        reasons["kv_cache.center"] = "keys are not rounded per token; write false"
     if activations.granularity == "modality" and activations.bits == 16:
         reasons["activations.granularity"] = "nothing is scaled at 16 bits; write token"
     if scheme.scaling != "none" and scheme.smooth is not None:

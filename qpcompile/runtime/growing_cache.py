@@ -74,9 +74,9 @@ def split_appends(graph: Graph) -> None:
     """
     types = value_types(graph)
     for node in list(calls(graph, ROPE_KV4_APPEND)):
-        *operands, k_codes, k_affine, v_codes, v_affine = node.args
+        operands, (k_codes, k_affine, v_codes, v_affine), center = node.args[:6], node.args[6:10], node.args[10:]
         with graph.module.graph.inserting_before(node):
-            write = graph.module.graph.call_function(ROPE_KV4_WRITE, tuple(operands))
+            write = graph.module.graph.call_function(ROPE_KV4_WRITE, (*operands, *center))
         tokens = types[operands[1]].sizes[2]  # type: ignore[index]
         for user in list(node.users):
             index = user.args[1]

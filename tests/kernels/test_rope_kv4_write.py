@@ -54,6 +54,27 @@ def same(found: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
+@both
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_centred_keys(shape: tuple[int, ...], dtype: torch.dtype, tables: bool, rotate: bool) -> None:
+    """The keys alone are less by a constant of each head; queries and values are those without it."""
+    operands = given(shape, tables, rotate, dtype)
+    center = torch.randn(1, shape[2], 1, shape[4]).to(dtype)
+    found, plain = rope_kv4_write(*operands, center), rope_kv4_write(*operands)
+    q, k, v, cos, sin, _ = operands
+    key = k if cos is None else rope(k, cos, sin)
+    key = hadamard(key, None) if rotate else key
+    assert same(found, (plain[0], *kv4_write(key - center), *plain[3:]))
+    if dtype == torch.float32:
+        double = wide(operands)
+        assert same(rope_kv4_write(*double, center), write_reference(*double, center))
+        past = [*kv4_write(torch.randn(shape[0], shape[2], 3, shape[4]))] * 2
+        joined = found[0], *(torch.cat(parts, 2) for parts in zip(past, found[1:], strict=True))
+        assert same(ours.rope_kv4_append(*operands, *past, center), joined)
+        assert_close(append_reference(*operands, *past, center), joined)
+
+
 def test_by_hand() -> None:
     q = torch.tensor([[[[1.0, 0.0]]]])
     k, v = torch.tensor([[[[0.0, 2.0]]]]), torch.tensor([[[[-1.5, 13.5]]]])

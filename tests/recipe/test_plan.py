@@ -93,6 +93,7 @@ def test_text_is_as_written_here() -> None:
         "- {graph: prefill, name: fc, weight_bits: 4, activation_bits: 16, cache_bits: null, error: 1.0e-07, "
         "kernel: w4a16 (cpu)}\n"
         "bits: []\n"
+        "key_centers: []\n"
         "left_out: []\n"
         "trained: []\n"
         "calibration: {samples: 0, sha256: null}\n"

@@ -24,12 +24,16 @@ def split_cache_writes(part: Part) -> None:
 
 def _parts(part: Part, node: fx.Node) -> list[fx.Node]:
     """The results of one fused write: queries, codes and scales of keys, and of values."""
-    query, key, held, cos, sin, rotate, *past = node.args
+    query, key, held, cos, sin, rotate, *rest = node.args
+    appends = node.target is ROPE_KV4_APPEND
+    past, center = (rest[:4], rest[4:]) if appends else ([], rest)
     turned = [query, key]
     if cos is not None:
         turned = [put(part, node, ROPE, each, cos, sin, like=node) for each in turned]
     if rotate:
         turned = [put(part, node, HADAMARD, each, None, like=node) for each in turned]
+    if center and center[0] is not None:
+        turned[1] = put(part, node, aten.sub.Tensor, turned[1], center[0], like=node)
     written = [put(part, node, KV4_WRITE, each, like=node) for each in (turned[1], held)]
     new = [put(part, node, operator.getitem, pair, index, like=node) for pair in written for index in range(2)]
     if past:
