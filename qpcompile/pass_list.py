@@ -40,7 +40,7 @@ def passes(samples: Iterable[dict[str, Any]], count: int) -> list[Pass]:
         Calibrate(samples, count),
         FoldTransforms(),
         CenterKeys(samples, count),
-        AssignBits(),
+        AssignBits(samples, count),
         SearchClips(),
         TrainTransforms(samples, count),
         MeasureSensitivity(samples, count),

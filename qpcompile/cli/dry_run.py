@@ -91,7 +91,7 @@ def _bits(recipe: Recipe, samples: int) -> str:
         return NOTHING
     means = {"weights": scheme.mean_bits.weights, "activations": scheme.mean_bits.activations}
     asked = [f"{mean:g} of {part}" for part, mean in means.items() if mean is not None]
-    return f"4 or 8 bits for each site by its measured error, with a mean of {' and '.join(asked)}"
+    return f"4 or 8 bits for each site by what they cost, with a mean of {' and '.join(asked)}"
 
 
 def _clips(recipe: Recipe, samples: int) -> str:

@@ -79,8 +79,8 @@ class SiteBits(Section):
     part: Literal["weights", "activations"] = Field(description="Whose bits.")
     bits: Literal[4, 8] = Field(description="Bits that were assigned.")
     size: int = Field(ge=1, description="Weights of the linears: what the site counts in the mean.")
-    error: float = Field(ge=0, description="Relative squared error of the outputs with 4 bits, summed over linears.")
-    error_raised: float = Field(ge=0, description="The same with 8 bits.")
+    cost: float = Field(ge=0, description="Estimated divergence that 4 bits cause, nats of an answer's first token.")
+    cost_raised: float = Field(ge=0, description="The same with 8 bits.")
 
 
 class KeyCenter(Section):

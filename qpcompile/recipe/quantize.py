@@ -159,7 +159,7 @@ class CacheScheme(Section):
 
 
 class MeanBits(Section):
-    """Mean bits over all sites, where each takes 4 or 8 by its measured error; null: the same bits everywhere."""
+    """Mean bits over all sites, where each takes 4 or 8 by what they cost; null: the same bits everywhere."""
 
     weights: float | None = Field(
         default=None, ge=4, le=8, description="Mean over weights; used with weights.bits 4 only. null: weights.bits."
@@ -184,7 +184,7 @@ class QuantizeScheme(Section):
     activations: ActivationScheme = Field(default=ActivationScheme(), description="Inputs of linears.")
     kv_cache: CacheScheme = Field(default=CacheScheme(), description="Keys and values of the decoder.")
     mean_bits: MeanBits = Field(
-        default=MeanBits(), description="Bits per site by measured output error, under a budget of mean bits."
+        default=MeanBits(), description="Bits per site by what their rounding costs, under a budget of mean bits."
     )
     head_bits: Literal[8, 16] = Field(
         default=16,

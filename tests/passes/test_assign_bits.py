@@ -23,6 +23,7 @@ from qpcompile.ir.text import graph_text
 from qpcompile.passes.assign_bits import AssignBits
 from qpcompile.passes.merge_linears import MergeLinears
 from qpcompile.passes.quantize_weights import QuantizeWeights
+from qpcompile.quantization.loss_sensitivity import LOSS_SENSITIVITY, LossSensitivity
 from qpcompile.recipe.recipe import Recipe
 
 Apply = Callable[[Program, AssignBits], bool]
@@ -41,12 +42,23 @@ class OneLayer(nn.Module):
         return self.layers[0](x)
 
 
+ASSIGN = AssignBits([], 0)
+
+
+def measured(program: Program) -> Program:
+    """A program in which every linear's errors cost the same."""
+    facts = [stub_fact(stub) for graph in program.graphs.values() for stub in calls(graph, QUANT_STUB)]
+    sites = {fact.site: (1.0, 1.0) for fact in facts if fact is not None and fact.role == "weight"}
+    program.measured[LOSS_SENSITIVITY] = LossSensitivity(sites)
+    return program
+
+
 def recipe(*settings: str) -> Recipe:
     return changed_recipe("w4a4kv4", "quantize.ignore=[]", *settings)
 
 
 def decoder(*settings: str) -> Program:
-    return stubbed(prefill_graph(gated=True), decode_graph(gated=True), recipe=recipe(*settings), layers=2)
+    return measured(stubbed(prefill_graph(gated=True), decode_graph(gated=True), recipe=recipe(*settings), layers=2))
 
 
 def facts(program: Program, graph: str, role: str) -> dict[str, int | None]:
@@ -57,9 +69,9 @@ def facts(program: Program, graph: str, role: str) -> dict[str, int | None]:
 def test_golden(apply: Apply) -> None:
     """A third of the weights may have 8 bits: the down projection, whose input is rounded worst."""
     graph = traced(OneLayer(), TOKENS)
-    program = stubbed(graph, recipe=recipe("quantize.mean_bits={weights: 5.4, activations: 5.4}"))
+    program = measured(stubbed(graph, recipe=recipe("quantize.mean_bits={weights: 5.4, activations: 5.4}")))
     before = graph_text(graph)
-    assert not apply(program, AssignBits()) and graph_text(graph) == before
+    assert not apply(program, ASSIGN) and graph_text(graph) == before
     QuantizeWeights().run(program)
     lines = [line for line in graph_text(graph).splitlines() if "qpcompile" in line or "weight_" in line]
     expecttest.assert_expected_inline(
@@ -92,15 +104,15 @@ def test_golden(apply: Apply) -> None:
 @pytest.mark.parametrize("mean", [4.0, 4.5, 6.0, 8.0])
 def test_the_mean_is_kept_and_the_worst_sites_are_raised(apply: Apply, part: str, mean: float) -> None:
     program = decoder(f"quantize.mean_bits.{part}={mean}")
-    assert not apply(program, AssignBits())
+    assert not apply(program, ASSIGN)
     found = program.plan.bits
     assert {entry.part for entry in found} == {part}
     assert sum(entry.bits * entry.size for entry in found) <= mean * sum(entry.size for entry in found)
     assert {4.0: {4}, 8.0: {8}}.get(mean, {4, 8}) == {entry.bits for entry in found}
-    assert all(entry.error_raised < entry.error / 20 for entry in found)
+    assert all(entry.cost_raised < entry.cost / 20 for entry in found)
     # Of two sites of one size the worse one is raised.
     for one in found:
-        assert not [other for other in found if one.size == other.size and one.bits > other.bits and one.error < other.error]
+        assert not [other for other in found if one.size == other.size and one.bits > other.bits and one.cost < other.cost]
     role = part.removesuffix("s")
     assert facts(program, PREFILL, role) == facts(program, DECODE, role)
     other = "activation" if role == "weight" else "weight"
@@ -109,7 +121,7 @@ def test_the_mean_is_kept_and_the_worst_sites_are_raised(apply: Apply, part: str
 
 def test_linears_on_one_input_share_bits_and_are_still_merged(apply: Apply) -> None:
     program = decoder("quantize.mean_bits={weights: 6, activations: 6}")
-    apply(program, AssignBits())
+    apply(program, ASSIGN)
     QuantizeWeights().run(program)
     program.stage = "fused"
     MergeLinears().run(program)
@@ -136,7 +148,7 @@ def test_other_bits_on_one_input_are_a_near_miss() -> None:
 
 def test_weights_alone(apply: Apply) -> None:
     program = decoder("quantize.mean_bits.weights=6", "quantize.activations.bits=16")
-    apply(program, AssignBits())
+    apply(program, ASSIGN)
     QuantizeWeights().run(program)
     for operator in (LINEAR_W4A16, LINEAR_W8A16):
         assert list(calls(program.graphs[PREFILL], operator)), operator
@@ -145,7 +157,7 @@ def test_weights_alone(apply: Apply) -> None:
 
 def test_nothing_to_do(apply: Apply) -> None:
     for program in (decoder(), stubbed(traced(OneLayer(), TOKENS), recipe=Recipe.load("none"))):
-        assert not apply(program, AssignBits())
+        assert not apply(program, ASSIGN)
         assert program.plan.bits == () and set(facts(program, PREFILL, "weight").values()) <= {None}
 
 
@@ -153,7 +165,7 @@ def test_a_site_without_samples_is_refused() -> None:
     program = decoder("quantize.mean_bits.activations=5")
     del program.measured[CALIBRATION].inputs["model.layers.1.mlp.down_proj"]
     with pytest.raises(CalibrationError, match="no calibration sample reached it") as caught:
-        AssignBits().run(program)
+        ASSIGN.run(program)
     assert caught.value.where == "model.layers.1.mlp.down_proj"
 
 

@@ -1,0 +1,124 @@
+"""What an error at the output of a linear costs: the divergence of the answer's first token from full precision, in
+nats.
+
+    KL  ~  1/2 sum over tokens t of  (||g_t||^2 / N) ||error of y_t||^2         y_t: f[N], the linear's output
+    g   =  dL / dy for the gradient v = sqrt(p) z - p (sqrt(p) . z) of the logits, z normal: E[g g^T] is the Fisher matrix
+
+The errors of tokens and channels are taken as independent, and those of channels as equally large. Visual and text
+tokens are summed separately. Linears of the tower and the projector are before the decoder's inputs, where the host
+calls them: a relative error of their output counts as the same relative error of the visual embeddings.
+
+Source: the second-order expansion of the divergence, as "Optimal Brain Compression" (arXiv 2208.11580) and HAWQ-V2 (arXiv
+1911.03852) use it for bits per layer; here per input of linears, and with the exact factor of the Fisher matrix of a
+softmax instead of sampled labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from qpcompile.calibration.blocks import run_nodes
+from qpcompile.calibration.collect import run_sample
+from qpcompile.ir.edit import aten, is_call
+from qpcompile.ir.measurements import Measurement
+from qpcompile.ir.node_facts import stub_fact
+from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
+from qpcompile.progress import track
+from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.placement import Placement
+
+SAMPLES = 16
+
+
+@dataclass
+class LossSensitivity:
+    """Nats per squared error: per linear, for an error of equal size at all visual and at all text tokens; features: per
+    squared relative error of the visual embeddings. Sums over samples, then means.
+    """
+
+    linears: dict[str, tuple[float, float]] = field(default_factory=dict)
+    features: float = 0.0
+
+
+LOSS_SENSITIVITY: Measurement[LossSensitivity] = Measurement("loss sensitivity")
+
+
+def loss_sensitivity(program: Program, samples: Iterable[dict[str, Any]], count: int, title: str) -> LossSensitivity:
+    """Measured on the first SAMPLES of `count` samples.
+
+    The backward pass reads all weights of the decoder: on an accelerator they must fit together.
+    """
+    count, on = min(count, SAMPLES), Placement.of(program)
+    measured = _Gradients(program, on)
+
+    def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if graph.name != PREFILL:
+            return on.run(graph, feeds)
+        visual, valid = machine.marks(*feeds["inputs_embeds"].shape[:2])
+        return measured.add(graph, feeds, on.there(visual), on.there(valid))
+
+    with Machine(program, execute) as machine, track(title, count) as step:
+        for number, sample in enumerate(islice(samples, count)):
+            run_sample(machine, sample, number)
+            step()
+    rows = max(measured.rows, 1)
+    linears = {site: (sums[0] / rows, sums[1] / rows) for site, sums in measured.sums.items()}
+    return LossSensitivity(linears, measured.features / rows)
+
+
+class _Gradients:
+    """Sums over prompts of 1/2 ||g||^2 / N, by linear and modality."""
+
+    def __init__(self, program: Program, on: Placement) -> None:
+        self.head, self.on = program.graphs.get(HEAD), on
+        self.sums: dict[str, list[float]] = {}
+        self.features, self.rows = 0.0, 0
+        self.drawn = torch.Generator().manual_seed(0)
+
+    def add(
+        self, prefill: Graph, feeds: dict[str, torch.Tensor], visual: torch.Tensor, valid: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """One call of the decoder, forward and backward; returns its results."""
+
+        def look(node: fx.Node, value: Any) -> Any:
+            fact = stub_fact(node.args[1]) if is_call(node, aten.linear.default) else None  # type: ignore[arg-type]
+            if fact is not None and value.requires_grad and value.shape[:-1] == visual.shape:
+                value.register_hook(lambda gradient: self._note(fact.site, gradient, visual, valid))
+            return value
+
+        with torch.enable_grad():
+            given = {name: feed.detach() for name, feed in feeds.items()}
+            embeddings = given["inputs_embeds"].requires_grad_()
+            results = run_nodes(prefill, given, self.on, look)
+            last = next(iter(results.values()))[:, -1:]
+            if self.head is not None:
+                (name,) = self.head.inputs
+                last = next(iter(run_nodes(self.head, {name: last}, self.on, None).values()))
+            logits = last[:, -1].float()
+            logits.backward(self._fisher_factor(logits.detach()))
+        gradient, tokens = self.on.there((embeddings.grad, embeddings.detach()))
+        chosen = visual & valid
+        if gradient is not None and chosen.any():
+            energy = tokens[chosen].float().square().sum(dim=-1).mean()
+            self.features += float(gradient[chosen].float().square().sum() / gradient.shape[-1] * energy) / 2
+        self.rows += len(visual)
+        return {path: result.detach() for path, result in self.on.back(results).items()}
+
+    def _note(self, site: str, gradient: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor) -> None:
+        size = gradient.float().square().mean(dim=-1) / 2
+        sums = self.sums.setdefault(site, [0.0, 0.0])
+        for place, chosen in enumerate((visual & valid, valid & ~visual)):
+            sums[place] += float(size[chosen].sum())
+
+    def _fisher_factor(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits: f32[B, vocabulary] -> a random vector whose covariance is diag(p) - p p^T."""
+        shares = functional.softmax(logits, dim=-1)
+        root = shares.sqrt() * torch.randn(logits.shape, generator=self.drawn).to(logits.device)
+        return root - shares * root.sum(dim=-1, keepdim=True)
