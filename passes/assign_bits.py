@@ -46,9 +46,7 @@ class AssignBits:
     samples: Iterable[dict[str, Any]] = field(repr=False)
     count: int
     name: ClassVar[str] = "assign_bits"
-    purpose: ClassVar[str] = (
-        "Assign 4 or 8 bits to each site by what its rounding costs, under a budget of mean bits."
-    )
+    purpose: ClassVar[str] = "Assign 4 or 8 bits to each site by what its rounding costs, under a budget of mean bits."
     needs: ClassVar[Stage] = "calibrated"
     gives: ClassVar[Stage] = "transformed"
 

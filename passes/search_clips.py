@@ -29,6 +29,7 @@ from qpcompile.recipe.quantize import ActivationScheme
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
+
 @dataclass(frozen=True)
 class SearchClips:
     """See the module's docstring."""

@@ -256,9 +256,7 @@ class _Training:
                 )
         return rounding
 
-    def _rounded(
-        self, weight: torch.Tensor, learned: LearnedTransform | None, scheme: WeightScheme
-    ) -> torch.Tensor:
+    def _rounded(self, weight: torch.Tensor, learned: LearnedTransform | None, scheme: WeightScheme) -> torch.Tensor:
         moved = weight if learned is None else learned.weights(weight)
         return rounded(moved, scheme.kernel_group, 1.0, scheme.bits).to(weight.dtype)
 

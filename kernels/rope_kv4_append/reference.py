@@ -11,14 +11,14 @@ from torch import Tensor
 from qpcompile.kernels.rope_kv4_write import reference
 from qpcompile.kernels.rope_kv4_write.reference import Written
 
-
 PARTS = ("k_codes", "k_affine", "v_codes", "v_affine")
 
 
 def rope_kv4_append(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool, *past: Tensor | None
 ) -> Written:
-    """Operands as in rope_kv4_write, the last one `center`, which may be left out; past: codes u8[B, Hkv, P, D / 2], affine f32[B, Hkv, P, 2] of keys and values.
+    """Operands as in rope_kv4_write; past: codes u8[B, Hkv, P, D / 2], affine f32[B, Hkv, P, 2] of keys and values, then
+    `center`, which may be left out.
 
     Returns `Written` with P + S tokens.
     """

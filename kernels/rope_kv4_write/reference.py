@@ -1,6 +1,8 @@
 """Rotary embedding and Hadamard rotation of queries and keys, and keys and values quantized for the 4-bit cache.
 
-    q' = hadamard(rope(q));   k_codes, k_affine = kv4_write(hadamard(rope(k)) - center);   v_codes, v_affine = kv4_write(v)
+    q' = hadamard(rope(q))
+    k_codes, k_affine = kv4_write(hadamard(rope(k)) - center)
+    v_codes, v_affine = kv4_write(v)
 
 The composition of `rope`, `hadamard` and `kv4_write`, with their rounding in half precision. Without tables there is no
 rotary embedding, without `rotate` no rotation: keys and queries are rotated alike, so that their products are the same.

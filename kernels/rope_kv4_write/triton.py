@@ -90,8 +90,8 @@ def rope_kv4_kernel(
     ROTATE: tl.constexpr,
     CENTER: tl.constexpr,
 ) -> None:
-    """q: f[B, H, S, 2 HALF], k, v: f[B, G, S, 2 HALF], cos, sin: f[B, 1, S, 2 HALF], center: f[G, 2 HALF] -> y: as q, codes: u8[B, G, slots,
-    HALF], affine: f32[B, G, slots, 2]. inner: `inner_factor` of HALF channels.
+    """q: f[B, H, S, 2 HALF], k, v: f[B, G, S, 2 HALF], cos, sin: f[B, 1, S, 2 HALF], center: f[G, 2 HALF] -> y:
+    as q, codes: u8[B, G, slots, HALF], affine: f32[B, G, slots, 2]. inner: `inner_factor` of HALF channels.
     """
     ROWS: tl.constexpr = OUTER * MIDDLE
     program = tl.program_id(0)
@@ -132,12 +132,12 @@ def rope_kv4_kernel(
         tl.store(y + HALF, high.to(y_ptr.dtype.element_ty), mask=here)
     else:
         if CENTER:
-            if not is_value:
-                center = center_ptr + head * (2 * HALF) + channel
-                low -= tl.load(center, mask=here, other=0.0).to(tl.float32)
-                high -= tl.load(center + HALF, mask=here, other=0.0).to(tl.float32)
-                low = low.to(y_ptr.dtype.element_ty).to(tl.float32)
-                high = high.to(y_ptr.dtype.element_ty).to(tl.float32)
+            center = center_ptr + head * (2 * HALF) + channel
+            of_key = here & (program < queries + keys)
+            low -= tl.load(center, mask=of_key, other=0.0).to(tl.float32)
+            high -= tl.load(center + HALF, mask=of_key, other=0.0).to(tl.float32)
+            low = low.to(y_ptr.dtype.element_ty).to(tl.float32)
+            high = high.to(y_ptr.dtype.element_ty).to(tl.float32)
         low, high = tl.where(here, low, 0.0), tl.where(here, high, 0.0)
         least = tl.minimum(-largest(tl.maximum(-low, -high), TOKENS), 0.0)
         span = tl.maximum(largest(tl.maximum(low, high), TOKENS), 0.0) - least
@@ -218,12 +218,13 @@ def _written(
         read = [None if each is None else _table(each).expand(batch, 1, tokens, size) for each in (cos, sin)]
         strides = [each.stride()[:3] for each in (q, k, v)]
         steps = [(0, 0) if each is None else (each.stride(0), each.stride(2)) for each in read]
+        inner = inner_factor(tiling, q.device) if rotate else q
         rope_kv4_kernel[(programs,)](
-            q, k, v, *[q if each is None else each for each in read],
-            inner_factor(tiling, q.device) if rotate else q, q if center is None else center.contiguous(), y, *cache, batch, heads, groups, tokens, before,
+            q, k, v, *[q if each is None else each for each in read], inner,
+            q if center is None else center.contiguous(), y, *cache, batch, heads, groups, tokens, before,
             before + tokens, *strides[0], *strides[1], *strides[2], *steps[0], *steps[1], norm_of(size),
-            *tiling.shape, odd_factor(tiling.channels), cos is not None, rotate, center is not None, num_warps=4, num_stages=1,
-            enable_fp_fusion=False,
+            *tiling.shape, odd_factor(tiling.channels), cos is not None, rotate, center is not None,
+            num_warps=4, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
     return y, cache[0], cache[1], cache[2], cache[3]
 

@@ -236,6 +236,8 @@ def show_quality(plan: Plan) -> None:
 
 def show_model(compiled: CompiledVLM) -> None:
     """Print a compiled model on one screen: graphs, decisions, quantized sites, sites left out."""
+    from qpcompile.recipe.bits_told import told_bits
+
     plan, graphs = compiled.plan, compiled.program.graphs
     out = console()
     facts = [
@@ -260,6 +262,8 @@ def show_model(compiled: CompiledVLM) -> None:
         kinds = Counter((site.graph, _bits(site), site.kernel) for site in plan.sites)
         rows = [(graph, bits, kernel, str(count)) for (graph, bits, kernel), count in sorted(kinds.items())]
         out.print(table("quantized sites", ("graph", "bits", "kernel", "sites"), rows))
+    for line in told_bits(plan):
+        out.print(line)
     if plan.left_out:
         why = Counter((item.graph, item.reason) for item in plan.left_out)
         rows = [(graph, reason, str(count)) for (graph, reason), count in sorted(why.items())]

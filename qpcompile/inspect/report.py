@@ -22,6 +22,7 @@ from qpcompile.ir.pass_manager import PASS_RUNS
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.quality.verdict import increments, verdict
+from qpcompile.recipe.bits_told import told_bits
 from qpcompile.recipe.plan import Plan
 from qpcompile.runtime.machine import Machine
 from qpcompile.versions import package_versions
@@ -84,6 +85,8 @@ def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: s
         layers=len(plan.layers),
         calibration=plan.calibration,
         sites=sites,
+        bits_told=told_bits(plan),
+        assigned=sorted(plan.bits, key=lambda entry: (entry.cost_raised - entry.cost) / entry.size),
         worst=max(errors, default=0.0) or 1.0,
         error_tables=error_tables(sites),
         left_out=left_out_rows(plan.left_out),

@@ -55,8 +55,8 @@ def next_step(plan: Plan) -> Step | None:
     raise QualityError(
         f"{quality.agreement:.0%} of the answers are those of full precision, {least:.0%} are demanded",
         where="quality.min_agreement",
-        do=f"{remedy}, or allow the compile to do so (quality.max_keep, max_mean_bits, max_activation_bits, max_cache_bits), or "
-        f"demand less. Measured: {verdict(quality)}",
+        do=f"{remedy}, or allow the compile to do so (quality.max_keep, max_mean_bits, max_activation_bits, "
+        f"max_cache_bits), or demand less. Measured: {verdict(quality)}",
     )
 
 

@@ -1,6 +1,7 @@
 """Distribute bits over sites under a budget: which sites take 8 bits instead of 4.
 
-    max over sets R of  sum over R of (error with 4 - error with 8)     sum over R of size * 4 <= (mean - 4) * total size
+    max over sets R of  sum over R of (error with 4 - error with 8)
+    with                sum over R of size * 4 <= (mean - 4) * total size
 
 Greedily by the gain per element, largest first; a site that no longer fits is skipped. A larger budget never gives a
 larger error: the first site that only the larger budget takes gains more per element than all that fit in its place.

@@ -1,16 +1,15 @@
-"""What an error at the output of a linear costs: the divergence of the answer's first token from full precision, in
-nats.
+"""What an error at the output of a linear costs: the divergence of the answer's first token, in nats.
 
     KL  ~  1/2 sum over tokens t of  (||g_t||^2 / N) ||error of y_t||^2         y_t: f[N], the linear's output
-    g   =  dL / dy for the gradient v = sqrt(p) z - p (sqrt(p) . z) of the logits, z normal: E[g g^T] is the Fisher matrix
 
-The errors of tokens and channels are taken as independent, and those of channels as equally large. Visual and text
-tokens are summed separately. Linears of the tower and the projector are before the decoder's inputs, where the host
-calls them: a relative error of their output counts as the same relative error of the visual embeddings.
+g_t = dL / dy_t for the gradient v = sqrt(p) z - p (sqrt(p) . z) of the logits, z normal: E[v v^T] is the Fisher matrix
+of the softmax, diag(p) - p p^T. Errors of tokens and channels are taken as independent, and those of channels as
+equally large. Visual and text tokens are summed separately. Linears of the tower and the projector come before the
+decoder's inputs, where the host calls them: a relative error of their output counts as the same relative error of the
+visual embeddings.
 
-Source: the second-order expansion of the divergence, as "Optimal Brain Compression" (arXiv 2208.11580) and HAWQ-V2 (arXiv
-1911.03852) use it for bits per layer; here per input of linears, and with the exact factor of the Fisher matrix of a
-softmax instead of sampled labels.
+Source: HAWQ-V2 (arXiv 1911.03852), section 3, weighs the errors of layers by the trace of the Hessian in this way;
+here the trace is of the Fisher matrix at each linear's output, from one random vector per sample.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ SAMPLES = 16
 
 @dataclass
 class LossSensitivity:
-    """Nats per squared error: per linear, for an error of equal size at all visual and at all text tokens; features: per
-    squared relative error of the visual embeddings. Sums over samples, then means.
+    """Nats per squared error, means over samples. linears: of an error with this energy at every visual and at every
+    text token; features: of the squared relative error of the visual embeddings.
     """
 
     linears: dict[str, tuple[float, float]] = field(default_factory=dict)

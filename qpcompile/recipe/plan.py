@@ -91,7 +91,7 @@ class KeyCenter(Section):
     sink: float | None = Field(
         default=None,
         ge=0,
-        description="Residual norm of the token whose key is stored exactly, over the median; null: no token is massive.",
+        description="Residual norm, over the median, of the token whose key is exact; null: none is massive.",
     )
 
 

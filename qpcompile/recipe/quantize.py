@@ -299,7 +299,9 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         if mean is not None and bits != 4:
             reasons[f"mean_bits.{part}"] = f"sites are raised from 4 bits to 8; set {part}.bits to 4, or this to null"
     if scheme.mean_bits.weights is not None and activations.bits == 16 and weights.kernel_group:
-        reasons["weights.granularity"] = "8-bit weights have one scale per channel for unquantized inputs; write channel"
+        reasons["weights.granularity"] = (
+            "8-bit weights have one scale per channel for unquantized inputs; write channel"
+        )
     if scheme.simulation != "none" and scheme.mean_bits.asked:
         reasons["mean_bits"] = "the simulation has 4 bits everywhere; set both to null"
     if weights.bits == 16 and scheme.transform != "none":

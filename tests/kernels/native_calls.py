@@ -100,7 +100,14 @@ def rope_kv4_write() -> Arguments:
     tensors = {"q": q, "k": k, "v": v.contiguous(), "cos": torch.randn(2, 1, 3, 24), "sin": torch.randn(2, 1, 3, 24)}
     tensors |= {"y": torch.zeros(2, 4, 3, 24), "k_codes": _u8(2, 2, 3, 12), "k_affine": torch.zeros(2, 2, 3, 2)}
     tensors |= {"v_codes": _u8(2, 2, 3, 12), "v_affine": torch.zeros(2, 2, 3, 2)}
-    factors = {"left": torch.rand(4, 4), "right": torch.rand(6, 6), "tiles": None, "left_size": 4, "right_size": 6}
+    factors = {
+        "left": torch.rand(4, 4),
+        "right": torch.rand(6, 6),
+        "tiles": None,
+        "center": torch.rand(2, 24),
+        "left_size": 4,
+        "right_size": 6,
+    }
     return {**tensors, **factors, "batch": 2, "heads": 4, "groups": 2, "tokens": 3, "size": 24}
 
 

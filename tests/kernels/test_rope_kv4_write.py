@@ -62,7 +62,7 @@ def test_centred_keys(shape: tuple[int, ...], dtype: torch.dtype, tables: bool, 
     operands = given(shape, tables, rotate, dtype)
     center = torch.randn(1, shape[2], 1, shape[4]).to(dtype)
     found, plain = rope_kv4_write(*operands, center), rope_kv4_write(*operands)
-    q, k, v, cos, sin, _ = operands
+    _, k, _, cos, sin, _ = operands
     key = k if cos is None else rope(k, cos, sin)
     key = hadamard(key, None) if rotate else key
     assert same(found, (plain[0], *kv4_write(key - center), *plain[3:]))

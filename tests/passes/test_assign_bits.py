@@ -9,8 +9,8 @@ import expecttest
 import pytest
 import torch
 from programs import changed_recipe, stubbed, traced
-from toy_decoder import HIDDEN, Mlp, decode_graph, prefill_graph
 from torch import nn
+from toy_decoder import HIDDEN, Mlp, decode_graph, prefill_graph
 
 from qpcompile.calibration.statistics import CALIBRATION
 from qpcompile.errors import CalibrationError, RecipeError
@@ -112,7 +112,9 @@ def test_the_mean_is_kept_and_the_worst_sites_are_raised(apply: Apply, part: str
     assert all(entry.cost_raised < entry.cost / 20 for entry in found)
     # Of two sites of one size the worse one is raised.
     for one in found:
-        assert not [other for other in found if one.size == other.size and one.bits > other.bits and one.cost < other.cost]
+        assert not [
+            other for other in found if one.size == other.size and one.bits > other.bits and one.cost < other.cost
+        ]
     role = part.removesuffix("s")
     assert facts(program, PREFILL, role) == facts(program, DECODE, role)
     other = "activation" if role == "weight" else "weight"
@@ -172,7 +174,10 @@ def test_a_site_without_samples_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        (("quantize.mean_bits.weights=4.5", "quantize.weights.bits=8", "quantize.activations.bits=8"), "mean_bits.weights"),
+        (
+            ("quantize.mean_bits.weights=4.5", "quantize.weights.bits=8", "quantize.activations.bits=8"),
+            "mean_bits.weights",
+        ),
         (("quantize.mean_bits.activations=4.5", "quantize.activations.bits=8"), "mean_bits.activations"),
         (("quantize.mean_bits.activations=3",), "mean_bits.activations"),
         (("quantize.mean_bits.weights=5", "quantize.simulation=qvlm"), "mean_bits"),

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from programs import captured, changed_recipe, fresh, relative
+from torch import fx
 
-import qpcompile
 from qpcompile.errors import RecipeError
 from qpcompile.ir.edit import aten, calls, is_call
-from qpcompile.ir.near_miss import NEAR_MISSES
 from qpcompile.ir.node_facts import StubFact, stub_fact
-from qpcompile.ir.operators import HADAMARD, QUANT_STUB, ROPE_KV4_APPEND, ROPE_KV4_WRITE
+from qpcompile.ir.operators import HADAMARD, QUANT_STUB
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.passes.calibrate import Calibrate
@@ -32,7 +31,9 @@ ROUGH = "quantize.weights.solver=rtn", "quantize.smooth=null", "quantize.center=
 
 
 def recipe(*settings: str) -> Recipe:
-    return changed_recipe("w4a4kv4", "quantize.head_bits=16", *ROUGH, "quantize.activations.clip_search=false", *settings)
+    return changed_recipe(
+        "w4a4kv4", "quantize.head_bits=16", *ROUGH, "quantize.activations.clip_search=false", *settings
+    )
 
 
 def ready(*settings: str) -> Program:
@@ -55,7 +56,8 @@ def test_each_key_is_less_by_one_vector_per_head(apply: Apply) -> None:
             assert is_call(stub.args[0], aten.sub.Tensor) == (fact.role == "key")
             if fact.role == "key":
                 inner, center = stub.args[0].args  # type: ignore[union-attr]
-                assert is_call(inner, HADAMARD) and str(center.target) == f"cache.{fact.layer}.center"
+                assert isinstance(center, fx.Node) and is_call(inner, HADAMARD)
+                assert str(center.target) == f"cache.{fact.layer}.center"
 
 
 def test_attention_is_the_same() -> None:
@@ -132,18 +134,5 @@ def test_a_method_that_reads_norms_of_keys_is_refused() -> None:
 
 @pytest.mark.parametrize("setting", ["quantize.kv_cache.bits=16", "quantize.kv_cache.granularity=kivi"])
 def test_refused_recipes(setting: str) -> None:
-    with pytest.raises(RecipeError, match="kv_cache.center"):
+    with pytest.raises(RecipeError, match=r"kv_cache\.center"):
         recipe(CENTER, setting)
-
-
-def test_a_compile_fuses_it_and_decodes_as_it_recomputes() -> None:
-    """The last step of the compile compares decoding with recomputation; mixed bits and centres are in both."""
-    model, cases, _ = captured()
-    mixed = "quantize.mean_bits={weights: 5, activations: 6}"
-    compiled = qpcompile.compile(model, recipe(CENTER, mixed, "quality.samples=0"), calibration=[cases["one"]])
-    program = compiled.program
-    for name, operator in ((PREFILL, ROPE_KV4_WRITE), (DECODE, ROPE_KV4_APPEND)):
-        nodes = list(calls(program.graphs[name], operator))
-        assert len(nodes) == 3 and all(str(node.args[-1]).startswith("cache_") for node in nodes)
-    assert not [miss for miss in program.measured[NEAR_MISSES] if "attention" in miss.node]
-    assert {entry.bits for entry in program.plan.bits} == {4, 8}

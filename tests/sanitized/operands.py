@@ -243,7 +243,9 @@ def rope_kv4_write(draw: Draw) -> Arguments:
     size, tokens, rows = draw.choice((2, 8, 24, 64)), draw.choice((1, 5)), draw.choice((1, 2))
     x = _f(draw, rows, 7, tokens, size)
     tables = {"cos": torch.randn(1, 1, tokens, size), "sin": torch.randn(rows, 1, tokens, size)}
-    return {"q": x[:, :3], "k": x[:, 3:4], "v": x[:, 6:], **tables, "rotate": draw.choice((True, False))}
+    heads = {"q": x[:, :3], "k": x[:, 3:4], "v": x[:, 6:]}
+    center = draw.choice((None, torch.randn(1, 1, 1, size)))
+    return {**heads, **tables, "rotate": draw.choice((True, False)), "center": center}
 
 
 def rope_kv4_append(draw: Draw) -> Arguments:
@@ -251,7 +253,8 @@ def rope_kv4_append(draw: Draw) -> Arguments:
     rows, size, before = given["q"].shape[0], given["q"].shape[3], draw.choice((0, 3))
     past = {f"{part}_codes": _codes(rows, 1, before, size // 2) for part in "kv"}
     past |= {f"{part}_affine": _positive(rows, 1, before, 2) for part in "kv"}
-    return given | {name: past[name] for name in ("k_codes", "k_affine", "v_codes", "v_affine")}
+    center = given.pop("center")
+    return given | {name: past[name] for name in ("k_codes", "k_affine", "v_codes", "v_affine")} | {"center": center}
 
 
 def segment_attention(draw: Draw) -> Arguments:

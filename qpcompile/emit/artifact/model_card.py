@@ -6,6 +6,7 @@ from collections import Counter
 
 from qpcompile.ir.program import Program
 from qpcompile.quality.verdict import increments, verdict
+from qpcompile.recipe.bits_told import told_bits
 from qpcompile.recipe.plan import Plan
 
 _CARD = """---
@@ -86,8 +87,9 @@ def _quantization(plan: Plan) -> str:
         for (graph, weight, activation, cache, kernel), count in kinds.items()
     ]
     head = ["| graph | sites | weight bits | activation bits | cache bits | kernel |", f"|{' --- |' * 6}"]
+    told = "".join(f"\n- {line}." for line in told_bits(plan))
     left = f"\n{len(plan.left_out)} sites in scope were left as they are; `plan.yaml` says why."
-    return "\n".join([*head, *rows, *([left] if plan.left_out else [])])
+    return "\n".join([*head, *rows, *([told] if told else []), *([left] if plan.left_out else [])])
 
 
 def _tokens(plan: Plan) -> str:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 TORCH = onnx_aten.table() | onnx_aten_shape.table()
 FORMS = {spec.overload: spec.onnx() for spec in SPECS if spec.onnx is not None}
 OWN = {overload: form.translation for overload, form in FORMS.items()}
-# No graph holds placeholders of two operators (a recipe has one number of bits of activations): any order will do.
+# No graph holds placeholders of two operators (inputs of all linears have codes, or of none): any order will do.
 LOWERINGS = tuple(form.lower for form in FORMS.values() if form.lower is not None)
 CLEAN_UP = (InlinePass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
 PACKAGES = ("qpcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")

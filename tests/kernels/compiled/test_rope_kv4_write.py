@@ -13,7 +13,7 @@ from kernels.compiled.sass import Compiled, compiled
 from qpcompile.kernels.hadamard.triton import norm_of, odd_factor
 from qpcompile.kernels.rope_kv4_write.triton import rope_kv4_kernel, tiling_of
 
-POINTERS = {f"{name}_ptr": "*bf16" for name in ("q", "k", "v", "y")} | {"inner_ptr": "*fp32"}
+POINTERS = {f"{name}_ptr": "*bf16" for name in ("q", "k", "v", "y")} | {"inner_ptr": "*fp32", "center_ptr": "*bf16"}
 POINTERS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "k_codes_ptr": "*u8", "v_codes_ptr": "*u8"}
 POINTERS |= {"k_affine_ptr": "*fp32", "v_affine_ptr": "*fp32"}
 COUNTS = ("B", "H", "G", "S", "start", "slots")
@@ -23,7 +23,7 @@ def code_of(size: int, rotate: bool, arch: int, one_token: bool = False) -> Comp
     tiling = tiling_of(size, rotate)
     assert tiling is not None
     constants = dict(zip(("HALF", "TOKENS", "OUTER", "MIDDLE", "INNER", "PAD"), tiling.shape, strict=True))
-    constants |= {"norm": norm_of(size), "ODD": odd_factor(size), "TABLES": True, "ROTATE": rotate}
+    constants |= {"norm": norm_of(size), "ODD": odd_factor(size), "TABLES": True, "ROTATE": rotate, "CENTER": True}
     # Triton specialises arguments equal to 1 as constants.
     constants |= {"B": 1, "S": 1} if one_token else {}
     strides = [name for name in rope_kv4_kernel.arg_names if name.endswith(("_batch", "_head", "_token"))]

@@ -57,6 +57,18 @@ def test_is_the_reference(shape: tuple[int, ...], tables: bool, rotate: bool) ->
     check(rope_kv4_write(*operands), expected, shape[4], rotate, torch.float32)
 
 
+@kinds
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_centred_keys(shape: tuple[int, ...], tables: bool, rotate: bool) -> None:
+    operands = given(shape, tables, rotate)
+    center = torch.randn(1, shape[2], 1, shape[4])
+    expected = reference.rope_kv4_write(*operands, center)
+    check(rope_kv4_write(*operands, center), expected, shape[4], rotate, torch.float32)
+    past = [*kv4_write(torch.randn(shape[0], shape[2], 2, shape[4]))] * 2
+    expected = append_reference.rope_kv4_append(*operands, *past, center)
+    check(rope_kv4_append(*operands, *past, center), expected, shape[4], rotate, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @kinds
 def test_half_precision(tables: bool, rotate: bool, dtype: torch.dtype) -> None:
