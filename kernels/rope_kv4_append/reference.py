@@ -17,8 +17,8 @@ PARTS = ("k_codes", "k_affine", "v_codes", "v_affine")
 def rope_kv4_append(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, rotate: bool, *past: Tensor | None
 ) -> Written:
-    """Operands as in rope_kv4_write; past: codes u8[B, Hkv, P, D / 2], affine f32[B, Hkv, P, 2] of keys and values, then
-    `center`, which may be left out.
+    """Operands as in rope_kv4_write; past: codes u8[B, Hkv, P, D / 2], affine f32[B, Hkv, P, 2] of keys and values,
+    then `center`, which may be left out.
 
     Returns `Written` with P + S tokens.
     """

@@ -14,7 +14,7 @@ from qpcompile.recipe.recipe import Recipe, preset_names
 
 PRESETS = [
     *("joint-12.5", "joint-30", "joint-30-w4a8", "none", "prune-30", "qapruner-12.5", "quota-30", "quota-30-w4a8"),
-    *("quota-50", "w4a16", "w4a4kv4", "w4a8kv4", "w8a8"),
+    *("quota-50", "w4a16", "w4a4kv4", "w4a4kv4-mixed", "w4a8kv4", "w8a8"),
 ]
 
 WEIGHTS = st.fixed_dictionaries(

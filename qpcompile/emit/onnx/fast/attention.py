@@ -68,10 +68,14 @@ def doubled_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _written(node: object) -> fx.Node | None:
-    """The keys or values whose codes or scales a node holds."""
-    if is_call(node, operator.getitem) and is_call(node.args[0], KV4_WRITE, KV8_WRITE):
-        return node.args[0].args[0]  # type: ignore[return-value]
-    return None
+    """The keys or values whose codes or scales a node holds, without the centre that changes no attention."""
+    if not is_call(node, operator.getitem) or not is_call(node.args[0], KV4_WRITE, KV8_WRITE):
+        return None
+    held = node.args[0].args[0]
+    assert isinstance(held, fx.Node)
+    if is_call(held, aten.sub.Tensor) and isinstance(held.args[1], fx.Node) and held.args[1].op == "get_attr":
+        return held.args[0]  # type: ignore[return-value]
+    return held
 
 
 def _unrotated(node: Any) -> fx.Node:
