@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import fx
 
 from qpcompile.errors import RecipeError
+from qpcompile.ir.attention import appended
 from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, tidy
 from qpcompile.ir.node_facts import Role, StubFact, set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
@@ -52,7 +53,7 @@ class InsertQuantStubs:
                 changed |= _stub_caches(graph)
             tidy(graph)
         _check_patterns(program, scheme)
-        unique = {(item.graph, item.name): item for item in left_out}
+        unique = {(item.graph, item.name): item for item in (*program.plan.left_out, *left_out)}
         program.plan = program.plan.changed(left_out=tuple(unique.values()))
         return changed
 
@@ -122,12 +123,8 @@ def _stub_caches(graph: Graph) -> bool:
         if not path.in_full_precision:
             continue
         result = graph.result(path)
-        new = result
-        if is_call(result, aten.cat.default):
-            parts = result.args[0]
-            assert isinstance(parts, (list, tuple))
-            new = parts[-1]
-        if not isinstance(new, fx.Node) or stub_fact(new):
+        new = appended(result) or result
+        if stub_fact(new):
             continue
         after = next(iter(graph.module.graph.nodes)) if new.op == "placeholder" else new.next
         site = f"{graph.owner}.layers.{path.layer}.{path.part}"

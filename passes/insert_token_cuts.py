@@ -25,6 +25,7 @@ from torch import fx
 
 from qpcompile.ir.edit import aten, first_node_of_layer, tidy
 from qpcompile.ir.liveness import Selection, gather, reduce_tokens
+from qpcompile.ir.names import STATE
 from qpcompile.ir.operators import SELECT_TOKENS
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.shapes import add_input, add_output, new_size, propagate, token_axes, value
@@ -132,6 +133,8 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node
     stays.meta["val"] = new_size(graph, f"{KEPT}.{point.layer}.size", value(stays).node.hint)
     pair = point.call(SELECT_TOKENS, scores, stays, _quota(point, prompt))
     index, alive = point.call(operator.getitem, pair, 0), point.call(operator.getitem, pair, 1)
+    if any(path.root == STATE for path in graph.outputs):
+        index, alive = _dead_first(point, index, alive)
     selection = Selection(index, alive, stays, batch)
     kept = index if point.kept is None else point.call(aten.gather.default, point.kept, 1, index)
     visual = point.call(aten.gather.default, point.visual, 1, index)
@@ -145,6 +148,15 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node
     add_output(graph, f"{KEPT}.{point.layer}", kept)
     add_output(graph, f"{ALIVE}.{point.layer}", alive)
     return _Tokens(visual, alive, kept, value(stays), positions)
+
+
+def _dead_first(point: Point, index: fx.Node, alive: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The kept tokens with dead slots moved to the front of their row, as padding.
+
+    A layer with a state reads its tokens one after the other: a dead slot between two of them would change the second.
+    """
+    order = point.call(aten.argsort.stable, point.call(aten.to.dtype, alive, torch.int64), stable=True, dim=1)
+    return point.call(aten.gather.default, index, 1, order), point.call(aten.gather.default, alive, 1, order)
 
 
 def _stays(point: Point, prompt: _Prompt) -> tuple[fx.Node, fx.Node]:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from qpcompile.errors import InvariantError
-from qpcompile.ir.attention import read_attention
+from qpcompile.ir.attention import appended, read_attention
 from qpcompile.ir.edit import aten, call, calls, count_up, is_call, layer_of, through_shape_ops, tidy
 from qpcompile.ir.names import Name, names
 from qpcompile.ir.node_facts import stub_fact
@@ -131,7 +131,7 @@ def _write(graph: Graph, stub: fx.Node, write: Any) -> Pair:
 def _read_back(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
     """Make every reader of keys or values other than the cache read them from their codes."""
     for stub in pairs:
-        append = next((user for user in stub.users if is_call(user, aten.cat.default)), None)
+        append = next((user for user in stub.users if appended(user) is stub), None)
         held = stub if append is None else append
         codes = _cached(graph, held, pairs, held)
         read = call(graph, held, KV8_READ, *codes, value(held).dtype)
@@ -151,7 +151,7 @@ def _cached(graph: Graph, node: fx.Node, pairs: dict[fx.Node, Pair], before: fx.
     """Codes and scales of all tokens that the attention sees: the past's, if there is one, then the new tokens'."""
     stub = _source(node)
     codes, affine = pairs[stub]
-    append = next((user for user in stub.users if is_call(user, aten.cat.default)), None)
+    append = next((user for user in stub.users if appended(user) is stub), None)
     if append is None:
         return codes, affine
     parts = append.args[0]

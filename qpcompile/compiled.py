@@ -19,6 +19,7 @@ from qpcompile.emit.artifact.pickled import from_files, to_files
 from qpcompile.emit.artifact.weights import stored_tensors, total_bytes
 from qpcompile.errors import ExportError, InputError
 from qpcompile.inspect.summary import as_html, as_text, summary
+from qpcompile.ir.pass_manager import DEFECTS
 from qpcompile.ir.program import Program
 from qpcompile.ir.text import graph_text
 from qpcompile.recipe.plan import Plan
@@ -211,7 +212,14 @@ class CompiledVLM:
                 where="export_onnx",
                 do='install the extra: pip install "qpcompile[onnx]"',
             ) from error
-        export_onnx(self.program, folder, check, fast, self.generate)
+        try:
+            export_onnx(self.program, folder, check, fast, self.generate)
+        except DEFECTS as error:
+            raise ExportError(
+                f"the graphs cannot be written as ONNX: {type(error).__name__}: {error}",
+                where=type(self.program.host).__name__,
+                do="use the compiled module, and report this family",
+            ) from error
 
     def report(self, path: str | PathLike[str], samples: Any = None) -> None:
         """Write the report, one self-contained HTML file.

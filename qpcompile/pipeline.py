@@ -32,7 +32,7 @@ from qpcompile.emit.artifact.tokenizer_file import check_tokenizer
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.numerics import check_numerics
-from qpcompile.ir.pass_manager import PASS_RUNS, PassRun, run_passes
+from qpcompile.ir.pass_manager import PASS_RUNS, PassRun, defects, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import check_layers
@@ -178,9 +178,11 @@ def compile_captured(
     # The passes have iterated over the samples: their digest is known by now.
     used = CalibrationUsed(samples=len(samples), sha256=samples.digest()) if samples else CalibrationUsed()
     program.plan = program.plan.changed(calibration=used, versions=package_versions())
-    compiled = CompiledVLM(program, processor)
+    with defects(program, "binding"):
+        compiled = CompiledVLM(program, processor)
     sample = next(iter(samples)) if samples else blank_sample(program.host, processor)
-    check_decode(program, compiled.machine, sample)
+    with defects(program, "the final check"):
+        check_decode(program, compiled.machine, sample)
     if measured_by is not None:
         program.plan = program.plan.changed(quality=measured_by.finish(compiled.machine, raised))
     return compiled

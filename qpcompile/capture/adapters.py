@@ -6,6 +6,7 @@ pictures with sizes as Python numbers would specialize the graph to the number a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
 
-from qpcompile.ir.operators import SEGMENT_ATTENTION
+from qpcompile.ir.operators import EXPERT_LINEAR, GATED_DELTA, SEGMENT_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,51 @@ def attending_in_segments(cu_seqlens: torch.Tensor) -> Iterator[None]:
 
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention):
         yield
+
+
+def _experts(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Experts of a layer as products per expert, in place of transformers' loop over those that were chosen.
+
+    hidden: f[N, C], index: i64[N, k], the experts of each token, weights: f[N, k] -> f[N, C].
+    """
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        matrix = getattr(self, name)
+        y = EXPERT_LINEAR(x, matrix.transpose(1, 2) if self.is_transposed else matrix, index)
+        return y + getattr(self, f"{name}_bias")[index] if self.has_bias else y
+
+    inner = linear(hidden.unsqueeze(1), "gate_up_proj" if self.has_gate else "up_proj")
+    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    own = linear(inner, "down_proj")
+    own = self.post_expert_norm(own) if self.has_post_expert_norm else own
+    return (own * weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+
+
+def _gated_delta(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gated delta rule as one operator, in place of transformers' loop over chunks or tokens.
+
+    query, key: f[B, S, Hk, D], value: f[B, S, H, E], g, beta: f[B, S, H], initial_state: f[B, H, D, E] or None: zeros.
+    """
+    heads, width = value.shape[2], key.shape[3]
+    if key.shape[2] != heads:
+        query, key = (each.repeat_interleave(heads // each.shape[2], dim=2) for each in (query, key))
+    if use_qk_l2norm_in_kernel:
+        query, key = (
+            (each.float() * (each.float().square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()).to(value.dtype)
+            for each in (query, key)
+        )
+    if initial_state is None:
+        initial_state = value.new_zeros((value.shape[0], heads, width, value.shape[3]), dtype=torch.float32)
+    return GATED_DELTA(query * width**-0.5, key, value, g, beta, initial_state.float())
 
 
 def _packed_pictures(self: Any, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any) -> Any:
@@ -66,6 +113,13 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
+# Functions of the modules of families that are replaced while tracing, by name.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch_chunk_gated_delta_rule": _gated_delta,
+    "torch_recurrent_gated_delta_rule": _gated_delta,
+}
+
+
 def table_of(module: torch.nn.Module) -> str | None:
     """The table a component takes instead of picture sizes, if it has an adapter."""
     return next((adapter.table for part in module.modules() if (adapter := ADAPTERS.get(type(part).__name__))), None)
@@ -83,7 +137,12 @@ def traceable(module: torch.nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(lambda: vars(module).update(own))
         stack.callback(lambda: vars(module).pop("forward", None))
-        for kind in {type(part) for part in module.modules()}:
+        stack.enter_context(mock.patch.object(ALL_EXPERTS_FUNCTIONS, "get_interface", lambda *_: _experts))
+        kinds = {type(part) for part in module.modules()}
+        for home in {sys.modules[kind.__module__] for kind in kinds}:
+            for name in FUNCTIONS.keys() & vars(home).keys():
+                stack.enter_context(mock.patch.object(home, name, FUNCTIONS[name]))
+        for kind in kinds:
             if adapter := ADAPTERS.get(kind.__name__):
                 stack.enter_context(mock.patch.object(kind, "forward", adapter.forward))
             if hasattr(kind, "_deepstack_process"):

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel
+import torch
+from transformers import PreTrainedModel
 
-from qpcompile.capture.record import find_components, record
+from qpcompile.capture.boundary import component
+from qpcompile.capture.record import TWO_TOKENS, Recording, find_components, record, whole_cache
 from qpcompile.capture.sample import two_rows
-from qpcompile.capture.trace import trace
+from qpcompile.capture.trace import check_call, trace
 from qpcompile.capture.unread import drop_unread
 from qpcompile.capture.visual_path import visual_path
-from qpcompile.errors import CaptureError
+from qpcompile.errors import CalibrationError, CaptureError, InputError
 from qpcompile.ir.edit import layer_of
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import CACHE_ARGUMENT
-from qpcompile.recipe.plan import Layer, Plan
+from qpcompile.recipe.plan import Layer, LeftOut, Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.host import empty_host, fill_host, host_tensors
-from qpcompile.runtime.machine import visual_tokens
+from qpcompile.runtime.generation_options import first_line, plain_settings
+from qpcompile.runtime.machine import Machine, visual_tokens
 
+_LOG = logging.getLogger("qpcompile")
+# Largest distance of logits from the model's, of their spread: in float32, and where types of 16 bits round.
+EXACT, HALF = 1e-2, 0.25
+# Components that may stay transformers' code on the host if they cannot be traced for every size of picture: said in the
+# plan, since what they compute is neither quantized nor exported.
+ON_HOST = (VISION, PROJECTOR)
 # The component and the index of its call that each graph is traced from.
 SOURCES = (
     (VISION, "vision", 0),
@@ -39,32 +49,91 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
     code, if tracing fails or the graph differs from eager.
     """
     find_components(model)  # refuses a model that is not a VLM, before running it
-    pad = model.generation_config.pad_token_id
-    prompt = two_rows(sample, pad if isinstance(pad, int) else 0)
-    recording = record(model, prompt)
+    prompt, recording = _recorded(model, sample)
+    alone = record(model, sample)
     graphs: dict[str, Graph] = {}
-    for name, component, occurrence in SOURCES:
-        call = recording.first(component, occurrence)
+    on_host: list[LeftOut] = []
+    for name, role, occurrence in SOURCES:
+        call = recording.first(role, occurrence)
         if call is None:
             continue
-        owner = recording.owners[component]
+        owner = recording.owners[role]
         if name == PREFILL:
-            call.inputs[CACHE_ARGUMENT] = DynamicCache()
+            call.inputs[CACHE_ARGUMENT] = whole_cache(model)
         if name == HEAD:
-            call.inputs = {key: value.expand(-1, 2, -1).contiguous() for key, value in call.inputs.items()}
+            call.inputs = {key: value[:, -1:].expand(-1, 2, -1).contiguous() for key, value in call.inputs.items()}
             call.output = model.get_submodule(owner)(**call.inputs)
-        graphs[name] = trace(name, owner, model.get_submodule(owner), call)
-    graphs[VISION].constants |= visual_path(recording, prompt["input_ids"], visual_tokens(model.config))
+        try:
+            graph = trace(name, owner, model.get_submodule(owner), call)
+            if name in ON_HOST and (other := alone.first(role, occurrence)) is not None:
+                check_call(graph, model.get_submodule(owner), other)
+        except CaptureError as error:
+            if name not in ON_HOST:
+                raise
+            on_host.append(_left_on_host(name, owner, error))
+            continue
+        graphs[name] = graph
+    if VISION in graphs:
+        graphs[VISION].constants |= visual_path(recording, prompt["input_ids"], visual_tokens(model.config))
     held = _own_weights(graphs)
-    host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
+    with component("transformers' code around the graphs cannot be kept", type(model).__name__):
+        host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
     host.generation_config = copy.deepcopy(model.generation_config)
     layers = _layers(graphs[PREFILL])
-    program = Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=layers))
+    program = Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=layers, left_out=tuple(on_host)))
     # Running binds a host to its program: run a copy, on the same tensors.
     tensors = [*host.parameters(), *host.buffers()]
     own = copy.deepcopy(host, {id(tensor): tensor for tensor in tensors})
-    drop_unread(dataclasses.replace(program, host=own), prompt)
+    with component("the graphs do not run in place of the model's components", type(model).__name__):
+        drop_unread(dataclasses.replace(program, host=own), prompt)
+    _check_whole(dataclasses.replace(program, host=own), sample, alone)
     return program
+
+
+def _check_whole(program: Program, sample: dict[str, Any], alone: Recording) -> None:
+    """Compare an answer of the graphs with the model's, on the sample as it was given. CaptureError if they differ."""
+    half = program.host.dtype != torch.float32
+    try:
+        with Machine(program) as machine:
+            answer = machine.generate(**copy.deepcopy(sample), **(plain_settings(program.host) | TWO_TOKENS))
+        found = torch.stack(answer.logits, dim=1).float()
+    except (InputError, CalibrationError, RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise _differs(program, f"they do not run: {type(error).__name__}: {first_line(error)}") from error
+    expected = alone.logits.float()
+    spread: Any = expected - expected.mean(dim=-1, keepdim=True)
+    distance: Any = found - expected
+    far = float(distance.norm() / spread.norm().clamp(min=1e-30))
+    if not far <= (HALF if half else EXACT):
+        raise _differs(program, f"their logits are {far:.2g} of the spread off")
+
+
+def _differs(program: Program, what: str) -> CaptureError:
+    return CaptureError(
+        f"the traced graphs do not answer the sample as {type(program.host).__name__} does: {what}",
+        where=program.graphs[PREFILL].owner,
+        do="report this family: its code takes a branch that tracing two rows does not see",
+    )
+
+
+def _recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, Any], Recording]:
+    """Two rows made of a sample, and what the model calls on them. Raises CaptureError if it takes none of them."""
+    pad = model.generation_config.pad_token_id
+    first: CaptureError | None = None
+    for axis in (0, -1):
+        prompt = two_rows(sample, pad if isinstance(pad, int) else 0, axis)
+        try:
+            return prompt, record(model, prompt)
+        except CaptureError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _left_on_host(name: str, owner: str, error: CaptureError) -> LeftOut:
+    """A component that is not traced for every size of its inputs: transformers' own code runs it, unchanged."""
+    reason = f"{error.what} ({error.where}); it stays transformers' code, in full precision"
+    _LOG.warning("%s is not captured: %s", name, reason)
+    return LeftOut(graph=name, name=owner or name, reason=reason)
 
 
 def _own_weights(graphs: dict[str, Graph]) -> set[str]:

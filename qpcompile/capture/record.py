@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from qpcompile.errors import CaptureError, ModelError
 from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.runtime.arguments import keyword_arguments
 
+# What inputs with pictures in them are called.
+PICTURES = ("pixel_values", "image_patches", "flattened_patches")
 PROJECTORS = ("multi_modal_projector", "connector", "embed_vision")
+
+
+TWO_TOKENS = {
+    **{"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1},
+    **{"return_dict_in_generate": True, "output_logits": True},
+}
 
 
 @dataclass
@@ -32,6 +43,8 @@ class Recording:
 
     owners: dict[str, str]
     calls: list[Call] = field(default_factory=list)
+    # Of both new tokens, f[B, 2, V].
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def first(self, component: str, occurrence: int = 0) -> Call | None:
         """Call number `occurrence` of a component, or None if there were fewer calls."""
@@ -42,19 +55,17 @@ class Recording:
 def find_components(model: PreTrainedModel) -> dict[str, str]:
     """Dotted module names of the vision tower, the projector, the decoder and the head of a VLM.
 
-    Raises ModelError for a model that has no vision tower or no decoder of its own.
+    A model whose pictures have no tower of their own (patches or codes of pictures are tokens of the decoder) has no
+    "vision". Raises ModelError for a model that takes no pictures, does not generate, or has no decoder of its own.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    tower = model.get_encoder(modality="image")
-    decoder = model.get_decoder()
-    if tower is None or tower is model or decoder is None or decoder is model or not model.can_generate():
-        missing = "vision tower" if tower is None or tower is model else "decoder of its own"
-        raise ModelError(
-            f"{type(model).__name__} is not a vision-language model that generates text: it has no {missing}",
-            where=f"model type '{model.config.model_type}'",
-            do="pass a model that loads with transformers.AutoModelForImageTextToText",
-        )
-    components = {"vision": names[id(tower)], "language": names[id(decoder)]}
+    _check_kind(model)
+    tower, decoder = _part(model.get_encoder, modality="image"), _part(model.get_decoder)
+    if id(decoder) not in names or decoder is model:
+        raise _not_vlm(model, "it has no decoder of its own")
+    components = {"language": names[id(decoder)]}
+    if id(tower) in names and tower is not model and tower is not decoder:
+        components["vision"] = names[id(tower)]
     for root in (model, model.base_model):
         for attribute in PROJECTORS:
             module = getattr(root, attribute, None)
@@ -64,6 +75,55 @@ def find_components(model: PreTrainedModel) -> dict[str, str]:
     if head is not None:
         components["head"] = names[id(head)]
     return components
+
+
+def _check_kind(model: PreTrainedModel) -> None:
+    """Raise ModelError for a model that is known not to be captured, before it runs."""
+    if not model.can_generate():
+        raise _not_vlm(model, "it has no generate")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder model: its decoder reads the picture through "
+            "cross-attention, not as tokens of its sequence",
+            where=f"model type '{model.config.model_type}', is_encoder_decoder",
+            do="pass a model whose decoder has the picture's tokens in its own sequence",
+        )
+    takes = inspect.signature(type(model).forward).parameters
+    if not any(name.startswith(PICTURES) for name in takes):
+        raise _not_vlm(model, f"its forward takes no pictures ({', '.join(PICTURES)})")
+
+
+def _not_vlm(model: PreTrainedModel, reason: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} is not a vision-language model that generates text: {reason}",
+        where=f"model type '{model.config.model_type}'",
+        do="pass a model that loads with transformers.AutoModelForImageTextToText",
+    )
+
+
+def _part(find: Callable[..., Any], **which: Any) -> Any:
+    """A part of a model, or None where the model's own code fails to find one."""
+    try:
+        return find(**which)
+    except (AttributeError, ValueError, KeyError, TypeError, NotImplementedError):
+        return None
+
+
+def whole_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache in which every layer keeps all tokens: masks apply the windows, as in our graphs.
+
+    Layers of a convolution or a recurrence keep their states, as the configuration says.
+    """
+    try:
+        cache = DynamicCache(config=model.config)
+    except (AttributeError, KeyError, ValueError, TypeError):
+        return DynamicCache()
+    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        return DynamicCache()
+    cache.layers = [
+        layer if isinstance(layer, LinearAttentionCacheLayerMixin) else DynamicLayer() for layer in cache.layers
+    ]
+    return cache
 
 
 def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
@@ -79,18 +139,18 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(_entry(recording, component), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(_exit(recording, component), with_kwargs=True).remove)
-        settings: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1}
-        # A cache created without the config keeps all tokens in every layer: masks apply the windows, as in our graphs.
-        settings |= {"use_cache": True, CACHE_ARGUMENT: DynamicCache()}
+        settings: dict[str, Any] = dict(TWO_TOKENS)
+        settings |= {"use_cache": True, CACHE_ARGUMENT: whole_cache(model)}
         try:
-            cast(Any, model).generate(**copy.deepcopy(inputs), **settings)
+            answer = cast(Any, model).generate(**copy.deepcopy(inputs), **settings)
+            recording.logits = torch.stack(answer.logits, dim=1)
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__}.generate failed on the sample used for tracing: {error}",
                 where=f"inputs {sorted(inputs)}",
                 do="check that model.generate(**sample) works before compiling",
             ) from error
-    if recording.first("vision") is None:
+    if "vision" in recording.owners and recording.first("vision") is None:
         raise CaptureError(
             "the vision tower was not called on the sample used for tracing",
             where=f"inputs {sorted(inputs)}",

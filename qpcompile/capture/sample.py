@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qpcompile.nested import is_list
 from qpcompile.errors import CalibrationError
 
 # Inputs with a row per prompt; everything else has a row per picture (or per patch).
@@ -41,7 +42,7 @@ def _error(problem: str, inputs: dict[str, Any]) -> CalibrationError:
     )
 
 
-def two_rows(inputs: dict[str, Any], pad: int) -> dict[str, Any]:
+def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0) -> dict[str, Any]:
     """At least two rows, one token longer: row 0 left-padded, the others with their last token also prepended.
 
     So no axis has size 1, and no mask is all ones (which transformers would omit).
@@ -49,6 +50,7 @@ def two_rows(inputs: dict[str, Any], pad: int) -> dict[str, Any]:
     Args:
         inputs: one or more rows, as the processor returns them.
         pad: id of the padding token.
+        axis: the axis on which pixels are repeated; some processors put the patches of all pictures side by side.
     """
     check_sample(inputs)
     shape = inputs["input_ids"].shape
@@ -56,9 +58,10 @@ def two_rows(inputs: dict[str, Any], pad: int) -> dict[str, Any]:
     longer: dict[str, Any] = {}
     for key, value in {**inputs, "attention_mask": mask}.items():
         if not isinstance(value, torch.Tensor):
-            longer[key] = value
+            longer[key] = [*value, *value] if is_list(value) and shape[0] == 1 else value
             continue
-        rows = torch.cat([value, value]) if shape[0] == 1 else value
+        side = axis if value.is_floating_point() and value.ndim > 2 else 0
+        rows = torch.cat([value, value], dim=side) if shape[0] == 1 else value
         if key in ROWS and value.shape[:2] == shape:
             rows = torch.cat([rows[:, -1:], rows], dim=1)  # the last token is text, the first may not be
             rows[0, 0] = {"input_ids": pad, "attention_mask": 0}.get(key, int(rows[0, 0]))

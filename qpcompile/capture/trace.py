@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import sysconfig
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
@@ -20,22 +17,22 @@ from torch.utils import _pytree as pytree
 from transformers.exporters import exporter_dynamo
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.exporters.utils import _OUTPUT_FLAGS
 
 from qpcompile.capture.adapters import attending_in_segments, table_of, traceable
+from qpcompile.capture.boundary import component, first_line
+from qpcompile.capture.functional import make_functional
 from qpcompile.capture.record import Call
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import get_tensor, stand_in
-from qpcompile.ir.names import CACHE, Name, names
+from qpcompile.ir.names import CACHE, STATE, Name, names
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, template
-from qpcompile.runtime.arguments import FLAGS
+from qpcompile.runtime.arguments import FLAGS, refuse_unknown, split_flags
 from qpcompile.runtime.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 
 # The exporter's own preparation of inputs is skipped: `prepare` does it, identically for tracing and execution.
 _PRECOMPUTE = "transformers.exporters.utils.precompute_export_inputs"
-
-# Paths of code that is not model code: Python, its packages, and this one.
-_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parents[1]))
 
 
 def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
@@ -50,17 +47,14 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
     with torch.no_grad():
         arguments = {key: value for key, value in prepare(module, data, table).items() if value is not None}
     hook = module.register_forward_pre_hook(_one_token_count, with_kwargs=True)
-    config = DynamoConfig(dynamic=True, dynamic_shapes=_dynamic_axes(arguments))
+    # Flags that the exporter does not take out of the arguments have no axes.
+    axes = _dynamic_axes(arguments) | {key: None for key in flags if key not in _OUTPUT_FLAGS}
+    config = DynamoConfig(dynamic=True, dynamic_shapes=axes)
     try:
-        with _quiet(), _attention_by_segment(), traceable(module), mock.patch(_PRECOMPUTE, lambda *_: None):
+        failing = component(f"{name} cannot be traced", owner or type(module).__name__)
+        with failing, _quiet(), _attention_by_segment(), traceable(module), mock.patch(_PRECOMPUTE, lambda *_: None):
             traced = copy.deepcopy({**arguments, **flags})
             exported, _ = DynamoExporter().export_program(cast(Any, module), traced, config)
-    except Exception as error:
-        raise CaptureError(
-            f"{name} cannot be traced: {type(error).__name__}: {_first_line(error)}",
-            where=f"{owner or type(module).__name__}, {_model_line(error)}",
-            do="report this family; a picture or prompt of another size sometimes avoids the branch",
-        ) from error
     finally:
         hook.remove()
     tensors = dict(named_tensors(arguments))
@@ -106,11 +100,13 @@ def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     axes = {key: exporter_dynamo.get_auto_dynamic_shapes(value) for key, value in arguments.items()}
     if "inputs_embeds" in axes:
-        axes["inputs_embeds"].pop(2)
+        axes["inputs_embeds"].pop(arguments["inputs_embeds"].ndim - 1)
     if CACHE_ARGUMENT in axes:
-        for tensor in axes[CACHE_ARGUMENT]:
-            tensor.pop(1)
-            tensor.pop(3)
+        cached = [name for name, _ in named_tensors(arguments[CACHE_ARGUMENT])]
+        for name, tensor in zip(cached, axes[CACHE_ARGUMENT], strict=True):
+            fixed = (1, 3) if Name(name).root == CACHE else tuple(axis for axis in tensor if axis)
+            for axis in fixed:
+                tensor.pop(axis)
     return axes
 
 
@@ -160,6 +156,7 @@ def _plain(exported: torch.export.ExportedProgram) -> fx.GraphModule:
         if constant:  # a number or None: a constant in the trace, never read
             module.graph.erase_node(node)
     plain = fx.GraphModule(module, module.graph)
+    make_functional(plain)
     plain.graph.eliminate_dead_code()
     plain.recompile()
     return plain
@@ -170,8 +167,8 @@ def _input_names(exported: torch.export.ExportedProgram, tensors: Iterable[str])
     wanted = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
     signature = exported.call_spec.in_spec
     arguments = list(signature.child(1).context) if signature is not None else []
-    keys = [CACHE if key == CACHE_ARGUMENT else key for key in arguments]
-    ordered = [name for key in keys for name in names(tensors) if name.root == key]
+    roots = [(CACHE, STATE) if key == CACHE_ARGUMENT else (key,) for key in arguments]
+    ordered = [name for root in roots for name in names(tensors) if name.root in root]
     if len(ordered) != len(wanted):
         raise CaptureError(
             f"the traced graph has {len(wanted)} inputs, the call {len(ordered)} tensors",
@@ -181,10 +178,35 @@ def _input_names(exported: torch.export.ExportedProgram, tensors: Iterable[str])
     return tuple(ordered)
 
 
+def check_call(graph: Graph, module: torch.nn.Module, call: Call) -> None:
+    """Compare a graph with another recorded call of its component, with other sizes.
+
+    Raises CaptureError if the graph is bound to the sizes that it was traced with.
+    """
+    flags, data = split_flags(call.inputs)
+    with torch.no_grad():
+        arguments = prepare(module, data, graph.constants.get(TABLE))
+    refuse_unknown(graph, flags, arguments)
+    try:
+        _check(graph, dict(named_tensors(arguments)), call.output)
+    except (RuntimeError, KeyError, IndexError, ValueError) as error:
+        raise CaptureError(
+            f"the traced {graph.name} does not run on another number of pictures: {first_line(error)}",
+            where=graph.owner,
+            do="report this family: its code is traced as a loop over pictures, or with their sizes as numbers",
+        ) from error
+
+
 def _check(graph: Graph, tensors: dict[str, torch.Tensor], eager: Any) -> None:
     expected = [tensor for _, tensor in named_tensors(eager)]
     with torch.no_grad():
         actual = list(graph({name: tensors[name] for name in graph.inputs}).values())
+    if len(actual) != len(expected):
+        raise CaptureError(
+            f"the traced {graph.name} gives {len(actual)} tensors, eager {len(expected)}",
+            where=graph.owner,
+            do="report this family: what its component returns depends on its inputs",
+        )
     for path, left, right in zip(graph.outputs, actual, expected, strict=True):
         if left.shape != right.shape or not torch.allclose(left.float(), right.float(), rtol=1e-3, atol=1e-4):
             raise CaptureError(
@@ -192,17 +214,3 @@ def _check(graph: Graph, tensors: dict[str, torch.Tensor], eager: Any) -> None:
                 where=graph.owner,
                 do="report this family: its code takes a branch that tracing cannot see",
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-
-
-def _model_line(error: BaseException) -> str:
-    """The innermost line of the model's own code in a traceback: not of Python, torch or the tracing driver."""
-    for cause in (error, error.__cause__, error.__context__):
-        for frame in reversed(traceback.extract_tb(cause.__traceback__ if cause else None)):
-            name = frame.filename
-            if "/transformers/models/" in name or not (name.startswith(_LIBRARIES) or "<" in name):
-                return f"{name.rsplit('/models/', 1)[-1]}:{frame.lineno}: {frame.line}"
-    return "no line of the model's code in the traceback"

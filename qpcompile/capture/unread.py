@@ -20,6 +20,8 @@ Results = dict[str, torch.Tensor]
 
 def drop_unread(program: Program, prompt: dict[str, Any]) -> tuple[str, ...]:
     """Remove outputs of the vision graph that do not reach the decoder on `prompt`; returns their paths."""
+    if VISION not in program.graphs:
+        return ()
     graph = program.graphs[VISION]
     host = _Host(program, prompt)
     with host.machine:

@@ -1,4 +1,4 @@
-"""Normalize the arguments of an `aten::scaled_dot_product_attention` node, positional or by keyword."""
+"""Read attention nodes and what they append to: `aten::scaled_dot_product_attention`, `cat([past, new], -2)`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from qpcompile.ir.edit import aten, is_call, operands
 from qpcompile.ir.shapes import value
 
 _SPELLING = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -21,6 +22,20 @@ class Attention:
     mask: fx.Node | None
     causal: bool
     scale: float
+
+
+def appended(node: fx.Node) -> fx.Node | None:
+    """What `cat([past, new], -2)` appends to the tokens of a cache; None for any other node.
+
+    Halves of a head that are joined on the last axis are no append.
+    """
+    if not is_call(node, aten.cat.default):
+        return None
+    parts, axis = operands(node)["tensors"], operands(node)["dim"]
+    rank = value(node).ndim
+    if len(parts) != 2 or not isinstance(parts[1], fx.Node) or axis % rank != rank - 2:
+        return None
+    return parts[1]
 
 
 def read_attention(node: fx.Node) -> Attention:

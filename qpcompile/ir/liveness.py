@@ -6,6 +6,7 @@ gathered on those axes; every symbolic size that counts tokens is replaced by th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +84,77 @@ def _reduced(
         if isinstance(current, torch.Tensor) and (axes := token_axes(node, length)):
             reduced = gather(graph, place, node, axes, selection)
             is_mask = current.ndim == 4 and axes[-1] == 3
-            return mask_dead(graph, place, reduced, selection.alive, current.dtype) if is_mask else reduced
+            if is_mask:
+                return mask_dead(graph, place, reduced, selection.alive, current.dtype)
+            return _padding(graph, place, reduced, selection.alive) if _is_padding(graph, node) else reduced
+        if isinstance(current, torch.Tensor) and _is_flat(current, length, selection):
+            rows = call(graph, place, aten.view.default, node, [selection.batch, -1, *_sizes(graph, place, node, 1)])
+            reduced = gather(graph, place, rows, [1], selection)
+            return call(graph, place, aten.flatten.using_ints, reduced, 0, 1)
     if isinstance(current, torch.SymInt) and any(_depends(current, length) for length, _ in lengths):
-        raise _cannot_cut(graph, place, node, f"its size is {expression(current)}")
+        return _size_after(graph, place, node, lengths)
     return None
+
+
+def _is_flat(tensor: torch.Tensor, length: torch.SymInt, selection: Selection) -> bool:
+    """Whether the first axis counts the tokens of all rows: layers of experts flatten them."""
+    batch = value(selection.batch)
+    return tensor.ndim > 1 and expression(tensor.shape[0]) == expression(batch) * expression(length)
+
+
+def _sizes(graph: Graph, place: fx.Node, node: fx.Node, first: int) -> list[object]:
+    """The sizes of a tensor's axes from `first` on: numbers, or nodes."""
+    return [
+        call(graph, place, aten.sym_size.int, node, axis) if isinstance(size, torch.SymInt) else size
+        for axis, size in enumerate(value(node).shape)
+        if axis >= first
+    ]
+
+
+def _is_padding(graph: Graph, node: fx.Node) -> bool:
+    """Whether a value is the mask of real tokens [B, S] or [B, S, 1] that layers with a state multiply by."""
+    while node.op == "call_function" and node.target in (aten.to.dtype, aten.unsqueeze.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return "attention_mask" in graph.inputs and node is graph.placeholder("attention_mask") and value(node).ndim == 2
+
+
+def _padding(graph: Graph, place: fx.Node, mask: fx.Node, alive: fx.Node) -> fx.Node:
+    """A mask of real tokens without those in dead slots."""
+    own = call(graph, place, aten.to.dtype, alive, value(mask).dtype)
+    for _ in range(value(mask).ndim - 2):
+        own = call(graph, place, aten.unsqueeze.default, own, -1)
+    return call(graph, place, aten.mul.Tensor, mask, own)
+
+
+def _size_after(
+    graph: Graph, place: fx.Node, node: fx.Node, lengths: Sequence[tuple[torch.SymInt, Selection]]
+) -> fx.Node:
+    """A size computed from the number of tokens, of those that are kept. PlanError if it depends on another number."""
+    known: dict[Any, fx.Node] = {}
+    for length, selection in lengths:
+        known[expression(length)] = selection.count
+        known[expression(value(selection.batch))] = selection.batch
+    made = _arithmetic(graph, place, expression(value(node)), known)
+    if not isinstance(made, fx.Node):
+        raise _cannot_cut(graph, place, node, f"its size is {expression(value(node))}")
+    return made
+
+
+def _arithmetic(graph: Graph, place: fx.Node, size: Any, known: dict[Any, fx.Node]) -> fx.Node | int | None:
+    """The nodes that compute an expression of known sizes; None where it has another."""
+    if size in known:
+        return known[size]
+    if size.is_Integer:
+        return int(size)
+    operation = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod}
+    compute = operation.get(type(size).__name__)
+    parts = [_arithmetic(graph, place, part, known) for part in size.args]
+    if compute is None or not parts or any(part is None for part in parts):
+        return None
+    made = parts[0]
+    for part in parts[1:]:
+        made = call(graph, place, compute, made, part)
+    return made
 
 
 def gather(graph: Graph, point: fx.Node, node: fx.Node, axes: Sequence[int], selection: Selection) -> fx.Node:

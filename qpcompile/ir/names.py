@@ -1,6 +1,6 @@
 """The names of a graph's inputs and outputs, dotted paths into a component's arguments and its result, and of layers.
 
-attention_mask    masks.full    hidden_states.2    past_key_values.3.key    kept.2
+attention_mask    masks.full    hidden_states.2    past_key_values.3.key    past_states.2.conv.0    kept.2
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable
 
 CACHE = "past_key_values"
+# What a layer remembers of its past in a tensor of fixed size: the state of a convolution or a recurrence.
+STATE = "past_states"
 LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)$")
 """The name of a module that is a layer; the group is its index."""
 

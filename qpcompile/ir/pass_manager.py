@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Protocol
 
-from qpcompile.errors import InvariantError
+import torch
+
+from qpcompile.errors import InvariantError, QPCompileError
 from qpcompile.ir.heap import trim
 from qpcompile.ir.measurements import Measurement
 from qpcompile.ir.overloads import is_overload
 from qpcompile.ir.program import Program
 from qpcompile.ir.verify import verify
 from qpcompile.stages import Stage, span, within
+
+
+# What a pass raises on a graph that it does not know; errors of the system pass as they are.
+DEFECTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
 
 
 class Pass(Protocol):
@@ -61,11 +79,8 @@ def run_passes(
                 do="put the passes in the order of qpcompile/pass_list.py",
             )
         before = operator_counts(program)
-        try:
+        with defects(program, item.name):
             modified = item.run(program)
-        except Exception as error:
-            error.add_note(f"in the pass {item.name}, after {', '.join(program.history) or 'capture'}")
-            raise
         trim()
         program.history.append(item.name)
         program.stage = item.gives
@@ -74,6 +89,35 @@ def run_passes(
         if after is not None:
             after(steps[-1], program)
     return steps
+
+
+@contextmanager
+def defects(program: Program, step: str) -> Generator[None]:
+    """Exceptions of Python and torch inside become an InvariantError: the step, graph and node, and the line.
+
+    Errors of ours are noted with the step; those of the system, and too little memory, pass as they are.
+    """
+    try:
+        yield
+    except QPCompileError as error:
+        error.add_note(f"in the pass {step}, after {', '.join(program.history) or 'capture'}")
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except DEFECTS as error:
+        raise _defect(program, step, error) from error
+
+
+def _defect(program: Program, step: str, error: Exception) -> InvariantError:
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    notes = [*getattr(error, "__notes__", ())]
+    return InvariantError(
+        f"{step} failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",
+        where="; ".join([*notes, f"{Path(line.filename).name}:{line.lineno}"]),
+        ran=step,
+        before=program.history,
+        do="report this with the model family and the recipe: a pass met a graph that it does not know",
+    )
 
 
 def operator_counts(program: Program) -> dict[str, dict[str, int]]:

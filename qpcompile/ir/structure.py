@@ -3,7 +3,7 @@
     {"attention_mask": t0, "masks": {"full": t1}, "cache": DynamicCache}
       -> {"attention_mask": t0, "masks.full": t1, "past_key_values.0.key": t2, "past_key_values.0.value": t3}
 
-A cache is `past_key_values` in every graph, even if the installed transformers uses another name: a graph traced with
+States of layers without keys and values are `past_states.2.conv.0`. A cache is `past_key_values` in every graph, even if the installed transformers uses another name: a graph traced with
 one version runs with another.
 
 A template is the same structure with names instead of tensors: plain lists, dicts and strings, so that it can be
@@ -20,7 +20,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from qpcompile.ir.names import CACHE
+from qpcompile.ir.names import CACHE, STATE
 from qpcompile.nested import is_list, is_mapping
 
 Template: TypeAlias = "str | dict[str, Template] | list[Template] | None"
@@ -34,10 +34,7 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
         yield prefix, value
     elif isinstance(value, Cache):
         for index, layer in enumerate(value.layers):
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.numel():
-                yield f"{CACHE}.{index}.key", keys
-                yield f"{CACHE}.{index}.value", values
+            yield from _layer_tensors(layer, index)
     else:
         for key, item in _children(value):
             yield from named_tensors(item, f"{prefix}.{key}" if prefix else str(key))
@@ -83,6 +80,18 @@ class Result(dict[str, Any]):
     def to_tuple(self) -> tuple[Any, ...]:
         """The values that are not None, in order."""
         return tuple(value for value in self.values() if value is not None)
+
+
+def _layer_tensors(layer: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Keys and values, or states, of one layer of a cache, in the order of its attributes."""
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.numel():
+        yield f"{CACHE}.{index}.key", keys
+        yield f"{CACHE}.{index}.value", values
+    for kind, states in (("conv", "conv_states"), ("recurrent", "recurrent_states")):
+        for place, state in getattr(layer, states, dict[int, Any]()).items():
+            if isinstance(state, torch.Tensor):
+                yield f"{STATE}.{index}.{kind}.{place}", state
 
 
 def _children(value: Any) -> Iterator[tuple[str | int, Any]]:

@@ -13,7 +13,8 @@ from qpcompile.ir.code_bits import other_bits
 from qpcompile.ir.edit import aten, get_tensor, map_nodes
 from qpcompile.ir.operators import RULES, SPECS
 from qpcompile.ir.overloads import is_overload
-from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
+from qpcompile.ir.names import CACHE, STATE
+from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.size_functions import SIZE_FUNCTIONS
 from qpcompile.kernels.rule_text import NAMES
 from qpcompile.kernels.rules import Rule, described, differ
@@ -47,7 +48,7 @@ def verify(program: Program) -> None:
 
 def problems(program: Program) -> Iterator[str]:
     """Every violated invariant, as text."""
-    for name in (VISION, PREFILL, DECODE):
+    for name in (PREFILL, DECODE):
         if name not in program.graphs:
             yield f"the program has no {name} graph"
     for graph in program.graphs.values():
@@ -118,7 +119,8 @@ def _cache_problems(program: Program) -> Iterator[str]:
     if prefill is None or decode is None:
         return
     left, taken, kept = (
-        {name for name in names if name.in_cache} for names in (prefill.outputs, decode.inputs, decode.outputs)
+        {name for name in names if name.root in (CACHE, STATE)}
+        for names in (prefill.outputs, decode.inputs, decode.outputs)
     )
     if left != taken or left != kept:
         yield f"prefill and decode disagree on the cache: {sorted(left ^ taken) or sorted(left ^ kept)}"

@@ -257,6 +257,12 @@ def attention_node(graph: Graph, layer: int) -> fx.Node:
     return found[0]
 
 
+def attention_layers(graph: Graph) -> set[int]:
+    """The layers that can score tokens: those with one attention over them; others keep a state instead."""
+    found = [layer_of(node) for node in calls(graph, aten.scaled_dot_product_attention.default)]
+    return {layer for layer in found if layer is not None and found.count(layer) == 1}
+
+
 def layers_after(parts: Sequence[float], depth: int) -> tuple[int, ...]:
     """Layers to cut after, ascending, at about these fractions of the depth; fewer if they coincide.
 

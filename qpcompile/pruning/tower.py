@@ -36,7 +36,9 @@ def add_tower_outputs(program: Program, *, joined_heads: bool) -> None:
     mean over heads of both. Raises PlanError if the tower's attention cannot be found, or its patches cannot be traced
     to the visual tokens.
     """
-    vision = program.graphs[VISION]
+    vision = program.graphs.get(VISION)
+    if vision is None:
+        raise PlanError("the vision tower is not a graph of this program", where=VISION, do=INSTEAD)
     if OUTPUT not in vision.constants:
         raise PlanError(
             f"{type(program.host).__name__} does more with patches than to project them into the sequence",

@@ -11,7 +11,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 
 from qpcompile.errors import CalibrationError, CaptureError, InputError, KernelError, PlanError
-from qpcompile.ir.names import CACHE, Name
+from qpcompile.ir.names import CACHE, STATE, Name
 from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, rebuild
 from qpcompile.runtime.arguments import Kinds, fitted, input_kinds, keyword_arguments, refuse_unknown, split_flags
@@ -252,8 +252,8 @@ class Machine:
 
     def _store(self, cache: CompiledCache, results: dict[str, torch.Tensor], new: int) -> None:
         """Store the cache outputs of a graph in the cache."""
-        for name in [name for name in map(Name, results) if name.root in (CACHE, KEPT, ALIVE)]:
-            if name.in_cache:
+        for name in [name for name in map(Name, results) if name.root in (CACHE, STATE, KEPT, ALIVE)]:
+            if name.root in (CACHE, STATE):
                 cache.tensors[name] = results.pop(name)
             else:
                 group = cache.kept if name.root == KEPT else cache.alive

@@ -41,7 +41,7 @@ from torch import Tensor, fx
 from qpcompile.errors import InputError, InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, calls, layer_of
-from qpcompile.ir.names import CACHE, Name
+from qpcompile.ir.names import CACHE, STATE, Name
 from qpcompile.ir.operators import ATTENTION_KV4, SELECT_TOKENS
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import CACHE_ARGUMENT
@@ -295,7 +295,7 @@ def _joined_masks(like: Tensor, parts: list[Tensor]) -> Tensor:
 
 
 def _state(path: str) -> bool:
-    return Name(path).root in (CACHE, KEPT, ALIVE)
+    return Name(path).root in (CACHE, STATE, KEPT, ALIVE)
 
 
 def _hidden(graph: Graph) -> str:

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from qpcompile.emit.artifact.folder import AGAIN
 from qpcompile.emit.artifact.manifest import Manifest
 from qpcompile.errors import ArtifactError
-from qpcompile.ir.names import CACHE
-from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph, Program
+from qpcompile.ir.names import CACHE, STATE
+from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.types import TYPE, UNKNOWN, ValueType
 from qpcompile.runtime.machine import ALIVE, KEPT
 
@@ -47,7 +47,7 @@ def _contradictions(program: Program, manifest: Manifest) -> Iterator[tuple[str,
         yield "manifest.json, left_out", "plan.yaml leaves out other sites"
     if plan.recipe != program.recipe:
         yield "plan.yaml, recipe", "recipe.yaml asks for something else"
-    for name in (VISION, PREFILL, DECODE):
+    for name in (PREFILL, DECODE):
         if name not in program.graphs:
             yield "manifest.json, graphs", f"there is no {name} graph"
             return
@@ -68,7 +68,7 @@ def _of_graph(name: str, graph: Graph, program: Program) -> Iterator[str]:
     cuts = {str(cut.layer) for cut in program.plan.cuts}
     for path in (*graph.inputs, *graph.outputs):
         layer = path.rest.partition(".")[0]
-        if path.root == CACHE and not (layer.isdecimal() and int(layer) < len(program.layers)):
+        if path.root in (CACHE, STATE) and not (layer.isdecimal() and int(layer) < len(program.layers)):
             yield f"{path} belongs to no layer"
         elif path.root in (KEPT, ALIVE) and layer not in cuts:
             yield f"{path} belongs to no cut of plan.yaml"
@@ -78,7 +78,8 @@ def _of_cache(program: Program) -> Iterator[tuple[str, str]]:
     """The cache that prefill returns must be the one that decode takes and returns."""
     prefill, decode = program.graphs[PREFILL], program.graphs[DECODE]
     left, taken, kept = (
-        {name for name in names if name.root == CACHE} for names in (prefill.outputs, decode.inputs, decode.outputs)
+        {name for name in names if name.root in (CACHE, STATE)}
+        for names in (prefill.outputs, decode.inputs, decode.outputs)
     )
     if left != taken or left != kept:
         odd = sorted(left ^ taken) or sorted(left ^ kept)

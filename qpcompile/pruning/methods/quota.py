@@ -7,14 +7,16 @@ candidate rule are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import ClassVar, Literal
 
 from torch import fx
 
+from qpcompile.errors import PlanError
 from qpcompile.ir.edit import aten, calls, layer_of
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import TOKEN_SCORES
-from qpcompile.ir.program import Program
+from qpcompile.ir.program import PREFILL, Program
 from qpcompile.pruning.budget import (
     DEVIATIONS,
     candidate_layers,
@@ -23,7 +25,7 @@ from qpcompile.pruning.budget import (
     normalize_sensitivity,
     sensitivity,
 )
-from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, cut_layers
+from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, attention_layers, cut_layers
 from qpcompile.pruning.queries import QUERIES
 from qpcompile.pruning.risk import with_risk
 from qpcompile.recipe.plan import Sensitivity
@@ -134,17 +136,28 @@ def sensitivity_schedule(program: Program) -> Schedule:
 def _profiled(program: Program) -> tuple[int, ...]:
     """The candidate layers by the profile from calibration."""
     tokens = program.recipe.tokens
+    scoring, tail = attention_layers(program.graphs[PREFILL]), tokens.tail_fraction
     facts = program.plan.facts[:-1]
-    return candidate_layers(
+    if any(fact.layer not in scoring for fact in facts):
+        early = facts[: len(facts) - ceil(tail * len(facts))]
+        facts, tail = tuple(fact for fact in early if fact.layer in scoring), 0.0
+    if not facts:
+        raise PlanError(
+            "no layer before the last has an attention that could score tokens",
+            where="tokens.candidate_layers",
+            do="choose a tokens.method that drops tokens before the decoder: divprune, qapruner",
+        )
+    found = candidate_layers(
         [fact.mass_median for fact in facts],
         [fact.mass_iqr for fact in facts],
         [fact.cosine for fact in facts],
         concentration_floor=tokens.concentration_floor,
         iqr_ceiling=tokens.iqr_ceiling,
         cosine_ceiling=tokens.cosine_ceiling,
-        tail_fraction=tokens.tail_fraction,
+        tail_fraction=tail,
         max_candidates=tokens.max_candidates,
     )
+    return tuple(facts[place].layer for place in found)
 
 
 METHOD: Pruner = Quota()

@@ -1,0 +1,95 @@
+"""Make traced graphs functional: operators that write to their first argument become those that return a new tensor.
+
+    %a = aten::sum(%x)                   %a = aten::sum(%x)
+    %b = aten::div_(%y, %a)        ->    %b = aten::div(%y, %a)
+    %c = aten::mul(%y, 2)                %c = aten::mul(%b, 2)
+
+Only where no other name of the same memory is read afterwards: everything else stays as it was traced, and a graph is
+compared with eager after this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+# Operators whose result may share the memory of their first argument.
+_VIEWS = frozenset(
+    {
+        *(aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.expand.default),
+        *(aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default),
+        *(aten.narrow.default, aten.flatten.using_ints, aten.unflatten.int, aten.alias.default, aten.detach.default),
+        *(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.t.default),
+        *(aten.view_as.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.diagonal.default),
+    }
+)
+
+
+def make_functional(module: fx.GraphModule) -> None:
+    """Rewrite the operators of a graph that write to memory; the caller recompiles it."""
+    order = {node: place for place, node in enumerate(module.graph.nodes)}
+    for node in list(module.graph.nodes):
+        written = _root(node.args[0]) if node.args else None
+        pure = _pure(node)
+        if pure is None or not isinstance(written, fx.Node) or _is_shared(written, node, order):
+            continue
+        with module.graph.inserting_before(node):
+            if pure is aten.copy_.default:
+                source = node.args[1]
+                assert isinstance(source, fx.Node)
+                new = _as(module.graph, source, written)
+            else:
+                new = module.graph.call_function(pure, (written, *node.args[1:]), node.kwargs)
+        new.meta = dict(node.meta)
+        order[new] = order[node]
+        written.replace_all_uses_with(new, delete_user_cb=lambda user: order.get(user, -1) > order[node])
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+
+
+def _root(node: object) -> object:
+    """The value that a cast to the same type, which copies nothing, stands for."""
+    while isinstance(node, fx.Node) and node.target in (aten.to.dtype, aten.alias.default, aten.detach.default):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source.meta["val"].dtype != node.meta["val"].dtype:
+            return node
+        node = source
+    return node
+
+
+def _pure(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that returns what `node` writes; `copy_` itself, which becomes its source; None if there is none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not target._schema.is_mutable:
+        return None
+    if target is aten.copy_.default:
+        return target
+    name = target._schema.name.removeprefix("aten::")
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+    return getattr(packet, target._overloadname, None)
+
+
+def _is_shared(written: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the memory that `node` writes has another name that is read after it."""
+    if written.op != "placeholder" and written.target in _VIEWS:
+        return True
+    names = [written]
+    while names:
+        for user in names.pop().users:
+            if user.op == "call_function" and user.target in _VIEWS:
+                if any(order[reader] > order[node] for reader in user.users):
+                    return True
+                names.append(user)
+    return False
+
+
+def _as(graph: fx.Graph, source: fx.Node, like: fx.Node) -> fx.Node:
+    """`source` with the type and the sizes of `like`."""
+    held, given = like.meta["val"], source.meta["val"]
+    if held.dtype != given.dtype:
+        source = graph.call_function(aten.to.dtype, (source, held.dtype))
+    if held.ndim != given.ndim or any(str(left) != str(right) for left, right in zip(held.shape, given.shape)):
+        source = graph.call_function(aten.expand_as.default, (source, like))
+    return graph.call_function(aten.clone.default, (source,))

@@ -1,0 +1,216 @@
+"""Picture inputs as the processors of families give them, made by hand: pixels of noise, sizes and masks.
+
+`pictures(numbers)` gives the inputs of the pictures of those numbers. Where a family takes pictures of several sizes,
+even and odd numbers differ in size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Inputs = dict[str, Any]
+Pictures = Callable[[Sequence[int]], Inputs]
+# Rows and columns of patches of even and odd pictures: neither fills windows of 4 x 4 patches.
+GRIDS = ((6, 4), (10, 6))
+
+
+def noise(picture: int, *shape: int) -> torch.Tensor:
+    """The pixels of picture number `picture`."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(100 + picture))
+
+
+def stacked(size: int = 32, name: str = "pixel_values", **more: Any) -> Pictures:
+    """One square of pixels per picture; `more` are inputs with the same value in every row."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        pixels = torch.stack([noise(number, 3, size, size) for number in numbers])
+        return {name: pixels} | {key: torch.stack([value] * len(numbers)) for key, value in more.items()}
+
+    return pictures
+
+
+def tiles(most: int = 3, size: int = 32) -> Pictures:
+    """Any-resolution pictures: an overview and tiles; the even ones are wide (3 views), the odd ones tall (3)."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        pixels = torch.zeros(len(numbers), most, 3, size, size)
+        for row, number in enumerate(numbers):
+            pixels[row, :3] = noise(number, 3, 3, size, size)
+        sizes = [(26, 60) if number % 2 == 0 else (64, 20) for number in numbers]
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+
+    return pictures
+
+
+def packed(channels: int, grid: str = "image_grid_thw", axes: int = 3, **more: Any) -> Pictures:
+    """Patches of all pictures in one list, with the grid of each: `channels` values per patch."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        grids = [(1, *GRIDS[number % 2])[-axes:] for number in numbers]
+        rows = [noise(number, GRIDS[number % 2][0] * GRIDS[number % 2][1], channels) for number in numbers]
+        inputs = {"pixel_values": torch.cat(rows), grid: torch.tensor(grids)}
+        return inputs | {key: torch.stack([value] * len(numbers)) for key, value in more.items()}
+
+    return pictures
+
+
+def patches(side: int, grid: str = "image_grid_thw") -> Pictures:
+    """As `packed`, each patch a square: f[N, 3, side, side]."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        inputs = packed(3 * side * side, grid)(numbers)
+        inputs["pixel_values"] = inputs["pixel_values"].view(-1, 3, side, side)
+        return inputs
+
+    return pictures
+
+
+def views(size: int = 32) -> Pictures:
+    """Two views of one picture in even rows; odd ones have a view, then a blank one that the model drops."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        pixels = torch.stack([noise(number, 2, 3, size, size) for number in numbers])
+        for row, number in enumerate(numbers):
+            pixels[row, 1] *= number % 2 == 0
+        mask = torch.ones(len(numbers), 2, size, size, dtype=torch.bool)
+        return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+    return pictures
+
+
+def framed(side: int = 8, frame: int = 64) -> Pictures:
+    """Pictures of several sizes in one frame, with their sizes; multiples of two patches of `side` pixels."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        sizes = [(6 * side, 4 * side) if number % 2 == 0 else (4 * side, 8 * side) for number in numbers]
+        pixels = torch.zeros(len(numbers), 3, frame, frame)
+        for row, (number, (height, width)) in enumerate(zip(numbers, sizes, strict=True)):
+            pixels[row, :, :height, :width] = noise(number, 3, height, width)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+
+    return pictures
+
+
+def padded_patches(channels: int) -> Pictures:
+    """A row of patches per picture, padded to the longest of all pictures, with grids and a mask."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        most = max(rows * columns for rows, columns in GRIDS)
+        pixels = torch.zeros(len(numbers), most, channels)
+        mask = torch.zeros(len(numbers), most, dtype=torch.long)
+        for row, number in enumerate(numbers):
+            count = GRIDS[number % 2][0] * GRIDS[number % 2][1]
+            pixels[row, :count], mask[row, :count] = noise(number, count, channels), 1
+        shapes = torch.tensor([GRIDS[number % 2] for number in numbers])
+        return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+    return pictures
+
+
+def positioned_patches(channels: int, name: str = "image_position_ids", most: int = 60) -> Pictures:
+    """A row of patches per picture with the (x, y) of each patch, -1 for padding."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        pixels = torch.zeros(len(numbers), most, channels)
+        places = torch.full((len(numbers), most, 2), -1)
+        for row, number in enumerate(numbers):
+            rows, columns = GRIDS[number % 2]
+            pixels[row, : rows * columns] = noise(number, rows * columns, channels)
+            grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
+            places[row, : rows * columns] = grid
+        return {"pixel_values": pixels, name: places}
+
+    return pictures
+
+
+def strips(side: int, window: int = 1) -> Pictures:
+    """All patches of all pictures side by side in one picture of one patch's height, with grids: f[1, 3, side, n * side]."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        grids = [(8, 4) if number % 2 == 0 else (4, 12) for number in numbers]
+        pixels = [noise(number, 3, side, rows * columns * side) for number, (rows, columns) in zip(numbers, grids)]
+        return {"pixel_values": torch.cat(pixels, dim=-1)[None], "target_sizes": torch.tensor(grids)}
+
+    return pictures
+
+
+def local_views(size: int, side: int, grid: bool = False) -> Pictures:
+    """An overview per picture, and two local views of each even one."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        counts = [2 if number % 2 == 0 else 4 for number in numbers]
+        inputs: Inputs = {
+            "pixel_values": torch.stack([noise(number, 3, size, size) for number in numbers]),
+            "pixel_values_local": torch.cat(
+                [noise(number, count, 3, side, side) for number, count in zip(numbers, counts)]
+            ),
+            "num_local_patches": counts,
+        }
+        return inputs | ({"patches_grid": [[count // 2, 2] for count in counts]} if grid else {})
+
+    return pictures
+
+
+def flagged_views(size: int = 32) -> Pictures:
+    """Two views of one picture in even rows, one and a blank one in odd rows, with a flag per view."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        inputs = views(size)(numbers)
+        inputs["pixel_attention_mask"] = inputs["pixel_values"].flatten(2).any(-1)
+        return inputs
+
+    return pictures
+
+
+def rows_of_patches(channels: int, count: int = 16) -> Pictures:
+    """As many patches of every picture, each a row of channels: f[n, count, channels]."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        return {"pixel_values": torch.stack([noise(number, count, channels) for number in numbers])}
+
+    return pictures
+
+
+def pixel_lists(pixels: int) -> Pictures:
+    """For each token of a picture its pixels, each with three colours: f[N, pixels, 3], with the grid of tokens."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        inputs = packed(3 * pixels)(numbers)
+        return inputs | {"pixel_values": inputs["pixel_values"].view(-1, pixels, 3)}
+
+    return pictures
+
+
+def aspect_tiles(tiles: int = 2, size: int = 32) -> Pictures:
+    """One picture per row in up to two tiles, with the number of its aspect ratio and which tiles are real."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        mask = torch.ones(len(numbers), 1, tiles, dtype=torch.long)
+        for row, number in enumerate(numbers):
+            mask[row, 0, 1] = number % 2
+        return {
+            "pixel_values": torch.stack([noise(number, 1, tiles, 3, size, size) for number in numbers]),
+            "aspect_ratio_ids": torch.tensor([[1 + number % 2] for number in numbers]),
+            "aspect_ratio_mask": mask,
+        }
+
+    return pictures
+
+
+def pooled_crops(side: int = 8, crops: int = 2) -> Pictures:
+    """Crops of 4 x 4 patches as pixels, and for each token the patches it is pooled from (-1: none)."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        count = 16 * crops
+        pooling = [torch.arange(count).view(-1, 4) + place * count for place in range(len(numbers))]
+        return {
+            "pixel_values": torch.cat([noise(number, crops, 16, 3 * side * side) for number in numbers]),
+            "image_token_pooling": torch.cat(pooling),
+            "image_grids": torch.tensor([[2, 2, 2, 2]] * len(numbers)),
+            "image_num_crops": torch.tensor([crops] * len(numbers)),
+        }
+
+    return pictures

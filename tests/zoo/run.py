@@ -1,0 +1,81 @@
+"""Take every family of the zoo through every step, each in a process of its own with a time limit.
+
+    python tests/zoo/run.py [--out FOLDER] [--seconds 300] [--steps build capture none ...] [FAMILY ...]
+
+FOLDER gets a file per family; a family that has one is not run again, so that an interrupted run goes on. At the end
+the table is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# Asked for most: they come first, so that an interrupted run says most.
+FIRST = (
+    "llava qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe gemma3 gemma3n gemma4 llama4 mllama internvl smolvlm "
+    "idefics3 mistral3 lfm2_vl minicpmv4_6 llava_onevision llava_next paligemma glm4v glm4v_moe glm_ocr deepseek_vl kimi_k25 "
+    "aya_vision molmo2 granite_docling ernie4_5_vl_moe qwen2_5_omni_thinker paddleocr_vl got_ocr2 janus florence2 fuyu"
+).split()
+
+
+def run_family(name: str, target: Path, steps: list[str], seconds: int) -> dict[str, Any]:
+    """Run one family; a killed process leaves "died" or "slow" at the step that it did not end."""
+    command = [sys.executable, str(HERE / "one.py"), name, str(target), *steps]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+        ended, reason = ("died", (done.stderr.strip().splitlines() or [""])[-1][:300]) if done.returncode else ("", "")
+    except subprocess.TimeoutExpired:
+        ended, reason = "slow", f"not done after {seconds} s"
+    rows: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    if ended:
+        rows["end"] = {"result": ended, "reason": reason, "seconds": seconds}
+        target.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def table(rows: dict[str, dict[str, Any]], steps: list[str]) -> str:
+    """One line per family: how each step ended, and the first reason."""
+    lines = [" | ".join(["family", *steps, "first reason"])]
+    for name, row in rows.items():
+        cells = [row.get(step, {}).get("result", "-") for step in steps]
+        reason = next((cell["reason"] for cell in row.values() if cell["result"] != "ok"), "")
+        lines.append(" | ".join([name, *cells, " ".join(reason.split())[:260]]))
+    for step in steps:
+        results = [row.get(step, {}).get("result", "-") for row in rows.values()]
+        lines.append(f"{step}: " + ", ".join(f"{results.count(kind)} {kind}" for kind in sorted(set(results))))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is asked for and print the table."""
+    sys.path.insert(0, str(HERE))
+    from models import names
+    from one import STEPS
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("zoo-results"))
+    parser.add_argument("--seconds", type=int, default=300)
+    parser.add_argument("--steps", nargs="*", default=list(STEPS))
+    parser.add_argument("families", nargs="*")
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    ordered = [*(name for name in FIRST if name in names()), *(name for name in names() if name not in FIRST)]
+    rows: dict[str, dict[str, Any]] = {}
+    for name in asked.families or ordered:
+        target = asked.out / f"{name}.json"
+        done = json.loads(target.read_text()) if target.exists() else None
+        rows[name] = done or run_family(name, target, asked.steps, asked.seconds)
+        print(name, {step: cell["result"] for step, cell in rows[name].items()}, flush=True)
+    print(table(rows, asked.steps))
+
+
+if __name__ == "__main__":
+    main()
