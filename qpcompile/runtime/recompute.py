@@ -269,12 +269,13 @@ class _Answer:
             return derived
         if Name(path).root == MASK and derived.ndim == 4:
             return _joined_masks(derived, present)
-        return torch.cat(present, dim=1) if _of_tokens(derived) else derived
+        tokens = sum(part.shape[1] for part in present if part.ndim > 1)
+        return torch.cat(present, dim=1) if _of_tokens(derived) and derived.shape[1] == tokens else derived
 
 
 def _of_tokens(feed: Tensor) -> bool:
-    """Whether a feed has a vector per token: f[B, S, C]."""
-    return feed.is_floating_point() and feed.ndim == 3
+    """Whether a feed may have a vector per token, f[B, S, C], or one per token and layer, f[B, S, L, C]."""
+    return feed.is_floating_point() and feed.ndim in (3, 4)
 
 
 def _last_bits(values: Tensor) -> Tensor:

@@ -120,8 +120,10 @@ class Road:
                 (tokens, logits), (others, rows) = answer(self.compiled[step], inputs), answer(loaded, inputs)
                 if not bool(logits.isfinite().all()):
                     raise Different(f"{case}: logits are not finite")
-                if not torch.equal(tokens, others) or not torch.equal(logits, rows):
-                    raise Different(f"{case}: the loaded model answers otherwise")
+                # Loaded weights lie elsewhere in memory, which may change the order of sums.
+                distance = float((logits - rows).abs().max())
+                if not torch.equal(tokens, others) or distance > TOLERANCE:
+                    raise Different(f"{case}: the loaded model's logits differ by {distance:.2g}")
 
 
 def attempt(step: Callable[[], None]) -> dict[str, Any]:
