@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from qpcompile.errors import CaptureError, ModelError
 from qpcompile.ir.structure import CACHE_ARGUMENT
@@ -61,6 +61,10 @@ def find_components(model: PreTrainedModel) -> dict[str, str]:
     names = {id(module): name for name, module in model.named_modules()}
     _check_kind(model)
     tower, decoder = _part(model.get_encoder, modality="image"), _part(model.get_decoder)
+    if isinstance(decoder, PreTrainedModel) and decoder is not model and _part(decoder.get_output_embeddings) is not None:
+        # A language model with its head: the decoder is what the head reads.
+        inner = _part(decoder.get_decoder)
+        decoder = inner if inner is not None and inner is not decoder else getattr(decoder, "model", decoder)
     if id(decoder) not in names or decoder is model:
         raise _not_vlm(model, "it has no decoder of its own")
     components = {"language": names[id(decoder)]}
@@ -118,6 +122,12 @@ def whole_cache(model: PreTrainedModel) -> DynamicCache:
         cache = DynamicCache(config=model.config)
     except (AttributeError, KeyError, ValueError, TypeError):
         return DynamicCache()
+    if any(isinstance(layer, DynamicIndexedLayer) for layer in cache.layers):
+        raise ModelError(
+            f"layers of {type(model).__name__} choose what they attend to by an indexer, which has a cache of its own",
+            where=f"model type '{model.config.model_type}', layer_types",
+            do="pass a model whose layers attend to all tokens, to a window, or keep a state",
+        )
     if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
         return DynamicCache()
     cache.layers = [
@@ -162,7 +172,27 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
             where=recording.owners["language"],
             do="this family drives its decoder in a way that cannot be captured yet",
         )
+    _check_decoder(model, recording)
     return recording
+
+
+def _check_decoder(model: PreTrainedModel, recording: Recording) -> None:
+    """Raise CaptureError for a decoder that does not read the picture as embeddings in its sequence."""
+    call = recording.first("language")
+    assert call is not None
+    if isinstance(call.inputs.get("inputs_embeds"), torch.Tensor):
+        return
+    beside = [
+        name
+        for name, value in call.inputs.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not name.endswith("mask")
+    ]
+    reads = f"through cross-attention to {', '.join(beside)}" if beside else "in its own embeddings of tokens"
+    raise CaptureError(
+        f"the decoder of {type(model).__name__} takes token ids and reads pictures {reads}",
+        where=f"{recording.owners['language']}, called with {', '.join(sorted(call.inputs))}",
+        do="pass a model whose pictures are embeddings in the decoder's sequence; this kind is not supported yet",
+    )
 
 
 def _entry(recording: Recording, component: str) -> Any:

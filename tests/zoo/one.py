@@ -1,4 +1,4 @@
-"""Take one family through every step, in this process: `python tests/zoo/one.py FAMILY FILE [STEP ...]`.
+"""Take one family through every step, in this process; `run.py` calls `main` in a process for each family.
 
 FILE becomes JSON: step -> {"result": "ok" | "refused" | "bare" | "different", "seconds": s, "reason": text}. It is
 written after each step, so that a step that kills the process is seen by its absence.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import tempfile
 import time
 import traceback
@@ -158,7 +157,3 @@ def main(name: str, target: Path, steps: list[str]) -> None:
         method = getattr(road, step, None) or (lambda step=step: road.recipe(step))
         rows[step] = attempt(method)
         target.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:] or list(STEPS))

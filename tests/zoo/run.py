@@ -10,29 +10,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+import one
+from models import names
+
 # Asked for most: they come first, so that an interrupted run says most.
 FIRST = (
-    "llava qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe gemma3 gemma3n gemma4 llama4 mllama internvl smolvlm "
-    "idefics3 mistral3 lfm2_vl minicpmv4_6 llava_onevision llava_next paligemma glm4v glm4v_moe glm_ocr deepseek_vl kimi_k25 "
-    "aya_vision molmo2 granite_docling ernie4_5_vl_moe qwen2_5_omni_thinker paddleocr_vl got_ocr2 janus florence2 fuyu"
-).split()
+    *("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma3n", "gemma4"),
+    *("llama4", "mllama", "internvl", "smolvlm", "idefics3", "mistral3", "lfm2_vl", "minicpmv4_6", "llava_onevision"),
+    *("llava_next", "paligemma", "glm4v", "glm4v_moe", "glm_ocr", "deepseek_vl", "kimi_k25", "aya_vision", "molmo2"),
+    *("granite_docling", "ernie4_5_vl_moe", "qwen2_5_omni_thinker", "paddleocr_vl", "got_ocr2", "janus", "florence2"),
+)
 
 
 def run_family(name: str, target: Path, steps: list[str], seconds: int) -> dict[str, Any]:
-    """Run one family; a killed process leaves "died" or "slow" at the step that it did not end."""
-    command = [sys.executable, str(HERE / "one.py"), name, str(target), *steps]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
-        ended, reason = ("died", (done.stderr.strip().splitlines() or [""])[-1][:300]) if done.returncode else ("", "")
-    except subprocess.TimeoutExpired:
+    """Run one family in a fork, which has the libraries already; "died" or "slow" says that it did not end."""
+    worker = multiprocessing.get_context("fork").Process(target=one.main, args=(name, target, steps))
+    worker.start()
+    worker.join(seconds)
+    ended, reason = ("died", f"exit code {worker.exitcode}") if worker.exitcode else ("", "")
+    if worker.is_alive():
+        worker.kill()
+        worker.join()
         ended, reason = "slow", f"not done after {seconds} s"
     rows: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
     if ended:
@@ -56,14 +58,10 @@ def table(rows: dict[str, dict[str, Any]], steps: list[str]) -> str:
 
 def main() -> None:
     """Run what is asked for and print the table."""
-    sys.path.insert(0, str(HERE))
-    from models import names
-    from one import STEPS
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("zoo-results"))
     parser.add_argument("--seconds", type=int, default=300)
-    parser.add_argument("--steps", nargs="*", default=list(STEPS))
+    parser.add_argument("--steps", nargs="*", default=list(one.STEPS))
     parser.add_argument("families", nargs="*")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
