@@ -20,7 +20,7 @@ def expert_linear(x: Any, weight: Any, index: Any) -> Any:
     flat = op.Reshape(op.Gather(op.Cast(x, to=wide), columns, axis=1), [-1, channels])
     chosen = op.Reshape(op.Cast(index, to=ir.DataType.INT64), [-1])
     weights = op.Transpose(op.Cast(weight, to=wide), perm=[0, 2, 1])
-    shape = op.Concat(op.Shape(chosen), [outputs], axis=0)
+    shape = op.Concat(op.Shape(chosen), op.Constant(value=ir.tensor([outputs], dtype=ir.DataType.INT64)), axis=0)
     y = op.Expand(op.Constant(value=ir.tensor([0.0], dtype=wide)), shape)
     for expert in range(experts):
         here = op.Transpose(op.NonZero(op.Equal(chosen, expert)), perm=[1, 0])

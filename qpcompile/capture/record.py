@@ -61,7 +61,11 @@ def find_components(model: PreTrainedModel) -> dict[str, str]:
     names = {id(module): name for name, module in model.named_modules()}
     _check_kind(model)
     tower, decoder = _part(model.get_encoder, modality="image"), _part(model.get_decoder)
-    if isinstance(decoder, PreTrainedModel) and decoder is not model and _part(decoder.get_output_embeddings) is not None:
+    if (
+        isinstance(decoder, PreTrainedModel)
+        and decoder is not model
+        and _part(decoder.get_output_embeddings) is not None
+    ):
         # A language model with its head: the decoder is what the head reads.
         inner = _part(decoder.get_decoder)
         decoder = inner if inner is not None and inner is not decoder else getattr(decoder, "model", decoder)

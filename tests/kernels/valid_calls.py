@@ -57,6 +57,11 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "activation_quantize": lambda: (real(B, ROWS, C), real(B, ROWS, C), "gelu", *epilogue()),
     "attention_kv4": lambda: (real(B, H, ROWS, D), *cache(), *cache(), None, 0.3, torch.tensor([S])),
     "attention_received": lambda: (real(B, H, S, D), real(B, HKV, S, D), None, 0.3, False),
+    "expert_linear": lambda: (real(ROWS, 1, C), real(4, N, C), torch.tensor([[0, 3], [1, 2], [2, 2]])),
+    "gated_delta": lambda: (
+        *(real(B, S, H, D), real(B, S, H, D), real(B, S, H, 7), -real(B, S, H).abs(), real(B, S, H).sigmoid()),
+        real(B, H, D, 7),
+    ),
     "dpp_select": lambda: (real(B, S, C), real(B, S).abs(), VISUAL, BUDGET),
     "farthest_tokens": lambda: (real(B, S, C), VISUAL, BUDGET),
     "fuse_risk": lambda: (real(B, S), real(B, S), VISUAL, 0.5, True, True),

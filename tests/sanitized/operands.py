@@ -263,6 +263,25 @@ def segment_attention(draw: Draw) -> Arguments:
     return {**tensors, "cu_seqlens": torch.tensor([0, tokens // 2, tokens]), "scale": 0.3}
 
 
+def expert_linear(draw: Draw) -> Arguments:
+    tokens, channels = _rows(draw)
+    slots, experts = draw.choice((1, 2, 6)), draw.choice((1, 3, 8))
+    x = _f(draw, tokens, draw.choice((1, slots)), channels)
+    weight = torch.randn(experts, draw.choice((1, 5, 32)), channels).to(x.dtype)
+    return {"x": x, "weight": weight, "index": torch.randint(0, experts, (tokens, slots))}
+
+
+def gated_delta(draw: Draw) -> Arguments:
+    batch, tokens, heads, width, values = draw.choice((1, 2)), draw.choice((1, 5, 70)), 2, draw.choice((1, 8)), 3
+    return {
+        **{name: torch.randn(batch, tokens, heads, width) / width for name in "qk"},
+        "v": torch.randn(batch, tokens, heads, values),
+        "decay": -torch.rand(batch, tokens, heads),
+        "beta": torch.rand(batch, tokens, heads),
+        "state": torch.randn(batch, heads, width, values),
+    }
+
+
 def select_tokens(draw: Draw) -> Arguments:
     batch, tokens, rest = _picked(draw)
     return {"scores": torch.rand(batch, tokens), "keep": draw.randint(0, tokens), "quota": rest["budget"]}
@@ -354,6 +373,7 @@ def conv2d(draw: Draw) -> Arguments:
 OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
     **{each.__name__: each for each in (attention_kv4, attention_received, dpp_select, farthest_tokens, fuse_risk)},
     activation_quantize.__name__: activation_quantize,
+    **{each.__name__: each for each in (expert_linear, gated_delta)},
     **{each.__name__: each for each in (hadamard, kronecker, kv4_read, kv4_write, kv8_read, layernorm_quantize)},
     **{each.__name__: each for each in (linear_w4a16, linear_int, linear_w8a16, merge_tokens, pivot_tokens)},
     **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_dynamic, quantize_static, rmsnorm)},

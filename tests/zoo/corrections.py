@@ -132,9 +132,11 @@ CORRECTIONS: dict[str, Family] = {
         audio_config__adapter_out_dim=64,
         audio_config__adapter_input_size=32,
     ),
-    "lfm3_vl": _qwen(text_config__rope_parameters={
+    "lfm3_vl": _qwen(
+        text_config__rope_parameters={
             kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
-        }),
+        }
+    ),
     "minimax_m3_vl": _qwen(),
     "muse_glimmer": Family(
         {"vision_config.patch_size": 4, "out_hidden_size": 128, "projector_hidden_size": 64},
@@ -173,7 +175,10 @@ CORRECTIONS: dict[str, Family] = {
         {"vision_config.patch_size": 4}, lambda _: make.packed(48, image_merge_sizes=torch.tensor(2))
     ),
     "qwen2_5_omni_thinker": _qwen(
-        vision_config__window_size=16, vision_start_token_id=92, vision_end_token_id=93, text_config__rope_parameters=M_ROPE
+        vision_config__window_size=16,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+        text_config__rope_parameters=M_ROPE,
     ),
     "qwen3_omni_moe_thinker": _qwen(
         vision_start_token_id=92,

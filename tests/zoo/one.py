@@ -23,10 +23,11 @@ import qpcompile
 from qpcompile.capture.capture import capture
 from qpcompile.capture.samples import Samples
 from qpcompile.compiled import CompiledVLM
-from qpcompile.errors import QPCompileError
+from qpcompile.errors import PlanError, QPCompileError
 from qpcompile.ir.edit import clone
-from qpcompile.ir.program import Program
+from qpcompile.ir.program import PREFILL, Program
 from qpcompile.pipeline import compile_captured
+from qpcompile.pruning.pruner import attention_layers
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
 
@@ -94,7 +95,16 @@ class Road:
 
     def recipe(self, step: str) -> None:
         preset, changes = RECIPES[step]
-        self.compiled[step] = compiled_by(self.program, preset, changes, [self.cases["one"], self.cases["longer"]])
+        samples = [self.cases["one"], self.cases["longer"]]
+        try:
+            self.compiled[step] = compiled_by(self.program, preset, changes, samples)
+        except PlanError as error:
+            # Layers of random weights have no profile to choose by: the first two that can score tokens are named.
+            layers = sorted(attention_layers(self.program.graphs[PREFILL]) - {self.program.layers[-1].index})[:2]
+            if "no decoder layer is left" not in error.what or not layers:
+                raise
+            named = [*changes, f"tokens.candidate_layers={layers}"]
+            self.compiled[step] = compiled_by(self.program, preset, named, samples)
         self._reload(step)
 
     def onnx(self) -> None:

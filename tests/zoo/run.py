@@ -19,7 +19,18 @@ from models import names
 
 # Asked for most: they come first, so that an interrupted run says most.
 FIRST = (
-    *("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma3n", "gemma4"),
+    *(
+        "llava",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "gemma3",
+        "gemma3n",
+        "gemma4",
+    ),
     *("llama4", "mllama", "internvl", "smolvlm", "idefics3", "mistral3", "lfm2_vl", "minicpmv4_6", "llava_onevision"),
     *("llava_next", "paligemma", "glm4v", "glm4v_moe", "glm_ocr", "deepseek_vl", "kimi_k25", "aya_vision", "molmo2"),
     *("granite_docling", "ernie4_5_vl_moe", "qwen2_5_omni_thinker", "paddleocr_vl", "got_ocr2", "janus", "florence2"),
