@@ -6,7 +6,7 @@ STAMP := .venv/installed
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-slow test-asan test-newest test-newest-short newest test-lowest lowest test-gpu reliability bench \
+.PHONY: demo test test-slow test-zoo test-asan test-newest test-newest-short newest test-lowest lowest test-gpu reliability bench \
   bench-gpu lint docs clean
 
 demo: $(STAMP)
@@ -19,6 +19,11 @@ test: $(STAMP)
 # What `make test` leaves out: every family, trained models and their accuracy. Tens of minutes on two cores.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile -m "slow and not gpu" --timeout 7200
+
+# Every family of the installed transformers as a tiny random model, through every step: about an hour on two cores.
+# zoo-results/ keeps a file per family, so that an interrupted run goes on.
+test-zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py --write
 
 # The kernels in C under AddressSanitizer and UBSan, their tests and a fuzzer of all operators. make test-asan CALLS=50000
 # runs it longer, SEED=7 makes the calls of a run again. Needs gcc; no other build of the library is touched.

@@ -85,6 +85,14 @@ def _gated_delta(
     return GATED_DELTA(query * width**-0.5, key, value, g, beta, initial_state.float())
 
 
+def _weighted_rows(
+    indices: torch.Tensor, table: torch.Tensor, per_sample_weights: torch.Tensor, mode: str = "sum"
+) -> torch.Tensor:
+    """torch's embedding_bag of bags of equal size, i64[N, k] and f[N, k], as a lookup and a weighted sum: f[N, C]."""
+    assert mode == "sum" and indices.ndim == 2
+    return (torch.nn.functional.embedding(indices, table) * per_sample_weights.unsqueeze(-1)).sum(dim=1)
+
+
 def _packed_pictures(self: Any, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any) -> Any:
     """Pixtral's tower; `image_sizes: i64[T, 3]` holds picture, row and column of each patch."""
     picture, row, column = image_sizes.unbind(-1)
@@ -138,6 +146,7 @@ def traceable(module: torch.nn.Module) -> Iterator[None]:
         stack.callback(lambda: vars(module).update(own))
         stack.callback(lambda: vars(module).pop("forward", None))
         stack.enter_context(mock.patch.object(ALL_EXPERTS_FUNCTIONS, "get_interface", lambda *_: _experts))
+        stack.enter_context(mock.patch("torch.nn.functional.embedding_bag", _weighted_rows))
         kinds = {type(part) for part in module.modules()}
         for home in {sys.modules[kind.__module__] for kind in kinds}:
             for name in FUNCTIONS.keys() & vars(home).keys():

@@ -1,4 +1,4 @@
-"""The command `qpcompile`: compile, run, chat, serve, export, inspect, eval, sweep, search, doctor.
+"""The command `qpcompile`: compile, run, chat, serve, export, inspect, eval, sweep, search, doctor, families.
 
 Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 128 + the signal that stopped it: 130
 for Ctrl-C, 143 for SIGTERM, 129 if the terminal was closed.
@@ -384,6 +384,23 @@ def doctor_command(debug: Debug = False) -> None:
         from qpcompile.cli.doctor import examine
 
         terminal.show_diagnosis(examine())
+
+
+@app.command("families", epilog="Examples:\n\nqpcompile families\n\nqpcompile families --run llava")
+def families_command(
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="NAME", help="Take this family through every step now.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show which model families are captured, pruned, quantized and exported; found with tiny random models."""
+    with told_as_text(debug):
+        from qpcompile.cli import families
+
+        if run is not None:
+            quiet_libraries()
+        for line in families.lines(families.shipped()) if run is None else families.run(run):
+            typer.echo(line)
 
 
 def write_report(compiled: CompiledVLM, page: Claim, data: Path | None) -> None:

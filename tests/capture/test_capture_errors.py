@@ -28,7 +28,7 @@ def test_language_model_is_refused() -> None:
     }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
     ids = torch.ones(1, 4, dtype=torch.long)
-    with pytest.raises(ModelError, match="no vision tower") as error:
+    with pytest.raises(ModelError, match="its forward takes no pictures") as error:
         capture(model, {"input_ids": ids, "pixel_values": torch.zeros(1)}, NONE)
     assert "AutoModelForImageTextToText" in str(error.value) and "'llama'" in str(error.value)
 

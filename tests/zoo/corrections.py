@@ -150,7 +150,7 @@ CORRECTIONS: dict[str, Family] = {
             "audio_config.out_hidden_size": 64,
             "out_hidden_size": 128,
             "projector_hidden_size": 64,
-            "text_config.layer_rope_theta": [500000.0, 0, 500000.0, 0],
+            "text_config.layer_rope_theta": [500000.0, 0, 500000.0],
             "text_config.moe_hidden_size": 64,
         },
         lambda _: make.packed(96),
@@ -196,7 +196,7 @@ CORRECTIONS: dict[str, Family] = {
             "image_seq_length": 16,
             "downsample_rate": "1/2",
             "deepstack_layer_map": [(-2, 0), (-1, 1)],
-            "spatial_target_layers": [2, 3],
+            "spatial_target_layers": [2],
             "vision_config.hidden_size": 64,
         },
         lambda _: make.tiles(),
@@ -234,7 +234,7 @@ CORRECTIONS: dict[str, Family] = {
     ),
     "deepseek_ocr2": Family(
         {
-            "text_config.mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
             "text_config.num_experts_per_tok": 2,
             "vision_config.sam_config.image_size": 64,
             "vision_config.sam_config.downsample_channels": [32, 32],
@@ -253,7 +253,7 @@ CORRECTIONS: dict[str, Family] = {
             "vision_config.vision_output_dim": 32,
             "vision_config.intermediate_size": 128,
             "text_config.intermediate_size_mlp": 96,
-            "text_config.no_rope_layers": [1, 1, 1, 0],
+            "text_config.no_rope_layers": [1, 1, 0],
             "text_config.attention_chunk_size": 16,
         }
     ),
@@ -289,7 +289,7 @@ CORRECTIONS: dict[str, Family] = {
     ),
     "mllama": Family(
         {
-            "text_config.cross_attention_layers": [1, 3],
+            "text_config.cross_attention_layers": [1],
             "vision_config.vision_output_dim": 64,
             "vision_config.intermediate_layers_indices": [0],
             "vision_config.num_global_layers": 1,

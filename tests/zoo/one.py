@@ -78,6 +78,7 @@ class Road:
     def __init__(self, name: str) -> None:
         self.name = name
         self.compiled: dict[str, CompiledVLM] = {}
+        self.note = ""
 
     def build(self) -> None:
         self.model, self.cases = build(self.name)
@@ -85,6 +86,7 @@ class Road:
 
     def capture(self) -> None:
         self.program = capture(self.model, copy.deepcopy(self.cases["one"]), Recipe.load("none"))
+        self.note = "; ".join(f"{item.graph}: {item.reason}" for item in self.program.plan.left_out)
 
     def none(self) -> None:
         self.compiled["none"] = compiled_by(self.program, "none", [], [self.cases["one"]])
@@ -165,5 +167,5 @@ def main(name: str, target: Path, steps: list[str]) -> None:
         if step in NEEDS and (step not in steps or rows.get(NEEDS[step], {}).get("result") not in ("ok", "different")):
             continue
         method = getattr(road, step, None) or (lambda step=step: road.recipe(step))
-        rows[step] = attempt(method)
+        rows[step] = attempt(method) | ({"note": road.note} if step == "capture" and road.note else {})
         target.write_text(json.dumps(rows, indent=1))

@@ -1,6 +1,6 @@
 """Take every family of the zoo through every step, each in a process of its own with a time limit.
 
-    python tests/zoo/run.py [--out FOLDER] [--seconds 300] [--steps build capture none ...] [FAMILY ...]
+    python tests/zoo/run.py [--write] [--out FOLDER] [--seconds 300] [--steps build capture none ...] [FAMILY ...]
 
 FOLDER gets a file per family; a family that has one is not run again, so that an interrupted run goes on. At the end
 the table is printed.
@@ -11,11 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import one
 from models import names
+
+from qpcompile.cli import families
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Asked for most: they come first, so that an interrupted run says most.
 FIRST = (
@@ -67,12 +73,23 @@ def table(rows: dict[str, dict[str, Any]], steps: list[str]) -> str:
     return "\n".join(lines)
 
 
+def write(folder: Path) -> None:
+    """Write the table that ships with the package, and docs/families.md."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    packages = ("qpcompile", "transformers", "torch", "onnxruntime")
+    versions = {"date": date.today().isoformat(), **{name: metadata.version(name) for name in packages}}
+    whole = {"versions": versions, "families": found}
+    families.TABLE.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "families.md").write_text(families.page(whole), encoding="utf-8")
+
+
 def main() -> None:
     """Run what is asked for and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("zoo-results"))
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--steps", nargs="*", default=list(one.STEPS))
+    parser.add_argument("--write", action="store_true", help="make the table that ships from everything in --out")
     parser.add_argument("families", nargs="*")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -84,6 +101,8 @@ def main() -> None:
         rows[name] = done or run_family(name, target, asked.steps, asked.seconds)
         print(name, {step: cell["result"] for step, cell in rows[name].items()}, flush=True)
     print(table(rows, asked.steps))
+    if asked.write:
+        write(asked.out)
 
 
 if __name__ == "__main__":

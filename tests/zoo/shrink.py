@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 # Ids of the tiny vocabulary; text is 3..79.
 VOCABULARY, BEGIN, END, PAD, IMAGE, VIDEO, START, STOP, AUDIO = 128, 1, 2, 0, 90, 91, 92, 93, 94
-LAYERS, WIDTH = 4, 64
+LAYERS, WIDTH = 3, 64
 
 _TOKENS: dict[str, Any] = {
     "bos_token_id": BEGIN,

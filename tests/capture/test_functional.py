@@ -1,0 +1,82 @@
+"""Operators that write to memory become those that return a tensor, unless another name of the memory is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from qpcompile.capture.functional import make_functional
+
+
+def traced(function: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
+    """The function as a graph with shapes, as export gives it."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *given: Tensor) -> Tensor:
+            return function(*given)
+
+    return torch.export.export(Module(), inputs).module(check_guards=False)  # type: ignore[return-value]
+
+
+def writing(module: fx.GraphModule) -> list[str]:
+    """The operators of a graph that write to memory."""
+    called = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    return [str(each) for each in called if isinstance(each, torch._ops.OpOverload) and each._schema.is_mutable]
+
+
+def divided(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    z.div_(y)
+    return z + z.sum()
+
+
+def stored(state: Tensor, x: Tensor) -> Tensor:
+    before = state.sum()
+    state.copy_(x)
+    return state * 2 + before
+
+
+def through_a_view(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    z[0].mul_(y[0])
+    return z
+
+
+def with_a_view_read_later(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    row = z[0]
+    z.add_(y)
+    return row
+
+
+X, Y = torch.arange(1.0, 7.0).view(2, 3), torch.full((2, 3), 4.0)
+
+
+def test_results_are_returned_and_inputs_stay() -> None:
+    for function in (divided, stored):
+        expected = function(X.clone(), Y.clone())
+        module = traced(function, X.clone(), Y.clone())
+        assert len(writing(module)) == 1
+        make_functional(module)
+        module.recompile()
+        assert not writing(module), function.__name__
+        x, y = X.clone(), Y.clone()
+        assert torch.equal(module(x, y), expected) and torch.equal(x, X) and torch.equal(y, Y)
+
+
+def test_twice_changes_nothing() -> None:
+    module = traced(divided, X, Y)
+    make_functional(module)
+    text = str(module.graph)
+    make_functional(module)
+    assert str(module.graph) == text
+
+
+def test_memory_with_another_name_stays_written() -> None:
+    for function in (through_a_view, with_a_view_read_later):
+        module = traced(function, X.clone(), Y.clone())
+        text = str(module.graph)
+        make_functional(module)
+        assert str(module.graph) == text and len(writing(module)) == 1, function.__name__
