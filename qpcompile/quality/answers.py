@@ -83,7 +83,12 @@ def answer(machine: Machine, sample: dict[str, Any], most: int) -> Answer:
 def compare(machine: Machine, sample: dict[str, Any], full: Answer) -> Agreement:
     """How far a model agrees with the answer of another to the same sample."""
     _, logits = _generate(machine, sample, full.tokens.shape[1], full.tokens)
-    logs = torch.stack(logits, dim=1).float().log_softmax(-1)
+    return agreement(full, torch.stack(logits, dim=1))
+
+
+def agreement(full: Answer, logits: torch.Tensor) -> Agreement:
+    """logits: f[B, T, vocabulary] of another model that was given the answer."""
+    logs = logits.float().log_softmax(-1)
     same = (logs.argmax(-1) == full.likeliest[..., 0]) | ~full.counted
     ours = _with_rest(logs.gather(-1, full.likeliest))
     # A token that is impossible in both distributions contributes nothing.

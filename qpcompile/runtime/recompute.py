@@ -24,15 +24,13 @@ of them is valid.
 
 The tests inject an ignored cache, a missing token and a shifted position, and each is detected.
 
-Values that the host derives from token ids are taken from the answer (embeddings, 4-D masks), values that it counts are
-derived again on the longer prompt (positions, 2-D masks), so that wrong counts are detected.
+Which inputs of the longer prompt are taken from the answer is in runtime/recorded_answer.py; values that the host
+counts are derived again, so that wrong counts are detected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,16 +39,15 @@ from torch import Tensor, fx
 from qpcompile.errors import InputError, InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, calls, layer_of
-from qpcompile.ir.names import CACHE, STATE, Name
+from qpcompile.ir.names import Name
 from qpcompile.ir.operators import ATTENTION_KV4, SELECT_TOKENS
-from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.runtime.generation_options import plain_settings
 from qpcompile.runtime.kv_cache import CompiledCache
-from qpcompile.runtime.machine import ALIVE, KEPT, Machine, execute_graph, visual_tokens
-from qpcompile.runtime.prepare import MASK
+from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.recorded_answer import RecordedAnswer, Tensors, hidden_path, of_tokens
 
-Tensors = dict[str, Tensor]
 # Number of tokens decoded with the cache.
 STEPS = 4
 EXACT, LAST_BIT, ROUNDED = 1e-2, 4.0, 0.25
@@ -156,43 +153,40 @@ def _defect(program: Program, what: str, step: int) -> InvariantError:
     )
 
 
-class _Reached(Exception):
-    """Raised when the longer prompt has run through the prefill graph."""
-
-
-@dataclass
 class _Answer:
-    """One answer, step by step, and the data needed to recompute it."""
+    """One answer, step by step, and its recomputation.
 
-    program: Program
-    machine: Machine
-    # Decoder inputs and outputs in the prefill and in each step, without caches.
-    feeds: list[Tensors] = field(default_factory=list[Tensors])
-    hidden: list[Tensor] = field(default_factory=list[Tensor])
-    logits: list[Tensor] = field(default_factory=list[Tensor])
-    pictures: list[Tensors] = field(default_factory=list[Tensors])
-    cache: CompiledCache = field(default_factory=lambda: CompiledCache(0))
-    # Head inputs and cache of prompt and answer recomputed at once; then the same from perturbed embeddings.
-    again: Tensor = field(default_factory=lambda: torch.empty(0))
-    moved: Tensor = field(default_factory=lambda: torch.empty(0))
-    whole: dict[Name, Tensor] = field(default_factory=dict[Name, Tensor])
+    again: head inputs of prompt and answer recomputed at once; moved: from perturbed embeddings. whole: the cache of
+    the recomputation.
+    """
+
+    def __init__(self, program: Program, machine: Machine) -> None:
+        self.program, self.machine = program, machine
+        self.recorded = RecordedAnswer(machine)
+        self.cache = CompiledCache(0)
+        self.again = self.moved = torch.empty(0)
+        self.whole: dict[Name, Tensor] = {}
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """Of each step."""
+        return self.recorded.logits
 
     def ask(self, sample: dict[str, Any]) -> None:
         """Decode STEPS tokens after the first one."""
         settings = plain_settings(self.program.host)
         settings |= {"max_new_tokens": STEPS + 1, "min_new_tokens": STEPS + 1}
         self.cache = CompiledCache(len(self.program.layers))
-        with self._executing(self._note):
+        with self.recorded.recording():
             self.machine.generate(**{**sample, **settings, CACHE_ARGUMENT: self.cache})
 
     def stepwise(self) -> Tensor:
         """Logits of each step, f[T, V]; hidden states if the program has no head."""
-        return torch.cat([step[:1, -1] for step in self.logits or self.hidden])
+        return torch.cat([step[:1, -1] for step in self.logits or self.recorded.hidden])
 
     def recompute(self, sample: dict[str, Any]) -> None:
         """Compute the longer prompt at once."""
-        with self._executing(self._forced), suppress(_Reached):
-            self.machine.prefill(self._longer(sample))
+        self.recorded.run_whole(sample, self._forced)
 
     def stored(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, decoded, recomputed) of the first layer's cache for the first row's new tokens: [1, H, T, ...]."""
@@ -203,105 +197,31 @@ class _Answer:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the answer's steps, f[T, V], from the head's input."""
-        rows = hidden[:, -len(self.feeds) :]
+        rows = hidden[:, -len(self.recorded.feeds) :]
         head = self.program.graphs.get(HEAD)
         if head is None or not self.logits:
             return rows[0]
         with torch.no_grad():
             return head({head.inputs[0]: rows})[head.outputs[0]][0]
 
-    @contextmanager
-    def _executing(self, execute: Any) -> Generator[None]:
-        own = self.machine.execute
-        self._own, self.machine.execute = own, execute
-        try:
-            yield
-        finally:
-            self.machine.execute, self.machine.last = own, None
-
-    def _note(self, graph: Graph, feeds: Tensors) -> Tensors:
-        results = self._own(graph, feeds)
-        if graph.name in (PREFILL, DECODE):
-            self.feeds.append({path: each.clone() for path, each in feeds.items() if not _state(path)})
-            self.hidden.append(results[_hidden(graph)].clone())
-        elif graph.name == HEAD:
-            self.logits.append(results[graph.outputs[0]].clone())
-        elif graph.name in (VISION, PROJECTOR):
-            self.pictures.append(dict(results))
-        return results
-
-    def _forced(self, graph: Graph, feeds: Tensors) -> Tensors:
-        if graph.name in (VISION, PROJECTOR):
-            return self.pictures.pop(0)
-        if graph.name != PREFILL:
-            return execute_graph(graph, feeds)
-        whole: Tensors = {path: self._whole_feed(path, feeds[path]) for path in graph.inputs}
+    def _forced(self, graph: Graph, whole: Tensors) -> None:
         results = self._run(graph, whole)
-        self.again = self.moved = results[_hidden(graph)]
+        self.again = self.moved = results[hidden_path(graph)]
         self.whole = {path: results[path] for path in graph.outputs if path.in_cache}
         if _half(self.program) and not _codes(self.program):
-            moved = {path: _last_bits(each) if _of_tokens(each) else each for path, each in whole.items()}
-            self.moved = self._run(graph, moved)[_hidden(graph)]
-        raise _Reached
+            moved = {path: _last_bits(each) if of_tokens(each) else each for path, each in whole.items()}
+            self.moved = self._run(graph, moved)[hidden_path(graph)]
 
     def _run(self, graph: Graph, feeds: Tensors) -> Tensors:
         with torch.no_grad():
-            results = _Whole(self.program, graph, self.cache, len(self.feeds) - 1).run(*feeds.values())
+            results = _Whole(self.program, graph, self.cache, len(self.recorded.feeds) - 1).run(*feeds.values())
         return dict(zip(graph.outputs, results, strict=True))
-
-    def _longer(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """The prompt extended by as many text tokens as were decoded; their ids do not matter."""
-        ids = sample["input_ids"]
-        new = len(self.feeds) - 1
-        text = ids[0][~torch.isin(ids[0], visual_tokens(self.program.host.config).to(ids.device))]
-        fill: dict[str, int] = {"input_ids": int(text[-1]), MASK: 1}
-        longer = dict(sample)
-        for key, tensor in sample.items():
-            if isinstance(tensor, Tensor) and tensor.shape == ids.shape and not tensor.is_floating_point():
-                longer[key] = torch.cat([tensor, tensor.new_full((len(ids), new), fill.get(key, 0))], dim=1)
-        return longer
-
-    def _whole_feed(self, path: str, derived: Tensor) -> Tensor:
-        """A prefill input for all tokens: taken from the answer if it depends on the token ids."""
-        parts = [step.get(path) for step in self.feeds]
-        present = [part for part in parts if part is not None]
-        if len(present) < len(parts):
-            return derived
-        if Name(path).root == MASK and derived.ndim == 4:
-            return _joined_masks(derived, present)
-        tokens = sum(part.shape[1] for part in present if part.ndim > 1)
-        return torch.cat(present, dim=1) if _of_tokens(derived) and derived.shape[1] == tokens else derived
-
-
-def _of_tokens(feed: Tensor) -> bool:
-    """Whether a feed may have a vector per token, f[B, S, C], or one per token and layer, f[B, S, L, C]."""
-    return feed.is_floating_point() and feed.ndim in (3, 4)
 
 
 def _last_bits(values: Tensor) -> Tensor:
     """Every value with its last bit changed, up or down by a fixed random draw."""
     signs = torch.randint(0, 2, values.shape, generator=torch.Generator().manual_seed(0)).to(values.device) * 2 - 1
     return (values.double() * (1 + signs * (torch.finfo(values.dtype).eps / 2))).to(values.dtype)
-
-
-def _joined_masks(like: Tensor, parts: list[Tensor]) -> Tensor:
-    """4-D masks of a prompt and of steps, [B, 1, 1, keys] each, as one [B, 1, S, S]; masked where no part applies."""
-    closed = 0 if like.dtype == torch.bool else torch.finfo(like.dtype).min
-    whole = torch.full_like(like, closed)
-    row = 0
-    for part in parts:
-        whole[..., row : row + part.shape[2], : part.shape[3]] = part
-        row += part.shape[2]
-    return whole
-
-
-def _state(path: str) -> bool:
-    return Name(path).root in (CACHE, STATE, KEPT, ALIVE)
-
-
-def _hidden(graph: Graph) -> str:
-    """The output that the head reads."""
-    return next(path for path in graph.outputs if not _state(path))
 
 
 class _Whole(fx.Interpreter):
