@@ -38,6 +38,7 @@ from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import ALIVE, COUNT, KEPT, VALID, VISUAL
 from qpcompile.stages import Stage
 
+ASKED = "asked_mask"
 # Smaller than the token count of any traced prompt: a cut may drop all visual tokens.
 EXAMPLE_VISUAL_TOKENS = 3
 
@@ -68,10 +69,19 @@ class InsertTokenCuts:
         return True
 
 
-def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pruner, shapes: bool = True) -> None:
+def cut_prefill(
+    graph: Graph,
+    cuts: tuple[Cut, ...],
+    recipe: Recipe,
+    pruner: Pruner,
+    shapes: bool = True,
+    answered: bool = False,
+) -> None:
     """Insert every cut into the prefill graph, first to last.
 
     Without `shapes` the recorded shapes after the last cut are not recomputed: enough for a graph that is only run.
+    `answered`: the prompt is followed by its answer, which is kept, and which scores do not see; the new input
+    ASKED: bool[B, S] says which tokens are the prompt's. Dead nodes then stay, for a caller that chooses among scores.
     """
     embeddings = value(graph.placeholder("inputs_embeds"))
     batch, length = embeddings.shape[0], embeddings.shape[1]
@@ -79,6 +89,7 @@ def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pru
         add_input(graph, VISUAL, (batch, length), torch.bool),
         add_input(graph, VALID, (batch, length), torch.bool),
         add_input(graph, COUNT, (new_size(graph, COUNT, EXAMPLE_VISUAL_TOKENS),), torch.int64),
+        add_input(graph, ASKED, (batch, length), torch.bool) if answered else None,
     )
     positions = find_positions(graph) if recipe.tokens.position_mode == "reindex" else None
     now = _Tokens(prompt.visual, prompt.valid, None, length, positions)
@@ -90,24 +101,26 @@ def cut_prefill(graph: Graph, cuts: tuple[Cut, ...], recipe: Recipe, pruner: Pru
         point = Point(graph, before, cut, recipe, *tokens, unquantized)
         if recipe.tokens.multiple_of > 1:
             point = replace(point, surplus=_surplus(point, prompt))
-        scores = pruner.scores(point)
+        scores = pruner.scores(point) if prompt.asked is None else _prompt_scores(point, prompt.asked, pruner)
         if isinstance(pruner, Merger):
             point.replace_hidden(pruner.merge(point, scores))
         now = _cut_once(point, scores, prompt, now.positions)
         if shapes or cut is not cuts[-1]:
             propagate(graph, point.before)
-    tidy(graph)
+    if not answered:
+        tidy(graph)
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """Inputs that describe the tokens: two masks bool[B, S], and a vector whose length is the smallest number of visual
-    tokens of any row.
+    """Inputs that describe the tokens: two masks bool[B, S], a vector whose length is the smallest number of visual
+    tokens of any row, and the tokens before the answer, bool[B, S], if there is one.
     """
 
     visual: fx.Node
     valid: fx.Node
     count: fx.Node
+    asked: fx.Node | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,14 @@ class _Tokens:
     kept: fx.Node | None
     length: torch.SymInt
     positions: fx.Node | None
+
+
+def _prompt_scores(point: Point, asked: fx.Node, pruner: Pruner) -> fx.Node:
+    """Scores as of the prompt alone: `pruner` sees the answer as padding, and then it is kept like text."""
+    now = asked if point.kept is None else point.call(aten.gather.default, asked, 1, point.kept)
+    prompt = replace(point, alive=point.call(aten.bitwise_and.Tensor, point.alive, now), valid=asked)
+    answer = point.call(aten.bitwise_and.Tensor, point.alive, point.call(aten.bitwise_not.default, now))
+    return point.call(aten.masked_fill.Scalar, pruner.scores(prompt), answer, float("inf"))
 
 
 def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node | None) -> _Tokens:
@@ -141,7 +162,7 @@ def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node
     if positions is not None:
         old, positions = positions, numbered(graph, before, alive)
         renumber(graph, before, old, positions, point.length, stays)
-    ours = (point.visual, point.alive, point.kept, prompt.visual, prompt.valid)
+    ours = (point.visual, point.alive, point.kept, prompt.visual, prompt.valid, prompt.asked)
     reduce_tokens(graph, before, [(point.length, selection)], skip=[node for node in ours if node is not None])
     if point.recipe.tokens.compact_scored_layer:
         _compact_cache(point, selection)

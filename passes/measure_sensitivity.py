@@ -5,8 +5,9 @@ Each layer runs twice on the same full-precision input, in full precision and wi
 
     S_l = median over samples of ||x_l^q - x_l|| / (||x_l|| + eta)
 
-and in the quantized layer: the attention mass on the ten visual tokens that text attends to most, and the mean pairwise
-cosine of visual tokens. Without a quantizer all deviations are zero and all layers count as equally sensitive.
+Weights are the deployed ones, solved with the recipe's solver and clips. In the quantized layer are measured: the
+attention mass on the ten visual tokens that text attends to most, and the mean pairwise cosine of visual tokens.
+Without a quantizer all deviations are zero and all layers count as equally sensitive.
 
 Source: "QUOTA" (arXiv 2604.17320), section 3.2 and equation 1; Figures 2 and 3 for the two profiles.
 """
@@ -30,7 +31,9 @@ from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import value as fake_value
 from qpcompile.progress import track
 from qpcompile.pruning.budget import DEVIATIONS
-from qpcompile.quantization.fake_quant import StubRounding
+from qpcompile.pruning.methods.joint import Joint
+from qpcompile.pruning.table import PRUNERS
+from qpcompile.quantization.fake_quant import ROUNDING, StubRounding
 from qpcompile.recipe.plan import LayerFacts
 from qpcompile.runtime.machine import Machine
 from qpcompile.runtime.placement import PlacedInterpreter, Placement, run_placed
@@ -65,8 +68,7 @@ class MeasureSensitivity:
             return run_placed(_Twice(program, graph, on.there(machine.visual), table, rounding, on), feeds)
 
         on = Placement.of(program)
-        scheme = program.recipe.quantize if program.recipe.order != "prune_then_quantize" else None
-        rounding = None if scheme is None else StubRounding(scheme, on)
+        rounding = None if program.recipe.order == "prune_then_quantize" else StubRounding.of(program)
         done = _restore(program.checkpoint, table, self.count)
         with Machine(program, execute) as machine, track(self.name, self.count) as step:
             for number, sample in enumerate(self.samples):
@@ -76,6 +78,9 @@ class MeasureSensitivity:
                         facts = {layer: vars(rows) for layer, rows in table.items()}
                         program.checkpoint.save(self.name, {}, {"samples": number + 1, "layers": facts})
                 step()
+        if isinstance(PRUNERS[program.recipe.tokens.method], Joint) and rounding is not None:
+            # The search of candidates runs next, with the same weights.
+            program.measured[ROUNDING] = rounding
         program.measured[DEVIATIONS] = {layer: rows.deviations for layer, rows in table.items()}
         program.plan = program.plan.changed(facts=tuple(rows.facts(layer) for layer, rows in table.items()))
         return False

@@ -13,15 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qpcompile.errors import PlanError
 from qpcompile.ir.program import Program
 from qpcompile.pruning.budget import ratio_fraction
-from qpcompile.pruning.pruner import Schedule
+from qpcompile.pruning.mean import final_keep
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.plan import Cut
 from qpcompile.stages import Stage
-
-BISECTIONS = 60
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,10 @@ class PlanTokenBudget:
         schedule = PRUNERS[tokens.method].schedule(program)
         depth = len(program.layers)
         keep = tokens.keep if tokens.keep_of == "final" else final_keep(schedule, tokens.keep, depth)
+        scores = schedule.scores or (None,) * len(schedule.layers)
         cuts = [
-            Cut(layer=layer, ratio=ratio, numerator=numerator, denominator=denominator)
-            for layer, ratio in zip(schedule.layers, schedule.ratios(keep), strict=True)
+            Cut(layer=layer, ratio=ratio, numerator=numerator, denominator=denominator, score=score)
+            for layer, ratio, score in zip(schedule.layers, schedule.ratios(keep), scores, strict=True)
             for numerator, denominator in [ratio_fraction(ratio)]
             if numerator < denominator
         ]
@@ -54,19 +52,3 @@ class PlanTokenBudget:
             candidate_layers=candidates, sensitivity=schedule.sensitivity, cuts=tuple(cuts)
         )
         return False
-
-
-def final_keep(schedule: Schedule, mean: float, depth: int) -> float:
-    """The final keep ratio whose mean over `depth` layers is `mean`; PlanError if even the smallest one keeps more."""
-    low, high = 1e-6, 1.0
-    if schedule.mean(low, depth) > mean:
-        raise PlanError(
-            f"cutting after layers {list(schedule.layers)} of {depth} computes at least "
-            f"{schedule.mean(low, depth):.4f} of the visual tokens, {mean} was asked",
-            where="tokens.keep",
-            do="ask for a larger mean, or name earlier tokens.candidate_layers",
-        )
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if schedule.mean(middle, depth) < mean else (low, middle)
-    return high

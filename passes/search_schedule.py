@@ -1,11 +1,16 @@
-"""Search the token schedule on samples: the one whose quantized next-token distribution is closest to the full model's.
+"""Search the score and the schedule on samples: those with which the quantized model stays closest to the full one.
 
-    cost of a schedule = mean over samples of KL( p || p' )
+    cost of a candidate = mean over samples of mean over answer tokens of KL( p || p' )
 
-p is the full-precision model's distribution of the answer's first token with all visual tokens, p' that of the model
-with the schedule's cuts and the method's own scores, fake-quantized at the quant stubs by the recipe. All schedules
-have the mean that the recipe asks for. The worse half is discarded after an eighth of the samples, half of the rest
-after a quarter and after a half; the remaining ones are compared on all samples.
+The full-precision model answers each sample; p is its distribution of each of the answer's tokens, p' that of the model
+with the candidate's cuts and scores, fake-quantized at the quant stubs by the recipe and given the same answer. Prompt
+and answer run through the prefill graph at once; scores see the prompt only. All candidates have the mean that the
+recipe asks for (qpcompile/pruning/candidates.py): first every score at a few schedules and the single methods of the
+harness, then all schedules of the best scores. In both rounds the worse half is discarded after an eighth of the
+samples, half of the rest after a quarter and after a half; the best single method stays to the end.
+
+The choice is made on every other sample, and what it costs is measured on the rest: if the best single method costs
+less there, it is taken instead.
 
 Ours: QUOTA (arXiv 2604.17320, section 3.2) instead distributes a fixed drop by each layer's own deviation. The search
 is successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
@@ -14,36 +19,34 @@ is successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
 from __future__ import annotations
 
 import gc
-import itertools
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar
 
-import torch
-from torch import fx
-
-from qpcompile.calibration.collect import run_sample
+from qpcompile.calibration.drop_gradients import drop_costs
 from qpcompile.errors import PlanError
-from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.edit import clone
-from qpcompile.ir.node_facts import numerator_fact, stub_fact
-from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
-from qpcompile.passes.insert_token_cuts import cut_prefill
+from qpcompile.ir.program import HEAD, PREFILL, Program
+from qpcompile.passes.trial_costs import ALL_TOKENS, TrialCosts
 from qpcompile.progress import track
-from qpcompile.pruning.budget import ratio_fraction
+from qpcompile.pruning.candidates import CHOSEN, Chosen, Trial, best_scores, first_trials, second_trials
+from qpcompile.pruning.fit import Fit, Weights, cue_graph
 from qpcompile.pruning.methods.joint import Joint, JointOptions
 from qpcompile.pruning.pruner import options_of
-from qpcompile.pruning.schedules import SCHEDULE, Shares, cut_layers_of, schedules
+from qpcompile.pruning.scores import RANDOM
 from qpcompile.pruning.table import PRUNERS
-from qpcompile.quantization.fake_quant import StubRounding
-from qpcompile.recipe.plan import Cut
-from qpcompile.runtime.interpret import run_watched
-from qpcompile.runtime.machine import COUNT, VALID, VISUAL, Machine
-from qpcompile.runtime.placement import Placement
+from qpcompile.quality.recorded import Answered, record_answers
+from qpcompile.quality.verdict import FAIR
+from qpcompile.quantization.fake_quant import ROUNDING, StubRounding
+from qpcompile.recipe.choice import Candidate, Choice, Price, Score
+from qpcompile.runtime.machine import VALID, VISUAL
 from qpcompile.stages import Stage
 
-# Samples whose visual tokens are counted, to build schedules of whole tokens.
-COUNTED = 8
+_LOG = logging.getLogger("qpcompile")
+
+# Samples that weights of cues are fitted on.
+FITTED_ON = 16
 
 
 @dataclass(frozen=True)
@@ -54,154 +57,166 @@ class SearchSchedule:
     count: int
     name: ClassVar[str] = "search_schedule"
     purpose: ClassVar[str] = (
-        "Search the token schedule on samples: the one whose quantized next-token distribution is closest to the "
-        "full model's."
+        "Search the score and the schedule on samples: those with which the quantized model stays closest to the full "
+        "one."
     )
     needs: ClassVar[Stage] = "calibrated"
     gives: ClassVar[Stage] = "transformed"
 
     def run(self, program: Program) -> bool:
-        """Fills `program.measured[SCHEDULE]`; the graphs are unchanged."""
+        """Fills `program.measured[CHOSEN]` and `program.plan.choice`; the graphs are unchanged."""
         tokens = program.recipe.tokens
-        if tokens.method == "none" or not isinstance(PRUNERS[tokens.method], Joint) or SCHEDULE in program.measured:
+        if tokens.method == "none" or not isinstance(PRUNERS[tokens.method], Joint) or CHOSEN in program.measured:
             return False
-        if tokens.keep_of != "mean":
-            raise PlanError(
-                "joint searches schedules with one mean; it chooses the share after the last cut itself",
-                where="tokens.keep_of",
-                do="write mean",
-            )
-        count = min(self.count, options_of(JointOptions, program.recipe).trial_samples)
-        visual = _visual_tokens(program, itertools.islice(self.samples, COUNTED))
-        trials = _Trials(program, schedules(tokens.keep, len(program.layers), visual))
-        done = trials.restore(program.checkpoint, count)
-        with trials.machine, track(self.name, count) as step:
-            for number, sample in enumerate(itertools.islice(self.samples, count)):
-                if number >= done:
-                    run_sample(trials.machine, sample, number)
-                    if number + 1 in (count // 8, count // 4, count // 2):
-                        trials.halve()
-                    if number + 1 == count or program.checkpoint.due():
-                        facts = {"samples": number + 1, "costs": list(trials.costs.items())}
-                        program.checkpoint.save(self.name, {}, facts)
-                step()
-        program.measured[SCHEDULE] = trials.best()
+        _check(program)
+        options = options_of(JointOptions, program.recipe)
+        count = min(self.count, options.trial_samples)
+        answers = record_answers(program, islice(self.samples, count), count, options.answer_tokens)
+        rounding = program.measured.get(ROUNDING) or StubRounding.of(program)
+        if ROUNDING in program.measured:
+            del program.measured[ROUNDING]
+        search = _Search(program, answers[::2], answers[1::2] or answers, len(answers) > 1, rounding)
+        program.measured[CHOSEN], choice = search.run()
+        program.plan = program.plan.changed(choice=choice)
+        if choice.warning:
+            _LOG.warning("%s", choice.warning)
         # Trial graphs are reference cycles: they would keep weights alive that later passes replace.
-        del trials
+        del search, rounding
         gc.collect()
         return False
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """Contents of a checkpoint: the number of samples seen, and the costs of the remaining schedules."""
-
-    samples: int
-    costs: list[tuple[list[float], float]]
-
-
-class _Trials:
-    """Runs the prefill graph in full precision, then quantized with each remaining schedule."""
-
-    def __init__(self, program: Program, candidates: list[Shares]) -> None:
-        self.program = program
-        self.graphs = _graphs(program, candidates)
-        self.costs = dict.fromkeys(candidates, 0.0)
-        self.machine = Machine(program, self.execute)
-        self.on = Placement.of(program)
-        scheme = program.recipe.quantize
-        self.rounding = None if scheme is None else StubRounding(scheme, self.on)
-
-    def restore(self, checkpoint: Checkpoint, count: int) -> int:
-        """Restore the costs of an interrupted compile; returns the number of samples they cover."""
-        with checkpoint.found(SearchSchedule.name) as kept:
-            if kept is None:
-                return 0
-            kept.fits({})
-            facts = kept.read(_Contents)
-            costs: dict[Shares, float] = {tuple(shares): cost for shares, cost in facts.costs}
-            if not costs or not set(costs) <= set(self.costs) or not 0 < facts.samples <= count:
-                raise ValueError(f"it has {facts.samples} samples and schedules that are not this model's")
-            self.costs = costs
-            return facts.samples
-
-    def halve(self) -> None:
-        """Keep the cheaper half; ties to the earlier candidate."""
-        order = sorted(self.costs, key=lambda shares: self.costs[shares])
-        self.costs = {shares: self.costs[shares] for shares in order[: (len(order) + 1) // 2]}
-
-    def best(self) -> Shares:
-        """The cheapest schedule."""
-        return min(self.costs, key=lambda shares: self.costs[shares])
-
-    def execute(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run a graph; on prefill, evaluate the schedules."""
-        results = self.on.run(graph, feeds)
-        if graph.name == PREFILL:
-            visual, valid = self.machine.visual, self.machine.valid
-            assert visual is not None and valid is not None
-            count = torch.arange(int(visual.sum(dim=1).min()), device=visual.device)
-            feeds = {**feeds, VISUAL: visual, VALID: valid, COUNT: count}
-            expected = self.next_token(results)
-            for shares in self.costs:
-                found = self.next_token(run_watched(self.graphs[shares], feeds, self.quantize, self.on))
-                self.costs[shares] += float((expected.exp() * (expected - found)).sum(dim=-1).mean())
-        return results
-
-    def next_token(self, results: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities of the first new token, f32[B, vocabulary]."""
-        last = next(iter(results.values()))[:, -1:]
-        if HEAD in self.program.graphs:
-            head = self.program.graphs[HEAD]
-            last = next(iter(self.on.run(head, {head.inputs[0]: last}).values()))
-        return last[:, 0].float().log_softmax(dim=-1)
-
-    def quantize(self, node: fx.Node, args: tuple[Any, ...], value: Any) -> Any:
-        """A stub's value, fake-quantized."""
-        fact = stub_fact(node)
-        return value if fact is None or self.rounding is None else self.rounding(value, fact)
-
-
-def _visual_tokens(program: Program, samples: Iterable[dict[str, Any]]) -> int:
-    """The median number of visual tokens in a prompt."""
-    counts: list[int] = []
-    on = Placement.of(program)
-
-    def count(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if graph.name == PREFILL and machine.visual is not None:
-            counts.extend(machine.visual.sum(dim=1).tolist())
-        return on.run(graph, feeds)
-
-    with Machine(program, count) as machine:
-        for number, sample in enumerate(samples):
-            run_sample(machine, sample, number)
-    return sorted(counts)[len(counts) // 2]
-
-
-def _graphs(program: Program, candidates: list[Shares]) -> dict[Shares, Graph]:
-    """The prefill graph with the cuts of each schedule; cutting is slow, so schedules with the same layers share it."""
-    cut: dict[tuple[int, ...], Graph] = {}
-    graphs = {}
-    for shares in candidates:
-        cuts = tuple(
-            Cut(layer=layer, ratio=ratio, numerator=numerator, denominator=denominator)
-            for layer, ratio in cut_layers_of(shares)
-            for numerator, denominator in [ratio_fraction(ratio)]
+def _check(program: Program) -> None:
+    """Refuse what the search does not measure."""
+    tokens = program.recipe.tokens
+    if tokens.keep_of != "mean":
+        raise PlanError(
+            "joint searches schedules with one mean; it chooses the share after the last cut itself",
+            where="tokens.keep_of",
+            do="write mean",
         )
-        layers = tuple(each.layer for each in cuts)
-        if layers not in cut:
-            cut[layers] = clone(program.graphs[PREFILL])
-            cut_prefill(cut[layers], cuts, program.recipe, PRUNERS[program.recipe.tokens.method], shapes=False)
-        graphs[shares] = _with_ratios(cut[layers], cuts)
-    return graphs
+    if tokens.compact_scored_layer:
+        raise PlanError(
+            "joint measures answers that see what prefill saw, also in the layers that score",
+            where="tokens.compact_scored_layer",
+            do="write false",
+        )
 
 
-def _with_ratios(template: Graph, cuts: tuple[Cut, ...]) -> Graph:
-    """The same cuts with these keep ratios."""
-    graph = clone(template)
-    numerators = {cut.layer: cut.numerator for cut in cuts}
-    for node in graph.nodes:
-        if (fact := numerator_fact(node)) is not None:
-            node.update_arg(1, numerators[fact.layer])
-    graph.module.recompile()
-    return graph
+class _Search:
+    """The search on recorded answers: `own` to choose on, `other` to price on."""
+
+    def __init__(
+        self, program: Program, own: list[Answered], other: list[Answered], apart: bool, rounding: StubRounding | None
+    ) -> None:
+        self.program, self.own, self.other, self.apart = program, own, other, apart
+        self.costs = TrialCosts(program, rounding)
+        visual = sorted(count for answered in own for count in answered.visual.sum(dim=1).tolist())
+        self.visual = visual[len(visual) // 2]
+        self.left: list[str] = []
+
+    def run(self) -> tuple[Chosen, Choice]:
+        """The candidate that is taken, and the record of the search."""
+        self.costs.weights = self._fitted()
+        first, self.left = first_trials(self.program, PRUNERS, self.visual)
+        self._halve(first, "scores")
+        before, inside = best_scores(self._ranked(first))
+        second = second_trials(self.program, self.visual, before, inside)
+        known = {trial.key for trial in first}
+        second = [trial for trial in second if trial.key not in known]
+        finished = [trial for trial in first if self.costs.seen(trial) == len(self.own)]
+        self._halve([*finished, *second], "schedules")
+        ranked = self._ranked([*first, *second])
+        best, single = ranked[0], next(trial for trial in ranked if trial.method is not None)
+        random = next(trial for trial in first if trial.method == RANDOM)
+        priced = {trial: self._price(trial) for trial in dict.fromkeys((best, single, random, ALL_TOKENS))}
+        taken = min((best, single), key=lambda trial: priced[trial].cost)
+        names = {"chosen": taken, "best single method": single, "random": random, "all tokens": ALL_TOKENS}
+        prices = tuple(priced[trial].model_copy(update={"name": name}) for name, trial in names.items())
+        choice = Choice(
+            samples=len(self.own),
+            apart=self.apart,
+            candidates=tuple(self._candidate(trial) for trial in ranked),
+            prices=prices,
+            left_out=tuple(self.left),
+            warning=_warning(self.program, prices),
+        )
+        weights = self.costs.weights
+        scores = tuple(Score(name=name, weights=weights.get((name, layer), ())) for layer, _, name in taken.drops)
+        return Chosen(taken, scores), choice
+
+    def _fitted(self) -> Weights:
+        """Weights of the cues, on some of the samples."""
+        fit, graph = Fit(self.program.recipe.tokens), cue_graph(self.program)
+        head, on = self.program.graphs.get(HEAD), self.costs.on
+        chosen = self.own[:FITTED_ON]
+        with track("weights of cues", len(chosen)) as step:
+            for answered in chosen:
+                feeds = {**answered.feeds, VISUAL: answered.visual, VALID: answered.asked}
+                cues = self.costs.run(graph, feeds)
+                full = answered.full
+                costs = drop_costs(self.program.graphs[PREFILL], head, answered.feeds, full.tokens, full.counted, on)
+                fit.add(cues, costs, answered.visual & answered.asked)
+                step()
+        return fit.weights()
+
+    def _halve(self, trials: list[Trial], title: str) -> None:
+        """Evaluate on all samples, discarding the worse half on the way; the best single method stays."""
+        count = len(self.own)
+        alive = trials
+        self.costs.prepare(trials)
+        with track(f"{SearchSchedule.name}, {title}", count) as step:
+            for number, answered in enumerate(self.own):
+                for trial in alive:
+                    self.costs.add(trial, number, answered)
+                if number + 1 in (count // 8, count // 4, count // 2):
+                    order = sorted(alive, key=lambda trial: self.costs.mean(trial, number + 1))
+                    singles = [trial for trial in order if trial.method is not None][:1]
+                    best = order[: (len(order) + 1) // 2]
+                    alive = [*best, *(trial for trial in singles if trial not in best)]
+                    self.costs.keep(alive)
+                if number + 1 == count or self.program.checkpoint.due():
+                    self.costs.save()
+                step()
+
+    def _ranked(self, trials: list[Trial]) -> list[Trial]:
+        """Most samples first, then least cost; ties to the earlier candidate."""
+        return sorted(trials, key=lambda trial: (-self.costs.seen(trial), self.costs.mean(trial)))
+
+    def _price(self, trial: Trial) -> Price:
+        """Its cost on the other half."""
+        found = self.costs.agreement(trial, self.other)
+        return Price(
+            name="chosen",
+            drops=trial.described(),
+            answers=found.answers,
+            equal_answers=found.equal_answers,
+            cost=digits(found.divergence / max(found.tokens, 1)),
+        )
+
+    def _candidate(self, trial: Trial) -> Candidate:
+        return Candidate(
+            drops=trial.described(),
+            method=trial.method,
+            samples=self.costs.seen(trial),
+            cost=digits(self.costs.mean(trial)),
+        )
+
+
+def digits(number: float) -> float:
+    """Four significant digits: the others depend on the order of sums."""
+    return float(f"{max(number, 0.0):.4g}")
+
+
+def _warning(program: Program, prices: tuple[Price, ...]) -> str | None:
+    """What is said loudly: no candidate at this mean stays above the asked quality."""
+    least = program.recipe.quality.min_agreement or FAIR
+    chosen, whole = prices[0], prices[-1]
+    if chosen.equal_answers >= least * whole.equal_answers:
+        return None
+    return (
+        f"no score and schedule with a mean of {program.recipe.tokens.keep:g} of the visual tokens keeps {least:.0%} "
+        f"of the answers: of {whole.answers}, {whole.equal_answers} equal full precision's with all tokens and "
+        f"{chosen.equal_answers} with the best one. Raise tokens.keep: a model that reads its picture late must not be "
+        "cut early"
+    )

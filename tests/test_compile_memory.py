@@ -16,7 +16,7 @@ from qpcompile.compiled import CompiledVLM
 
 WEIGHTS = "self_attn.q_proj", "mlp.down_proj"
 SETTINGS = ("quantize.training.epochs=1", "quantize.training.samples=1")
-JOINT = ("tokens.method=joint", "tokens.keep_of=mean", "tokens.keep=0.5")
+JOINT = ("tokens.method=joint", "tokens.keep_of=mean", "tokens.keep=0.5", "tokens.compact_scored_layer=false")
 
 
 def compiled(*settings: str, after: Any = None) -> tuple[CompiledVLM, dict[str, Any]]:

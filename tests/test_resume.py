@@ -32,6 +32,7 @@ MEASURED = (
     "tokens.method=joint",
     "tokens.keep=0.25",
     "tokens.keep_of=mean",
+    "tokens.compact_scored_layer=false",
 )
 TRAINED = ("quantize.transform=flatquant", "quantize.smooth=null", "quantize.training.epochs=1")
 

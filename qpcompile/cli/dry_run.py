@@ -124,8 +124,12 @@ def _sensitivity(recipe: Recipe, samples: int) -> str:
 def _schedule(recipe: Recipe, samples: int) -> str:
     if recipe.tokens.method != "joint" or not samples:
         return NOTHING
-    tried = min(samples, options_of(JointOptions, recipe).trial_samples)
-    return f"{tried} samples, schedules with a mean of {recipe.tokens.keep:g}, quantized; successive halving"
+    options = options_of(JointOptions, recipe)
+    tried = min(samples, options.trial_samples)
+    return (
+        f"{tried} samples, scores and schedules with a mean of {recipe.tokens.keep:g}, quantized, on up to "
+        f"{options.answer_tokens} tokens of each answer; successive halving on half of them, prices on the rest"
+    )
 
 
 def _budget(recipe: Recipe, samples: int) -> str:

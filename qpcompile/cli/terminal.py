@@ -212,10 +212,18 @@ def _reasons(diagnosis: Diagnosis) -> dict[str, list[str]]:
 
 
 def show_quality(plan: Plan) -> None:
-    """Print how far a compiled model agrees with full precision, what lost it, and some answers of both."""
+    """Print which tokens a search keeps, how far the compiled model agrees with full precision, what lost it, and some
+    answers of both.
+    """
+    from qpcompile.quality.choice_table import HEADS, how_chosen, price_rows
     from qpcompile.quality.verdict import increments, verdict
 
     out, quality = console(), plan.quality
+    if plan.choice is not None:
+        rows = [tuple(map(shown, row)) for row in price_rows(plan.choice)]
+        out.print(table(f"tokens: {how_chosen(plan.choice)}", HEADS, rows))
+        if plan.choice.warning:
+            out.print(f"warning: {plan.choice.warning}", markup=False, soft_wrap=True)
     if quality is None:
         out.print("agreement with full precision: not measured")
         return

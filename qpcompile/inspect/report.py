@@ -21,6 +21,7 @@ from qpcompile.ir.near_miss import NEAR_MISSES
 from qpcompile.ir.pass_manager import PASS_RUNS
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
+from qpcompile.quality.choice_table import how_chosen, price_rows
 from qpcompile.quality.verdict import increments, verdict
 from qpcompile.recipe.bits_told import told_bits
 from qpcompile.recipe.plan import Plan
@@ -80,6 +81,9 @@ def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: s
         passes=pass_rows(steps, program.history),
         schedule={"svg": schedule_svg(plan, visual), "note": _schedule_note(plan, visual, known), "visual": visual},
         cuts=plan.cuts,
+        choice=plan.choice,
+        chosen=how_chosen(plan.choice) if plan.choice else "",
+        prices=price_rows(plan.choice) if plan.choice else [],
         profile=profile_svg(plan),
         sensitivity=plan.sensitivity,
         layers=len(plan.layers),

@@ -42,7 +42,15 @@ class NumeratorFact:
     layer: int
 
 
-Fact = StubFact | QuantizedFact | NumeratorFact
+@dataclass(frozen=True)
+class ScoreFact:
+    """One of several scores that a search has put at the cut after `layer`."""
+
+    layer: int
+    name: str
+
+
+Fact = StubFact | QuantizedFact | NumeratorFact | ScoreFact
 
 
 def set_fact(node: fx.Node, fact: Fact) -> None:
@@ -66,3 +74,9 @@ def numerator_fact(node: fx.Node) -> NumeratorFact | None:
     """The numerator fact of a node, if it has one."""
     fact = node.meta.get(_KEY)
     return fact if isinstance(fact, NumeratorFact) else None
+
+
+def score_fact(node: fx.Node) -> ScoreFact | None:
+    """The score fact of a node, if it has one."""
+    fact = node.meta.get(_KEY)
+    return fact if isinstance(fact, ScoreFact) else None

@@ -111,10 +111,6 @@ def tokens_by_fraction(numerator: int, denominator: int, visual: int) -> int:
     return (visual * numerator + denominator - 1) // denominator
 
 
-# The least rise of a layer's cosine above the smallest one to count as redundant.
-LEAST_RISE = 0.1
-
-
 def candidate_layers(
     mass_median: Sequence[float],
     mass_iqr: Sequence[float],
@@ -129,9 +125,11 @@ def candidate_layers(
     """Layers after which tokens may be cut: the first consecutive ones with concentrated attention and diverse tokens.
 
     Per layer, over the calibration samples: median and interquartile range of the top-10 attention mass from text
-    queries to visual tokens, and the median pairwise cosine of visual tokens. The floor is a share of the largest
-    mass, `iqr_ceiling` a share of the layer's own mass, `cosine_ceiling` a share of the way from the smallest to the
-    largest cosine (`LEAST_RISE` above the smallest at least), `tail_fraction` a share of all layers.
+    queries to visual tokens, and the median pairwise cosine of visual tokens. The paper's rule: no layer whose
+    concentration is low or unstable, an early contiguous range whose tokens are diverse, none of the last layers. What
+    it leaves open is ours: the floor is a share of the largest mass, `iqr_ceiling` a share of the layer's own mass,
+    `cosine_ceiling` a share of the way from the smallest to the largest cosine, `tail_fraction` a share of all layers,
+    and at most `max_candidates` are taken.
     """
     mass, spread, likeness = (
         _finite(np.asarray(values, dtype=np.float64), name)
@@ -143,14 +141,11 @@ def candidate_layers(
             do="give one number of each kind per decoder layer",
         )
     floor = concentration_floor * mass.max()
-    # On a flat profile a share of the range is noise: no layer is more redundant than the others.
-    ceiling = likeness.min() + max(cosine_ceiling * (likeness.max() - likeness.min()), LEAST_RISE)
-    unsettled = (mass < floor) | (spread > iqr_ceiling * mass)
+    ceiling = likeness.min() + cosine_ceiling * (likeness.max() - likeness.min())
     late = np.arange(mass.size) >= mass.size - math.ceil(tail_fraction * mass.size)
     reasons = {
-        f"concentration_floor or iqr_ceiling (mass below {floor:.4g}, or range above {iqr_ceiling} x mass)": (
-            np.logical_and.accumulate(unsettled)
-        ),
+        f"concentration_floor (mass below {floor:.4g})": mass < floor,
+        f"iqr_ceiling (range above {iqr_ceiling} x mass)": spread > iqr_ceiling * mass,
         f"tail_fraction (last {int(late.sum())} of {mass.size} layers)": late,
         f"cosine_ceiling (cosine above {ceiling:.4g})": likeness > ceiling,
     }

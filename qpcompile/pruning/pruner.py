@@ -29,6 +29,7 @@ from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.rematerialize import readers_of, rematerialize
 from qpcompile.ir.shapes import same, value
+from qpcompile.recipe.choice import Score
 from qpcompile.recipe.messages import problems
 from qpcompile.recipe.plan import Cut, Sensitivity
 from qpcompile.recipe.quantize import Section
@@ -45,12 +46,14 @@ class Schedule:
     """Layers to cut after, ascending (INPUT for the decoder's input), and the keep ratio after each.
 
     `ratios` maps the final keep ratio to one ratio per layer: non-increasing from layer to layer, increasing in its
-    argument. `sensitivity`: the measurements the ratios are based on, for the plan.
+    argument. `sensitivity`: the measurements the ratios are based on, for the plan. `scores`: how tokens are scored
+    after each layer, if the method chooses that by measurement.
     """
 
     layers: tuple[int, ...]
     ratios: Callable[[float], tuple[float, ...]]
     sensitivity: tuple[Sensitivity, ...] = ()
+    scores: tuple[Score, ...] = ()
 
     def mean(self, keep: float, depth: int) -> float:
         """Mean over `depth` decoder layers of the share of visual tokens that each layer processes."""

@@ -73,10 +73,14 @@ class _Given(LogitsProcessor):
 def answer(machine: Machine, sample: dict[str, Any], most: int) -> Answer:
     """The greedy answer to a sample, of at most `most` tokens."""
     tokens, logits = _generate(machine, sample, most)
-    logs = torch.stack(logits, dim=1).float().log_softmax(-1)
-    top = logs.topk(min(LIKELIEST, logs.shape[-1]))
     ends = torch.isin(tokens, _ends(machine))
-    counted = ends.cumsum(1) - ends.long() == 0
+    return answer_of(tokens, ends.cumsum(1) - ends.long() == 0, torch.stack(logits, dim=1))
+
+
+def answer_of(tokens: torch.Tensor, counted: torch.Tensor, logits: torch.Tensor) -> Answer:
+    """tokens: i64[B, T], counted: bool[B, T], logits: f[B, T, vocabulary]."""
+    logs = logits.float().log_softmax(-1)
+    top = logs.topk(min(LIKELIEST, logs.shape[-1]))
     return Answer(tokens, counted, top.indices, _with_rest(top.values))
 
 

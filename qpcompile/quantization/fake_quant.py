@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from qpcompile.ir.node_facts import StubFact
+import torch
+from torch import fx
+
+from qpcompile.calibration.statistics import CALIBRATION, InputStatistics
+from qpcompile.ir.edit import aten, calls
+from qpcompile.ir.measurements import Measurement
+from qpcompile.ir.node_facts import StubFact, stub_fact
+from qpcompile.ir.program import PREFILL, Program
 from qpcompile.kernels.kv4_read.reference import kv4_read
 from qpcompile.kernels.kv4_write.reference import kv4_write
 from qpcompile.kernels.kv8_read.reference import kv8_read
@@ -12,20 +19,48 @@ from qpcompile.kernels.kv8_write.reference import kv8_write
 from qpcompile.kernels.linear_int.packing import codes_of, stored_codes
 from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.quantization.site_bits import cache_at, inputs_at, weights_at
+from qpcompile.quantization.solve import solve
 from qpcompile.recipe.quantize import QuantizeScheme
 from qpcompile.runtime.placement import Placement
 
+# Bytes of rounded weights that are kept as values.
+HELD = 2**29
+
 
 class StubRounding:
-    """`fake_quantize` for one recipe over many samples: constant weights are rounded once and cached.
+    """`fake_quantize` for one recipe over many samples. Weights are the deployed ones: solved once, and cached.
 
-    The cache is of codes, at home: all rounded weights in 16 bits would be a second copy of the model.
+    The cache is of codes, at home: all rounded weights in 16 bits would be a second copy of the model. The first `HELD`
+    bytes of them are kept as values too, since a small model spends most of its time on the codes.
     """
 
-    def __init__(self, scheme: QuantizeScheme, on: Placement) -> None:
+    def __init__(
+        self,
+        scheme: QuantizeScheme,
+        on: Placement,
+        inputs: Mapping[str, InputStatistics] | None = None,
+        read_by: Mapping[str, str] | None = None,
+    ) -> None:
+        """inputs: calibration by the site of a linear's input; read_by: that site, by the site of the weight."""
         self.scheme, self.on = scheme, on
+        self.inputs, self.read_by = inputs or {}, read_by or {}
         # Stored codes, and a scale for each row or group.
         self._weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._values: dict[str, torch.Tensor] = {}
+        self._room = 0 if on.apart else HELD
+
+    @classmethod
+    def of(cls, program: Program) -> StubRounding | None:
+        """By the recipe of a program and its calibration; None without a quantizer."""
+        if (scheme := program.recipe.quantize) is None:
+            return None
+        read_by: dict[str, str] = {}
+        for linear in calls(program.graphs[PREFILL], aten.linear.default):
+            read, own = (stub_fact(node) if isinstance(node, fx.Node) else None for node in linear.args[:2])
+            if own is not None and read is not None:
+                read_by[own.site] = read.site
+        calibration = program.measured.get(CALIBRATION)
+        return cls(scheme, Placement.of(program), None if calibration is None else calibration.inputs, read_by)
 
     def __call__(self, x: torch.Tensor, fact: StubFact) -> torch.Tensor:
         """x: f[...], the value of the stub with this fact."""
@@ -34,11 +69,23 @@ class StubRounding:
         weights = weights_at(fact, self.scheme)
         if weights.bits == 16:
             return x
+        if fact.site in self._values:
+            return self._values[fact.site]
         if fact.site not in self._weights:
-            codes, scale = quantize_dynamic(x, weights.kernel_group, 1.0, weights.bits)
+            found = self.inputs.get(self.read_by.get(fact.site, ""))
+            moments = None if found is None else self.on.there(found.moments)
+            codes, scale = solve(x, moments, weights)
             self._weights[fact.site] = self.on.back((stored_codes(codes, weights.bits), scale))
         stored, scale = self.on.there(self._weights[fact.site])
-        return _widened(codes_of(stored, x.shape[1]), scale, x.dtype)
+        value = _widened(codes_of(stored, x.shape[1]), scale, x.dtype)
+        if value.nbytes <= self._room:
+            self._room -= value.nbytes
+            self._values[fact.site] = value
+        return value
+
+
+ROUNDING: Measurement[StubRounding] = Measurement("rounding")
+"""Solved weights for the next pass that simulates the quantized model."""
 
 
 def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> torch.Tensor:

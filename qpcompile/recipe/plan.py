@@ -14,6 +14,7 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from qpcompile.errors import PlanError, RecipeError
 from qpcompile.nested import is_mapping
 from qpcompile.recipe import yaml_text
+from qpcompile.recipe.choice import Choice, Score
 from qpcompile.recipe.messages import impossible, problems
 from qpcompile.recipe.quantize import Section
 from qpcompile.recipe.recipe import Recipe
@@ -52,6 +53,7 @@ class Cut(Section):
     ratio: float = Field(ge=0, le=1, description="Share of the first visual tokens that stay (equation 4).")
     numerator: int = Field(ge=0, description="The ratio as the graph computes it: numerator / denominator.")
     denominator: int = Field(ge=1, description="See numerator.")
+    score: Score | None = Field(default=None, description="How tokens are scored; null: as the recipe's method does.")
 
     def kept(self, visual: int) -> int:
         """Tokens that stay of `visual` tokens: ceil(visual * ratio) in integers."""
@@ -178,6 +180,7 @@ class Plan(Section):
     cuts: tuple[Cut, ...] = Field(
         default=(), strict=False, description="Where visual tokens are dropped, and how many stay."
     )
+    choice: Choice | None = Field(default=None, description="What a search tried and chose; null: none was made.")
     sites: tuple[Site, ...] = Field(default=(), strict=False, description="Everything that was quantized.")
     bits: tuple[SiteBits, ...] = Field(
         default=(), strict=False, description="Bits per site, where the recipe asks for a mean."

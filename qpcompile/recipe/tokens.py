@@ -135,20 +135,19 @@ class TokenScheme(Section):
         default=0.5,
         ge=0,
         le=1,
-        description="auto: skip early layers whose top-10 attention mass is below this share of the largest.",
+        description="auto: no layer whose top-10 attention mass is below this share of the largest.",
     )
     iqr_ceiling: float = Field(
         default=0.5,
         ge=0,
         le=1000,
-        description="auto: skip early layers whose mass varies (interquartile range) more than this x median. "
-        "1000 skips none.",
+        description="auto: no layer whose mass varies (interquartile range) more than this x median; 1000 allows all.",
     )
     cosine_ceiling: float = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="auto: skip layers whose token cosine is above min + this share of (max - min), and min + 0.1.",
+        description="auto: no layer whose token cosine is above min + this share of (max - min).",
     )
     tail_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="auto: never cut in this last share of the layers."
@@ -212,14 +211,14 @@ class TokenScheme(Section):
     intra_mean: bool = Field(
         default=False, description="Divide intra by the number of visual queries that can see the token."
     )
-    residual_space: Literal["transformed", "plain"] = Field(
-        default="transformed",
-        description="Measure residual after the recipe's rotation, like the inputs of linears, or without it.",
+    residual_of: Literal["input", "stream"] = Field(
+        default="input",
+        description="Measure residual on what the next layer's first quantizer rounds, after norm, change of basis, "
+        "centre and clip, or on the layer's output as the paper writes it.",
     )
-    residual_of: Literal["stream", "input"] = Field(
-        default="stream",
-        description="Measure residual on the layer's output, or on the quantized input of the next layer's first "
-        "linear.",
+    residual_space: Literal["plain", "transformed"] = Field(
+        default="plain",
+        description="residual_of stream: as it is, or rotated as the inputs of linears by transform hadamard.",
     )
     residual_relative: bool = Field(default=False, description="Divide residual by the norm of the rounded tensor.")
     tower_queries: Literal["class_token", "all"] = Field(

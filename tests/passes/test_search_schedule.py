@@ -1,92 +1,220 @@
-"""The schedule search, against each schedule compiled by the passes."""
+"""The search for score and schedule: its costs against compiled candidates, and models whose right choice is known."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from programs import captured, changed_recipe, fresh
+from programs import HERE, captured, changed_recipe, fresh
 
-from qpcompile.errors import PlanError
+from qpcompile.calibration.drop_gradients import drop_costs
+from qpcompile.errors import OutputError, PlanError
+from qpcompile.ir import checkpoint as checkpoints
+from qpcompile.ir.checkpoint import Checkpoint
+from qpcompile.ir.edit import get_tensor, set_tensor
 from qpcompile.ir.pass_manager import run_passes
-from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, Program
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
-from qpcompile.passes.search_schedule import SearchSchedule
-from qpcompile.pruning.schedules import SCHEDULE, Shares, cut_layers_of, schedules
-from qpcompile.runtime.machine import Machine, execute_graph
+from qpcompile.passes.search_schedule import SearchSchedule, _Search
+from qpcompile.passes.trial_costs import ALL_TOKENS, TrialCosts
+from qpcompile.pruning.candidates import CHOSEN, Chosen, Trial
+from qpcompile.quality.answers import answer_of, compare
+from qpcompile.quality.recorded import Answered, record_answers
+from qpcompile.recipe.choice import Score
+from qpcompile.runtime.machine import Machine
 
 Apply = Callable[[Program, SearchSchedule], bool]
 VISUAL = 16
 """Visual tokens of the sample "one"."""
-JOINT = ("tokens.method=joint", "tokens.keep=0.5", "tokens.keep_of=mean")
+JOINT = (
+    "tokens.method=joint",
+    "tokens.keep=0.5",
+    "tokens.keep_of=mean",
+    "tokens.compact_scored_layer=false",
+    "tokens.options.answer_tokens=3",
+)
+WEIGHTS = (1.0, -0.5, 0.25, 0.75)
 
 
-def ready(*settings: str) -> Program:
-    """The captured LLaVA with stubs."""
+def ready(*settings: str, reads: int | None = None) -> Program:
+    """The captured LLaVA with stubs; only one of its three layers reads other tokens if `reads` says which."""
     program = fresh(changed_recipe("none", *settings))
     run_passes(program, [Canonicalize(), InsertQuantStubs(), Calibrate([], 0)])
+    for graph in (program.graphs[PREFILL], program.graphs[DECODE]):
+        for name in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
+            if reads is not None and "o_proj" in name and f"layers.{reads}." not in name:
+                set_tensor(graph.module, name, torch.zeros_like(get_tensor(graph.module, name)))
     return program
 
 
-def next_token(program: Program, sample: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probabilities of the first new token."""
-    seen: list[torch.Tensor] = []
-
-    def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        results = execute_graph(graph, feeds)
-        if graph.name == PREFILL:
-            head = program.graphs[HEAD]
-            last = next(iter(results.values()))[:, -1:]
-            seen.append(next(iter(head({head.inputs[0]: last}).values()))[:, 0].log_softmax(-1))
-        return results
-
-    Machine(program, execute).prefill(sample)
-    return seen[0]
+def samples(*names: str) -> list[dict[str, torch.Tensor]]:
+    return [captured()[1][name] for name in names]
 
 
-def cost(shares: Shares, sample: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
-    """KL between `expected`, of the model with all tokens, and the model with the schedule, cut by the passes."""
+@pytest.mark.parametrize(
+    "drops",
+    [
+        ((-1, 0.5, "cdpruner (minus)"),),
+        ((0, 0.25, "text (raters)"),),
+        ((-1, 0.75, "trim"), (1, 0.25, "text (last)")),
+        ((0, 0.5, "fitted"), (1, 0.0, "quota (minus magnitude)")),
+    ],
+    ids=lambda drops: "; ".join(name for *_, name in drops),
+)
+def test_a_cost_is_that_of_the_compiled_candidate(drops: tuple[tuple[int, float, str], ...]) -> None:
+    """Prompt and answer at once, with scores of the prompt alone, against an answer step by step."""
+    trial, program = Trial(drops), ready(*JOINT)
+    (answered,) = record_answers(program, samples("longer"), 1, 3)
+    costs = TrialCosts(program, None)
+    costs.weights = {("fitted", 0): WEIGHTS}
+    found = costs.agreement(trial, [answered])
+    cut = ready(*JOINT, "tokens.keep=0.9")
+    scores = tuple(Score(name=name, weights=costs.weights.get((name, layer), ())) for layer, _, name in drops)
+    cut.measured[CHOSEN] = Chosen(trial, scores)
+    run_passes(cut, [PlanTokenBudget(), InsertTokenCuts()])
+    assert [(each.layer, each.score) for each in cut.plan.cuts] == [
+        (layer, score) for (layer, *_), score in zip(drops, scores, strict=True)
+    ]
+    with Machine(cut) as machine:
+        expected = compare(machine, samples("longer")[0], answered.full)
+    assert found.tokens == expected.tokens > 1 and found.equal_tokens == expected.equal_tokens
+    assert found.divergence == pytest.approx(expected.divergence, rel=1e-3, abs=1e-6) and found.divergence > 0
+    assert costs.agreement(ALL_TOKENS, [answered]).divergence < 1e-6
+
+
+def test_the_cheapest_candidate_is_taken(apply: Apply) -> None:
     program = ready(*JOINT)
-    program.measured[SCHEDULE] = shares
+    assert not apply(program, SearchSchedule(samples("one", "longer", "one", "longer"), 4))
+    choice, taken = program.plan.choice, program.measured[CHOSEN]
+    assert choice is not None and choice.samples == 2 and choice.apart
+    finished = [each for each in choice.candidates if each.samples == 2]
+    assert finished == sorted(finished, key=lambda each: each.cost) and len(finished) < len(choice.candidates)
+    chosen, single, random, whole = choice.prices
+    assert [price.name for price in choice.prices] == ["chosen", "best single method", "random", "all tokens"]
+    assert chosen.drops == taken.trial.described() and chosen.cost <= single.cost and whole.cost < 1e-6
+    assert chosen.drops in (finished[0].drops, single.drops) and random.drops[0].score == "random_input"
+    tried = {drop.score for each in choice.candidates for drop in each.drops}
+    assert {"cdpruner (minus)", "divprune", "quota (minus magnitude)", "residual", "fitted (last)"} <= tried
+    assert {each.method for each in choice.candidates} >= {"cdpruner", "divprune", "quota", "random_input"}
+    # FastV runs two layers of three on all tokens, more than half.
+    assert any(why.startswith("fastv: ") for why in choice.left_out)
     PlanTokenBudget().run(program)
-    assert [(cut.layer, pytest.approx(cut.ratio)) for cut in program.plan.cuts] == list(cut_layers_of(shares))
-    InsertTokenCuts().run(program)
-    found = next_token(program, sample)
-    return float((expected.exp() * (expected - found)).sum())
+    assert sum(program.plan.visual_tokens(VISUAL)) <= VISUAL * 3 // 2
+    again = ready(*JOINT)
+    SearchSchedule(samples("one", "longer", "one", "longer"), 4).run(again)
+    assert again.plan.choice == choice
 
 
-def test_the_cheapest_schedule_is_found(apply: Apply) -> None:
-    sample = captured()[1]["one"]
-    program = ready(*JOINT)
-    assert not apply(program, SearchSchedule([sample], 1))
-    best = program.measured[SCHEDULE]
-    tried = schedules(0.5, 3, VISUAL)
-    assert best in tried
-    expected = next_token(ready(), sample)
-    # Each takes seconds to compile: every fourth one.
-    costs = [cost(shares, sample, expected) for shares in tried[::4] if shares != best]
-    assert cost(best, sample, expected) <= min(costs) * (1 + 1e-3) < 0.9 * max(costs)
+def test_a_picture_that_is_read_first_is_whole_there() -> None:
+    program = ready(*JOINT, reads=0)
+    SearchSchedule(samples("one", "longer"), 2).run(program)
+    assert program.plan.choice is not None and program.plan.choice.warning is None
+    assert program.measured[CHOSEN].trial.layers[0] >= 0 and program.plan.choice.prices[0].cost < 1e-6
 
 
-def test_the_plan_has_the_mean_that_was_asked_for(apply: Apply) -> None:
-    program = ready(*JOINT)
-    apply(program, SearchSchedule([captured()[1]["one"]] * 8, 8))
+def test_a_picture_that_is_read_last_is_not_cut_first() -> None:
+    """The flat schedule keeps most tokens in the last layer; a step that leaves few there measures worse."""
+    program = ready(*JOINT, reads=2)
+    SearchSchedule(samples("one", "longer", "one", "longer"), 4).run(program)
     PlanTokenBudget().run(program)
-    counts = program.plan.visual_tokens(VISUAL)
-    assert sum(counts) == VISUAL * 3 // 2
+    assert program.plan.visual_tokens(VISUAL)[2] >= VISUAL * 3 // 8
+
+
+def with_large_background(program: Program) -> tuple[Answered, torch.Tensor]:
+    """A sample whose visual tokens that matter least are scaled up, answered again, and their costs after layer 0."""
+    (answered,) = record_answers(program, samples("one"), 1, 3)
+    head, feeds = program.graphs[HEAD], dict(answered.feeds)
+    asked = (feeds, answered.full.tokens, answered.full.counted, HERE)
+    costs = drop_costs(program.graphs[PREFILL], head, *asked)[0]
+    places = answered.visual[0].nonzero()[:, 0]
+    background = places[costs[0, places].abs().argsort()[: len(places) // 2]]
+    embeddings = feeds["inputs_embeds"].clone()
+    embeddings[0, background] *= 20
+    feeds["inputs_embeds"] = embeddings
+    hidden = next(iter(program.graphs[PREFILL](feeds).values()))[:, -answered.full.tokens.shape[1] :]
+    logits = head({head.inputs[0]: hidden})[head.outputs[0]]
+    full = answer_of(logits.argmax(-1), answered.full.counted, logits)
+    return Answered(full, feeds, answered.visual, answered.valid, answered.asked), background
+
+
+@torch.no_grad()
+def test_large_norms_that_mark_background_are_not_kept() -> None:
+    program = ready(*JOINT, reads=1)
+    # Queries of that layer look at few tokens.
+    for graph in (program.graphs[PREFILL], program.graphs[DECODE]):
+        for name in {str(node.target) for node in graph.nodes if node.op == "get_attr"}:
+            if "layers.1." in name and "q_proj.weight" in name:
+                set_tensor(graph.module, name, get_tensor(graph.module, name) * 30)
+    altered, background = with_large_background(program)
+    search = _Search(program, [altered], [altered], False, None)
+    chosen, choice = search.run()
+    plus, minus = (
+        search.costs.agreement(Trial(((0, 0.5, name),)), [altered]) for name in ("magnitude", "magnitude (minus)")
+    )
+    assert plus.divergence > 2 * minus.divergence
+    assert all(score != "magnitude" for *_, score in chosen.trial.drops)
+    assert search.costs.weights["fitted", 0][1] < 0
+    assert choice.prices[0].cost <= minus.divergence / minus.tokens + 1e-9 and len(background) == VISUAL // 2
 
 
 def test_only_joint_pays_for_it(apply: Apply) -> None:
     program = ready("tokens.method=cdpruner", "tokens.keep=0.5")
-    apply(program, SearchSchedule([captured()[1]["one"]], 1))
-    assert SCHEDULE not in program.measured
+    apply(program, SearchSchedule(samples("one"), 1))
+    assert CHOSEN not in program.measured and program.plan.choice is None
 
 
-def test_a_final_share_is_refused() -> None:
-    with pytest.raises(PlanError, match="schedules with one mean"):
-        SearchSchedule([captured()[1]["one"]], 1).run(ready("tokens.method=joint", "tokens.keep=0.5"))
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("tokens.keep_of=final", "schedules with one mean"),
+        ("tokens.compact_scored_layer=true", "also in the layers that score"),
+    ],
+)
+def test_what_is_not_measured_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        SearchSchedule(samples("one"), 1).run(ready(*JOINT, setting))
+
+
+def test_a_stopped_search_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "SECONDS", -1.0)
+    whole = ready(*JOINT)
+    search = SearchSchedule(samples("one", "longer", "one"), 3)
+    search.run(whole)
+    evaluated: list[str] = []
+    own = TrialCosts.agreement
+
+    def stopping(self: TrialCosts, trial: Trial, given: Any) -> Any:
+        evaluated.append(trial.key)
+        if len(evaluated) == limit:
+            raise KeyboardInterrupt
+        return own(self, trial, given)
+
+    monkeypatch.setattr(TrialCosts, "agreement", stopping)
+    limit = 40
+    stopped = ready(*JOINT)
+    stopped.checkpoint = Checkpoint.open(tmp_path / "progress", "key")
+    with pytest.raises(KeyboardInterrupt):
+        search.run(stopped)
+    first, limit = len(evaluated), -1
+    resumed = ready(*JOINT)
+    resumed.checkpoint = Checkpoint.open(tmp_path / "progress", "key")
+    search.run(resumed)
+    assert resumed.plan.choice == whole.plan.choice
+    uninterrupted = len(evaluated) - first
+    evaluated.clear()
+    search.run(ready(*JOINT))
+    assert uninterrupted < len(evaluated)
+    damaged = Checkpoint.open(tmp_path / "progress", "key")
+    damaged.save("search_schedule", {}, {"costs": {"text 0 0.5": [-1.0]}})
+    broken = ready(*JOINT)
+    broken.checkpoint = copy.copy(damaged)
+    with pytest.raises(OutputError, match="a cost is not a number"):
+        search.run(broken)

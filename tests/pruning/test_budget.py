@@ -156,9 +156,10 @@ def test_unstable_first_layers_are_skipped() -> None:
     assert candidate_layers(MASS, iqr, COSINE, iqr_ceiling=0.7)[0] == 2
 
 
-def test_a_weak_layer_in_the_middle_does_not_count_as_first() -> None:
+def test_a_weak_or_unstable_layer_ends_the_range() -> None:
     mass = [*MASS[:4], 0.01, *MASS[5:]]
-    assert candidate_layers(mass, [*IQR[:4], 0.0, *IQR[5:]], COSINE) == (2, 3, 4, 5, 6)
+    assert candidate_layers(mass, [*IQR[:4], 0.0, *IQR[5:]], COSINE) == (2, 3)
+    assert candidate_layers(MASS, [*IQR[:5], 0.6 * MASS[5], *IQR[6:]], COSINE) == (2, 3, 4)
 
 
 def test_run_ends_at_the_first_gap() -> None:
@@ -166,8 +167,9 @@ def test_run_ends_at_the_first_gap() -> None:
     assert candidate_layers(MASS, IQR, cosine) == (2, 3)
 
 
-def test_a_flat_profile_has_no_redundant_layers() -> None:
-    assert candidate_layers([1] * 6, [0] * 6, [0.42, 0.44, 0.5, 0.49, 0.43, 0.4], tail_fraction=0.0) == (0, 1, 2, 3, 4)
+def test_redundancy_is_a_share_of_the_range() -> None:
+    assert candidate_layers([1] * 6, [0] * 6, [0.4] * 6, tail_fraction=0.0) == (0, 1, 2, 3, 4)
+    assert candidate_layers([1] * 6, [0] * 6, [0.42, 0.44, 0.5, 0.49, 0.43, 0.4], tail_fraction=0.0) == (0, 1)
     assert candidate_layers([1] * 6, [0] * 6, [0.3, 0.3, 0.3, 0.9, 0.3, 0.3], tail_fraction=0.0) == (0, 1, 2)
 
 
@@ -181,7 +183,8 @@ def test_refusal_names_what_each_threshold_excluded() -> None:
     with pytest.raises(PlanError) as refusal:
         candidate_layers([0.1, 0.1, 1.0, 1.0], [0] * 4, [0.1, 0.2, 0.9, 0.3], tail_fraction=0.25)
     message = str(refusal.value)
-    assert "concentration_floor or iqr_ceiling (mass below 0.5, or range above 0.5 x mass): layers [0, 1]" in message
+    assert "concentration_floor (mass below 0.5): layers [0, 1]" in message
+    assert "iqr_ceiling (range above 0.5 x mass): layers []" in message
     assert "tail_fraction (last 1 of 4 layers): layers [3]" in message
     assert "cosine_ceiling (cosine above 0.5): layers [2]" in message
     assert "tokens.candidate_layers" in message

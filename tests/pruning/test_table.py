@@ -10,13 +10,16 @@ from toy_decoder import prefill_graph
 
 import qpcompile
 from qpcompile.errors import RecipeError
+from qpcompile.ir.edit import clone
 from qpcompile.ir.operators import SELECT_TOKENS, SPECS
 from qpcompile.ir.program import Graph
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_token_cuts import cut_prefill
 from qpcompile.pruning.methods.joint import JointOptions
 from qpcompile.pruning.pruner import INPUT, TowerReader, options_of
+from qpcompile.pruning.scores import BEFORE
 from qpcompile.pruning.table import PRUNERS, check_method
+from qpcompile.recipe.choice import Score
 from qpcompile.recipe.plan import Cut
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.recipe.tokens import TokenScheme
@@ -37,12 +40,17 @@ def test_a_method_names_the_operators_that_it_adds(method: str) -> None:
     pruner, graph = PRUNERS[method], prefill_graph()
     program = program_of(graph, recipe=recipe, layers=2)
     Canonicalize().run(program)
-    before = own_operators(graph)
-    # The layer of joint is the result of a search; it scores differently before the decoder and in it.
-    after = (INPUT, 0) if method == "joint" else pruner.schedule(program).layers[:1]
-    cuts = tuple(Cut(layer=layer, ratio=0.5, numerator=1, denominator=2) for layer in after)
-    cut_prefill(graph, cuts, recipe, pruner, shapes=False)
-    assert own_operators(graph) - before - {SELECT_TOKENS} == set(pruner.operators)
+    before, added = own_operators(graph), set[Any]()
+    # What joint adds is the result of a search.
+    searched: list[tuple[int, Score | None]] = [(INPUT, Score(name=name)) for name in BEFORE]
+    searched += [(0, Score(name="text")), (0, Score(name="residual"))]
+    known = [(layer, None) for layer in (() if method == "joint" else pruner.schedule(program).layers[:1])]
+    for layer, score in searched if method == "joint" else known:
+        cut = clone(graph)
+        cuts = (Cut(layer=layer, ratio=0.5, numerator=1, denominator=2, score=score),)
+        cut_prefill(cut, cuts, recipe, pruner, shapes=False)
+        added |= own_operators(cut)
+    assert added - before - {SELECT_TOKENS} == set(pruner.operators)
 
 
 def own_operators(graph: Graph) -> set[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qpcompile.ir.program import Program
+from qpcompile.quality.choice_table import HEADS, how_chosen, price_rows
 from qpcompile.quality.verdict import increments, verdict
 from qpcompile.recipe.bits_told import told_bits
 from qpcompile.recipe.plan import Plan
@@ -96,7 +97,19 @@ def _tokens(plan: Plan) -> str:
     if not plan.cuts:
         return "All visual tokens are kept in every layer."
     rows = [f"| {cut.layer} | {cut.ratio:.4f} | {cut.kept(576)} of 576 |" for cut in plan.cuts]
-    return "\n".join(["| after layer | share kept | for example |", "| --- | --- | --- |", *rows])
+    table = ["| after layer | share kept | for example |", "| --- | --- | --- |", *rows]
+    if plan.choice is None:
+        return "\n".join(table)
+    prices = [f"| {' | '.join(row)} |" for row in price_rows(plan.choice)]
+    chosen = [
+        f"Chosen: {how_chosen(plan.choice)}.",
+        "",
+        f"| {' | '.join(HEADS)} |",
+        "| --- | --- | --- | --- |",
+        *prices,
+    ]
+    warning = ["", f"**{plan.choice.warning}.**"] if plan.choice.warning else []
+    return "\n".join([*table, "", *chosen, *warning])
 
 
 def _agreement(plan: Plan) -> str:

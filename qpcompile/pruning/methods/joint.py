@@ -1,27 +1,25 @@
-"""joint: a schedule searched on samples, scored by text attention inside the decoder and diversity before it.
+"""joint: the score and the schedule that cost least on samples, in one search (passes/search_schedule.py).
 
-    schedule   the one whose next-token distribution is closest to the full model's (passes/search_schedule.py)
-    score      after layer l: attention from the text's queries, mean over heads, of the quantized layer
-               before the decoder, where there is no attention yet: CDPruner's relevance and diversity
+    candidate   cuts, each after a layer or before the decoder, with a score (qpcompile/pruning/scores.py)
+    cost        KL divergence from full precision over the tokens of the full model's own answer
 
-Ours. QUOTA (arXiv 2604.17320) instead distributes a fixed drop by a softmax over each layer's own deviation, and adds
-magnitude, visual attention and residual to the score.
+The single methods of the harness are candidates, and it never takes what measures worse than the best of them. Ours.
+QUOTA (arXiv 2604.17320) instead distributes a fixed drop by a softmax over each layer's own deviation, and takes one
+weighted score for granted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import Field
 from torch import fx
 
-from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
-from qpcompile.pruning.methods.cdpruner import CdPruner
-from qpcompile.pruning.pruner import INPUT, Operators, Point, Pruner, Schedule
-from qpcompile.pruning.queries import QUERIES, attention_from
-from qpcompile.pruning.schedules import SCHEDULE, cut_layers_of
+from qpcompile.pruning.candidates import CHOSEN
+from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule
+from qpcompile.pruning.scores import SCORE_OPERATORS, scores_at
 from qpcompile.recipe.quantize import MOST_SAMPLES, Section
 from qpcompile.recipe.recipe import Recipe
 
@@ -30,7 +28,13 @@ class JointOptions(Section):
     """Keys of `tokens.options` for `joint`."""
 
     trial_samples: int = Field(
-        default=128, ge=1, le=MOST_SAMPLES, description="Maximum number of samples for the schedule search."
+        default=128,
+        ge=1,
+        le=MOST_SAMPLES,
+        description="Maximum number of samples of the search: every other one to choose, the rest to measure prices.",
+    )
+    answer_tokens: int = Field(
+        default=8, ge=1, le=256, description="Tokens of the full model's answer that candidates are compared on."
     )
 
 
@@ -38,24 +42,23 @@ class JointOptions(Section):
 class Joint:
     """See the module's docstring."""
 
-    operators: ClassVar[Operators] = (*CdPruner.operators, TOKEN_SCORES)
+    operators: ClassVar[Operators] = SCORE_OPERATORS
     options: ClassVar[type[Section]] = JointOptions
-    in_front: Pruner = field(default_factory=CdPruner)
 
     def profiles(self, recipe: Recipe) -> bool:
-        """Schedules are evaluated on samples."""
+        """Candidates are evaluated on samples."""
         return True
 
     def schedule(self, program: Program) -> Schedule:
         """The result of the search; its mean is already the recipe's."""
-        layers, ratios = zip(*cut_layers_of(program.measured[SCHEDULE]), strict=True)
-        return Schedule(layers, lambda keep: ratios)
+        chosen = program.measured[CHOSEN]
+        layers, ratios, _ = zip(*chosen.trial.drops, strict=True)
+        return Schedule(layers, lambda keep: ratios, scores=chosen.scores)
 
     def scores(self, point: Point) -> fx.Node:
-        """Attention from the text, or, before the decoder, relevance and diversity."""
-        if point.layer == INPUT:
-            return self.in_front.scores(point)
-        return attention_from(point, QUERIES[point.recipe.tokens.queries](point), point.attention())
+        """The score that was chosen for this cut."""
+        assert point.cut.score is not None
+        return scores_at(point, point.cut.score)
 
 
 METHOD: Pruner = Joint()

@@ -6,6 +6,7 @@ candidate rule are ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar, Literal
@@ -53,31 +54,37 @@ class Quota:
         weights = tokens.weights
         # A stage-wise order scores without knowledge of the quantizer (table 3 of the paper).
         residual = weights.residual if point.recipe.order == "joint" else 0.0
-        attention = point.attention()
-        rounding = rounding_of(point)
-        tensors = [point.hidden(), rounding.value, attention.query, attention.key]
-        if tokens.scores_of == "full_precision":
-            tensors = [point.unquantized(tensor) for tensor in tensors]
-        scores = point.call(
-            TOKEN_SCORES,
-            *tensors,
-            attention.mask,
-            attention.scale,
-            point.visual,
-            point.alive,
-            QUERIES[tokens.queries](point),
-            [weights.inter, weights.magnitude, weights.intra, residual],
-            tokens.normalize,
-            *tokens.percentiles,
-            tokens.intra_mean,
-            rounding.rotate,
-            rounding.group_size,
-            rounding.clip_ratio,
-            rounding.bits,
-            tokens.residual_relative,
-            tokens.sink_ratio or 0.0,
-        )
-        return with_risk(point, scores)
+        terms = (weights.inter, weights.magnitude, weights.intra, residual)
+        return with_risk(point, weighted_scores(point, terms, tokens.queries, tokens.normalize))
+
+
+def weighted_scores(point: Point, weights: Sequence[float], queries: str, normalize: str) -> fx.Node:
+    """f32[B, N]: the weighted sum of inter, magnitude, intra and residual, each normalised."""
+    tokens = point.recipe.tokens
+    attention = point.attention()
+    rounding = rounding_of(point) if weights[3] else _Rounding(point.hidden(), False, 0, 1.0, 4)
+    tensors = [point.hidden(), rounding.value, attention.query, attention.key]
+    if tokens.scores_of == "full_precision":
+        tensors = [point.unquantized(tensor) for tensor in tensors]
+    return point.call(
+        TOKEN_SCORES,
+        *tensors,
+        attention.mask,
+        attention.scale,
+        point.visual,
+        point.alive,
+        QUERIES[queries](point),
+        list(weights),
+        normalize,
+        *tokens.percentiles,
+        tokens.intra_mean,
+        rounding.rotate,
+        rounding.group_size,
+        rounding.clip_ratio,
+        rounding.bits,
+        tokens.residual_relative,
+        tokens.sink_ratio or 0.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class _Rounding:
 
 
 def rounding_of(point: Point) -> _Rounding:
-    """The residual stream, or the input of the next layer's first linear; with the recipe's quantizer."""
+    """What the next layer's first quantizer rounds, or the residual stream; with the recipe's quantizer."""
     scheme, tokens = point.recipe.quantize, point.recipe.tokens
     # A recipe without a quantizer is scored by the error of 4 bits.
     group_size, clip_ratio, bits = (0, 1.0, 4)
@@ -100,7 +107,13 @@ def rounding_of(point: Point) -> _Rounding:
         inputs = scheme.activations
         group_size, clip_ratio, bits = inputs.kernel_group, inputs.clip_ratio, inputs.bits
     if tokens.residual_of == "stream":
-        rotate = point.rotate and tokens.residual_space == "transformed"
+        if tokens.residual_space == "transformed" and not point.rotate:
+            raise PlanError(
+                "the residual stream can only be rotated as by quantize.transform hadamard",
+                where="tokens.residual_space",
+                do="write residual_of: input, which has every transform, or residual_space: plain",
+            )
+        rotate = tokens.residual_space == "transformed"
         return _Rounding(point.hidden(), rotate, group_size, clip_ratio, bits)
     linears = calls(point.graph, aten.linear.default)
     source = next(node.args[0] for node in linears if layer_of(node) == point.layer + 1)

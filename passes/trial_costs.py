@@ -1,0 +1,256 @@
+"""Evaluate candidates of the search: cut copies of the prefill graph, and their divergence from recorded answers.
+
+Cutting a graph is slow, so candidates with the same layers share one copy with all their scores:
+
+    %a = qpcompile::token_scores(...)      %b = qpcompile::token_scores(...)      %i = select_tokens(%a, ...)
+
+A candidate runs the nodes of it that its answer needs, with its own score and ratio in place of the recorded ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from qpcompile.ir.checkpoint import Checkpoint
+from qpcompile.ir.edit import clone
+from qpcompile.ir.node_facts import ScoreFact, numerator_fact, score_fact, set_fact, stub_fact
+from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
+from qpcompile.passes.insert_token_cuts import ASKED, cut_prefill
+from qpcompile.progress import track
+from qpcompile.pruning.budget import ratio_fraction
+from qpcompile.pruning.candidates import Trial
+from qpcompile.pruning.fit import Weights
+from qpcompile.pruning.pruner import Operators, Point, Schedule
+from qpcompile.pruning.scores import SCORE_OPERATORS, scores_at
+from qpcompile.quality.answers import Agreement, agreement
+from qpcompile.quality.recorded import Answered
+from qpcompile.quantization.fake_quant import StubRounding
+from qpcompile.recipe.choice import Score
+from qpcompile.recipe.plan import Cut
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import COUNT, VALID, VISUAL
+from qpcompile.runtime.placement import PlacedInterpreter, Placement, run_placed
+from qpcompile.runtime.recorded_answer import hidden_path
+
+ALL_TOKENS = Trial(())
+"""No cut."""
+TITLE = "search_schedule"
+Key = tuple[int, ...]
+
+
+class TrialCosts:
+    """Costs of candidates, one number per sample each; `weights` are those of fitted scores."""
+
+    def __init__(self, program: Program, rounding: StubRounding | None) -> None:
+        self.program, self.rounding = program, rounding
+        self.on = Placement.of(program)
+        self.weights: Weights = {}
+        self._runs: dict[str, _Run] = {}
+        self._costs = _restored(program.checkpoint)
+
+    def add(self, trial: Trial, number: int, answered: Answered) -> None:
+        """Evaluate a candidate on the sample with this number, unless that has been done."""
+        costs = self._costs.setdefault(trial.key, [])
+        if len(costs) == number:
+            found = self.agreement(trial, [answered])
+            costs.append(found.divergence / max(found.tokens, 1))
+
+    def seen(self, trial: Trial) -> int:
+        """On how many samples it was evaluated."""
+        return len(self._costs.get(trial.key, ()))
+
+    def mean(self, trial: Trial, first: int | None = None) -> float:
+        """Its mean cost on all its samples, or on the first ones."""
+        costs = self._costs[trial.key][:first]
+        return math.fsum(costs) / len(costs)
+
+    def save(self) -> None:
+        """Save the costs to the checkpoint: a search that starts again does not evaluate them again."""
+        self.program.checkpoint.save(TITLE, {}, {"costs": self._costs})
+
+    def agreement(self, trial: Trial, samples: Iterable[Answered]) -> Agreement:
+        """The agreement of a candidate with the recorded answers."""
+        run = self._run(trial)
+        return sum((self._agreement(run, answered) for answered in samples), Agreement())
+
+    def run(self, graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run a graph with its stubs quantized; tensors at home."""
+        return run_placed(_Quantized(graph, self.rounding, self.on), feeds)
+
+    def _agreement(self, run: _Run, answered: Answered) -> Agreement:
+        visual = answered.visual
+        count = torch.arange(int(visual.sum(dim=1).min()), device=visual.device)
+        marks = {VISUAL: visual, VALID: answered.valid, COUNT: count, ASKED: answered.asked}
+        rows = run({**answered.feeds, **marks})[:, -answered.full.tokens.shape[1] :]
+        if HEAD in self.program.graphs:
+            head = self.program.graphs[HEAD]
+            rows = next(iter(self.on.run(head, {head.inputs[0]: rows}).values()))
+        return agreement(answered.full, rows)
+
+    def prepare(self, trials: Sequence[Trial]) -> None:
+        """Cut graphs for these candidates, with the scores that they use; all others are freed."""
+        names: dict[Key, dict[int, set[str]]] = {}
+        for trial in trials:
+            for layer, _, name in trial.drops:
+                names.setdefault(trial.layers, {}).setdefault(layer, set()).add(name)
+        self._runs = {}
+        cut = {}
+        with track("cutting graphs", len(names)) as step:
+            for trial in trials:
+                if trial.layers not in cut:
+                    cut[trial.layers] = self._cut(trial, names[trial.layers])
+                    step()
+                self._runs[trial.key] = _Run(cut[trial.layers], trial, self.rounding, self.on)
+
+    def keep(self, trials: Sequence[Trial]) -> None:
+        """Free the graphs of all other candidates."""
+        kept = {trial.key for trial in trials}
+        self._runs = {key: run for key, run in self._runs.items() if key in kept}
+
+    def _run(self, trial: Trial) -> _Run:
+        if trial.key not in self._runs:
+            names = {layer: {name} for layer, _, name in trial.drops}
+            graph = self._cut(trial, names) if trial.drops else self.program.graphs[PREFILL]
+            self._runs[trial.key] = _Run(graph, trial, self.rounding, self.on)
+        return self._runs[trial.key]
+
+    def _cut(self, trial: Trial, names: dict[int, set[str]]) -> Graph:
+        """The graph cut after a candidate's layers, with these scores there."""
+        graph = clone(self.program.graphs[PREFILL])
+        cuts = tuple(_cut(layer, ratio) for layer, ratio, _ in trial.drops)
+        cut_prefill(graph, cuts, self.program.recipe, _Every(names, self.weights), shapes=False, answered=True)
+        return graph
+
+
+@dataclass(frozen=True)
+class _Every:
+    """A pruner with several scores at each cut; the selection reads the first."""
+
+    names: dict[int, set[str]]
+    weights: Weights
+    operators: ClassVar[Operators] = SCORE_OPERATORS
+
+    def profiles(self, recipe: Recipe) -> bool:
+        """It is not planned."""
+        return False
+
+    def schedule(self, program: Program) -> Schedule:
+        """It is not planned."""
+        raise NotImplementedError
+
+    def scores(self, point: Point) -> fx.Node:
+        """f32[B, N]."""
+        nodes: list[fx.Node] = []
+        for name in sorted(self.names[point.layer]):
+            weights = self.weights.get((name, point.layer), ())
+            node = scores_at(point, Score(name=name, weights=weights))
+            set_fact(node, ScoreFact(point.layer, name))
+            nodes.append(node)
+        return nodes[0]
+
+
+def _cut(layer: int, ratio: float) -> Cut:
+    numerator, denominator = ratio_fraction(ratio)
+    return Cut(layer=layer, ratio=ratio, numerator=numerator, denominator=denominator)
+
+
+class _Run:
+    """What one candidate runs of a graph: the nodes that its answer needs, with its own scores and ratios."""
+
+    def __init__(self, graph: Graph, trial: Trial, rounding: StubRounding | None, on: Placement) -> None:
+        self.graph, self.rounding, self.on = graph, rounding, on
+        self.ratios = {layer: ratio_fraction(ratio)[0] for layer, ratio, _ in trial.drops}
+        self.instead = _rewired(graph.nodes, trial)
+        self.paths = dict(zip((node for node in graph.nodes if node.op == "placeholder"), graph.inputs, strict=True))
+        self.output = graph.result(hidden_path(graph))
+        needed, waiting = set[fx.Node](), [self.output]
+        while waiting:
+            if (node := waiting.pop()) not in needed:
+                needed.add(node)
+                waiting += self._sources(node)
+        self.nodes = [node for node in graph.nodes if node in needed]
+        last = {source: node for node in self.nodes for source in self._sources(node)}
+        self.ends: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last.items():
+            self.ends.setdefault(node, []).append(source)
+
+    def __call__(self, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The hidden states, from tensors by input path; all at home."""
+        env: dict[fx.Node, Any] = {}
+
+        def fetch(node: fx.Node) -> Any:
+            return env[self.instead.get(node, node)]
+
+        with torch.no_grad():
+            for node in self.nodes:
+                if node.op == "placeholder":
+                    env[node] = self.on.there(feeds[self.paths[node]])
+                elif node.op == "get_attr":
+                    env[node] = self.on.weight(self.graph.module, str(node.target))
+                else:
+                    env[node] = self._call(node, fetch)
+                for source in self.ends.get(node, ()):
+                    del env[source]
+            return self.on.back(env[self.output])
+
+    def _call(self, node: fx.Node, fetch: Callable[[fx.Node], Any]) -> Any:
+        """One operator."""
+        args, kwargs = self.on.arguments(node)
+        values, named = fx.map_arg(args, fetch), fx.map_arg(kwargs, fetch)
+        if (fact := numerator_fact(node)) is not None:
+            values = (values[0], self.ratios[fact.layer])
+        value = node.target(*values, **named)  # type: ignore[operator]
+        stub = stub_fact(node)
+        return value if stub is None or self.rounding is None else self.rounding(value, stub)
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        return [self.instead.get(source, source) for source in node.all_input_nodes]
+
+
+def _rewired(nodes: Sequence[fx.Node], trial: Trial) -> dict[fx.Node, fx.Node]:
+    """The score that a selection reads -> the candidate's."""
+    scores = {(fact.layer, fact.name): node for node in nodes if (fact := score_fact(node)) is not None}
+    instead: dict[fx.Node, fx.Node] = {}
+    for layer, _, name in trial.drops:
+        first = next(node for (place, _), node in scores.items() if place == layer)
+        if scores[layer, name] is not first:
+            instead[first] = scores[layer, name]
+    return instead
+
+
+class _Quantized(PlacedInterpreter):
+    """Runs a graph with every stub quantized."""
+
+    def __init__(self, graph: Graph, rounding: StubRounding | None, on: Placement) -> None:
+        super().__init__(graph, on)
+        self.rounding = rounding
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        value, fact = super().run_node(n), stub_fact(n)
+        return value if fact is None or self.rounding is None else self.rounding(value, fact)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """Contents of a checkpoint: the costs of each candidate on the first samples."""
+
+    costs: dict[str, list[float]]
+
+
+def _restored(checkpoint: Checkpoint) -> dict[str, list[float]]:
+    """The costs that an interrupted compile has measured."""
+    with checkpoint.found(TITLE) as kept:
+        if kept is None:
+            return {}
+        kept.fits({})
+        costs = kept.read(_Contents).costs
+        if not all(math.isfinite(cost) and cost >= 0 for row in costs.values() for cost in row):
+            raise ValueError("a cost is not a number")
+        return costs
