@@ -119,6 +119,8 @@ class _Search:
         """The candidate that is taken, and the record of the search."""
         self.costs.weights = self._fitted()
         first, self.left = first_trials(self.program, PRUNERS, self.visual)
+        possible = [*first, *second_trials(self.program, self.visual, ["cdpruner"], ["text"])]
+        self.costs.prepare(layer for trial in possible for layer in trial.layers)
         self._halve(first, "scores")
         before, inside = best_scores(self._ranked(first))
         second = second_trials(self.program, self.visual, before, inside)
@@ -164,7 +166,6 @@ class _Search:
         """Evaluate on all samples, discarding the worse half on the way; the best single method stays."""
         count = len(self.own)
         alive = trials
-        self.costs.prepare(trials)
         with track(f"{SearchSchedule.name}, {title}", count) as step:
             for number, answered in enumerate(self.own):
                 for trial in alive:
@@ -174,7 +175,6 @@ class _Search:
                     singles = [trial for trial in order if trial.method is not None][:1]
                     best = order[: (len(order) + 1) // 2]
                     alive = [*best, *(trial for trial in singles if trial not in best)]
-                    self.costs.keep(alive)
                 if number + 1 == count or self.program.checkpoint.due():
                     self.costs.save()
                 step()

@@ -1,10 +1,11 @@
 """Evaluate candidates of the search: cut copies of the prefill graph, and their divergence from recorded answers.
 
-Cutting a graph is slow, so candidates with the same layers share one copy with all their scores:
+Cutting a graph is slow, so all candidates share one copy, with a cut after every layer that any of them cuts after, and
+every score there:
 
-    %a = qpcompile::token_scores(...)      %b = qpcompile::token_scores(...)      %i = select_tokens(%a, ...)
+    %a = qpcompile::token_scores(...)      %b = qpcompile::token_scores(...)      %i = select_tokens(%all, ...)
 
-A candidate runs the nodes of it that its answer needs, with its own score and ratio in place of the recorded ones.
+A candidate runs the nodes that its answer needs, with its own scores and ratios; the other cuts keep all tokens.
 """
 
 from __future__ import annotations
@@ -18,16 +19,15 @@ import torch
 from torch import fx
 
 from qpcompile.ir.checkpoint import Checkpoint
-from qpcompile.ir.edit import clone
+from qpcompile.ir.edit import aten, clone
 from qpcompile.ir.node_facts import ScoreFact, numerator_fact, score_fact, set_fact, stub_fact
 from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
 from qpcompile.passes.insert_token_cuts import ASKED, cut_prefill
-from qpcompile.progress import track
-from qpcompile.pruning.budget import ratio_fraction
+from qpcompile.pruning.budget import DENOMINATOR, ratio_fraction
 from qpcompile.pruning.candidates import Trial
 from qpcompile.pruning.fit import Weights
-from qpcompile.pruning.pruner import Operators, Point, Schedule
-from qpcompile.pruning.scores import SCORE_OPERATORS, scores_at
+from qpcompile.pruning.pruner import INPUT, Operators, Point, Schedule
+from qpcompile.pruning.scores import BEFORE, FITTED, INSIDE, SCORE_OPERATORS, scores_at
 from qpcompile.quality.answers import Agreement, agreement
 from qpcompile.quality.recorded import Answered
 from qpcompile.quantization.fake_quant import StubRounding
@@ -41,7 +41,8 @@ from qpcompile.runtime.recorded_answer import hidden_path
 ALL_TOKENS = Trial(())
 """No cut."""
 TITLE = "search_schedule"
-Key = tuple[int, ...]
+EQUAL, WHOLE = "equal", DENOMINATOR
+"""The score of cuts that a candidate does not have, and the numerator that keeps all tokens."""
 
 
 class TrialCosts:
@@ -51,6 +52,7 @@ class TrialCosts:
         self.program, self.rounding = program, rounding
         self.on = Placement.of(program)
         self.weights: Weights = {}
+        self._graph: Graph | None = None
         self._runs: dict[str, _Run] = {}
         self._costs = _restored(program.checkpoint)
 
@@ -93,46 +95,26 @@ class TrialCosts:
             rows = next(iter(self.on.run(head, {head.inputs[0]: rows}).values()))
         return agreement(answered.full, rows)
 
-    def prepare(self, trials: Sequence[Trial]) -> None:
-        """Cut graphs for these candidates, with the scores that they use; all others are freed."""
-        names: dict[Key, dict[int, set[str]]] = {}
-        for trial in trials:
-            for layer, _, name in trial.drops:
-                names.setdefault(trial.layers, {}).setdefault(layer, set()).add(name)
-        self._runs = {}
-        cut = {}
-        with track("cutting graphs", len(names)) as step:
-            for trial in trials:
-                if trial.layers not in cut:
-                    cut[trial.layers] = self._cut(trial, names[trial.layers])
-                    step()
-                self._runs[trial.key] = _Run(cut[trial.layers], trial, self.rounding, self.on)
-
-    def keep(self, trials: Sequence[Trial]) -> None:
-        """Free the graphs of all other candidates."""
-        kept = {trial.key for trial in trials}
-        self._runs = {key: run for key, run in self._runs.items() if key in kept}
+    def prepare(self, layers: Iterable[int]) -> None:
+        """Cut the graph after all layers that candidates cut after."""
+        graph = clone(self.program.graphs[PREFILL])
+        cuts = tuple(Cut(layer=layer, ratio=1.0, numerator=WHOLE, denominator=WHOLE) for layer in sorted(set(layers)))
+        cut_prefill(graph, cuts, self.program.recipe, _Every(self.weights), shapes=False, answered=True)
+        self._graph = graph
 
     def _run(self, trial: Trial) -> _Run:
         if trial.key not in self._runs:
-            names = {layer: {name} for layer, _, name in trial.drops}
-            graph = self._cut(trial, names) if trial.drops else self.program.graphs[PREFILL]
-            self._runs[trial.key] = _Run(graph, trial, self.rounding, self.on)
+            if trial.drops and self._graph is None:
+                self.prepare(trial.layers)
+            graph = self._graph if trial.drops else None
+            self._runs[trial.key] = _Run(graph or self.program.graphs[PREFILL], trial, self.rounding, self.on)
         return self._runs[trial.key]
-
-    def _cut(self, trial: Trial, names: dict[int, set[str]]) -> Graph:
-        """The graph cut after a candidate's layers, with these scores there."""
-        graph = clone(self.program.graphs[PREFILL])
-        cuts = tuple(_cut(layer, ratio) for layer, ratio, _ in trial.drops)
-        cut_prefill(graph, cuts, self.program.recipe, _Every(names, self.weights), shapes=False, answered=True)
-        return graph
 
 
 @dataclass(frozen=True)
 class _Every:
-    """A pruner with several scores at each cut; the selection reads the first."""
+    """A pruner with every score at each cut; the selection reads the first, which is for cuts that keep everything."""
 
-    names: dict[int, set[str]]
     weights: Weights
     operators: ClassVar[Operators] = SCORE_OPERATORS
 
@@ -146,18 +128,12 @@ class _Every:
 
     def scores(self, point: Point) -> fx.Node:
         """f32[B, N]."""
-        nodes: list[fx.Node] = []
-        for name in sorted(self.names[point.layer]):
-            weights = self.weights.get((name, point.layer), ())
-            node = scores_at(point, Score(name=name, weights=weights))
-            set_fact(node, ScoreFact(point.layer, name))
-            nodes.append(node)
-        return nodes[0]
-
-
-def _cut(layer: int, ratio: float) -> Cut:
-    numerator, denominator = ratio_fraction(ratio)
-    return Cut(layer=layer, ratio=ratio, numerator=numerator, denominator=denominator)
+        equal = point.only_visual(point.call(aten.to.dtype, point.visual, torch.float32))
+        set_fact(equal, ScoreFact(point.layer, EQUAL))
+        for name in BEFORE if point.layer == INPUT else INSIDE:
+            weights = self.weights.get((name, point.layer), (1.0, 0.0, 0.0, 0.0) if name in FITTED else ())
+            set_fact(scores_at(point, Score(name=name, weights=weights)), ScoreFact(point.layer, name))
+        return equal
 
 
 class _Run:
@@ -165,7 +141,7 @@ class _Run:
 
     def __init__(self, graph: Graph, trial: Trial, rounding: StubRounding | None, on: Placement) -> None:
         self.graph, self.rounding, self.on = graph, rounding, on
-        self.ratios = {layer: ratio_fraction(ratio)[0] for layer, ratio, _ in trial.drops}
+        self.ratios = _ratios(graph, trial)
         self.instead = _rewired(graph.nodes, trial)
         self.paths = dict(zip((node for node in graph.nodes if node.op == "placeholder"), graph.inputs, strict=True))
         self.output = graph.result(hidden_path(graph))
@@ -213,14 +189,21 @@ class _Run:
         return [self.instead.get(source, source) for source in node.all_input_nodes]
 
 
+def _ratios(graph: Graph, trial: Trial) -> dict[int, int]:
+    """The numerator of every cut: that of the candidate's last one up to there."""
+    own = {layer: ratio_fraction(ratio)[0] for layer, ratio, _ in trial.drops}
+    found, latest = dict[int, int](), WHOLE
+    for layer in sorted({fact.layer for node in graph.nodes if (fact := score_fact(node)) is not None}):
+        found[layer] = latest = own.get(layer, latest)
+    return found
+
+
 def _rewired(nodes: Sequence[fx.Node], trial: Trial) -> dict[fx.Node, fx.Node]:
     """The score that a selection reads -> the candidate's."""
     scores = {(fact.layer, fact.name): node for node in nodes if (fact := score_fact(node)) is not None}
     instead: dict[fx.Node, fx.Node] = {}
     for layer, _, name in trial.drops:
-        first = next(node for (place, _), node in scores.items() if place == layer)
-        if scores[layer, name] is not first:
-            instead[first] = scores[layer, name]
+        instead[scores[layer, EQUAL]] = scores[layer, name]
     return instead
 
 

@@ -21,7 +21,7 @@ from qpcompile.recipe.choice import Drop, Score
 # Single methods of the harness that cut inside the decoder, and their scores. Those before it are flat.
 IN_DECODER = {"quota": "quota", "fastv": "text (last)", "sparsevlm": "text (raters)"}
 # What is not a candidate, and why.
-LEFT_OUT = (
+LEFT_OUT: tuple[str, ...] = (
     "visionzip, prumerge_plus: they read the vision tower",
     "pyramiddrop: it cuts inside a layer",
     "dart: it selects by the keys of one layer only",
