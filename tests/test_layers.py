@@ -17,7 +17,22 @@ VAGUE = {"util", "utils", "helper", "helpers", "common", "misc", "base"}
 
 # In the order data flows: a module imports from earlier rows and from its own cell only.
 LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
-    (frozenset({"errors", "write_errors", "claims", "files", "nested", "progress", "stages", "versions"}),),
+    (
+        frozenset(
+            (
+                "errors",
+                "write_errors",
+                "claims",
+                "files",
+                "nested",
+                "picture",
+                "progress",
+                "special_tokens",
+                "stages",
+                "versions",
+            )
+        ),
+    ),
     (frozenset({"recipe"}),),
     (frozenset({"kernels"}),),
     (frozenset({"ir"}),),

@@ -17,11 +17,10 @@ from typing import Any
 from PIL import Image
 
 from qpcompile.errors import CalibrationError
+from qpcompile.special_tokens import control_tokens, placeholders
 
 # A list of messages as `apply_chat_template` takes it: {"role": ..., "content": [parts]}.
 Conversation = list[dict[str, Any]]
-# Placeholders in text that a processor replaces by the tokens of a picture, a video or audio.
-_PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 
 
 def about_picture(picture: Image.Image, question: str) -> Conversation:
@@ -69,10 +68,10 @@ def texts(conversation: Conversation) -> list[str]:
 
 def check_texts(processor: Any, found: Iterable[str], place: str) -> None:
     """Refuse text that the tokenizer or the processor would parse as special tokens."""
-    names = [getattr(processor, name, None) for name in _PLACEHOLDERS]
-    control = _control_tokens(processor)
+    names = placeholders(processor)
+    control = control_tokens(processor)
     for text in found:
-        inside = [name for name in names if isinstance(name, str) and name in text]
+        inside = [name for name in names if name in text]
         if control and not inside:
             ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             inside = [control[token] for token in ids if token in control]
@@ -82,21 +81,6 @@ def check_texts(processor: Any, found: Iterable[str], place: str) -> None:
                 where=place,
                 do="write it in another way: with spaces in it, or in words",
             )
-
-
-def _control_tokens(processor: Any) -> dict[int, str]:
-    """Id -> name of the tokens forbidden in text: special ones, and bracketed ones that the template writes.
-
-    The token for unknown words is allowed: ordinary text produces it.
-    """
-    tokenizer = getattr(processor, "tokenizer", None)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    template, unknown = str(processor.chat_template), getattr(tokenizer, "unk_token_id", None)
-    return {
-        number: token.content
-        for number, token in added.items()
-        if number != unknown and (token.special or (token.content[:1] in "<[{|" and token.content in template))
-    }
 
 
 def _applied(processor: Any, conversations: Sequence[Conversation]) -> dict[str, Any]:

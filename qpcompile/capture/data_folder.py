@@ -13,8 +13,8 @@ from typing import Any
 
 from qpcompile.capture.chat import about_picture, chat_inputs, check_texts
 from qpcompile.capture.data_line import MOST_LINE_BYTES, LineError, parse_line
-from qpcompile.capture.picture import check_picture, read_picture
 from qpcompile.errors import CalibrationError
+from qpcompile.picture import check_picture, read_picture
 
 DATA_FILE = "data.jsonl"
 _BOM = b"\xef\xbb\xbf"

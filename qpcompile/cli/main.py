@@ -18,7 +18,6 @@ import typer
 
 from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.capture.data_folder import first_pictures
-from qpcompile.capture.picture import read_picture
 from qpcompile.claims import Claim, claimed, held_folder, refuse_places
 from qpcompile.cli import talk, terminal
 from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor, open_model
@@ -26,6 +25,7 @@ from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
 from qpcompile.evaluate.questions.data_sets import read_data
 from qpcompile.evaluate.run.rows import RowFolder, Scoring
 from qpcompile.evaluate.sweep.plan import SweepPlan
+from qpcompile.picture import read_picture
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.write_errors import shown
 

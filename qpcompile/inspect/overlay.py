@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from qpcompile.capture.chat import about_picture, chat_inputs
-from qpcompile.capture.picture import read_picture
 from qpcompile.errors import CalibrationError
+from qpcompile.picture import read_picture
 from qpcompile.recipe.plan import Plan
 from qpcompile.runtime.machine import Machine
 

@@ -18,8 +18,8 @@ from PIL import ExifTags, Image
 from transformers.image_utils import load_image
 
 from qpcompile.capture import picture
-from qpcompile.capture.picture import check_picture, read_picture
 from qpcompile.errors import CalibrationError
+from qpcompile.picture import check_picture, read_picture
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

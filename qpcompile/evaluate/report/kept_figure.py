@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qpcompile.capture.data_folder import Question
-from qpcompile.capture.picture import read_picture
 from qpcompile.evaluate.report.figures import STYLE
 from qpcompile.evaluate.report.groups import Group, factorial
 from qpcompile.evaluate.run.rows import Row
+from qpcompile.picture import read_picture
 
 PICTURES = 3
 

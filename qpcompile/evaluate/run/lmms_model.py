@@ -19,9 +19,9 @@ from lmms_eval.protocol import ChatMessages
 
 from qpcompile.capture.chat import Conversation, chat_inputs
 from qpcompile.capture.load import load_model
-from qpcompile.capture.picture import read_picture
 from qpcompile.compiled import load
 from qpcompile.errors import CalibrationError, ModelError
+from qpcompile.picture import read_picture
 from qpcompile.pipeline import compile
 from qpcompile.progress import track
 
