@@ -196,6 +196,9 @@ class CompiledVLM:
     ) -> None:
         """Write graphs for onnxruntime together with a runner. Needs the extra `onnx`.
 
+        The folder answers questions about pictures by itself, with onnxruntime, numpy, pillow and tokenizers; where the
+        processor is none that its runner can stand in for, a warning says why and it takes token ids.
+
         Args:
             folder: a folder that does not exist yet.
             check: inputs of `generate` that both sides answer; `check.json` then records how many answers are alike,
@@ -213,7 +216,7 @@ class CompiledVLM:
                 do='install the extra: pip install "qpcompile[onnx]"',
             ) from error
         try:
-            export_onnx(self.program, folder, check, fast, self.generate)
+            export_onnx(self.program, folder, check, fast, self.generate, self.processor)
         except DEFECTS as error:
             raise ExportError(
                 f"the graphs cannot be written as ONNX: {type(error).__name__}: {error}",

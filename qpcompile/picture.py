@@ -45,7 +45,7 @@ _SIXTEEN = 65535
 # Modes with an alpha band.
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 # TIFF tags: bits per sample; 0 if the smallest value is white.
-_BITS, _PHOTOMETRIC = 258, 262
+_SAMPLE_BITS, _PHOTOMETRIC = 258, 262
 _REPLACE = "replace the picture, or save it again as PNG or JPEG"
 
 
@@ -82,7 +82,7 @@ def check_picture(path: Path, *, where: str | None = None) -> None:
 
 def _opened(path: Path, where: str | None) -> Image.Image:
     """The picture with its header read and its size checked, not yet decoded."""
-    _check_file(path, where)
+    _check_kind(path, where)
     return _headed(path, path, where)
 
 
@@ -101,7 +101,7 @@ def _headed(source: Path | io.BytesIO, path: str | Path, where: str | None) -> I
     return image
 
 
-def _check_file(path: Path, where: str | None) -> None:
+def _check_kind(path: Path, where: str | None) -> None:
     """Refuse anything but a non-empty regular file: opening a pipe or a device may block forever."""
     try:
         found = path.stat()
@@ -156,7 +156,7 @@ def _eight_bits(values: NDArray[Any], image: Image.Image) -> NDArray[Any]:
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        bits = int(np.ravel(tags.get(_BITS, 16))[0])
+        bits = int(np.ravel(tags.get(_SAMPLE_BITS, 16))[0])
         grey = values.astype(np.float32) * 255 / (2**bits - 1)
         return np.rint(255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey)
     low, high = float(values.min()), float(values.max())

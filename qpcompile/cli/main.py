@@ -22,6 +22,7 @@ from qpcompile.claims import Claim, claimed, held_folder, refuse_places
 from qpcompile.cli import talk, terminal
 from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor, open_model
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
+from qpcompile.emit.artifact.folder_kind import is_onnx_folder
 from qpcompile.evaluate.questions.data_sets import read_data
 from qpcompile.evaluate.run.rows import RowFolder, Scoring
 from qpcompile.evaluate.sweep.plan import SweepPlan
@@ -133,9 +134,15 @@ def compile_command(
                 write_report(compiled, page, data)
 
 
-@app.command("run", epilog='Example:\n\nqpcompile run out/ --image photo.png --question "what color is the star?"')
+@app.command(
+    "run",
+    epilog='Examples:\n\nqpcompile run out/ --image photo.png --question "what color is the star?"\n\n'
+    'qpcompile run out-onnx/ --image photo.png --question "what color is the star?"',
+)
 def run_command(
-    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder written by `qpcompile compile` or `export`.", show_default=False)
+    ],
     image: Annotated[Path, typer.Option("--image", "-i", help="Picture.", exists=True, dir_okay=False)],
     question: Annotated[str, typer.Option("--question", "-q", help="Question about the picture.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
@@ -144,8 +151,13 @@ def run_command(
     """Answer one question about one picture."""
     with told_as_text(debug):
         picture = read_picture(image, where="--image")
-        compiled = load_artifact(artifact)
-        processor = need_processor(compiled.processor, artifact)
+        if is_onnx_folder(folder):
+            from qpcompile.cli.onnx_folder import stream_answer
+
+            stream_answer(folder, picture, question, max_new_tokens)
+            return
+        compiled = load_artifact(folder)
+        processor = need_processor(compiled.processor, folder)
         inputs = chat_inputs(processor, [about_picture(picture, question)], [f"--image {image}, --question"])
         tokens = compiled.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -217,7 +229,7 @@ def export_command(
                 asked = Recipe.load(recipe).with_overrides(overrides or [])
                 compiled = compile_told(source, asked, data, device=device)
             compiled.export_onnx(folder, fast=fast)
-        note(f"wrote {shown(output)}; try: python {shown(output)}/runner.py --help")
+        note(f"wrote {shown(output)}; how to ask it: {shown(output)}/README.md")
 
 
 @app.command(

@@ -1,8 +1,9 @@
-"""Export a program as an ONNX folder that runs with onnxruntime and numpy only.
+"""Export a program as an ONNX folder that answers with onnxruntime, numpy, pillow and tokenizers only.
 
-    vision.onnx   prefill.onnx   decode.onnx   weights.data    the graphs; shared weights are stored once
-    runner.py     config.json    generation_config.json        the runner and its settings
-    recipe.yaml   plan.yaml      manifest.json                 options, decisions, list of files
+    vision.onnx     prefill.onnx    decode.onnx   weights.data    the graphs; shared weights are stored once
+    tokenizer.json  pictures.json   chat.json                     from questions about pictures to token ids and back
+    runner.py       config.json     generation_config.json        the runner and its settings
+    recipe.yaml     plan.yaml       manifest.json   README.md     options, decisions, list of files, how to use it
 
 The export is deterministic: the same program gives the same bytes.
 """
@@ -10,6 +11,7 @@ The export is deterministic: the same program gives the same bytes.
 from __future__ import annotations
 
 import json
+import logging
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +25,12 @@ from qpcompile.emit.onnx.check import compare
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
+from qpcompile.emit.onnx.readme import readme
 from qpcompile.emit.onnx.runner import runner as onnx_runner
 from qpcompile.emit.onnx.runner.choice import Choice
 from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph
 from qpcompile.emit.onnx.runner_file import runner_text
+from qpcompile.emit.onnx.speech import write_speech
 from qpcompile.emit.onnx.translate import aten as onnx_aten
 from qpcompile.emit.onnx.translate import aten_shape as onnx_aten_shape
 from qpcompile.emit.onnx.translate.nodes import OPSET, Feeds, results, to_onnx
@@ -41,6 +45,8 @@ from qpcompile.kernels.linear_w4a16 import onnx_contrib
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from os import PathLike
+
+_log = logging.getLogger(__name__)
 
 # All translations: torch's operators, then this project's own.
 TORCH = onnx_aten.table() | onnx_aten_shape.table()
@@ -58,8 +64,12 @@ def export_onnx(
     check: Iterable[dict[str, Any]] = (),
     fast: bool = False,
     generate: Callable[..., Any] | None = None,
+    processor: Any = None,
 ) -> None:
     """Write the ONNX folder atomically.
+
+    With `processor` the folder takes pictures and questions; where it cannot, a warning and README.md say why, and it
+    takes token ids.
 
     `check`: inputs on which `generate`, of the same program, and the folder are compared; `check.json` records the
     recipe's numerics, how many answers are alike, and the differences. With `fast` the graphs are those of
@@ -76,8 +86,13 @@ def export_onnx(
         for name in models:
             onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
             _check_graph(aside / f"{name}.onnx")
-        _write_texts(program, aside)
         numbers = CHANGES if fast else AS_MODULE[program.recipe.numerics]
+        _write_texts(program, aside)
+        host: Any = program.host
+        mute = write_speech(aside, processor, host.config.image_token_id)
+        if mute and processor is not None:
+            _log.warning("the ONNX folder takes token ids, and no pictures and questions: %s", mute)
+        (aside / "README.md").write_text(readme(program, numbers, mute), encoding="utf-8")
         _write_manifest(aside, numbers)
         if (batches := list(check)) and generate is not None:
             found = compare(generate, aside, batches).to_dict(program.recipe.numerics, fast)

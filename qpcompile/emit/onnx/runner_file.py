@@ -6,14 +6,26 @@ import ast
 import inspect
 from types import ModuleType
 
-from qpcompile.emit.onnx.runner import choice as onnx_choice
-from qpcompile.emit.onnx.runner import folder as onnx_folder
-from qpcompile.emit.onnx.runner import inputs as onnx_inputs
-from qpcompile.emit.onnx.runner import layout as onnx_layout
-from qpcompile.emit.onnx.runner import runner as onnx_runner
+from qpcompile import picture
+from qpcompile.emit.onnx.runner import (
+    answer,
+    chat,
+    choice,
+    command,
+    folder,
+    inputs,
+    layout,
+    pictures,
+    runner,
+    tokenizer_rules,
+)
 
 # Each part imports from those before it.
-PARTS: tuple[ModuleType, ...] = (onnx_folder, onnx_choice, onnx_inputs, onnx_layout, onnx_runner)
+PARTS: tuple[ModuleType, ...] = (
+    *(folder, choice, inputs, layout, picture, pictures, tokenizer_rules, chat, runner, answer, command),
+)
+# In the merged file there is one kind of error: what the package's picture reader raises is the runner's own.
+SAME = {"CalibrationError": "RunnerError"}
 
 
 def runner_text() -> str:
@@ -28,5 +40,7 @@ def runner_text() -> str:
             if home != "__future__" and not home.startswith("qpcompile"):
                 imports.add(ast.unparse(node))
         bodies.append("\n".join(source.splitlines()[heads[-1].end_lineno :]).strip())
-    text = f'"""{inspect.getdoc(onnx_runner)}\n"""\n\nfrom __future__ import annotations\n\n'
+    first, *rest = bodies
+    bodies = [first, "\n".join(f"{name} = {own}" for name, own in SAME.items()), *rest]
+    text = f'"""{inspect.getdoc(command)}\n"""\n\nfrom __future__ import annotations\n\n'
     return text + "\n".join(sorted(imports)) + "\n\n\n" + "\n\n\n".join(bodies) + "\n"

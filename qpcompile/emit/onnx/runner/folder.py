@@ -16,6 +16,8 @@ from typing import Any
 
 MANIFEST, WEIGHTS, GRAPHS = "manifest.json", "weights.data", ("vision.onnx", "prefill.onnx", "decode.onnx")
 SETTINGS = ("config.json", "generation_config.json")
+# What turns questions into token ids and back: all three, or none.
+TOKENIZER, PICTURES, CHAT = "tokenizer.json", "pictures.json", "chat.json"
 FORMAT, VERSION = "qpcompile-onnx", 1
 MOST_TEXT, MOST_GRAPH, MOST_WEIGHTS, MOST_FILES, DEEPEST = 2**22, 2**28, 2**40, 64, 8
 # Numbers and axes of one tensor of a graph, whatever the weights file holds.
@@ -74,15 +76,16 @@ class RunnerError(Exception):
         return f"{self.what}\n  where: {self.where}\n  what to do: {self.do}"
 
 
-def check_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's configuration and its generation settings, after all files were found to be as exported.
+def check_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], frozenset[str]]:
+    """The model's configuration, its generation settings and the names of all files, which were found as exported.
 
     Raises RunnerError naming the file that is missing, altered, a link, too large, or holds what no export writes.
     """
     if not folder.is_dir():
         raise RunnerError("there is no such folder", str(folder), "name a folder that an export wrote")
     files = _listed(read_json(folder / MANIFEST), folder)
-    for name in (*GRAPHS, *SETTINGS, WEIGHTS):
+    speaking = [name for name in (TOKENIZER, PICTURES, CHAT) if name in files]
+    for name in (*GRAPHS, *SETTINGS, WEIGHTS, *((TOKENIZER, PICTURES, CHAT) if speaking else ())):
         if name not in files:
             raise RunnerError(f"{MANIFEST} does not list {name}", str(folder), NEW_FOLDER)
     for name, entry in files.items():
@@ -90,12 +93,12 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in GRAPHS:
         check_graph(folder / name, files[WEIGHTS]["bytes"])
     config, settings = (read_json(folder / name) for name in SETTINGS)
-    return config, settings
+    return config, settings, frozenset(files)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds an object."""
-    _regular(path, MOST_TEXT)
+def read_json(path: Path, most: int = MOST_TEXT) -> dict[str, Any]:
+    """A JSON file of at most so many bytes that holds an object."""
+    _regular(path, most)
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,21 +1,9 @@
-"""Run an exported vision-language model with onnxruntime and numpy alone, several prompts at a time.
-
-    python runner.py FOLDER inputs.npz --max-new-tokens 32
-
-The file stands alone: a copy of it lies in every exported folder. `inputs.npz` holds what the model's processor
-returns as numpy arrays: input_ids, attention_mask, pixel_values and, where pictures have sizes, image_grid_thw.
-Whatever else it holds is refused. Settings of generation_config.json count; without any, answers are greedy.
-
-Exit codes: 0 done, 1 an error (what, where, what to do), 2 wrong usage.
-"""
+"""Run the graphs of an exported folder with onnxruntime and numpy, several prompts at a time: token ids in and out."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from qpcompile.emit.onnx.runner.choice import MOST_NEW, Choice, whole
-from qpcompile.emit.onnx.runner.folder import NEW_FOLDER, RunnerError, check_folder
+from qpcompile.emit.onnx.runner.folder import CHAT, NEW_FOLDER, RunnerError, check_folder
 from qpcompile.emit.onnx.runner.inputs import (
     GRID,
     IDS,
@@ -32,7 +20,6 @@ from qpcompile.emit.onnx.runner.inputs import (
     check_grids,
     check_inputs,
     check_pixels,
-    read_arrays,
 )
 from qpcompile.emit.onnx.runner.layout import patch_layout, picture_positions, text_positions
 
@@ -74,7 +61,9 @@ class OnnxVLM:
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         """threads: how many the CPU kernels may use; all cores when None."""
         self.folder = Path(folder)
-        self.config, self.generation = check_folder(self.folder)
+        self.config, self.generation, files = check_folder(self.folder)
+        # Whether the folder turns questions into token ids and back.
+        self.speaks = CHAT in files
         options = ort.SessionOptions()
         options.log_severity_level = 4
         # A plan of memory is made for each size that was seen, and sizes vary: it would only be held.
@@ -99,33 +88,56 @@ class OnnxVLM:
         self.video_token = None if video is None else whole(video, "video_token_id", 0, 2**31, where)
         self.in_place = IN_PLACE in self.decode.get_modelmeta().custom_metadata_map
 
-    def generate(self, input_ids: Any, max_new_tokens: Any = None, seed: Any = 0, **inputs: Any) -> Array:
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: Any = None,
+        seed: Any = 0,
+        settings: Mapping[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Array:
         """The continuation of each prompt, token by token, as the folder's generation settings ask.
 
         Args:
             input_ids: i64[B, S], arrays or what numpy makes one of; shorter prompts padded on the left.
             max_new_tokens: how long answers may be; None takes the folder's own setting, or 32 where it has none.
             seed: where chance begins, a number of 0 or more, for settings with `do_sample`.
+            settings: generation settings in place of the folder's.
             inputs: the processor's other arrays: attention_mask i64[B, S], 0 on padding; pixel_values, the pictures of
                 all rows in reading order; image_grid_thw i64[pictures, 3], frames, rows and columns of patches, for
                 models with picture sizes. Any other is refused.
 
         Returns: i64[B, S + T], prompt and answer; rows that ended early are filled up with the padding token.
         """
+        new = [token[:, None] for token in self.stream(input_ids, max_new_tokens, seed, settings, **inputs)]
+        return np.concatenate([np.asarray(input_ids, np.int64), *new], axis=1)
+
+    def stream(
+        self,
+        input_ids: Any,
+        max_new_tokens: Any = None,
+        seed: Any = 0,
+        settings: Mapping[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Iterator[Array]:
+        """The tokens of `generate` as they come, one of each row: i64[B]."""
         try:
-            choice = Choice.read(self.generation, self.vocabulary, str(self.folder / "generation_config.json"))
+            asked = {**self.generation, **(settings or {})}
+            choice = Choice.read(asked, self.vocabulary, str(self.folder / "generation_config.json"))
             length = choice.new if max_new_tokens is None else max_new_tokens
             length = whole(length, "max_new_tokens", 1, MOST_NEW, "max_new_tokens")
             given = check_inputs({IDS: input_ids, **inputs}, self.image_token, self.video_token, self.vocabulary)
             whole(len(given[IDS]), "the number of prompts", 1, MOST_ROWS, IDS)
             chance = np.random.default_rng(whole(seed, "seed", 0, 2**64, "seed"))
-            return self._answer(given, choice, length, chance)
+            yield from self._answer(given, choice, length, chance)
         except RunnerError:
             raise
         except Exception as error:
             raise _disagrees("the folder's graphs do not do what the runner expects", error, self.folder) from error
 
-    def _answer(self, given: Mapping[str, Array], choice: Choice, length: int, chance: np.random.Generator) -> Array:
+    def _answer(
+        self, given: Mapping[str, Array], choice: Choice, length: int, chance: np.random.Generator
+    ) -> Iterator[Array]:
         ids, mask, grids = given[IDS], given[MASK], given.get(GRID)
         prompt = ids.shape[1]
         if grids is not None and PIXELS in given and self.packed:
@@ -143,12 +155,12 @@ class OnnxVLM:
         open_rows = np.ones(len(ids), bool)
         for step in range(length):
             token = np.where(open_rows, choice.next(logits, ids, prompt, chance), choice.pad)
+            yield token
             ids = np.concatenate([ids, token[:, None]], axis=1)
             open_rows &= ~np.isin(token, choice.ends)
             if not open_rows.any() or step + 1 == length:
                 break
             logits = steps.decode(token[:, None])
-        return ids
 
     def encode(self, pixel_values: Array | None, image_grid_thw: Array | None = None) -> dict[str, Array] | None:
         """The visual tokens of all pictures in order, `image_features: f[N, C]`, and what else is said of each."""
@@ -322,36 +334,3 @@ def _disagrees(what: str, error: Exception, folder: Path) -> RunnerError:
     """What onnxruntime or numpy say of a folder that is not what the runner expects."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return RunnerError(f"{what}: {type(error).__name__}: {first}", str(folder), NEW_FOLDER)
-
-
-def main() -> None:
-    """Print the new tokens of each row as a JSON list."""
-    parser = argparse.ArgumentParser(description="Generate with an exported vision-language model.")
-    parser.add_argument("folder", type=Path, help="folder with vision.onnx, prefill.onnx and decode.onnx")
-    parser.add_argument("inputs", type=Path, help=".npz of the processor's arrays")
-    parser.add_argument("--max-new-tokens", type=_count, default=None, help="longest answer; the folder's own setting")
-    parser.add_argument("--threads", type=_count, default=None)
-    parser.add_argument("--seed", type=int, default=0, help="for folders whose settings ask for sampling")
-    options = parser.parse_args()
-    try:
-        inputs = read_arrays(options.inputs)
-        model = OnnxVLM(options.folder, options.threads)
-        ids = inputs.pop(IDS, np.empty((0, 0)))
-        answers = model.generate(ids, options.max_new_tokens, abs(options.seed), **inputs)
-    except RunnerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    for row in answers[:, ids.shape[1] :].tolist():
-        print(json.dumps(row))
-
-
-def _count(text: str) -> int:
-    """A whole number of 1 or more, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("give 1 or more")
-    return number
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,71 @@
+"""The README.md of an ONNX folder: three commands, the files, and what the numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qpcompile.ir.program import Program
+
+_SPEAKS = """## Use
+
+```sh
+pip install onnxruntime numpy pillow tokenizers
+python runner.py --image photo.png --question "what is in the picture?"
+python runner.py --image photo.png      # a chat: one question per line
+```
+
+Neither torch nor transformers is needed. `--image` may be repeated or left out; `--temperature`, `--top-k`, `--top-p`
+and `--seed` ask for sampling; `python runner.py --help` lists the rest. In Python, beside this folder's `runner.py`:
+
+```python
+from runner import Runner
+
+runner = Runner(".")
+runner.answer("photo.png", "what is in the picture?", max_new_tokens=64)
+runner.answer(None, "and on the left?", history=[("photo.png", "what is in the picture?", "a red star")])
+runner.answers(["a.png", ["b.png", "c.png"]], ["what is this?", "what differs?"])  # computed together
+for part in runner.stream("photo.png", "what is in the picture?", temperature=0.7, seed=1):
+    print(part, end="", flush=True)
+```
+"""
+_MUTE = """## Use
+
+This folder takes token ids, and no pictures and questions: {why}.
+
+```sh
+pip install onnxruntime numpy pillow tokenizers
+python -c "import numpy; numpy.savez('inputs.npz', **inputs)"      # what the model's processor returns
+python runner.py . inputs.npz --max-new-tokens 32                  # prints the new token ids
+```
+"""
+_README = """# {name}, exported for onnxruntime
+
+A `{name}` with {layers} decoder layers, compiled by qpcompile.
+
+{use}
+## Files
+
+| file | content |
+| --- | --- |
+| `vision.onnx`, `prefill.onnx`, `decode.onnx`, `weights.data` | pictures; the prompt; one token more; all weights |
+{speech}| `config.json`, `generation_config.json` | the model's settings; stop tokens and how tokens are chosen |
+| `recipe.yaml`, `plan.yaml` | what was asked of the compiler, and what it decided |
+| `manifest.json` | sizes and hashes of all files, which the runner compares |
+
+## Numbers
+
+{numbers}
+"""
+_SPEECH = """| `tokenizer.json`, `pictures.json`, `chat.json` | text to tokens, pictures to pixels, the chat template |
+"""
+
+
+def readme(program: Program, numbers: Sequence[str], mute: str) -> str:
+    """Markdown text; mute: why the folder takes token ids alone, "" if it takes questions."""
+    return _README.format(
+        name=type(program.host).__name__,
+        layers=len(program.layers),
+        use=_MUTE.format(why=mute) if mute else _SPEAKS,
+        speech="" if mute else _SPEECH,
+        numbers="\n".join(f"- {line}" for line in numbers),
+    )
