@@ -57,10 +57,18 @@ def activation(x: Any, function: str, wide: ir.DataType) -> Any:
         positive = op.Sub(constant(1.0, wide), tail)
         return op.Mul(x, op.Where(op.Less(x, constant(0.0, wide)), tail, positive))
     if function in SLOPES:
-        return op.Mul(x, op.Sigmoid(op.Mul(x, constant(SLOPES[function], wide))))
+        return op.Mul(x, sigmoid(op.Mul(x, constant(SLOPES[function], wide)), wide))
     # (1 + tanh(u)) / 2 = sigmoid(2 u)
     cube = op.Mul(op.Mul(op.Mul(x, x), x), constant(CUBIC, wide))
-    return op.Mul(x, op.Sigmoid(op.Mul(op.Add(x, cube), constant(math.sqrt(8 / math.pi), wide))))
+    return op.Mul(x, sigmoid(op.Mul(op.Add(x, cube), constant(math.sqrt(8 / math.pi), wide)), wide))
+
+
+def sigmoid(x: Any, wide: ir.DataType) -> Any:
+    """x: wide[...] -> wide[...]. onnxruntime fuses x Sigmoid(a x) to QuickGelu, which has no float64 kernel."""
+    if wide != ir.DataType.DOUBLE:
+        return op.Sigmoid(x)
+    one = constant(1.0, wide)
+    return op.Div(one, op.Add(one, op.Exp(op.Neg(x))))
 
 
 def _complement(z: Any, wide: ir.DataType) -> Any:

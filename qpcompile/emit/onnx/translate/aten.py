@@ -16,7 +16,7 @@ from onnxscript import opset21
 from qpcompile.emit.onnx.translate.attention import attention
 from qpcompile.emit.onnx.translate.float64 import layer_norm, patch_convolution
 from qpcompile.emit.onnx.translate.types import TensorInfo, cast, onnx_type
-from qpcompile.kernels.activation_quantize.onnx import activation
+from qpcompile.kernels.activation_quantize.onnx import activation, sigmoid
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 aten = torch.ops.aten
@@ -102,8 +102,12 @@ def _rsqrt(out: TensorInfo, x: Any) -> Any:
     return op.Reciprocal(op.Sqrt(cast(x, out.dtype)))
 
 
-def _silu(_: TensorInfo, x: Any) -> Any:
-    return op.Mul(x, op.Sigmoid(x))
+def _sigmoid(out: TensorInfo, x: Any) -> Any:
+    return sigmoid(cast(x, out.dtype), ir.DataType.DOUBLE if out.dtype == torch.float64 else ir.DataType.FLOAT)
+
+
+def _silu(out: TensorInfo, x: Any) -> Any:
+    return op.Mul(x, _sigmoid(out, x))
 
 
 def _gelu(out: TensorInfo, x: Any, *, approximate: str = "none") -> Any:
@@ -218,7 +222,7 @@ _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "maximum": "M
 _COMPARISONS = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
 _UNARY = {
     "neg": "Neg", "abs": "Abs", "sqrt": "Sqrt", "reciprocal": "Reciprocal", "exp": "Exp", "log": "Log", "cos": "Cos",
-    "sin": "Sin", "tanh": "Tanh", "sigmoid": "Sigmoid", "relu": "Relu", "erf": "Erf", "floor": "Floor",
+    "sin": "Sin", "tanh": "Tanh", "relu": "Relu", "erf": "Erf", "floor": "Floor",
     "ceil": "Ceil", "round": "Round",
 }  # fmt: skip
 
@@ -247,6 +251,7 @@ def table() -> dict[Any, Translation]:
         aten.pow.Tensor_Scalar: _pow,
         aten.square.default: lambda out, x: op.Mul(x, x),
         aten.rsqrt.default: _rsqrt,
+        aten.sigmoid.default: _sigmoid,
         aten.silu.default: _silu,
         aten.gelu.default: _gelu,
         aten.softmax.int: _softmax,
