@@ -54,7 +54,10 @@ FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "16 bits": ("a.png", lambda path: noise("I;16", 45, 38, np.uint16).save(path)),
     "grey": ("a.png", lambda path: noise("L", 20, 30).save(path)),
     "turned": ("a.jpg", turned),
-    "animated": ("a.gif", lambda path: noise("L", 30, 31).save(path, save_all=True, append_images=[noise("L", 30, 31)])),
+    "animated": (
+        "a.gif",
+        lambda path: noise("L", 30, 31).save(path, save_all=True, append_images=[noise("L", 30, 31)]),
+    ),
 }
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "testbed, fixed": lambda: AutoImageProcessor.from_pretrained(TESTBEDS / "llava"),

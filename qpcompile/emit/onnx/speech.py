@@ -76,9 +76,9 @@ def _write(folder: Path, processor: Any, image_token: int) -> None:
     processor = _on_pillow(processor)
     rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     _dump(folder / TOKENIZER, rules)
-    _dump(folder / PICTURES, picture_settings(processor, image_token))
     placeholder = tokenizer.convert_ids_to_tokens(image_token)
     pieces = split_template(lambda turns: _rendered(processor, turns), placeholder)
+    _dump(folder / PICTURES, picture_settings(processor, image_token))
     pad = tokenizer.pad_token_id
     pieces = replace(
         pieces,

@@ -130,7 +130,7 @@ class Chat:
         self.tokenizer: Any = _guarded(lambda: Tokenizer.from_str(json.dumps(rules)), "the tokenizer", where)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        if self.tokenizer.token_to_id(self.pieces.placeholder) != image_token:
+        if self._ids(self.pieces.placeholder, False) != [image_token]:
             raise RunnerError(f"{self.pieces.placeholder[:100]!r} is not the token {image_token}", where, NEW_FOLDER)
 
     def inputs(self, chats: Sequence[Sequence[Turn]]) -> dict[str, Array]:
@@ -183,9 +183,12 @@ class Chat:
     def _refuse_control(self, turns: Sequence[Turn]) -> None:
         """Text that would be read as tokens of the model, and text without end."""
         control = set(self.pieces.control)
-        for text in (text for turn in turns for text in (turn.question, turn.answer) if text is not None):
+        answers = [turn.answer for turn in turns[:-1]]
+        for text in (*(turn.question for turn in turns), *answers):
             if not isinstance(text, str) or len(text) > MOST_ASKED:
-                raise RunnerError("a question is not text, or too long", "question", f"give {MOST_ASKED} characters")
+                raise RunnerError(
+                    "a question or an answer is not text, or too long", "question", f"give {MOST_ASKED} characters"
+                )
             inside = [name for name in self.pieces.reserved if name in text]
             inside += [str(self.tokenizer.id_to_token(each)) for each in self._ids(text, False) if each in control]
             if inside:
