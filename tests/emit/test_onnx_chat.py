@@ -210,6 +210,12 @@ def test_a_missing_setting_is_refused(llava: Any, tmp_path: Path) -> None:
         Pieces.read({name: value for name, value in stored.items() if name != "end"}, "chat.json")
 
 
+def renamed(rules: dict[str, Any]) -> None:
+    rules["added_tokens"][4]["content"] = "<other>"
+    vocabulary = rules["model"]["vocab"]
+    vocabulary["<other>"] = vocabulary.pop("<image>")
+
+
 TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an expression that never ends": (
         lambda rules: rules.update(normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}),
@@ -217,7 +223,7 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "no model": (lambda rules: rules.pop("model"), "cannot be read"),
     "another kind": (lambda rules: rules.update(model={"type": "Unheard"}), "cannot be read"),
-    "another token": (lambda rules: rules["added_tokens"].pop(4), "is not the token 4"),
+    "another token": (renamed, "is not the token 4"),
 }
 
 

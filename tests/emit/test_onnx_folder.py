@@ -278,7 +278,8 @@ def test_a_graph_that_is_none_of_the_runners(folder: Path) -> None:
 
 
 def test_what_was_exported_passes(plain: Path) -> None:
-    config, settings = check_folder(plain)
+    config, settings, files = check_folder(plain)
+    assert "README.md" in files and "chat.json" not in files
     assert config["image_token_id"] == 90 and settings["pad_token_id"] == 0
 
 
@@ -295,10 +296,19 @@ def test_command_line_prints_what_where_and_do(folder: Path) -> None:
 
 def test_runner_is_one_file_of_all_parts() -> None:
     tree = ast.parse(runner_text())
-    names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    assert len(names) == len(set(names)), "two parts give one name to two things"
+    given: dict[str, set[str]] = {}
+    for node in tree.body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        names += [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        for name in names:
+            given.setdefault(name, set()).add(ast.unparse(node))
+    twice = [name for name, meanings in given.items() if len(meanings) > 1]
+    assert not twice, "two parts give one name to two things"
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
     outside = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
-    assert outside == {"numpy", "onnxruntime"}
-    assert all(part.__name__.startswith("qpcompile.emit.onnx.runner.") for part in PARTS)
+    assert outside == {"numpy", "onnxruntime", "PIL", "tokenizers"}
+    assert {part.__name__.rpartition(".")[0] for part in PARTS} == {"qpcompile.emit.onnx.runner", "qpcompile"}

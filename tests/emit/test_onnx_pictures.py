@@ -24,6 +24,7 @@ from qpcompile.picture import read_picture
 
 TESTBEDS = Path(__file__).resolve().parents[1] / "testbed"
 SMALL = {"shortest_edge": 30}
+SECOND = Image.new("L", (30, 31), 200)
 
 
 def noise(mode: str, width: int, height: int, depth: type = np.uint8) -> Image.Image:
@@ -130,7 +131,7 @@ def test_other_processors_are_not_guessed_at(
 @pytest.mark.parametrize("kind", ["fixed", "patches"])
 def test_pictures_that_would_fill_the_memory_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = settings_of(PROCESSORS[f"testbed, {kind}"](), monkeypatch)
-    with pytest.raises(RunnerError, match="would become 96 x 192000000|is too long") as error:
+    with pytest.raises(RunnerError, match=r"would become 96 x 192000000|is too long") as error:
         pictures.inputs([Image.new("RGB", (1, 2_000_000))])
     assert error.value.do
 
