@@ -2,9 +2,10 @@
 
     python tests/reliability/damage_onnx.py --seed 0 --count 400 [--folder out-onnx --inputs in.npz]
 
-Without a folder a tiny random LLaVA is exported first. Half of the damage leaves the manifest's hashes as they are,
-half has them recomputed. `changed` is an answer that differs from the undamaged folder's: allowed only with recomputed
-hashes, where weights and graphs may differ. Exit code 1 for anything bare, crashed, slow, or let through.
+Without a folder a tiny random LLaVA is exported first. A folder that takes questions is asked one as well. Half of the
+damage leaves the manifest's hashes as they are, half has them recomputed. `changed` is an answer that differs from the
+undamaged folder's: allowed only with recomputed hashes, where weights and graphs may differ. Exit code 1 for anything
+bare, crashed, slow, or let through.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from typing import Any
 LIMIT, MEMORY, NEW_TOKENS = 5.0, 6 << 30, 4
 OUTCOMES = ("refused", "same", "changed", "bare", "crashed", "slow")
 GRAPHS = ("vision.onnx", "prefill.onnx", "decode.onnx")
+TEXTS = ("config.json", "generation_config.json", "manifest.json")
+SPEECH = ("tokenizer.json", "pictures.json", "chat.json")
 Damage = Callable[[Path, random.Random], None]
 
 
@@ -139,7 +142,10 @@ def values(chance: random.Random) -> list[Any]:
 
 def settings(folder: Path, chance: random.Random) -> None:
     """Change one value of config.json, generation_config.json or the manifest."""
-    path = folder / chance.choice(["config.json", "generation_config.json", "manifest.json"])
+    change_value(folder / chance.choice(TEXTS), chance)
+
+
+def change_value(path: Path, chance: random.Random) -> None:
     content = json.loads(path.read_text())
     inner = chance.choice([content, *(value for value in content.values() if isinstance(value, dict) and value)])
     inner[chance.choice(list(inner))] = chance.choice(values(chance))
@@ -147,7 +153,16 @@ def settings(folder: Path, chance: random.Random) -> None:
 
 
 def text_bits(folder: Path, chance: random.Random) -> None:
-    flipped(folder / chance.choice(["config.json", "generation_config.json", "manifest.json"]), chance, 3)
+    flipped(folder / chance.choice(TEXTS), chance, 3)
+
+
+def speech(folder: Path, chance: random.Random) -> None:
+    """Change one value of the tokenizer, the picture settings or the chat's pieces."""
+    change_value(folder / chance.choice(SPEECH), chance)
+
+
+def speech_bits(folder: Path, chance: random.Random) -> None:
+    flipped(folder / chance.choice(SPEECH), chance, 3)
 
 
 TRUE_HASHES: dict[str, Damage] = {"one bit": one_bit, "cut": cut, "missing": missing, "link": link}
@@ -159,6 +174,8 @@ RECOMPUTED: dict[str, Damage] = {
     "weights cut": weights_cut,
     "settings": settings,
     "bits of settings": text_bits,
+    "speech": speech,
+    "bits of speech": speech_bits,
 }
 
 
@@ -187,11 +204,15 @@ def work(runner: str, inputs: str, pipe: Connection) -> None:
     sys.modules["runner"] = module
     spec.loader.exec_module(module)
     arrays = module.read_arrays(Path(inputs))
+    picture = module.Image.new("RGB", (50, 70), (200, 30, 90))
     while True:
         folder = pipe.recv()
         try:
-            answer = module.OnnxVLM(folder, threads=1).generate(**arrays, max_new_tokens=NEW_TOKENS)
-            pipe.send(("answer", answer.tolist()))
+            model = module.OnnxVLM(folder, threads=1)
+            answer = [model.generate(**arrays, max_new_tokens=NEW_TOKENS).tolist()]
+            if model.speaks:
+                answer.append(module.Runner(folder, 1).answer(picture, "what is red?", max_new_tokens=NEW_TOKENS))
+            pipe.send(("answer", answer))
         except module.RunnerError as error:
             pipe.send(("refused", str(error)))
         except BaseException as error:  # noqa: BLE001 - any exception is counted here
@@ -248,15 +269,19 @@ def exported(place: Path) -> tuple[Path, Path]:
     """A tiny folder and inputs for it."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import numpy as np
+    from PIL import Image
+    from transformers import AutoProcessor
 
     from qpcompile.capture.capture import capture
+    from qpcompile.capture.chat import about_picture, chat_inputs
     from qpcompile.emit.onnx.export import export_onnx
     from qpcompile.recipe.recipe import Recipe
-    from tests.families import llava
+    from tests.tiny_checkpoint import TESTBED, tiny_model
 
-    model, cases = llava()
-    export_onnx(capture(model, cases["one"], Recipe.load("none")), place / "whole")
-    given: dict[str, Any] = {name: value.numpy() for name, value in cases["one"].items()}
+    processor = AutoProcessor.from_pretrained(TESTBED)
+    inputs = chat_inputs(processor, [about_picture(Image.new("RGB", (40, 60), "green"), "what is red?")], ["here"])
+    export_onnx(capture(tiny_model(), inputs, Recipe.load("none")), place / "whole", processor=processor)
+    given: dict[str, Any] = {name: value.numpy() for name, value in inputs.items()}
     np.savez(place / "in.npz", **given)
     return place / "whole", place / "in.npz"
 

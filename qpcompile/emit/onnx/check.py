@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
 from qpcompile.emit.onnx.runner.runner import OnnxVLM
@@ -53,6 +54,16 @@ class Comparison:
         different = [asdict(each) for each in self.different]
         counts = {"answers": self.answers, "alike": self.answers - len(different)}
         return {"numerics": numerics, **counts, "different": different, "why": why if different else ""}
+
+
+def float64_operators(path: Path) -> list[str]:
+    """The operators of one .onnx file that take or give float64, for which runtimes have few kernels."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
+    double = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.DOUBLE}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
+            double.add(value.name)
+    return sorted({node.op_type for node in graph.node if double & {*node.input, *node.output}})
 
 
 def compare(

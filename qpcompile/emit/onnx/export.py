@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, RemoveUnusedNodesPass
 
 from qpcompile.emit.manifest_text import sealed
-from qpcompile.emit.onnx.check import compare
+from qpcompile.emit.onnx.check import compare, float64_operators
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
@@ -43,7 +43,7 @@ from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
 from qpcompile.kernels.linear_w4a16 import onnx_contrib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from os import PathLike
 
 _log = logging.getLogger(__name__)
@@ -92,12 +92,13 @@ def export_onnx(
         mute = write_speech(aside, processor, host.config.image_token_id)
         if mute and processor is not None:
             _log.warning("the ONNX folder takes token ids, and no pictures and questions: %s", mute)
-        (aside / "README.md").write_text(readme(program, numbers, mute), encoding="utf-8")
-        _write_manifest(aside, numbers)
+        double = {name: float64_operators(aside / f"{name}.onnx") for name in models}
+        (aside / "README.md").write_text(readme(program, [*numbers, _float64(double)], mute), encoding="utf-8")
+        _write_manifest(aside, numbers, double)
         if (batches := list(check)) and generate is not None:
             found = compare(generate, aside, batches).to_dict(program.recipe.numerics, fast)
             (aside / "check.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-            _write_manifest(aside, numbers)
+            _write_manifest(aside, numbers, double)
 
 
 def build_models(program: Program, fast: bool = False) -> dict[str, ir.Model]:
@@ -201,13 +202,20 @@ def _write_texts(program: Program, folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _write_manifest(folder: Path, numbers: Sequence[str]) -> None:
+def _float64(operators: Mapping[str, Sequence[str]]) -> str:
+    """In words: which graphs have float64."""
+    found = [f"{', '.join(names)} in {name}.onnx" for name, names in operators.items() if names]
+    return f"float64: {'; '.join(found) or 'nowhere'}"
+
+
+def _write_manifest(folder: Path, numbers: Sequence[str], double: Mapping[str, Sequence[str]]) -> None:
     """Write the manifest, which lists all other files; rewritten when a file is added."""
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "opset": OPSET,
         "numbers": list(numbers),
+        "float64": double,
         "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
