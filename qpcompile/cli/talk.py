@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from qpcompile.capture.chat import Conversation, chat_inputs
-from qpcompile.capture.picture import read_picture
+from qpcompile.picture import read_picture
 from qpcompile.cli.models import load_artifact, need_processor
 from qpcompile.cli.terminal import note
 from qpcompile.errors import CalibrationError, InputError

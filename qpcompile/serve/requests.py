@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qpcompile.capture.chat import Conversation
-from qpcompile.capture.picture import read_picture_bytes
+from qpcompile.picture import read_picture_bytes
 from qpcompile.errors import InputError
 
 MOST_MESSAGES, MOST_PARTS, MOST_STOPS = 256, 64, 4

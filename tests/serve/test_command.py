@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from qpcompile.capture.chat import chat_inputs
 from qpcompile.capture.data_folder import question_inputs, read_questions
-from qpcompile.capture.picture import read_picture
+from qpcompile.picture import read_picture
 from qpcompile.cli import main, talk
 from qpcompile.compiled import CompiledVLM
 
