@@ -30,7 +30,14 @@ STEPS = {
     "w4a4": "W4A4",
     "onnx": "ONNX",
 }
-WORDS = {"ok": "yes", "refused": "refused", "different": "differs", "bare": "FAILS", "slow": "too slow", "died": "FAILS"}
+WORDS = {
+    "ok": "yes",
+    "refused": "refused",
+    "different": "differs",
+    "bare": "FAILS",
+    "slow": "too slow",
+    "died": "FAILS",
+}
 Row = Mapping[str, Mapping[str, Any]]
 
 

@@ -21,6 +21,7 @@ from qpcompile.capture.data_folder import first_pictures
 from qpcompile.claims import Claim, claimed, held_folder, refuse_places
 from qpcompile.cli import talk, terminal
 from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor, open_model
+from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device, Overrides, RecipeName
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
 from qpcompile.emit.artifact.folder_kind import is_onnx_folder
 from qpcompile.evaluate.questions.data_sets import read_data
@@ -43,24 +44,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")
-]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a preset, or path of a YAML file.")]
-Data = Annotated[
-    Path | None, typer.Option("--data", "-d", help="Calibration folder: pictures and data.jsonl.", show_default=False)
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        help="Where to compute, as torch names it: cuda, cpu; by default the processor.",
-        show_default=False,
-    ),
-]
-MODEL_HELP = "Folder or hub name of a transformers model."
-ARTIFACT_HELP = "Folder written by `qpcompile compile`."
 DRAWN = 4  # number of pictures of a data folder for which a report draws kept tokens
 
 
@@ -164,37 +147,8 @@ def run_command(
         typer.echo(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
 
 
-@app.command("chat", epilog="Example:\n\nqpcompile chat out/ --image photo.png")
-def chat_command(
-    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
-    images: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="Picture of the first message; repeatable.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    debug: Debug = False,
-) -> None:
-    """Talk about pictures: several turns, answers streamed."""
-    with told_as_text(debug):
-        talk.chat(artifact, images or [], max_new_tokens)
-
-
-@app.command("serve", epilog="Example:\n\nqpcompile serve out/ --port 8000")
-def serve_command(
-    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = 8,
-    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get status 429.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
-    max_bytes: Annotated[int, typer.Option(min=1, help="Longest request, pictures included.")] = 32_000_000,
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from URLs in requests.")] = False,
-    device: Device = None,
-    debug: Debug = False,
-) -> None:
-    """Serve a compiled model over HTTP, as OpenAI's chat completions."""
-    limits = {"most_rows": max_batch, "most_waiting": max_queue, "most_tokens": max_tokens, "most_bytes": max_bytes}
-    with told_as_text(debug):
-        talk.serve(artifact, host, port, device, **limits, allow_urls=allow_urls)
+app.command("chat", epilog="Example:\n\nqpcompile chat out/ --image photo.png")(talk.chat_command)
+app.command("serve", epilog="Example:\n\nqpcompile serve out/ --port 8000")(talk.serve_command)
 
 
 @app.command(

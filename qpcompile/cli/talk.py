@@ -5,20 +5,52 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from qpcompile.capture.chat import Conversation, chat_inputs
-from qpcompile.picture import read_picture
 from qpcompile.cli.models import load_artifact, need_processor
-from qpcompile.cli.terminal import note
+from qpcompile.cli.options import ARTIFACT_HELP, Debug, Device
+from qpcompile.cli.terminal import note, told_as_text
 from qpcompile.errors import CalibrationError, InputError
+from qpcompile.picture import read_picture
 
 HELP = "/image FILE adds a picture to your next message, /new begins again, /quit or Ctrl-D ends"
 
 
-def chat(artifact: Path, images: Sequence[Path], max_new_tokens: int) -> None:
+def chat_command(
+    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Picture of the first message; repeatable.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    debug: Debug = False,
+) -> None:
+    """Talk about pictures: several turns, answers streamed."""
+    with told_as_text(debug):
+        _chat(artifact, images or [], max_new_tokens)
+
+
+def serve_command(
+    artifact: Annotated[Path, typer.Argument(help=ARTIFACT_HELP, show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get status 429.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Longest request, pictures included.")] = 32_000_000,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from URLs in requests.")] = False,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Serve a compiled model over HTTP, as OpenAI's chat completions."""
+    limits = {"most_rows": max_batch, "most_waiting": max_queue, "most_tokens": max_tokens, "most_bytes": max_bytes}
+    with told_as_text(debug):
+        _serve(artifact, host, port, device, **limits, allow_urls=allow_urls)
+
+
+def _chat(artifact: Path, images: Sequence[Path], max_new_tokens: int) -> None:
     """Read messages from stdin, line by line, and stream the answers to stdout."""
     first = [{"type": "image", "image": read_picture(image, where="--image")} for image in images]
     compiled = load_artifact(artifact)
@@ -65,7 +97,7 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def serve(artifact: Path, host: str, port: int, device: str | None, **limits: Any) -> None:
+def _serve(artifact: Path, host: str, port: int, device: str | None, **limits: Any) -> None:
     """Load the model, and answer until a signal comes."""
     try:
         import uvicorn

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from qpcompile.capture.chat import chat_inputs
 from qpcompile.capture.data_folder import question_inputs, read_questions
-from qpcompile.picture import read_picture
 from qpcompile.cli import main, talk
 from qpcompile.compiled import CompiledVLM
+from qpcompile.picture import read_picture
 
 QUESTION = read_questions(BEDS / "calibration" / "llava")[0]
 
