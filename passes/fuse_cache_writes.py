@@ -1,11 +1,11 @@
-"""Fuse what happens to queries, keys and values between their projection and attention on a 4-bit cache.
+"""Fuse what happens to queries, keys and values between their projection and attention on a cache of codes.
 
-    rope(%q), rope(%k)                             becomes   %w = rope_kv4_write(%q, %k, %v, %cos, %sin, True)
+    rope(%q), rope(%k)                             becomes   %w = rope_kv_write(%q, %k, %v, %cos, %sin, True, 8, 4)
     hadamard(%q'), hadamard(%k')                             getitem(%w, 0), ..., getitem(%w, 4)
     [%k'' - @center]
-    kv4_write(%k''), kv4_write(%v)
+    kv_write(%k'', 8), kv_write(%v, 4)
 
-    decode: cat([%past, ...], 2) of the four parts           %w = rope_kv4_append(..., %past, ...)
+    decode: cat([%past, ...], 2) of the four parts           %w = rope_kv_append(..., %past, ...)
     of the cache as well
 
 Without rotary embeddings that queries and keys share, only the rotation is fused, and without the rotation only the
@@ -25,7 +25,7 @@ from torch import fx
 
 from qpcompile.ir.edit import aten, call, calls, is_call, tidy
 from qpcompile.ir.near_miss import NearMiss, note_misses
-from qpcompile.ir.operators import ATTENTION_KV4, HADAMARD, KV4_WRITE, ROPE, ROPE_KV4_APPEND, ROPE_KV4_WRITE
+from qpcompile.ir.operators import ATTENTION_KV, HADAMARD, KV_WRITE, ROPE, ROPE_KV_APPEND, ROPE_KV_WRITE
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.stages import Stage
@@ -44,7 +44,7 @@ class FuseCacheWrites:
 
     name: ClassVar[str] = "fuse_cache_writes"
     purpose: ClassVar[str] = (
-        "Fuse rotary embedding, rotation and 4-bit codes of an attention's new tokens, and their append to the cache."
+        "Fuse rotary embedding, rotation and codes of an attention's new tokens, and their append to the cache."
     )
     needs: ClassVar[Stage] = "fused"
     gives: ClassVar[Stage] = "fused"
@@ -54,8 +54,8 @@ class FuseCacheWrites:
         changed, missed = False, list[NearMiss]()
         for graph in program.graphs.values():
             order = {node: place for place, node in enumerate(graph.nodes)}
-            for attention in list(calls(graph, ATTENTION_KV4)):
-                if not any(is_call(node, KV4_WRITE) for node in map(_write, attention.args[1:5])):
+            for attention in list(calls(graph, ATTENTION_KV)):
+                if not any(is_call(node, KV_WRITE) for node in map(_write, attention.args[1:5])):
                     continue
                 try:
                     _fuse(graph, attention, order)
@@ -74,6 +74,7 @@ class _Found:
     operands: list[fx.Node] = field(default_factory=list[fx.Node])
     tables: tuple[fx.Node | None, fx.Node | None] = (None, None)
     rotate: bool = False
+    bits: list[Any] = field(default_factory=list[Any])
     center: fx.Node | None = None
     past: list[fx.Node] = field(default_factory=list[fx.Node])
     replaced: list[fx.Node] = field(default_factory=list[fx.Node])
@@ -88,10 +89,11 @@ def _fuse(graph: Graph, attention: fx.Node, order: dict[fx.Node, int]) -> None:
         for user in node.users:
             if order[user] <= order[last]:
                 raise _MissError(f"{user.name} reads {node.name} before {last.name} is computed")
-    target = ROPE_KV4_APPEND if found.past else ROPE_KV4_WRITE
+    target = ROPE_KV_APPEND if found.past else ROPE_KV_WRITE
     before = last.next
+    settings = found.rotate, *found.bits
     rest = [*found.past, *([] if found.center is None else [found.center])]
-    new = call(graph, before, target, *found.operands, *found.tables, found.rotate, *rest, like=attention)
+    new = call(graph, before, target, *found.operands, *found.tables, *settings, *rest, like=attention)
     for index, node in enumerate(found.replaced):
         part = call(graph, before, operator.getitem, new, index, like=attention)
         order[part] = order[last]
@@ -104,7 +106,7 @@ def _find(attention: fx.Node) -> _Found:
     writes = _writes(attention)
     key, held = writes[0].args[0], writes[2].args[0]
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(held, fx.Node)
-    found = _Found(replaced=[query])
+    found = _Found(bits=[writes[0].args[1], writes[2].args[1]], replaced=[query])
     if is_call(key, aten.sub.Tensor) and _is_center(key.args[1]):
         found.center = key.args[1]  # type: ignore[assignment]
         key = _inside(key, alone=True)
@@ -130,7 +132,7 @@ def _writes(attention: fx.Node) -> list[fx.Node]:
     """The write that each part of the cache comes from."""
     writes = [_write(node) for node in attention.args[1:5]]
     for write, part in zip(writes, PARTS, strict=True):
-        if not is_call(write, KV4_WRITE):
+        if not is_call(write, KV_WRITE):
             raise _MissError(f"the {part} are not written in front of {attention.name}")
     found = [write for write in writes if write is not None]
     if found[0] is not found[1] or found[2] is not found[3]:

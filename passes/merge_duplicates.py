@@ -4,8 +4,8 @@
     %b = aten::unsqueeze(%i, 1)      becomes      %a = aten::unsqueeze(%i, 1)
     %y = aten::add(%a, %b)                        %y = aten::add(%a, %a)
 
-Token cuts gather several values with the same indices, and a 4-bit cache appends the new token once for attention and
-once for the returned cache. Random operators are kept, and nothing is merged across an operator that writes to a
+Token cuts gather several values with the same indices, and a cache of codes appends the new token once for attention
+and once for the returned cache. Random operators are kept, and nothing is merged across an operator that writes to a
 tensor.
 """
 

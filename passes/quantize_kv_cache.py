@@ -1,11 +1,11 @@
 """Store the KV cache in 4 or 8 bits, in prefill and decode: quantized after the rotary embedding, before attention.
 
-    prefill  %k = quant_stub(%rope)                      -> %c, %a = qpcompile::kv4_write(%rope)
-             sdpa(%q, repeat(%k), repeat(%v), %mask)     -> qpcompile::attention_kv4(%q, %c, %a, ...)
+    prefill  %k = quant_stub(%rope)                      -> %c, %a = qpcompile::kv_write(%rope, 4)
+             sdpa(%q, repeat(%k), repeat(%v), %mask)     -> qpcompile::attention_kv(%q, %c, %a, ..., 4, 4)
     decode   cat(%past, quant_stub(%rope))               -> cat(%past.codes, %c), cat(%past.affine, %a)
 
-With 8 bits `kv8_write` and `kv8_read` are inserted around an unchanged attention: no kernel fuses them. Scales are per
-token and head, so dropping tokens never changes the codes of kept tokens.
+Keys and values may have bits of their own. Scales are per token and head, so dropping tokens never changes the codes of
+kept tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from qpcompile.ir.edit import aten, call, calls, count_up, is_call, layer_of, th
 from qpcompile.ir.names import Name, names
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import (
-    ATTENTION_KV4,
-    KV4_READ,
-    KV4_WRITE,
-    KV8_READ,
-    KV8_WRITE,
+    ATTENTION_KV,
+    KV_READ,
+    KV_WRITE,
     PIVOT_TOKENS,
     QUANT_STUB,
     SIMULATE_KIVI,
@@ -37,6 +35,7 @@ from qpcompile.ir.operators import (
 from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import fake_mode, value
 from qpcompile.recipe.plan import Site
+from qpcompile.recipe.quantize import CacheScheme
 from qpcompile.stages import Stage
 
 Pair = tuple[fx.Node, fx.Node]
@@ -63,14 +62,10 @@ class QuantizeKvCache:
             return _simulate_kivi(program, scheme.kv_cache.bits)
         sites = []
         for graph in program.language:
-            bits = scheme.kv_cache.bits
-            pairs = {stub: _write(graph, stub, KV8_WRITE if bits == 8 else KV4_WRITE) for stub in _stubs(graph)}
-            if bits == 8:
-                _read_back(graph, pairs)
-            else:
-                _replace_attention(graph, pairs)
-                # Keys that only the scores read: without another reader their codes would be removed as dead code.
-                _dequantize([stub for stub in pairs if _leads_to_scores(stub)], graph, pairs)
+            pairs = {stub: _write(graph, stub, scheme.kv_cache) for stub in _stubs(graph)}
+            _replace_attention(graph, pairs)
+            # Keys that only the scores read: without another reader their codes would be removed as dead code.
+            _dequantize([stub for stub in pairs if _leads_to_scores(stub)], graph, pairs)
             _replace_cache(graph, pairs)
             _dequantize([stub for stub in pairs if stub.users], graph, pairs)
             tidy(graph)
@@ -78,14 +73,21 @@ class QuantizeKvCache:
             sites += [
                 Site(
                     graph=graph.name,
-                    name=f"{graph.owner}.layers.{layer}.kv_cache",
+                    name=f"{graph.owner}.layers.{layer}.{part}",
                     cache_bits=bits,
-                    kernel="qpcompile::kv8_read" if bits == 8 else "qpcompile::attention_kv4",
+                    kernel="qpcompile::attention_kv",
                 )
                 for layer in layers
+                for part, bits in _parts(scheme.kv_cache).items()
             ]
         program.plan = program.plan.changed(sites=(*program.plan.sites, *sites))
         return bool(sites)
+
+
+def _parts(cache: CacheScheme) -> dict[str, int]:
+    """The sites of a layer's cache and their bits: one, or one each for keys and values of other bits."""
+    keys, values = cache.bits_of("key"), cache.bits_of("value")
+    return {"kv_cache": keys} if keys == values else {"kv_cache.key": keys, "kv_cache.value": values}
 
 
 def _simulate_kivi(program: Program, bits: int) -> bool:
@@ -123,23 +125,18 @@ def _stubs(graph: Graph) -> list[fx.Node]:
     return found
 
 
-def _write(graph: Graph, stub: fx.Node, write: Any) -> Pair:
-    pair = call(graph, stub, write, stub.args[0])
+def _write(graph: Graph, stub: fx.Node, cache: CacheScheme) -> Pair:
+    fact = stub_fact(stub)
+    assert fact is not None
+    pair = call(graph, stub, KV_WRITE, stub.args[0], cache.bits_of(fact.role))
     return call(graph, stub, operator.getitem, pair, 0), call(graph, stub, operator.getitem, pair, 1)
 
 
-def _read_back(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
-    """Make every reader of keys or values other than the cache read them from their codes."""
-    for stub in pairs:
-        append = next((user for user in stub.users if appended(user) is stub), None)
-        held = stub if append is None else append
-        codes = _cached(graph, held, pairs, held)
-        read = call(graph, held, KV8_READ, *codes, value(held).dtype)
-        held.replace_all_uses_with(read, delete_user_cb=_not_cache)
-
-
-def _not_cache(user: fx.Node) -> bool:
-    return user.op != "output" and not is_call(user, aten.gather.default, aten.sym_size.int)
+def _bits(pair: Pair) -> Any:
+    """Bits of the codes that `_write` made."""
+    write = pair[0].args[0]
+    assert isinstance(write, fx.Node)
+    return write.args[1]
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -188,7 +185,8 @@ def _replace_attention(graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
         mask = _causal_mask(graph, attention) if read.mask is None and read.causal else read.mask
         keys = _cached(graph, read.key, pairs, attention)
         values = _cached(graph, read.value, pairs, attention)
-        new = call(graph, attention, ATTENTION_KV4, read.query, *keys, *values, mask, read.scale)
+        bits = [_bits(pairs[_source(node)]) for node in (read.key, read.value)]
+        new = call(graph, attention, ATTENTION_KV, read.query, *keys, *values, mask, read.scale, *bits)
         attention.replace_all_uses_with(new)
         graph.module.graph.erase_node(attention)
 
@@ -264,13 +262,13 @@ def _dequantize(stubs: Sequence[fx.Node], graph: Graph, pairs: dict[fx.Node, Pai
 def _dequantize_rest(graph: Graph, stub: fx.Node, pair: Pair) -> None:
     if not all(_leads_to_scores(user) for user in stub.users):
         raise InvariantError(
-            f"{stub.name} is read by {[user.name for user in stub.users]}, which have no 4-bit form",
+            f"{stub.name} is read by {[user.name for user in stub.users]}, which have no form on codes",
             ran="quantize_kv_cache",
             do="report this family, or set kv_cache.bits to 16",
         )
     tensor = value(stub)
     first = min(stub.users, key=graph.nodes.index)
-    read = call(graph, first, KV4_READ, *pair, int(tensor.shape[-1]), tensor.dtype)
+    read = call(graph, first, KV_READ, *pair, int(tensor.shape[-1]), _bits(pair), tensor.dtype)
     stub.replace_all_uses_with(read)
 
 

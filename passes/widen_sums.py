@@ -24,14 +24,14 @@ from qpcompile.ir.edit import aten, call, calls, is_call, tidy
 from qpcompile.ir.numerics import check_numerics
 from qpcompile.ir.operators import (
     ACTIVATION_QUANTIZE,
-    ATTENTION_KV4,
+    ATTENTION_KV,
     HADAMARD,
     KRONECKER,
     LAYERNORM_QUANTIZE,
     RMSNORM,
     RMSNORM_QUANTIZE,
-    ROPE_KV4_APPEND,
-    ROPE_KV4_WRITE,
+    ROPE_KV_APPEND,
+    ROPE_KV_WRITE,
     SEGMENT_ATTENTION,
     TRANSFORM_QUANTIZE,
 )
@@ -52,9 +52,9 @@ FUNCTIONS = (
 
 
 ROWS: dict[object, int] = {
-    **dict.fromkeys((TRANSFORM_QUANTIZE, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, HADAMARD, KRONECKER, ATTENTION_KV4), 1),
+    **dict.fromkeys((TRANSFORM_QUANTIZE, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, HADAMARD, KRONECKER, ATTENTION_KV), 1),
     ACTIVATION_QUANTIZE: 2,
-    **dict.fromkeys((ROPE_KV4_WRITE, ROPE_KV4_APPEND), 3),
+    **dict.fromkeys((ROPE_KV_WRITE, ROPE_KV_APPEND), 3),
 }
 """Operators of ours that compute in the type of their first operands, and how many those are; others keep theirs."""
 

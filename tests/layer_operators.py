@@ -1,4 +1,4 @@
-"""The operators of a decoder layer on 4-bit codes, without views."""
+"""The operators of a decoder layer on codes, without views."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ LAYER = Counter(
     activation_quantize=1,
     transform_quantize=1,
     linear_int=4,
-    attention_kv4=1,
+    attention_kv=1,
 )
-"""Operators of a decoder layer of every W4A4 preset, with one for the cache: rotary embedding, rotation, codes."""
-PROMPT, STEP = Counter(rope_kv4_write=1), Counter(rope_kv4_append=1)
-"""The operator for the cache in prefill and in decode. A layer has ten operators."""
-_CACHE_OF_8 = (
-    LAYER
-    - Counter(transform_quantize=1, attention_kv4=1)
-    + Counter(quantize_dynamic=1, rope=2, hadamard=2, kv8_write=2, kv8_read=2, scaled_dot_product_attention=1)
-)
-OPERATORS = {4: (LAYER + PROMPT, LAYER + STEP), 8: (_CACHE_OF_8, _CACHE_OF_8 + Counter(cat=4))}
-"""(prefill, decode) by the bits of the cache. One of 8 bits is read by torch's attention, and appended to by cat."""
+"""Operators of a decoder layer of every preset with integer products; one more is for the cache."""
+PLAIN_LAYER = LAYER - Counter(transform_quantize=1) + Counter(quantize_dynamic=1)
+"""The same without a change of basis."""
+PROMPT, STEP = Counter(rope_kv_write=1), Counter(rope_kv_append=1)
+"""The operator for the cache in prefill and in decode: rotary embedding, rotation, codes. A layer has ten operators."""
 VIEWS = {"view", "reshape", "transpose", "unsqueeze", "expand", "contiguous", "slice", "sym_size", "getitem"}
 
 

@@ -6,7 +6,7 @@ Source: "Attention Is All You Need" (arXiv 1706.03762), section 3.2.1. A query w
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.attention_kv4.masking import masked_softmax
+from qpcompile.kernels.attention_kv.masking import masked_softmax
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

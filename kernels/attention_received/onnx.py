@@ -5,7 +5,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset21
 
-from qpcompile.kernels.attention_kv4.onnx import group_rows, masked_scores
+from qpcompile.kernels.attention_kv.onnx import group_rows, masked_scores
 from qpcompile.kernels.segment_attention.onnx import same_segment
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export

@@ -115,15 +115,15 @@ SIGNATURES: dict[str, Signature] = {
     "linear_w8a16": (*_of(SPAN, "x weight weight_scale bias y"), *_of(WHOLE, "tokens columns features")),
     "linear_w4a16": (*_of(SPAN, "x weight weight_scale bias y"), *_of(WHOLE, "tokens columns features groups")),
     "dequantize_int4": (*_of(SPAN, "weight weight_scale dense"), *_of(WHOLE, "features columns groups")),
-    "kv4_write": (*_of(VIEW, "x"), *_of(SPAN, "codes affine"), *_of(WHOLE, "batch heads tokens size")),
+    "kv_write": (*_of(VIEW, "x"), *_of(SPAN, "codes affine"), *_of(WHOLE, "batch heads tokens size bits")),
     "rope": (*_of(VIEW, "x cos sin"), *_of(SPAN, "y"), *_of(WHOLE, "batch heads tokens size")),
-    "rope_kv4_write": (
+    "rope_kv_write": (
         *(*_of(VIEW, "q k v cos sin"), *_of(SPAN, "y k_codes k_affine v_codes v_affine left right tiles center")),
-        *_of(WHOLE, "batch heads groups tokens size left_size right_size"),
+        *_of(WHOLE, "batch heads groups tokens size left_size right_size k_bits v_bits"),
     ),
-    "attention_kv4": (
+    "attention_kv": (
         *(*_of(VIEW, "q"), *_of(FRONT, "k_codes k_affine v_codes v_affine"), *_of(VIEW, "mask"), *_of(SPAN, "y")),
-        *(*_of(WHOLE, "batch heads groups rows keys room size"), *_of(REAL, "scale")),
+        *(*_of(WHOLE, "batch heads groups rows keys room size k_bits v_bits"), *_of(REAL, "scale")),
     ),
     "attention_amx": (
         *(*_of(VIEW, "q k v mask y"), *_of(WHOLE, "batch heads groups queries keys size"), *_of(REAL, "scale")),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.kernels.attention.cpu import on_tiles
-from qpcompile.kernels.attention_kv4.masking import split_mask
+from qpcompile.kernels.attention_kv.masking import split_mask
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.token_scores import reference
 from qpcompile.kernels.token_scores.rule import RULE

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxscript
 from onnxscript import FLOAT, opset18, opset21
 
-from qpcompile.kernels.attention_kv4.masking import FORBIDDEN
+from qpcompile.kernels.attention_kv.masking import FORBIDDEN
 from qpcompile.kernels.token_scores.settings import Attention, Tokens
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.attention_kv4.masking import masked_softmax, split_mask
+from qpcompile.kernels.attention_kv.masking import masked_softmax, split_mask
 from qpcompile.kernels.hadamard.reference import hadamard
 from qpcompile.kernels.quantize_dynamic.reference import dequantize, quantize_dynamic
 from qpcompile.kernels.token_scores.normalize import EPSILON, normalize_metric

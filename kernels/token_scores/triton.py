@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpcompile.kernels.attention_kv4.masking import FORBIDDEN
+from qpcompile.kernels.attention_kv.masking import FORBIDDEN
 
 ROWS, KEYS = 32, 64
 LEAST = tl.constexpr(FORBIDDEN)

@@ -19,7 +19,7 @@ from qpcompile.calibration.blocks import run_nodes
 from qpcompile.ir.attention import Attention, read_attention
 from qpcompile.ir.edit import aten, calls, layer_of
 from qpcompile.ir.program import Graph
-from qpcompile.kernels.attention_kv4.masking import masked_softmax
+from qpcompile.kernels.attention_kv.masking import masked_softmax
 from qpcompile.runtime.placement import Placement
 
 

@@ -173,10 +173,8 @@ def needed_operators(recipe: Recipe) -> list[str]:
     scheme = recipe.quantize
     if scheme is None:
         return needed
-    if scheme.kv_cache.bits == 4:
-        needed += ["kv4_write", "kv4_read", "attention_kv4"]
-    if scheme.kv_cache.bits == 8:
-        needed += ["kv8_write", "kv8_read"]
+    if scheme.kv_cache.bits != 16:
+        needed += ["kv_write", "kv_read", "attention_kv", "rope_kv_write", "rope_kv_append"]
     if scheme.transform != "none":
         needed.append("hadamard" if scheme.transform == "hadamard" else "kronecker")
     if scheme.activations.bits != 16:

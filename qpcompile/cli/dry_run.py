@@ -170,8 +170,9 @@ def _head(recipe: Recipe, samples: int) -> str:
 def _cache(recipe: Recipe, samples: int) -> str:
     if recipe.quantize is None or recipe.quantize.kv_cache.bits == 16:
         return NOTHING
-    bits = recipe.quantize.kv_cache.bits
-    return f"keys and values in {bits} bits, one scale per token and head, after the rotary embedding"
+    return (
+        f"keys and values in {recipe.quantize.kv_cache.words}, one scale per token and head, after the rotary embedding"
+    )
 
 
 def _fuse(recipe: Recipe, samples: int) -> str:
@@ -195,9 +196,9 @@ def _merge_linears(recipe: Recipe, samples: int) -> str:
 
 
 def _cache_writes(recipe: Recipe, samples: int) -> str:
-    if recipe.quantize is None or recipe.quantize.kv_cache.bits != 4:
+    if recipe.quantize is None or recipe.quantize.kv_cache.bits == 16:
         return NOTHING
-    return "rotary embedding, rotation, 4-bit codes and the append to the cache in one operator"
+    return "rotary embedding, rotation, codes and the append to the cache in one operator"
 
 
 def _widen(recipe: Recipe, samples: int) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qpcompile.ir.pass_manager import PassRun
 from qpcompile.pass_list import passes
 from qpcompile.recipe.plan import LeftOut, Plan, Site
+from qpcompile.recipe.quantize import CacheScheme
 
 NUMERICS = {
     "exact": "exact: sums in float64, rounded to float32 once",
@@ -128,7 +129,7 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
                 for part, mean in (("weights", scheme.mean_bits.weights), ("activations", scheme.mean_bits.activations))
                 if mean is not None
             ),
-            ("KV cache", _bits(scheme.kv_cache.bits, "token and head")),
+            ("KV cache", _of_cache(scheme.kv_cache)),
             ("transform", scheme.transform + (f", smoothing {scheme.smooth:g}" if scheme.smooth is not None else "")),
             ("scope", ", ".join(scheme.scope)),
             ("ignore", ", ".join(scheme.ignore) or "nothing"),
@@ -139,6 +140,10 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
     used = plan.calibration
     rows.append(("calibration", f"{used.samples} samples" if used.samples else "no data"))
     return rows
+
+
+def _of_cache(cache: CacheScheme) -> str:
+    return _bits(cache.bits, "") if cache.bits == 16 else f"{cache.words} per token and head"
 
 
 def _bits(bits: int, granularity: str) -> str:

@@ -19,7 +19,7 @@ from torch import fx
 
 from qpcompile.errors import PlanError
 from qpcompile.ir.edit import aten, call, count_up, operands
-from qpcompile.ir.operators import ATTENTION_KV4, SEGMENT_ATTENTION
+from qpcompile.ir.operators import ATTENTION_KV, SEGMENT_ATTENTION
 from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import same, value
 
@@ -47,7 +47,7 @@ _ROWWISE = frozenset(
         aten.dropout.default,
     }
 )
-_ATTENTION = (ATTENTION_KV4, SEGMENT_ATTENTION)
+_ATTENTION = (ATTENTION_KV, SEGMENT_ATTENTION)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 

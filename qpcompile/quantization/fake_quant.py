@@ -12,10 +12,8 @@ from qpcompile.ir.edit import aten, calls
 from qpcompile.ir.measurements import Measurement
 from qpcompile.ir.node_facts import StubFact, stub_fact
 from qpcompile.ir.program import PREFILL, Program
-from qpcompile.kernels.kv4_read.reference import kv4_read
-from qpcompile.kernels.kv4_write.reference import kv4_write
-from qpcompile.kernels.kv8_read.reference import kv8_read
-from qpcompile.kernels.kv8_write.reference import kv8_write
+from qpcompile.kernels.kv_read.reference import kv_read
+from qpcompile.kernels.kv_write.reference import kv_write
 from qpcompile.kernels.linear_int.packing import codes_of, stored_codes
 from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.quantization.site_bits import cache_at, inputs_at, weights_at
@@ -99,13 +97,8 @@ def fake_quantize(x: torch.Tensor, fact: StubFact, scheme: QuantizeScheme) -> to
     if fact.role == "weight":
         weights = weights_at(fact, scheme)
         return x if weights.bits == 16 else round_trip(x, weights.kernel_group, 1.0, weights.bits)
-    cache = cache_at(fact, scheme)
-    if cache.bits == 16:
-        return x
-    if cache.bits == 8:
-        return kv8_read(*kv8_write(x), x.dtype)
-    codes, affine = kv4_write(x)
-    return kv4_read(codes, affine, x.shape[-1], x.dtype)
+    bits = cache_at(fact, scheme).bits_of(fact.role)
+    return x if bits == 16 else kv_read(*kv_write(x, bits), x.shape[-1], bits, x.dtype)
 
 
 def round_trip(x: torch.Tensor, group_size: int, clip_ratio: float, bits: int) -> torch.Tensor:

@@ -139,6 +139,10 @@ class CacheScheme(Section):
         default=4,
         description="4 packs two cache entries per byte; 8 uses one byte each; 16 leaves the cache unquantized.",
     )
+    key_bits: Literal[4, 8] | None = Field(
+        default=None,
+        description="Bits of keys, which matter more than values, if not those of values; used with bits 4 and 8 only.",
+    )
     granularity: Literal["token-head", "kivi"] = Field(
         default="token-head",
         description="One scale and zero point per token and head; kivi simulates, in floating point, keys per channel "
@@ -156,6 +160,16 @@ class CacheScheme(Section):
     rotate: bool = Field(
         default=True, description="Rotate queries and keys by an orthogonal matrix first: same dot products."
     )
+
+    def bits_of(self, role: str) -> int:
+        """Bits of the codes of one role, key or value."""
+        return self.key_bits if role == "key" and self.key_bits is not None and self.bits != 16 else self.bits
+
+    @property
+    def words(self) -> str:
+        """The bits as text: `4 bits`, or `8 bits for keys, 4 for values`."""
+        keys, values = self.bits_of("key"), self.bits_of("value")
+        return f"{keys} bits" if keys == values else f"{keys} bits for keys, {values} for values"
 
 
 class MeanBits(Section):
@@ -316,6 +330,8 @@ def _refusals(scheme: QuantizeScheme) -> dict[str, str]:
         reasons["kv_cache.granularity"] = "nothing is rounded at 16 bits; write token-head"
     if cache.center and (cache.bits == 16 or cache.granularity == "kivi"):
         reasons["kv_cache.center"] = "keys are not rounded per token; write false"
+    if cache.key_bits is not None and cache.granularity == "kivi":
+        reasons["kv_cache.key_bits"] = "kivi rounds keys and values to the same bits; write null"
     if activations.granularity == "modality" and activations.bits == 16:
         reasons["activations.granularity"] = "nothing is scaled at 16 bits; write token"
     if scheme.scaling != "none" and scheme.smooth is not None:

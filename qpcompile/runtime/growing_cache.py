@@ -3,8 +3,8 @@
     %k = aten::cat([%past_key_values.0.key, %new], 2)     copies the whole cache on every step
       -> %k = append(%past_key_values.0.key, %new)        writes one token; the result is a view one token longer
 
-Results are identical. On a GPU `attention_kv4` requires contiguous codes, so a 4-bit cache would be copied in any case
-and is not rewritten. Beam search reorders rows, which copies the cache too.
+Results are identical. On a GPU `attention_kv` requires contiguous codes, so a cache of codes would be copied in any
+case and is not rewritten. Beam search reorders rows, which copies the cache too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qpcompile.ir.edit import aten, calls, is_call
 from qpcompile.ir.names import Name
-from qpcompile.ir.operators import ATTENTION_KV4, ROPE_KV4_APPEND, ROPE_KV4_WRITE
+from qpcompile.ir.operators import ATTENTION_KV, ROPE_KV_APPEND, ROPE_KV_WRITE
 from qpcompile.ir.program import Graph
 from qpcompile.ir.types import TYPE, ValueType, value_types
 
@@ -52,14 +52,14 @@ class GrowingCaches:
 
 
 def grow_in_place(graph: Graph, caches: GrowingCaches, packed_codes: bool) -> int:
-    """Rewrite appends to the caches of a decode graph, except those read by `attention_kv4` if it needs contiguous
+    """Rewrite appends to the caches of a decode graph, except those read by `attention_kv` if it needs contiguous
     codes; returns the number of rewrites.
     """
     if not packed_codes:
         split_appends(graph)
     found = appends(graph)
     if packed_codes:
-        found = [node for node in found if not any(is_call(user, ATTENTION_KV4) for user in node.users)]
+        found = [node for node in found if not any(is_call(user, ATTENTION_KV) for user in node.users)]
     for node in found:
         node.args = tuple(node.args[0])  # type: ignore[arg-type]
         node.target = caches.append
@@ -67,16 +67,16 @@ def grow_in_place(graph: Graph, caches: GrowingCaches, packed_codes: bool) -> in
 
 
 def split_appends(graph: Graph) -> None:
-    """Split rope_kv4_append in rope_kv4_write and appends, which buffers with spare capacity take over.
+    """Split rope_kv_append in rope_kv_write and appends, which buffers with spare capacity take over.
 
-    %w = rope_kv4_append(..., %past, ...)    becomes    %w = rope_kv4_write(...)
+    %w = rope_kv_append(..., %past, ...)    becomes    %w = rope_kv_write(...)
     getitem(%w, 1)                                      cat([%past, getitem(%w, 1)], 2)
     """
     types = value_types(graph)
-    for node in list(calls(graph, ROPE_KV4_APPEND)):
-        operands, (k_codes, k_affine, v_codes, v_affine), center = node.args[:6], node.args[6:10], node.args[10:]
+    for node in list(calls(graph, ROPE_KV_APPEND)):
+        operands, (k_codes, k_affine, v_codes, v_affine), center = node.args[:8], node.args[8:12], node.args[12:]
         with graph.module.graph.inserting_before(node):
-            write = graph.module.graph.call_function(ROPE_KV4_WRITE, (*operands, *center))
+            write = graph.module.graph.call_function(ROPE_KV_WRITE, (*operands, *center))
         tokens = types[operands[1]].sizes[2]  # type: ignore[index]
         for user in list(node.users):
             index = user.args[1]

@@ -40,7 +40,7 @@ from qpcompile.errors import InputError, InvariantError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, calls, layer_of
 from qpcompile.ir.names import Name
-from qpcompile.ir.operators import ATTENTION_KV4, SELECT_TOKENS
+from qpcompile.ir.operators import ATTENTION_KV, SELECT_TOKENS
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.runtime.generation_options import plain_settings
@@ -247,11 +247,11 @@ class _Whole(fx.Interpreter):
         """Run one node, or return a forced value; in a scored layer new tokens see only what its cache holds."""
         if n in self.forced:
             return self.forced[n]
-        layer = layer_of(n) if n.target in (SDPA, ATTENTION_KV4) else None
+        layer = layer_of(n) if n.target in (SDPA, ATTENTION_KV) else None
         if layer not in self.compacted:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.target == ATTENTION_KV4:
+        if n.target == ATTENTION_KV:
             args = (*args[:5], self._narrowed(args[5], args[0], args[1], layer, False), *args[6:])
             return n.target(*args, **kwargs)  # type: ignore[operator]
         read = read_attention(n)

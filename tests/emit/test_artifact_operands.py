@@ -127,6 +127,16 @@ def test_saved_again_it_loads(saved: Path, tmp_path: Path) -> None:
     load(tmp_path / "again")
 
 
+def test_operators_of_another_version_are_refused(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "out")
+    path = folder / "graph" / "decode.json"
+    path.write_text(path.read_text().replace("qpcompile::attention_kv.", "qpcompile::attention_kv4."))
+    hash_again(folder)
+    with pytest.raises(ArtifactError, match=r"operator 'qpcompile::attention_kv4\.default' is not") as error:
+        load(folder)
+    assert "compile the model again" in str(error.value) and "graph/decode.json" in str(error.value.where)
+
+
 def test_bits_that_no_quantizer_makes_are_refused(saved: Path, tmp_path: Path) -> None:
     """The CPU reads codes of any bits; a GPU would pack 8-bit codes as 4-bit ones."""
     folder = shutil.copytree(saved, tmp_path / "out")

@@ -12,7 +12,7 @@ from torch.export import Dim
 from torch.fx.graph import CodeGen
 
 from qpcompile.ir.names import names
-from qpcompile.ir.operators import KV4_WRITE
+from qpcompile.ir.operators import KV_WRITE
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import graph_text, module_path, target_text
 from qpcompile.ir.types import TYPE, parse_type, value_types
@@ -167,7 +167,7 @@ def test_parts_of_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("target", "text"),
-    [(aten.add.Tensor, "aten::add.Tensor"), (KV4_WRITE, "qpcompile::kv4_write"), (torch.sym_max, "torch.sym_max")],
+    [(aten.add.Tensor, "aten::add.Tensor"), (KV_WRITE, "qpcompile::kv_write"), (torch.sym_max, "torch.sym_max")],
 )
 def test_targets(target: object, text: str) -> None:
     assert target_text(target) == text

@@ -84,9 +84,21 @@ def dequantize_int4() -> Arguments:
     return {**tensors, "features": 5, "columns": 45, "groups": 3}
 
 
-def kv4_write() -> Arguments:
+def kv_write() -> Arguments:
     made = {"codes": _u8(2, 3, 4, 5), "affine": torch.zeros(2, 3, 4, 2)}
-    return {"x": torch.randn(2, 4, 3, 9).transpose(1, 2), **made, "batch": 2, "heads": 3, "tokens": 4, "size": 9}
+    return {
+        "x": torch.randn(2, 4, 3, 9).transpose(1, 2),
+        **made,
+        "batch": 2,
+        "heads": 3,
+        "tokens": 4,
+        "size": 9,
+        "bits": 4,
+    }
+
+
+def kv_write_8() -> Arguments:
+    return kv_write() | {"codes": _u8(2, 3, 4, 9), "bits": 8}
 
 
 def rope() -> Arguments:
@@ -95,28 +107,30 @@ def rope() -> Arguments:
     return {**made, "batch": 2, "heads": 3, "tokens": 4, "size": 8}
 
 
-def rope_kv4_write() -> Arguments:
+def rope_kv_write() -> Arguments:
     q, k, v = torch.randn(2, 3, 8, 24).transpose(1, 2).split((4, 2, 2), dim=1)
     tensors = {"q": q, "k": k, "v": v.contiguous(), "cos": torch.randn(2, 1, 3, 24), "sin": torch.randn(2, 1, 3, 24)}
     tensors |= {"y": torch.zeros(2, 4, 3, 24), "k_codes": _u8(2, 2, 3, 12), "k_affine": torch.zeros(2, 2, 3, 2)}
     tensors |= {"v_codes": _u8(2, 2, 3, 12), "v_affine": torch.zeros(2, 2, 3, 2)}
-    factors = {
-        "left": torch.rand(4, 4),
-        "right": torch.rand(6, 6),
-        "tiles": None,
-        "center": torch.rand(2, 24),
-        "left_size": 4,
-        "right_size": 6,
-    }
-    return {**tensors, **factors, "batch": 2, "heads": 4, "groups": 2, "tokens": 3, "size": 24}
+    factors = {"left": torch.rand(4, 4), "right": torch.rand(6, 6), "tiles": None, "left_size": 4, "right_size": 6}
+    sizes = {"batch": 2, "heads": 4, "groups": 2, "tokens": 3, "size": 24, "k_bits": 4, "v_bits": 4}
+    return {**tensors, **factors, "center": torch.rand(2, 24), **sizes}
 
 
-def attention_kv4() -> Arguments:
+def rope_kv_write_8() -> Arguments:
+    return rope_kv_write() | {"k_codes": _u8(2, 2, 3, 24), "k_bits": 8}
+
+
+def attention_kv() -> Arguments:
     cache = {"k_codes": _u8(2, 2, 7, 4), "k_affine": torch.rand(2, 2, 7, 2)}
     cache |= {"v_codes": _u8(2, 2, 7, 4), "v_affine": torch.rand(2, 2, 7, 2)}
     tensors = {"q": torch.randn(2, 4, 1, 8), **cache, "mask": torch.ones(2, 4, 1, 7, dtype=torch.bool)}
-    sizes = {"batch": 2, "heads": 4, "groups": 2, "rows": 1, "keys": 7, "room": 7, "size": 8}
+    sizes = {"batch": 2, "heads": 4, "groups": 2, "rows": 1, "keys": 7, "room": 7, "size": 8, "k_bits": 4, "v_bits": 4}
     return {**tensors, "y": torch.zeros(2, 1, 4, 8), **sizes, "scale": 0.5}
+
+
+def attention_kv_8() -> Arguments:
+    return attention_kv() | {"v_codes": _u8(2, 2, 7, 8), "v_bits": 8}
 
 
 def attention_amx() -> Arguments:
@@ -202,7 +216,7 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-TWICE = ("rows", "gates", "attention_kv4", "rope_kv4_write")
+TWICE = ("rows", "gates", "attention_kv", "rope_kv_write")
 """Functions that are there for both types of sums."""
 CALLS: dict[str, tuple[str, Callable[[], Arguments]]] = {
     **{name: (name, globals()[name]) for name in SIGNATURES if name not in TWICE},
@@ -210,10 +224,13 @@ CALLS: dict[str, tuple[str, Callable[[], Arguments]]] = {
     "rows_f32": ("rows_f32", rows),
     "norm_rows_f64": ("rows_f64", _wide(norm_rows)),
     "norm_rows_f32": ("rows_f32", norm_rows),
-    "attention_kv4_f64": ("attention_kv4_f64", _wide(attention_kv4)),
-    "attention_kv4_f32": ("attention_kv4_f32", attention_kv4),
-    "rope_kv4_write_f64": ("rope_kv4_write_f64", _wide(rope_kv4_write)),
-    "rope_kv4_write_f32": ("rope_kv4_write_f32", rope_kv4_write),
+    "attention_kv_f64": ("attention_kv_f64", _wide(attention_kv)),
+    "attention_kv_f32": ("attention_kv_f32", attention_kv),
+    "attention_kv_8_f32": ("attention_kv_f32", attention_kv_8),
+    "kv_write_8": ("kv_write", kv_write_8),
+    "rope_kv_write_f64": ("rope_kv_write_f64", _wide(rope_kv_write)),
+    "rope_kv_write_f32": ("rope_kv_write_f32", rope_kv_write),
+    "rope_kv_write_8_f32": ("rope_kv_write_f32", rope_kv_write_8),
     "gates_f32": ("gates_f32", gates),
 }
 """By a name of the case: the function, and what makes its arguments."""

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from qpcompile.kernels.activation_quantize import cpu as activation_cpu
 from qpcompile.kernels.activation_quantize import reference as activations
-from qpcompile.kernels.attention_kv4 import cpu as attention_cpu
-from qpcompile.kernels.attention_kv4 import reference as attention
+from qpcompile.kernels.attention_kv import cpu as attention_cpu
+from qpcompile.kernels.attention_kv import reference as attention
 from qpcompile.kernels.hadamard import cpu as hadamard_cpu
 from qpcompile.kernels.hadamard import reference as hadamard
 from qpcompile.kernels.kronecker import cpu as kronecker_cpu
 from qpcompile.kernels.kronecker import reference as kronecker
-from qpcompile.kernels.kv4_write import cpu as write_cpu
-from qpcompile.kernels.kv4_write import reference as write
+from qpcompile.kernels.kv_write import cpu as write_cpu
+from qpcompile.kernels.kv_write import reference as write
 from qpcompile.kernels.layernorm_quantize import cpu as layernorm_cpu
 from qpcompile.kernels.layernorm_quantize import reference as layernorm
 from qpcompile.kernels.linear_int import cpu as linear_cpu
@@ -290,14 +290,17 @@ def test_tiles_leave_those_of_others_alone() -> None:
 
 @levels
 @every
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(4, 4), (8, 8), (8, 4), (4, 8)])
 @pytest.mark.parametrize("case", CACHES, ids=str)
-def test_cache_and_attention_are_the_reference(case: tuple[int, ...], dtype: torch.dtype, level: int) -> None:
+def test_cache_and_attention_are_the_reference(
+    case: tuple[int, ...], k_bits: int, v_bits: int, dtype: torch.dtype, level: int
+) -> None:
     batch, heads, groups, rows, keys, size = case
     torch.manual_seed(keys)
     narrow = torch.float32 if dtype == torch.float64 else dtype
     k, v = torch.randn(2, batch, keys, groups, size).to(narrow).transpose(2, 3)
-    cache = (*write_cpu._native(k, level), *write_cpu._native(v, level))
-    expected = (*write.kv4_write(k), *write.kv4_write(v))
+    cache = (*write_cpu._native(k, k_bits, level), *write_cpu._native(v, v_bits, level))
+    expected = (*write.kv_write(k, k_bits), *write.kv_write(v, v_bits))
     assert all(torch.equal(made, wanted) for made, wanted in zip(cache, expected, strict=True))
     q = torch.randn(batch, rows, heads, size).to(dtype).transpose(1, 2)
     allowed = torch.rand(batch, 1, rows, keys) < 0.7
@@ -311,8 +314,8 @@ def test_cache_and_attention_are_the_reference(case: tuple[int, ...], dtype: tor
         torch.randn(batch, heads, rows, keys),
     ]
     for mask in masks:
-        found = attention_cpu._native(q, *cache, mask, 0.3, level)
-        wanted = attention.attention_kv4(q, *cache, mask, 0.3)
+        found = attention_cpu._native(q, *cache, mask, 0.3, k_bits, v_bits, level)
+        wanted = attention.attention_kv(q, *cache, mask, 0.3, k_bits, v_bits)
         assert found.dtype == dtype
         if dtype == torch.float64:
             assert torch.equal(found.float(), wanted.float())
@@ -322,7 +325,7 @@ def test_cache_and_attention_are_the_reference(case: tuple[int, ...], dtype: tor
         assert found.transpose(1, 2).is_contiguous()
         # A cache with spare capacity after its tokens is read in place.
         ka, kb, va, vb = (torch.cat([part, part], dim=2)[:, :, :keys] for part in cache)
-        assert torch.equal(attention_cpu._native(q, ka, kb, va, vb, mask, 0.3, level), found)
+        assert torch.equal(attention_cpu._native(q, ka, kb, va, vb, mask, 0.3, k_bits, v_bits, level), found)
 
 
 @levels
@@ -346,8 +349,9 @@ def test_threads_give_the_same_bits(two_threads: Callable[[int], None]) -> None:
         q, scale = rmsnorm_cpu._native(x, x[0], 1e-5, Epilogue(rotate=True))
         many = linear_cpu.linear_int(q, scale, weight, torch.ones(700, 1), None, torch.float32, 8)
         few = linear_cpu.linear_int(q[:4], scale[:4], weight, torch.ones(700, 1), None, torch.float32, 8)
-        k = write_cpu._native(cache)
-        results.append((q, scale, many, few, *k, attention_cpu._native(cache[:, :, :1], *k, *k, None, 0.1)))
+        k, v = write_cpu._native(cache, 8), write_cpu._native(cache, 4)
+        y = attention_cpu._native(cache[:, :, :1], *k, *v, None, 0.1, 8, 4)
+        results.append((q, scale, many, few, *k, *v, y))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
@@ -363,7 +367,7 @@ def test_nan_stays_nan() -> None:
     x[0, 5] = torch.nan
     _, scale = quantize_cpu._native(x, 0, 1.0, 4)
     assert scale[0].isnan().all() and scale[1].isfinite().all()
-    assert write_cpu._native(x.view(1, 1, 2, 64))[1][0, 0, 0, 0].isnan()
+    assert all(write_cpu._native(x.view(1, 1, 2, 64), bits)[1][0, 0, 0, 0].isnan() for bits in (4, 8))
 
 
 def test_not_contiguous() -> None:

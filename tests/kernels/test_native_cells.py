@@ -17,7 +17,7 @@ from qpcompile.kernels.native.tape import Tape
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.library().problem or "compiled")
 LEVELS = range(native.library().level + 1)
-OPTIONAL = {"bias", "mask", "residual", "transform_scale", "shift"}
+OPTIONAL = {"center", "bias", "mask", "residual", "transform_scale", "shift"}
 FREE = {"rounded", "element"}
 """Numbers of which none is wrong, or that say how others are read."""
 ROOMY = {"at", "kind", "room", "keys", "group_size"}
@@ -75,7 +75,7 @@ def test_a_tensor_of_another_type_is_refused_by_name(case: str, name: str) -> No
     tensor = CALLS[case][1]()[name]
     symbol = native.name_of(CALLS[case][0])
     for dtype in (torch.float64, torch.float16, torch.int64, torch.complex64, torch.bool):
-        if ((symbol, name) == ("attention_kv4", "mask") and dtype == torch.bool) or dtype == tensor.dtype:
+        if ((symbol, name) == ("attention_kv", "mask") and dtype == torch.bool) or dtype == tensor.dtype:
             continue
         message = refused(case, {name: tensor.to(dtype)})
         # Where two operands must have the same dtype, either may be named.
@@ -138,7 +138,7 @@ def test_gaps_and_odd_places_are_refused(case: str) -> None:
             assert "has a memory layout" in refused(case, {name: odd})
         wide = torch.stack([tensor, tensor], -1)[..., 0]
         if tensor.numel() > 1 and not (
-            native.name_of(CALLS[case][0]) == "attention_kv4" and name.endswith(("s", "e", "k"))
+            native.name_of(CALLS[case][0]) == "attention_kv" and name.endswith(("s", "e", "k"))
         ):
             assert "layout" in refused(case, {name: wide})
 
@@ -158,19 +158,19 @@ def test_a_tape_stops_where_its_room_ends() -> None:
 
 @pytest.mark.parametrize("real", ["f64", "f32"])
 def test_attention_on_a_tape_reads_no_key_that_is_not_there(real: str) -> None:
-    symbol, arguments = CALLS[f"attention_kv4_{real}"]
+    symbol, arguments = CALLS[f"attention_kv_{real}"]
     given = arguments() | {"keys": 5}
     with native.noted() as calls:
         make(symbol, given)
     tape = Tape(calls)
     tape.replay()
     tape.replay()
-    with pytest.raises(KernelError, match="qp_attention_kv4: keys "):
+    with pytest.raises(KernelError, match="qp_attention_kv: keys "):
         tape.replay()
     with native.noted() as calls:
         make(symbol, given | {"mask": torch.ones(2, 4, 1, 5, dtype=torch.bool)})
     tape = Tape(calls)
-    with pytest.raises(KernelError, match="qp_attention_kv4: mask "):
+    with pytest.raises(KernelError, match="qp_attention_kv: mask "):
         tape.replay()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qpcompile.kernels.kv4_write.cpu import kv4_write
+from qpcompile.kernels.kv_write.cpu import kv_write
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.native.rows import RowPlan
 from qpcompile.kernels.native.tape import Tape
@@ -46,16 +46,16 @@ def test_operators_are_made_again() -> None:
     plan = RowPlan("plain", x.dtype, 8, clip_ratio=0.9)
     with native.noted() as calls:
         turned = rope(x, cos, sin)
-        codes, affine = kv4_write(turned)
+        codes, affine = kv_write(turned, 8)
         q, scale = plan.quantized(turned)
     made = [turned, codes, affine, q, scale]
-    assert [each.symbol for each in calls] == ["rope", "kv4_write", "rows_f32"]
+    assert [each.symbol for each in calls] == ["rope", "kv_write", "rows_f32"]
     tape = Tape(calls)
     for _ in range(2):
         x.normal_()
         tape.replay()
         expected = rope(x, cos, sin)
-        assert all(map(torch.equal, made, [expected, *kv4_write(expected), *plan.quantized(expected)]))
+        assert all(map(torch.equal, made, [expected, *kv_write(expected, 8), *plan.quantized(expected)]))
     assert tape.replays == 2
 
 

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from qpcompile.errors import KernelError
 from qpcompile.ir.operators import SPECS, ours
-from qpcompile.kernels.attention_kv4.reference import attention_kv4
+from qpcompile.kernels.attention_kv.reference import attention_kv
 from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.kernels.rules import Rule, differ
 
@@ -31,7 +31,7 @@ SCALARS: dict[type, tuple[Any, ...]] = {
     list: ([], [1.0], [1.0, 2.0, float("nan"), 1.0]),
 }
 # Operators whose checks read values: the ends of segments, the number of keys.
-BY_CONTENT = {"segment_attention", "attention_received", "attention_kv4"}
+BY_CONTENT = {"segment_attention", "attention_received", "attention_kv"}
 ON_CPU = {
     name: getattr(importlib.import_module(f"qpcompile.kernels.{name}.cpu"), name)
     for name in RULES
@@ -145,7 +145,7 @@ def edit(name: str, **changes: Any) -> tuple[Any, ...]:
 
 CODES, SCALE = quantize_dynamic(real(B, ROWS, C))
 WEIGHT, WEIGHT_SCALE = packed()
-K_CODES, K_AFFINE = cache()
+K_CODES, K_AFFINE = cache(4)
 # Calls that once crashed, accessed memory out of bounds, or gave wrong results; and the operand to blame.
 REFUSED = {
     "scales for more tokens": ("linear_int", {"scale": real(40, 1)}, "scale"),
@@ -166,10 +166,15 @@ REFUSED = {
     "8-bit scales of f64": ("linear_w8a16", {"weight_scale": real(N, 1).double()}, "weight_scale"),
     "a bias of one for 8 bits": ("linear_w8a16", {"bias": real(1)}, "bias"),
     "a weight scale too few": ("linear_w4a16", {"weight_scale": WEIGHT_SCALE[1:]}, "weight_scale"),
-    "values without rows": ("attention_kv4", {"v_codes": K_CODES[:, :, :0]}, "v_codes"),
-    "more batch rows than the cache": ("attention_kv4", {"q": real(50, H, ROWS, D)}, "k_codes"),
-    "a mask of one key": ("attention_kv4", {"mask": real(1, 1, 1, 1)}, "mask"),
-    "heads that do not divide": ("attention_kv4", {"q": real(B, 3, ROWS, D)}, "q"),
+    "values without rows": ("attention_kv", {"v_codes": K_CODES[:, :, :0]}, "v_codes"),
+    "more batch rows than the cache": ("attention_kv", {"q": real(50, H, ROWS, D)}, "k_codes"),
+    "a mask of one key": ("attention_kv", {"mask": real(1, 1, 1, 1)}, "mask"),
+    "heads that do not divide": ("attention_kv", {"q": real(B, 3, ROWS, D)}, "q"),
+    "keys of other bits": ("attention_kv", {"k_bits": 8}, "k_codes"),
+    "values of other bits": ("attention_kv", {"v_bits": 4}, "v_codes"),
+    "codes of 6 bits": ("kv_write", {"bits": 6}, "bits"),
+    "codes of other bits": ("kv_read", {"bits": 8}, "codes"),
+    "a past of other bits": ("rope_kv_append", {"k_bits": 4}, "k_codes"),
     "a short scale": ("hadamard", {"scale": real(C - 1)}, "scale"),
     "a factor too few": ("kronecker", {"left": real(2, 2)}, "x"),
     "a norm weight of one": ("rmsnorm", {"weight": real(1)}, "weight"),
@@ -200,7 +205,7 @@ def test_the_operand_is_named(name: str, changes: dict[str, Any], blamed: str) -
         assert error.value.where == f"qpcompile::{name}, operand {blamed}"
 
 
-@pytest.mark.parametrize("name", ["pivot_tokens", "token_scores", "attention_kv4", "kv4_read", "linear_int"])
+@pytest.mark.parametrize("name", ["pivot_tokens", "token_scores", "attention_kv", "kv_read", "linear_int"])
 def test_any_python_value_is_refused_by_name(name: str) -> None:
     """Also values that compare equal to a valid one, or that are unhashable."""
     valid = CALLS[name]()
@@ -216,8 +221,8 @@ def test_any_python_value_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("filled", [-1, -(2**63), S + 1, 2**40])
 def test_keys_that_are_not_there_are_refused(filled: int) -> None:
     for rows in (1, 12):
-        call = edit("attention_kv4", q=real(B, H, rows, D), filled=torch.tensor([filled]))
-        for function in (ours.attention_kv4.default, ON_CPU["attention_kv4"], attention_kv4):
+        call = edit("attention_kv", q=real(B, H, rows, D), filled=torch.tensor([filled]))
+        for function in (ours.attention_kv.default, ON_CPU["attention_kv"], attention_kv):
             with pytest.raises(KernelError, match=f"filled is {filled}"):
                 function(*call)
 

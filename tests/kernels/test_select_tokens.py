@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qpcompile.errors import KernelError
-from qpcompile.kernels.kv4_write.op import kv4_write
+from qpcompile.kernels.kv_write.op import kv_write
 from qpcompile.kernels.select_tokens.op import OVERLOAD, select_tokens
 
 INF = float("inf")
@@ -73,7 +73,7 @@ def test_selected_cache_entries_keep_their_codes() -> None:
     def gather(x: Tensor) -> Tensor:
         return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
-    for of_all, of_kept in zip(kv4_write(keys), kv4_write(gather(keys)), strict=True):
+    for of_all, of_kept in zip(kv_write(keys, 4), kv_write(gather(keys), 4), strict=True):
         assert torch.equal(gather(of_all), of_kept)
 
 

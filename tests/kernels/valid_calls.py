@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpcompile.kernels.kv4_write.reference import kv4_write
-from qpcompile.kernels.kv8_write.reference import kv8_write
+from qpcompile.kernels.kv_write.reference import kv_write
 from qpcompile.kernels.linear_int.packing import pack_int4
 from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 
@@ -34,9 +33,9 @@ def packed() -> tuple[Tensor, Tensor]:
     return pack_int4(codes), scale
 
 
-def cache() -> tuple[Tensor, Tensor]:
-    """u8[B, HKV, S, D / 2] and f32[B, HKV, S, 2]."""
-    return kv4_write(real(B, HKV, S, D))
+def cache(bits: int) -> tuple[Tensor, Tensor]:
+    """u8[B, HKV, S, D bits / 8] and f32[B, HKV, S, 2]."""
+    return kv_write(real(B, HKV, S, D), bits)
 
 
 def heads(tokens: int) -> tuple[Tensor, ...]:
@@ -55,7 +54,7 @@ SEGMENTS = torch.tensor([0, 2, S])
 
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "activation_quantize": lambda: (real(B, ROWS, C), real(B, ROWS, C), "gelu", *epilogue()),
-    "attention_kv4": lambda: (real(B, H, ROWS, D), *cache(), *cache(), None, 0.3, torch.tensor([S])),
+    "attention_kv": lambda: (real(B, H, ROWS, D), *cache(4), *cache(8), None, 0.3, 4, 8, torch.tensor([S])),
     "attention_received": lambda: (real(B, H, S, D), real(B, HKV, S, D), None, 0.3, False),
     "expert_linear": lambda: (real(ROWS, 1, C), real(4, N, C), torch.tensor([[0, 3], [1, 2], [2, 2]])),
     "gated_delta": lambda: (
@@ -67,10 +66,8 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fuse_risk": lambda: (real(B, S), real(B, S), VISUAL, 0.5, True, True),
     "hadamard": lambda: (real(B, ROWS, C), real(C)),
     "kronecker": lambda: (real(B, ROWS, C), real(C), real(3, 3), real(4, 4)),
-    "kv4_read": lambda: (*cache(), D, torch.float32),
-    "kv4_write": lambda: (real(B, HKV, S, D),),
-    "kv8_read": lambda: (*kv8_write(real(B, HKV, S, D)), torch.float32),
-    "kv8_write": lambda: (real(B, HKV, S, D),),
+    "kv_read": lambda: (*cache(4), D, 4, torch.float32),
+    "kv_write": lambda: (real(B, HKV, S, D), 8),
     "layernorm_quantize": lambda: (real(B, ROWS, C), real(C), real(C), 1e-6, *epilogue()),
     "linear_w4a16": lambda: (real(B, ROWS, C), *packed(), real(N)),
     "linear_int": lambda: (*quantize_dynamic(real(B, ROWS, C)), *packed(), real(N), torch.float32, 4, real(B, ROWS, N)),
@@ -84,8 +81,8 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "rmsnorm": lambda: (real(B, ROWS, C), real(C), 1e-6),
     "rmsnorm_quantize": lambda: (real(B, ROWS, C), real(C), 1e-6, *epilogue()),
     "rope": lambda: (real(B, H, S, D), real(1, S, D), real(1, S, D)),
-    "rope_kv4_append": lambda: (*heads(1), real(B, 1, 1, D), real(1, 1, 1, D), True, *cache(), *cache()),
-    "rope_kv4_write": lambda: (*heads(S), real(B, 1, S, D), real(1, 1, 1, D), True),
+    "rope_kv_append": lambda: (*heads(1), real(B, 1, 1, D), real(1, 1, 1, D), True, 8, 4, *cache(8), *cache(4)),
+    "rope_kv_write": lambda: (*heads(S), real(B, 1, S, D), real(1, 1, 1, D), True, 8, 4),
     "segment_attention": lambda: (real(1, H, S, D), real(1, HKV, S, D), real(1, HKV, S, 7), SEGMENTS, 0.3),
     "select_tokens": lambda: (real(B, S), 3, BUDGET),
     "simulate_kivi": lambda: (real(B, HKV, S, D), 15, True),

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import aten, calls
 from qpcompile.ir.near_miss import NEAR_MISSES
-from qpcompile.ir.operators import HADAMARD, KV4_WRITE, ROPE, ROPE_KV4_APPEND, ROPE_KV4_WRITE, ours
+from qpcompile.ir.operators import HADAMARD, KV_WRITE, ROPE, ROPE_KV_APPEND, ROPE_KV_WRITE, ours
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.ir.verify import verify
-from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.kv_write.reference import kv_write
 from qpcompile.passes.fuse_cache_writes import FuseCacheWrites
 from qpcompile.runtime.cpu.bind import BoundGraphs
 from qpcompile.runtime.cuda.static_graph import static_graph
@@ -33,9 +33,9 @@ CACHE = tuple(f"past_key_values.0.{part}.{kind}" for part in ("key", "value") fo
 class Attention(nn.Module):
     """Attention of 4 query heads on 2 key heads; `kind` names what differs from the pattern."""
 
-    def __init__(self, kind: str = "", size: int = SIZE) -> None:
+    def __init__(self, kind: str = "", size: int = SIZE, bits: tuple[int, int] = (4, 4)) -> None:
         super().__init__()
-        self.kind, self.size = kind, size
+        self.kind, self.size, self.bits = kind, size, bits
 
     def turned(self, x: Tensor, cos: Tensor, sin: Tensor, key: bool) -> Tensor:
         if self.kind in ("nothing", "no rope") or (self.kind == "other tables" and key):
@@ -58,31 +58,35 @@ class Attention(nn.Module):
             query = ours.hadamard(ours.rope(query[:, :GROUPS], *tables), None)
         if self.kind == "wide values":
             value = torch.cat([value, value], -1)
-        new = [*ours.kv4_write(key), *ours.kv4_write(value)]
+        new = [*ours.kv_write(key, self.bits[0]), *ours.kv_write(value, self.bits[1])]
         parts = [torch.cat([old, each], 2) for old, each in zip(past, new, strict=True)] if past else new
-        y = ours.attention_kv4(query, *parts, None, 0.3) if self.kind != "wide values" else query
+        y = ours.attention_kv(query, *parts, None, 0.3, *self.bits) if self.kind != "wide values" else query
         if self.kind == "key read twice":
             return y, key, *parts[:3]
         return y, *parts
 
 
-def fused(kind: str = "", past: int = 0, size: int = SIZE) -> tuple[Graph, Program, dict[str, Tensor]]:
+def fused(
+    kind: str = "", past: int = 0, size: int = SIZE, bits: tuple[int, int] = (4, 4)
+) -> tuple[Graph, Program, dict[str, Tensor]]:
     """The graph of `Attention`, on `past` tokens, and feeds for it."""
     made = torch.Generator().manual_seed(3)
     tokens = 1 if past else 5
     feeds = {"x": torch.randn(2, tokens, (HEADS + 2 * GROUPS) * size, generator=made)}
     feeds |= dict(zip(("cos", "sin"), torch.randn(2, 2, tokens, size, generator=made), strict=True))
     if past:
-        parts = [each for _ in range(2) for each in kv4_write(torch.randn(2, GROUPS, past, size, generator=made))]
+        parts = [part for each in bits for part in kv_write(torch.randn(2, GROUPS, past, size, generator=made), each)]
         feeds |= dict(zip(CACHE, parts, strict=True))
     axes = dict.fromkeys(CACHE, (0, 2)) | dict.fromkeys(("x", "cos", "sin"), (0,) if past else (0, 1))
     named = {path.replace(".", "_"): each for path, each in feeds.items()}
     if not past:
-        graph = traced(Attention(kind, size), feeds, ("y", "a", "b", "c", "d"), PREFILL, axes)
+        graph = traced(Attention(kind, size, bits), feeds, ("y", "a", "b", "c", "d"), PREFILL, axes)
         return graph, program_of(graph, stage="fused"), named
     # Prefill must return the cache that decode takes.
-    prefill = traced(Attention(kind, size), {name: feeds[name] for name in ("x", "cos", "sin")}, ("y", *CACHE), PREFILL)
-    graph = traced(_Named(Attention(kind, size)), feeds, ("y", *CACHE), DECODE, axes)
+    prefill = traced(
+        Attention(kind, size, bits), {name: feeds[name] for name in ("x", "cos", "sin")}, ("y", *CACHE), PREFILL
+    )
+    graph = traced(_Named(Attention(kind, size, bits)), feeds, ("y", *CACHE), DECODE, axes)
     return graph, program_of(graph, prefill, stage="fused"), named
 
 
@@ -111,8 +115,8 @@ class _Named(nn.Module):
 
 
 def counts(graph: Graph) -> tuple[int, ...]:
-    """Of the operators that are fused: rope, hadamard, kv4_write and cat."""
-    return tuple(len(list(calls(graph, each))) for each in (ROPE, HADAMARD, KV4_WRITE, aten.cat.default))
+    """Of the operators that are fused: rope, hadamard, kv_write and cat."""
+    return tuple(len(list(calls(graph, each))) for each in (ROPE, HADAMARD, KV_WRITE, aten.cat.default))
 
 
 def test_golden(apply: Apply) -> None:
@@ -140,13 +144,13 @@ graph decode of model
 %14 = aten::slice.Tensor(%13, 1, 4, -2) : f32[B, 2, 1, 8]
 %15 = aten::slice.Tensor(%8, 0, 0, end) : f32[B, 8, 1, 8]
 %16 = aten::slice.Tensor(%15, 1, -2, end) : f32[B, 2, 1, 8]
-%17 = qpcompile::rope_kv4_append(%12, %14, %16, %9, %10, True, %3, %4, %5, %6) : (f32[B, 4, 1, 8], u8[B, 2, S2+1, 4], f32[B, 2, S2+1, 2], u8[B, 2, S2+1, 4], f32[B, 2, S2+1, 2])
+%17 = qpcompile::rope_kv_append(%12, %14, %16, %9, %10, True, 4, 4, %3, %4, %5, %6) : (f32[B, 4, 1, 8], u8[B, 2, S2+1, 4], f32[B, 2, S2+1, 2], u8[B, 2, S2+1, 4], f32[B, 2, S2+1, 2])
 %18 = operator.getitem(%17, 0) : f32[B, 4, 1, 8]
 %19 = operator.getitem(%17, 1) : u8[B, 2, S2+1, 4]
 %20 = operator.getitem(%17, 2) : f32[B, 2, S2+1, 2]
 %21 = operator.getitem(%17, 3) : u8[B, 2, S2+1, 4]
 %22 = operator.getitem(%17, 4) : f32[B, 2, S2+1, 2]
-%23 = qpcompile::attention_kv4(%18, %19, %20, %21, %22, None, 0.3) : f32[B, 4, 1, 8]
+%23 = qpcompile::attention_kv(%18, %19, %20, %21, %22, None, 0.3, 4, 4) : f32[B, 4, 1, 8]
 return y = %23
 return past_key_values.0.key.codes = %19
 return past_key_values.0.key.affine = %20
@@ -163,7 +167,18 @@ def test_numbers(apply: Apply, kind: str, past: int) -> None:
     before = run(graph, **feeds)
     assert apply(program, FuseCacheWrites())
     assert counts(graph) == (0, 0, 0, 0) and program.measured[NEAR_MISSES] == ()
-    assert len(list(calls(graph, ROPE_KV4_APPEND if past else ROPE_KV4_WRITE))) == 1
+    assert len(list(calls(graph, ROPE_KV_APPEND if past else ROPE_KV_WRITE))) == 1
+    after = run(graph, **feeds)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("past", [0, 6])
+@pytest.mark.parametrize("bits", [(8, 8), (8, 4), (4, 8)], ids=str)
+def test_other_bits(apply: Apply, bits: tuple[int, int], past: int) -> None:
+    graph, program, feeds = fused(past=past, bits=bits)
+    before = run(graph, **feeds)
+    assert apply(program, FuseCacheWrites())
+    assert counts(graph) == (0, 0, 0, 0) and program.measured[NEAR_MISSES] == ()
     after = run(graph, **feeds)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -228,7 +243,7 @@ def test_refusal(apply: Apply) -> None:
         run_passes(program, [FuseCacheWrites()])
     program.stage = "fused"
     apply(program, FuseCacheWrites())
-    node: Any = next(calls(graph, ROPE_KV4_WRITE))
+    node: Any = next(calls(graph, ROPE_KV_WRITE))
     node.update_arg(1, node.args[0])
     with pytest.raises(InvariantError, match="operand v"):
         verify(program)

@@ -12,8 +12,8 @@ from programs import captured, changed_recipe, fresh
 
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
-from qpcompile.kernels.kv4_read.reference import kv4_read
-from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.kv_read.reference import kv_read
+from qpcompile.kernels.kv_write.reference import kv_write
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
@@ -89,7 +89,7 @@ def test_deviation_of_one_quantized_part(of: str, source: str) -> None:
     original = torch.nn.functional.scaled_dot_product_attention
 
     def rounded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        key, value = (kv4_read(*kv4_write(part), part.shape[-1], part.dtype) for part in (key, value))
+        key, value = (kv_read(*kv_write(part, 4), part.shape[-1], 4, part.dtype) for part in (key, value))
         return original(query, key, value, **options)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():

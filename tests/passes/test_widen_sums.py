@@ -78,12 +78,12 @@ class Ours(nn.Module):
         ours, plain = torch.ops.qpcompile, (None, True, None, None, None, 0, 1.0, 4)
         gated, _ = ours.activation_quantize(x, x, "silu", *plain)
         normed, _ = ours.rmsnorm_quantize(x, self.weight, 1e-5, *plain)
-        codes, affine = ours.kv4_write(x[:, None])
+        codes, affine = ours.kv_write(x[:, None], 4)
         return (
             gated,
             normed,
             ours.hadamard(x, None),
-            ours.attention_kv4(x[:, None], codes, affine, codes, affine, None, 0.3),
+            ours.attention_kv(x[:, None], codes, affine, codes, affine, None, 0.3, 4, 4),
         )
 
 
@@ -162,7 +162,7 @@ graph prefill of model
 %5 = operator.getitem(%4, 0) : i8[B, S0, 6]
 %6 = aten::slice.Tensor(%0, 0, 0, end) : f32[B, S0, 6]
 %7 = aten::unsqueeze(%6, 1) : f32[B, 1, S0, 6]
-%8 = qpcompile::kv4_write(%7) : (u8[B, 1, S0, 3], f32[B, 1, S0, 2])
+%8 = qpcompile::kv_write(%7, 4) : (u8[B, 1, S0, 3], f32[B, 1, S0, 2])
 %9 = operator.getitem(%8, 0) : u8[B, 1, S0, 3]
 %10 = operator.getitem(%8, 1) : f32[B, 1, S0, 2]
 %11 = qpcompile::hadamard(%1, None) : f64[B, S0, 6]
@@ -170,7 +170,7 @@ graph prefill of model
 %13 = aten::slice.Tensor(%0, 0, 0, end) : f32[B, S0, 6]
 %14 = aten::unsqueeze(%13, 1) : f32[B, 1, S0, 6]
 %15 = aten::to.dtype(%14, f64) : f64[B, 1, S0, 6]
-%16 = qpcompile::attention_kv4(%15, %9, %10, %9, %10, None, 0.3) : f64[B, 1, S0, 6]
+%16 = qpcompile::attention_kv(%15, %9, %10, %9, %10, None, 0.3, 4, 4) : f64[B, 1, S0, 6]
 %17 = aten::to.dtype(%16, f32) : f32[B, 1, S0, 6]
 return gated = %3
 return normed = %5

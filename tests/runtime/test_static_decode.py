@@ -106,7 +106,7 @@ SLOW = [pytest.param(model, marks=pytest.mark.slow) for model in MORE_MODELS]
 @pytest.mark.parametrize("model", [*MODELS, *SLOW], ids="-".join)
 def test_answers_are_the_same(model: tuple[str, ...]) -> None:
     made, cases = compiled(*model)
-    exact = "kv4" in model[1] or "quantize.kv_cache.bits=4" in model
+    exact = model[1] != "none" and "quantize.kv_cache.bits=16" not in model
     machine, steps = fixed(made)
     # One machine answers them all: stale values in the buffers must not affect the next answer.
     found = {name: (machine.generate(**case, **SETTINGS), machine.last) for name, case in cases.items()}

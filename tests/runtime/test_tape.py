@@ -28,11 +28,11 @@ SETTINGS = {"do_sample": False, "return_dict_in_generate": True, "output_logits"
 
 
 @functools.cache
-def compiled(family: Callable[[], Any], dtype: torch.dtype, bits: int = 4) -> tuple[CompiledVLM, dict[str, Inputs]]:
-    """A tiny model with token cuts and the given bits of its cache, and its prompts."""
+def compiled(family: Callable[[], Any], dtype: torch.dtype, *cache: str) -> tuple[CompiledVLM, dict[str, Inputs]]:
+    """A tiny model with token cuts and the given settings of its cache, and its prompts."""
     model, cases = family()
     cases = {name: {key: _cast(each, dtype) for key, each in case.items()} for name, case in cases.items()}
-    recipe = qpcompile.Recipe.load("quota-30").with_overrides([*FAST, f"quantize.kv_cache.bits={bits}"])
+    recipe = qpcompile.Recipe.load("quota-30").with_overrides([*FAST, *(f"quantize.kv_cache.{each}" for each in cache)])
     return qpcompile.compile(model.to(dtype), recipe, calibration=[cases["one"]]), cases
 
 
@@ -57,13 +57,20 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
 @compiled_c
 @pytest.mark.parametrize(
-    ("family", "dtype"), [(llava, torch.float32), pytest.param(qwen2_5_vl, torch.bfloat16, marks=pytest.mark.slow)]
+    ("family", "dtype", "cache"),
+    [
+        (llava, torch.float32, ()),
+        pytest.param(qwen2_5_vl, torch.bfloat16, (), marks=pytest.mark.slow),
+        pytest.param(llava, torch.bfloat16, ("bits=8",), marks=pytest.mark.slow),
+        pytest.param(qwen2_5_vl, torch.float32, ("key_bits=8",), marks=pytest.mark.slow),
+    ],
 )
 def test_answers_have_the_same_bits(
-    family: Any, dtype: torch.dtype, replays: list[Tape], monkeypatch: pytest.MonkeyPatch
+    family: Any, dtype: torch.dtype, cache: tuple[str, ...], replays: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(growing, "ROOM", 7)
-    model, cases = compiled(family, dtype)
+    model, cases = compiled(family, dtype, *cache)
+    replays.clear()  # those of the compile's final check
     for case in (cases["one"], cases["padded"]):
         answers, caches = [], []
         for problem in ("left out by this test", ""):
@@ -116,12 +123,25 @@ def test_older_caches_and_results_stay(replays: list[Tape]) -> None:
 
 @compiled_c
 def test_other_caches_say_what_is_missing(replays: list[Tape]) -> None:
-    model, cases = compiled(llava, torch.float32, 16)
+    model, cases = compiled(llava, torch.float32, "bits=16")
     graphs = BoundGraphs(model.program)
     assert "has no kernel in C for a decode step" in taped(graphs).problem
     assert model.decode_problem == graphs.decode_problem == taped(graphs).problem
     Machine(model.program, graphs).generate(**cases["one"], **SETTINGS, max_new_tokens=5)
     assert not replays
+
+
+@compiled_c
+@pytest.mark.slow
+@pytest.mark.parametrize("key_bits", ["4", "8"])
+def test_a_cache_of_8_bits_is_replayed(key_bits: str, replays: list[Tape]) -> None:
+    model, cases = llava()
+    recipe = qpcompile.Recipe.load("w8a8").with_overrides([*FAST[:2], f"quantize.kv_cache.key_bits={key_bits}"])
+    made = qpcompile.compile(model, recipe, calibration=[cases["one"]])
+    assert made.decode_problem == ""
+    replays.clear()  # those of the compile's final check
+    made.machine.generate(**cases["one"], **SETTINGS, max_new_tokens=9)
+    assert len(replays) == 6
 
 
 def test_without_the_library_nothing_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,19 +51,21 @@ def _tail(draw: Draw, channels: int) -> Arguments:
     }
 
 
-def _cache(batch: int, heads: int, keys: int, size: int) -> tuple[Tensor, Tensor]:
-    return _codes(batch, heads, keys, (size + 1) // 2), _positive(batch, heads, keys, 2)
+def _cache(batch: int, heads: int, keys: int, size: int, bits: int) -> tuple[Tensor, Tensor]:
+    return _codes(batch, heads, keys, (size * bits + 7) // 8), _positive(batch, heads, keys, 2)
 
 
-def attention_kv4(draw: Draw) -> Arguments:
+def attention_kv(draw: Draw) -> Arguments:
     batch, groups, repeats, rows, keys, size = (
         draw.choice(each) for each in ((1, 2), (1, 2), (1, 2), (1, 2, 9), (1, 7, 40), (5, 8))
     )
-    parts = dict(zip(("k_codes", "k_affine"), _cache(batch, groups, keys, size), strict=True))
-    parts |= dict(zip(("v_codes", "v_affine"), _cache(batch, groups, keys, size), strict=True))
+    bits = {"k_bits": draw.choice((4, 8)), "v_bits": draw.choice((4, 8))}
+    parts = dict(zip(("k_codes", "k_affine"), _cache(batch, groups, keys, size, bits["k_bits"]), strict=True))
+    parts |= dict(zip(("v_codes", "v_affine"), _cache(batch, groups, keys, size, bits["v_bits"]), strict=True))
     mask = draw.choice((None, _flags(batch, 1, rows, keys), _f(draw, 1, groups * repeats, rows, keys)))
     filled = draw.choice((None, None, torch.tensor([keys])))
-    return {"q": _f(draw, batch, groups * repeats, rows, size), **parts, "mask": mask, "scale": 0.3, "filled": filled}
+    q = _f(draw, batch, groups * repeats, rows, size)
+    return {"q": q, **parts, "mask": mask, "scale": 0.3, **bits, "filled": filled}
 
 
 def attention_received(draw: Draw) -> Arguments:
@@ -116,18 +118,15 @@ def kronecker(draw: Draw) -> Arguments:
     }
 
 
-def kv4_read(draw: Draw) -> Arguments:
-    size = draw.choice((1, 7, 8))
-    codes, affine = _cache(2, 2, 5, size)
-    return {"codes": codes, "affine": affine, "head_dim": size, "dtype": draw.choice(FLOATS)}
+def kv_read(draw: Draw) -> Arguments:
+    size, bits = draw.choice((1, 7, 8)), draw.choice((4, 8))
+    codes, affine = _cache(2, 2, 5, size, bits)
+    return {"codes": codes, "affine": affine, "head_dim": size, "bits": bits, "dtype": draw.choice(FLOATS)}
 
 
-def kv4_write(draw: Draw) -> Arguments:
-    return {"x": _f(draw, draw.choice((1, 2)), 3, draw.choice((1, 5)), draw.choice((1, 7, 64)))}
-
-
-def kv8_read(draw: Draw) -> Arguments:
-    return {"codes": _codes(2, 2, 5, 8), "affine": _positive(2, 2, 5, 2), "dtype": draw.choice(FLOATS)}
+def kv_write(draw: Draw) -> Arguments:
+    x = _f(draw, draw.choice((1, 2)), 3, draw.choice((1, 5)), draw.choice((1, 7, 64)))
+    return {"x": x, "bits": draw.choice((4, 8))}
 
 
 def rmsnorm_quantize(draw: Draw) -> Arguments:
@@ -239,19 +238,19 @@ def rope(draw: Draw) -> Arguments:
     return {"x": _f(draw, 2, 3, tokens, size), **tables}
 
 
-def rope_kv4_write(draw: Draw) -> Arguments:
+def rope_kv_write(draw: Draw) -> Arguments:
     size, tokens, rows = draw.choice((2, 8, 24, 64)), draw.choice((1, 5)), draw.choice((1, 2))
     x = _f(draw, rows, 7, tokens, size)
     tables = {"cos": torch.randn(1, 1, tokens, size), "sin": torch.randn(rows, 1, tokens, size)}
     heads = {"q": x[:, :3], "k": x[:, 3:4], "v": x[:, 6:]}
-    center = draw.choice((None, torch.randn(1, 1, 1, size)))
-    return {**heads, **tables, "rotate": draw.choice((True, False)), "center": center}
+    settings = {"rotate": draw.choice((True, False)), "k_bits": draw.choice((4, 8)), "v_bits": draw.choice((4, 8))}
+    return {**heads, **tables, **settings, "center": draw.choice((None, torch.randn(1, 1, 1, size)))}
 
 
-def rope_kv4_append(draw: Draw) -> Arguments:
-    given = rope_kv4_write(draw)
+def rope_kv_append(draw: Draw) -> Arguments:
+    given = rope_kv_write(draw)
     rows, size, before = given["q"].shape[0], given["q"].shape[3], draw.choice((0, 3))
-    past = {f"{part}_codes": _codes(rows, 1, before, size // 2) for part in "kv"}
+    past = {f"{part}_codes": _codes(rows, 1, before, size * given[f"{part}_bits"] // 8) for part in "kv"}
     past |= {f"{part}_affine": _positive(rows, 1, before, 2) for part in "kv"}
     center = given.pop("center")
     return given | {name: past[name] for name in ("k_codes", "k_affine", "v_codes", "v_affine")} | {"center": center}
@@ -371,16 +370,15 @@ def conv2d(draw: Draw) -> Arguments:
 
 
 OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
-    **{each.__name__: each for each in (attention_kv4, attention_received, dpp_select, farthest_tokens, fuse_risk)},
+    **{each.__name__: each for each in (attention_kv, attention_received, dpp_select, farthest_tokens, fuse_risk)},
     activation_quantize.__name__: activation_quantize,
     **{each.__name__: each for each in (expert_linear, gated_delta)},
-    **{each.__name__: each for each in (hadamard, kronecker, kv4_read, kv4_write, kv8_read, layernorm_quantize)},
+    **{each.__name__: each for each in (hadamard, kronecker, kv_read, kv_write, layernorm_quantize)},
     **{each.__name__: each for each in (linear_w4a16, linear_int, linear_w8a16, merge_tokens, pivot_tokens)},
     **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_dynamic, quantize_static, rmsnorm)},
-    **{each.__name__: each for each in (rope_kv4_append, rope_kv4_write)},
+    **{each.__name__: each for each in (rope_kv_append, rope_kv_write)},
     **{each.__name__: each for each in (rmsnorm_quantize, rope, segment_attention, select_tokens, transform_quantize)},
     **{each.__name__: each for each in (simulate_kivi, simulate_qvlm, spread_tokens, text_relevance, token_scores)},
-    "kv8_write": kv4_write,
 }
 """By the name of an operator in the namespace `qpcompile`."""
 DIRECT: dict[str, Callable[[Draw], Arguments]] = {"linear": linear, "attention": attention}

@@ -57,6 +57,7 @@ KINDS = {"placeholder": "input", "get_attr": "weight", "call_function": "call"}
 FACTS = {"quantized": QuantizedFact, "stub": StubFact}
 Labels = dict[fx.Node, str]
 _AGAIN = "save the model again with this version, or load it with the one that saved it"
+_COMPILE = "another version of qpcompile wrote it: compile the model again with this one, or load it with that version"
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d{1,3})?", re.ASCII)
 
 
@@ -281,7 +282,8 @@ class _Reader:
 
     def _operator(self, text: Any) -> Callable[..., Any]:
         if not isinstance(text, str) or text not in OPERATORS | FUNCTIONS.keys():
-            raise _refused(f"the operator {text!r:.80} is not one that a saved graph may hold", self.where)
+            what = f"the operator {text!r:.80} is not one that a saved graph may hold"
+            raise ArtifactError(what, where=self.where, do=_COMPILE if str(text).startswith("qpcompile::") else _AGAIN)
         if text in FUNCTIONS:
             return FUNCTIONS[text]
         namespace, _, rest = text.partition("::")

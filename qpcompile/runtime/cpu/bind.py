@@ -7,7 +7,7 @@ every call:
     %y = qpcompile::linear_int(%q, %s, @w, @w_scale, @b, f32, 4)      @w: u8[N, ceil(K / 2)]
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32, 4)  @w_codes: i8[N, K], unpacked here
 
-Decode steps on 4-bit caches are replayed by one call of C (tape.py).
+Decode steps on caches of codes are replayed by one call of C (tape.py).
 
 The program itself is unchanged: saved, exported and reported weights keep 4 bits. An unpacked weight takes one more
 byte per parameter in memory, shared between prefill and decode. Results are bit-identical, except for the summation

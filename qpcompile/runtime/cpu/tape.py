@@ -29,7 +29,7 @@ from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import target_text
 from qpcompile.ir.types import BATCH, UNKNOWN, ValueType, value_types
-from qpcompile.kernels.attention_kv4.cpu import attention_kv4
+from qpcompile.kernels.attention_kv.cpu import attention_kv
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.native.tape import Tape
 from qpcompile.runtime.cpu.row_chains import IS_ROWS
@@ -283,7 +283,7 @@ def _growing_axis(node: fx.Node, kind: ValueType, inside: Collection[fx.Node]) -
     if kind.number == BATCH:
         return 0
     growing = [place for place, size in enumerate(kind.sizes) if size.fixed is None and size != BATCH]
-    masks = all(is_call(user, attention_kv4) and user.args[5] is node for user in node.users if user in inside)
+    masks = all(is_call(user, attention_kv) and user.args[5] is node for user in node.users if user in inside)
     if kind.dtype is None or len(growing) > 1 or (growing and not masks):
         raise CannotTapeError(f"the layers read a value of type {str(kind) or 'unknown'} that changes on every step")
     return growing[0] if growing else 0

@@ -6,8 +6,8 @@
       -> %q = aten::add(%zero, %tokens)                                    %tokens: i64[], the same on the device
     %y = aten::scaled_dot_product_attention(%q, %k, %v, %mask)
       -> %y = ...(%q, %k, %v, %mask & %open)                               %open: bool[1, 1, 1, C], slots with a token
-    %y = qpcompile::attention_kv4(..., %mask, scale)
-      -> %y = qpcompile::attention_kv4(..., %mask, scale, %filled)         %filled: i64[1], how many those are
+    %y = qpcompile::attention_kv(..., %mask, scale, 4, 4)
+      -> %y = qpcompile::attention_kv(..., %mask, scale, 4, 4, %filled)   %filled: i64[1], how many those are
 
 Layers between two token cuts share a length and therefore %slot, %open and %filled. In layers before every cut the slot
 of a token is its position, as before. Any other use of token counts is refused.
@@ -27,7 +27,7 @@ from torch import fx
 from qpcompile.errors import KernelError
 from qpcompile.ir.edit import aten, calls, clone, is_call
 from qpcompile.ir.names import CACHE, Name
-from qpcompile.ir.operators import ATTENTION_KV4, KV4_READ, KV8_READ
+from qpcompile.ir.operators import ATTENTION_KV, KV_READ
 from qpcompile.ir.overloads import is_overload, schema
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import target_text
@@ -53,7 +53,7 @@ BY_SLOT = frozenset(
         *(aten.gather, aten.index, aten.arange, aten.ones, aten.zeros, aten.full, aten.new_ones, aten.new_zeros),
         *(aten.slice, aten.select, aten.sum, aten.sym_size, aten.ones_like, aten.zeros_like, aten.full_like),
         *(aten.new_full, aten.repeat_interleave, aten.alias),
-        *(KV4_READ.overloadpacket, KV8_READ.overloadpacket),
+        KV_READ.overloadpacket,
     }
 )
 
@@ -179,7 +179,7 @@ def _check(graph: Graph, lengths: _Lengths, written: set[fx.Node]) -> None:
             continue
         tensors = (node, *node.all_input_nodes)
         if (
-            node.target not in (SDPA, ATTENTION_KV4)
+            node.target not in (SDPA, ATTENTION_KV)
             and node.target.overloadpacket not in BY_SLOT
             and any(lengths.counts(size) for each in tensors for size in lengths.sizes(each))
         ):
@@ -239,7 +239,7 @@ def _on_device(graph: Graph, more: sympy.Expr, tokens: fx.Node, user: fx.Node) -
 def _close_attention(graph: Graph, lengths: _Lengths, added: dict[str, fx.Node]) -> None:
     """Mask slots without a token in every attention."""
     closed: dict[tuple[Any, str], fx.Node] = {}
-    for node in list(calls(graph, ATTENTION_KV4)):
+    for node in list(calls(graph, ATTENTION_KV)):
         group = lengths.group(node.args[1], 1)
         node.args = (*node.args, added[f"{FILLED}.{group}"])
     for node in list(calls(graph, SDPA)):

@@ -1,7 +1,7 @@
 """Attention, caches and rotary embeddings in fast graphs (graphs.py): one fused operator each.
 
-prefill  attention_kv4(%q, kv4_write(%k), ...)     ->  causal_attention(%q, %k, ...), the cache: channel_codes(%k)
-decode   cat(%past, kv4_write(%k)), attention_kv4  ->  %y, %key, %value = cached_attention(%q, %k, %v, ...)
+prefill  attention_kv(%q, kv_write(%k), ...)     ->  causal_attention(%q, %k, ...), the cache: channel_codes(%k)
+decode   cat(%past, kv_write(%k)), attention_kv  ->  %y, %key, %value = cached_attention(%q, %k, %v, ...)
 both     rope(%x, %cos, %sin)                      ->  doubled_rope, if both halves of a head use the same angles
 """
 
@@ -20,7 +20,7 @@ from qpcompile.errors import ExportError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, is_call, operands, through_shape_ops
 from qpcompile.ir.names import CACHE
-from qpcompile.ir.operators import ATTENTION_KV4, HADAMARD, KV4_READ, KV4_WRITE, KV8_READ, KV8_WRITE, ROPE
+from qpcompile.ir.operators import ATTENTION_KV, HADAMARD, KV_READ, KV_WRITE, ROPE
 from qpcompile.ir.shapes import identifier, value
 
 Tensor = torch.Tensor
@@ -69,7 +69,7 @@ def doubled_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _written(node: object) -> fx.Node | None:
     """The keys or values whose codes or scales a node holds, without the centre that changes no attention."""
-    if not is_call(node, operator.getitem) or not is_call(node.args[0], KV4_WRITE, KV8_WRITE):
+    if not is_call(node, operator.getitem) or not is_call(node.args[0], KV_WRITE):
         return None
     held = node.args[0].args[0]
     assert isinstance(held, fx.Node)
@@ -79,7 +79,7 @@ def _written(node: object) -> fx.Node | None:
 
 
 def _unrotated(node: Any) -> fx.Node:
-    """The input of a rotation for 4-bit codes, which cancels in the product of rotated queries and keys."""
+    """The input of a rotation for the cache, which cancels in the product of rotated queries and keys."""
     assert isinstance(node, fx.Node)
     if is_call(node, HADAMARD) and node.args[1] is None:
         return node.args[0]  # type: ignore[return-value]
@@ -88,12 +88,12 @@ def _unrotated(node: Any) -> fx.Node:
 
 def float_keys(part: Part, small_cache: bool) -> Part:
     """Prefill (and the tower, which has no cache): attend to unquantized keys and values, quantize only the cache."""
-    for node in calls(part, KV4_READ, KV8_READ):
+    for node in calls(part, KV_READ):
         if (held := _written(node.args[0])) is not None:
             node.replace_all_uses_with(held)
-    for node in calls(part, ATTENTION_KV4, aten.scaled_dot_product_attention.default):
-        if is_call(node, ATTENTION_KV4):
-            query, key, _, held, _, mask, scale = node.args
+    for node in calls(part, ATTENTION_KV, aten.scaled_dot_product_attention.default):
+        if is_call(node, ATTENTION_KV):
+            query, key, _, held, _, mask, scale, *_ = node.args
             keys, values = _written(key), _written(held)
             if keys is None or values is None:
                 raise _cache_error(node)
@@ -193,7 +193,7 @@ def cached_attention(
 def append_in_place(part: Part, small_cache: bool) -> Part:
     """Decode: one operator appends to the cache and attends to it; caches are inputs and outputs of any capacity."""
     rewriter = _InPlace(part, small_cache)
-    for node in calls(part, ATTENTION_KV4, aten.scaled_dot_product_attention.default):
+    for node in calls(part, ATTENTION_KV, aten.scaled_dot_product_attention.default):
         rewriter.attention(node)
     return rewriter.finish()
 
@@ -210,8 +210,8 @@ class _InPlace:
 
     def attention(self, node: fx.Node) -> None:
         """Rewrite one attention if it reads the cache."""
-        if is_call(node, ATTENTION_KV4):
-            query, keys, _, values, _, mask, scale = node.args
+        if is_call(node, ATTENTION_KV):
+            query, keys, _, values, _, mask, scale, *_ = node.args
         else:
             read = read_attention(node)
             query, keys, values, mask, scale = read.query, read.key, read.value, read.mask, read.scale
@@ -232,7 +232,7 @@ class _InPlace:
 
     def _appended(self, node: Any, attention: fx.Node) -> tuple[str, fx.Node]:
         """The path of the cached tensor that attention reads, and the tensor that this step appends."""
-        joined = through_shape_ops(node, extra=(KV8_READ,))
+        joined = through_shape_ops(node)
         parts = joined.args[0] if is_call(joined, aten.cat.default) else ()
         if not isinstance(parts, (list, tuple)) or len(parts) != 2 or parts[0] not in self.paths:
             raise _cache_error(attention)

@@ -1,4 +1,4 @@
-"""Split rope_kv4_write and rope_kv4_append into their parts, which fast graphs replace one by one (attention.py)."""
+"""Split rope_kv_write and rope_kv_append into their parts, which fast graphs replace one by one (attention.py)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import fx
 from qpcompile.emit.onnx.edit import calls, put
 from qpcompile.emit.onnx.wrap import Part
 from qpcompile.ir.edit import aten
-from qpcompile.ir.operators import HADAMARD, KV4_WRITE, ROPE, ROPE_KV4_APPEND, ROPE_KV4_WRITE
+from qpcompile.ir.operators import HADAMARD, KV_WRITE, ROPE, ROPE_KV_APPEND, ROPE_KV_WRITE
 
 
 def split_cache_writes(part: Part) -> None:
-    """Replace every fused write by rope, hadamard, kv4_write and cat."""
-    for node in calls(part, ROPE_KV4_WRITE, ROPE_KV4_APPEND):
+    """Replace every fused write by rope, hadamard, kv_write and cat."""
+    for node in calls(part, ROPE_KV_WRITE, ROPE_KV_APPEND):
         results = _parts(part, node)
         for user in list(node.users):
             user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
@@ -24,8 +24,8 @@ def split_cache_writes(part: Part) -> None:
 
 def _parts(part: Part, node: fx.Node) -> list[fx.Node]:
     """The results of one fused write: queries, codes and scales of keys, and of values."""
-    query, key, held, cos, sin, rotate, *rest = node.args
-    appends = node.target is ROPE_KV4_APPEND
+    query, key, held, cos, sin, rotate, k_bits, v_bits, *rest = node.args
+    appends = node.target is ROPE_KV_APPEND
     past, center = (rest[:4], rest[4:]) if appends else ([], rest)
     turned = [query, key]
     if cos is not None:
@@ -34,7 +34,7 @@ def _parts(part: Part, node: fx.Node) -> list[fx.Node]:
         turned = [put(part, node, HADAMARD, each, None, like=node) for each in turned]
     if center and center[0] is not None:
         turned[1] = put(part, node, aten.sub.Tensor, turned[1], center[0], like=node)
-    written = [put(part, node, KV4_WRITE, each, like=node) for each in (turned[1], held)]
+    written = [put(part, node, KV_WRITE, each, bits, like=node) for each, bits in ((turned[1], k_bits), (held, v_bits))]
     new = [put(part, node, operator.getitem, pair, index, like=node) for pair in written for index in range(2)]
     if past:
         joined = zip(past, new, strict=True)

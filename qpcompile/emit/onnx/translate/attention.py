@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxscript import opset21
 
 from qpcompile.errors import ExportError
-from qpcompile.kernels.attention_kv4.onnx import group_rows, masked_softmax, scaled_queries
+from qpcompile.kernels.attention_kv.onnx import group_rows, masked_softmax, scaled_queries
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
