@@ -26,14 +26,12 @@ import torch
 from torch import fx
 
 from qpcompile.calibration.collect import run_sample
-from qpcompile.errors import RecipeError
 from qpcompile.ir.edit import add_tensor, aten, call, calls, is_call, tidy
 from qpcompile.ir.node_facts import StubFact, stub_fact
-from qpcompile.ir.operators import PIVOT_TOKENS, QUANT_STUB, RMSNORM
+from qpcompile.ir.operators import QUANT_STUB, RMSNORM
 from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.progress import track
-from qpcompile.pruning.table import PRUNERS
 from qpcompile.quantization.fake_quant import fake_quantize
 from qpcompile.recipe.plan import KeyCenter
 from qpcompile.recipe.quantize import QuantizeScheme
@@ -58,19 +56,10 @@ class CenterKeys:
     gives: ClassVar[Stage] = "transformed"
 
     def run(self, program: Program) -> bool:
-        """Returns whether any keys are centred; fills `plan.key_centers`. Raises RecipeError for a pruning method that
-        reads the norms of keys.
-        """
+        """Returns whether any keys are centred; fills `plan.key_centers`."""
         scheme = program.recipe.quantize
         if scheme is None or not scheme.kv_cache.center or program.plan.key_centers or not self.count:
             return False
-        method = program.recipe.tokens.method
-        if method != "none" and PIVOT_TOKENS in PRUNERS[method].operators:
-            raise RecipeError(
-                f"the method {method} chooses tokens by the norms of their keys, which centring changes",
-                where="quantize.kv_cache.center",
-                do="write false, or choose another tokens.method",
-            )
         found = self._measure(program)
         centers = {layer: keys.center(scheme) for layer, keys in found.items() if keys.tokens}
         for graph in program.language:

@@ -182,7 +182,8 @@ def needed_operators(recipe: Recipe) -> list[str]:
         needed += ["activation_quantize", "linear_int"]
     elif scheme.weights.bits == 4:
         needed.append("linear_w4a16")
-    if scheme.head_bits == 8 or (scheme.weights.bits, scheme.activations.bits) == (8, 16):
+    eight = scheme.weights.bits == 8 or scheme.mean_bits.weights is not None
+    if scheme.head_bits == 8 or (eight and scheme.activations.bits == 16):
         needed.append("linear_w8a16")
     return needed
 

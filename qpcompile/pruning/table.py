@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from qpcompile.errors import RecipeError
+from qpcompile.ir.operators import PIVOT_TOKENS
 from qpcompile.pruning.pruner import Configurable, Pruner, RiskFuser, options_of
 from qpcompile.recipe.choices import METHODS
 from qpcompile.recipe.quantize import Section
@@ -27,6 +28,13 @@ def check_method(recipe: Recipe) -> None:
     """Raise RecipeError for options that the recipe's pruning method does not have, before anything is measured."""
     method = PRUNERS.get(recipe.tokens.method)
     options_of(method.options if isinstance(method, Configurable) else NoOptions, recipe)
+    centers = recipe.quantize is not None and recipe.quantize.kv_cache.center
+    if centers and method is not None and PIVOT_TOKENS in method.operators:
+        raise RecipeError(
+            f"the method {recipe.tokens.method} chooses tokens by the norms of their keys, which centring changes",
+            where="quantize.kv_cache.center",
+            do="write false, or choose another tokens.method",
+        )
     if recipe.tokens.risk.fuse and not isinstance(method, RiskFuser):
         able = ", ".join(name for name, each in PRUNERS.items() if isinstance(each, RiskFuser))
         raise RecipeError(

@@ -21,6 +21,7 @@ from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.center_keys import CenterKeys, Keys
 from qpcompile.passes.fold_transforms import FoldTransforms
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
+from qpcompile.pruning.table import check_method
 from qpcompile.quantization.fake_quant import fake_quantize
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import Machine, execute_graph
@@ -127,9 +128,10 @@ def test_nothing_to_do(apply: Apply) -> None:
 
 
 def test_a_method_that_reads_norms_of_keys_is_refused() -> None:
-    program = ready("tokens.method=dart", "tokens.keep=0.5", "tokens.candidate_layers=[0]")
+    pruned = recipe(CENTER, "tokens.method=dart", "tokens.keep=0.5", "tokens.candidate_layers=[0]")
     with pytest.raises(RecipeError, match="norms of their keys"):
-        CenterKeys([captured()[1]["one"]], 1).run(program)
+        check_method(pruned)
+    check_method(pruned.with_overrides(["tokens.method=fastv"]))
 
 
 @pytest.mark.parametrize("setting", ["quantize.kv_cache.bits=16", "quantize.kv_cache.granularity=kivi"])
