@@ -171,7 +171,7 @@ def rope_kv_kernel(
     else:
         if CENTER:
             center = center_ptr + head * (2 * HALF) + channel
-            of_key = here & (program < queries + keys)
+            of_key = here & (row < tl.where(is_value, 0, B * heads * S))
             low -= tl.load(center, mask=of_key, other=0.0).to(tl.float32)
             high -= tl.load(center + HALF, mask=of_key, other=0.0).to(tl.float32)
             low = low.to(y_ptr.dtype.element_ty).to(tl.float32)
