@@ -81,7 +81,8 @@ def test_text_is_as_written_here() -> None:
         cuts=(Cut(layer=0, ratio=0.3, numerator=3000, denominator=10_000),),
         sites=(Site(graph="prefill", name="fc", weight_bits=4, activation_bits=16, error=1e-7, kernel="w4a16 (cpu)"),),
     )
-    assert plan.to_yaml().removeprefix(f"version: 1\nrecipe:\n{indented(plan.recipe.to_yaml())}") == (
+    _, marker, rest = plan.to_yaml().partition("layers:\n")
+    assert marker + rest == (
         "layers:\n"
         "- {index: 0, name: layers.0}\n"
         "candidate_layers: []\n"
