@@ -103,11 +103,6 @@ def test_text_is_as_written_here() -> None:
     )
 
 
-def indented(text: str) -> str:
-    """The text indented by two columns."""
-    return "".join(f"  {line}" for line in text.splitlines(keepends=True))
-
-
 def test_visual_tokens_per_layer() -> None:
     assert example().visual_tokens(576) == (576, 576, 576, 524, 441, 359, 274, 173)
     assert example(cuts=[]).visual_tokens(576) == (576,) * 8
