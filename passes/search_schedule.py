@@ -45,8 +45,8 @@ from qpcompile.stages import Stage
 
 _LOG = logging.getLogger("qpcompile")
 
-# Samples that weights of cues are fitted on.
-FITTED_ON = 16
+# Samples that weights of cues are fitted on, and candidates that always stay: few samples cannot tell the best apart.
+FITTED_ON, LEAST = 16, 6
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _Search:
                 if number + 1 in (count // 8, count // 4, count // 2):
                     order = sorted(alive, key=lambda trial: self.costs.mean(trial, number + 1))
                     singles = [trial for trial in order if trial.method is not None][:1]
-                    best = order[: (len(order) + 1) // 2]
+                    best = order[: max((len(order) + 1) // 2, LEAST)]
                     alive = [*best, *(trial for trial in singles if trial not in best)]
                 if number + 1 == count or self.program.checkpoint.due():
                     self.costs.save()
