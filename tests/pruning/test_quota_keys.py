@@ -59,7 +59,7 @@ def test_residual_of_what_the_next_layer_rounds(relative: bool) -> None:
     count = program.plan.cuts[0].kept(len(visual))
     expected = visual[lost[visual].topk(count).indices].sort().values.tolist()
     assert [each for each in kept(program)[0][0] if each in visual.tolist()] == expected
-    stream = compiled("none", *keys[:3], ONLY_RESIDUAL, "tokens.normalize=rank")
+    stream = compiled("none", *keys[:3], ONLY_RESIDUAL, "tokens.normalize=rank", "tokens.residual_of=stream")
     assert kept(stream) != kept(program), "the stream loses elsewhere than what is read of it"
 
 
