@@ -11,9 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from evaluate import VIEWS, answer  # the folder above, which `questions` has put on the path
 from questions import samples
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+# isort: split
+from evaluate import VIEWS, answer  # the folder above, which `questions` has put on the path
 
 
 def main() -> None:
