@@ -106,17 +106,18 @@ def test_a_batch_answers_as_each_alone(runner: Runner) -> None:
 
 def test_sampling_begins_at_the_seed(runner: Runner) -> None:
     options = [{"seed": 1}, {"seed": 1}, {"seed": 2}, {"seed": 2, "top_k": 1}, {"temperature": 0}]
-    given = [{"max_new_tokens": 8, "temperature": 5.0} | each for each in options]
+    given: list[dict[str, Any]] = [{"max_new_tokens": 8, "temperature": 5.0} | each for each in options]
     first, again, other, likeliest, greedy = (runner.answer(picture(6), QUESTIONS[0], **each) for each in given)
     assert first == again != other and likeliest == greedy
     assert "".join(runner.stream(picture(6), QUESTIONS[0], **given[0])).strip() == first
-    for wrong in ({"temperature": -1.0}, {"top_p": 2.0}, {"top_k": -1}, {"seed": -1}, {"max_new_tokens": 0}):
-        with pytest.raises(RunnerError, match=next(iter(wrong))):
-            runner.answer(None, QUESTIONS[0], **wrong)
+    impossible: dict[str, Any] = {"temperature": -1.0, "top_p": 2.0, "top_k": -1, "seed": -1, "max_new_tokens": 0}
+    for name, value in impossible.items():
+        with pytest.raises(RunnerError, match=name):
+            runner.answer(None, QUESTIONS[0], **{name: value})
 
 
 def test_stop_tokens_end_an_answer(runner: Runner) -> None:
-    given = runner.chat.inputs([[Turn((picture(7),), QUESTIONS[0])]])
+    given: dict[str, Any] = runner.chat.inputs([[Turn((picture(7),), QUESTIONS[0])]])
     ids = given["input_ids"]
     whole = runner.model.generate(**given, max_new_tokens=5)[0, ids.shape[1] :].tolist()
     stop = whole[2]

@@ -77,13 +77,13 @@ def test_text_is_the_processors(testbed: tuple[Any, Chat]) -> None:
 )
 def test_text_that_is_no_text(testbed: tuple[Any, Chat], text: Any, message: str) -> None:
     processor, chat = testbed
-    if text is not None:
-        text = text.format(placeholder=chat.pieces.placeholder, end=processor.tokenizer.eos_token)
+    names = {"placeholder": chat.pieces.placeholder, "end": processor.tokenizer.eos_token}
+    said: Any = None if text is None else text.format(**names)
     with pytest.raises(RunnerError, match=message) as error:
-        chat.inputs([[Turn((), text)]])
+        chat.inputs([[Turn((), said)]])
     assert error.value.do
     with pytest.raises(RunnerError, match=message):
-        chat.inputs([[Turn((), "what", text), Turn((), "where")]])
+        chat.inputs([[Turn((), "what", said), Turn((), "where")]])
 
 
 # How a template may write a list of messages: a question's pictures, then its text.

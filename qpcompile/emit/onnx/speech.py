@@ -61,7 +61,7 @@ def write_speech(folder: Path, processor: Any, image_token: int) -> str:
 
 
 def _write(folder: Path, processor: Any, image_token: int) -> None:
-    tokenizer = getattr(processor, "tokenizer", None)
+    tokenizer: Any = getattr(processor, "tokenizer", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or getattr(processor, "image_processor", None) is None:
         raise Mute(

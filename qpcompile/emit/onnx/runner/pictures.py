@@ -77,7 +77,7 @@ class Pictures:
         mean, std = number.real("mean", 3), number.real("std", 3)
         if (mean is None) != (std is None) or 0.0 in (std or ()) or (size is None and kind == PATCHES_KIND):
             raise RunnerError("mean, std and size do not belong together", where, NEW_FOLDER)
-        shared = {
+        shared: dict[str, Any] = {
             "kind": kind,
             "resample": whole(settings["resample"], "resample", 0, 5, where),
             "size": size,
@@ -92,8 +92,9 @@ class Pictures:
                 crop=number.whole("crop", MOST_SIDE, (2,)),
                 tokens=whole(settings["tokens"], "tokens", 1, MOST_TOKENS, where),
             )
-        sides = {name: whole(settings[name], name, 1, 2**10, where) for name in ("patch", "merge", "frames")}
-        return cls(**shared, **sides)
+        sides = (whole(settings[name], name, 1, 2**10, where) for name in ("patch", "merge", "frames"))
+        patch, merge, frames = sides
+        return cls(**shared, patch=patch, merge=merge, frames=frames)
 
     def inputs(self, pictures: Sequence[Image.Image]) -> tuple[dict[str, Array], list[int]]:
         """What the graphs take of RGB pictures, and how many visual tokens each becomes."""
