@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from transformers.image_utils import load_image
 
-from qpcompile.capture import picture
+from qpcompile import picture
 from qpcompile.errors import CalibrationError
 from qpcompile.picture import check_picture, read_picture
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -292,6 +293,9 @@ def test_command_line_prints_what_where_and_do(folder: Path) -> None:
     assert done.returncode == 1 and done.stderr.startswith("error: this is not an .npz file") and not done.stdout
     assert "where: " in done.stderr and "what to do: " in done.stderr and "Traceback" not in done.stderr
     assert ask(folder, "x.npz", "--max-new-tokens", "0").returncode == 2
+    np.savez(folder.parent / "in.npz", input_ids=np.ones((1, 3), int), seed=1)
+    done = ask(folder, folder.parent / "in.npz")
+    assert done.returncode == 1 and "holds seed, which" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_runner_is_one_file_of_all_parts() -> None:

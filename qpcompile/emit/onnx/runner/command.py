@@ -58,7 +58,10 @@ def main() -> None:
 
 
 def _token_ids(options: argparse.Namespace) -> None:
-    inputs = read_arrays(options.inputs)
+    inputs: dict[str, Any] = {**read_arrays(options.inputs)}
+    if options_inside := inputs.keys() & {"max_new_tokens", "seed", "settings"}:
+        what = f"the file holds {', '.join(sorted(options_inside))}, which are no inputs of a model"
+        raise RunnerError(what, str(options.inputs), "leave them out; give them as options")
     model = OnnxVLM(options.folder, options.threads)
     ids = inputs.pop(IDS, np.empty((0, 0)))
     answers = model.generate(ids, options.max_new_tokens, abs(options.seed), **inputs)
