@@ -125,9 +125,11 @@ def test_stop_tokens_end_an_answer(runner: Runner) -> None:
     try:
         runner.model.generation = before | {"eos_token_id": [stop]}
         parts = list(runner.stream(picture(7), QUESTIONS[0], max_new_tokens=5))
+        two = runner.answers([picture(7), picture(5)], QUESTIONS, max_new_tokens=5)
     finally:
         runner.model.generation = before
     assert "".join(parts) == runner.chat.text(whole[: whole.index(stop) + 1])
+    assert two[0] == "".join(parts).strip()
 
 
 def without_packages(place: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -18,13 +18,23 @@ from qpcompile.emit.onnx.runner.runner import OnnxVLM
 Array = np.ndarray[Any, Any]
 
 
+class Options(TypedDict, total=False):
+    """max_new_tokens: None takes the folder's setting. temperature, top_k and top_p ask for sampling, which begins at
+    `seed`; temperature 0 asks for the most probable token; without any the folder's settings count.
+    """
+
+    max_new_tokens: int | None
+    seed: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+
+
 class Runner:
     """An exported folder that answers questions. Whatever fails raises RunnerError.
 
     In all methods `picture` is a path or a Pillow image, a list of those, or None, and `history` the turns before:
-    (picture, question, answer) each. max_new_tokens: None takes the folder's setting. temperature, top_k and top_p ask
-    for sampling, which begins at `seed`; temperature 0 asks for the most probable token; without any the folder's
-    settings count.
+    (picture, question, answer) each. `options` are those of `Options`.
     """
 
     def __init__(self, folder: str | PathLike[str], threads: int | None = None) -> None:
@@ -38,48 +48,43 @@ class Runner:
             )
         self.chat = Chat(self.model.folder, self.model.image_token)
 
-    def answer(self, picture: Any, question: str, history: Sequence[tuple[Any, str, str]] = (), **options: Any) -> str:
-        """The whole answer. options: those of `stream`."""
-        return "".join(self.stream(picture, question, history, **options)).strip()
+    def answer(
+        self, picture: Any, question: str, history: Sequence[tuple[Any, str, str]] = (), **options: Unpack[Options]
+    ) -> str:
+        """The whole answer, without white space around it."""
+        return self.chat.text(list(self._ids(picture, question, history, options))).strip()
 
     def stream(
-        self,
-        picture: Any,
-        question: str,
-        history: Sequence[tuple[Any, str, str]] = (),
-        *,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        self, picture: Any, question: str, history: Sequence[tuple[Any, str, str]] = (), **options: Unpack[Options]
     ) -> Iterator[str]:
         """The answer in parts, as they come."""
-        turns = [Turn(_pictures(seen), said, reply) for seen, said, reply in history]
-        given = self.chat.inputs([[*turns, Turn(_pictures(picture), question)]])
-        choice = _choice(temperature, top_k, top_p)
-        steps = self.model.stream(given.pop(IDS), max_new_tokens, seed, choice, **given)
-        yield from self.chat.stream(int(step[0]) for step in steps)
+        yield from self.chat.stream(self._ids(picture, question, history, options))
 
-    def answers(
-        self,
-        pictures: Sequence[Any],
-        questions: Sequence[str],
-        *,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> list[str]:
+    def answers(self, pictures: Sequence[Any], questions: Sequence[str], **options: Unpack[Options]) -> list[str]:
         """The answers to several questions, computed together; pictures: `picture` of each question."""
         if len(pictures) != len(questions):
             what = f"{len(pictures)} pictures were given for {len(questions)} questions"
             raise RunnerError(what, "pictures", "give one for each question, or a list, or None")
         given = self.chat.inputs([[Turn(_pictures(p), q)] for p, q in zip(pictures, questions, strict=True)])
         ids = given.pop(IDS)
-        made = self.model.generate(ids, max_new_tokens, seed, _choice(temperature, top_k, top_p), **given)
-        return [self.chat.text(row).strip() for row in made[:, ids.shape[1] :].tolist()]
+        made = self.model.generate(ids, *_chosen(**options), **given)[:, ids.shape[1] :].tolist()
+        ends = self.model.choice().ends
+        # What fills up a row after its end may be a token of text.
+        return [self.chat.text(_up_to(row, ends)).strip() for row in made]
+
+    def _ids(
+        self, picture: Any, question: str, history: Sequence[tuple[Any, str, str]], options: Options
+    ) -> Iterator[int]:
+        """The tokens of the answer, as they come."""
+        turns = [Turn(_pictures(seen), said, reply) for seen, said, reply in history]
+        given = self.chat.inputs([[*turns, Turn(_pictures(picture), question)]])
+        for step in self.model.stream(given.pop(IDS), *_chosen(**options), **given):
+            yield int(step[0])
+
+
+def _up_to(row: Sequence[int], ends: Sequence[int]) -> Sequence[int]:
+    """The tokens of a row up to the first that ends it."""
+    return row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]
 
 
 def _pictures(given: Any) -> tuple[Any, ...]:
@@ -88,10 +93,15 @@ def _pictures(given: Any) -> tuple[Any, ...]:
     return tuple(opened(each) for each in (given if isinstance(given, (list, tuple)) else [given]))
 
 
-def _choice(temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
-    """Generation settings in place of the folder's."""
-    if temperature == 0:
-        return {"do_sample": False}
+def _chosen(
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[int | None, int, dict[str, Any]]:
+    """Length, seed, and the generation settings in place of the folder's."""
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     asked = {name: value for name, value in asked.items() if value is not None}
-    return {"do_sample": True, **asked} if asked else {}
+    settings = {"do_sample": False} if temperature == 0 else {"do_sample": True, **asked} if asked else {}
+    return max_new_tokens, seed, settings

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from qpcompile.emit.onnx.runner.choice import whole
 from qpcompile.emit.onnx.runner.folder import CHAT, NEW_FOLDER, PICTURES, TOKENIZER, RunnerError, read_json
@@ -161,20 +160,22 @@ class Chat:
         return _guarded(lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True), "the answer", TOKENIZER)
 
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
-        """The text of an answer as it comes; all parts together are `text`."""
-        stream = DecodeStream(skip_special_tokens=True)
+        """The text of an answer as it comes: only whole characters, which may take several tokens each.
+
+        A token's text depends on those before it (spaces, parts of characters), so it is what the last tokens together
+        say more than they said without it.
+        """
         seen: list[int] = []
-        given = ""
+        start = told = 0
         for token in ids:
             seen.append(token)
-            part = _guarded(lambda token=token: stream.step(self.tokenizer, token), "the answer", TOKENIZER)
-            if part:
-                given += part
-                yield part
-        # Bytes of a character that never became whole come out last.
-        last = self.text(seen)
-        if last.startswith(given) and last != given:
-            yield last[len(given) :]
+            before, now = self.text(seen[start:told]), self.text(seen[start:])
+            if now.startswith(before) and now != before and not now.endswith("\ufffd"):
+                yield now[len(before) :]
+                start, told = told, len(seen)
+        before, now = self.text(seen[start:told]), self.text(seen[start:])
+        if now.startswith(before) and now != before:
+            yield now[len(before) :]
 
     def _ids(self, text: str, special: bool) -> list[int]:
         made = _guarded(lambda: self.tokenizer.encode(text, add_special_tokens=special), "the prompt", TOKENIZER)

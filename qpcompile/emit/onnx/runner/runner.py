@@ -122,8 +122,7 @@ class OnnxVLM:
     ) -> Iterator[Array]:
         """The tokens of `generate` as they come, one of each row: i64[B]."""
         try:
-            asked = {**self.generation, **(settings or {})}
-            choice = Choice.read(asked, self.vocabulary, str(self.folder / "generation_config.json"))
+            choice = self.choice(settings)
             length = choice.new if max_new_tokens is None else max_new_tokens
             length = whole(length, "max_new_tokens", 1, MOST_NEW, "max_new_tokens")
             given = check_inputs({IDS: input_ids, **inputs}, self.image_token, self.video_token, self.vocabulary)
@@ -134,6 +133,11 @@ class OnnxVLM:
             raise
         except Exception as error:
             raise _disagrees("the folder's graphs do not do what the runner expects", error, self.folder) from error
+
+    def choice(self, settings: Mapping[str, Any] | None = None) -> Choice:
+        """How tokens are chosen: the folder's settings, and others in their place."""
+        where = str(self.folder / "generation_config.json")
+        return Choice.read({**self.generation, **(settings or {})}, self.vocabulary, where)
 
     def _answer(
         self, given: Mapping[str, Array], choice: Choice, length: int, chance: np.random.Generator
