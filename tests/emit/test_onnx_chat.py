@@ -165,6 +165,22 @@ def test_a_runner_that_disagrees_with_the_processor_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("CLIPImageProcessor", ""), ("OwnImageProcessor", "no form that computes")]
+)
+def test_processors_on_torchvision_have_a_twin_on_pillow(name: str, message: str, llava: Any, tmp_path: Path) -> None:
+    """The part that computes with torchvision, where that is installed, is replaced by transformers' own on Pillow."""
+    (tmp_path / "wanted").mkdir()
+    assert write_speech(tmp_path / "wanted", llava, 4) == ""
+    kept = llava.image_processor.to_dict()
+    llava.image_processor = type(name, (), {"to_dict": lambda _: kept})()
+    found = write_speech(tmp_path, llava, 4)
+    assert message in found and bool(found) == bool(message)
+    if not message:
+        assert (tmp_path / "pictures.json").read_text() == (tmp_path / "wanted" / "pictures.json").read_text()
+    assert type(llava.image_processor).__name__ == name
+
+
 def test_split_names_what_differs() -> None:
     with pytest.raises(Mute, match="once, as it is"):
         split_template(lambda turns: "the same for all", "<image>")
@@ -183,6 +199,10 @@ def test_characters_of_several_tokens_are_streamed_whole(llava: Any, tmp_path: P
     assert "".join(parts) == "größer 猫" and parts[2] == "ö"
     cut = list(chat.stream(iter(ids[:3])))
     assert "".join(cut) == chat.text(ids[:3]) and cut[:2] == ["g", "r"]
+    for seed in range(200):
+        # Bytes at random: hardly any are characters.
+        drawn = np.random.default_rng(seed).integers(0, len(letters), 12).tolist()
+        assert "".join(chat.stream(iter(drawn))) == chat.text(drawn)
 
 
 SETTINGS: list[tuple[str, Any, str]] = [
