@@ -17,9 +17,9 @@ from torch import fx
 
 from qpcompile.errors import RecipeError
 from qpcompile.ir.attention import appended
-from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, tidy
+from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, through_shape_ops, tidy
 from qpcompile.ir.node_facts import Role, StubFact, set_fact, stub_fact
-from qpcompile.ir.operators import QUANT_STUB
+from qpcompile.ir.operators import EXPERT_LINEAR, QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.recipe.plan import LeftOut
@@ -52,6 +52,7 @@ class InsertQuantStubs:
             if graph.name in (PREFILL, DECODE) and scheme.kv_cache.bits != 16:
                 changed |= _stub_caches(graph)
             tidy(graph)
+            left_out += _experts(graph)
         _check_patterns(program, scheme)
         unique = {(item.graph, item.name): item for item in (*program.plan.left_out, *left_out)}
         program.plan = program.plan.changed(left_out=tuple(unique.values()))
@@ -88,6 +89,17 @@ def _stub_linears(graph: Graph, scheme: QuantizeScheme, left_out: list[LeftOut])
         linear.replace_input_with(weight, _stub(graph, linear, weight, name, "weight"))
         changed = True
     return changed
+
+
+def _experts(graph: Graph) -> list[LeftOut]:
+    """The weights of experts, which no quantized operator takes yet."""
+    weights = [through_shape_ops(node.args[1]) for node in calls(graph, EXPERT_LINEAR)]  # type: ignore[arg-type]
+    return [
+        LeftOut(
+            graph=graph.name, name=f"{graph.owner}.{weight.target}", reason="weights of experts have no 4-bit kernel"
+        )
+        for weight in weights
+    ]
 
 
 def _check_width(name: str, width: int, scheme: QuantizeScheme) -> None:

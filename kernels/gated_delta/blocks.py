@@ -1,4 +1,4 @@
-"""gated_delta in chunks of tokens: what a chunk writes solves one triangular system, so that no loop runs over tokens."""
+"""gated_delta in chunks of tokens: what a chunk writes solves one triangular system, without a loop over tokens."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ def gated_delta(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, st
     state = state.clone()
     for start in range(0, q.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
-        y[:, :, part], state = _chunk(*(each[:, :, part] for each in (queries, keys, values, decays, betas)), state)
+        q_part, k_part, v_part, decay_part, beta_part = (
+            each[:, :, part] for each in (queries, keys, values, decays, betas)
+        )
+        y[:, :, part], state = _chunk(q_part, k_part, v_part, decay_part, beta_part, state)
     return y.transpose(1, 2).contiguous().to(q.dtype), state
 
 

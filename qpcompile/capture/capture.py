@@ -22,15 +22,15 @@ from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph
 from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.recipe.plan import Layer, LeftOut, Plan
 from qpcompile.recipe.recipe import Recipe
-from qpcompile.runtime.host import empty_host, fill_host, host_tensors
 from qpcompile.runtime.generation_options import first_line, plain_settings
+from qpcompile.runtime.host import empty_host, fill_host, host_tensors
 from qpcompile.runtime.machine import Machine, visual_tokens
 
 _LOG = logging.getLogger("qpcompile")
 # Largest distance of logits from the model's, of their spread: in float32, and where types of 16 bits round.
 EXACT, HALF = 1e-2, 0.25
-# Components that may stay transformers' code on the host if they cannot be traced for every size of picture: said in the
-# plan, since what they compute is neither quantized nor exported.
+# Components that may stay transformers' code on the host if they cannot be traced for every size of picture. The plan
+# says so: what they compute is neither quantized nor exported.
 ON_HOST = (VISION, PROJECTOR)
 # The component and the index of its call that each graph is traced from.
 SOURCES = (

@@ -4,8 +4,8 @@
     %b = aten::div_(%y, %a)        ->    %b = aten::div(%y, %a)
     %c = aten::mul(%y, 2)                %c = aten::mul(%b, 2)
 
-Only where no other name of the same memory is read afterwards: everything else stays as it was traced, and a graph is
-compared with eager after this.
+Memory that is not filled becomes zeros. Operators are rewritten only where no other name of the same memory is read
+afterwards: everything else stays as it was traced, and a graph is compared with eager after this.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+# Memory that is not filled, and the same filled with zeros.
+_FILLED: dict[object, torch._ops.OpOverload] = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.new_empty.default: aten.new_zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+}
 # Operators whose result may share the memory of their first argument.
 _VIEWS = frozenset(
     {
@@ -28,6 +34,8 @@ _VIEWS = frozenset(
 
 def make_functional(module: fx.GraphModule) -> None:
     """Rewrite the operators of a graph that write to memory; the caller recompiles it."""
+    for node in module.graph.nodes:
+        node.target = _FILLED.get(node.target, node.target)
     order = {node: place for place, node in enumerate(module.graph.nodes)}
     for node in list(module.graph.nodes):
         written = _root(node.args[0]) if node.args else None
@@ -43,7 +51,9 @@ def make_functional(module: fx.GraphModule) -> None:
                 new = module.graph.call_function(pure, (written, *node.args[1:]), node.kwargs)
         new.meta = dict(node.meta)
         order[new] = order[node]
-        written.replace_all_uses_with(new, delete_user_cb=lambda user: order.get(user, -1) > order[node])
+        for reader in list(written.users):
+            if order.get(reader, -1) > order[node]:
+                reader.replace_input_with(written, new)
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
 
@@ -90,6 +100,8 @@ def _as(graph: fx.Graph, source: fx.Node, like: fx.Node) -> fx.Node:
     held, given = like.meta["val"], source.meta["val"]
     if held.dtype != given.dtype:
         source = graph.call_function(aten.to.dtype, (source, held.dtype))
-    if held.ndim != given.ndim or any(str(left) != str(right) for left, right in zip(held.shape, given.shape)):
+    if held.ndim != given.ndim or any(
+        str(left) != str(right) for left, right in zip(held.shape, given.shape, strict=True)
+    ):
         source = graph.call_function(aten.expand_as.default, (source, like))
     return graph.call_function(aten.clone.default, (source,))

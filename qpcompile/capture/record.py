@@ -23,8 +23,12 @@ PROJECTORS = ("multi_modal_projector", "connector", "embed_vision")
 
 
 TWO_TOKENS = {
-    **{"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1},
-    **{"return_dict_in_generate": True, "output_logits": True},
+    "max_new_tokens": 2,
+    "min_new_tokens": 2,
+    "do_sample": False,
+    "num_beams": 1,
+    "return_dict_in_generate": True,
+    "output_logits": True,
 }
 
 
@@ -134,9 +138,10 @@ def whole_cache(model: PreTrainedModel) -> DynamicCache:
         )
     if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
         return DynamicCache()
-    cache.layers = [
+    kept: list[Any] = [
         layer if isinstance(layer, LinearAttentionCacheLayerMixin) else DynamicLayer() for layer in cache.layers
     ]
+    cache.layers = kept
     return cache
 
 

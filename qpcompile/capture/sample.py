@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from qpcompile.nested import is_list
 from qpcompile.errors import CalibrationError
+from qpcompile.nested import is_list
 
 # Inputs with a row per prompt; everything else has a row per picture (or per patch).
 ROWS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")

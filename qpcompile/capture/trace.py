@@ -6,7 +6,8 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any, cast
 from unittest import mock
 
@@ -112,12 +113,14 @@ def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the exporter's notes about dimensions it may specialise: the graph is checked against eager anyway."""
+    """Hide the exporter's notes about dimensions it may specialise, and the whole graph that torch prints where tracing
+    fails: the graph is checked against eager anyway, and an error names the line.
+    """
     loggers = [logging.getLogger(name) for name in ("torch._export", "torch.fx.experimental", "transformers.exporters")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         try:
             yield

@@ -146,7 +146,12 @@ def _arithmetic(graph: Graph, place: fx.Node, size: Any, known: dict[Any, fx.Nod
         return known[size]
     if size.is_Integer:
         return int(size)
-    operation = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod}
+    operation: dict[str, Any] = {
+        "Add": operator.add,
+        "Mul": operator.mul,
+        "FloorDiv": operator.floordiv,  # pyright: ignore[reportUnknownMemberType]
+        "Mod": operator.mod,
+    }
     compute = operation.get(type(size).__name__)
     parts = [_arithmetic(graph, place, part, known) for part in size.args]
     if compute is None or not parts or any(part is None for part in parts):

@@ -20,7 +20,6 @@ from qpcompile.ir.program import Program
 from qpcompile.ir.verify import verify
 from qpcompile.stages import Stage, span, within
 
-
 # What a pass raises on a graph that it does not know; errors of the system pass as they are.
 DEFECTS = (
     ArithmeticError,

@@ -3,7 +3,8 @@
     {"attention_mask": t0, "masks": {"full": t1}, "cache": DynamicCache}
       -> {"attention_mask": t0, "masks.full": t1, "past_key_values.0.key": t2, "past_key_values.0.value": t3}
 
-States of layers without keys and values are `past_states.2.conv.0`. A cache is `past_key_values` in every graph, even if the installed transformers uses another name: a graph traced with
+States of layers without keys and values are `past_states.2.conv.0`. A cache is `past_key_values` in every graph, even
+if the installed transformers uses another name: a graph traced with
 one version runs with another.
 
 A template is the same structure with names instead of tensors: plain lists, dicts and strings, so that it can be

@@ -11,9 +11,9 @@ from torch import fx
 from qpcompile.errors import InvariantError, KernelError
 from qpcompile.ir.code_bits import other_bits
 from qpcompile.ir.edit import aten, get_tensor, map_nodes
+from qpcompile.ir.names import CACHE, STATE
 from qpcompile.ir.operators import RULES, SPECS
 from qpcompile.ir.overloads import is_overload
-from qpcompile.ir.names import CACHE, STATE
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.size_functions import SIZE_FUNCTIONS
 from qpcompile.kernels.rule_text import NAMES

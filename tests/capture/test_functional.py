@@ -66,6 +66,13 @@ def test_results_are_returned_and_inputs_stay() -> None:
         assert torch.equal(module(x, y), expected) and torch.equal(x, X) and torch.equal(y, Y)
 
 
+def test_memory_is_filled() -> None:
+    module = traced(lambda x: torch.cat([x.new_empty(0, 3), torch.empty(0, 3), x]), X)
+    make_functional(module)
+    module.recompile()
+    assert "empty" not in str([node.target for node in module.graph.nodes]) and torch.equal(module(X), X)
+
+
 def test_twice_changes_nothing() -> None:
     module = traced(divided, X, Y)
     make_functional(module)

@@ -1,4 +1,4 @@
-"""expert_linear: every slot gets the product with its own expert's weight, in torch and in ONNX; unknown experts fail."""
+"""expert_linear: every slot gets the product with its expert's weight, in torch and in ONNX; unknown experts fail."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pictures as make
 import torch
-
 from pictures import Pictures
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedVisionConfig

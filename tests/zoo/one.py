@@ -147,7 +147,7 @@ def attempt(step: Callable[[], None]) -> dict[str, Any]:
         result, reason = "refused", f"{type(error).__name__}: {error}"
     except Different as error:
         result, reason = "different", str(error)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - what the row records
         place = traceback.extract_tb(error.__traceback__)[-1]
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "qpcompile" in frame.filename]
         seen = "; ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in [*ours[-3:], place])

@@ -126,12 +126,15 @@ def positioned_patches(channels: int, name: str = "image_position_ids", most: in
     return pictures
 
 
-def strips(side: int, window: int = 1) -> Pictures:
-    """All patches of all pictures side by side in one picture of one patch's height, with grids: f[1, 3, side, n * side]."""
+def strips(side: int) -> Pictures:
+    """The patches of all pictures side by side in one of a patch's height, f[1, 3, side, n * side], with grids."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
         grids = [(8, 4) if number % 2 == 0 else (4, 12) for number in numbers]
-        pixels = [noise(number, 3, side, rows * columns * side) for number, (rows, columns) in zip(numbers, grids)]
+        pixels = [
+            noise(number, 3, side, rows * columns * side)
+            for number, (rows, columns) in zip(numbers, grids, strict=True)
+        ]
         return {"pixel_values": torch.cat(pixels, dim=-1)[None], "target_sizes": torch.tensor(grids)}
 
     return pictures
@@ -145,7 +148,7 @@ def local_views(size: int, side: int, grid: bool = False) -> Pictures:
         inputs: Inputs = {
             "pixel_values": torch.stack([noise(number, 3, size, size) for number in numbers]),
             "pixel_values_local": torch.cat(
-                [noise(number, count, 3, side, side) for number, count in zip(numbers, counts)]
+                [noise(number, count, 3, side, side) for number, count in zip(numbers, counts, strict=True)]
             ),
             "num_local_patches": counts,
         }
