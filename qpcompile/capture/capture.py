@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qpcompile.capture.boundary import component
 from qpcompile.capture.record import TWO_TOKENS, Recording, find_components, record, whole_cache
 from qpcompile.capture.sample import two_rows
-from qpcompile.capture.trace import check_call, trace
+from qpcompile.capture.trace import check_call, check_sizes, trace
 from qpcompile.capture.unread import drop_unread
 from qpcompile.capture.visual_path import visual_path
 from qpcompile.errors import CalibrationError, CaptureError, InputError
@@ -49,7 +49,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
     code, if tracing fails or the graph differs from eager.
     """
     find_components(model)  # refuses a model that is not a VLM, before running it
-    prompt, recording = _recorded(model, sample)
+    prompt, recording = recorded(model, sample)
     alone = record(model, sample)
     graphs: dict[str, Graph] = {}
     on_host: list[LeftOut] = []
@@ -65,6 +65,8 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
             call.output = model.get_submodule(owner)(**call.inputs)
         try:
             graph = trace(name, owner, model.get_submodule(owner), call)
+            if name in ON_HOST:
+                check_sizes(graph)
             if name in ON_HOST and (other := alone.first(role, occurrence)) is not None:
                 check_call(graph, model.get_submodule(owner), other)
         except CaptureError as error:
@@ -115,7 +117,7 @@ def _differs(program: Program, what: str) -> CaptureError:
     )
 
 
-def _recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, Any], Recording]:
+def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, Any], Recording]:
     """Two rows made of a sample, and what the model calls on them. Raises CaptureError if it takes none of them."""
     pad = model.generation_config.pad_token_id
     first: CaptureError | None = None

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from transformers.exporters import exporter_dynamo
@@ -179,6 +180,19 @@ def _input_names(exported: torch.export.ExportedProgram, tensors: Iterable[str])
             do="report this family",
         )
     return tuple(ordered)
+
+
+def check_sizes(graph: Graph) -> None:
+    """Raise CaptureError for a graph with sizes that are counted from values: no artifact can hold their types."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and free_unbacked_symbols(value):
+            trace_of = [line for line in str(node.meta.get("stack_trace", "")).strip().splitlines() if line.strip()]
+            raise CaptureError(
+                f"the size of {node.name} in the traced {graph.name} depends on values, not on sizes",
+                where=f"{graph.owner}, {trace_of[-1].strip() if trace_of else node.name}",
+                do="report this family: it selects rows by a mask",
+            )
 
 
 def check_call(graph: Graph, module: torch.nn.Module, call: Call) -> None:

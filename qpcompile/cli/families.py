@@ -35,6 +35,7 @@ WORDS = {
     "refused": "refused",
     "different": "differs",
     "bare": "FAILS",
+    "absent": "not built",
     "slow": "too slow",
     "died": "FAILS",
 }

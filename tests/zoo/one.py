@@ -1,6 +1,6 @@
 """Take one family through every step, in this process; `run.py` calls `main` in a process for each family.
 
-FILE becomes JSON: step -> {"result": "ok" | "refused" | "bare" | "different", "seconds": s, "reason": text}. It is
+FILE becomes JSON: step -> {"result": "ok" | "refused" | "bare" | "different" | "absent", "seconds": s, "reason": text}. It is
 written after each step, so that a step that kills the process is seen by its absence.
 """
 
@@ -82,7 +82,6 @@ class Road:
 
     def build(self) -> None:
         self.model, self.cases = build(self.name)
-        answer(self.model, self.cases["one"])
 
     def capture(self) -> None:
         self.program = capture(self.model, copy.deepcopy(self.cases["one"]), Recipe.load("none"))
@@ -167,5 +166,8 @@ def main(name: str, target: Path, steps: list[str]) -> None:
         if step in NEEDS and (step not in steps or rows.get(NEEDS[step], {}).get("result") not in ("ok", "different")):
             continue
         method = getattr(road, step, None) or (lambda step=step: road.recipe(step))
-        rows[step] = attempt(method) | ({"note": road.note} if step == "capture" and road.note else {})
+        rows[step] = attempt(method)
+        if step == "build" and rows[step]["result"] != "ok":
+            rows[step]["result"] = "absent"  # a package is missing, or the family has no such model: no defect of ours
+        rows[step] |= {"note": road.note} if step == "capture" and road.note else {}
         target.write_text(json.dumps(rows, indent=1))
