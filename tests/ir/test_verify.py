@@ -36,8 +36,8 @@ def add_call(graph: Graph, target: Callable[..., object], known: bool = True) ->
     graph.outputs = names((*graph.outputs, "extra"))
 
 
-def lose_vision(program: Program) -> None:
-    del program.graphs["vision"]
+def lose_decode(program: Program) -> None:
+    del program.graphs["decode"]
 
 
 def lose_input(program: Program) -> None:
@@ -120,7 +120,7 @@ def wrong_constant(program: Program) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Program], None], Stage, str]] = {
-    "a graph is missing": (lose_vision, "captured", "the program has no vision graph"),
+    "a graph is missing": (lose_decode, "captured", "the program has no decode graph"),
     "an input is missing": (lose_input, "captured", "prefill: 2 placeholders for 1 inputs"),
     "an output is missing": (lose_output, "captured", "prefill: the output node does not return the 4 outputs"),
     "a tensor is missing": (lose_tensor, "captured", r"decode: .* reads the tensor layers.0.self_attn.q_proj.weight"),
