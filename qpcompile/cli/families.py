@@ -73,12 +73,14 @@ def lines(table: Mapping[str, Any]) -> Iterator[str]:
 
 
 def totals(families: Mapping[str, Row]) -> Iterator[str]:
-    """One line per step: how many families that were built it ended well for, of those it was run for."""
+    """One line per step: for how many families it ended well, was run, and was not reached after a refusal."""
     built = [row for row in families.values() if row.get("build", {}).get("result") == "ok"]
+    yield f"built: {len(built)} of {len(families)}"
     for step, heading in list(STEPS.items())[1:]:
-        tried = [row for row in built if step in row or any(cell["result"] != "ok" for cell in row.values())]
-        good = sum(row.get(step, {}).get("result") == "ok" for row in tried)
-        yield f"{heading}: {good} of {len(tried)}"
+        run = [row for row in built if step in row]
+        good = sum(row[step]["result"] == "ok" for row in run)
+        before = sum(step not in row and any(cell["result"] != "ok" for cell in row.values()) for row in built)
+        yield f"{heading}: {good} of {len(run)} that it was run for; {before} stopped before"
 
 
 def page(table: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Take one family through every step, in this process; `run.py` calls `main` in a process for each family.
 
-FILE becomes JSON: step -> {"result": "ok" | "refused" | "bare" | "different" | "absent", "seconds": s, "reason": text}. It is
-written after each step, so that a step that kills the process is seen by its absence.
+FILE becomes JSON: step -> {"result": ..., "seconds": s, "reason": text}, where a result is ok, refused (an error of
+ours), bare (any other exception), different (answers that should be equal), or absent (not built). It is written after
+each step, so that a step that kills the process is seen by its absence.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Road:
         except PlanError as error:
             # Layers of random weights have no profile to choose by: the first two that can score tokens are named.
             layers = sorted(attention_layers(self.program.graphs[PREFILL]) - {self.program.layers[-1].index})[:2]
-            if "no decoder layer is left" not in error.what or not layers:
+            if error.do is None or "tokens.candidate_layers" not in str(error) or not layers:
                 raise
             named = [*changes, f"tokens.candidate_layers={layers}"]
             self.compiled[step] = compiled_by(self.program, preset, named, samples)
@@ -151,6 +152,8 @@ def attempt(step: Callable[[], None]) -> dict[str, Any]:
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "qpcompile" in frame.filename]
         seen = "; ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in [*ours[-3:], place])
         result, reason = "bare", f"{type(error).__name__}: {str(error)[:300]} [{seen}]"
+    # Folders for temporary files have another name every time.
+    reason = reason.replace(tempfile.gettempdir(), "TMPDIR")
     return {"result": result, "seconds": round(time.perf_counter() - start, 1), "reason": reason}
 
 
