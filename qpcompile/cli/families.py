@@ -102,6 +102,7 @@ def page(table: Mapping[str, Any]) -> str:
         "- *pruned*: `prune-30`; *W4A8*: `w4a8kv4`; *W4A4*: `w4a4kv4` with a fixed rotation, without training. Each is",
         "  compiled, checked against recomputation, saved, loaded, and answers the same prompts.",
         "- *ONNX*: the exact export of `none`; its runner gives the module's tokens.",
+        "- A family that is not in the table has not been run.",
         "- *refused*: an error of ours says why, and what to do. *-*: not reached, or not run.",
         "",
         *(f"- {line}" for line in totals(families)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def names() -> list[str]:
 def build(name: str) -> tuple[PreTrainedModel, Cases]:
     """A seeded tiny model of a family and its prompts by name; the first, `one`, is for tracing."""
     family = CORRECTIONS.get(name, Family())
+    if missing := [package for package in family.needs if find_spec(package) is None]:
+        raise ImportError(f"the tower needs the package {', '.join(missing)}, which is not installed")
     config = shrunk(CONFIG_MAPPING[name], family.changes)
     model = random_model(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name], config)
     return model, _cases(model, family.pictures(config), family)
