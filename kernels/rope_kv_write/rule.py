@@ -15,8 +15,13 @@ def writing(name: str, past: Mapping[str, str], tokens: str) -> Rule:
     return Rule(
         name,
         {
-            **{**heads, **tables, "rotate": FLAG, "k_bits": one_of(*BITS), "v_bits": one_of(*BITS)},
-            **{**past, "center": "f[1, Hkv, 1, D]?"},
+            **heads,
+            **tables,
+            "rotate": FLAG,
+            "k_bits": one_of(*BITS),
+            "v_bits": one_of(*BITS),
+            **past,
+            "center": "f[1, Hkv, 1, D]?",
         },
         relations=(
             Relation("q", "D must be even", ("D",), lambda size: size % 2 == 0),

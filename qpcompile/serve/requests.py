@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qpcompile.capture.chat import Conversation
-from qpcompile.picture import read_picture_bytes
 from qpcompile.errors import InputError
+from qpcompile.picture import read_picture_bytes
 
 MOST_MESSAGES, MOST_PARTS, MOST_STOPS = 256, 64, 4
 LONGEST_TEXT = 1_000_000

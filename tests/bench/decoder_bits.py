@@ -25,8 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qpcompile.calibration.statistics import InputStatistics
 from qpcompile.kernels.hadamard.reference import factors, hadamard_matrix
-from qpcompile.kernels.kv4_read.reference import kv4_read
-from qpcompile.kernels.kv4_write.reference import kv4_write
+from qpcompile.kernels.kv_read.reference import kv_read
+from qpcompile.kernels.kv_write.reference import kv_write
 from qpcompile.quantization.bit_budget import HIGH, LOW, Site, raised
 from qpcompile.quantization.fake_quant import round_trip
 from qpcompile.quantization.loss_sensitivity import LossSensitivity
@@ -210,7 +210,7 @@ def key_centers(bench: Bench, turn: Tensor) -> list[Tensor]:
 
 
 def _round_trip(x: Tensor) -> Tensor:
-    return kv4_read(*kv4_write(x), x.shape[-1], x.dtype)
+    return kv_read(*kv_write(x, 4), x.shape[-1], 4, x.dtype)
 
 
 def main() -> None:
