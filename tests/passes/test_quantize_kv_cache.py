@@ -13,7 +13,7 @@ from programs import captured, changed_recipe, fresh, program_of, relative, run,
 from torch import Tensor
 from toy_decoder import HIDDEN, Decode, Prefill, cache_names, decode_graph, prefill_graph, toy_feeds
 
-from qpcompile.errors import InvariantError
+from qpcompile.errors import InvariantError, RecipeError
 from qpcompile.ir.edit import aten, calls
 from qpcompile.ir.names import names
 from qpcompile.ir.operators import ATTENTION_KV, KV_WRITE, QUANT_STUB
@@ -291,6 +291,13 @@ def test_keys_of_other_bits_are_sites_of_their_own(apply: Apply) -> None:
     assert [(site.name, site.cache_bits) for site in program.plan.sites if site.graph == "decode"] == [
         (f"model.layers.{layer}.kv_cache.{part}", bits) for layer in (0, 1) for part, bits in (("key", 8), ("value", 4))
     ]
+
+
+def test_bits_of_keys_need_a_cache_of_codes() -> None:
+    scheme = changed_recipe("w4a4kv4", "quantize.kv_cache.bits=16", "quantize.kv_cache.key_bits=8").quantize
+    assert scheme is not None and scheme.kv_cache.bits_of("key") == 16
+    with pytest.raises(RecipeError, match=r"kv_cache.key_bits: .*kivi rounds keys and values to the same bits"):
+        CACHE_ONLY("quantize.kv_cache.granularity=kivi", "quantize.kv_cache.key_bits=8")
 
 
 def test_another_reader_of_a_key_is_named() -> None:
