@@ -23,7 +23,7 @@ def test_compile_save_load_and_answer(tmp_path: Path) -> None:
     folder = BEDS / "llava"
     compiled = qpcompile.compile(folder, "none", calibration=BEDS / "calibration" / "llava")
     compiled.save_pretrained(tmp_path / "out")
-    loaded = qpcompile.load(tmp_path / "out")
+    loaded: Any = qpcompile.load(tmp_path / "out")
     model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     question = read_questions(BEDS / "calibration" / "llava")[0]
@@ -35,7 +35,7 @@ def test_compile_save_load_and_answer(tmp_path: Path) -> None:
     # transformers' own pipeline takes a compiled model.
     pipe = pipeline("image-text-to-text", model=loaded, processor=loaded.processor)
     picture = {"type": "image", "image": Image.open(BEDS / "calibration" / "llava" / question.image)}
-    chat = [{"role": "user", "content": [picture, {"type": "text", "text": question.question}]}]
+    chat: Any = [{"role": "user", "content": [picture, {"type": "text", "text": question.question}]}]
     (answer,) = pipe(text=chat, max_new_tokens=NEW, do_sample=False, return_full_text=False)
     (text,) = processor.batch_decode(expected[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer["generated_text"].strip() == text.strip()

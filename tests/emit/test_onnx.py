@@ -40,7 +40,7 @@ CUTS = "tokens.candidate_layers=[0,1]"
 EXACT = "numerics=exact"
 
 
-def arrays(case: dict[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+def arrays(case: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The inputs of a prompt that the runner takes."""
     return {name: tensor.numpy() for name, tensor in case.items() if name in TAKES}
 

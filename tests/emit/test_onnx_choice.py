@@ -40,7 +40,7 @@ def test_honoured_settings_answer_as_eager(tiny_llava: Tiny, plain: Path, settin
     model, cases = tiny_llava
     runner = OnnxVLM(plain, threads=1)
     runner.generation = runner.generation | {"max_new_tokens": 6} | settings
-    given = {name: tensor.numpy() for name, tensor in cases["padded"].items()}
+    given: dict[str, Any] = {name: tensor.numpy() for name, tensor in cases["padded"].items()}
     expected = model.generate(**cases["padded"], **{"do_sample": False, "max_new_tokens": 6} | settings)
     assert runner.generate(**given).tolist() == expected.tolist()
 

@@ -91,7 +91,7 @@ def test_wrong_inputs_are_refused_by_name(
 
 
 def test_what_says_nothing_new_is_taken(tiny_llava: Tiny, runner: OnnxVLM) -> None:
-    given = {name: tensor.numpy() for name, tensor in tiny_llava[1]["padded"].items()}
+    given: dict[str, Any] = {name: tensor.numpy() for name, tensor in tiny_llava[1]["padded"].items()}
     expected = runner.generate(**given, max_new_tokens=3).tolist()
     types = (given[IDS] == IMAGE).astype(np.int32)
     odd = given | {IDS: given[IDS].astype(np.int32), MASK: given[MASK].astype(bool), "pixel_values_videos": None}

@@ -55,7 +55,7 @@ def check_same_tokens(model: CompiledVLM, folder: Path, cases: Cases) -> None:
         text["mm_token_type_ids"] = torch.zeros_like(ids)
     for name, case in {**cases, "text": text}.items():
         expected: Any = model.generate(**case, max_new_tokens=NEW_TOKENS, do_sample=False)
-        arrays = {key: tensor.numpy() for key, tensor in case.items() if key in TAKES}
+        arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in case.items() if key in TAKES}
         assert runner.generate(**arrays, max_new_tokens=NEW_TOKENS).tolist() == expected.tolist(), name
 
 

@@ -77,8 +77,8 @@ def test_centred_keys(shape: tuple[int, ...], dtype: torch.dtype, tables: bool, 
     key = hadamard(key, None) if rotate else key
     assert same(found, (plain[0], *kv_write(key - center, 4), *plain[3:]))
     if dtype == torch.float32:
-        double = wide(operands)
-        assert same(rope_kv_write(*double, center), write_reference(*double, center))
+        double = [*wide(operands), center]
+        assert same(rope_kv_write(*double), write_reference(*double))
         past = [*kv_write(torch.randn(shape[0], shape[2], 3, shape[4]), 4)] * 2
         joined = found[0], *(torch.cat(parts, 2) for parts in zip(past, found[1:], strict=True))
         assert same(append_op.rope_kv_append(*operands, *past, center), joined)

@@ -76,8 +76,9 @@ def test_is_the_reference(shape: tuple[int, ...], tables: bool, rotate: bool) ->
 def test_centred_keys(shape: tuple[int, ...], tables: bool, rotate: bool) -> None:
     operands = given(shape, tables, rotate)
     center = torch.randn(1, shape[2], 1, shape[4])
-    expected = reference.rope_kv_write(*operands, center)
-    check(rope_kv_write(*operands, center), expected, shape[4], rotate, torch.float32)
+    centred = [*operands, center]
+    expected = reference.rope_kv_write(*centred)
+    check(rope_kv_write(*centred), expected, shape[4], rotate, torch.float32)
     past = [*kv_write(torch.randn(shape[0], shape[2], 2, shape[4]), 4)] * 2
     expected = append_reference.rope_kv_append(*operands, *past, center)
     check(rope_kv_append(*operands, *past, center), expected, shape[4], rotate, torch.float32)

@@ -66,7 +66,7 @@ def assemble(work: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=decoder.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=int(tokenizer.convert_tokens_to_ids(IMAGE)),  # type: ignore[arg-type]
         image_seq_length=VISUAL_TOKENS,
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",

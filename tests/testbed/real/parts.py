@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -65,7 +66,8 @@ def read_decoder(parts: Path, work: Path) -> tuple[LlamaForCausalLM, PreTrainedT
         command = [sys.executable, str(HERE / "dequantize.py"), str(parts / DECODER), str(aside)]
         subprocess.run(command, check=True, env=environment)
         aside.rename(folder)
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    decoder: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return decoder, AutoTokenizer.from_pretrained(folder)
 
 
 def tower_weights(path: Path) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class Adapted(nn.Module):
         """f32[..., in] -> f32[..., out]."""
         half = x.bfloat16()
         change = F.linear(F.linear(half, self.a.bfloat16()), self.b.bfloat16())
-        return (F.linear(half, self.weight) + LORA_SCALE * change).float()
+        return (F.linear(half, self.get_buffer("weight")) + LORA_SCALE * change).float()
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Trainer:
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, parts: Path) -> None:
         self.model, self.processor, self.parts = model.requires_grad_(False), processor, parts
         self.projector = model.model.multi_modal_projector
-        self.embedding = model.get_input_embeddings().weight
+        self.embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         self.before = self.ids("<|im_start|>user\n")
         self.after = self.ids("<|im_end|>\n<|im_start|>assistant\n")
         self.end = self.ids("<|im_end|>")
@@ -147,7 +147,8 @@ class Trainer:
         longest = max(map(len, rows))
         padded = torch.tensor([row + [(0, -1, 0)] * (longest - len(row)) for row in rows])
         row, column, target, weight = (torch.tensor(each) for each in zip(*asks, strict=True))
-        return Packed(*padded.unbind(2), row, column, target, weight)
+        ids, segment, offset = padded.unbind(2)
+        return Packed(ids, segment, offset, row, column, target, weight)
 
     def loss(self, pictures: Sequence[Picture], keep: int, rng: Generator) -> tuple[Tensor, float]:
         """(cross-entropy of the answers, share of right answer tokens) from `keep` visual tokens of each picture."""
@@ -217,7 +218,7 @@ def train_projector(trainer: Trainer) -> None:
             print(f"projector {step + 1}/{STAGE_1_STEPS}  error {loss.item():.3f}", flush=True)
     with torch.no_grad():
         first.weight /= deviation
-        first.bias -= first.weight @ mean
+        first.bias.sub_(first.weight @ mean)
 
 
 def adapt(model: LlavaForConditionalGeneration) -> dict[str, Adapted]:
