@@ -95,7 +95,7 @@ EDITS: dict[str, Edits] = {
     },
     "ONNX translation": {
         "qpcompile/emit/onnx/translate/aten.py": [
-            ("    return op.Mul(x, op.Sigmoid(x))\n", COSH),
+            ("    return op.Mul(x, _sigmoid(out, x))\n", COSH),
             ("        aten.silu.default: _silu,\n", "        aten.cosh.default: _cosh,\n"),
         ]
     },

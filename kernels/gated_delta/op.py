@@ -13,7 +13,8 @@ WHERE = "qpcompile::gated_delta"
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes as in reference.py."""
     RULE.check(q, k, v, decay, beta, state)
-    return blocks.gated_delta(q, k, v, decay, beta, state)
+    y, after = blocks.gated_delta(q, k, v, decay, beta, state)
+    return y.contiguous(), after.contiguous()
 
 
 @gated_delta.register_fake

@@ -224,8 +224,3 @@ def test_a_setting_of_a_later_transformers_is_refused(
     monkeypatch.setattr("qpcompile.runtime.generation_options.SERVED", SERVED - {"top_h"})
     with pytest.raises(InputError, match=r"top_h=0\.5: this version of qpcompile does not know it"):
         compiled_llava.generate(**tiny_llava[1]["one"], **SAMPLED, top_h=0.5)
-
-
-def test_a_compiled_model_is_not_called(tiny_llava: Tiny, compiled_llava: CompiledVLM) -> None:
-    with pytest.raises(InputError, match=r"not called[\s\S]*compiled\.generate"):
-        compiled_llava(**tiny_llava[1]["one"])

@@ -97,7 +97,7 @@ def answered(adapter: Any, docs: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
     model = object.__new__(adapter.LmmsModel)
     model.batch_size, model.processor = len(docs), AutoProcessor.from_pretrained(TESTBED / "llava")
-    model.model = SimpleNamespace(generate=generate)
+    model.model = SimpleNamespace(generate=generate, device=torch.device("cpu"))
     model.task_dict = {"task": {"test": docs}}
     requests = [
         SimpleNamespace(args=("", lambda doc: [{"role": "user", "content": doc}], {}, number, "task", "test"))

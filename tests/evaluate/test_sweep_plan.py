@@ -74,7 +74,8 @@ def test_mistakes_are_named(path: Path, old: str, new: str, words: str) -> None:
 def test_the_plans_of_the_results(plan: Path) -> None:
     found = SweepPlan.load(plan)
     assert {cell.bed.name for cell in cells(found)} == {bed.name for bed in found.beds}
-    assert {"none", "random", "joint"} <= set(found.pruners)
+    # Every cut is compared with none and with random tokens; a plan of bits alone cuts nothing.
+    assert "none" in found.pruners and (len(found.pruners) == 1 or "random" in found.pruners)
 
 
 @pytest.mark.parametrize("bits", LADDER)

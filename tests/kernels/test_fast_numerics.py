@@ -63,7 +63,7 @@ def test_codes_are_within_the_bound(quantizer: Quantizer, change: str) -> None:
 def test_attention_is_within_the_bound(rows: int) -> None:
     torch.manual_seed(rows)
     k, v = torch.randn(2, 2, 2, 300, 48)
-    cache = *KV_WRITE(k), *KV_WRITE(v)
+    cache = *KV_WRITE(k, 4), *KV_WRITE(v, 4)
     q = torch.randn(2, 6, rows, 48)
-    fast, exact = (ATTENTION_KV(each, *cache, None, 0.2) for each in (q, q.double()))
+    fast, exact = (ATTENTION_KV(each, *cache, None, 0.2, 4, 4) for each in (q, q.double()))
     assert (fast - exact).abs().max() <= 2e-6 * v.abs().max()

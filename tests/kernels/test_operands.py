@@ -30,8 +30,8 @@ SCALARS: dict[type, tuple[Any, ...]] = {
     str: ("", "nothing"),
     list: ([], [1.0], [1.0, 2.0, float("nan"), 1.0]),
 }
-# Operators whose checks read values: the ends of segments, the number of keys.
-BY_CONTENT = {"segment_attention", "attention_received", "attention_kv"}
+# Operators whose checks read values: the ends of segments, the number of keys and of experts.
+BY_CONTENT = {"segment_attention", "attention_received", "attention_kv", "expert_linear"}
 ON_CPU = {
     name: getattr(importlib.import_module(f"qpcompile.kernels.{name}.cpu"), name)
     for name in RULES

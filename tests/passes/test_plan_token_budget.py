@@ -11,6 +11,7 @@ from qpcompile.errors import PlanError
 from qpcompile.ir.program import Program
 from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.pruning.budget import DEVIATIONS
+from qpcompile.pruning.methods import quota
 from qpcompile.recipe.plan import LayerFacts, Plan
 
 Apply = Callable[[Program, PlanTokenBudget], bool]
@@ -27,6 +28,12 @@ def measured(*settings: str, layers: int = 6) -> Program:
     )
     program.measured[DEVIATIONS] = {layer: [0.9 - 0.1 * layer, 0.5, 0.8 - 0.1 * layer] for layer in range(layers)}
     return program
+
+
+@pytest.fixture(autouse=True)
+def _every_layer_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hand-made graphs have no attention in their layers."""
+    monkeypatch.setattr(quota, "attention_layers", lambda graph: set(range(8)))
 
 
 def test_golden(apply: Apply) -> None:
