@@ -1,4 +1,4 @@
-"""The family `column_llava` answers after capture as before; without its adapter its tower stays on the host."""
+"""The family `column_llava` answers after capture as before; without its adapter it is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from test_families import check_same_answers
 
 from qpcompile.capture.adapters import ADAPTERS
 from qpcompile.capture.capture import capture
-from qpcompile.ir.program import VISION
+from qpcompile.errors import CaptureError
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import Machine
 
@@ -19,6 +19,9 @@ check_same_answers("column_llava", model, Machine(program), cases)
 
 others = {name: adapter for name, adapter in ADAPTERS.items() if name != "ColumnTower"}
 with mock.patch.dict(ADAPTERS, others, clear=True):
-    without = capture(FAMILIES["column_llava"]()[0], cases["one"], Recipe.load("none"))
-(left,) = without.plan.left_out
-assert VISION not in without.graphs and "vision_tower" in left.reason and "grids = " in left.reason, left
+    try:
+        capture(FAMILIES["column_llava"]()[0], cases["one"], Recipe.load("none"))
+    except CaptureError as error:
+        assert "do not answer the sample" in error.what, error
+    else:
+        raise AssertionError("it answers without its adapter")
