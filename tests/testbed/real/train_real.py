@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from build import FEATURE_LAYER, LORA_SCALE, VISUAL_TOKENS, assemble
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,6 +26,8 @@ from questions import askable_scene, easy_picture, easy_questions, scenes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from build import FEATURE_LAYER, LORA_SCALE, VISUAL_TOKENS, assemble
 
 TRAIN_SEED = 1  # evaluation uses 7, calibration 3
 RANKS = {"q_proj": 16, "k_proj": 16, "v_proj": 16, "o_proj": 16, "gate_proj": 8, "up_proj": 8, "down_proj": 8}
