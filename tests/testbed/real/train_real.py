@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from assembly import FEATURE_LAYER, LORA_SCALE, VISUAL_TOKENS, assemble
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
@@ -26,8 +27,6 @@ from questions import askable_scene, easy_picture, easy_questions, scenes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
-
-from build import FEATURE_LAYER, LORA_SCALE, VISUAL_TOKENS, assemble
 
 TRAIN_SEED = 1  # evaluation uses 7, calibration 3
 RANKS = {"q_proj": 16, "k_proj": 16, "v_proj": 16, "o_proj": 16, "gate_proj": 8, "up_proj": 8, "down_proj": 8}
@@ -245,7 +244,7 @@ def restore(trainer: Trainer, adapted: dict[str, Adapted], saved: dict[str, Tens
 
 
 def factors(trainer: Trainer, adapted: dict[str, Adapted]) -> dict[str, Tensor]:
-    """What build.py applies, float16."""
+    """What assembly.py applies, float16."""
     found = {f"projector.{name}": each for name, each in trainer.projector.state_dict().items()}
     for name, module in adapted.items():
         found |= {f"{name}.a": module.a, f"{name}.b": module.b}

