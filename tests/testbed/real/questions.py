@@ -102,7 +102,7 @@ def write_folder(parts: Path, split: str, seed: int, count: int, out: Path) -> N
 def main() -> None:
     """Command line: writes a data folder."""
     parser = argparse.ArgumentParser(description=write_folder.__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/real"), help="where build.py unpacked the packages")
+    parser.add_argument("--work", type=Path, default=Path("build/real"), help="where assembly.py unpacked the packages")
     parser.add_argument("--split", choices=("train", "test"), default="test", help="of easy-VQA")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=7)
