@@ -22,7 +22,7 @@ from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime import recompute
 from qpcompile.runtime.machine import Machine, execute_graph
-from qpcompile.runtime.recompute import EXACT, ROUNDED, STEPS, check_decode
+from qpcompile.runtime.recompute import EXACT, ROUNDED, STEPS, UNRELATED, check_decode
 
 Tensors = dict[str, Tensor]
 
@@ -189,3 +189,12 @@ def test_distances_up_to_what_is_allowed_pass(rounded: bool, allowed: float) -> 
     for found, other in ((torch.full_like(expected, torch.nan), expected), (expected, expected * torch.nan)):
         with pytest.raises(InvariantError):
             compare(found, other, rounded)
+
+
+@pytest.mark.parametrize(("noise", "allowed"), [(0.01, ROUNDED), (0.1, 0.4), (0.5, UNRELATED)])
+def test_a_model_that_last_bits_move_is_allowed_as_much(noise: float, allowed: float) -> None:
+    """Codes of a deep decoder amplify last bits; logits that have nothing to do with each other are never allowed."""
+    program = fresh(changed_recipe("w4a4kv4", *RTN))
+    whole, other = torch.randn(2, STEPS, 50_000, generator=torch.Generator().manual_seed(1))
+    moved = whole + noise * other
+    assert recompute._allowed(program, whole, moved) == pytest.approx(allowed, rel=0.02)
