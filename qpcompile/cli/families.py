@@ -92,7 +92,7 @@ def page(table: Mapping[str, Any]) -> str:
         "",
         "# Model families",
         "",
-        "Every image-text-to-text family that the installed transformers lists, as a tiny random model"
+        "Image-text-to-text families that the installed transformers lists, as tiny random models"
         " ([`tests/zoo`](../tests/zoo)). The table says what runs, not how well a trained model answers.",
         "",
         f"Versions: {versions}.",
