@@ -31,7 +31,7 @@ from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.shapes import add_input, add_output, new_size, propagate, token_axes, value
 from qpcompile.pruning.cut_decode import cut_decode
 from qpcompile.pruning.positions import find_positions, numbered, renumber
-from qpcompile.pruning.pruner import Merger, Placed, Point, Pruner, TowerReader
+from qpcompile.pruning.pruner import Merger, Placed, Point, Scorer, TowerReader
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.plan import Cut
 from qpcompile.recipe.recipe import Recipe
@@ -73,7 +73,7 @@ def cut_prefill(
     graph: Graph,
     cuts: tuple[Cut, ...],
     recipe: Recipe,
-    pruner: Pruner,
+    pruner: Scorer,
     shapes: bool = True,
     answered: bool = False,
 ) -> None:
@@ -136,7 +136,7 @@ class _Tokens:
     positions: fx.Node | None
 
 
-def _prompt_scores(point: Point, asked: fx.Node, pruner: Pruner) -> fx.Node:
+def _prompt_scores(point: Point, asked: fx.Node, pruner: Scorer) -> fx.Node:
     """Scores as of the prompt alone: `pruner` sees the answer as padding, and then it is kept like text."""
     now = asked if point.kept is None else point.call(aten.gather.default, asked, 1, point.kept)
     prompt = replace(point, alive=point.call(aten.bitwise_and.Tensor, point.alive, now), valid=asked)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,14 +26,13 @@ from qpcompile.passes.insert_token_cuts import ASKED, cut_prefill
 from qpcompile.pruning.budget import DENOMINATOR, ratio_fraction
 from qpcompile.pruning.candidates import Trial
 from qpcompile.pruning.fit import Weights
-from qpcompile.pruning.pruner import INPUT, Operators, Point, Schedule
-from qpcompile.pruning.scores import BEFORE, FITTED, INSIDE, SCORE_OPERATORS, scores_at
+from qpcompile.pruning.pruner import INPUT, Point
+from qpcompile.pruning.scores import BEFORE, FITTED, INSIDE, scores_at
 from qpcompile.quality.answers import Agreement, agreement
 from qpcompile.quality.recorded import Answered
 from qpcompile.quantization.fake_quant import StubRounding
 from qpcompile.recipe.choice import Score
 from qpcompile.recipe.plan import Cut
-from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import COUNT, VALID, VISUAL
 from qpcompile.runtime.placement import PlacedInterpreter, Placement, run_placed
 from qpcompile.runtime.recorded_answer import hidden_path
@@ -113,18 +112,9 @@ class TrialCosts:
 
 @dataclass(frozen=True)
 class _Every:
-    """A pruner with every score at each cut; the selection reads the first, which is for cuts that keep everything."""
+    """Every score at each cut; the selection reads the first, which is for cuts that keep everything."""
 
     weights: Weights
-    operators: ClassVar[Operators] = SCORE_OPERATORS
-
-    def profiles(self, recipe: Recipe) -> bool:
-        """It is not planned."""
-        return False
-
-    def schedule(self, program: Program) -> Schedule:
-        """It is not planned."""
-        raise NotImplementedError
 
     def scores(self, point: Point) -> fx.Node:
         """f32[B, N]."""

@@ -170,7 +170,15 @@ class Point:
         return self.call(aten.where.ScalarOther, self.alive, text, float("-inf"))
 
 
-class Pruner(Protocol):
+class Scorer(Protocol):
+    """What inserting cuts reads of a method."""
+
+    def scores(self, point: Point) -> fx.Node:
+        """f32[B, N]: the tokens with the highest scores are kept; text +inf, padding -inf."""
+        ...
+
+
+class Pruner(Scorer, Protocol):
     """One method."""
 
     operators: ClassVar[Operators]
@@ -182,10 +190,6 @@ class Pruner(Protocol):
 
     def schedule(self, program: Program) -> Schedule:
         """Where this method cuts; raises PlanError for layers that the model does not have."""
-        ...
-
-    def scores(self, point: Point) -> fx.Node:
-        """f32[B, N]: the tokens with the highest scores are kept; text +inf, padding -inf."""
         ...
 
 
