@@ -29,7 +29,7 @@ class _Answers(BaseHTTPRequestHandler):
             except OSError:
                 return
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr."""
 
 
