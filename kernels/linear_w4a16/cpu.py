@@ -42,14 +42,16 @@ def _in_parts(rows: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     given, y = rows if fast else rows.float(), rows.new_empty(len(rows), len(weight))
     for first in range(0, len(weight), CHANNELS):
         part = slice(first, first + CHANNELS)
-        dense = dequantized(weight[part], rows.shape[1], weight_scale[part]).to(given.dtype)
+        dense = dequantized(weight[part], rows.shape[1], weight_scale[part], given.dtype)
         y[:, part] = torch.nn.functional.linear(given, dense, None if bias is None else bias[part].to(given.dtype))
     return y
 
 
-def dequantized(weight: Tensor, in_features: int, weight_scale: Tensor, level: int | None = None) -> Tensor:
-    """weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> f32[N, K]."""
-    dense = torch.empty(len(weight), in_features)
+def dequantized(
+    weight: Tensor, in_features: int, weight_scale: Tensor, dtype: torch.dtype = torch.float32, level: int | None = None
+) -> Tensor:
+    """weight: u8[N, ceil(K/2)], weight_scale: f32[N, Gw] -> float32 or bfloat16[N, K]; that is rounded once."""
+    dense = torch.empty(len(weight), in_features, dtype=dtype)
     operands = weight.contiguous(), weight_scale.contiguous(), dense
     native.call("dequantize_int4", *operands, *dense.shape, weight_scale.shape[1], level=level)
     return dense

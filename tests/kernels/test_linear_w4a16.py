@@ -84,14 +84,14 @@ def test_in_c(shape: tuple[int, int, int, int], dtype: torch.dtype, biased: bool
 
 
 @levels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poison")
-def test_dequantized_in_c_is_the_reference(shape: tuple[int, int, int, int], level: int) -> None:
+def test_dequantized_in_c_is_the_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, level: int) -> None:
     _, columns, features, groups = shape
     weight, scale, _ = random_weight(features, columns, groups)
-    assert torch.equal(
-        cpu.dequantized(weight, columns, scale, level), reference.dequantize_weight(weight, columns, scale)
-    )
+    expected = reference.dequantize_weight(weight, columns, scale).to(dtype)
+    assert torch.equal(cpu.dequantized(weight, columns, scale, dtype, level), expected)
 
 
 @levels
