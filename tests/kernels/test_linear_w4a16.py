@@ -22,8 +22,11 @@ SHAPES = [
     (5, 33, 4, 11),
     (2, 2304, 5, 9),
     (16, 768, 3, 6),
+    (2, 2300, 5, 1),
+    (6, 512, 6, 8),
 ]
-"""(tokens, in_features, out_features, groups): odd rows, more than a block of columns, groups across both planes."""
+"""(tokens, in_features, out_features, groups): odd rows, more than a block of columns, groups that hold whole planes of
+128 columns and groups that do not."""
 UNITS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """The relative error of a result: of sums in another order, or of one rounding."""
 levels = pytest.mark.parametrize("level", LEVELS)
