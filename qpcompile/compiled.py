@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qpcompile.capture.data_folder import read_questions
 from qpcompile.emit.artifact import artifact
 from qpcompile.emit.artifact.folder import reading
 from qpcompile.emit.artifact.folder_kind import refuse_onnx_folder
@@ -224,17 +225,35 @@ class CompiledVLM:
                 do="use the compiled module, and report this family",
             ) from error
 
-    def report(self, path: str | PathLike[str], samples: Any = None) -> None:
-        """Write the report, one self-contained HTML file.
+    def report(
+        self,
+        path: str | PathLike[str],
+        samples: Any = None,
+        *,
+        data: str | PathLike[str] | None = None,
+        limit: int | None = None,
+        original: Any = None,
+    ) -> None:
+        """Write the report, one self-contained HTML file: a verdict first, then what it rests on.
 
         Args:
             path: a file that does not exist yet.
             samples: (picture, question) pairs whose kept tokens are drawn; a picture is a path or a PIL image.
+            data: a folder of questions with right answers, which calibration did not see. They are asked one by one;
+                accuracy, time and memory are then on the page.
+            limit: ask only the first ones; None: all.
+            original: the transformers model that this one was compiled from. It answers the questions of `data` in
+                turns with this one.
         """
         # Imported here because generation needs neither templates nor figures.
         from qpcompile.inspect.report import write_report
+        from qpcompile.inspect.side_by_side import side_by_side
 
-        write_report(self.machine, self.processor, path, samples, self.decode_problem)
+        if original is not None and data is None:
+            raise InputError("there are no questions to ask the original", where="report", do="pass data=..., a folder")
+        questions = None if data is None else read_questions(Path(data))[:limit]
+        measure = None if questions is None else lambda: side_by_side(self.machine, original, self.processor, questions)
+        write_report(self.machine, self.processor, path, samples, self.decode_problem, measure)
 
 
 def load(folder: str | PathLike[str]) -> CompiledVLM:

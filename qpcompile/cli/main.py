@@ -1,4 +1,4 @@
-"""The command `qpcompile`: compile, run, chat, serve, export, inspect, eval, sweep, search, doctor, families.
+"""The command `qpcompile`: compile, run, chat, serve, report, export, inspect, eval, sweep, search, doctor, families.
 
 Exit codes: 0 done, 1 an error of ours (what, where, what to do), 2 wrong usage, 128 + the signal that stopped it: 130
 for Ctrl-C, 143 for SIGTERM, 129 if the terminal was closed.
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qpcompile.capture.chat import about_picture, chat_inputs
-from qpcompile.capture.data_folder import first_pictures
-from qpcompile.claims import Claim, claimed, held_folder, refuse_places
+from qpcompile.claims import claimed, held_folder, refuse_places
 from qpcompile.cli import talk, terminal
 from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor, open_model
 from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device, Overrides, RecipeName
+from qpcompile.cli.report import report_command, write_report
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
 from qpcompile.emit.artifact.folder_kind import is_onnx_folder
 from qpcompile.evaluate.questions.data_sets import read_data
@@ -32,7 +32,6 @@ from qpcompile.recipe.recipe import Recipe
 from qpcompile.write_errors import shown
 
 if TYPE_CHECKING:
-    from qpcompile.compiled import CompiledVLM
     from qpcompile.evaluate.run.evaluation import Exam
 
 app = typer.Typer(
@@ -43,8 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-DRAWN = 4  # number of pictures of a data folder for which a report draws kept tokens
 
 
 def print_version(asked: bool) -> None:
@@ -149,6 +146,10 @@ def run_command(
 
 app.command("chat", epilog="Example:\n\nqpcompile chat out/ --image photo.png")(talk.chat_command)
 app.command("serve", epilog="Example:\n\nqpcompile serve out/ --port 8000")(talk.serve_command)
+app.command(
+    "report",
+    epilog="Example:\n\nqpcompile report out/ --output report.html --data unseen/ --original MODEL",
+)(report_command)
 
 
 @app.command(
@@ -270,7 +271,7 @@ def eval_command(
 
 def ask_once(source: str, exam: Exam) -> None:
     """Ask all questions and print the accuracy."""
-    from qpcompile.evaluate.questions.scoring import right_answers
+    from qpcompile.capture.right_answers import right_answers
     from qpcompile.evaluate.run.evaluation import ask
 
     model, processor = open_model(source)
@@ -367,12 +368,6 @@ def families_command(
             quiet_libraries()
         for line in families.lines(families.shipped()) if run is None else families.run(run):
             typer.echo(line)
-
-
-def write_report(compiled: CompiledVLM, page: Claim, data: Path | None) -> None:
-    """Write the report of a compiled model, with kept tokens drawn on the first pictures of a data folder."""
-    compiled.report(page, first_pictures(data, DRAWN) if data else None)
-    note(f"wrote {shown(page)}")
 
 
 def main() -> None:

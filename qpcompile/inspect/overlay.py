@@ -61,12 +61,11 @@ class Overlay:
 
     def dropped_path(self, panel: Panel) -> str:
         """SVG path data that covers the cells of the tokens a panel does not see, in pixels of the picture."""
-        if self.grid is None:
-            return ""
-        kept = set(panel.kept)
-        return cells_path(
-            [index for index in range(panel.total) if index not in kept], self.grid, self.width, self.height
-        )
+        return "" if self.grid is None else cells_path(_dropped(panel), self.grid, self.width, self.height)
+
+    def kept_border(self, panel: Panel) -> str:
+        """SVG path data of the lines between kept and dropped cells, in pixels of the picture."""
+        return "" if self.grid is None else border_path(_dropped(panel), self.grid, self.width, self.height)
 
 
 def overlays(machine: Machine, processor: Any, samples: Iterable[Sample]) -> list[Overlay]:
@@ -127,6 +126,25 @@ def cells_path(cells: Iterable[int], grid: tuple[int, int], width: int, height: 
         else:
             runs.append([cell, cell + 1])
     return "".join(_box(start, end, columns, width / columns, height / rows) for start, end in runs)
+
+
+def border_path(cells: Iterable[int], grid: tuple[int, int], width: int, height: int) -> str:
+    """SVG path data of the lines between grid cells (raster indices) and all others; the picture's rim has none."""
+    rows, columns = grid
+    inside, across, down = set(cells), width / columns, height / rows
+    lines = []
+    for cell in range(rows * columns):
+        row, column = divmod(cell, columns)
+        if column + 1 < columns and (cell in inside) != (cell + 1 in inside):
+            lines.append(f"M{(column + 1) * across:g} {row * down:g}v{down:g}")
+        if row + 1 < rows and (cell in inside) != (cell + columns in inside):
+            lines.append(f"M{column * across:g} {(row + 1) * down:g}h{across:g}")
+    return "".join(lines)
+
+
+def _dropped(panel: Panel) -> list[int]:
+    kept = set(panel.kept)
+    return [index for index in range(panel.total) if index not in kept]
 
 
 def _box(start: int, end: int, columns: int, across: float, down: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from qpcompile.inspect.graph_svg import layer_svg
 from qpcompile.inspect.layer_nodes import layer_names, layer_nodes, layer_text
 from qpcompile.inspect.overlay import Overlay, Sample, overlays
 from qpcompile.inspect.schedule import profile_svg, schedule_svg
-from qpcompile.inspect.tables import error_tables, left_out_rows, pass_rows, settings, site_rows
+from qpcompile.inspect.side_by_side import SHOWN, Row, SideBySide
+from qpcompile.inspect.tables import error_tables, kernel_rows, left_out_rows, pass_rows, settings, site_rows
 from qpcompile.ir.near_miss import NEAR_MISSES
 from qpcompile.ir.pass_manager import PASS_RUNS
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.quality.choice_table import how_chosen, price_rows
-from qpcompile.quality.verdict import increments, verdict
+from qpcompile.quality.verdict import grade, increments, verdict
 from qpcompile.recipe.bits_told import told_bits
 from qpcompile.recipe.plan import Plan
 from qpcompile.runtime.machine import Machine
@@ -39,8 +40,9 @@ def write_report(
     path: str | PathLike[str],
     samples: Iterable[Sample] | None = None,
     decode_problem: str = "",
+    measure: Callable[[], SideBySide] | None = None,
 ) -> None:
-    """Write the report as a new HTML file.
+    """Write the report as a new HTML file. It begins with the verdict; how the compile went is last.
 
     Args:
         machine: the compiled program; for a loaded one passes are listed without operator counts.
@@ -48,15 +50,19 @@ def write_report(
         path: the file; an existing one is refused.
         samples: (picture, question) pairs, on which kept tokens are drawn. A picture is a path or a PIL image.
         decode_problem: why decode steps run node by node here; empty if one C call replays them.
+        measure: asks the model questions, and the original too; None: accuracy, time and memory are not on the page.
 
     Raises OutputError for a path that cannot be written, CalibrationError for samples that the model does not accept.
     """
     with claimed(path, "file") as claim:
         drawn = None if samples is None else overlays(machine, processor, samples)
-        write_new_file(claim, report_html(machine, drawn, decode_problem).encode())
+        measured = None if measure is None else measure()
+        write_new_file(claim, report_html(machine, drawn, decode_problem, measured).encode())
 
 
-def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: str) -> str:
+def report_html(
+    machine: Machine, drawn: list[Overlay] | None, decode_problem: str, measured: SideBySide | None = None
+) -> str:
     """The page's text; `drawn` holds the samples with their kept tokens."""
     program, config = machine.program, machine.host.config
     plan = program.plan
@@ -69,12 +75,18 @@ def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: s
     )
     return environment.get_template("report.html.j2").render(
         version=package_versions()["qpcompile"],
-        model=_model(machine, decode_problem),
-        tiles=_tiles(program, visual, len(sites)),
+        model=_model(machine),
+        tiles=[*_told_first(plan, measured), *_tiles(program, visual, len(sites))],
+        measured=measured,
+        answers=_answers(plan, measured)[:SHOWN],
+        costs=_costs(measured) if measured else [],
+        kernels=kernel_rows(plan.sites),
+        decode_steps=_decode_steps(decode_problem),
         settings=settings(plan),
         recipe=plan.recipe.to_yaml(),
         quality=plan.quality,
         quality_tokens=plan.recipe.quality.tokens,
+        grade=grade(plan.quality) if plan.quality else "",
         verdict=verdict(plan.quality) if plan.quality else "",
         lost=increments(plan.quality) if plan.quality else [],
         counted=steps is not None,
@@ -102,7 +114,7 @@ def report_html(machine: Machine, drawn: list[Overlay] | None, decode_problem: s
     )
 
 
-def _model(machine: Machine, decode_problem: str) -> dict[str, Any]:
+def _model(machine: Machine) -> dict[str, Any]:
     program, config = machine.program, machine.host.config
     text = config.get_text_config()
     facts = [
@@ -114,7 +126,6 @@ def _model(machine: Machine, decode_problem: str) -> dict[str, Any]:
         ("floating point", str(machine.host.dtype).removeprefix("torch.")),
         ("graphs", ", ".join(program.graphs)),
         ("stage", program.stage),
-        ("decode steps on this machine", _decode_steps(decode_problem)),
     ]
     folder = Path(getattr(config, "_name_or_path", "") or "").name
     return {
@@ -133,6 +144,54 @@ def _heads(text: Any) -> str:
     if queries is None:
         return ""
     return str(queries) if keys in (None, queries) else f"{queries}, {keys} for keys and values"
+
+
+def _told_first(plan: Plan, measured: SideBySide | None) -> list[dict[str, str]]:
+    """Agreement, accuracy and time: what is asked first."""
+    tiles = []
+    if plan.quality:
+        same = f"{plan.quality.equal_answers} of {plan.quality.samples}"
+        tiles.append({"value": same, "label": "answers as in full precision, when it was compiled"})
+    if measured:
+        ours, theirs, count = measured.compiled, measured.original, len(measured.questions)
+        before = f", {theirs.right / count:.1%} by the original" if theirs else ""
+        tiles.append({"value": f"{ours.right / count:.1%}", "label": f"right answers to {count} questions{before}"})
+        if theirs:
+            ratio = f"{ours.first_ms / theirs.first_ms:.2f} x"
+            tiles.append({"value": ratio, "label": "the original's time to the first token"})
+    return tiles
+
+
+def _answers(plan: Plan, measured: SideBySide | None) -> list[Row]:
+    """Answers of both models: those just asked, or the examples of the compile."""
+    if measured:
+        return measured.rows
+    return [Row(each.prompt, "", each.full, each.compiled) for each in (plan.quality.examples if plan.quality else ())]
+
+
+def _costs(measured: SideBySide) -> list[tuple[str, str, str, str]]:
+    """(what, original, compiled, ratio) of time and memory."""
+    ours, theirs = measured.compiled, measured.original
+    rows: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
+        ("time to the first token", theirs and theirs.first_ms, ours.first_ms, _milliseconds),
+        ("time per later token", theirs and theirs.token_ms, ours.token_ms, _milliseconds),
+        ("weights in memory", theirs and theirs.weight_bytes, ours.weight_bytes, _megabytes),
+        ("largest KV cache", theirs and theirs.cache_bytes, ours.cache_bytes, _megabytes),
+    ]
+    return [
+        (
+            name,
+            "" if before is None else written(before),
+            written(after),
+            f"{after / before:.2f}" if before else "",
+        )
+        for name, before, after, written in rows
+        if after is not None
+    ]
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.1f} ms"
 
 
 def _tiles(program: Program, visual: int, sites: int) -> list[dict[str, str]]:
@@ -164,7 +223,7 @@ def _weight_bytes(program: Program) -> tuple[int, int]:
     return stored, full
 
 
-def _megabytes(count: int) -> str:
+def _megabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 

@@ -60,6 +60,15 @@ class LeftOutRow:
 
 
 @dataclass(frozen=True)
+class KernelRow:
+    """One kernel and the number of sites that it computes."""
+
+    kernel: str
+    sites: int
+    graphs: str
+
+
+@dataclass(frozen=True)
 class ErrorTable:
     """Errors of the numbered layers of one stack: a row per layer, a column per linear."""
 
@@ -88,6 +97,17 @@ def site_rows(sites: Iterable[Site]) -> list[SiteRow]:
         groups.setdefault(site.model_copy(update={"graph": "any"}), []).append(site.graph)
     rows = [SiteRow(site, ", ".join(graphs), *_split(site.name)) for site, graphs in groups.items()]
     return sorted(rows, key=lambda row: (row.stem, -1 if row.layer is None else row.layer, row.part))
+
+
+def kernel_rows(sites: Iterable[Site]) -> list[KernelRow]:
+    """One row per kernel, the most used first; a site that several graphs share counts once."""
+    names: dict[str, set[str]] = {}
+    graphs: dict[str, dict[str, None]] = {}
+    for site in sites:
+        names.setdefault(site.kernel, set()).add(site.name)
+        graphs.setdefault(site.kernel, {})[site.graph] = None
+    rows = [KernelRow(kernel, len(found), ", ".join(graphs[kernel])) for kernel, found in names.items()]
+    return sorted(rows, key=lambda row: (-row.sites, row.kernel))
 
 
 def left_out_rows(places: Iterable[LeftOut]) -> list[LeftOutRow]:

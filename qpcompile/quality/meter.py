@@ -102,11 +102,13 @@ class QualityMeter:
             if place in chosen:
                 full = self._full[place].tokens
                 ours = free_answer(machine, sample, full.shape[1])
-                made[place] = Example(full=self._text(full), compiled=self._text(ours))
+                words = sample["input_ids"][:1] != machine.host.config.image_token_id
+                prompt = self._text(sample["input_ids"][:1][words][None])
+                made[place] = Example(prompt=prompt, full=self._text(full), compiled=self._text(ours))
         return tuple(made[place] for place in order[:SHOWN])
 
     def _text(self, tokens: torch.Tensor) -> str:
-        """The first row of an answer, on one line."""
+        """The first row of tokens, on one line."""
         text = self.processor.batch_decode(tokens[:1], skip_special_tokens=True)[0]
         return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))[:CHARACTERS]
 

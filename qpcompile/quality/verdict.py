@@ -10,14 +10,18 @@ from qpcompile.recipe.plan import Quality
 GOOD, FAIR = 0.95, 0.85
 
 
+def grade(quality: Quality) -> str:
+    """good, fair or poor, by the share of equal answers."""
+    share = quality.agreement
+    return "good" if share >= GOOD else "fair" if share >= FAIR else "poor"
+
+
 def verdict(quality: Quality) -> str:
     """One sentence: how many answers are equal, how sure that is, and what loses most."""
-    share = quality.agreement
-    grade = "good" if share >= GOOD else "fair" if share >= FAIR else "poor"
     low, high = interval(quality.equal_answers, quality.samples)
     told = (
-        f"{grade}: {quality.equal_answers} of {quality.samples} answers equal full precision's "
-        f"({share:.0%}; 95 % interval {low:.0%} to {high:.0%}), {quality.divergence:.3g} nats per token"
+        f"{grade(quality)}: {quality.equal_answers} of {quality.samples} answers equal full precision's "
+        f"({quality.agreement:.0%}; 95 % interval {low:.0%} to {high:.0%}), {quality.divergence:.3g} nats per token"
     )
     worst = max(increments(quality), key=lambda part: part[1], default=None)
     if worst is not None and worst[1] > 0 and len(quality.losses) > 1:

@@ -133,6 +133,7 @@ class Loss(Section):
 class Example(Section):
     """The answers of both models to one sample."""
 
+    prompt: str = Field(default="", description="Text of the prompt, without pictures; empty: not recorded.")
     full: str = Field(description="Answer in full precision.")
     compiled: str = Field(description="Answer of the compiled model.")
 

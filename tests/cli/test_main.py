@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from qpcompile.capture.data_folder import read_questions
 from qpcompile.cli import main as cli
 from qpcompile.cli.dry_run import EXPECT, NOTHING
+from qpcompile.cli.report import DRAWN
 from qpcompile.errors import CaptureError
 from qpcompile.pass_list import passes
 from qpcompile.recipe.plan import Plan
@@ -28,7 +29,7 @@ TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 MODEL, DATA = str(TESTBED / "llava"), TESTBED / "calibration" / "llava"
 PICTURE = str(DATA / "00000.png")
 COMPILE = "qpcompile.pipeline.compile"
-COMMANDS = ("compile", "run", "export", "inspect", "eval", "sweep", "search", "doctor")
+COMMANDS = ("compile", "run", "report", "export", "inspect", "eval", "sweep", "search", "doctor")
 
 
 def invoke(*arguments: object) -> Result:
@@ -41,6 +42,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.drawn: Any = ()
+        self.measured: dict[str, Any] = {}
         self.asked: dict[str, Any] = {}
         self.processor: Any = None
         self.plan = Plan(recipe=Recipe())
@@ -52,8 +54,8 @@ class Recorder:
     def save_pretrained(self, folder: Path) -> None:
         self.calls.append(("save", Path(folder).name))
 
-    def report(self, path: Path, samples: Any) -> None:
-        self.drawn = samples
+    def report(self, path: Path, samples: Any, **measured: Any) -> None:
+        self.drawn, self.measured = samples, measured
         self.calls.append(("report", Path(path).name))
 
     def export_onnx(self, folder: Path, fast: bool = False) -> None:
@@ -101,6 +103,7 @@ def test_help_names_every_command() -> None:
         ("compile", MODEL, "--trust-remote-code"),
         ("run", "out", "--question", "what?"),
         ("run", "out", "--image", "no-such.png", "--question", "what?"),
+        ("report", "out", "--output", "page.html", "--original", MODEL),
         ("eval", MODEL),
         ("eval", MODEL, "--data", DATA, "--batch-size", "0"),
         ("fly",),
@@ -145,8 +148,17 @@ def test_compile_hands_everything_on(recorder: Recorder, tmp_path: Path) -> None
     assert (recipe.tokens.keep, recipe.calibration.samples, recipe.quantize.weights.bits) == (0.4, 3, 4)
     assert recipe.quality.min_agreement == 0.97
     assert recorder.calls == [("save", "out"), ("report", "report.html")]
-    assert len({picture for picture, _ in recorder.drawn}) == len(recorder.drawn) == cli.DRAWN
+    assert len({picture for picture, _ in recorder.drawn}) == len(recorder.drawn) == DRAWN
     assert "1.50 MB of weights" in result.output
+
+
+def test_report_asks_both_models(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpcompile.capture.load.load_model", lambda source: (f"loaded {source}", None))
+    words = ("--data", DATA, "--original", MODEL, "--limit", 7)
+    result = invoke("report", "out", "--output", tmp_path / "page.html", *words)
+    assert result.exit_code == 0 and "page.html" in result.output, result.output
+    assert recorder.measured == {"data": DATA, "limit": 7, "original": f"loaded {MODEL}"}
+    assert len(recorder.drawn) == DRAWN
 
 
 def test_a_device_that_is_not_there_is_refused_before_the_compile(recorder: Recorder, tmp_path: Path) -> None:

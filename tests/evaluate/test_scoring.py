@@ -13,7 +13,8 @@ from transformers import AutoProcessor
 
 from qpcompile.capture.data_folder import Question, question_inputs
 from qpcompile.capture.load import load_model
-from qpcompile.evaluate.questions.scoring import choose, named_choice, right_answers
+from qpcompile.capture.right_answers import named_choice, right_answers
+from qpcompile.evaluate.questions.scoring import choose
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 PICTURE = TESTBED / "calibration" / "llava" / "00000.png"

@@ -41,6 +41,9 @@ class TinyProcessor:
     def decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> str:
         return " ".join(str(token) for token in ids.tolist())
 
+    def batch_decode(self, rows: list[list[int]] | torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        return [" ".join(f"<{token}>" for token in torch.as_tensor(row).tolist()) for row in rows]
+
 
 @pytest.fixture
 def plan() -> Plan:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
-from qpcompile.inspect.overlay import cells_path, overlays, panels, seen_picture, token_grid
+from qpcompile.inspect.overlay import border_path, cells_path, overlays, panels, seen_picture, token_grid
 from qpcompile.recipe.plan import Plan
 
 PIXELS = torch.zeros(1, 3, 96, 96)
@@ -56,6 +56,13 @@ def test_cells_of_one_row_are_one_box() -> None:
     assert cells_path([], (2, 4), 40, 20) == ""
 
 
+def test_border_is_between_kept_and_dropped_cells_only() -> None:
+    # Cells of 10 x 10: x dropped, o kept.   x o
+    #                                        x x
+    assert border_path([0, 2, 3], (2, 2), 20, 20) == "M10 0v10M10 10h10"
+    assert border_path([0, 1, 2, 3], (2, 2), 20, 20) == border_path([], (2, 2), 20, 20) == ""
+
+
 def test_seen_picture_undoes_the_normalisation() -> None:
     settings = SimpleNamespace(do_normalize=True, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     processor = SimpleNamespace(image_processor=settings)
@@ -75,6 +82,7 @@ def test_real_run_keeps_what_the_plan_says(compiled: CompiledVLM) -> None:
     counts = compiled.plan.visual_tokens(16)
     assert [len(panel.kept) for panel in drawn.panels] == sorted(set(counts), reverse=True)
     assert drawn.dropped_path(drawn.panels[0]) == "" and drawn.dropped_path(drawn.panels[-1])
+    assert drawn.kept_border(drawn.panels[0]) == "" and drawn.kept_border(drawn.panels[-1])
     assert drawn.answer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from qpcompile.errors import OutputError
 from qpcompile.ir.measurements import Measurements
 from qpcompile.ir.pass_manager import PASS_RUNS
 from qpcompile.ir.program import Program
+from qpcompile.quality.verdict import verdict
 
 VOID = {"meta", "br", "img", "link", "hr", "image"}
 
@@ -74,6 +76,27 @@ def test_every_decision_is_on_the_page(page: str, compiled: CompiledVLM) -> None
         assert f"{cut.numerator} / {cut.denominator}" in page
     assert "what is &lt;it&gt;?" in page and page.count("<figure>") == len(plan.cuts) + 1
     assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_the_verdict_comes_first_and_operator_counts_last(page: str, compiled: CompiledVLM) -> None:
+    assert compiled.plan.quality is not None
+    order = [page.index(f'id="{name}"') for name in ("answers", "costs", "tokens", "bits", "kernels", "compile")]
+    assert (
+        page.index(escape(verdict(compiled.plan.quality)[1:]).replace("&#x27;", "&#39;"))
+        < page.index('class="tiles"')
+        < order[0]
+    )
+    assert order == sorted(order)
+    passes = page.partition('<details id="pipeline">')[2].partition("</details>")[0]
+    assert passes.count("<tr>") == len(compiled.program.measured[PASS_RUNS]) + 1
+    assert 'class="changes"' in passes and 'class="changes"' not in page.replace(passes, "")
+    kernels = page.partition('id="kernels"')[2].partition("<h2")[0]
+    assert all(f"<code>{site.kernel}</code>" in kernels for site in compiled.plan.sites)
+
+
+def test_what_is_cut_away_has_a_border_that_needs_no_colour_of_the_picture(page: str) -> None:
+    assert page.count('<path fill="url(#hatch1)"') == page.count('class="rim"') == page.count('class="edge"') > 0
+    assert page.count('<pattern id="hatch1"') == 1
 
 
 def test_without_samples_the_page_says_how_to_get_them(compiled: CompiledVLM, tmp_path: Path) -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from qpcompile.inspect.tables import error_tables, left_out_rows, pass_purposes, pass_rows, settings, site_rows
+from qpcompile.inspect.tables import (
+    error_tables,
+    kernel_rows,
+    left_out_rows,
+    pass_purposes,
+    pass_rows,
+    settings,
+    site_rows,
+)
 from qpcompile.ir.pass_manager import PassRun
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
@@ -41,6 +49,11 @@ def test_sites_that_are_the_same_in_two_graphs_share_a_row(plan: Plan) -> None:
     (table,) = error_tables(rows)
     assert (table.stem, table.columns) == ("model.layers", ("mlp.up_proj",))
     assert table.rows == ((0, (0.01,)), (1, (0.02,)))
+
+
+def test_kernels_are_counted_once_per_site(plan: Plan) -> None:
+    rows = [(row.kernel, row.sites, row.graphs) for row in kernel_rows(plan.sites)]
+    assert rows == [("op::a", 2, "decode, prefill"), ("op::kv", 1, "prefill")]
 
 
 def test_left_out_keeps_its_reason(plan: Plan) -> None:

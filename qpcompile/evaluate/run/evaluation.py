@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from qpcompile.capture.data_folder import Question, check_questions, question_inputs
+from qpcompile.capture.right_answers import right_answers
 from qpcompile.compiled import CompiledVLM
 from qpcompile.emit.artifact.weights import stored_tensors
 from qpcompile.evaluate.questions.data_sets import folder_digest, questions_digest
-from qpcompile.evaluate.questions.scoring import choose, right_answers
+from qpcompile.evaluate.questions.scoring import choose
 from qpcompile.evaluate.run.accuracy import Generate, answer
 from qpcompile.evaluate.run.flops import Decoder
 from qpcompile.evaluate.run.footprint import cache_footprint
