@@ -69,14 +69,29 @@ GRAPHS_HEAD = f"""{NOTE}
 
 # Graph inspection
 
-Decoder layer 3 of the LLaVA testbed in the prefill graph, as every pass of `quota-30` leaves it (with one cut, after
-layer 2, so that the cut is seen in this layer). The text is this layer's part of the printed graph
-(`qpcompile/ir/text.py`), which `CompiledVLM.graph_text("prefill")` and `qpcompile inspect` give for any compiled model.
-The drawings (`qpcompile/inspect/graph_svg.py`) show the same values.
+Decoder layer 3 of the LLaVA testbed in the prefill graph, compiled by `quota-30` with one cut, after layer 2, so that
+the cut is seen in this layer.
 
-In the drawings, orange boxes are `qpcompile::` operators, blue ones other products, grey ones views of what they read;
-dashed boxes are values computed outside the layer. Names in italics are the modules whose weights are read. Sizes are
-left out of the drawings; in the text, `B` is the batch and `S0`, `S1`, ... are the other symbolic sizes.
+## Before and after
+
+As `torch.export` traced it:
+
+![{LAYER} as it was captured](graphs/00-captured.svg)
+
+As it runs: projections are merged 4-bit products, tokens are selected once, norms and activations write the codes that
+the next product reads.
+
+![{LAYER} as it is compiled](graphs/LAST)
+
+Orange boxes are `qpcompile::` operators, blue ones other products; dashed boxes are values computed outside the layer.
+Names in italics are the modules whose weights are read. The drawings (`qpcompile/inspect/outline.py`) leave out what
+only moves values: views, casts, and the arithmetic of indices and masks.
+
+## Pass by pass
+
+Every pass that changes the layer, with its drawing. The folded text is this layer's part of the printed graph
+(`qpcompile/ir/text.py`) with nothing left out, which `CompiledVLM.graph_text("prefill")` and `qpcompile inspect` give
+for any compiled model; `B` is the batch and `S0`, `S1`, ... are the other symbolic sizes.
 """
 
 
@@ -166,18 +181,18 @@ def graph_pages() -> dict[str, str]:
     stages = _stages(Recipe.load("quota-30").with_overrides(GALLERY))
     purposes = pass_purposes() | {"captured": "As `torch.export` traced it, before the first pass."}
     files: dict[str, str] = {}
-    parts, before = [GRAPHS_HEAD], ""
+    parts, before, last = list[str](), "", ""
     for number, (name, now, svg) in enumerate(stages):
-        parts.append(f"## {number}. {name}\n\n{purposes[name]}\n" if number else f"## {name}\n\n{purposes[name]}\n")
+        parts.append(f"### {number}. {name}\n\n{purposes[name]}\n" if number else f"### {name}\n\n{purposes[name]}\n")
         if _renumbered(now) == before:
             parts.append("The layer's graph is as before.\n")
         else:
-            drawing = f"graphs/{number:02d}-{name}.svg"
-            files[drawing] = svg
-            parts.append(f"![{LAYER} after {name}]({drawing})\n")
+            last = f"{number:02d}-{name}.svg"
+            files[f"graphs/{last}"] = svg
+            parts.append(f"![{LAYER} after {name}](graphs/{last})\n")
             parts.append(f"<details><summary>Printed text</summary>\n\n```text\n{now}```\n\n</details>\n")
         before = _renumbered(now)
-    return {"graphs.md": "\n".join(parts), **files}
+    return {"graphs.md": "\n".join([GRAPHS_HEAD.replace("LAST", last), *parts]), **files}
 
 
 def _stages(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -191,7 +206,7 @@ def _stages(recipe: Recipe) -> list[tuple[str, str, str]]:
 
     def keep(name: str, program: Program) -> None:
         graph = program.graphs[PREFILL]
-        found.append((name, layer_text(graph_text(graph), LAYER), layer_svg(graph, LAYER)))
+        found.append((name, layer_text(graph_text(graph), LAYER), layer_svg(graph, LAYER, outline=True)))
 
     keep("captured", program)
     run_passes(program, passes(samples, len(samples)), lambda step, program: keep(step.name, program))

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from qpcompile.inspect.layer_nodes import Node, layer_nodes
 from qpcompile.inspect.layered_layout import Layout, place
+from qpcompile.inspect.outline import outlined
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import heading
 
@@ -50,10 +51,21 @@ _DARK = """
 _COLOURS = f"{_LIGHT}@media screen and (prefers-color-scheme: dark) {{{_DARK}}}\n"
 
 
-def layer_svg(graph: Graph, part: str, *, standalone: bool = True) -> str:
-    """Draw `part` of a graph; standalone: a complete file, otherwise an element for a page."""
+def layer_svg(graph: Graph, part: str, *, standalone: bool = True, outline: bool = False) -> str:
+    """Draw `part` of a graph.
+
+    standalone: a complete file, otherwise an element for a page. outline: without types and what only moves values
+    (`inspect/outline.py`), so that it is about as wide as a page.
+    """
     nodes = layer_nodes(graph, part)
-    rows = {node.name: _lines(node, part) for node in nodes}
+    return nodes_svg(
+        outlined(nodes) if outline else nodes, part, f"{heading(graph)}, {part}", standalone=standalone, outline=outline
+    )
+
+
+def nodes_svg(nodes: Sequence[Node], part: str, title: str, *, standalone: bool, outline: bool) -> str:
+    """Draw nodes in topological order."""
+    rows = {node.name: _outlined_lines(node, part) if outline else _lines(node, part) for node in nodes}
     widths = {name: max(_width(kind, line) for kind, line in lines) + 2 * _PADDING for name, lines in rows.items()}
     layout = place({node.name: node.sources for node in nodes}, widths, _GAP)
     tops, height = _tops(layout, {name: _height(lines) for name, lines in rows.items()})
@@ -64,8 +76,18 @@ def layer_svg(graph: Graph, part: str, *, standalone: bool = True) -> str:
     space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     frame = f'<svg class="qg"{space} {size} role="img">'
-    title = f"<title>{escape(heading(graph))}, {escape(part)}</title>"
-    return "\n".join([frame, title, f"<style>{_COLOURS}</style>", *lines, *boxes, "</svg>\n"])
+    return "\n".join(
+        [frame, f"<title>{escape(title)}</title>", f"<style>{_COLOURS}</style>", *lines, *boxes, "</svg>\n"]
+    )
+
+
+def _outlined_lines(node: Node, part: str) -> list[tuple[str, str]]:
+    """The operator without name space and overload, and the modules whose weights it reads."""
+    plain = re.sub(r"^\w+::|\.\w+$", "", node.operator)
+    if node.outside:
+        return [("t", f"{node.name} {plain}")]
+    modules = dict.fromkeys(_module(weight, part) for weight in node.weights if f"{part}." in weight)
+    return [("", plain), *(("w", module) for module in modules), *([("t", "leaves the layer")] if node.leaves else [])]
 
 
 def _lines(node: Node, part: str) -> list[tuple[str, str]]:

@@ -40,3 +40,20 @@ def test_drawing_is_stable_and_inside_its_frame(graph: Graph) -> None:
 
 def test_element_for_a_page_names_no_address(graph: Graph) -> None:
     assert "http" not in layer_svg(graph, "layers.1", standalone=False)
+
+
+def test_outline_has_neither_types_nor_views(graph: Graph) -> None:
+    root = ElementTree.fromstring(layer_svg(graph, "layers.1", outline=True))
+    words = [text.text for text in root.iter(f"{SPACE}text")]
+    assert words == [
+        "%3 relu",
+        "quantize_dynamic",
+        "linear_int",
+        "up",
+        "add",
+        "leaves the layer",
+        "mul",
+        "leaves the layer",
+    ]
+    # relu to quantizer and add, quantizer to linear past its two items, linear to add past a view, add to mul.
+    assert len([path for path in root.iter(f"{SPACE}path") if path.get("class") == "a"]) == 5
