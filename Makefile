@@ -7,7 +7,7 @@ NEWEST := .venv-newest
 LOWEST := .venv-lowest
 
 .PHONY: demo testbed-real test test-slow test-zoo test-asan test-newest test-newest-short newest test-lowest lowest test-gpu \
-  reliability bench bench-gpu lint docs clean
+  reliability bench bench-gpu lint docs site wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -96,6 +96,14 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
+# build/site/index.html, which opens without a network. A link that leads nowhere fails.
+site: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
+# The source distribution, and from it the wheel for this platform, in dist. Others: cibuildwheel, see pyproject.toml.
+wheel: $(STAMP)
+	$(BIN)/python -m build
+
 clean:
 	rm -rf .venv $(NEWEST) $(LOWEST) build dist out .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -104,5 +112,5 @@ clean:
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/*/*.c kernels/*/*.inc)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,serve,triton,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,serve,triton,dev,site]"
 	touch $(STAMP)

@@ -21,7 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 def declared() -> dict[str, tuple[Requirement, str]]:
     """Package -> its range in pyproject.toml, and the extra that declares it."""
     groups = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
-    del groups["dev"]
+    # What only developers install is not imported by the package.
+    del groups["dev"], groups["site"]
     found = [(Requirement(text), extra) for extra, lines in groups.items() for text in lines]
     return {each.name: (each, extra) for each, extra in found}
 

@@ -95,7 +95,9 @@ def instruction_set(name: str) -> Iterator[None]:
         raise KernelError(
             f"instruction set {name} is not available",
             where=f"the operators in C: {best.problem or 'this processor'}",
-            do=f"choose one of {', '.join(here)}" if here else "install the package again with a C compiler",
+            do=f"choose one of {', '.join(here)}"
+            if here
+            else "install a wheel for this platform, or build with a compiler",
         )
     level = best.level if name == "amx" else LEVELS.index(name)
     before = _restricted.set(replace(best, level=level, amx=name == "amx"))
@@ -109,7 +111,7 @@ def instruction_set(name: str) -> Iterator[None]:
 def _loaded() -> Library:
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.origin is None:
-        return _none("it was not compiled: no C compiler was found when the package was installed")
+        return _none("the installed package has none: its wheel is for any platform, or there was no C compiler")
     path = Path(spec.origin)
     try:
         loaded = ctypes.CDLL(str(path))
