@@ -84,8 +84,9 @@ the next product reads.
 ![{LAYER} as it is compiled](graphs/LAST)
 
 Orange boxes are `qpcompile::` operators, blue ones other products; dashed boxes are values computed outside the layer.
-Names in italics are the modules whose weights are read. The drawings (`qpcompile/inspect/outline.py`) leave out what
-only moves values: views, casts, and the arithmetic of indices and masks.
+Names in italics are the modules whose weights are read; what other layers read, or the graph returns, *leaves*. The
+drawings (`qpcompile/inspect/outline.py`) leave out what only moves values: views, casts, and the arithmetic of indices
+and masks.
 
 ## Pass by pass
 

@@ -160,6 +160,8 @@ def recipe_state(
         return PresetState(name, "slow", why)
     if not instructions:
         return PresetState(name, "slow", f"the processor has none of {', '.join(INTEGER)}: 8-bit products are emulated")
+    if problem := native.library().problem:
+        return PresetState(name, "slow", f"operators run on torch, without kernels in C: {problem}")
     return PresetState(name, "fast", f"integer products on {instructions[0]}")
 
 

@@ -87,7 +87,7 @@ def _outlined_lines(node: Node, part: str) -> list[tuple[str, str]]:
     if node.outside:
         return [("t", f"{node.name} {plain}")]
     modules = dict.fromkeys(_module(weight, part) for weight in node.weights if f"{part}." in weight)
-    return [("", plain), *(("w", module) for module in modules), *([("t", "leaves the layer")] if node.leaves else [])]
+    return [("", plain), *(("w", module) for module in modules), *([("t", "leaves")] if node.leaves else [])]
 
 
 def _lines(node: Node, part: str) -> list[tuple[str, str]]:

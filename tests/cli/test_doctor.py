@@ -9,6 +9,7 @@ import torch
 
 from qpcompile.cli import doctor, probes
 from qpcompile.cli.doctor import Backend, OperatorState
+from qpcompile.kernels.native.library import Library
 from qpcompile.recipe.recipe import Recipe, preset_names
 
 X86 = "processor\t: 0\nflags\t\t: fpu sse avx2 avx512f avx512_vnni amx_tile amx_int8\nbugs\t\t: spectre_v1 avx_vnni\n"
@@ -94,6 +95,13 @@ def test_recipe_with_a_broken_operator_does_not_run() -> None:
     state = doctor.recipe_state("w4a4kv4", Recipe.load("w4a4kv4"), ("avx512_vnni",), broken)
     assert (state.speed, state.why) == ("not at all", "linear_int: RuntimeError: no such instruction")
     assert doctor.recipe_state("none", Recipe.load("none"), (), broken).speed == "fast"
+
+
+def test_a_wheel_without_kernels_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.native, "library", lambda: Library(None, "none is here", 0, False, False, {}))
+    state = doctor.recipe_state("w4a4kv4", Recipe.load("w4a4kv4"), ("avx512_vnni",), states())
+    assert state.speed == "slow" and state.why.endswith("without kernels in C: none is here")
+    assert doctor.recipe_state("none", Recipe.load("none"), (), states()).speed == "fast"
 
 
 def test_warning_before_a_slow_compile() -> None:
