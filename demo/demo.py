@@ -39,6 +39,7 @@ MODEL, CALIBRATION = TESTBED / "llava", TESTBED / "calibration" / "llava"
 # Training draws scenes with seed 1, calibration with 3.
 SEED = 7
 ANSWER_TOKENS, BATCH, CACHES_MEASURED = 4, 20, 10
+IN_REPORT = 40
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def main() -> None:
     begun = time.monotonic()
     compiled = qpcompile.compile(model, recipe, processor=processor, calibration=CALIBRATION)
     say(f"compiled with {options.recipe} and {options.samples} samples in {time.monotonic() - begun:.1f} s")
-    save(compiled, questions, out)
+    save(compiled, model, questions, out)
     columns = compare(model, compiled, OnnxVLM(out / "onnx"), questions, out)
     show(columns, len(questions), recipe.numerics)
     say(f"kept in {out}: artifact/, onnx/, report.html, questions/")
@@ -87,13 +88,14 @@ def unseen_questions(count: int, folder: Path) -> list[Question]:
     return read_questions(folder)
 
 
-def save(compiled: CompiledVLM, questions: Sequence[Question], out: Path) -> None:
-    """Write the artifact, the ONNX folder and the report."""
-
+def save(compiled: CompiledVLM, model: Any, questions: Sequence[Question], out: Path) -> None:
+    """Write the artifact, the ONNX folder and the report, for which both models answer some questions one by one."""
+    drawn = [(each.image, each.question) for each in questions[:3]]
+    asked = {"data": out / "questions", "limit": IN_REPORT, "original": model}
     for name, write in (
         ("artifact", compiled.save_pretrained),
         ("onnx", compiled.export_onnx),
-        ("report.html", lambda path: compiled.report(path, [(q.image, q.question) for q in questions[:3]])),
+        ("report.html", lambda path: compiled.report(path, drawn, **asked)),
     ):
         begun = time.monotonic()
         write(out / name)
