@@ -14,7 +14,7 @@ from qpcompile.emit.artifact.weights import stored_tensors
 from qpcompile.files import write_new_file
 from qpcompile.inspect.graph_svg import layer_svg
 from qpcompile.inspect.layer_nodes import layer_names, layer_nodes, layer_text
-from qpcompile.inspect.overlay import Overlay, Sample, overlays
+from qpcompile.inspect.overlay import ANSWER_TOKENS, Overlay, Sample, overlays
 from qpcompile.inspect.schedule import profile_svg, schedule_svg
 from qpcompile.inspect.side_by_side import SHOWN, Row, SideBySide
 from qpcompile.inspect.tables import error_tables, kernel_rows, left_out_rows, pass_rows, settings, site_rows
@@ -80,6 +80,7 @@ def report_html(
         measured=measured,
         answers=_answers(plan, measured)[:SHOWN],
         costs=_costs(measured) if measured else [],
+        answer_tokens=ANSWER_TOKENS,
         kernels=kernel_rows(plan.sites),
         decode_steps=_decode_steps(decode_problem),
         settings=settings(plan),
@@ -157,8 +158,11 @@ def _told_first(plan: Plan, measured: SideBySide | None) -> list[dict[str, str]]
         before = f", {theirs.right / count:.1%} by the original" if theirs else ""
         tiles.append({"value": f"{ours.right / count:.1%}", "label": f"right answers to {count} questions{before}"})
         if theirs:
-            ratio = f"{ours.first_ms / theirs.first_ms:.2f} x"
-            tiles.append({"value": ratio, "label": "the original's time to the first token"})
+            first, later = (
+                f"{each:.2f} x" for each in (ours.first_ms / theirs.first_ms, ours.token_ms / theirs.token_ms)
+            )
+            tiles.append({"value": first, "label": "the original's time to the first token"})
+            tiles.append({"value": later, "label": "its time per later token"})
     return tiles
 
 
@@ -172,21 +176,15 @@ def _answers(plan: Plan, measured: SideBySide | None) -> list[Row]:
 def _costs(measured: SideBySide) -> list[tuple[str, str, str, str]]:
     """(what, original, compiled, ratio) of time and memory."""
     ours, theirs = measured.compiled, measured.original
-    rows: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
+    rows: list[tuple[str, float | None, float, Callable[[float], str]]] = [
         ("time to the first token", theirs and theirs.first_ms, ours.first_ms, _milliseconds),
         ("time per later token", theirs and theirs.token_ms, ours.token_ms, _milliseconds),
         ("weights in memory", theirs and theirs.weight_bytes, ours.weight_bytes, _megabytes),
         ("largest KV cache", theirs and theirs.cache_bytes, ours.cache_bytes, _megabytes),
     ]
     return [
-        (
-            name,
-            "" if before is None else written(before),
-            written(after),
-            f"{after / before:.2f}" if before else "",
-        )
+        (name, "" if before is None else written(before), written(after), f"{after / before:.2f}" if before else "")
         for name, before, after, written in rows
-        if after is not None
     ]
 
 

@@ -20,6 +20,8 @@ from qpcompile.runtime.machine import Machine
 
 # Answers that a report shows side by side; all are counted.
 SHOWN = 12
+# Questions whose answers are timed; one more before them is not.
+TIMED = 5
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,15 @@ class Measured:
     """One model over all questions.
 
     answers: one per question. right: how many of them are right. first_ms: median time to the first token, in
-    milliseconds. token_ms: median time per later token; None if no answer has one. weight_bytes: its weights in memory.
-    cache_bytes: its largest KV cache at the end of an answer.
+    milliseconds. token_ms: median time per later token. Both are of `timed` answers of ANSWER_TOKENS tokens, whatever
+    the model would have answered. weight_bytes: its weights in memory. cache_bytes: the largest KV cache at the end of
+    these answers.
     """
 
     answers: tuple[str, ...]
     right: int
     first_ms: float
-    token_ms: float | None
+    token_ms: float
     weight_bytes: int
     cache_bytes: int
 
@@ -56,12 +59,17 @@ class Row:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """What was measured on `questions`; `threads` is torch's number of threads."""
+    """What was measured on `questions`, times on the first `timed` ones; `threads` is torch's number of threads."""
 
     questions: tuple[Question, ...]
     compiled: Measured
     original: Measured | None
     threads: int
+
+    @property
+    def timed(self) -> int:
+        """The number of answers that were timed."""
+        return min(TIMED, len(self.questions))
 
     @property
     def equal_answers(self) -> int:
@@ -79,40 +87,43 @@ class SideBySide:
 
 @dataclass
 class _Asked:
-    """A model and what it has answered so far; `cache_bytes` is read after each answer."""
+    """A model with what it has answered so far, and how long timed answers took."""
 
     generate: Callable[..., Any]
     cache_bytes: Callable[[Any], int]
     answers: list[str] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
-    laters: list[float | None] = field(default_factory=list)
+    laters: list[float] = field(default_factory=list)
     largest: int = 0
 
     def ask(self, inputs: dict[str, Any], processor: Any) -> None:
-        """One question; greedy, and timed."""
+        """One greedy answer, up to its end."""
+        new = self._answer(inputs).sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        self.answers.append(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
+
+    def time(self, inputs: dict[str, Any]) -> None:
+        """One answer of ANSWER_TOKENS tokens: short ones would be told by their first steps alone."""
         clock = _Clock()
-        with torch.no_grad():
-            answer = self.generate(
-                **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, return_dict_in_generate=True, streamer=clock
-            )
+        answer = self._answer(inputs, min_new_tokens=ANSWER_TOKENS, streamer=clock)
         self.largest = max(self.largest, self.cache_bytes(answer))
         self.firsts.append(clock.first_ms)
         self.laters.append(clock.later_ms)
-        new = answer.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        self.answers.append(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
 
     def measured(self, questions: Sequence[Question], weight_bytes: int) -> Measured:
-        """The sum; the first answer was a repetition, and is left out."""
-        answers = tuple(self.answers[1:])
-        laters = [each for each in self.laters[1:] if each is not None]
+        """The sum; the first timed answer is left out."""
         return Measured(
-            answers=answers,
-            right=sum(right_answers(questions, answers)),
+            answers=tuple(self.answers),
+            right=sum(right_answers(questions, self.answers)),
             first_ms=median(self.firsts[1:]),
-            token_ms=median(laters) if laters else None,
+            token_ms=median(self.laters[1:]),
             weight_bytes=weight_bytes,
             cache_bytes=self.largest,
         )
+
+    def _answer(self, inputs: dict[str, Any], **settings: Any) -> Any:
+        common = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+        with torch.no_grad():
+            return self.generate(**inputs, **common, **settings)
 
 
 class _Clock:
@@ -135,10 +146,9 @@ class _Clock:
         return 1e3 * (self.times[1] - self.start)
 
     @property
-    def later_ms(self) -> float | None:
-        """Milliseconds per new token after the first; None without one."""
-        later = len(self.times) - 2
-        return 1e3 * (self.times[-1] - self.times[1]) / later if later else None
+    def later_ms(self) -> float:
+        """Milliseconds per new token after the first."""
+        return 1e3 * (self.times[-1] - self.times[1]) / (len(self.times) - 2)
 
 
 def side_by_side(machine: Machine, original: Any, processor: Any, questions: Sequence[Question]) -> SideBySide:
@@ -161,13 +171,18 @@ def side_by_side(machine: Machine, original: Any, processor: Any, questions: Seq
     check_questions(processor, questions)
     ours = _Asked(machine.generate, lambda _: 0 if machine.last is None else machine.last.nbytes())
     theirs = None if original is None else _Asked(original.generate, lambda answer: _held(answer.past_key_values))
-    # The first question is asked twice: what is only set up once takes no part in the times.
-    with track("both models" if theirs else "compiled model", len(questions) + 1) as step:
-        for question in (questions[0], *questions):
+    models = list(filter(None, (theirs, ours)))
+    with track(" and ".join(["original", "compiled model"][-len(models) :]), len(questions)) as step:
+        for question in questions:
             inputs = question_inputs(processor, [question])
-            for model in filter(None, (theirs, ours)):
+            for model in models:
                 model.ask(inputs, processor)
             step()
+    # The first question twice: what is only set up once takes no part in the times.
+    for question in (questions[0], *questions[:TIMED]):
+        inputs = question_inputs(processor, [question])
+        for model in models:
+            model.time(inputs)
     after = ours.measured(questions, total_bytes(stored_tensors(machine.program)))
     before = None
     if original is not None and theirs is not None:
