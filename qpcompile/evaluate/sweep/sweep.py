@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 
-from qpcompile.errors import OutputError, QPCompileError
+from qpcompile.errors import ArtifactError, OutputError, QPCompileError
 from qpcompile.evaluate.questions.data_sets import read_data
-from qpcompile.evaluate.run.evaluation import Exam
+from qpcompile.evaluate.run.evaluation import Exam, source_digest
 from qpcompile.evaluate.run.examiner import Examiner
 from qpcompile.evaluate.run.rows import Row, RowFolder
 from qpcompile.evaluate.sweep.plan import Bed, Cell, SweepPlan, cells
+
+# Rows that an error names.
+NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,16 @@ def sweep(
     device: where compiles compute; by default the processor.
 
     A refused recipe (for example a share that a method's layers cannot reach) is a result without a row.
+
+    Raises ArtifactError, before anything is computed, if rows in `out` come from other code than this, and at the end
+    if the code changed while it ran: numbers of two versions are not compared.
     """
     kept = RowFolder(out)
     examiners = {bed.name: _examiner(plan, bed, kept, device) for bed in plan.beds}
     asked = list(cells(plan))
     # Equal recipes under different names, such as an ablation's base, share a row.
     ids = {examiners[cell.bed.name].id(cell.recipe) for cell in asked}
+    _check_sources([kept.rows[id] for id in sorted(ids & set(kept.rows))], out)
     clock = _Clock(len(ids - set(kept.rows)))
     say(f"{len(asked)} places in tables, {len(ids)} rows, {clock.missing} of them to compute")
     results = []
@@ -48,8 +55,24 @@ def sweep(
         results.append(_result(examiners[cell.bed.name], cell))
         if is_new:
             say(f"{clock.tick()}  {cell.name}: {_words(results[-1])}")
+    _check_sources([result.row for result in results if result.row is not None], out)
     kept.write_tables()
     return results
+
+
+def _check_sources(rows: list[Row], out: Path) -> None:
+    """Refuse rows of other code than that which runs."""
+    own = source_digest()
+    others = [row for row in rows if row.source != own]
+    if others:
+        files = " ".join(f"rows/{row.id}.json" for row in others[:NAMED]) + (" ..." if len(others) > NAMED else "")
+        found = ", ".join(sorted({row.source for row in others}))
+        raise ArtifactError(
+            f"{len(others)} of {len(rows)} rows come from other code ({found}; this is {own}), and one table holds "
+            "numbers of one version only",
+            where=str(out),
+            do=f"name a new folder, or remove what is to be computed again: {files}",
+        )
 
 
 def _result(examiner: Examiner, cell: Cell) -> CellResult:
