@@ -12,12 +12,14 @@ import torch
 from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qpcompile.capture.blank import blank_sample
 from qpcompile.capture.data_folder import read_questions
 from qpcompile.emit.artifact import artifact
 from qpcompile.emit.artifact.folder import reading
 from qpcompile.emit.artifact.folder_kind import refuse_onnx_folder
 from qpcompile.emit.artifact.pickled import from_files, to_files
 from qpcompile.emit.artifact.weights import stored_tensors, total_bytes
+from qpcompile.emit.compressed.export import export_compressed_tensors
 from qpcompile.errors import ExportError, InputError
 from qpcompile.inspect.summary import as_html, as_text, summary
 from qpcompile.ir.pass_manager import DEFECTS
@@ -224,6 +226,25 @@ class CompiledVLM:
                 where=type(self.program.host).__name__,
                 do="use the compiled module, and report this family",
             ) from error
+
+    def export_compressed_tensors(self, folder: str | PathLike[str], check: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of the format compressed-tensors: transformers, vLLM and SGLang read it.
+
+        For recipes with 4- or 8-bit weights and inputs of 8 or 16 bits, without cuts, changes of basis and a quantized
+        cache; any other is refused with the nearest that the format holds (docs/ecosystem.md).
+
+        Args:
+            folder: a folder that does not exist yet.
+            check: model inputs on which the written weights are compared with this model; by default a white picture
+                and a short question, which needs the processor.
+        """
+        inputs = blank_sample(self.machine.host, self.processor) if check is None else check
+        export_compressed_tensors(self.program, self.processor, folder, inputs, self._next_logits)
+
+    def _next_logits(self, **inputs: Any) -> torch.Tensor:
+        logits = self(**inputs).logits
+        assert logits is not None
+        return logits.cpu()
 
     def report(
         self,

@@ -13,16 +13,14 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import PreTrainedModel
 
+from qpcompile.capture.blank import blank_sample
 from qpcompile.capture.capture import capture
-from qpcompile.capture.chat import about_picture, chat_inputs
-from qpcompile.capture.load import load_model, load_processor
+from qpcompile.capture.load import load_model
 from qpcompile.capture.samples import Samples, Source
 from qpcompile.capture.weights import check_model
 from qpcompile.claims import held_folder
@@ -226,20 +224,3 @@ def needs_samples(recipe: Recipe) -> list[str]:
     if recipe.tokens.method != "none" and PRUNERS[recipe.tokens.method].profiles(recipe):
         needs.append("tokens.candidate_layers auto (a list of layers needs none)")
     return needs
-
-
-def blank_sample(model: Any, processor: Any) -> dict[str, Any]:
-    """A white picture and a short prompt, to trace a model without samples."""
-    folder = model.name_or_path
-    if processor is None and folder and Path(folder).is_dir():
-        processor = load_processor(folder)
-    if processor is None:
-        raise CalibrationError(
-            "there is nothing to trace the model with: neither samples nor a processor",
-            where=type(model).__name__,
-            do="pass processor=... or calibration=[inputs]",
-        )
-    picture = Image.new("RGB", (224, 224), "white")
-    return chat_inputs(
-        processor, [about_picture(picture, "what is this?")], ["a white picture to trace the model with"]
-    )

@@ -18,7 +18,8 @@ import typer
 
 from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.claims import claimed, held_folder, refuse_places
-from qpcompile.cli import talk, terminal
+from qpcompile.cli import checkpoint, talk, terminal
+from qpcompile.cli.checkpoint import COMPRESSED, Target
 from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor, open_model
 from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device, Overrides, RecipeName
 from qpcompile.cli.report import report_command, write_report
@@ -155,7 +156,8 @@ app.command(
 @app.command(
     "export",
     epilog="Examples:\n\nqpcompile export out/ --output out-onnx/\n\n"
-    "qpcompile export MODEL --recipe quota-30 --data photos/ --output out-onnx/",
+    "qpcompile export MODEL --recipe quota-30 --data photos/ --output out-onnx/\n\n"
+    "qpcompile export MODEL --recipe w4a16 --data photos/ --for compressed-tensors --output out-ct/",
 )
 def export_command(
     source: Annotated[
@@ -169,13 +171,17 @@ def export_command(
         bool, typer.Option("--fast", help="Use onnxruntime's own operators: faster, different numerics.")
     ] = False,
     device: Device = None,
+    target: Target = "onnxruntime",
     debug: Debug = False,
 ) -> None:
-    """Write graphs for onnxruntime, with a runner that needs no torch.
+    """Write graphs for onnxruntime, with a runner that needs no torch; or a checkpoint for other runtimes.
 
     Recipe and data apply to a model only: a compiled folder has its own.
     """
     with told_as_text(debug):
+        if target == COMPRESSED:
+            checkpoint.export(source, output, Recipe.load(recipe).with_overrides(overrides or []), data, device, fast)
+            return
         with claimed(output, "folder") as folder:
             if is_artifact(source):
                 compiled = load_artifact(source)

@@ -19,10 +19,10 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.mllama.processing_mllama import MllamaProcessor
 
+from qpcompile.capture.blank import blank_sample
 from qpcompile.capture.chat import Conversation, about_picture, chat_inputs
 from qpcompile.capture.data_folder import Question, check_questions, question_inputs, read_questions
 from qpcompile.errors import CalibrationError
-from qpcompile.pipeline import blank_sample
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
 BOS = 2

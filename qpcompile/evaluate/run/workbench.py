@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from qpcompile.capture.blank import blank_sample
 from qpcompile.capture.capture import capture
 from qpcompile.capture.load import load_model
 from qpcompile.capture.samples import Samples
@@ -24,7 +25,7 @@ from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.pass_manager import PassRun
 from qpcompile.ir.program import Program
-from qpcompile.pipeline import blank_sample, compile_captured, needs_samples
+from qpcompile.pipeline import compile_captured, needs_samples
 from qpcompile.pruning.budget import DEVIATIONS
 from qpcompile.recipe.plan import LayerFacts
 from qpcompile.recipe.recipe import Recipe
