@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qpcompile.compiled import CompiledVLM, load
+    from qpcompile.compiled import CompiledVLM, load, register_with_transformers
     from qpcompile.errors import QPCompileError
     from qpcompile.pipeline import compile
     from qpcompile.recipe.plan import Plan
     from qpcompile.recipe.recipe import Recipe
 
-__all__ = ["CompiledVLM", "Plan", "QPCompileError", "Recipe", "compile", "load"]
+__all__ = ["CompiledVLM", "Plan", "QPCompileError", "Recipe", "compile", "load", "register_with_transformers"]
 
 # Imported lazily: torch and transformers take seconds to import, and many commands need neither.
 _HOMES = {
@@ -22,6 +22,7 @@ _HOMES = {
     "Recipe": "qpcompile.recipe.recipe",
     "compile": "qpcompile.pipeline",
     "load": "qpcompile.compiled",
+    "register_with_transformers": "qpcompile.compiled",
 }
 
 

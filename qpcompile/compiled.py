@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qpcompile.capture.blank import blank_sample
 from qpcompile.capture.data_folder import read_questions
 from qpcompile.emit.artifact import artifact
+from qpcompile.emit.artifact.auto_config import CompiledConfig, changed_settings, register_config
 from qpcompile.emit.artifact.folder import reading
 from qpcompile.emit.artifact.folder_kind import refuse_onnx_folder
 from qpcompile.emit.artifact.pickled import from_files, to_files
 from qpcompile.emit.artifact.weights import stored_tensors, total_bytes
 from qpcompile.emit.compressed.export import export_compressed_tensors
 from qpcompile.errors import ExportError, InputError
+from qpcompile.hub import downloaded, is_hub_name, uploaded
 from qpcompile.inspect.summary import as_html, as_text, summary
 from qpcompile.ir.pass_manager import DEFECTS
 from qpcompile.ir.program import Program
@@ -33,6 +36,10 @@ from qpcompile.runtime.devices import move
 from qpcompile.runtime.generation_options import plain_settings
 from qpcompile.runtime.machine import Machine
 from qpcompile.versions import tell_newer
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# What transformers' auto classes and pipelines pass along of their own accord.
+PASSED = frozenset({"trust_remote_code", "_from_auto", "_from_pipeline", "adapter_kwargs"})
 
 
 class CompiledVLM:
@@ -194,6 +201,62 @@ class CompiledVLM:
         """Write the artifact folder, which `qpcompile.load` reads. An existing folder is refused."""
         artifact.save(self.program, self.processor, folder)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload a model compiled by qpcompile",
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the artifact to the Hugging Face hub as one commit; `qpcompile.load(repo_id)` gives it back.
+
+        The repository is created if there is none. Files of an artifact that it holds are replaced, and one that holds
+        anything else is refused.
+
+        Args:
+            repo_id: `organization/name`.
+            private: of a new repository; None: the organization's default.
+            revision: a branch, by default the main one.
+            token: by default the one that `hf auth login` has stored.
+        Returns:
+            The address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "artifact"
+            self.save_pretrained(folder)
+            return uploaded(folder, repo_id, message=commit_message, private=private, revision=revision, token=token)
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str], **options: Any) -> CompiledVLM:
+        """`qpcompile.load` as transformers' auto classes call it, after `qpcompile.register_with_transformers()`.
+
+        Args:
+            source: a folder, or a name on the hub.
+            options: revision, token, cache_dir, local_files_only, force_download; device_map, the name of one device;
+                dtype, that of the model. Any other that asks for something is refused.
+        """
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if options.get(name) not in (None, False)}
+        device, dtype, config = (options.pop(name, None) for name in ("device_map", "dtype", "config"))
+        folder = _located(source, hub)
+        asked = {name for name, value in options.items() if name not in PASSED and value not in (None, False)}
+        asked |= changed_settings(config, folder)
+        if not (device is None or isinstance(device, str | int | torch.device)) or device == "auto":
+            asked.add(f"device_map={device!r}")
+        if asked:
+            raise InputError(
+                f"a compiled model is loaded as it was saved: {', '.join(sorted(asked))} cannot be honoured",
+                where="from_pretrained",
+                do="give the folder or name, options of the hub, and device_map as the name of one device",
+            )
+        compiled = load(folder)
+        if dtype not in (None, "auto", compiled.dtype, str(compiled.dtype).removeprefix("torch.")):
+            raise InputError(
+                f"the model was compiled in {compiled.dtype}, not {dtype}", where="dtype", do="leave dtype out"
+            )
+        return compiled if device is None else compiled.to(device)
+
     def export_onnx(
         self, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = (), fast: bool = False
     ) -> None:
@@ -277,17 +340,40 @@ class CompiledVLM:
         write_report(self.machine, self.processor, path, samples, self.decode_problem, measure)
 
 
-def load(folder: str | PathLike[str]) -> CompiledVLM:
-    """Load the compiled model saved in `folder`; no code in it is executed.
+def load(source: str | PathLike[str], **options: Any) -> CompiledVLM:
+    """Load a compiled model; no code in its folder is executed.
+
+    Args:
+        source: the folder, or a name on the Hugging Face hub (`organization/name`) where no folder has that name.
+        options: for the hub: revision, token, cache_dir, local_files_only, force_download.
 
     Raises ArtifactError for a folder that is incomplete, modified, of another version, inconsistent, or contains
-    anything that no compile writes.
+    anything that no compile writes, and for a name that the hub does not give.
     """
     tell_newer()
-    refuse_onnx_folder(Path(folder))
-    program, processor = artifact.load(Path(folder))
+    if unknown := sorted(set(options) - set(HUB_OPTIONS)):
+        raise InputError(
+            f"load has no argument {unknown[0]}", where="qpcompile.load", do=f"it takes {', '.join(HUB_OPTIONS)}"
+        )
+    folder = _located(source, options)
+    refuse_onnx_folder(folder)
+    program, processor = artifact.load(folder)
     with reading("the artifact", folder):
         return CompiledVLM(program, processor)
+
+
+def _located(source: str | PathLike[str], options: dict[str, Any]) -> Path:
+    return downloaded(str(source), **options) if is_hub_name(source) else Path(source)
+
+
+def register_with_transformers() -> None:
+    """Let `AutoModelForImageTextToText.from_pretrained` load compiled models; it returns a CompiledVLM.
+
+    Nothing is registered by an import. A second call changes nothing.
+    """
+    register_config()
+    # Its annotation asks for transformers' own base class; what it calls is `from_pretrained`.
+    AutoModelForImageTextToText.register(CompiledConfig, CompiledVLM, exist_ok=True)  # type: ignore[arg-type]
 
 
 def _unpickled(files: dict[str, bytes], device: str, cuda_graphs: bool) -> CompiledVLM:

@@ -42,6 +42,7 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"passes"}), frozenset({"capture"}), frozenset({"emit"})),
     (frozenset({"pass_list"}),),
     (frozenset({"inspect"}),),
+    (frozenset({"hub"}),),
     (frozenset({"compiled"}),),
     (frozenset({"pipeline"}),),
     (frozenset({"evaluate"}), frozenset({"serve"})),

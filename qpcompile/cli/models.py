@@ -46,11 +46,11 @@ def compile_told(
 
 
 def load_artifact(folder: str | Path) -> CompiledVLM:
-    """The compiled model in a folder."""
+    """The compiled model in a folder, or of that name on the hub."""
     terminal.quiet_libraries()
     from qpcompile.compiled import load
 
-    return load(folder)
+    return load(str(folder))
 
 
 def is_artifact(source: str | Path) -> bool:

@@ -55,7 +55,8 @@ def test_folder_holds_what_hugging_face_expects(saved: Path) -> None:
         ]
     )
     config = json.loads((saved / "config.json").read_text())
-    assert config["architectures"] == ["LlavaForConditionalGeneration"] and config["model_type"] == "llava"
+    assert config["architectures"] == ["LlavaForConditionalGeneration"] and config["model_type"] == "qpcompile"
+    assert config["compiled_model_type"] == "llava"
 
 
 @pytest.mark.parametrize("case", ["one", "longer", "padded", "pictures"])

@@ -20,6 +20,7 @@ from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
 
 from qpcompile.emit.artifact import json_text
 from qpcompile.emit.artifact.agreement import check_agreement, check_counts
+from qpcompile.emit.artifact.auto_config import register_config
 from qpcompile.emit.artifact.folder import AGAIN, files, read_text, reading
 from qpcompile.emit.artifact.graph_json import read_graph, write_graph
 from qpcompile.emit.artifact.manifest import Manifest, read_manifest, refuse_files, write_manifest
@@ -172,6 +173,8 @@ def _processor(folder: Path, name: str | None) -> Any:
     if name is None:
         return None
     do = "save the model again with its processor"
+    # transformers looks at config.json for the tokenizer's class, and warns about a type that it does not know.
+    register_config()
     with reading("the processor", folder / "processor_config.json", do):
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if type(processor).__name__ != name:

@@ -30,6 +30,9 @@ MARK = {
     "quant_method": "quanto",
     "weights": "a model compiled by qpcompile: load this folder with qpcompile.load(folder)",
 }
+# The type that transformers knows such a folder by after `qpcompile.register_with_transformers`, and none before; the
+# model's own type is kept beside it.
+MODEL_TYPE, OWN_TYPE = "qpcompile", "compiled_model_type"
 _CONFIGS = (CONFIG, GENERATION)
 # JSON files other than settings.
 _TABLES = frozenset({INDEX, "manifest.json", "tokenizer.json", "vocab.json", "added_tokens.json"})
@@ -59,10 +62,17 @@ MOST_TEXT = 100_000
 
 
 def write_config(config: PreTrainedConfig, folder: Path) -> None:
-    """Write config.json, marked so that plain transformers refuses the folder instead of using random weights."""
+    """Write config.json, marked so that plain transformers refuses the folder instead of using random weights.
+
+    Auto classes refuse the type of the model, and the model's class refuses the quantization method.
+    """
     for part in _parts(config):
         setattr(part, MARKED, dict(MARK))
     config.save_pretrained(folder)
+    data = read_json(folder / CONFIG)
+    data |= {"model_type": MODEL_TYPE, OWN_TYPE: data["model_type"]}
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 def leave_out_leads(folder: Path) -> None:
@@ -80,11 +90,13 @@ def leave_out_leads(folder: Path) -> None:
 
 
 def read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
-    """Read the configuration in config.json without the mark, which artifacts of earlier versions lack."""
+    """Read the configuration in config.json without marks, which artifacts of earlier versions lack."""
     data = read_json(folder / CONFIG)
     if not isinstance(data, dict):
         raise _refused("config.json is not a mapping", CONFIG)
     data = _unmarked(data)
+    if OWN_TYPE in data:
+        data["model_type"] = data.pop(OWN_TYPE)
     if data.get("model_type") != config_class.model_type:
         raise _refused(f"the model type is {data.get('model_type')!r:.80}, not {config_class.model_type}", CONFIG)
     return config_class.from_dict(data)
