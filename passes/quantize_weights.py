@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import logging
 import operator
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +48,7 @@ from qpcompile.ir.shapes import value
 from qpcompile.kernels.linear_int.packing import packed_width, stored_codes
 from qpcompile.progress import track
 from qpcompile.quantization.basis import weight_name
+from qpcompile.quantization.grids import CHANGED, GRIDS
 from qpcompile.quantization.site_bits import inputs_at, weights_at
 from qpcompile.quantization.solve import output_error, solve
 from qpcompile.quantization.static_scales import select_scale, static_scales
@@ -54,6 +57,8 @@ from qpcompile.recipe.quantize import QuantizeScheme, WeightScheme
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
+_LOG = logging.getLogger("qpcompile")
+KEPT = "kept"
 Solved = tuple[torch.Tensor, torch.Tensor, float]
 """Stored codes (kernels/linear_int/packing.py), their scales, and the output error."""
 
@@ -80,9 +85,11 @@ class QuantizeWeights:
         with track("quantize_weights", sum(map(len, places.values()))) as step:
             for readers in places.values():
                 # In prefill and decode at once: the full-precision weight is then freed.
-                solved = _solved(*readers[0], scheme, calibration, program.checkpoint, on)
+                own = _own_codes(program, *readers[0], scheme, on)
+                solved = own.solved or _solved(*readers[0], scheme, calibration, program.checkpoint, on)
                 for graph, linear in readers:
                     site = _replace(graph, linear, scheme, calibration, solved, quantized, on)
+                    site = site.model_copy(update={"codes": own.said})
                     sites[site.graph][site.name] = site
                 for graph, linear in readers:
                     _forget(graph, linear)
@@ -92,7 +99,18 @@ class QuantizeWeights:
             tidy(graph)
         found = [site for by_name in sites.values() for site in by_name.values()]
         program.plan = program.plan.changed(sites=(*program.plan.sites, *found))
+        _tell(found)
         return bool(found)
+
+
+def _tell(sites: list[Site]) -> None:
+    """Log how many linears keep the codes of a quantized checkpoint, and why others do not."""
+    said = {site.name: site.codes for site in sites if site.codes is not None}
+    kept = [name for name, codes in said.items() if codes == KEPT]
+    again = Counter(codes for codes in said.values() if codes != KEPT)
+    if said:
+        why = "; ".join(f"{count} were rounded again: {reason}" for reason, count in again.items())
+        _LOG.warning("%d linears keep the codes of the checkpoint%s", len(kept), f"; {why}" if why else "")
 
 
 def _places(program: Program) -> dict[str, list[tuple[Graph, fx.Node]]]:
@@ -219,6 +237,31 @@ def _solved(
     codes, scale, error = _solve(graph, linear, fact.site, weights, calibration, group.site, on)
     checkpoint.save(title, {"stored": codes, "scale": scale}, {"error": error})
     return codes, scale, error
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What a quantized checkpoint gives for a linear: its codes, or in words why they are not used."""
+
+    said: str | None = None
+    solved: Solved | None = None
+
+
+def _own_codes(program: Program, graph: Graph, linear: fx.Node, scheme: QuantizeScheme, on: Placement) -> _Own:
+    """The codes that the checkpoint has for a linear, if the recipe asks for codes of that grid."""
+    fact, grids = stub_fact(linear.args[1]), program.measured.get(GRIDS)  # type: ignore[arg-type]
+    assert fact is not None
+    if not grids:
+        return _Own()
+    if fact.site not in grids:
+        return _Own("the checkpoint has no codes of it")
+    grid, asked = grids[fact.site], weights_at(fact, scheme)
+    weight = get_tensor(graph.module, weight_name(linear)).detach()
+    codes = grid.codes(weight)
+    why = grid.mismatch(weight, asked) if codes is not None else CHANGED
+    if codes is None or why:
+        return _Own(why)
+    return _Own(KEPT, (stored_codes(codes, asked.bits), grid.scale, 0.0))
 
 
 def _solve(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from qpcompile.capture.blank import blank_sample
 from qpcompile.capture.capture import capture
 from qpcompile.capture.load import load_model
+from qpcompile.capture.quantized import grids
 from qpcompile.capture.samples import Samples, Source
 from qpcompile.capture.weights import check_model
 from qpcompile.claims import held_folder
@@ -37,6 +38,7 @@ from qpcompile.pruning.pruner import check_layers
 from qpcompile.pruning.table import PRUNERS, check_method
 from qpcompile.quality.meter import QualityMeter
 from qpcompile.quality.raising import next_step
+from qpcompile.quantization.grids import GRIDS
 from qpcompile.quantization.solve import needs_moments
 from qpcompile.recipe.plan import CalibrationUsed
 from qpcompile.recipe.recipe import Recipe
@@ -101,6 +103,8 @@ def compile(
                 held = load_model(source, processor)[0]
             program = capture(held, samples.example() if samples else blank_sample(held, processor), recipe)
             program.device = computes
+            if source is not None:
+                program.measured[GRIDS] = grids(source, held)
             # From here on only the graphs hold the weights, and a weight that a pass replaces is freed unless the
             # caller holds it, or a compile that may start again.
             held = None if source is not None or not recipe.quality.may_raise else held

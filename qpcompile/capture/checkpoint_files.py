@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -34,6 +36,18 @@ WHOLE_NUMBERS = {"I64", "I32", "I16", "BOOL"}
 POINTER = b"version https://git-lfs"
 AGAIN = "download or copy the file again"
 FULL_PRECISION = "give the full-precision checkpoint that it was made from: the compile quantizes it itself"
+
+
+# Formats of quantized weights that are read (quantized.py).
+READ = ("compressed-tensors", "gptq")
+
+
+def quantization(folder: Path) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a folder's config.json, if its weights are of a format that is read."""
+    path = folder / CONFIG
+    data = _read_json(path) if path.is_file() else {}
+    settings = data.get("quantization_config") if isinstance(data, dict) else None
+    return settings if isinstance(settings, dict) and settings.get("quant_method") in READ else None
 
 
 def refuse_damaged(folder: Path) -> None:
@@ -81,7 +95,7 @@ def _check_file(path: Path) -> None:
             do="run `git lfs pull` in the folder, or download the file",
         )
     if path.suffix == ".safetensors":
-        _check_safetensors(path)
+        _check_safetensors(path, FLOATS | WHOLE_NUMBERS | ({"I8"} if quantization(path.parent) else set()))
     elif path.suffix == ".json" and not isinstance(_read_json(path), dict):
         raise ModelError(f"{path.name} holds no JSON object", where=str(path), do=AGAIN)
 
@@ -108,7 +122,7 @@ def _refuse_other_places(folder: Path) -> None:
             )
 
 
-def _check_safetensors(path: Path) -> None:
+def _check_safetensors(path: Path, allowed: set[str]) -> None:
     """Refuse a file whose header does not match its size, and quantized codes that would be taken for weights.
 
     transformers casts any stored type to the model's: integers or 8-bit floats without their scales become wrong
@@ -120,7 +134,7 @@ def _check_safetensors(path: Path) -> None:
     except SafetensorError as error:
         raise ModelError(f"{path.name} is damaged or cut short: {error}", where=str(path), do=AGAIN) from error
     for name, kind in kinds.items():
-        if kind not in FLOATS and (kind not in WHOLE_NUMBERS or name.endswith(".weight")):
+        if kind not in allowed or (kind in WHOLE_NUMBERS and name.endswith(".weight")):
             raise ModelError(
                 f"the checkpoint is quantized already: {name} is of {kind}", where=str(path), do=FULL_PRECISION
             )

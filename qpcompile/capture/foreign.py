@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qpcompile.capture.checkpoint_files import FULL_PRECISION
+from qpcompile.capture.checkpoint_files import FULL_PRECISION, READ, quantization
 from qpcompile.errors import ModelError
 
 # Files that quantizers write next to config.json, and the keys that name the method there.
@@ -48,13 +48,25 @@ def refuse_foreign_folder(folder: Path) -> None:
             do="give the folder of a transformers checkpoint: config.json, safetensors and the processor's files",
         )
     for name, keys in SIDECARS.items():
-        if (folder / name).is_file():
+        if (folder / name).is_file() and quantization(folder) is None:
             raise _quantized(_method(folder / name, keys), str(folder / name))
 
 
 def refuse_foreign_config(config: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError for a configuration of quantized weights, or one that asks for code from a hub."""
+    """Raise ModelError for a configuration of quantized weights, or one that asks for code from a hub.
+
+    where: a folder, or a hub name. Weights in a folder may be of a format that is read.
+    """
     for path, value in _settings(config):
+        method = value.get("quant_method") if isinstance(value, Mapping) else None
+        if path == "quantization_config" and method in READ:
+            if not Path(where).is_dir():
+                raise ModelError(
+                    f"the checkpoint is quantized already ({method}), and is read from a folder only",
+                    where=where,
+                    do=f"download it: hf download {where} --local-dir FOLDER, and name that",
+                )
+            continue
         if path.endswith("quantization_config") and value:
             method = value.get("quant_method") if isinstance(value, Mapping) else None
             if (

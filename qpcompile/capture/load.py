@@ -25,9 +25,10 @@ from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from qpcompile.capture.checkpoint_files import refuse_damaged
+from qpcompile.capture.checkpoint_files import quantization, refuse_damaged
 from qpcompile.capture.config_sizes import refuse_counts, refuse_larger, tensor_shapes
 from qpcompile.capture.foreign import MERGE, refuse_foreign_config, refuse_foreign_folder
+from qpcompile.capture.quantized import load_dequantized
 from qpcompile.capture.weights import check_model
 from qpcompile.errors import ModelError
 
@@ -45,11 +46,15 @@ def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, 
     processor: used instead of the folder's own.
 
     Raises ModelError for anything that does not load completely: missing or damaged files, missing or unexpected
-    tensors, non-finite weights, quantized weights, adapters.
+    tensors, non-finite weights, quantized weights of a format that quantized.py does not read, adapters.
     """
     config = read_config(source)
     auto: Any = AutoModelForImageTextToText
     try:
+        if Path(source).is_dir() and quantization(Path(source)) is not None:
+            model, found = load_dequantized(Path(source), config)
+            _refuse_other_tensors(source, found)
+            return check_model(model.eval(), str(source)), load_processor(source) if processor is None else processor
         if Path(source).is_dir():
             refuse_larger(config, tensor_shapes(Path(source)), str(source))
         model, found = auto.from_pretrained(

@@ -72,6 +72,10 @@ class Site(Section):
         default=None, ge=0, description="Relative error of the output on calibration; null: no data."
     )
     kernel: str = Field(min_length=1, description="Operator and back end the site is bound to.")
+    codes: str | None = Field(
+        default=None,
+        description="Of a model from a quantized checkpoint: `kept`, or why its weights were rounded again.",
+    )
 
 
 class SiteBits(Section):

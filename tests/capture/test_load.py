@@ -159,9 +159,7 @@ def test_codes_are_not_taken_for_weights(folder: Path, dtype: torch.dtype, said:
 
 
 METHODS = [
-    "gptq",
     "awq",
-    "compressed-tensors",
     "bitsandbytes",
     "fp8",
     "auto-round",

@@ -23,12 +23,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CompressedT
 import qpcompile
 from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.compiled import CompiledVLM
-from qpcompile.emit.compressed.packing import pack_int32, unpack_int32
 from qpcompile.emit.compressed.recipes import CLIPS, misfits, refuse_recipe
 from qpcompile.errors import ExportError, KernelError
 from qpcompile.evaluate.questions.data_sets import read_data
 from qpcompile.kernels.quantize_dynamic.reference import code_range, dequantize, quantize_dynamic
 from qpcompile.picture import read_picture
+from qpcompile.quantization.words import pack_int32, unpack_int32
 from qpcompile.recipe.recipe import Recipe, preset_names
 
 TESTBED = Path(__file__).resolve().parents[1] / "testbed"
@@ -154,6 +154,16 @@ def test_transformers_answers_with_the_folder_as_the_compiled_model(
     assert torch.equal(theirs.generate(**asked), ours.generate(**asked))
     own = AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(own) is type(ours.processor) and own.chat_template == ours.processor.chat_template
+
+
+@pytest.mark.slow
+def test_what_is_written_is_read_again_with_the_same_codes(compiled: dict[str, CompiledVLM], tmp_path: Path) -> None:
+    ours = model_of("w4a16", compiled)
+    ours.export_compressed_tensors(tmp_path / "out")
+    again = qpcompile.compile(tmp_path / "out", ours.recipe)
+    assert {site.codes for site in again.plan.sites} == {"kept"}
+    inputs = questions(ours, 4)
+    torch.testing.assert_close(again(**inputs).logits, ours(**inputs).logits, rtol=0, atol=0)
 
 
 def test_what_is_written_is_codes(compiled: dict[str, CompiledVLM], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from qpcompile.capture.blank import blank_sample
 from qpcompile.capture.capture import capture
 from qpcompile.capture.load import load_model
+from qpcompile.capture.quantized import grids
 from qpcompile.capture.samples import Samples
 from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
@@ -27,6 +28,7 @@ from qpcompile.ir.pass_manager import PassRun
 from qpcompile.ir.program import Program
 from qpcompile.pipeline import compile_captured, needs_samples
 from qpcompile.pruning.budget import DEVIATIONS
+from qpcompile.quantization.grids import GRIDS
 from qpcompile.recipe.plan import LayerFacts
 from qpcompile.recipe.recipe import Recipe
 
@@ -49,6 +51,7 @@ class Workbench:
         self.source, self.calibration, self.device = source, calibration, device
         self.model: PreTrainedModel
         self.model, self.processor = load_model(source)
+        self.grids = grids(source, self.model)
         self._captured: Program | None = None
         self._shared: tuple[str, Program] | None = None
         self._sensitivity: dict[str, MeasuredSensitivity] = {}
@@ -63,7 +66,9 @@ class Workbench:
             example = samples.example() if samples else blank_sample(self.model, self.processor)
             self._captured = capture(self.model, example, recipe)
             self._captured.device = self.device
-        return copied(self._captured, recipe), samples
+        program = copied(self._captured, recipe)
+        program.measured[GRIDS] = self.grids
+        return program, samples
 
     def compile(self, recipe: Recipe) -> CompiledVLM:
         """Compile the model by this recipe, like `qpcompile.compile`."""
