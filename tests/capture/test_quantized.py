@@ -132,6 +132,7 @@ def test_codes_are_kept_where_the_recipe_asks_for_such(tmp_path: Path, caplog: p
         assert torch.equal(own.weight_scale, scale)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_other_grids_are_rounded_again_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "in", "packed")
     with caplog.at_level(logging.WARNING, logger="qpcompile"):

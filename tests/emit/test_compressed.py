@@ -13,7 +13,7 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from families import paligemma
+from families import llava, paligemma
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -195,6 +195,20 @@ def test_linears_of_other_bits_are_a_group_by_name(tmp_path: Path, compiled: dic
     inputs = questions(ours, 2)
     with torch.no_grad():
         torch.testing.assert_close(theirs(**inputs).logits[:, -1:], ours(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_cast_keeps_its_type(tmp_path: Path) -> None:
+    model, cases = llava()
+    inputs = {name: each.bfloat16() if each.is_floating_point() else each for name, each in cases["one"].items()}
+    recipe = Recipe.load("w4a16").with_overrides([*WEIGHTS, "quantize.weights.bits=8"])
+    ours = qpcompile.compile(model.to(torch.bfloat16), recipe, calibration=[inputs])
+    ours.export_compressed_tensors(tmp_path / "out", check=inputs)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected, found = ours(**inputs).logits.float(), theirs(**inputs).logits[:, -1:].float()  # type: ignore[union-attr]
+    assert (found - expected).norm() / (expected - expected.mean(dim=-1, keepdim=True)).norm() < 0.05
 
 
 @pytest.mark.slow

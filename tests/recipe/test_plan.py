@@ -93,7 +93,7 @@ def test_text_is_as_written_here() -> None:
         "choice: null\n"
         "sites:\n"
         "- {graph: prefill, name: fc, weight_bits: 4, activation_bits: 16, cache_bits: null, error: 1.0e-07, "
-        "kernel: w4a16 (cpu)}\n"
+        "kernel: w4a16 (cpu), codes: null}\n"
         "bits: []\n"
         "key_centers: []\n"
         "left_out: []\n"

@@ -75,7 +75,8 @@ def export_compressed_tensors(
     """
     refuse_recipe(program.recipe)
     host: Any = program.host
-    model = empty_host(type(host), host.config)
+    # A model that was cast has another type than its configuration says; the folder's is that of its tensors.
+    model = empty_host(type(host), host.config).to(host.dtype)
     found = read_tensors(program, model)
     if not found.codes:
         raise ExportError("no linear of this model is quantized", where=type(host).__name__, do="compile with w4a16")
