@@ -52,13 +52,12 @@ from qpcompile.quantization.grids import CHANGED, GRIDS
 from qpcompile.quantization.site_bits import inputs_at, weights_at
 from qpcompile.quantization.solve import output_error, solve
 from qpcompile.quantization.static_scales import select_scale, static_scales
-from qpcompile.recipe.plan import Site
+from qpcompile.recipe.plan import KEPT, Site
 from qpcompile.recipe.quantize import QuantizeScheme, WeightScheme
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 _LOG = logging.getLogger("qpcompile")
-KEPT = "kept"
 Solved = tuple[torch.Tensor, torch.Tensor, float]
 """Stored codes (kernels/linear_int/packing.py), their scales, and the output error."""
 

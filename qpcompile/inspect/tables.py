@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qpcompile.ir.pass_manager import PassRun
 from qpcompile.pass_list import passes
-from qpcompile.recipe.plan import LeftOut, Plan, Site
+from qpcompile.recipe.plan import KEPT, LeftOut, Plan, Site
 from qpcompile.recipe.quantize import CacheScheme
 
 NUMERICS = {
@@ -143,6 +143,7 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
         weights = _bits(scheme.weights.bits, per.get(scheme.weights.granularity, scheme.weights.granularity))
         rows += [
             ("weights", weights if scheme.weights.bits == 16 else f"{weights}, {scheme.weights.solver}"),
+            *_codes(plan),
             ("activations", _bits(scheme.activations.bits, scheme.activations.granularity)),
             *(
                 (f"bits of {part}", f"8 for some sites, a mean of {mean:g} at most")
@@ -160,6 +161,13 @@ def settings(plan: Plan) -> list[tuple[str, str]]:
     used = plan.calibration
     rows.append(("calibration", f"{used.samples} samples" if used.samples else "no data"))
     return rows
+
+
+def _codes(plan: Plan) -> list[tuple[str, str]]:
+    """How many linears keep the codes of a quantized checkpoint; nothing for a model from full precision."""
+    said = {site.name: site.codes for site in plan.sites if site.codes is not None}
+    kept = sum(codes == KEPT for codes in said.values())
+    return [("codes of the checkpoint", f"kept by {kept} of {len(said)} linears")] if said else []
 
 
 def _of_cache(cache: CacheScheme) -> str:

@@ -60,6 +60,9 @@ class Cut(Section):
         return -(-visual * self.numerator // self.denominator)
 
 
+KEPT = "kept"
+
+
 class Site(Section):
     """One quantized site, and its kernel."""
 

@@ -125,6 +125,7 @@ def test_codes_are_kept_where_the_recipe_asks_for_such(tmp_path: Path, caplog: p
         compiled = qpcompile.compile(tmp_path / "in", recipe(*grouped(GROUP)))
     assert "linears keep the codes of the checkpoint" in caplog.text and "rounded again" not in caplog.text
     assert {site.codes for site in compiled.plan.sites} == {"kept"}
+    assert "kept by 21 of 21 linears" in repr(compiled)
     prefill = compiled.program.graphs["prefill"].module
     for name, (codes, scale) in scales.items():
         own = prefill.get_submodule(module(name).removeprefix("model.language_model."))

@@ -199,6 +199,7 @@ def test_linears_of_other_bits_are_a_group_by_name(tmp_path: Path, compiled: dic
 
 @pytest.mark.slow
 def test_a_model_that_was_cast_keeps_its_type(tmp_path: Path) -> None:
+    model: Any
     model, cases = llava()
     inputs = {name: each.bfloat16() if each.is_floating_point() else each for name, each in cases["one"].items()}
     recipe = Recipe.load("w4a16").with_overrides([*WEIGHTS, "quantize.weights.bits=8"])
