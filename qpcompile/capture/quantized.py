@@ -57,7 +57,12 @@ def load_dequantized(folder: Path, config: Any) -> tuple[Any, Mapping[str, Any]]
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         own = {f"{each.name}.{part}" for each in linears for part in (each.kind, *PARTS[each.kind])}
         state = {name: files.tensor(name) for name in files.places if name not in own}
+        # transformers would cast codes to weights, without scales.
+        if stray := sorted(name for name, tensor in state.items() if tensor.dtype == torch.int8):
+            raise _other(f"{stray[0]} is of I8, and nothing says what its codes are", folder)
         for each in linears:
+            if f"{each.name}.weight" in state:
+                raise _other(f"{each.name} has a weight beside its codes", folder)
             codes, scale = _read(files, each, folder)
             state[f"{each.name}.weight"] = (codes * expand(scale, codes.shape[1])).to(dtype)
     refuse_larger(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, str(folder))

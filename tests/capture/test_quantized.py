@@ -175,9 +175,11 @@ def replaced(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Calla
     "kind, damage, said",
     [
         ("gptq", without("scales"), "up_proj has no scales"),
+        ("gptq", replaced("weight", lambda each: each.to(torch.int8)), "up_proj.weight is of I8"),
         ("gptq", replaced("g_idx", lambda each: each.flip(0)), "act-order"),
         ("gptq", replaced("qzeros", lambda each: each + 1), "zero points"),
         ("gptq", replaced("scales", lambda each: each[:, :-1].contiguous()), "contradict"),
+        ("gptq", replaced("weight", lambda each: each), "has a weight beside its codes"),
         ("packed", without("weight_shape"), "has no weight_shape"),
         ("packed", replaced("weight_zero_point", lambda each: each), "weight_zero_point belongs to a variety"),
         ("packed", replaced("weight_g_idx", lambda each: each), "weight_g_idx belongs to a variety"),
