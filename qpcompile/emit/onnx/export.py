@@ -3,6 +3,7 @@
     vision.onnx     prefill.onnx    decode.onnx   weights.data    the graphs; shared weights are stored once
     tokenizer.json  pictures.json   chat.json                     from questions about pictures to token ids and back
     runner.py       config.json     generation_config.json        the runner and its settings
+    qpcompile.js    index.html      worker.js                     the same for JavaScript, and a page
     recipe.yaml     plan.yaml       manifest.json   README.md     options, decisions, list of files, how to use it
 
 The export is deterministic: the same program gives the same bytes.
@@ -25,6 +26,7 @@ from qpcompile.emit.onnx.check import compare, float64_operators
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
+from qpcompile.emit.onnx.js_file import write_js
 from qpcompile.emit.onnx.readme import readme
 from qpcompile.emit.onnx.runner import runner as onnx_runner
 from qpcompile.emit.onnx.runner.choice import Choice
@@ -92,6 +94,8 @@ def export_onnx(
         mute = write_speech(aside, processor, host.config.image_token_id)
         if mute and processor is not None:
             _log.warning("the ONNX folder takes token ids, and no pictures and questions: %s", mute)
+        if not mute:
+            write_js(aside)
         double = {name: float64_operators(aside / f"{name}.onnx") for name in models}
         (aside / "README.md").write_text(readme(program, [*numbers, _float64(double)], mute), encoding="utf-8")
         _write_manifest(aside, numbers, double)

@@ -1,13 +1,19 @@
-"""Generate `qpcompile.js` of an exported folder: the modules of js/ merged into one ES module without imports."""
+"""Write what an exported folder has for JavaScript.
+
+    qpcompile.js            the modules of js/ merged into one ES module without imports, for node and browsers
+    index.html, worker.js   a page that asks the folder in a browser, copied from page/
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+MODULE, PAGE = "qpcompile.js", ("index.html", "worker.js")
 # Each part imports from those before it.
 PARTS = ("folder", "chance", "choice", "layout", "resize", "pictures", "chat", "model", "answer")
 EXPORTED = ("Answer", "Runner", "RunnerError")
+_HERE = Path(__file__).parent
 _HEAD = re.compile(r"(?://[^\n]*\n)+")
 _IMPORT = re.compile(r'^import [^\n]* from "\./[^\n]*\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export ", re.MULTILINE)
@@ -22,6 +28,13 @@ def js_text() -> str:
     return "\n\n".join([head[0].strip(), *bodies, f"export {{ {', '.join(EXPORTED)} }};"]) + "\n"
 
 
+def write_js(folder: Path) -> None:
+    """Write the module and the page."""
+    (folder / MODULE).write_text(js_text(), "utf-8")
+    for name in PAGE:
+        (folder / name).write_text((_HERE / "page" / name).read_text("utf-8"), "utf-8")
+
+
 def source(name: str) -> str:
-    """A file of js/."""
-    return (Path(__file__).parent / "js" / name).read_text("utf-8")
+    """A module of js/."""
+    return (_HERE / "js" / name).read_text("utf-8")

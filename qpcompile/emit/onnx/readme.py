@@ -1,4 +1,4 @@
-"""The README.md of an ONNX folder: three commands, the files, and what the numbers are."""
+"""The README.md of an ONNX folder: commands for each language, the files, and what the numbers are."""
 
 from __future__ import annotations
 
@@ -26,6 +26,32 @@ runner.answer(None, "and on the left?", history=[("photo.png", "what is in the p
 runner.answers(["a.png", ["b.png", "c.png"]], ["what is this?", "what differs?"])  # computed together
 for part in runner.stream("photo.png", "what is in the picture?", temperature=0.7, seed=1):
     print(part, end="", flush=True)
+```
+
+In JavaScript, `qpcompile.js` is one module without a build step. Libraries are passed in: `npm install --ignore-scripts
+onnxruntime-node @huggingface/tokenizers sharp`.
+
+```js
+import * as ort from "onnxruntime-node";
+import { Tokenizer } from "@huggingface/tokenizers";
+import sharp from "sharp";
+import { Runner } from "./qpcompile.js";
+
+const runner = await Runner.open(".", { ort, Tokenizer, sharp });
+console.log(await runner.answer("photo.png", "what is in the picture?", { maxNewTokens: 64 }));
+```
+
+In a browser, `index.html` asks about pictures and draws which visual tokens were kept; nothing leaves the machine.
+`vendor/` takes the runtime, once:
+
+```sh
+npm install --prefix npm --ignore-scripts onnxruntime-web@1.30 @huggingface/tokenizers@0.2
+mkdir vendor
+cp npm/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs vendor/
+cp npm/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.mjs vendor/
+cp npm/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.wasm vendor/
+cp npm/node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs vendor/
+python -m http.server      # then open http://localhost:8000/
 ```
 """
 _MUTE = """## Use
@@ -57,6 +83,7 @@ A `{name}` with {layers} decoder layers, compiled by qpcompile.
 {numbers}
 """
 _SPEECH = """| `tokenizer.json`, `pictures.json`, `chat.json` | text to tokens, pictures to pixels, the chat template |
+| `qpcompile.js`, `index.html`, `worker.js` | the runner in JavaScript, and a page for browsers |
 """
 
 
