@@ -27,7 +27,8 @@ def dequantize(codes: Any, affine: Any, head_dim: int, bits: int, wide: ir.DataT
 def unpack_planes(codes: Any, head_dim: int) -> Any:
     """codes: u8[..., ceil(D / 2)] -> u8[..., D], each in 0..15."""
     low = op.BitwiseAnd(codes, _byte(15))
-    high = op.BitShift(codes, _byte(4), direction="RIGHT")
+    # OpenVINO shifts by a division that it rounds: of multiples of 16 there is nothing to round.
+    high = op.BitShift(op.BitwiseAnd(codes, _byte(240)), _byte(4), direction="RIGHT")
     return op.Slice(op.Concat(low, high, axis=-1), [0], [head_dim], [-1])
 
 
