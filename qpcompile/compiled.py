@@ -258,7 +258,11 @@ class CompiledVLM:
         return compiled if device is None else compiled.to(device)
 
     def export_onnx(
-        self, folder: str | PathLike[str], check: Iterable[dict[str, Any]] = (), fast: bool = False
+        self,
+        folder: str | PathLike[str],
+        check: Iterable[dict[str, Any]] = (),
+        fast: bool = False,
+        target: str | None = None,
     ) -> None:
         """Write graphs for onnxruntime together with a runner. Needs the extra `onnx`.
 
@@ -271,6 +275,8 @@ class CompiledVLM:
                 and where the others differ.
             fast: use onnxruntime's own operators, several times as fast but with different numerics: activations and
                 cache have 8 bits; see `manifest.json` and docs/numerics.md.
+            target: onnxruntime, web, openvino or tensorrt: chooses `fast`; warnings and `check.json` say what the
+                folder has that this runtime lacks.
         """
         try:
             # Imported here because onnx is an optional dependency.
@@ -282,7 +288,7 @@ class CompiledVLM:
                 do='install the extra: pip install "qpcompile[onnx]"',
             ) from error
         try:
-            export_onnx(self.program, folder, check, fast, self.generate, self.processor)
+            export_onnx(self.program, folder, check, fast, self.generate, self.processor, target)
         except DEFECTS as error:
             raise ExportError(
                 f"the graphs cannot be written as ONNX: {type(error).__name__}: {error}",

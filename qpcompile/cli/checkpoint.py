@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -16,8 +16,13 @@ from qpcompile.write_errors import shown
 
 COMPRESSED = FORMAT
 Target = Annotated[
-    Literal["onnxruntime", "compressed-tensors"],
-    typer.Option("--for", help="Who reads it: compressed-tensors is what vLLM, SGLang and transformers load."),
+    str | None,
+    typer.Option(
+        "--for",
+        help="Who reads it: onnxruntime, web, openvino or tensorrt; or compressed-tensors, a checkpoint for vLLM, SGLang "
+        "and transformers.",
+        show_default=False,
+    ),
 ]
 
 

@@ -25,6 +25,7 @@ from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device
 from qpcompile.cli.report import report_command, write_report
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
 from qpcompile.emit.artifact.folder_kind import is_onnx_folder
+from qpcompile.emit.onnx.runtimes import fast_form
 from qpcompile.evaluate.questions.data_sets import read_data
 from qpcompile.evaluate.run.rows import RowFolder, Scoring
 from qpcompile.evaluate.sweep.plan import SweepPlan
@@ -170,8 +171,8 @@ def export_command(
     fast: Annotated[
         bool, typer.Option("--fast", help="Use onnxruntime's own operators: faster, different numerics.")
     ] = False,
+    target: Target = None,
     device: Device = None,
-    target: Target = "onnxruntime",
     debug: Debug = False,
 ) -> None:
     """Write graphs for onnxruntime, with a runner that needs no torch; or a checkpoint for other runtimes.
@@ -182,6 +183,7 @@ def export_command(
         if target == COMPRESSED:
             checkpoint.export(source, output, Recipe.load(recipe).with_overrides(overrides or []), data, device, fast)
             return
+        fast_form(fast, target)
         with claimed(output, "folder") as folder:
             if is_artifact(source):
                 compiled = load_artifact(source)
@@ -189,7 +191,7 @@ def export_command(
                 checked_device(device)
                 asked = Recipe.load(recipe).with_overrides(overrides or [])
                 compiled = compile_told(source, asked, data, device=device)
-            compiled.export_onnx(folder, fast=fast)
+            compiled.export_onnx(folder, fast=fast, target=target)
         note(f"wrote {shown(output)}; how to ask it: {shown(output)}/README.md")
 
 

@@ -6,7 +6,6 @@ Tests that run node need its packages: `make tests/js/node_modules`.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import re
 import shutil
@@ -27,7 +26,6 @@ from qpcompile.capture.chat import chat_inputs
 from qpcompile.compiled import CompiledVLM
 from qpcompile.emit.onnx.js_file import EXPORTED, PARTS, js_text
 from qpcompile.emit.onnx.runner.answer import Runner
-from qpcompile.emit.onnx.runner.folder import RunnerError
 from qpcompile.emit.onnx.runner.pictures import Pictures
 from qpcompile.emit.onnx.runner.runner import Steps
 from qpcompile.evaluate.questions.data_sets import read_data

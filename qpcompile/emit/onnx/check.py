@@ -56,14 +56,19 @@ class Comparison:
         return {"numerics": numerics, **counts, "different": different, "why": why if different else ""}
 
 
+def operators_with(path: Path, kind: int) -> list[str]:
+    """The operators of one .onnx file that take or give numbers of a type (onnx.TensorProto)."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
+    tensors = {tensor.name for tensor in graph.initializer if tensor.data_type == kind}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == kind:
+            tensors.add(value.name)
+    return sorted({node.op_type for node in graph.node if tensors & {*node.input, *node.output}})
+
+
 def float64_operators(path: Path) -> list[str]:
     """The operators of one .onnx file that take or give float64, for which runtimes have few kernels."""
-    graph = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
-    double = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.DOUBLE}
-    for value in (*graph.value_info, *graph.input, *graph.output):
-        if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
-            double.add(value.name)
-    return sorted({node.op_type for node in graph.node if double & {*node.input, *node.output}})
+    return operators_with(path, onnx.TensorProto.DOUBLE)
 
 
 def compare(

@@ -23,6 +23,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass
 
 from qpcompile.emit.manifest_text import sealed
 from qpcompile.emit.onnx.check import compare, float64_operators
+from qpcompile.emit.onnx.demands import demands
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
@@ -32,6 +33,7 @@ from qpcompile.emit.onnx.runner import runner as onnx_runner
 from qpcompile.emit.onnx.runner.choice import Choice
 from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph
 from qpcompile.emit.onnx.runner_file import runner_text
+from qpcompile.emit.onnx.runtimes import fast_form
 from qpcompile.emit.onnx.speech import write_speech
 from qpcompile.emit.onnx.translate import aten as onnx_aten
 from qpcompile.emit.onnx.translate import aten_shape as onnx_aten_shape
@@ -67,6 +69,7 @@ def export_onnx(
     fast: bool = False,
     generate: Callable[..., Any] | None = None,
     processor: Any = None,
+    target: str | None = None,
 ) -> None:
     """Write the ONNX folder atomically.
 
@@ -77,11 +80,15 @@ def export_onnx(
     recipe's numerics, how many answers are alike, and the differences. With `fast` the graphs are those of
     emit/onnx/fast/graphs.py, whose numbers differ from the module's.
 
+    `target`: a runtime of emit/onnx/runtimes.py, which chooses the form of the graphs; `check.json` and warnings say
+    what the folder has that the runtime lacks.
+
     Raises OutputError if `folder` exists and ExportError if the model cannot be exported to ONNX, or the runner does
     not support its inputs.
     """
     _check_supported(program)
     _check_settings(program)
+    fast = fast_form(fast, target)
     with staged_folder(folder) as aside:
         models = build_models(program, fast)
         save_models(models, aside)
@@ -99,8 +106,14 @@ def export_onnx(
         double = {name: float64_operators(aside / f"{name}.onnx") for name in models}
         (aside / "README.md").write_text(readme(program, [*numbers, _float64(double)], mute), encoding="utf-8")
         _write_manifest(aside, numbers, double)
+        found: dict[str, Any] = {}
         if (batches := list(check)) and generate is not None:
-            found = compare(generate, aside, batches).to_dict(program.recipe.numerics, fast)
+            found |= compare(generate, aside, batches).to_dict(program.recipe.numerics, fast)
+        if target is not None:
+            found["runtime"] = demands(aside, target)
+            for problem in found["runtime"]["problems"]:
+                _log.warning("%s: %s", target, problem)
+        if found:
             (aside / "check.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
             _write_manifest(aside, numbers, double)
 

@@ -1,7 +1,7 @@
 """Write what an exported folder has for JavaScript.
 
-    qpcompile.js            the modules of js/ merged into one ES module without imports, for node and browsers
-    index.html, worker.js   a page that asks the folder in a browser, copied from page/
+qpcompile.js            the modules of js/ merged into one ES module without imports, for node and browsers
+index.html, worker.js   a page that asks the folder in a browser, copied from page/
 """
 
 from __future__ import annotations
