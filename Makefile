@@ -6,8 +6,8 @@ STAMP := .venv/installed
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
 
-.PHONY: demo testbed-real test test-slow test-zoo test-asan test-newest test-newest-short newest test-lowest lowest test-gpu \
-  reliability bench bench-gpu lint docs site wheel clean
+.PHONY: demo testbed-real test test-js test-slow test-zoo test-asan test-newest test-newest-short newest test-lowest lowest \
+  test-gpu reliability bench bench-gpu lint docs site wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -26,6 +26,16 @@ test: $(STAMP)
 # What `make test` leaves out: every family, trained models and their accuracy. Tens of minutes on two cores.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile -m "slow and not gpu" --timeout 7200
+
+# Tests of the JavaScript runner and of the browser page: node and npm, and for the page a Chromium (apt-get install nodejs
+# npm chromium). Without them `make test` skips these tests.
+test-js: $(STAMP) tests/js/node_modules
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -m "not gpu" --timeout 7200 \
+	  tests/emit/test_onnx_js.py tests/emit/test_onnx_page.py
+
+tests/js/node_modules: tests/js/package-lock.json
+	npm ci --prefix tests/js --ignore-scripts --no-audit --no-fund
+	touch $@
 
 # Every family of the installed transformers as a tiny random model, through every step: about an hour on two cores.
 # zoo-results/ keeps a file per family, so that an interrupted run goes on.

@@ -14,9 +14,10 @@ try {
   await page.setViewport({ width: Number(width), height: Number(height), deviceScaleFactor: narrow ? 2 : 1, isMobile: narrow });
   await page.goto(url);
   await page.waitForFunction(() => !document.getElementById("ask").disabled || document.querySelector(".failed"), { timeout: 120000 });
+  const loaded = await page.$eval("#ask", (button) => !button.disabled);
   await (await page.$("#file")).uploadFile(picture);
   await page.$eval("#question", (field, text) => { field.value = text; }, question);
-  await page.click("#ask");
+  if (loaded) await page.click("#ask");
   await page.waitForFunction(() => /tokens in/.test(document.getElementById("numbers").textContent) || document.querySelector(".failed"), { timeout: 120000 });
   await page.screenshot({ path: shot, fullPage: true });
   const seen = await page.evaluate(() => {
