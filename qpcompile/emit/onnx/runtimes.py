@@ -41,7 +41,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         fast=False,
         lacks=frozenset(_SEQUENCES),
         types={"DOUBLE": "computed as float32, so that sums are not numerics: exact's"},
-        settings={"INFERENCE_PRECISION_HINT": "f32"},
+        settings={"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"},
     ),
     "tensorrt": Runtime(
         "onnx-tensorrt 10.1, docs/operators.md",
