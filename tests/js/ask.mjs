@@ -1,5 +1,5 @@
-// node ask.mjs FOLDER node|web: questions from the input as JSON, [[picture, question, options], ...]; per answer one line,
-// {text, tokens, cuts} or {what, where, advice}.
+// node ask.mjs FOLDER node|web: questions from the input as JSON, [[picture, question, options], ...]; per answer one
+// line, {text, tokens, cuts} or {what, where, advice}.
 import { readFileSync } from "node:fs";
 import { resolve } from "node:path";
 import { Tokenizer } from "@huggingface/tokenizers";

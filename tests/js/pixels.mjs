@@ -1,5 +1,5 @@
-// node pixels.mjs PICTURES.JS: from the input {settings, pictures: [{width, height, data in base64}]}; per picture one line,
-// {values: float32 in base64, grid, tokens, area}.
+// node pixels.mjs PICTURES.JS: from the input {settings, pictures: [{width, height, data in base64}]}; per picture one
+// line, {values: float32 in base64, grid, tokens, area}.
 import { readFileSync } from "node:fs";
 import { resolve } from "node:path";
 

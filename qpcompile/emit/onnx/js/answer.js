@@ -7,10 +7,11 @@
 //
 //     const runner = await Runner.open("out-onnx", { ort, Tokenizer, sharp });
 //     console.log(await runner.answer("photo.png", "what is in the picture?"));
-//     for await (const part of runner.ask("photo.png", "and now?", { temperature: 0.7, seed: 1 })) process.stdout.write(part);
+//     const answer = runner.ask("photo.png", "and now?", { temperature: 0.7, seed: 1 });
+//     for await (const part of answer) process.stdout.write(part);
 //
-// The file stands alone; libraries are passed in, so that it needs no build step and no fixed place. Answers are those of
-// runner.py in the same folder. Whatever fails is a RunnerError: what, where, advice.
+// The file stands alone; libraries are passed in, so that it needs no build step and no fixed place. Answers are those
+// of runner.py in the same folder. Whatever fails is a RunnerError: what, where, advice.
 
 import { Chance } from "./chance.js";
 import { Chat, Spelling, stripped } from "./chat.js";
@@ -31,7 +32,9 @@ export class Runner {
       throw new RunnerError("the folder takes token ids, and no questions", folder.name, "README.md in it says why");
     }
     const runner = new Runner();
-    const [pictures, pieces, rules] = await Promise.all(["pictures.json", "chat.json", "tokenizer.json"].map((name) => folder.json(name)));
+    const [pictures, pieces, rules] = await Promise.all(
+      ["pictures.json", "chat.json", "tokenizer.json"].map((name) => folder.json(name)),
+    );
     runner.sharp = sharp;
     runner.pictures = new Pictures(pictures, folder.where("pictures.json"));
     runner.model = await Model.open(folder, ort, threads);
@@ -40,8 +43,9 @@ export class Runner {
   }
 
   // An Answer, whose parts come while it is iterated. picture: one, a list, or null; see `opened` of pictures.js.
-  // options: history, [{picture, question, answer}] of the turns before; maxNewTokens; temperature, topK and topP ask for
-  // sampling, which begins at `seed`; temperature 0 asks for the most probable token; without any the folder's settings count.
+  // options: history, [{picture, question, answer}] of the turns before; maxNewTokens; temperature, topK and topP ask
+  // for sampling, which begins at `seed`; temperature 0 asks for the most probable token; without any the folder's
+  // settings count.
   ask(picture, question, options = {}) {
     return new Answer(this, picture, question, options);
   }
@@ -65,8 +69,8 @@ export class Answer {
     this.asked = { picture, question, options };
     // The tokens made so far, the one that ended the answer included.
     this.tokens = [];
-    // Known when the first part comes. pictures: {tokens, rows, columns, area} each, in order; cuts: {layer, kept} each, where
-    // kept has a 1 for every visual token, of all pictures in order, that the layers after `layer` see.
+    // Known when the first part comes. pictures: {tokens, rows, columns, area} each, in order; cuts: {layer, kept}
+    // each, where kept has a 1 for every visual token, of all pictures in order, that the layers after `layer` see.
     this.pictures = null;
     this.cuts = null;
   }

@@ -31,7 +31,8 @@ export class Chat {
 
   // The token ids of a chat. turns: {tokens: visual tokens of each picture, question, answer}, the last one unanswered.
   prompt(turns) {
-    if (turns.length > MOST_TURNS) throw new RunnerError(`a chat of ${turns.length} turns`, "history", "leave out old ones");
+    if (turns.length > MOST_TURNS)
+      throw new RunnerError(`a chat of ${turns.length} turns`, "history", "leave out old ones");
     const { placeholder, first, later, answer, end, special } = this.pieces;
     let text = "";
     turns.forEach((turn, number) => {
@@ -51,7 +52,8 @@ export class Chat {
     }
     const { control, reserved, strip } = this.pieces;
     const token = this.ids(text, false).find((id) => control.includes(id));
-    const inside = reserved.find((name) => text.includes(name)) ?? (token === undefined ? token : this.tokenizer.id_to_token(token));
+    const inside =
+      reserved.find((name) => text.includes(name)) ?? (token === undefined ? token : this.tokenizer.id_to_token(token));
     if (inside !== undefined) {
       const what = `the text holds '${inside}', which is a token of the model and not text: ${text.slice(0, 200)}`;
       throw new RunnerError(what, "question", "write it in another way: with spaces in it, or in words");
@@ -73,8 +75,8 @@ export class Chat {
   }
 }
 
-// The text of an answer as its tokens come: whole characters only. A token's text depends on those before it, so it is what
-// the last tokens together say more than they said without it.
+// The text of an answer as its tokens come: whole characters only. A token's text depends on those before it, so it is
+// what the last tokens together say more than they said without it.
 export class Spelling {
   constructor(chat) {
     this.chat = chat;

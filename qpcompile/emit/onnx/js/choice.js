@@ -32,7 +32,11 @@ export class Choice {
   number(name, standard, least, most) {
     const value = this.settings[name] ?? standard;
     if (typeof value !== "number" || !(value >= least && value <= most)) {
-      throw new RunnerError(`${name} is ${String(value).slice(0, 100)}`, name, `give a number from ${least} to ${most}`);
+      throw new RunnerError(
+        `${name} is ${String(value).slice(0, 100)}`,
+        name,
+        `give a number from ${least} to ${most}`,
+      );
     }
     return value;
   }
@@ -46,7 +50,8 @@ export class Choice {
   next(logits, ids, prompt, chance) {
     const scores = Float32Array.from(logits);
     if (this.penalty !== 1) {
-      for (const id of new Set(ids)) scores[id] = logits[id] < 0 ? logits[id] * this.penalty : logits[id] / this.penalty;
+      for (const id of new Set(ids))
+        scores[id] = logits[id] < 0 ? logits[id] * this.penalty : logits[id] / this.penalty;
     }
     const made = ids.length - prompt;
     if (made < this.least || ids.length < this.leastInAll) for (const id of this.ends) scores[id] = -Infinity;
@@ -60,7 +65,9 @@ export class Choice {
     const scores = Float64Array.from(given, (score) => score / this.temperature);
     if (this.topK > 0 && this.topK < scores.length) {
       const bound = Float64Array.from(scores).sort()[scores.length - this.topK];
-      scores.forEach((score, id) => { if (score < bound) scores[id] = -Infinity; });
+      scores.forEach((score, id) => {
+        if (score < bound) scores[id] = -Infinity;
+      });
     }
     const shares = softmax(scores);
     if (this.topP === 1) return shares;

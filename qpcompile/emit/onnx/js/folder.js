@@ -20,7 +20,11 @@ export class RunnerError extends Error {
 // `value`, if it is a whole number in a range.
 export function whole(value, name, least, most, where = name) {
   if (!Number.isSafeInteger(value) || value < least || value > most) {
-    throw new RunnerError(`${name} is ${String(value).slice(0, 100)}`, where, `give a whole number from ${least} to ${most}`);
+    throw new RunnerError(
+      `${name} is ${String(value).slice(0, 100)}`,
+      where,
+      `give a whole number from ${least} to ${most}`,
+    );
   }
   return value;
 }
@@ -37,7 +41,11 @@ export class Folder {
     folder.check = check;
     if (check && !folder.onDisk && !globalThis.crypto?.subtle) {
       const advice = "serve the folder by https or from localhost, or pass check: false";
-      throw new RunnerError("files cannot be compared with their hashes: the page came by plain http", folder.name, advice);
+      throw new RunnerError(
+        "files cannot be compared with their hashes: the page came by plain http",
+        folder.name,
+        advice,
+      );
     }
     const manifest = parsed(await folder.read(MANIFEST), folder.where(MANIFEST));
     if (manifest.format !== FORMAT || manifest.version !== VERSION) {
@@ -84,7 +92,9 @@ export class Folder {
         size += part.length;
       }
     } catch (error) {
-      throw new RunnerError(`the file cannot be read: ${error.message}`, this.where(name), NEW_FOLDER, { cause: error });
+      throw new RunnerError(`the file cannot be read: ${error.message}`, this.where(name), NEW_FOLDER, {
+        cause: error,
+      });
     }
     this.compare(name, size, hash.digest("hex"));
   }
@@ -110,12 +120,14 @@ export class Folder {
       if (!answer.ok) throw new Error(`HTTP status ${answer.status}`);
       return new Uint8Array(await answer.arrayBuffer());
     } catch (error) {
-      throw new RunnerError(`the file cannot be read: ${error.message}`, this.where(name), NEW_FOLDER, { cause: error });
+      throw new RunnerError(`the file cannot be read: ${error.message}`, this.where(name), NEW_FOLDER, {
+        cause: error,
+      });
     }
   }
 
-  // onnxruntime's sessions for the graphs of these names. The native runtime reads weights from disk, so that large ones
-  // are mapped; WebAssembly is given the bytes.
+  // onnxruntime's sessions for the graphs of these names. The native runtime reads weights from disk, so that large
+  // ones are mapped; WebAssembly is given the bytes.
   async sessions(ort, names, threads) {
     const native = ort.env?.versions?.node !== undefined;
     if (native && !this.onDisk) {
@@ -125,7 +137,11 @@ export class Folder {
     const made = [];
     for (const name of names) {
       const file = `${name}.onnx`;
-      const options = { logSeverityLevel: 4, enableMemPattern: false, ...(threads ? { intraOpNumThreads: threads } : {}) };
+      const options = {
+        logSeverityLevel: 4,
+        enableMemPattern: false,
+        ...(threads ? { intraOpNumThreads: threads } : {}),
+      };
       // Products with 4-bit weights stay float products: onnxruntime would quantize activations to 8 bits.
       options.extra = { session: { qdq_matmulnbits_accuracy_level: "0" } };
       try {

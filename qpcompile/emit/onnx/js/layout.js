@@ -1,12 +1,13 @@
 // Positions of tokens and patches, and windows of patches, as layout.py of the Python runner: "Qwen2-VL", section 2.1
 // (arXiv 2409.12191), and "Qwen2.5-VL", section 2.1 (arXiv 2502.13923). A grid is [rows, columns] of patches.
 
-// Frame, row and column of every token: three arrays. visual: boolean per token; merge: a token covers merge x merge patches.
+// Frame, row and column of every token: three arrays. visual: boolean per token; merge: a token covers merge x merge
+// patches.
 export function picturePositions(visual, grids, merge) {
   const axes = [[], [], []];
   let start = 0;
   let picture = 0;
-  for (let at = 0; at < visual.length; ) {
+  for (let at = 0; at < visual.length;) {
     let end = at;
     while (end < visual.length && visual[end] === visual[at]) end++;
     if (visual[at]) {
@@ -31,7 +32,10 @@ export function patchLayout([rows, columns], config) {
   const merge = config.spatial_merge_size ?? 1;
   const patches = rows * columns;
   const layout = {
-    grid_thw: [[1, rows, columns], [1, 3]],
+    grid_thw: [
+      [1, rows, columns],
+      [1, 3],
+    ],
     cu_seqlens: [[0, patches], [2]],
     position_ids: [patchPositions(rows, columns, merge), [patches, 2]],
   };

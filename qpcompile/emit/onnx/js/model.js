@@ -52,13 +52,20 @@ export class Model {
     for (const entry of inputs(session)) {
       if (state[entry.name]) given[entry.name] = state[entry.name];
       else if (feeds[entry.name]) given[entry.name] = this.tensor(entry.type, ...feeds[entry.name]);
-      else throw new RunnerError(`a graph needs ${entry.name}`, this.where, "use this module of the version that exported it");
+      else
+        throw new RunnerError(
+          `a graph needs ${entry.name}`,
+          this.where,
+          "use this module of the version that exported it",
+        );
     }
     try {
       return await session.run(given);
     } catch (error) {
       const what = `the graphs do not do what the runner expects: ${String(error?.message ?? error).slice(0, 300)}`;
-      throw new RunnerError(what, this.where, "make the picture or the prompt smaller, or export again", { cause: error });
+      throw new RunnerError(what, this.where, "make the picture or the prompt smaller, or export again", {
+        cause: error,
+      });
     }
   }
 
@@ -119,7 +126,9 @@ export class Steps {
   // Which visual tokens are seen after each cut: {layer, kept: Uint8Array} each. ids: of the prompt.
   cuts(ids) {
     const places = new Map();
-    ids.forEach((id, at) => { if (id === this.model.imageToken) places.set(at, places.size); });
+    ids.forEach((id, at) => {
+      if (id === this.model.imageToken) places.set(at, places.size);
+    });
     const names = Object.keys(this.state).filter((name) => name.startsWith("kept."));
     const found = names.map((name) => {
       const layer = Number(name.slice("kept.".length));
@@ -150,16 +159,25 @@ export class Steps {
     if (!entry || entry.shape.length === 2) return [text];
     if (!pictures.length) return [text, text, text, text];
     const merge = this.model.config.vision_config?.spatial_merge_size ?? 1;
-    return [text, ...picturePositions(visual, pictures.map((picture) => picture.grid), merge)];
+    return [
+      text,
+      ...picturePositions(
+        visual,
+        pictures.map((picture) => picture.grid),
+        merge,
+      ),
+    ];
   }
 
   // One row that nobody reads, in place of the pictures.
   nothing() {
     const taken = inputs(this.model.prefill).filter((entry) => OF_PICTURES.includes(entry.name));
-    return Object.fromEntries(taken.map(({ name, shape }) => {
-      const dims = [1, ...shape.slice(1)];
-      return [name, { data: new Float32Array(dims.reduce((a, b) => a * b, 1)), dims }];
-    }));
+    return Object.fromEntries(
+      taken.map(({ name, shape }) => {
+        const dims = [1, ...shape.slice(1)];
+        return [name, { data: new Float32Array(dims.reduce((a, b) => a * b, 1)), dims }];
+      }),
+    );
   }
 
   grown(tensor, value) {

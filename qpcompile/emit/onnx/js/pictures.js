@@ -14,8 +14,8 @@ const MOST_ASPECT = 200;
 const REPLACE = "replace the picture, or save it again as PNG or JPEG";
 
 // A picture as RGB: {width, height, data: three bytes per pixel}, upright, on white. source: pixels ({width, height,
-// data}, three or four bytes each, as ImageData has them), in a browser whatever a canvas draws or fetches, in node a path
-// or the bytes of a file, which `sharp` decodes.
+// data}, three or four bytes each, as ImageData has them), in a browser whatever a canvas draws or fetches, in node a
+// path or the bytes of a file, which `sharp` decodes.
 export async function opened(source, sharp) {
   if (source?.data && source.width && source.height) return onWhite(source);
   try {
@@ -81,14 +81,19 @@ function onWhite({ width, height, data }) {
 export class Pictures {
   constructor(settings, where) {
     if (settings.kind !== FIXED && settings.kind !== "patches") {
-      throw new RunnerError(`kind is ${settings.kind}`, where, "use this module of the version that exported the folder");
+      throw new RunnerError(
+        `kind is ${settings.kind}`,
+        where,
+        "use this module of the version that exported the folder",
+      );
     }
     this.settings = settings;
     this.fixed = settings.kind === FIXED;
   }
 
-  // What the graphs take of one RGB picture, {values: Float32Array, sizes, grid}; how many visual tokens it becomes, in how
-  // many rows and columns (null where they form no single grid); and the part of the picture that these cover, in pixels.
+  // What the graphs take of one RGB picture, {values: Float32Array, sizes, grid}; how many visual tokens it becomes,
+  // in how many rows and columns (null where they form no single grid); and the part of the picture that these cover,
+  // in pixels.
   prepared(picture) {
     return this.fixed ? this.square(picture) : this.patches(picture);
   }
@@ -197,7 +202,8 @@ function squared(picture, colour) {
 
 // The middle of a picture, with black around one that is smaller. left, top: where it lies in the picture.
 function cropped(picture, height, width) {
-  const start = (given, wanted) => (given < wanted ? -Math.ceil((wanted - given) / 2) : Math.floor((given - wanted) / 2));
+  const start = (given, wanted) =>
+    given < wanted ? -Math.ceil((wanted - given) / 2) : Math.floor((given - wanted) / 2);
   const [left, top] = [start(picture.width, width), start(picture.height, height)];
   const canvas = { width, height, data: new Uint8Array(width * height * 3) };
   return { ...pasted(picture, canvas, -left, -top), left, top };

@@ -1,5 +1,5 @@
-// Resampling with the arithmetic of Pillow 13, bit for bit: two passes of 8-bit values with weights of 22 fractional bits.
-// Filters by Pillow's numbers (Image.Resampling), weight over distance in source pixels.
+// Resampling with the arithmetic of Pillow 13, bit for bit: two passes of 8-bit values with weights of 22 fractional
+// bits. Filters by Pillow's numbers (Image.Resampling), weight over distance in source pixels.
 
 const BITS = 22;
 

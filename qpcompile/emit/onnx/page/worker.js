@@ -10,7 +10,11 @@ async function library(name) {
     return await import(`${VENDOR}${name}`);
   } catch (error) {
     const advice = "put the files of onnxruntime-web and @huggingface/tokenizers there: README.md has the commands";
-    throw Object.assign(new Error(error.message), { what: `vendor/${name} cannot be loaded`, where: "vendor/", advice });
+    throw Object.assign(new Error(error.message), {
+      what: `vendor/${name} cannot be loaded`,
+      where: "vendor/",
+      advice,
+    });
   }
 }
 
