@@ -119,10 +119,12 @@ def questions(place: Path) -> list[tuple[Any, str, dict[str, Any]]]:
     for number, size in enumerate([(60, 80), (90, 30)]):
         picture(number, *size).save(place / f"{number}.png")
     Image.new("RGBA", (40, 50), (200, 10, 10, 120)).save(place / "clear.png")
-    one, two, clear = (str(place / name) for name in ("0.png", "1.png", "clear.png"))
+    picture(2, 50, 40).convert("L").save(place / "grey.png")
+    one, two, clear, grey = (str(place / name) for name in ("0.png", "1.png", "clear.png", "grey.png"))
     return [
         (one, QUESTION, {"maxNewTokens": 6}),
         (clear, QUESTION, {"maxNewTokens": 3}),
+        (grey, QUESTION, {"maxNewTokens": 3}),
         ([one, two], "how many objects are there?", {"maxNewTokens": 4}),
         (None, "how many?", {"maxNewTokens": 3}),
         (two, "and  what\tis that? ", {"maxNewTokens": 6, "temperature": 5, "seed": 7}),
@@ -151,6 +153,17 @@ def test_errors_say_what_where_and_what_to_do(folder: Path, tmp_path: Path) -> N
     found = node("ask.mjs", folder, "node", given=[each[:3] for each in wrong])
     for line, (*_, message) in zip(found, wrong, strict=True):
         assert message in line["what"] and line["where"] and line["advice"]
+
+
+@needs_packages
+def test_a_project_of_commonjs_around_the_folder(folder: Path, tmp_path: Path) -> None:
+    """What `npm init` writes above the folder does not decide how its files are read, and npm may write into it."""
+    (tmp_path / "package.json").write_text('{ "type": "commonjs" }')
+    shutil.copytree(folder, tmp_path / "out")
+    assert node("ask.mjs", tmp_path / "out", "node", given=[]) == []
+    (tmp_path / "out" / "package.json").write_text('{ "type": "module", "dependencies": {} }')
+    assert node("ask.mjs", tmp_path / "out", "node", given=[]) == []
+    Runner(tmp_path / "out", threads=1)
 
 
 @needs_packages
@@ -244,7 +257,9 @@ def test_a_folder_without_questions_has_neither(plain: Path) -> None:
 @pytest.mark.parametrize("fast", [False, True])
 def test_testbeds_answer_as_the_python_runner(name: str, fast: bool, tmp_path: Path) -> None:
     data = TESTBED.parent / "calibration" / name
-    qpcompile.compile(TESTBED.parent / name, "prune-30", calibration=data).export_onnx(tmp_path / "out", fast=fast)
+    cut = ["tokens.method=fastv", "tokens.keep=0.3", "tokens.candidate_layers=[2]"]
+    recipe = Recipe.load("none").with_overrides(cut)
+    qpcompile.compile(TESTBED.parent / name, recipe, calibration=data).export_onnx(tmp_path / "out", fast=fast)
     asked = [(str(each.image), each.question, {"maxNewTokens": 8}) for each in read_data(data)[:20]]
     for runtime in ("node", "web"):
         check_same(tmp_path / "out", [*asked, *questions(tmp_path)], runtime)

@@ -1,4 +1,4 @@
-"""The page of an exported folder in headless Chromium: it answers, and draws dropped visual tokens so that they are seen.
+"""The page of an exported folder in headless Chromium: it answers, and dropped visual tokens are plainly seen.
 
 Needs node's packages (`make tests/js/node_modules`) and a Chromium (`apt-get install chromium`).
 """

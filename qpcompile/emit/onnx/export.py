@@ -27,7 +27,7 @@ from qpcompile.emit.onnx.demands import demands
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
-from qpcompile.emit.onnx.js_file import write_js
+from qpcompile.emit.onnx.js_file import PACKAGE, write_js
 from qpcompile.emit.onnx.readme import readme
 from qpcompile.emit.onnx.runner import runner as onnx_runner
 from qpcompile.emit.onnx.runner.choice import Choice
@@ -237,7 +237,7 @@ def _write_manifest(folder: Path, numbers: Sequence[str], double: Mapping[str, S
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(folder.iterdir())
-            if path.name != MANIFEST
+            if path.name not in (MANIFEST, PACKAGE)
         },
     }
     (folder / MANIFEST).write_text(sealed(manifest), encoding="utf-8")

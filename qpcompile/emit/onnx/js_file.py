@@ -2,6 +2,7 @@
 
 qpcompile.js            the modules of js/ merged into one ES module without imports, for node and browsers
 index.html, worker.js   a page that asks the folder in a browser, copied from page/
+package.json            not in the manifest: npm rewrites it
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-MODULE, PAGE = "qpcompile.js", ("index.html", "worker.js")
+MODULE, PAGE, PACKAGE = "qpcompile.js", ("index.html", "worker.js"), "package.json"
 # Each part imports from those before it.
 PARTS = ("folder", "chance", "choice", "layout", "resize", "pictures", "chat", "model", "answer")
 EXPORTED = ("Answer", "Runner", "RunnerError")
@@ -29,7 +30,8 @@ def js_text() -> str:
 
 
 def write_js(folder: Path) -> None:
-    """Write the module and the page."""
+    """Write the module, the page, and for node what says that .js files are ES modules, whatever lies above."""
+    (folder / PACKAGE).write_text('{ "private": true, "type": "module" }\n', "utf-8")
     (folder / MODULE).write_text(js_text(), "utf-8")
     for name in PAGE:
         (folder / name).write_text((_HERE / "page" / name).read_text("utf-8"), "utf-8")

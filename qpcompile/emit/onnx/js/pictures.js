@@ -31,13 +31,14 @@ export async function opened(source, sharp) {
 
 async function decoded(source, sharp) {
   const file = sharp(source, { ignoreIcc: true, limitInputPixels: MOST_PIXELS });
-  const upright = file.autoOrient().flatten({ background: "#ffffff" }).toColourspace("srgb");
+  const upright = file.autoOrient().toColourspace("srgb").ensureAlpha();
   const { data, info } = await upright.raw().toBuffer({ resolveWithObject: true });
   const { width, height, channels } = info;
-  if (channels > 2) return onWhite({ width, height, data });
-  const colours = new Uint8Array(width * height * 3);
-  for (let at = 0; at < colours.length; at++) colours[at] = data[Math.floor(at / 3) * channels];
-  return { width, height, data: colours };
+  if (channels === 4) return onWhite({ width, height, data });
+  // Grey and opacity.
+  const colours = new Uint8Array(width * height * 4);
+  for (let at = 0; at < colours.length; at++) colours[at] = data[Math.floor(at / 4) * 2 + (at % 4 === 3 ? 1 : 0)];
+  return onWhite({ width, height, data: colours });
 }
 
 async function drawn(source) {
