@@ -58,7 +58,7 @@ class Recorder:
         self.drawn, self.measured = samples, measured
         self.calls.append(("report", Path(path).name))
 
-    def export_onnx(self, folder: Path, fast: bool = False) -> None:
+    def export_onnx(self, folder: Path, fast: bool = False, target: str | None = None) -> None:
         self.calls.append(("onnx", Path(folder).name))
 
     def graph_text(self, stage: str) -> str:
