@@ -25,10 +25,13 @@ from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.generation_options import first_line, plain_settings
 from qpcompile.runtime.host import empty_host, fill_host, host_tensors
 from qpcompile.runtime.machine import Machine, visual_tokens
+from qpcompile.runtime.model_inputs import with_prompt
 
 _LOG = logging.getLogger("qpcompile")
 # Largest distance of logits from the model's, of their spread: in float32, and where types of 16 bits round.
 EXACT, HALF = 1e-2, 0.25
+# Tokens of a decoder's own prompt while tracing, so that their number is not one.
+MORE = 3
 # Components that may stay transformers' code on the host if they cannot be traced for every size of picture. The plan
 # says so: what they compute is neither quantized nor exported.
 ON_HOST = (VISION, PROJECTOR)
@@ -64,11 +67,12 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
             call.inputs = {key: value[:, -1:].expand(-1, 2, -1).contiguous() for key, value in call.inputs.items()}
             call.output = model.get_submodule(owner)(**call.inputs)
         try:
-            graph = trace(name, owner, model.get_submodule(owner), call)
-            if name in ON_HOST:
-                check_sizes(graph)
-            if name in ON_HOST and (other := alone.first(role, occurrence)) is not None:
-                check_call(graph, model.get_submodule(owner), other)
+            with component(f"{name} cannot be captured", owner or type(model).__name__):
+                graph = trace(name, owner, model.get_submodule(owner), call)
+                if name in ON_HOST:
+                    check_sizes(graph)
+                if name in ON_HOST and (other := alone.first(role, occurrence)) is not None:
+                    check_call(graph, model.get_submodule(owner), other)
         except CaptureError as error:
             if name not in ON_HOST:
                 raise
@@ -76,7 +80,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
             continue
         graphs[name] = graph
     if VISION in graphs:
-        graphs[VISION].constants |= visual_path(recording, prompt["input_ids"], visual_tokens(model.config))
+        graphs[VISION].constants |= visual_path(recording, prompt.get("input_ids"), visual_tokens(model.config))
     held = _own_weights(graphs)
     with component("transformers' code around the graphs cannot be kept", type(model).__name__):
         host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
@@ -122,7 +126,7 @@ def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, 
     pad = model.generation_config.pad_token_id
     first: CaptureError | None = None
     for axis in (0, -1):
-        prompt = two_rows(sample, pad if isinstance(pad, int) else 0, axis)
+        prompt = two_rows(with_prompt(model, sample, MORE), pad if isinstance(pad, int) else 0, axis)
         try:
             return prompt, record(model, prompt)
         except CaptureError as error:

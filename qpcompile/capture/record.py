@@ -10,18 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
+from qpcompile.capture.sample import PICTURES
 from qpcompile.errors import CaptureError, ModelError
 from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.runtime.arguments import keyword_arguments
+from qpcompile.runtime.model_inputs import is_encoder_decoder, with_prompt
+from qpcompile.runtime.prepare import embedded
 
-# What inputs with pictures in them are called.
-PICTURES = ("pixel_values", "image_patches", "flattened_patches")
 PROJECTORS = ("multi_modal_projector", "connector", "embed_vision")
-
-
 TWO_TOKENS = {
     "max_new_tokens": 2,
     "min_new_tokens": 2,
@@ -73,10 +72,15 @@ def find_components(model: PreTrainedModel) -> dict[str, str]:
         # A language model with its head: the decoder is what the head reads.
         inner = _part(decoder.get_decoder)
         decoder = inner if inner is not None and inner is not decoder else getattr(decoder, "model", decoder)
+    if is_encoder_decoder(model):
+        # A language model of both: its own decoder, and the encoder if no tower stands alone.
+        inner = _part(decoder.get_decoder) if isinstance(decoder, PreTrainedModel) else None
+        decoder = inner if id(inner) in names else decoder
+        tower = tower if _apart(tower, decoder) else _part(model.get_encoder)
     if id(decoder) not in names or decoder is model:
         raise _not_vlm(model, "it has no decoder of its own")
     components = {"language": names[id(decoder)]}
-    if id(tower) in names and tower is not model and tower is not decoder:
+    if id(tower) in names and tower is not model and _apart(tower, decoder):
         components["vision"] = names[id(tower)]
     for root in (model, model.base_model):
         for attribute in PROJECTORS:
@@ -84,7 +88,7 @@ def find_components(model: PreTrainedModel) -> dict[str, str]:
             if module is not None and "projector" not in components:
                 components["projector"] = names[id(module)]
     head = model.get_output_embeddings()
-    if head is not None:
+    if head is not None and _apart(head, decoder):
         components["head"] = names[id(head)]
     return components
 
@@ -93,13 +97,6 @@ def _check_kind(model: PreTrainedModel) -> None:
     """Raise ModelError for a model that is known not to be captured, before it runs."""
     if not model.can_generate():
         raise _not_vlm(model, "it has no generate")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder model: its decoder reads the picture through "
-            "cross-attention, not as tokens of its sequence",
-            where=f"model type '{model.config.model_type}', is_encoder_decoder",
-            do="pass a model whose decoder has the picture's tokens in its own sequence",
-        )
     takes = inspect.signature(type(model).forward).parameters
     if not any(name.startswith(PICTURES) for name in takes):
         raise _not_vlm(model, f"its forward takes no pictures ({', '.join(PICTURES)})")
@@ -121,28 +118,37 @@ def _part(find: Callable[..., Any], **which: Any) -> Any:
         return None
 
 
-def whole_cache(model: PreTrainedModel) -> DynamicCache:
+def _apart(part: Any, decoder: torch.nn.Module) -> bool:
+    """Whether a part is no part of the decoder, whose graph it would be in, nor the decoder one of it."""
+    if not isinstance(part, torch.nn.Module):
+        return False
+    return all(part is not other for other in decoder.modules()) and all(decoder is not one for one in part.modules())
+
+
+def whole_cache(model: PreTrainedModel) -> Cache:
     """An empty cache in which every layer keeps all tokens: masks apply the windows, as in our graphs.
 
-    Layers of a convolution or a recurrence keep their states, as the configuration says.
+    Layers of a convolution or a recurrence keep their states, and layers that choose what they attend to the keys that
+    they choose by, as the configuration says.
     """
+    if is_encoder_decoder(model):
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
     try:
         cache = DynamicCache(config=model.config)
     except (AttributeError, KeyError, ValueError, TypeError):
         return DynamicCache()
-    if any(isinstance(layer, DynamicIndexedLayer) for layer in cache.layers):
-        raise ModelError(
-            f"layers of {type(model).__name__} choose what they attend to by an indexer, which has a cache of its own",
-            where=f"model type '{model.config.model_type}', layer_types",
-            do="pass a model whose layers attend to all tokens, to a window, or keep a state",
-        )
-    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+    if not any(map(_has_more, cache.layers)):
         return DynamicCache()
-    kept: list[Any] = [
-        layer if isinstance(layer, LinearAttentionCacheLayerMixin) else DynamicLayer() for layer in cache.layers
-    ]
+    kept: list[Any] = [layer if _has_more(layer) else DynamicLayer() for layer in cache.layers]
     cache.layers = kept
     return cache
+
+
+def _has_more(layer: Any) -> bool:
+    """Whether a layer of a cache keeps more than keys and values, or something else."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    chooses = isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
+    return isinstance(layer, LinearAttentionCacheLayerMixin) or (chooses and type(layer) not in plain)
 
 
 def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
@@ -160,6 +166,7 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
             stack.callback(module.register_forward_hook(_exit(recording, component), with_kwargs=True).remove)
         settings: dict[str, Any] = dict(TWO_TOKENS)
         settings |= {"use_cache": True, CACHE_ARGUMENT: whole_cache(model)}
+        inputs = with_prompt(model, inputs)
         try:
             answer = cast(Any, model).generate(**copy.deepcopy(inputs), **settings)
             recording.logits = torch.stack(answer.logits, dim=1)
@@ -186,27 +193,22 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
 
 
 def _check_decoder(model: PreTrainedModel, recording: Recording) -> None:
-    """Raise CaptureError for a decoder that does not read the picture as embeddings in its sequence."""
+    """Raise CaptureError for a decoder without embeddings of tokens."""
     call = recording.first("language")
     assert call is not None
     if isinstance(call.inputs.get("inputs_embeds"), torch.Tensor):
         return
-    beside = [
-        name
-        for name, value in call.inputs.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and not name.endswith("mask")
-    ]
-    reads = f"through cross-attention to {', '.join(beside)}" if beside else "in its own embeddings of tokens"
     raise CaptureError(
-        f"the decoder of {type(model).__name__} takes token ids and reads pictures {reads}",
+        f"the decoder of {type(model).__name__} takes neither token ids nor embeddings of them",
         where=f"{recording.owners['language']}, called with {', '.join(sorted(call.inputs))}",
-        do="pass a model whose pictures are embeddings in the decoder's sequence; this kind is not supported yet",
+        do="this family drives its decoder in a way that cannot be captured yet",
     )
 
 
 def _entry(recording: Recording, component: str) -> Any:
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording.calls.append(Call(component, copy.deepcopy(keyword_arguments(module, args, kwargs))))
+        arguments = copy.deepcopy(keyword_arguments(module, args, kwargs))
+        recording.calls.append(Call(component, embedded(module, arguments) if component == "language" else arguments))
 
     return hook
 

@@ -8,25 +8,33 @@ import torch
 
 from qpcompile.errors import CalibrationError
 from qpcompile.nested import is_list
+from qpcompile.runtime.model_inputs import DECODER_IDS
 
-# Inputs with a row per prompt; everything else has a row per picture (or per patch).
+# What inputs with pictures in them are called.
+PICTURES = ("pixel_values", "image_patches", "flattened_patches", "images")
+# Inputs with a row per prompt, like others that have an entry per token; everything else has a row per picture (or per
+# patch), of at most so many numbers where it tells their sizes.
+MOST_COLUMNS = 4
 ROWS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
 
 
 def check_sample(inputs: dict[str, Any]) -> None:
-    """Refuse a sample that is not valid input of `model.generate(**inputs)`, has no picture, or non-finite values."""
+    """Refuse a sample that is not valid input of `model.generate(**inputs)`, has no picture, or non-finite values.
+
+    Pictures alone are valid: an encoder-decoder model starts its prompt itself.
+    """
     ids = inputs.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.numel():
+    if "input_ids" in inputs and (not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.numel()):
         raise _error("has no input_ids of shape [batch, tokens]", inputs)
-    if ids.dtype not in (torch.int64, torch.int32) or int(ids.min()) < 0:
+    if ids is not None and (ids.dtype not in (torch.int64, torch.int32) or int(ids.min()) < 0):
         raise _error(f"has input_ids of {ids.dtype} from {ids.min().item()} on, where token ids are integers", inputs)
     for key, value in inputs.items():
-        if key == "attention_mask" and (not isinstance(value, torch.Tensor) or value.shape != ids.shape):
+        if key == "attention_mask" and ids is not None and (not isinstance(value, torch.Tensor) or value.shape != ids.shape):
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise _error(f"has an attention_mask of {found} for input_ids of {tuple(ids.shape)}", inputs)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise _error(f"has numbers in {key} that are not finite", inputs)
-    if not any(key.startswith("pixel_values") or key in ("image_patches", "images") for key in inputs):
+    if not any(key.startswith(PICTURES) for key in inputs):
         raise CalibrationError(
             "a sample has no picture in it",
             where=f"sample keys {sorted(map(str, inputs))}",
@@ -48,22 +56,28 @@ def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0) -> dict[str, Any]:
     So no axis has size 1, and no mask is all ones (which transformers would omit).
 
     Args:
-        inputs: one or more rows, as the processor returns them.
+        inputs: one or more rows, as the processor returns them; of an encoder-decoder model, with the decoder's ids.
         pad: id of the padding token.
         axis: the axis on which pixels are repeated; some processors put the patches of all pictures side by side.
     """
     check_sample(inputs)
-    shape = inputs["input_ids"].shape
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    ids = inputs.get("input_ids")
+    prompt = inputs.get(DECODER_IDS) if ids is None else ids
+    if prompt is None:
+        raise _error("has no input_ids of shape [batch, tokens]", inputs)
+    shape = prompt.shape
+    masked = {"attention_mask": torch.ones_like(ids)} if ids is not None else {}
     longer: dict[str, Any] = {}
-    for key, value in {**inputs, "attention_mask": mask}.items():
+    for key, value in {**masked, **inputs}.items():
         if not isinstance(value, torch.Tensor):
             longer[key] = [*value, *value] if is_list(value) and shape[0] == 1 else value
             continue
         side = axis if value.is_floating_point() and value.ndim > 2 else 0
         rows = torch.cat([value, value], dim=side) if shape[0] == 1 else value
-        if key in ROWS and value.shape[:2] == shape:
+        per_token = not value.is_floating_point() and value.ndim > 1 and shape[1] > MOST_COLUMNS
+        if ids is not None and (key in ROWS or per_token) and value.shape[:2] == shape:
             rows = torch.cat([rows[:, -1:], rows], dim=1)  # the last token is text, the first may not be
-            rows[0, 0] = {"input_ids": pad, "attention_mask": 0}.get(key, int(rows[0, 0]))
+            if key in (fills := {"input_ids": pad, "attention_mask": 0}):
+                rows[0, 0] = fills[key]
         longer[key] = rows
     return longer

@@ -27,7 +27,7 @@ from qpcompile.capture.functional import make_functional
 from qpcompile.capture.record import Call
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import get_tensor, stand_in
-from qpcompile.ir.names import CACHE, STATE, Name, names
+from qpcompile.ir.names import CACHE, CROSS, STATE, Name, names
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, template
 from qpcompile.runtime.arguments import FLAGS, refuse_unknown, split_flags
@@ -35,6 +35,8 @@ from qpcompile.runtime.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 
 # The exporter's own preparation of inputs is skipped: `prepare` does it, identically for tracing and execution.
 _PRECOMPUTE = "transformers.exporters.utils.precompute_export_inputs"
+
+_LOUD = ("torch._export", "torch._subclasses", "torch.fx.experimental", "transformers.exporters")
 
 
 def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
@@ -106,10 +108,21 @@ def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
     if CACHE_ARGUMENT in axes:
         cached = [name for name, _ in named_tensors(arguments[CACHE_ARGUMENT])]
         for name, tensor in zip(cached, axes[CACHE_ARGUMENT], strict=True):
-            fixed = (1, 3) if Name(name).root == CACHE else tuple(axis for axis in tensor if axis)
-            for axis in fixed:
+            for axis in _fixed_axes(name, len(tensor)):
                 tensor.pop(axis)
     return axes
+
+
+def _fixed_axes(name: str, ndim: int) -> tuple[int, ...]:
+    """The axes of a cached tensor that are the same in every call: of keys, heads and channels; of a state, all but the
+    batch; of other tensors of a layer, which have an entry per token, the last.
+    """
+    path = Name(name)
+    kind = path.part.partition(".")[0]
+    if path.root == CACHE or kind == CROSS:
+        return (1, 3)
+    grows = kind not in ("conv", "recurrent")
+    return (ndim - 1,) if grows else tuple(range(1, ndim))
 
 
 @contextmanager
@@ -117,7 +130,7 @@ def _quiet() -> Iterator[None]:
     """Hide the exporter's notes about dimensions it may specialise, and the whole graph that torch prints where tracing
     fails: the graph is checked against eager anyway, and an error names the line.
     """
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.fx.experimental", "transformers.exporters")]
+    loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

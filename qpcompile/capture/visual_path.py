@@ -18,7 +18,7 @@ from qpcompile.ir.structure import named_tensors
 from qpcompile.pruning.visual_rows import OUTPUT, SKIPPED
 
 
-def visual_path(recording: Recording, ids: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
+def visual_path(recording: Recording, ids: torch.Tensor | None, tokens: torch.Tensor) -> dict[str, Any]:
     """Constants of the vision graph (qpcompile/pruning/visual_rows.py); empty if there is no such path.
 
     Args:
@@ -27,7 +27,7 @@ def visual_path(recording: Recording, ids: torch.Tensor, tokens: torch.Tensor) -
     """
     language = recording.first("language")
     embeds = language.inputs.get("inputs_embeds") if language else None
-    if not isinstance(embeds, torch.Tensor) or embeds.shape[:2] != ids.shape:
+    if not isinstance(embeds, torch.Tensor) or ids is None or embeds.shape[:2] != ids.shape:
         return {}
     visual = embeds[torch.isin(ids, tokens)]
     towers = _results(recording, "vision")

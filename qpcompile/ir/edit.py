@@ -144,8 +144,8 @@ def map_nodes(arguments: Any, function: Callable[[fx.Node], Any]) -> Any:
 
 
 def layer_of(node: fx.Node) -> int | None:
-    """The index of the layer a node was traced in, or None outside all layers."""
-    for name, _ in reversed(list(node.meta.get("nn_module_stack", {}).values())):
+    """The index of the layer a node was traced in, or None outside all layers; parts of a layer may be numbered too."""
+    for name, _ in node.meta.get("nn_module_stack", {}).values():
         if match := LAYER.search(name):
             return int(match.group(1))
     return None

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 CACHE = "past_key_values"
 # What a layer remembers of its past in a tensor of fixed size: the state of a convolution or a recurrence.
-STATE = "past_states"
-LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)$")
+STATE, CROSS = "past_states", "cross"
+LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)$")
 """The name of a module that is a layer; the group is its index."""
 
 
@@ -44,6 +44,11 @@ class Name(str):
     def layer(self) -> int:
         """The decoder layer of a cache entry, or the layer of a cut. Raises ValueError for another name."""
         return int(self.rest.partition(".")[0])
+
+    @property
+    def crossing(self) -> Name:
+        """The name of what cross-attention caches where self-attention caches this: `past_states.3.cross.key`."""
+        return Name(f"{STATE}.{self.layer}.{CROSS}.{self.part}")
 
     @property
     def part(self) -> str:

@@ -3,7 +3,8 @@
     {"attention_mask": t0, "masks": {"full": t1}, "cache": DynamicCache}
       -> {"attention_mask": t0, "masks.full": t1, "past_key_values.0.key": t2, "past_key_values.0.value": t3}
 
-States of layers without keys and values are `past_states.2.conv.0`. A cache is `past_key_values` in every graph, even
+States of layers without keys and values are `past_states.2.conv.0`, keys and values of cross-attention, which do not
+grow, `past_states.2.cross.key`. A cache is `past_key_values` in every graph, even
 if the installed transformers uses another name: a graph traced with
 one version runs with another.
 
@@ -18,10 +19,10 @@ from dataclasses import fields
 from typing import Any, TypeAlias, get_args
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from qpcompile.ir.names import CACHE, STATE
+from qpcompile.ir.names import CACHE, STATE, Name
 from qpcompile.nested import is_list, is_mapping
 
 Template: TypeAlias = "str | dict[str, Template] | list[Template] | None"
@@ -33,6 +34,10 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
     """Every tensor in nested dicts, lists, model outputs and caches, with its dotted name, in flattening order."""
     if isinstance(value, torch.Tensor):
         yield prefix, value
+    elif isinstance(value, EncoderDecoderCache):
+        yield from named_tensors(value.self_attention_cache)
+        for name, tensor in named_tensors(value.cross_attention_cache):
+            yield Name(name).crossing, tensor
     elif isinstance(value, Cache):
         for index, layer in enumerate(value.layers):
             yield from _layer_tensors(layer, index)
@@ -66,6 +71,11 @@ def rebuild(shape: Template, tensors: Mapping[str, torch.Tensor]) -> Any:
     return None
 
 
+# Attributes of a layer of a cache, as graphs name them; other tensors go by the attribute's own name.
+_KEPT = {"keys": "key", "values": "value"}
+_STATES = {"conv_states": "conv", "recurrent_states": "recurrent"}
+
+
 class Result(dict[str, Any]):
     """A model output by name, by attribute and by position, as transformers' own outputs are."""
 
@@ -85,14 +95,14 @@ class Result(dict[str, Any]):
 
 def _layer_tensors(layer: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Keys and values, or states, of one layer of a cache, in the order of its attributes."""
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.numel():
-        yield f"{CACHE}.{index}.key", keys
-        yield f"{CACHE}.{index}.value", values
-    for kind, states in (("conv", "conv_states"), ("recurrent", "recurrent_states")):
-        for place, state in getattr(layer, states, dict[int, Any]()).items():
-            if isinstance(state, torch.Tensor):
-                yield f"{STATE}.{index}.{kind}.{place}", state
+    for attribute, held in vars(layer).items():
+        if isinstance(held, torch.Tensor) and held.ndim > 1:  # one that holds nothing yet has one axis
+            kept = _KEPT.get(attribute)
+            yield f"{CACHE}.{index}.{kept}" if kept else f"{STATE}.{index}.{attribute}.0", held
+        elif attribute in _STATES:
+            for place, state in held.items():
+                if isinstance(state, torch.Tensor):
+                    yield f"{STATE}.{index}.{_STATES[attribute]}.{place}", state
 
 
 def _children(value: Any) -> Iterator[tuple[str | int, Any]]:

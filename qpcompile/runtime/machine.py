@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils.generic import ModelOutput
 
 from qpcompile.errors import CalibrationError, CaptureError, InputError, KernelError, PlanError
@@ -17,8 +18,8 @@ from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, rebuild
 from qpcompile.runtime.arguments import Kinds, fitted, input_kinds, keyword_arguments, refuse_unknown, split_flags
 from qpcompile.runtime.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.runtime.kv_cache import CompiledCache
-from qpcompile.runtime.model_inputs import check_inputs, vocabulary_size
-from qpcompile.runtime.prepare import TABLE, absent_inputs, prepare
+from qpcompile.runtime.model_inputs import check_inputs, is_encoder_decoder, vocabulary_size
+from qpcompile.runtime.prepare import TABLE, absent_inputs, embedded, prepare
 
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 Decode = Callable[[CompiledCache, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -106,8 +107,12 @@ class Machine:
         cache = next((given for given in caches if given is not None), CompiledCache(len(self.program.layers)))
         with self._turn:
             self.seen_by_tower, before = {}, cache.seen
+            # Families with a `generate` of their own call parts of the model, and not its forward.
+            self._see(settled.get("input_ids"), settled.get("attention_mask"))
             try:
-                answer = self.host.generate(**settled, **{CACHE_ARGUMENT: cache})
+                # Models with an encoder ask for a cache of both kinds; ours holds both.
+                both = EncoderDecoderCache(cache, DynamicCache()) if is_encoder_decoder(self.host) else cache
+                answer = self.host.generate(**settled, **{CACHE_ARGUMENT: both})
             except torch.OutOfMemoryError:
                 raise
             except (KernelError, *REFUSALS) as error:
@@ -122,7 +127,7 @@ class Machine:
                     "those fail as well, compile the model again",
                 ) from error
         if not keeps_cache and isinstance(answer, ModelOutput):
-            return _without(answer, cache)
+            return _without(answer, both)
         return answer
 
     def _bind(self) -> None:
@@ -164,10 +169,13 @@ class Machine:
                 self.seen_by_tower.setdefault(name, []).append(results.pop(name))
         return rebuild(graph.returns, results)
 
-    def _language(self, **kwargs: Any) -> Any:
+    def _language(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.host.get_submodule(self.program.graphs[PREFILL].owner)
+        kwargs = embedded(module, keyword_arguments(module, args, kwargs))
         cache = kwargs.pop(CACHE_ARGUMENT, None)
+        given, cache = cache, cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if cache is None:
-            cache = CompiledCache(len(self.program.layers))
+            given = cache = CompiledCache(len(self.program.layers))
         if not isinstance(cache, CompiledCache):
             raise CaptureError(
                 f"a compiled model cannot use a {type(cache).__name__}",
@@ -193,7 +201,7 @@ class Machine:
         self.last = cache
         answer = rebuild(graph.returns, results)
         answer.pop(CACHE, None)
-        answer[CACHE_ARGUMENT] = cache if kwargs.get("use_cache", True) else None
+        answer[CACHE_ARGUMENT] = given if kwargs.get("use_cache", True) else None
         return answer
 
     def _known(self, graph: Graph, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -13,11 +13,37 @@ import torch
 from qpcompile.errors import InputError
 from qpcompile.nested import is_list
 
-IDS, MASK = "input_ids", "attention_mask"
+IDS, DECODER_IDS, MASK = "input_ids", "decoder_input_ids", "attention_mask"
 _WHOLE = (torch.int64, torch.int32)
 # Inputs with one entry per token of the prompt.
 _PER_TOKEN = (MASK, "token_type_ids", "mm_token_type_ids")
 _AGAIN = "build the inputs with the model's own processor"
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether the decoder reads what an encoder makes of pictures and prompt, through cross-attention."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def with_prompt(model: Any, inputs: dict[str, Any], tokens: int = 1) -> dict[str, Any]:
+    """Inputs with a prompt of the decoder's own, where `generate` would start it: `tokens` times its first token."""
+    if not is_encoder_decoder(model) or inputs.get(DECODER_IDS) is not None:
+        return inputs
+    start = next(
+        (
+            token
+            for name in ("decoder_start_token_id", "bos_token_id")
+            if isinstance(token := getattr(model.generation_config, name, None), int)
+        ),
+        0,
+    )
+    rows = next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor))
+    return {**inputs, DECODER_IDS: torch.full((rows, tokens), start)}
+
+
+def prompt_of(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The ids that the decoder starts from, i64[B, S]."""
+    return inputs[IDS] if inputs.get(DECODER_IDS) is None else inputs[DECODER_IDS]
 
 
 def vocabulary_size(host: Any) -> int:
@@ -38,6 +64,8 @@ def check_inputs(host: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, tensor in _tensors(given):
         _check_tensor(host, name, tensor)
     ids = given.get("inputs") if given.get(IDS) is None else given[IDS]
+    if ids is None and is_encoder_decoder(host):
+        return dict(given)
     if ids is None:
         if any(name not in ("inputs", IDS) for name, _ in _tensors(given)):
             raise InputError("there is no prompt", where=IDS, do=f"pass {IDS}; {_AGAIN}")

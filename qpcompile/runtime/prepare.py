@@ -16,7 +16,8 @@ from qpcompile.ir.program import Graph
 from qpcompile.nested import is_dict, is_list
 
 DEEPSTACK, VISUAL_POSITIONS, SIZES = "deepstack_visual_embeds", "visual_pos_masks", "image_sizes"
-MASK = "attention_mask"
+MASK, IDS, EMBEDDINGS = "attention_mask", "input_ids", "inputs_embeds"
+PIXELS, ENCODED = "pixel_values", "mm_encoder_outputs"
 # Keys of `Graph.constants`: which of TABLES stands in for the sizes of pictures; how many axes the masks have; whether
 # attention without a mask hides the future.
 TABLE, MASK_AXES, CAUSAL = "table", "mask_axes", "causal"
@@ -40,6 +41,30 @@ def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | Non
     if dtype is None or device is None:
         return arguments
     return {key: _moved(value, dtype, device) for key, value in arguments.items()}
+
+
+def embedded(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one call of a decoder with embeddings in place of token ids.
+
+    A decoder that takes ids looks them up first, and may put pictures among them; that stays on the host, so that all
+    decoders take the same inputs.
+    """
+    ids = arguments.get(IDS)
+    if not isinstance(ids, torch.Tensor) or arguments.get(EMBEDDINGS) is not None:
+        return arguments
+    host: Any = module
+    rest = {key: value for key, value in arguments.items() if key != IDS}
+    # transformers may have encoded the pictures before, and gives the results beside their pixels.
+    encoded, pixels = rest.pop(ENCODED, None) or {}, rest.get(PIXELS)
+    with torch.no_grad():
+        embeds = host.get_input_embeddings()(ids)
+        if hasattr(module, "get_placeholder_mask") and (encoded or pixels is not None):
+            rest.pop(PIXELS, None)
+            found = encoded.get("image") or host.get_image_features(pixels, return_dict=True)
+            features = found.pooler_output
+            mask = host.get_placeholder_mask(ids, inputs_embeds=embeds, image_features=features)
+            embeds = embeds.masked_scatter(mask, features.to(embeds))
+    return {**rest, EMBEDDINGS: embeds}
 
 
 def _moved(value: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from qpcompile.ir.names import CACHE, STATE, Name
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph
 from qpcompile.runtime.machine import ALIVE, KEPT, Machine, execute_graph, visual_tokens
+from qpcompile.runtime.model_inputs import DECODER_IDS, prompt_of
 from qpcompile.runtime.prepare import MASK
 
 Tensors = dict[str, Tensor]
@@ -81,14 +82,16 @@ class RecordedAnswer:
 
     def _longer(self, sample: dict[str, Any]) -> dict[str, Any]:
         """The prompt extended by as many text tokens as were decoded; their ids do not matter."""
-        ids = sample["input_ids"]
+        ids = prompt_of(sample)
         new = len(self.feeds) - 1
         text = ids[0][~torch.isin(ids[0], visual_tokens(self.machine.host.config).to(ids.device))]
-        fill: dict[str, int] = {"input_ids": int(text[-1]), MASK: 1}
+        fill: dict[str, int] = {"input_ids": int(text[-1]), DECODER_IDS: int(text[-1]), MASK: 1}
         longer = dict(sample)
         for key, tensor in sample.items():
-            if isinstance(tensor, Tensor) and tensor.shape == ids.shape and not tensor.is_floating_point():
-                longer[key] = torch.cat([tensor, tensor.new_full((len(ids), new), fill.get(key, 0))], dim=1)
+            if isinstance(tensor, Tensor) and tensor.shape[:2] == ids.shape and not tensor.is_floating_point():
+                # What a token sees of pictures, new tokens see as the last one does.
+                last = tensor[:, -1:] if tensor.ndim > 2 else tensor.new_full((len(ids), 1), fill.get(key, 0))
+                longer[key] = torch.cat([tensor, *[last] * new], dim=1)
         return longer
 
     def _whole_feed(self, path: str, derived: Tensor) -> Tensor:

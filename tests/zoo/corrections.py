@@ -8,7 +8,7 @@ from typing import Any
 
 import pictures as make
 import torch
-from pictures import Pictures
+from pictures import Inputs, Pictures
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedVisionConfig
 
@@ -46,7 +46,8 @@ class Family:
 
     changes: configuration values by dotted key. pictures: given the configuration. types: the input that marks visual
     tokens; by default the one that `forward` takes. around: token ids before and after a picture. tokens: visual tokens
-    of every picture where the model has no `get_image_features`. needs: packages of the tower.
+    of every picture where the model has no `get_image_features`. beside: further inputs, of those made so far.
+    needs: packages of the tower. text: whether prompts without a picture are answered.
     """
 
     changes: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -54,7 +55,9 @@ class Family:
     types: str | None = "auto"
     around: tuple[list[int], list[int]] = ([], [])
     tokens: int | None = None
+    beside: Callable[[Inputs], Inputs] = dict
     needs: tuple[str, ...] = ()
+    text: bool = True
 
 
 def _qwen(**changes: Any) -> Family:
@@ -299,23 +302,74 @@ CORRECTIONS: dict[str, Family] = {
         },
         lambda _: make.aspect_tiles(),
         tokens=1,
+        beside=make.seen_tiles,
     ),
     "janus": Family({"vq_config.embed_dim": 8, "vision_config.projection_dim": 64}),
-    "florence2": Family(tokens=4),
+    "florence2": Family(
+        {
+            "vision_config.depths": [1, 1],
+            "vision_config.patch_size": [7, 3],
+            "vision_config.patch_stride": [4, 2],
+            "vision_config.patch_padding": [3, 1],
+            "vision_config.patch_prenorm": [False, True],
+            "vision_config.embed_dim": [16, 32],
+            "vision_config.num_heads": [2, 4],
+            "vision_config.num_groups": [2, 4],
+            "vision_config.window_size": 4,
+            "vision_config.projection_dim": 64,
+        },
+    ),
     "blip": Family(tokens=0),
     "git": Family(tokens=0),
     "udop": Family(tokens=0),
-    "pix2struct": Family(tokens=0),
-    "pp_formulanet": Family(tokens=0),
-    "vision-encoder-decoder": Family(tokens=0),
-    "kosmos-2": Family(tokens=4),
-    "kosmos-2.5": Family(tokens=4),
-    "idefics": Family(tokens=0),
+    "pix2struct": Family(
+        {
+            "vision_config.patch_embed_hidden_size": 48,
+            "vision_config.seq_len": 64,
+            "vision_config.hidden_size": 64,
+            "vision_config.d_kv": 16,
+        },
+        lambda _: make.described_patches(48),
+        tokens=0,
+        beside=make.encoder_only,
+        text=False,
+    ),
+    "pp_formulanet": Family(
+        {
+            "vision_config.output_channels": 32,
+            "vision_config.post_conv_in_channels": 32,
+            "vision_config.post_conv_mid_channels": 32,
+            "vision_config.post_conv_out_channels": 32,
+            "vision_config.decoder_hidden_size": 64,
+            "vision_config.image_size": 64,
+        },
+        tokens=0,
+        beside=make.encoder_only,
+        text=False,
+    ),
+    "vision-encoder-decoder": Family(
+        {"encoder.image_size": 32, "encoder.patch_size": 8, "decoder.is_decoder": True}
+        | {"decoder.add_cross_attention": True},
+        tokens=0,
+        beside=make.encoder_only,
+        text=False,
+    ),
+    "kosmos-2": Family({"latent_query_num": 4}, tokens=4, beside=make.marked, text=False),
+    "kosmos-2.5": Family(
+        {"latent_query_num": 4, "vision_config.patch_embed_hidden_size": 48, "vision_config.max_num_patches": 64},
+        lambda _: make.described_patches(48),
+        tokens=4,
+        beside=make.marked,
+    ),
+    "idefics": Family({"vision_config.embed_dim": 32}, tokens=1, beside=make.seen_pictures, text=False),
     "evolla": Family(tokens=0),
     "pi0": Family(tokens=0),
-    "instructblip": Family(tokens=4),
-    "instructblipvideo": Family(tokens=4),
-    "t5gemma2": Family(tokens=4),
+    "blip-2": Family({"num_query_tokens": 4}),
+    "instructblip": Family({"num_query_tokens": 4}, tokens=4, beside=make.questions, text=False),
+    "instructblipvideo": Family(
+        {"num_query_tokens": 4}, lambda _: make.stacked(32, frames=4), tokens=16, beside=make.questions, text=False
+    ),
+    "t5gemma2": Family({"encoder.mm_tokens_per_image": 4}, tokens=4),
     "minicpmv4_6": Family({"vision_config.patch_size": 4}, lambda _: make.strips(4)),
     "minicpmv4_7": Family({"vision_config.patch_size": 4}, lambda _: make.strips(4)),
     "minicpm_ocr": Family({"vision_config.patch_size": 4}, lambda _: make.strips(4)),

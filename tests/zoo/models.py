@@ -64,16 +64,18 @@ def _cases(model: PreTrainedModel, pictures: Pictures, family: Family) -> Cases:
         inputs: Inputs = {"input_ids": ids, "attention_mask": mask}
         if types is not None:
             inputs[types] = (ids == IMAGE).long()
-        return inputs | (pictures(numbers) if numbers and takes.keys() & PICTURES else {})
+        inputs |= pictures(numbers) if numbers and takes.keys() & PICTURES else {}
+        inputs |= family.beside(inputs) if numbers else {}
+        return {key: value for key, value in inputs.items() if value is not None}
 
     first, second = tokens(0), tokens(1)
-    return {
+    cases = {
         "one": case([[BEGIN, *_ids(4, 0), *first, *_ids(7, 1)]], [0]),
         "longer": case([[BEGIN, *_ids(9, 2), *second, *_ids(21, 3)]], [1]),
         "padded": case([[BEGIN, *_ids(2, 4), *first, *_ids(4, 5)], [BEGIN, *_ids(5, 6), *second, *_ids(8, 7)]], [0, 1]),
         "pictures": case([[BEGIN, *_ids(3, 8), *first, *_ids(2, 9), *second, *_ids(6, 10)]], [0, 1]),
-        "text": case([[BEGIN, *_ids(19, 11)]], []),
     }
+    return cases | ({"text": case([[BEGIN, *_ids(19, 11)]], [])} if family.text else {})
 
 
 def _ids(length: int, seed: int) -> list[int]:
@@ -89,6 +91,7 @@ def _visual_tokens(model: Any, inputs: Inputs) -> int:
     with torch.no_grad():
         features: Any = owner.get_image_features(**given)
     rows = getattr(features, "pooler_output", features)
-    rows = features.last_hidden_state if rows is None else rows
+    rows = getattr(features, "last_hidden_state", None) if rows is None else rows
+    rows = features.deepstack_features[0][1] if rows is None else rows
     parts = [rows] if isinstance(rows, torch.Tensor) else rows
     return sum(part.numel() // part.shape[-1] for part in parts)

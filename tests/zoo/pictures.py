@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from shrink import IMAGE
 
 Inputs = dict[str, Any]
 Pictures = Callable[[Sequence[int]], Inputs]
@@ -22,11 +23,12 @@ def noise(picture: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(100 + picture))
 
 
-def stacked(size: int = 32, name: str = "pixel_values", **more: Any) -> Pictures:
-    """One square of pixels per picture; `more` are inputs with the same value in every row."""
+def stacked(size: int = 32, name: str = "pixel_values", frames: int = 0, **more: Any) -> Pictures:
+    """One square of pixels per picture, or several frames; `more` are inputs with the same value in every row."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
-        pixels = torch.stack([noise(number, 3, size, size) for number in numbers])
+        shape = (*([frames] if frames else []), 3, size, size)
+        pixels = torch.stack([noise(number, *shape) for number in numbers])
         return {name: pixels} | {key: torch.stack([value] * len(numbers)) for key, value in more.items()}
 
     return pictures
@@ -203,6 +205,20 @@ def aspect_tiles(tiles: int = 2, size: int = 32) -> Pictures:
     return pictures
 
 
+def described_patches(channels: int, name: str = "flattened_patches", most: int = 60) -> Pictures:
+    """A row of patches per picture, each after its row and column from 1: f[n, most, 2 + channels], zeros for padding."""
+
+    def pictures(numbers: Sequence[int]) -> Inputs:
+        pixels = torch.zeros(len(numbers), most, 2 + channels)
+        for place, number in enumerate(numbers):
+            rows, columns = GRIDS[number % 2]
+            grid = torch.cartesian_prod(torch.arange(1, rows + 1), torch.arange(1, columns + 1)).float()
+            pixels[place, : rows * columns] = torch.cat([grid, noise(number, rows * columns, channels)], dim=1)
+        return {name: pixels}
+
+    return pictures
+
+
 def pooled_crops(side: int = 8, crops: int = 2) -> Pictures:
     """Crops of 4 x 4 patches as pixels, and for each token the patches it is pooled from (-1: none)."""
 
@@ -217,3 +233,45 @@ def pooled_crops(side: int = 8, crops: int = 2) -> Pictures:
         }
 
     return pictures
+
+
+def _by_row(inputs: Inputs, *names: str) -> Inputs:
+    """Pictures by row, f[B, 2, ...]: a row with one picture has a blank one too, as processors pad a batch."""
+    rows = {name: inputs[name].view(len(inputs["input_ids"]), -1, *inputs[name].shape[1:]) for name in names}
+    return {name: torch.cat([each, torch.zeros_like(each)], dim=1)[:, :2] for name, each in rows.items()}
+
+
+def _seen(inputs: Inputs) -> torch.Tensor:
+    """Which of two pictures of its row a token sees: those whose token came before, bool[B, S, 2]."""
+    return (inputs["input_ids"] == IMAGE).cumsum(dim=1)[:, :, None] > torch.arange(2)
+
+
+def seen_tiles(inputs: Inputs) -> Inputs:
+    """Pictures in tiles by row, and which tiles a token attends to, i64[B, S, 2, tiles]."""
+    squeezed = {name: inputs[name].squeeze(1) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    rows = _by_row(inputs | squeezed, *squeezed)
+    rows["aspect_ratio_mask"][..., 0] = 1
+    return rows | {"cross_attention_mask": _seen(inputs)[..., None].long() * rows["aspect_ratio_mask"][:, None]}
+
+
+def seen_pictures(inputs: Inputs) -> Inputs:
+    """Pictures by row, and which of them a token attends to, i64[B, S, 2]."""
+    return _by_row(inputs, "pixel_values") | {"image_attention_mask": _seen(inputs).long()}
+
+
+def marked(inputs: Inputs) -> Inputs:
+    """Which tokens stand for pictures, as an input of its own."""
+    return {"image_embeds_position_mask": (inputs["input_ids"] == IMAGE).long()}
+
+
+def questions(inputs: Inputs) -> Inputs:
+    """The question that a Q-Former reads beside every picture."""
+    ids = torch.randint(3, 80, (len(inputs["pixel_values"]), 6), generator=torch.Generator().manual_seed(7))
+    return {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+
+
+def encoder_only(inputs: Inputs) -> Inputs:
+    """A prompt of nothing but the picture; where pictures are rows of patches, with a mask of those that are real."""
+    patches = inputs.get("flattened_patches")
+    mask = None if patches is None else patches.any(dim=-1).long()
+    return {"input_ids": None, "attention_mask": mask}

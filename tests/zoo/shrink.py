@@ -70,6 +70,9 @@ _TEXT: dict[str, Any] = _EXPERTS | {
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_heads"), 4),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"), 96),
     "word_embed_proj_dim": WIDTH,
+    "embed_dim": WIDTH,
+    "layers": LAYERS,
+    "attention_heads": 4,
 }
 # 32 x 32 pixels in 4 x 4 patches.
 _TOWER: dict[str, Any] = _EXPERTS | {
