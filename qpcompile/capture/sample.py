@@ -18,18 +18,22 @@ MOST_COLUMNS = 4
 ROWS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
 
 
-def check_sample(inputs: dict[str, Any]) -> None:
+def check_sample(inputs: dict[str, Any], prompt: bool = False) -> None:
     """Refuse a sample that is not valid input of `model.generate(**inputs)`, has no picture, or non-finite values.
 
-    Pictures alone are valid: an encoder-decoder model starts its prompt itself.
+    prompt: whether there has to be one; an encoder-decoder model may start it itself.
     """
     ids = inputs.get("input_ids")
-    if "input_ids" in inputs and (not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.numel()):
+    if (prompt or "input_ids" in inputs) and (not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.numel()):
         raise _error("has no input_ids of shape [batch, tokens]", inputs)
     if ids is not None and (ids.dtype not in (torch.int64, torch.int32) or int(ids.min()) < 0):
         raise _error(f"has input_ids of {ids.dtype} from {ids.min().item()} on, where token ids are integers", inputs)
     for key, value in inputs.items():
-        if key == "attention_mask" and ids is not None and (not isinstance(value, torch.Tensor) or value.shape != ids.shape):
+        if (
+            key == "attention_mask"
+            and ids is not None
+            and (not isinstance(value, torch.Tensor) or value.shape != ids.shape)
+        ):
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise _error(f"has an attention_mask of {found} for input_ids of {tuple(ids.shape)}", inputs)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -60,12 +64,9 @@ def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0) -> dict[str, Any]:
         pad: id of the padding token.
         axis: the axis on which pixels are repeated; some processors put the patches of all pictures side by side.
     """
-    check_sample(inputs)
+    check_sample(inputs, prompt=DECODER_IDS not in inputs)
     ids = inputs.get("input_ids")
-    prompt = inputs.get(DECODER_IDS) if ids is None else ids
-    if prompt is None:
-        raise _error("has no input_ids of shape [batch, tokens]", inputs)
-    shape = prompt.shape
+    shape = inputs[DECODER_IDS].shape if ids is None else ids.shape
     masked = {"attention_mask": torch.ones_like(ids)} if ids is not None else {}
     longer: dict[str, Any] = {}
     for key, value in {**masked, **inputs}.items():

@@ -69,6 +69,8 @@ class Samples:
         named = [items[index] for index in sorted({0, *chosen, *spared})]
         check_questions(processor, [item for item in named if isinstance(item, Question)])
         self._digest: str | None = None
+        # Samples are of one kind: if one has a prompt, the others have one too.
+        self._prompts = False
 
     def __len__(self) -> int:
         return len(self._items)
@@ -108,10 +110,11 @@ class Samples:
         else:
             sample = dict(load_file(item.path)) if isinstance(item, _Spooled) else _inputs_of(item, number)
         try:
-            check_sample(sample)
+            check_sample(sample, prompt=self._prompts)
         except CalibrationError as error:
             where = f"calibration sample {number}: {error.where}"
             raise CalibrationError(error.what, where=where, do=error.do) from None
+        self._prompts = self._prompts or "input_ids" in sample
         return sample
 
     def _keep(self, source: Iterable[Mapping[str, Any]], limit: int) -> list[_Spooled]:

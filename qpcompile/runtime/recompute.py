@@ -102,8 +102,8 @@ def _codes(program: Program) -> bool:
 
 
 def _chooses(program: Program) -> bool:
-    """Whether layers attend to the best tokens only. Equal scores, of which rectified ones have many, are chosen between
-    by their number: transformers' own answers with a cache and without are as far apart.
+    """Whether layers attend to the best tokens only. Of equal scores, and rectified ones often are, the choice depends
+    on their number: transformers' own answers with a cache and without are as far apart.
     """
     prefill = program.graphs[PREFILL]
     kinds = value_types(prefill)
@@ -184,8 +184,8 @@ class _Answer:
 
     @property
     def logits(self) -> list[Tensor]:
-        """Of each step."""
-        return self.recorded.logits
+        """Of each step; none where the head does not read the decoder's output, which is compared then."""
+        return self.recorded.logits if self.recorded.reads_hidden else []
 
     def ask(self, sample: dict[str, Any]) -> None:
         """Decode STEPS tokens after the first one."""

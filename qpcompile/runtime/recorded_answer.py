@@ -29,7 +29,7 @@ class RecordedAnswer:
     """One answer of a machine.
 
     feeds, hidden: decoder inputs and outputs in the prefill and in each step, without caches. logits: of each step, if
-    the program has a head.
+    the program has a head that reads the decoder's output; a model may have layers of its own between them.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -37,6 +37,7 @@ class RecordedAnswer:
         self.feeds: list[Tensors] = []
         self.hidden: list[Tensor] = []
         self.logits: list[Tensor] = []
+        self.reads_hidden = True
         self._pictures: list[Tensors] = []
 
     @contextmanager
@@ -76,6 +77,8 @@ class RecordedAnswer:
             self.hidden.append(results[hidden_path(graph)].clone())
         elif graph.name == HEAD:
             self.logits.append(results[graph.outputs[0]].clone())
+            read, given = feeds[graph.inputs[0]][:, -1], self.hidden[-1][:, -1]
+            self.reads_hidden &= read.shape == given.shape and torch.equal(read, given)
         elif graph.name in (VISION, PROJECTOR):
             self._pictures.append(dict(results))
         return results

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pictures as make
 import torch
-from pictures import Inputs, Pictures
+from crossing import CROSSING
+from family import Family
+from pictures import Pictures
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedVisionConfig
 
@@ -22,13 +22,6 @@ CHAMELEON_WORDS = {"<image>": 90, **{f"IMGIMG{letter * 4}Z": 100 + place for pla
 EMU_WORDS = {"<image>": 90, "<|extra_200|>": 99, **{f"<|visual token {code:06d}|>": 100 + code for code in range(8)}}
 
 
-def _one_size(config: Any) -> Pictures:
-    """Squares of the size that the tower is made for."""
-    tower = getattr(config, "vision_config", config)
-    size = getattr(tower, "image_size", 32)
-    return make.stacked(size[0] if isinstance(size, (list, tuple)) else size)
-
-
 def _packed(config: Any) -> Pictures:
     """Patches of the tower's size, as Qwen2-VL's processor packs them."""
     tower = config.vision_config
@@ -38,26 +31,6 @@ def _packed(config: Any) -> Pictures:
 
 def _squares(config: Any) -> Pictures:
     return make.patches(config.vision_config.patch_size)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family is made tiny.
-
-    changes: configuration values by dotted key. pictures: given the configuration. types: the input that marks visual
-    tokens; by default the one that `forward` takes. around: token ids before and after a picture. tokens: visual tokens
-    of every picture where the model has no `get_image_features`. beside: further inputs, of those made so far.
-    needs: packages of the tower. text: whether prompts without a picture are answered.
-    """
-
-    changes: dict[str, Any] = field(default_factory=dict[str, Any])
-    pictures: Callable[[Any], Pictures] = _one_size
-    types: str | None = "auto"
-    around: tuple[list[int], list[int]] = ([], [])
-    tokens: int | None = None
-    beside: Callable[[Inputs], Inputs] = dict
-    needs: tuple[str, ...] = ()
-    text: bool = True
 
 
 def _qwen(**changes: Any) -> Family:
@@ -73,7 +46,7 @@ def _dotted(changes: dict[str, Any]) -> dict[str, Any]:
     return {key.replace("__", "."): value for key, value in changes.items()}
 
 
-CORRECTIONS: dict[str, Family] = {
+CORRECTIONS: dict[str, Family] = CROSSING | {
     "qwen2_vl": _qwen(vision_config__hidden_size=64, vision_config__mlp_ratio=2),
     "qwen2_5_vl": _qwen(vision_config__window_size=16),
     "qwen3_vl": _qwen(text_config__rope_parameters={**M_ROPE, "mrope_interleaved": True}),
@@ -289,87 +262,7 @@ CORRECTIONS: dict[str, Family] = {
         },
         lambda _: make.positioned_patches(192),
     ),
-    "mllama": Family(
-        {
-            "text_config.cross_attention_layers": [1],
-            "vision_config.vision_output_dim": 64,
-            "vision_config.intermediate_layers_indices": [0],
-            "vision_config.num_global_layers": 1,
-            "vision_config.attention_heads": 4,
-            "vision_config.max_num_tiles": 2,
-            "vision_config.supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
-            "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-        lambda _: make.aspect_tiles(),
-        tokens=1,
-        beside=make.seen_tiles,
-    ),
     "janus": Family({"vq_config.embed_dim": 8, "vision_config.projection_dim": 64}),
-    "florence2": Family(
-        {
-            "vision_config.depths": [1, 1],
-            "vision_config.patch_size": [7, 3],
-            "vision_config.patch_stride": [4, 2],
-            "vision_config.patch_padding": [3, 1],
-            "vision_config.patch_prenorm": [False, True],
-            "vision_config.embed_dim": [16, 32],
-            "vision_config.num_heads": [2, 4],
-            "vision_config.num_groups": [2, 4],
-            "vision_config.window_size": 4,
-            "vision_config.projection_dim": 64,
-        },
-    ),
-    "blip": Family(tokens=0),
-    "git": Family(tokens=0),
-    "udop": Family(tokens=0),
-    "pix2struct": Family(
-        {
-            "vision_config.patch_embed_hidden_size": 48,
-            "vision_config.seq_len": 64,
-            "vision_config.hidden_size": 64,
-            "vision_config.d_kv": 16,
-        },
-        lambda _: make.described_patches(48),
-        tokens=0,
-        beside=make.encoder_only,
-        text=False,
-    ),
-    "pp_formulanet": Family(
-        {
-            "vision_config.output_channels": 32,
-            "vision_config.post_conv_in_channels": 32,
-            "vision_config.post_conv_mid_channels": 32,
-            "vision_config.post_conv_out_channels": 32,
-            "vision_config.decoder_hidden_size": 64,
-            "vision_config.image_size": 64,
-        },
-        tokens=0,
-        beside=make.encoder_only,
-        text=False,
-    ),
-    "vision-encoder-decoder": Family(
-        {"encoder.image_size": 32, "encoder.patch_size": 8, "decoder.is_decoder": True}
-        | {"decoder.add_cross_attention": True},
-        tokens=0,
-        beside=make.encoder_only,
-        text=False,
-    ),
-    "kosmos-2": Family({"latent_query_num": 4}, tokens=4, beside=make.marked, text=False),
-    "kosmos-2.5": Family(
-        {"latent_query_num": 4, "vision_config.patch_embed_hidden_size": 48, "vision_config.max_num_patches": 64},
-        lambda _: make.described_patches(48),
-        tokens=4,
-        beside=make.marked,
-    ),
-    "idefics": Family({"vision_config.embed_dim": 32}, tokens=1, beside=make.seen_pictures, text=False),
-    "evolla": Family(tokens=0),
-    "pi0": Family(tokens=0),
-    "blip-2": Family({"num_query_tokens": 4}),
-    "instructblip": Family({"num_query_tokens": 4}, tokens=4, beside=make.questions, text=False),
-    "instructblipvideo": Family(
-        {"num_query_tokens": 4}, lambda _: make.stacked(32, frames=4), tokens=16, beside=make.questions, text=False
-    ),
-    "t5gemma2": Family({"encoder.mm_tokens_per_image": 4}, tokens=4),
     "minicpmv4_6": Family({"vision_config.patch_size": 4}, lambda _: make.strips(4)),
     "minicpmv4_7": Family({"vision_config.patch_size": 4}, lambda _: make.strips(4)),
     "minicpm_ocr": Family({"vision_config.patch_size": 4}, lambda _: make.strips(4)),

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import transformers
-from corrections import CORRECTIONS, Family
+from corrections import CORRECTIONS
+from family import Family
 from pictures import Inputs, Pictures
 from shrink import BEGIN, IMAGE, PAD, shrunk
 from transformers import CONFIG_MAPPING, PreTrainedModel

@@ -206,7 +206,10 @@ def aspect_tiles(tiles: int = 2, size: int = 32) -> Pictures:
 
 
 def described_patches(channels: int, name: str = "flattened_patches", most: int = 60) -> Pictures:
-    """A row of patches per picture, each after its row and column from 1: f[n, most, 2 + channels], zeros for padding."""
+    """A row of patches per picture, each after its row and column from 1: f[n, most, 2 + channels].
+
+    Zeros fill the rows of smaller pictures.
+    """
 
     def pictures(numbers: Sequence[int]) -> Inputs:
         pixels = torch.zeros(len(numbers), most, 2 + channels)
