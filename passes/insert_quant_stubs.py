@@ -23,7 +23,7 @@ from qpcompile.ir.operators import EXPERT_LINEAR, QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.recipe.plan import LeftOut
-from qpcompile.recipe.quantize import QuantizeScheme, matches_name
+from qpcompile.recipe.quantize import HEAD_NAME, QuantizeScheme, matches_name
 from qpcompile.stages import Stage
 
 SCOPES = {VISION: "vision", PROJECTOR: "projector", PREFILL: "language", DECODE: "language"}
@@ -161,7 +161,8 @@ def _check_patterns(program: Program, scheme: QuantizeScheme) -> None:
         if (name := site_name(graph, linear)) is not None
     }
     for pattern in scheme.ignore:
-        if not any(matches_name(pattern, name) for name in names):
+        # Presets name the head as most models do; no head has 4 bits, whatever its name.
+        if pattern != HEAD_NAME and not any(matches_name(pattern, name) for name in names):
             raise RecipeError(
                 f"the pattern {pattern!r} matches no linear of this model",
                 where="quantize.ignore",

@@ -79,6 +79,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
             on_host.append(_left_on_host(name, owner, error))
             continue
         graphs[name] = graph
+    name_crossing(graphs)
     if VISION in graphs:
         graphs[VISION].constants |= visual_path(recording, prompt.get("input_ids"), visual_tokens(model.config))
     held = _own_weights(graphs)
@@ -94,6 +95,16 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
         drop_unread(dataclasses.replace(program, host=own), prompt)
     _check_whole(dataclasses.replace(program, host=own), sample, alone)
     return program
+
+
+def name_crossing(graphs: dict[str, Graph]) -> None:
+    """Name keys and values that decoding does not append to by cross-attention, which they are of."""
+    decode = graphs[DECODE]
+    given = dict(zip(decode.inputs, (node for node in decode.nodes if node.op == "placeholder"), strict=True))
+    still = {path: path.crossing for path in decode.outputs if path.in_cache and decode.result(path) is given.get(path)}
+    for graph in (graphs[PREFILL], decode):
+        graph.inputs = tuple(still.get(path, path) for path in graph.inputs)
+        graph.outputs = tuple(still.get(path, path) for path in graph.outputs)
 
 
 def _check_whole(program: Program, sample: dict[str, Any], alone: Recording) -> None:

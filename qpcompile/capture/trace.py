@@ -108,12 +108,12 @@ def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
     if CACHE_ARGUMENT in axes:
         cached = [name for name, _ in named_tensors(arguments[CACHE_ARGUMENT])]
         for name, tensor in zip(cached, axes[CACHE_ARGUMENT], strict=True):
-            for axis in _fixed_axes(name, len(tensor)):
+            for axis in fixed_axes(name, len(tensor)):
                 tensor.pop(axis)
     return axes
 
 
-def _fixed_axes(name: str, ndim: int) -> tuple[int, ...]:
+def fixed_axes(name: str, ndim: int) -> tuple[int, ...]:
     """The axes of a cached tensor that are the same in every call: of keys, heads and channels; of a state, all but the
     batch; of other tensors of a layer, which have an entry per token, the last.
     """

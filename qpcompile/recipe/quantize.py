@@ -14,6 +14,8 @@ Scope = Literal["vision", "projector", "language"]
 MOST_SAMPLES = 1_000_000
 MOST_SEED = 2**63 - 1
 WIDEST = 65536
+# What presets call the output head, which they leave in full precision.
+HEAD_NAME = "lm_head"
 MOST_PATTERNS, LONGEST_PATTERN = 1000, 500
 
 # Python's regex matcher backtracks over repeats: exponentially if they nest, so their number is limited.
@@ -243,7 +245,7 @@ class QuantizeScheme(Section):
         description="Components that are quantized.",
     )
     ignore: tuple[Annotated[str, Field(max_length=LONGEST_PATTERN)], ...] = Field(
-        default=("lm_head",),
+        default=(HEAD_NAME,),
         strict=False,
         max_length=MOST_PATTERNS,
         description="Linears left unquantized: a module name or its last components, or `re:` and a regular expression "

@@ -1,0 +1,155 @@
+"""Decoders that take ids, choose what they attend to, or read pictures through cross-attention."""
+
+from __future__ import annotations
+
+import operator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicIndexedLayer
+
+from qpcompile.capture.capture import name_crossing
+from qpcompile.capture.sample import two_rows
+from qpcompile.capture.samples import Samples
+from qpcompile.capture.trace import fixed_axes
+from qpcompile.errors import CalibrationError
+from qpcompile.ir.edit import layer_of
+from qpcompile.ir.names import names
+from qpcompile.ir.program import DECODE, PREFILL, Graph
+from qpcompile.ir.structure import named_tensors
+from qpcompile.runtime.model_inputs import with_prompt
+from qpcompile.runtime.prepare import embedded
+
+IMAGE = 9
+
+
+class Decoder(nn.Module):
+    """Ids to embeddings of two channels; features of a picture are its pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding.from_pretrained(torch.arange(20.0).view(10, 2))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+
+class Mixing(Decoder):
+    """A decoder that puts pictures among its embeddings itself."""
+
+    def get_image_features(self, pixels: torch.Tensor, return_dict: bool) -> Any:
+        assert return_dict
+        return SimpleNamespace(pooler_output=pixels)
+
+    def get_placeholder_mask(self, ids: torch.Tensor, inputs_embeds: torch.Tensor, image_features: Any) -> torch.Tensor:
+        return (ids == IMAGE)[..., None].expand_as(inputs_embeds)
+
+
+def test_ids_are_looked_up_on_the_host() -> None:
+    ids = torch.tensor([[1, 3]])
+    found = embedded(Decoder(), {"input_ids": ids, "use_cache": True, "states": ids})
+    assert found["inputs_embeds"].tolist() == [[[2.0, 3.0], [6.0, 7.0]]]
+    assert set(found) == {"inputs_embeds", "use_cache", "states"}
+    given = {"inputs_embeds": torch.ones(1, 1, 2)}
+    assert embedded(Decoder(), given) is given and embedded(Decoder(), found) is found
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_pictures_are_put_among_the_embeddings_on_the_host(encoded: bool) -> None:
+    ids, pixels = torch.tensor([[1, IMAGE]]), torch.tensor([[-1.0, -2.0]])
+    beside = {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=pixels)}} if encoded else {}
+    found = embedded(Mixing(), {"input_ids": ids, "pixel_values": pixels, **beside})
+    assert found.keys() == {"inputs_embeds"}
+    assert found["inputs_embeds"].tolist() == [[[2.0, 3.0], [-1.0, -2.0]]]
+    # A decoder that has no such interface keeps the pixels: they are an input of its graph.
+    assert embedded(Decoder(), {"input_ids": ids, "pixel_values": pixels})["pixel_values"] is pixels
+
+
+def test_keys_that_layers_choose_by_are_states_that_grow() -> None:
+    layer = DynamicIndexedLayer()
+    layer.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 0))
+    layer.update_indexer(torch.ones(2, 3, 5))
+    cache = DynamicCache()
+    cache.layers = [DynamicIndexedLayer(), layer]  # the first holds nothing yet
+    found = {name: tuple(tensor.shape) for name, tensor in named_tensors(cache)}
+    assert found == {
+        "past_key_values.1.key": (2, 1, 3, 4),
+        "past_key_values.1.value": (2, 1, 3, 0),
+        "past_states.1.indexer_keys.0": (2, 3, 5),
+    }
+    assert fixed_axes("past_states.1.indexer_keys.0", 3) == (2,)
+    assert fixed_axes("past_states.1.conv.0", 3) == (1, 2) and fixed_axes("past_states.1.cross.key", 4) == (1, 3)
+
+
+def test_a_cache_of_an_encoder_and_a_decoder() -> None:
+    own, cross = DynamicCache(), DynamicCache()
+    own.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 0)
+    cross.update(torch.ones(1, 2, 7, 4), torch.ones(1, 2, 7, 4), 0)
+    found = {name: tensor.shape[2] for name, tensor in named_tensors(EncoderDecoderCache(own, cross))}
+    expected = {"past_key_values.0.key": 3, "past_key_values.0.value": 3}
+    assert found == expected | {"past_states.0.cross.key": 7, "past_states.0.cross.value": 7}
+
+
+def _graph(name: str, grows: bool) -> Graph:
+    graph = fx.Graph()
+    key, value = graph.placeholder("key"), graph.placeholder("value")
+    kept = (graph.call_function(operator.add, (key, key)), value) if grows else (key, value)
+    graph.output(kept)
+    paths = names(("past_key_values.1.key", "past_key_values.1.value"))
+    return Graph(name, fx.GraphModule(nn.Module(), graph), paths, paths, owner="model", returns={})
+
+
+def test_keys_that_decoding_does_not_append_to_are_of_cross_attention() -> None:
+    graphs = {PREFILL: _graph(PREFILL, True), DECODE: _graph(DECODE, False)}
+    for _ in range(2):
+        name_crossing(graphs)
+        for graph in graphs.values():
+            assert graph.inputs == graph.outputs == ("past_states.1.cross.key", "past_states.1.cross.value")
+    usual = {PREFILL: _graph(PREFILL, True), DECODE: _graph(DECODE, True)}
+    name_crossing(usual)
+    assert usual[DECODE].outputs == ("past_key_values.1.key", "past_states.1.cross.value")
+
+
+def test_what_tokens_see_of_pictures_grows_with_the_prompt() -> None:
+    seen = torch.arange(6).view(1, 6, 1)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    inputs = {"input_ids": ids, "pixel_values": torch.zeros(1, 3, 4, 4), "image_attention_mask": seen}
+    doubled = two_rows(inputs, pad=0)
+    assert doubled["image_attention_mask"][..., 0].tolist() == [[5, 0, 1, 2, 3, 4, 5]] * 2
+    # Sizes of pictures are no tokens, whatever the length of the prompt.
+    sizes = torch.tensor([[1, 2, 3]])
+    short = {"input_ids": ids[:, :3], "pixel_values": inputs["pixel_values"], "image_grid_thw": sizes}
+    assert two_rows(short, pad=0)["image_grid_thw"].tolist() == [[1, 2, 3]] * 2
+
+
+def test_a_prompt_that_the_model_starts_itself() -> None:
+    model = SimpleNamespace(
+        config=SimpleNamespace(is_encoder_decoder=True), generation_config=SimpleNamespace(decoder_start_token_id=5)
+    )
+    pixels = {"pixel_values": torch.zeros(2, 3, 4, 4)}
+    started = with_prompt(model, pixels, 3)
+    assert started["decoder_input_ids"].tolist() == [[5, 5, 5]] * 2
+    assert with_prompt(model, started) is started
+    assert with_prompt(SimpleNamespace(config=SimpleNamespace()), pixels) is pixels
+    one = {"pixel_values": torch.zeros(1, 3, 4, 4)}
+    doubled = two_rows(with_prompt(model, one, 3), pad=0)
+    assert doubled["decoder_input_ids"].shape == (2, 3) and "attention_mask" not in doubled
+    with pytest.raises(CalibrationError, match="no input_ids"):
+        two_rows(one, pad=0)
+    assert len(list(Samples([one, one], None, 2, 0))) == 2
+
+
+def test_a_numbered_part_of_a_layer_is_no_layer() -> None:
+    node = fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {
+        "0": ("", nn.Module),
+        "1": ("block.3", nn.Module),
+        "2": ("block.3.layer.1", nn.Module),
+    }
+    assert layer_of(node) == 3
+    node.meta["nn_module_stack"] = {"0": ("", nn.Module), "1": ("cross_layers.3", nn.Module)}
+    assert layer_of(node) is None
