@@ -62,7 +62,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
             continue
         owner = recording.owners[role]
         if name == PREFILL:
-            call.inputs[CACHE_ARGUMENT] = whole_cache(model)
+            call.inputs[CACHE_ARGUMENT] = whole_cache(model, call.inputs.get(CACHE_ARGUMENT))
         if name == HEAD:
             call.inputs = {key: value[:, -1:].expand(-1, 2, -1).contiguous() for key, value in call.inputs.items()}
             call.output = model.get_submodule(owner)(**call.inputs)

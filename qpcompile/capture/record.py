@@ -15,10 +15,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 
 from qpcompile.capture.sample import PICTURES
 from qpcompile.errors import CaptureError, ModelError
-from qpcompile.ir.structure import CACHE_ARGUMENT
+from qpcompile.ir.structure import CACHE_ARGUMENT, cached_tokens, named_tensors
 from qpcompile.runtime.arguments import keyword_arguments
 from qpcompile.runtime.model_inputs import is_encoder_decoder, with_prompt
-from qpcompile.runtime.prepare import embedded
+from qpcompile.runtime.prepare import EMBEDDINGS, MASK, embedded
 
 PROJECTORS = ("multi_modal_projector", "connector", "embed_vision")
 TWO_TOKENS = {
@@ -125,13 +125,13 @@ def _apart(part: Any, decoder: torch.nn.Module) -> bool:
     return all(part is not other for other in decoder.modules()) and all(decoder is not one for one in part.modules())
 
 
-def whole_cache(model: PreTrainedModel) -> Cache:
+def whole_cache(model: PreTrainedModel, used: object = None) -> Cache:
     """An empty cache in which every layer keeps all tokens: masks apply the windows, as in our graphs.
 
     Layers of a convolution or a recurrence keep their states, and layers that choose what they attend to the keys that
-    they choose by, as the configuration says.
+    they choose by, as the configuration says. used: the cache that a call was recorded with.
     """
-    if is_encoder_decoder(model):
+    if is_encoder_decoder(model) or isinstance(used, EncoderDecoderCache):
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     try:
         cache = DynamicCache(config=model.config)
@@ -193,16 +193,24 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
 
 
 def _check_decoder(model: PreTrainedModel, recording: Recording) -> None:
-    """Raise CaptureError for a decoder without embeddings of tokens."""
-    call = recording.first("language")
-    assert call is not None
-    if isinstance(call.inputs.get("inputs_embeds"), torch.Tensor):
-        return
-    raise CaptureError(
-        f"the decoder of {type(model).__name__} takes neither token ids nor embeddings of them",
-        where=f"{recording.owners['language']}, called with {', '.join(sorted(call.inputs))}",
-        do="this family drives its decoder in a way that cannot be captured yet",
-    )
+    """Raise CaptureError for a decoder without embeddings of tokens, or one that adds tokens of its own to them."""
+    for occurrence in (0, 1):
+        call = recording.first("language", occurrence)
+        assert call is not None
+        embeds, cache = call.inputs.get(EMBEDDINGS), call.inputs.get(CACHE_ARGUMENT)
+        if not isinstance(embeds, torch.Tensor):
+            problem = "takes neither token ids nor embeddings of them"
+        else:
+            known = embeds.shape[1] + cached_tokens(cache)
+            masks = [mask.shape[-1] for _, mask in named_tensors(call.inputs.get(MASK))]
+            if all(length == known for length in masks):
+                continue
+            problem = f"has {known} tokens and a mask of {masks[0]}: it adds tokens of pictures inside"
+        raise CaptureError(
+            f"the decoder of {type(model).__name__} {problem}",
+            where=f"{recording.owners['language']}, called with {', '.join(sorted(call.inputs))}",
+            do="this family drives its decoder in a way that cannot be captured yet",
+        )
 
 
 def _entry(recording: Recording, component: str) -> Any:

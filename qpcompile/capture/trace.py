@@ -29,7 +29,7 @@ from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import get_tensor, stand_in
 from qpcompile.ir.names import CACHE, CROSS, STATE, Name, names
 from qpcompile.ir.program import Graph
-from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, template
+from qpcompile.ir.structure import CACHE_ARGUMENT, cached_tokens, named_tensors, template
 from qpcompile.runtime.arguments import FLAGS, refuse_unknown, split_flags
 from qpcompile.runtime.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
 
@@ -86,7 +86,7 @@ def _one_token_count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dic
     embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(CACHE_ARGUMENT)
     if embeds is not None and cache is not None:
         for _, mask in named_tensors(kwargs.get(MASK)):
-            torch._check(mask.shape[-1] == cache.get_seq_length() + embeds.shape[1])
+            torch._check(mask.shape[-1] == cached_tokens(cache) + embeds.shape[1])
             torch._check(mask.shape[0] == embeds.shape[0])
 
 

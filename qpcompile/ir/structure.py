@@ -46,6 +46,11 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Ten
             yield from named_tensors(item, f"{prefix}.{key}" if prefix else str(key))
 
 
+def cached_tokens(cache: Any) -> Any:
+    """The number of tokens in a cache, an integer or a symbolic one: of its first layer with keys."""
+    return next((keys.shape[2] for name, keys in named_tensors(cache) if Name(name).in_cache), 0)
+
+
 def template(value: Any, prefix: str = "") -> Template:
     """The structure of a result with names for tensors; caches are handled separately, only their name remains."""
     if isinstance(value, torch.Tensor):

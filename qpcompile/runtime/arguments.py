@@ -15,7 +15,7 @@ import torch
 from qpcompile.errors import CaptureError, InputError
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import named_tensors
-from qpcompile.ir.types import TYPE, UNKNOWN
+from qpcompile.ir.types import TYPE, UNKNOWN, value_types
 from qpcompile.nested import is_list, is_mapping
 
 # Flags of a call that select what is returned; they are not data. A graph's `constants` hold the traced ones.
@@ -25,6 +25,7 @@ IGNORED = {
     "use_cache": "the decoder of a compiled model returns its cache or not as asked (run.py); others have none",
     "logits_to_keep": "rows are cut out by the host, of what the decoder returns and before the head sees them",
 }
+POSITIONS = "position_ids"
 # The value of a flag that was not given when the graph was traced.
 ABSENT: dict[str, Any] = {
     "return_dict": True,
@@ -95,8 +96,8 @@ def fitted(graph: Graph, kinds: Kinds, tensors: Mapping[str, torch.Tensor]) -> d
     Floating-point tensors may have any type: `prepare` casts them to the model's. Raises InputError naming an input
     with another number of axes or another kind of type.
     """
-    given = dict(tensors)
-    for path, tensor in tensors.items():
+    given = {path: _on_axes(graph, kinds, path, tensor) for path, tensor in tensors.items()}
+    for path, tensor in given.items():
         dtype, axes = kinds.get(path, (tensor.dtype, tensor.ndim))
         if tensor.ndim == axes and tensor.dtype != dtype and dtype in _WHOLE and tensor.dtype in (*_WHOLE, torch.bool):
             given[path] = tensor.to(dtype)
@@ -108,6 +109,15 @@ def fitted(graph: Graph, kinds: Kinds, tensors: Mapping[str, torch.Tensor]) -> d
                 do="build the inputs with the model's own processor, or compile with a sample of this kind",
             )
     return given
+
+
+def _on_axes(graph: Graph, kinds: Kinds, path: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Positions i64[B, S], which a family gives for text alone, on all axes of positions of the graph: i64[P, B, S]."""
+    if path != POSITIONS or tensor.ndim != 2 or kinds.get(path, (tensor.dtype, 2))[1] != 3:
+        return tensor
+    node = [node for node in graph.nodes if node.op == "placeholder"][graph.inputs.index(path)]
+    count = value_types(graph)[node].sizes[0].fixed
+    return tensor if count is None else tensor.expand(count, -1, -1)
 
 
 def _floats(*types: torch.dtype) -> bool:

@@ -46,6 +46,7 @@ def random_model(class_name: str, config: Any) -> PreTrainedModel:
             parameter.data.normal_(0.0, width, generator=generator)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
+    model.generation_config.decoder_start_token_id = model.generation_config.decoder_start_token_id or BEGIN
     return model.requires_grad_(False)
 
 
