@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlavaConfig
+from transformers import Glm46VForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.glmga.configuration_glmga import GlmgaConfig
 
 from qpcompile.emit.artifact.settings import check_settings, leave_out_leads, read_config, write_config
 from qpcompile.errors import ArtifactError
@@ -36,9 +37,17 @@ def test_a_published_configuration_is_written_without_paths_and_read_back(tmp_pa
     text = (tmp_path / "config.json").read_text()
     assert "somebody" not in text and "/home" not in text
     check_settings(tmp_path, ["config.json"])
-    found = read_config(LlavaConfig, tmp_path)
+    found = read_config(LlavaForConditionalGeneration, tmp_path)
     assert found.text_config.vocab_size == 99 and found.text_config.rms_norm_eps == 0.5
     assert found.vision_config.patch_size == 14 and found.projector_hidden_act == "gelu"
+
+
+def test_a_class_of_models_may_have_several_configurations(tmp_path: Path) -> None:
+    write_config(GlmgaConfig(), tmp_path)
+    leave_out_leads(tmp_path)
+    assert isinstance(read_config(Glm46VForConditionalGeneration, tmp_path), GlmgaConfig)
+    with pytest.raises(ArtifactError, match="the model type is 'glmga', not llava"):
+        read_config(LlavaForConditionalGeneration, tmp_path)
 
 
 @pytest.mark.parametrize(

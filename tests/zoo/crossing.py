@@ -35,7 +35,7 @@ CROSSING: dict[str, Family] = {
             "vision_config.projection_dim": 64,
         },
     ),
-    "blip": Family(tokens=0),
+    "blip": Family(tokens=0, text=False),
     "git": Family(tokens=0),
     "udop": Family(tokens=0),
     "pix2struct": Family(
@@ -80,7 +80,7 @@ CROSSING: dict[str, Family] = {
     "idefics": Family({"vision_config.embed_dim": 32}, tokens=1, beside=make.seen_pictures, text=False),
     "evolla": Family(tokens=0),
     "pi0": Family(tokens=0),
-    "blip-2": Family({"num_query_tokens": 4}),
+    "blip-2": Family({"num_query_tokens": 4}, text=False),
     "instructblip": Family({"num_query_tokens": 4}, tokens=4, beside=make.questions, text=False),
     "instructblipvideo": Family(
         {"num_query_tokens": 4}, lambda _: make.stacked(32, frames=4), tokens=16, beside=make.questions, text=False

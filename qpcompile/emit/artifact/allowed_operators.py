@@ -256,6 +256,7 @@ OPERATORS = frozenset(
         "aten::unsqueeze.default",
         "aten::upsample_bicubic2d.vec",
         "aten::upsample_bilinear2d.vec",
+        "aten::upsample_linear1d.vec",
         "aten::upsample_nearest2d.vec",
         "aten::upsample_trilinear3d.vec",
         "aten::var.correction",

@@ -150,7 +150,7 @@ def _facts(program: Program, processor: Any, stored: StoredTensors) -> dict[str,
 
 def _host(folder: Path, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
     model_class = class_of(manifest.model_class, PreTrainedModel, ArtifactError, CONFIG)
-    config = read_config(model_class.config_class, folder)  # type: ignore[arg-type]
+    config = read_config(model_class, folder)
     check_counts(config, len(manifest.layers))
     config._attn_implementation = manifest.attention
     host = empty_host(model_class, config)

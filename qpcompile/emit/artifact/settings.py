@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from qpcompile.emit.artifact import names
 from qpcompile.emit.artifact.folder import AGAIN, read_json
@@ -89,16 +90,22 @@ def leave_out_leads(folder: Path) -> None:
             path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
-    """Read the configuration in config.json without marks, which artifacts of earlier versions lack."""
+def read_config(model_class: Any, folder: Path) -> PreTrainedConfig:
+    """Read the configuration in config.json without marks, which artifacts of earlier versions lack.
+
+    model_class: transformers' class of the host; several model types may share one.
+    """
+    config_class: type[PreTrainedConfig] = model_class.config_class
     data = read_json(folder / CONFIG)
     if not isinstance(data, dict):
         raise _refused("config.json is not a mapping", CONFIG)
     data = _unmarked(data)
-    if OWN_TYPE in data:
-        data["model_type"] = data.pop(OWN_TYPE)
-    if data.get("model_type") != config_class.model_type:
-        raise _refused(f"the model type is {data.get('model_type')!r:.80}, not {config_class.model_type}", CONFIG)
+    kind = data.pop(OWN_TYPE) if OWN_TYPE in data else data.get("model_type")
+    data["model_type"] = kind
+    if isinstance(kind, str) and MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind) == model_class.__name__:
+        config_class = CONFIG_MAPPING[kind]
+    if kind != config_class.model_type:
+        raise _refused(f"the model type is {kind!r:.80}, not {config_class.model_type}", CONFIG)
     return config_class.from_dict(data)
 
 
