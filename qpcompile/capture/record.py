@@ -11,7 +11,12 @@ from typing import Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from qpcompile.capture.sample import PICTURES
 from qpcompile.errors import CaptureError, ModelError
@@ -139,16 +144,18 @@ def whole_cache(model: PreTrainedModel, used: object = None) -> Cache:
         return DynamicCache()
     if not any(map(_has_more, cache.layers)):
         return DynamicCache()
-    kept: list[Any] = [layer if _has_more(layer) else DynamicLayer() for layer in cache.layers]
+    # The length of a cache is that of its first layer which may have keys: layers without any have to stay.
+    kept: list[Any] = [
+        layer if _has_more(layer) or isinstance(layer, DummyLayer) else DynamicLayer() for layer in cache.layers
+    ]
     cache.layers = kept
     return cache
 
 
 def _has_more(layer: Any) -> bool:
     """Whether a layer of a cache keeps more than keys and values, or something else."""
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
     chooses = isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer)
-    return isinstance(layer, LinearAttentionCacheLayerMixin) or (chooses and type(layer) not in plain)
+    return isinstance(layer, LinearAttentionCacheLayerMixin) or (chooses and type(layer) is not DynamicLayer)
 
 
 def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicIndexedLayer
 
 from qpcompile.capture.capture import name_crossing
+from qpcompile.capture.record import whole_cache
 from qpcompile.capture.sample import two_rows
 from qpcompile.capture.samples import Samples
 from qpcompile.capture.trace import fixed_axes
@@ -20,7 +21,7 @@ from qpcompile.errors import CalibrationError
 from qpcompile.ir.edit import layer_of
 from qpcompile.ir.names import names
 from qpcompile.ir.program import DECODE, PREFILL, Graph
-from qpcompile.ir.structure import named_tensors
+from qpcompile.ir.structure import cached_tokens, named_tensors
 from qpcompile.runtime.model_inputs import with_prompt
 from qpcompile.runtime.prepare import embedded
 
@@ -83,6 +84,15 @@ def test_keys_that_layers_choose_by_are_states_that_grow() -> None:
     }
     assert fixed_axes("past_states.1.indexer_keys.0", 3) == (2,)
     assert fixed_axes("past_states.1.conv.0", 3) == (1, 2) and fixed_axes("past_states.1.cross.key", 4) == (1, 3)
+
+
+def test_layers_without_keys_do_not_hide_the_length_of_a_cache() -> None:
+    kinds = ["linear_attention", "moe", "full_attention"]
+    text = SimpleNamespace(layer_types=kinds, per_layer_config=[SimpleNamespace()] * 3)
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda **_: text))
+    cache = whole_cache(model)
+    cache.update(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4), 2)
+    assert cache.get_seq_length() == cached_tokens(cache) == 5
 
 
 def test_a_cache_of_an_encoder_and_a_decoder() -> None:
