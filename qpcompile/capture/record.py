@@ -123,9 +123,9 @@ def _part(find: Callable[..., Any], **which: Any) -> Any:
         return None
 
 
-def _apart(part: Any, decoder: torch.nn.Module) -> bool:
+def _apart(part: Any, decoder: Any) -> bool:
     """Whether a part is no part of the decoder, whose graph it would be in, nor the decoder one of it."""
-    if not isinstance(part, torch.nn.Module):
+    if not isinstance(part, torch.nn.Module) or not isinstance(decoder, torch.nn.Module):
         return False
     return all(part is not other for other in decoder.modules()) and all(decoder is not one for one in part.modules())
 

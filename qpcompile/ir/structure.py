@@ -100,7 +100,8 @@ class Result(dict[str, Any]):
 
 def _layer_tensors(layer: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Keys and values, or states, of one layer of a cache, in the order of its attributes."""
-    for attribute, held in vars(layer).items():
+    attributes: dict[str, Any] = vars(layer)
+    for attribute, held in attributes.items():
         if isinstance(held, torch.Tensor) and held.ndim > 1:  # one that holds nothing yet has one axis
             kept = _KEPT.get(attribute)
             yield f"{CACHE}.{index}.{kept}" if kept else f"{STATE}.{index}.{attribute}.0", held

@@ -269,7 +269,7 @@ class Machine:
         cache.seen += new
 
 
-def _without(answer: Any, cache: CompiledCache) -> Any:
+def _without(answer: Any, cache: Any) -> Any:
     """A model output without its cache."""
     return answer.__class__(**{name: value for name, value in answer.items() if value is not cache})
 

@@ -55,12 +55,13 @@ def embedded(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, An
     host: Any = module
     rest = {key: value for key, value in arguments.items() if key != IDS}
     # transformers may have encoded the pictures before, and gives the results beside their pixels.
-    encoded, pixels = rest.pop(ENCODED, None) or {}, rest.get(PIXELS)
+    encoded: dict[str, Any] = rest.pop(ENCODED, None) or {}
+    pixels = rest.get(PIXELS)
     with torch.no_grad():
         embeds = host.get_input_embeddings()(ids)
         if hasattr(module, "get_placeholder_mask") and (encoded or pixels is not None):
             rest.pop(PIXELS, None)
-            found = encoded.get("image") or host.get_image_features(pixels, return_dict=True)
+            found: Any = encoded.get("image") or host.get_image_features(pixels, return_dict=True)
             features = found.pooler_output
             mask = host.get_placeholder_mask(ids, inputs_embeds=embeds, image_features=features)
             embeds = embeds.masked_scatter(mask, features.to(embeds))

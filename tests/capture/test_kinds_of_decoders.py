@@ -75,7 +75,7 @@ def test_keys_that_layers_choose_by_are_states_that_grow() -> None:
     layer.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 0))
     layer.update_indexer(torch.ones(2, 3, 5))
     cache = DynamicCache()
-    cache.layers = [DynamicIndexedLayer(), layer]  # the first holds nothing yet
+    cache.layers += [DynamicIndexedLayer(), layer]  # the first holds nothing yet
     found = {name: tuple(tensor.shape) for name, tensor in named_tensors(cache)}
     assert found == {
         "past_key_values.1.key": (2, 1, 3, 4),

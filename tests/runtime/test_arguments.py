@@ -9,11 +9,13 @@ import torch
 from programs import captured, fresh, traced
 from transformers import DynamicCache
 
-from qpcompile.errors import CaptureError
+from qpcompile.errors import CaptureError, InputError
+from qpcompile.ir.names import names
 from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph
 from qpcompile.ir.structure import CACHE_ARGUMENT
+from qpcompile.ir.types import TYPE, parse_type
 from qpcompile.recipe.recipe import Recipe
-from qpcompile.runtime.arguments import IGNORED, refuse_unknown, split_flags
+from qpcompile.runtime.arguments import IGNORED, fitted, input_kinds, refuse_unknown, split_flags
 from qpcompile.runtime.machine import Machine
 
 
@@ -34,6 +36,21 @@ def graph() -> Graph:
 def check(graph: Graph, **arguments: Any) -> None:
     flags, data = split_flags({"x": torch.ones(2, 3), **arguments})
     refuse_unknown(graph, flags, data)
+
+
+def test_positions_of_text_alone_are_positions_on_every_axis() -> None:
+    made = traced(Twice(), {"x": torch.ones(3, 2, 5, dtype=torch.long)})
+    made.inputs = names(["position_ids"])
+    node = next(node for node in made.nodes if node.op == "placeholder")
+    node.meta = {TYPE: parse_type("i64[3, B, S0]")}
+    plain = torch.arange(4).view(2, 2)
+    found = fitted(made, input_kinds(made), {"position_ids": plain})["position_ids"]
+    assert found.shape == (3, 2, 2) and torch.equal(found[2], plain)
+    whole = torch.zeros(3, 2, 2, dtype=torch.long)
+    assert fitted(made, input_kinds(made), {"position_ids": whole})["position_ids"] is whole
+    node.meta = {TYPE: parse_type("i64[S1, B, S0]")}  # how many axes there are is not known
+    with pytest.raises(InputError, match="2 axes"):
+        fitted(made, input_kinds(made), {"position_ids": plain})
 
 
 @pytest.mark.parametrize(
