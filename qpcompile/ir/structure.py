@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, cast, get_args
 
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -100,13 +100,13 @@ class Result(dict[str, Any]):
 
 def _layer_tensors(layer: Any, index: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Keys and values, or states, of one layer of a cache, in the order of its attributes."""
-    attributes: dict[str, Any] = vars(layer)
+    attributes = cast(dict[str, Any], vars(layer))
     for attribute, held in attributes.items():
         if isinstance(held, torch.Tensor) and held.ndim > 1:  # one that holds nothing yet has one axis
             kept = _KEPT.get(attribute)
             yield f"{CACHE}.{index}.{kept}" if kept else f"{STATE}.{index}.{attribute}.0", held
         elif attribute in _STATES:
-            for place, state in held.items():
+            for place, state in cast(dict[int, Any], held).items():
                 if isinstance(state, torch.Tensor):
                     yield f"{STATE}.{index}.{_STATES[attribute]}.{place}", state
 
