@@ -212,11 +212,11 @@ def _check_decoder(model: PreTrainedModel, recording: Recording) -> None:
             masks = [mask.shape[-1] for _, mask in named_tensors(call.inputs.get(MASK))]
             if all(length == known for length in masks):
                 continue
-            problem = f"has {known} tokens and a mask of {masks[0]}: it adds tokens of pictures inside"
+            problem = f"has {known} tokens, cached and new, and a mask of {masks[0]}"
         raise CaptureError(
             f"the decoder of {type(model).__name__} {problem}",
             where=f"{recording.owners['language']}, called with {', '.join(sorted(call.inputs))}",
-            do="this family drives its decoder in a way that cannot be captured yet",
+            do="this family cannot be captured yet: its decoder adds tokens itself, or caches only some",
         )
 
 

@@ -35,7 +35,7 @@ CROSSING: dict[str, Family] = {
             "vision_config.projection_dim": 64,
         },
     ),
-    "blip": Family(tokens=0, text=False),
+    "blip": Family(tokens=0, text=False, several=False),
     "git": Family(tokens=0),
     "udop": Family(tokens=0),
     "pix2struct": Family(

@@ -24,7 +24,7 @@ class Family:
     changes: configuration values by dotted key. pictures: given the configuration. types: the input that marks visual
     tokens; by default the one that `forward` takes. around: token ids before and after a picture. tokens: visual tokens
     of every picture where the model has no `get_image_features`. beside: further inputs, of those made so far.
-    needs: packages of the tower. text: whether prompts without a picture are answered.
+    needs: packages of the tower. text, several: whether prompts without a picture, and with two, are answered.
     """
 
     changes: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -35,3 +35,4 @@ class Family:
     beside: Callable[[Inputs], Inputs] = dict
     needs: tuple[str, ...] = ()
     text: bool = True
+    several: bool = True

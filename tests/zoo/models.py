@@ -77,6 +77,8 @@ def _cases(model: PreTrainedModel, pictures: Pictures, family: Family) -> Cases:
         "padded": case([[BEGIN, *_ids(2, 4), *first, *_ids(4, 5)], [BEGIN, *_ids(5, 6), *second, *_ids(8, 7)]], [0, 1]),
         "pictures": case([[BEGIN, *_ids(3, 8), *first, *_ids(2, 9), *second, *_ids(6, 10)]], [0, 1]),
     }
+    if not family.several:
+        del cases["pictures"]
     return cases | ({"text": case([[BEGIN, *_ids(19, 11)]], [])} if family.text else {})
 
 
