@@ -6,6 +6,7 @@ pictures with sizes as Python numbers would specialize the graph to the number a
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -48,14 +49,28 @@ def _experts(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torc
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         matrix = getattr(self, name)
-        y = EXPERT_LINEAR(x, matrix.transpose(1, 2) if self.is_transposed else matrix, index)
-        return y + getattr(self, f"{name}_bias")[index] if self.has_bias else y
+        y = EXPERT_LINEAR(x, matrix.transpose(1, 2) if has("is_transposed") else matrix, index)
+        return y + getattr(self, f"{name}_bias")[index] if has("has_bias") else y
 
-    inner = linear(hidden.unsqueeze(1), "gate_up_proj" if self.has_gate else "up_proj")
-    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    def has(name: str) -> bool:
+        return bool(getattr(self, name, name == "has_gate"))  # families with a loop of their own do not say
+
+    inner = linear(hidden.unsqueeze(1), "gate_up_proj" if has("has_gate") else "up_proj")
+    inner = self._apply_gate(inner) if has("has_gate") else self.act_fn(inner)
     own = linear(inner, "down_proj")
-    own = self.post_expert_norm(own) if self.has_post_expert_norm else own
+    own = self.post_expert_norm(own) if has("has_post_expert_norm") else own
     return (own * weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+
+
+def _loops_over_experts(part: torch.nn.Module) -> bool:
+    """Whether a module is a family's own loop over experts, with the weights and arguments of transformers' interface.
+
+    What stands in its place is compared with it, like all that is traced.
+    """
+    weights = [getattr(part, name, None) for name in ("gate_up_proj", "down_proj")]
+    stacked = all(isinstance(weight, torch.Tensor) and weight.ndim == 3 for weight in weights)
+    taken = list(inspect.signature(type(part).forward).parameters)[2:]
+    return stacked and hasattr(part, "_apply_gate") and taken == ["top_k_index", "top_k_weights"]
 
 
 def _gated_delta(
@@ -148,12 +163,15 @@ def traceable(module: torch.nn.Module) -> Iterator[None]:
         stack.enter_context(mock.patch.object(ALL_EXPERTS_FUNCTIONS, "get_interface", lambda *_: _experts))
         stack.enter_context(mock.patch("torch.nn.functional.embedding_bag", _weighted_rows))
         kinds = {type(part) for part in module.modules()}
+        looping = {type(part) for part in module.modules() if _loops_over_experts(part)}
         for home in {sys.modules[kind.__module__] for kind in kinds}:
             for name in FUNCTIONS.keys() & vars(home).keys():
                 stack.enter_context(mock.patch.object(home, name, FUNCTIONS[name]))
         for kind in kinds:
             if adapter := ADAPTERS.get(kind.__name__):
                 stack.enter_context(mock.patch.object(kind, "forward", adapter.forward))
+            if kind in looping:
+                stack.enter_context(mock.patch.object(kind, "forward", _experts))
             if hasattr(kind, "_deepstack_process"):
                 stack.enter_context(mock.patch.object(kind, "_deepstack_process", _add_deepstack))
         yield

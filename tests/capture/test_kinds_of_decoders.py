@@ -12,14 +12,16 @@ from torch import fx, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicIndexedLayer
 
+from qpcompile.capture.adapters import traceable
 from qpcompile.capture.capture import name_crossing
 from qpcompile.capture.record import whole_cache
 from qpcompile.capture.sample import two_rows
 from qpcompile.capture.samples import Samples
 from qpcompile.capture.trace import fixed_axes
 from qpcompile.errors import CalibrationError
-from qpcompile.ir.edit import layer_of
+from qpcompile.ir.edit import is_call, layer_of
 from qpcompile.ir.names import names
+from qpcompile.ir.operators import EXPERT_LINEAR
 from qpcompile.ir.program import DECODE, PREFILL, Graph
 from qpcompile.ir.structure import cached_tokens, named_tensors
 from qpcompile.runtime.model_inputs import with_prompt
@@ -102,6 +104,56 @@ def test_a_cache_of_an_encoder_and_a_decoder() -> None:
     found = {name: tensor.shape[2] for name, tensor in named_tensors(EncoderDecoderCache(own, cross))}
     expected = {"past_key_values.0.key": 3, "past_key_values.0.value": 3}
     assert found == expected | {"past_states.0.cross.key": 7, "past_states.0.cross.value": 7}
+
+
+class Experts(nn.Module):
+    """Two experts of a layer, in a loop over those that tokens chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.gate_up_proj = nn.Parameter(torch.randn(2, 6, 4, generator=draw), requires_grad=False)
+        self.down_proj = nn.Parameter(torch.randn(2, 4, 3, generator=draw), requires_grad=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            row, place = torch.where(top_k_index == expert)
+            inner = self._apply_gate(hidden_states[row] @ self.gate_up_proj[expert].T)
+            out.index_add_(0, row, inner @ self.down_proj[expert].T * top_k_weights[row, place, None])
+        return out
+
+    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return gate.clamp(max=0.5) * up
+
+
+class Layer(nn.Module):
+    """Experts and what chooses them: the best one of each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, index = x[:, :2].softmax(dim=-1).topk(1)
+        return self.experts(x, index, weights)
+
+
+def test_a_loop_over_experts_is_one_product_per_expert() -> None:
+    layer, draw = Layer(), torch.Generator().manual_seed(1)
+    x, other = torch.randn(5, 4, generator=draw), torch.randn(9, 4, generator=draw)
+    with traceable(layer):
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    assert any(is_call(node, EXPERT_LINEAR) for node in exported.graph.nodes)
+    for rows in (x, other):
+        torch.testing.assert_close(exported(rows), layer(rows))
+    # A module with other arguments keeps its own code.
+    near = nn.Sequential(nn.Linear(4, 4))
+    with traceable(near):
+        assert near(x).shape == (5, 4)
 
 
 def _graph(name: str, grows: bool) -> Graph:
