@@ -194,6 +194,7 @@ OPERATORS = frozenset(
         "aten::repeat_interleave.self_Tensor",
         "aten::repeat_interleave.self_int",
         "aten::reshape.default",
+        "aten::reshape_as.default",
         "aten::rms_norm.default",
         "aten::roll.default",
         "aten::round.default",
