@@ -38,6 +38,7 @@ from qpcompile.ir.node_facts import QuantizedFact, quantized_fact, set_fact
 from qpcompile.ir.operators import LINEAR_INT
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 WEIGHT, SCALE, BIAS, DTYPE, BITS, RESIDUAL = range(2, 8)
@@ -60,7 +61,7 @@ class MergeLinears:
 
     def run(self, program: Program) -> bool:
         """Returns whether anything was merged; adds to `program.measured[NEAR_MISSES]` what was not, and why."""
-        readers, missed = _readers(program), list[NearMiss]()
+        readers, missed, on = _readers(program), list[NearMiss](), Placement.of(program)
         places: dict[Key, list[tuple[Graph, Linears]]] = {}
         for graph in program.graphs.values():
             for linears in _alike(graph, missed):
@@ -73,7 +74,7 @@ class MergeLinears:
                 reason = "something else reads one of the weights, or other linears share them in another graph"
                 missed += [NearMiss(graph.name, linears[0].name, reason) for graph, linears in found]
             else:
-                _merge(found)
+                _merge(found, on)
                 merged += [graph for graph, _ in found]
         for graph in {graph.name: graph for graph in merged}.values():
             tidy(graph)
@@ -138,12 +139,14 @@ def _difference(one: tuple[Any, ...], other: tuple[Any, ...]) -> str:
     return f"has {what[place]} than the first linear on the same codes"
 
 
-def _merge(places: Sequence[tuple[Graph, Linears]]) -> None:
+def _merge(places: Sequence[tuple[Graph, Linears]], on: Placement) -> None:
     """Merge one set of linears wherever it occurs; all places read the same tensors."""
     graph, linears = places[0]
     columns = range(WEIGHT, BIAS + 1 if isinstance(linears[0].args[BIAS], fx.Node) else BIAS)
     names = [[str(node.args[place].target) for node in linears] for place in columns]  # type: ignore[union-attr]
-    joined = {_joined(each): torch.cat([get_tensor(graph.module, name).detach() for name in each]) for each in names}
+    joined = {
+        _joined(each): on.keep(torch.cat([get_tensor(graph.module, name).detach() for name in each])) for each in names
+    }
     for graph, linears in places:
         _replace(graph, linears, joined)
     # Now, not at the end of the pass: the program holds one set of weights twice at most.

@@ -77,7 +77,7 @@ def _quantize(program: Program, head: Graph, linear: fx.Node, site: str) -> Site
             )
             return LeftOut(graph=HEAD, name=site, reason=reason)
     on = Placement.of(program)
-    codes, scale = on.back(quantize_rows(on.there(weight)))
+    codes, scale = map(on.keep, quantize_rows(on.there(weight)))
     stored = add_tensor(head, f"{name}_codes", codes, linear), add_tensor(head, f"{name}_scale", scale, linear)
     every: tuple[Any, ...] = linear.args
     x, _, bias = (*every, None)[:3]

@@ -232,7 +232,7 @@ def _solved(
                 "scale": ((rows, groups), torch.float32),
             }
             codes, scale = kept.fits(expected).values()
-            return codes, scale, kept.read(dict[str, float])["error"]
+            return on.keep(codes), on.keep(scale), kept.read(dict[str, float])["error"]
     codes, scale, error = _solve(graph, linear, fact.site, weights, calibration, group.site, on)
     checkpoint.save(title, {"stored": codes, "scale": scale}, {"error": error})
     return codes, scale, error
@@ -284,7 +284,7 @@ def _solve(
     moments = None if statistics is None else on.there(statistics.moments)
     codes, scale = solve(weight, moments, scheme)
     stored = stored_codes(codes, scheme.bits)
-    return *on.back((stored, scale)), output_error(weight, codes, scale, moments)
+    return on.keep(stored), on.keep(scale), output_error(weight, codes, scale, moments)
 
 
 def _drop_stubs(graph: Graph, roles: tuple[str, ...]) -> None:

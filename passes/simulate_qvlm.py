@@ -80,7 +80,7 @@ def _replace(
         assert fact is not None
         exact = get_tensor(graph.module, weight).detach()
         if fact.site not in rounded:
-            rounded[fact.site] = on.back(nf4(on.there(exact)))
+            rounded[fact.site] = on.keep(nf4(on.there(exact)))
         error = float((rounded[fact.site] - exact).norm() / exact.norm().clamp(min=1e-30))
         set_tensor(graph.module, weight, rounded[fact.site])
         source = weight_stub.args[0]

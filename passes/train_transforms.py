@@ -318,6 +318,10 @@ class _Training:
         self, graph: Graph, learned: dict[str, tuple[torch.Tensor, torch.Tensor]], moved: dict[str, torch.Tensor]
     ) -> None:
         """moved: new tensors by name, created for the first graph that has them and shared by the others."""
+
+        def make(name: str, tensor: torch.Tensor) -> None:
+            moved[name] = self.on.keep(tensor.contiguous())
+
         for stub in calls(graph, QUANT_STUB):
             fact = stub_fact(stub)
             node = _kronecker(stub) if fact is not None and fact.site in learned else None
@@ -327,17 +331,16 @@ class _Training:
             first, last = _target(node.args[2]), _target(node.args[3])
             names = [first, last, *map(weight_name, stub.users)]
             if first not in moved:
-                moved[first] = left @ self.on.weight(module, first).detach()
-                moved[last] = self.on.weight(module, last).detach() @ right.T
+                make(first, left @ self.on.weight(module, first).detach())
+                make(last, self.on.weight(module, last).detach() @ right.T)
                 for name in names[2:]:
                     weight = self.on.weight(module, name).detach()
-                    moved[name] = self.sites[fact.site].weights(weight).to(weight.dtype)
+                    make(name, self.sites[fact.site].weights(weight).to(weight.dtype))
             if is_call(shifted := _shifted(stub), aten.sub.Tensor):
                 names.append(name := _target(shifted.args[1]))
                 if name not in moved:
-                    moved[name] = kronecker_rows(self.on.weight(module, name).detach(), left, right)
+                    make(name, kronecker_rows(self.on.weight(module, name).detach(), left, right))
             for name in names:
-                moved[name] = self.on.back(moved[name]).contiguous()
                 set_tensor(module, name, moved[name])
             if self.scheme.activations.bits != 16:
                 set_fact(stub, replace(fact, clip=float(torch.sigmoid(self.sites[fact.site].clip))))

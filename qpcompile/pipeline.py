@@ -30,6 +30,7 @@ from qpcompile.emit.artifact.template.chat_template import check_processor
 from qpcompile.emit.artifact.tokenizer_file import check_tokenizer
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.checkpoint import Checkpoint
+from qpcompile.ir.mapped_tensors import Offload
 from qpcompile.ir.numerics import check_numerics
 from qpcompile.ir.pass_manager import PASS_RUNS, PassRun, defects, run_passes
 from qpcompile.ir.program import Program
@@ -58,6 +59,7 @@ def compile(
     after: Callable[[PassRun, Program], None] | None = None,
     resume: str | PathLike[str] | None = None,
     device: torch.device | str | int | None = None,
+    offload: str | PathLike[str] | None = None,
 ) -> CompiledVLM:
     """Compile a vision-language model by a recipe for weights, activations, KV cache and visual tokens.
 
@@ -73,6 +75,8 @@ def compile(
         device: where calibration, training, solving and measuring compute, one block of the model at a time; the
             weights wait where they are. By default where the model is. The compiled model is where the model was, and
             so are its capture and its final check.
+        offload: a folder with room for the model's weights. Weights that passes change or pack are written to files
+            there, block by block, instead of being kept in memory. The files have no names: nothing remains.
 
     Raises CalibrationError if the recipe needs calibration samples and there are none, RecipeError for exact numerics
     of a model in half precision or on a GPU, ExportError for a processor whose chat template or tokenizer no artifact
@@ -82,6 +86,7 @@ def compile(
     """
     tell_newer()
     computes = None if device is None else compute_device(device)
+    kept_in = Offload.open(offload)
     recipe = Recipe.load(recipe)
     check_method(recipe)
     with nullcontext() if resume is None else held_folder(resume) as progress:
@@ -102,7 +107,7 @@ def compile(
                 assert source is not None
                 held = load_model(source, processor)[0]
             program = capture(held, samples.example() if samples else blank_sample(held, processor), recipe)
-            program.device = computes
+            program.device, program.offload = computes, kept_in
             if source is not None:
                 program.measured[GRIDS] = grids(source, held)
             # From here on only the graphs hold the weights, and a weight that a pass replaces is freed unless the

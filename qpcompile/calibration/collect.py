@@ -17,7 +17,7 @@ from torch import fx
 
 from qpcompile.calibration.blocks import Block, Look, Values, split_blocks
 from qpcompile.calibration.modality_ratios import ModalityGradients
-from qpcompile.calibration.statistics import ROWS, Calibration, InputStatistics
+from qpcompile.calibration.statistics import ROWS, Calibration, InputStatistics, Shelf
 from qpcompile.errors import CalibrationError, InputError
 from qpcompile.ir.edit import is_call
 from qpcompile.ir.node_facts import stub_fact
@@ -37,7 +37,8 @@ def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, tit
     scheme = program.recipe.quantize
     assert scheme is not None
     weigh, on = scheme.scaling == "mbq", Placement.of(program)
-    collector = _Collector(program, title, count, moments, -(-ROWS // count), weigh, on)
+    found = Calibration(Shelf(program.offload.folder))
+    collector = _Collector(program, title, count, moments, -(-ROWS // count), weigh, on, found)
     if not collector.restore():
         flows = collector.flows(samples, count)
         for name in list(flows):
@@ -95,7 +96,7 @@ class _Collector:
     keep: int
     weigh: bool
     on: Placement
-    found: Calibration = field(default_factory=Calibration)
+    found: Calibration
     gradients: ModalityGradients = field(default_factory=ModalityGradients)
     # The statistics of the current layer.
     growing: dict[str, InputStatistics] = field(default_factory=dict)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from qpcompile.calibration.tensor_file import TensorFile
+from qpcompile.ir.mapped_tensors import to_file
 from qpcompile.ir.measurements import Measurement
 
 # Tokens of each site that are stored unreduced, to evaluate quantizers on.
@@ -157,22 +158,24 @@ def _carried(matrix: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
 
 
 class Shelf(MutableMapping[str, InputStatistics]):
-    """A dict of finished statistics by site: large ones are read from a file on access.
+    """A dict of finished statistics by site: large ones are in unlinked files of a folder (default: TMPDIR), mapped.
 
     Entries are never modified, only replaced; copies share them.
     """
 
-    def __init__(self) -> None:
-        self._held: dict[str, InputStatistics | TensorFile] = {}
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._held: dict[str, InputStatistics] = {}
 
     def __getitem__(self, site: str) -> InputStatistics:
-        held = self._held[site]
-        return InputStatistics.of_tensors(held.read()) if isinstance(held, TensorFile) else held
+        return self._held[site]
 
     def __setitem__(self, site: str, statistics: InputStatistics) -> None:
         tensors = statistics.tensors()
         size = sum(tensor.nbytes for tensor in tensors.values())
-        self._held[site] = TensorFile(tensors) if size >= LARGE else statistics
+        if size >= LARGE:
+            statistics = InputStatistics.of_tensors(to_file(tensors, self._folder))
+        self._held[site] = statistics
 
     def __delitem__(self, site: str) -> None:
         del self._held[site]
@@ -187,7 +190,7 @@ class Shelf(MutableMapping[str, InputStatistics]):
         return len(self._held)
 
     def __deepcopy__(self, _: dict[int, Any]) -> Shelf:
-        made = Shelf()
+        made = Shelf(self._folder)
         made._held.update(self._held)
         return made
 

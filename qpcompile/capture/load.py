@@ -22,12 +22,14 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers import __version__ as transformers_version
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from qpcompile.capture.checkpoint_files import quantization, refuse_damaged
 from qpcompile.capture.config_sizes import refuse_counts, refuse_larger, tensor_shapes
 from qpcompile.capture.foreign import MERGE, refuse_foreign_config, refuse_foreign_folder
+from qpcompile.capture.mapped_weights import can_map, mapped_model
 from qpcompile.capture.quantized import load_dequantized
 from qpcompile.capture.weights import check_model
 from qpcompile.errors import ModelError
@@ -43,6 +45,8 @@ WHOLE = "give the folder or the hub name of a whole model that transformers.Auto
 def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, Any]:
     """Load model and processor from a folder or hub name; code from either is never run.
 
+    The weights of a folder with safetensors stay in its files (mapped_weights.py).
+
     processor: used instead of the folder's own.
 
     Raises ModelError for anything that does not load completely: missing or damaged files, missing or unexpected
@@ -57,9 +61,12 @@ def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, 
             return check_model(model.eval(), str(source)), load_processor(source) if processor is None else processor
         if Path(source).is_dir():
             refuse_larger(config, tensor_shapes(Path(source)), str(source))
-        model, found = auto.from_pretrained(
-            source, config=config, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        if Path(source).is_dir() and can_map(Path(source), config):
+            model, found = mapped_model(Path(source), config, _get_model_class(config, auto._model_mapping))
+        else:
+            model, found = auto.from_pretrained(
+                source, config=config, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
+            )
     except ModelError:
         raise
     except Exception as error:

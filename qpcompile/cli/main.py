@@ -21,7 +21,7 @@ from qpcompile.claims import claimed, held_folder, refuse_places
 from qpcompile.cli import checkpoint, talk, terminal
 from qpcompile.cli.checkpoint import COMPRESSED, Target
 from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor, open_model
-from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device, Overrides, RecipeName
+from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device, Offload, Overrides, RecipeName
 from qpcompile.cli.report import report_command, write_report
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
 from qpcompile.emit.artifact.folder_kind import is_onnx_folder
@@ -84,6 +84,7 @@ def compile_command(
         float | None, typer.Option(help="Least share of answers equal to full precision's (quality.min_agreement).")
     ] = None,
     device: Device = None,
+    offload: Offload = None,
     debug: Debug = False,
 ) -> None:
     """Compile a model by a recipe and write it to a new folder."""
@@ -108,7 +109,7 @@ def compile_command(
             return
         assert output is not None
         with claimed(output, "folder") as folder, nullcontext() if report is None else claimed(report, "file") as page:
-            compiled = compile_told(model, asked, data, resume, device)
+            compiled = compile_told(model, asked, data, resume, device, offload)
             compiled.save_pretrained(folder)
             note(f"wrote {shown(output)}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
             terminal.show_quality(compiled.plan)

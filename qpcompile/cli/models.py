@@ -29,7 +29,12 @@ def checked_device(device: str | None) -> torch.device | None:
 
 
 def compile_told(
-    model: str, recipe: Recipe, data: Path | None, resume: Path | None = None, device: str | None = None
+    model: str,
+    recipe: Recipe,
+    data: Path | None,
+    resume: Path | None = None,
+    device: str | None = None,
+    offload: Path | None = None,
 ) -> CompiledVLM:
     """Compile, reporting each pass on stderr."""
     terminal.quiet_libraries()
@@ -42,7 +47,7 @@ def compile_told(
             f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}"
         )
 
-    return compile(model, recipe, calibration=data, after=after, resume=resume, device=device)
+    return compile(model, recipe, calibration=data, after=after, resume=resume, device=device, offload=offload)
 
 
 def load_artifact(folder: str | Path) -> CompiledVLM:

@@ -23,5 +23,13 @@ Device = Annotated[
         show_default=False,
     ),
 ]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        "--offload",
+        help="Folder for changed weights, as large as the model; by default they stay in memory.",
+        show_default=False,
+    ),
+]
 MODEL_HELP = "Folder or hub name of a transformers model."
 ARTIFACT_HELP = "Folder written by `qpcompile compile`."

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from qpcompile.ir.checkpoint import Checkpoint
+from qpcompile.ir.mapped_tensors import Offload
 from qpcompile.ir.measurements import Measurements
 from qpcompile.ir.names import Name
 from qpcompile.ir.structure import Template
@@ -85,6 +86,8 @@ class Program:
     measured: Measurements = field(default_factory=Measurements)
     history: list[str] = field(default_factory=list[str])
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    # Where passes put the large tensors that they make; by default in memory.
+    offload: Offload = field(default_factory=Offload)
     # Where passes compute (runtime/placement.py); None: where the tensors are.
     device: torch.device | None = None
 

@@ -115,7 +115,7 @@ class _Finder:
         self._put(name, new.to(get_tensor(self.graph.module, name).dtype).contiguous())
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
-        tensor = self.on.back(tensor)
+        tensor = self.on.keep(tensor)
         for graph in self.graphs:
             set_tensor(graph.module, name, tensor)
         self.basis.tensors.add(name)

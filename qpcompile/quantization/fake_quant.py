@@ -73,7 +73,7 @@ class StubRounding:
             found = self.inputs.get(self.read_by.get(fact.site, ""))
             moments = None if found is None else self.on.there(found.moments)
             codes, scale = solve(x, moments, weights)
-            self._weights[fact.site] = self.on.back((stored_codes(codes, weights.bits), scale))
+            self._weights[fact.site] = self.on.keep(stored_codes(codes, weights.bits)), self.on.keep(scale)
         stored, scale = self.on.there(self._weights[fact.site])
         value = _widened(codes_of(stored, x.shape[1]), scale, x.dtype)
         if value.nbytes <= self._room:

@@ -3,7 +3,7 @@
 The graphs and the host of a program stay at `home`: in host memory, or mapped from a file. A node's weights are copied
 to `device` when it is computed and freed after their last reader, or held there for the turn of a block; results that
 outlive the turn come back. So at most one block is on the accelerator, and one sample. Where both are the same device,
-nothing is copied.
+nothing is copied. A tensor that a pass makes for the program is moved to a file if the compile was given a folder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from qpcompile.errors import KernelError
 from qpcompile.ir.edit import get_tensor
+from qpcompile.ir.mapped_tensors import Offload
 from qpcompile.ir.program import Graph, Program
 from qpcompile.runtime.devices import on_device
 from qpcompile.runtime.machine import execute_graph
@@ -26,8 +27,8 @@ from qpcompile.runtime.machine import execute_graph
 class Placement:
     """See the module's docstring."""
 
-    def __init__(self, home: torch.device, device: torch.device) -> None:
-        self.home, self.device = home, device
+    def __init__(self, home: torch.device, device: torch.device, offload: Offload | None = None) -> None:
+        self.home, self.device, self.offload = home, device, offload or Offload()
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @classmethod
@@ -36,7 +37,7 @@ class Placement:
         modules = [graph.module for graph in program.graphs.values()]
         tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
         home = next((tensor.device for tensor in tensors), torch.device("cpu"))
-        return cls(home, program.device or home)
+        return cls(home, program.device or home, program.offload)
 
     @property
     def apart(self) -> bool:
@@ -50,6 +51,10 @@ class Placement:
     def back(self, value: Any) -> Any:
         """The inverse of `there`."""
         return self._moved(value, self.home)
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new tensor of the program: at home, or in a file."""
+        return self.offload.keep(self.back(tensor))
 
     def _moved(self, value: Any, device: torch.device) -> Any:
         if not self.apart:
