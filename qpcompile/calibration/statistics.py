@@ -22,7 +22,7 @@ ROWS = 512
 # Statistics of at least this many bytes are stored in a file.
 LARGE = 2**22
 # Rows of a matrix converted to float64 at a time, to limit memory.
-STRIP = 4096
+STRIP = 1024
 
 
 @dataclass
@@ -121,9 +121,13 @@ class InputStatistics:
         """`transformed` without materializing the matrix: `rows` applies it, f64[N, C] -> f64[N, C]."""
         moments = self.moments
         if moments is not None:
-            half = torch.cat([rows(moments[part].double()) for part in strips(len(moments))])
+            half, made = torch.empty_like(moments, dtype=torch.float64), torch.empty_like(moments)
+            for part in strips(len(moments)):
+                half[part] = rows(moments[part].double())
             # A X A^T of a symmetric X is symmetric: its rows are its columns.
-            moments = torch.cat([rows(half[:, part].T.contiguous()).float() for part in strips(len(half))])
+            for part in strips(len(half)):
+                made[part] = rows(half[:, part].T.contiguous()).float()
+            moments = made
         return self._moved(moments, rows(self.total.double()[None])[0].float(), rows(self.rows.double()).float())
 
     def shifted(self, shift: torch.Tensor) -> InputStatistics:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpcompile.calibration import statistics as module
-from qpcompile.calibration import tensor_file
 from qpcompile.calibration.statistics import ROWS, InputStatistics, Shelf
-from qpcompile.errors import OutputError
 
 
 def test_by_hand() -> None:
@@ -119,17 +115,6 @@ def test_a_shelf_gives_back_what_was_put_on_it(large: int, monkeypatch: pytest.M
             assert list(given) == list(wanted)
             assert all(torch.equal(given[part], wanted[part]) for part in wanted)
     assert not torch.equal(shelf["a"].total, shared["a"].total)
-
-
-def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def full(**_: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tensor_file.tempfile, "TemporaryFile", full)
-    monkeypatch.setattr(tensor_file.tempfile, "gettempdir", lambda: str(tmp_path))
-    with pytest.raises(OutputError, match="No space left on device") as error:
-        tensor_file.TensorFile({"x": torch.ones(3)})
-    assert error.value.where == str(tmp_path) and "TMPDIR" in str(error.value)
 
 
 def test_strips_change_nothing_but_how_much_is_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

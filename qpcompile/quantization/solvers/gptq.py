@@ -56,13 +56,15 @@ def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, sche
 
 
 def _inverse_factor(moments: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of H^-1, f32[K, K]. Each f64[K, K] may take a gigabyte: at most two at once."""
+    """The upper Cholesky factor of H^-1, f32[K, K]. One f64[K, K] of 19,000 channels takes 2.7 GiB: there is only one."""
     matrix = moments.to(torch.float64, copy=True)
     matrix[dead, dead] = 1.0
     matrix.diagonal().add_(damping * matrix.diagonal().mean())
-    matrix = torch.linalg.cholesky(matrix)
-    matrix = torch.cholesky_inverse(matrix)
-    matrix = torch.linalg.cholesky(matrix, upper=True)
+    # LAPACK works in place on columns; the matrix is symmetric, so its rows are as good.
+    matrix = matrix.mT
+    torch.linalg.cholesky(matrix, out=matrix)
+    torch.cholesky_inverse(matrix, out=matrix)
+    torch.linalg.cholesky(matrix, upper=True, out=matrix)
     return matrix.float()
 
 
