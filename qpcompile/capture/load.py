@@ -6,6 +6,7 @@ errors naming the tensors.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -35,6 +36,7 @@ from qpcompile.capture.weights import check_model
 from qpcompile.errors import ModelError
 
 Source = str | PathLike[str]
+_LOG = logging.getLogger("qpcompile")
 
 NAMED = 4
 LONGEST = 300
@@ -64,6 +66,7 @@ def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, 
         if Path(source).is_dir() and can_map(Path(source), config):
             model, found = mapped_model(Path(source), config, _get_model_class(config, auto._model_mapping))
         else:
+            _LOG.info("weights: transformers loads %s, which is no folder with all of them in safetensors", source)
             model, found = auto.from_pretrained(
                 source, config=config, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
             )

@@ -39,8 +39,9 @@ def can_map(folder: Path, config: Any) -> bool:
 def mapped_model(folder: Path, config: Any, model_class: type[PreTrainedModel]) -> tuple[Any, Mapping[str, Any]]:
     """The model in a folder, and transformers' report of how its tensors fit: as `from_pretrained` gives them.
 
-    A weight is in memory only where transformers makes it anew: from a tensor of another type, or of several. Mapping is
-    for reading; `from_pretrained` itself maps files for writing, which systems with a limit on such memory refuse.
+    A weight is in memory only where transformers makes it anew: from a tensor of another type, or of several.
+    `from_pretrained` itself maps files too, but for writing, which counts towards limits of memory (ulimit -d, strict
+    overcommit).
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):

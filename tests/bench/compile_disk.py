@@ -4,10 +4,10 @@
     python tests/bench/compile_disk.py --limit 6 -- build/disk --output build/disk-out --offload build \
       --data tests/testbed/calibration/qwen2_5_vl --recipe w4a4kv4 --set quantize.transform=hadamard
 
-The limit is RLIMIT_DATA of the command: what it may allocate and map for writing. Memory that only maps files for reading
-is not in it: the system drops such pages when it needs room, and reads them again. Printed are the largest values seen,
-50 times a second, of anonymous memory (RssAnon, which cannot be dropped without swap) and of mapped files in memory
-(RssFile). Linux only.
+The limit is RLIMIT_DATA of the command: what it may allocate and map for writing. Files mapped for reading are not in
+it: the system drops their pages when it needs room, and reads them again. Each line of the command's stderr is printed
+after the largest values since the last one, of 50 a second: anonymous memory (RssAnon, which cannot be dropped without
+swap) and mapped files in memory (RssFile). Linux only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> int:
 
     command = [sys.executable, "-c", COMMAND, "compile", *options.arguments]
     started = time.monotonic()
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limited)  # noqa: PLW1509
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limited)
     peaks = Peaks(child.pid)
     watching = threading.Thread(target=peaks.watch, daemon=True)
     watching.start()

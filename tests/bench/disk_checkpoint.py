@@ -85,8 +85,8 @@ def write(folder: Path, layers: int, scale: int = 1) -> None:
 
 
 def _config(config: dict[str, Any], layers: int, scale: int) -> dict[str, Any]:
-    divided = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_heads", "vocab_size")
-    divided += ("out_hidden_size",)
+    divided = ("num_attention_heads", "num_key_value_heads", "num_heads", "vocab_size")
+    divided += ("hidden_size", "intermediate_size", "out_hidden_size")
     text, tower = (
         {key: value // scale if key in divided else value for key, value in sizes.items()} for sizes in (TEXT, TOWER)
     )

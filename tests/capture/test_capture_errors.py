@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 from qpcompile.capture.capture import capture
 from qpcompile.capture.sample import two_rows
-from qpcompile.capture.trace import trace
+from qpcompile.capture.trace import _alike, trace
 from qpcompile.errors import CalibrationError, CaptureError, ModelError
 from qpcompile.recipe.recipe import Recipe
 
@@ -109,3 +109,16 @@ def test_two_rows_pads_one_row_and_adds_no_picture_token() -> None:
     assert doubled["attention_mask"][:, 0].tolist() == [0, 1]
     assert (doubled["input_ids"] == 90).sum() == 2 * (inputs["input_ids"] == 90).sum()
     assert doubled["pixel_values"].shape[0] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_last_bits_of_16_bit_types_are_no_other_branch(dtype: torch.dtype) -> None:
+    expected = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    far = expected.clone()
+    far[:, 0] = -far[:, 0]  # one token of seven took another branch
+    bits = 4 * torch.finfo(dtype).eps
+    near = (expected.double() * (1 + bits * torch.randn(expected.shape))).to(dtype)
+    assert _alike(expected.clone(), expected) and _alike(near, expected)
+    assert not _alike(far, expected) and not _alike(torch.full_like(expected, torch.nan), expected)
+    assert _alike(torch.zeros_like(expected), torch.zeros_like(expected))
+    assert not _alike(expected, torch.zeros_like(expected))

@@ -56,7 +56,7 @@ def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, sche
 
 
 def _inverse_factor(moments: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of H^-1, f32[K, K]. One f64[K, K] of 19,000 channels takes 2.7 GiB: there is only one."""
+    """The upper Cholesky factor of H^-1, f32[K, K]. An f64[K, K] takes gigabytes, so there is only one."""
     matrix = moments.to(torch.float64, copy=True)
     matrix[dead, dead] = 1.0
     matrix.diagonal().add_(damping * matrix.diagonal().mean())
