@@ -261,8 +261,8 @@ def _alike(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def _relative(left: torch.Tensor, right: torch.Tensor) -> float:
     """The norm of the difference of two tensors of one shape, relative to the second; NaN where either has one."""
-    difference: Any = left.double() - right.double()
-    expected: Any = right.double()
+    expected: Any = right.detach().double()
+    difference: Any = left.detach().double() - expected
     return float(difference.norm() / expected.norm().clamp(min=1e-30))
 
 

@@ -95,7 +95,7 @@ def compile_command(
             raise typer.BadParameter(
                 "name a folder for the compiled model, or ask for --dry-run", param_hint="--output"
             )
-        refuse_places({"output": output, "report": report}, {"resume": resume})
+        refuse_places({"output": output, "report": report}, {"resume": resume, "offload": offload})
         quiet_libraries()
         from qpcompile.cli.doctor import recipe_warning
         from qpcompile.cli.dry_run import forecast

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from qpcompile.calibration import statistics
 from qpcompile.quantization.solve import output_error, solve
+from qpcompile.quantization.solvers.gptq import _inverse_factor
 from qpcompile.recipe.quantize import WeightScheme
 
 
@@ -98,3 +100,22 @@ def test_error_is_that_of_the_outputs() -> None:
     rounded = codes * scale
     expected = ((weight - rounded) @ x.T).norm() / (weight @ x.T).norm()
     assert output_error(weight, codes, scale, x.T @ x) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7, 257, 700])
+def test_factor_of_the_inverse_is_that_of_its_definition(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "STRIP", 100)
+    moments = correlated(channels)
+    dead = torch.zeros(channels, dtype=torch.bool)
+    dead[1::5] = True
+    moments[dead], moments[:, dead] = 0, 0
+    before = moments.clone()
+    found = _inverse_factor(moments, dead, 0.01)
+    hessian = moments.double()
+    hessian[dead, dead] = 1.0
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    assert torch.equal(moments, before) and found.dtype == torch.float32 and torch.equal(found, found.triu())
+    assert (found.diagonal() > 0).all()
+    torch.testing.assert_close(
+        found.double().T @ found.double() @ hessian, torch.eye(channels).double(), rtol=0, atol=1e-4
+    )

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from qpcompile.calibration.statistics import strips
 from qpcompile.kernels.quantize_dynamic.reference import code_range
 from qpcompile.quantization.solver import Solver, expand
 from qpcompile.quantization.solvers.rtn import RoundToNearest
@@ -56,16 +57,49 @@ def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, sche
 
 
 def _inverse_factor(moments: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of H^-1, f32[K, K]. An f64[K, K] takes gigabytes, so there is only one."""
+    """The upper Cholesky factor of H^-1, f32[K, K].
+
+    With rows and columns reversed H is L L^T, L lower triangular, and the factor is L^-1 reversed. It takes half the
+    operations of inverting H and factoring the inverse. An f64[K, K] takes gigabytes, so there is only one.
+    """
     matrix = moments.to(torch.float64, copy=True)
     matrix[dead, dead] = 1.0
     matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    _reverse(matrix)
     # LAPACK works in place on columns; the matrix is symmetric, so its rows are as good.
     matrix = matrix.mT
     torch.linalg.cholesky(matrix, out=matrix)
-    torch.cholesky_inverse(matrix, out=matrix)
-    torch.linalg.cholesky(matrix, upper=True, out=matrix)
+    _invert_lower(matrix)
+    _reverse(matrix)
     return matrix.float()
+
+
+def _reverse(matrix: torch.Tensor) -> None:
+    """Reverse the rows and the columns of a square matrix in place, two rows at a time."""
+    size = len(matrix)
+    for row in range((size + 1) // 2):
+        first, last = matrix[row].flip(0), matrix[size - 1 - row].flip(0)
+        matrix[row], matrix[size - 1 - row] = last, first
+
+
+def _invert_lower(matrix: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place.
+
+    [A, 0; B, C]^-1 = [A^-1, 0; -C^-1 B A^-1, C^-1]
+    """
+    size = len(matrix)
+    if size <= 2 * BLOCK:
+        one = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, one, upper=False))
+        return
+    half = size // 2
+    a, b, c = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    for part in strips(half):
+        b[:, part] = torch.linalg.solve_triangular(c, b[:, part], upper=False)
+    for part in strips(size - half):
+        b[part] = torch.linalg.solve_triangular(a, b[part], upper=False, left=False).neg_()
+    _invert_lower(a)
+    _invert_lower(c)
 
 
 SOLVER: Solver = Gptq()
