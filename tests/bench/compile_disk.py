@@ -1,7 +1,7 @@
 """Run `qpcompile compile` under a memory limit, and print the seconds and the peak of each pass.
 
     python tests/bench/disk_checkpoint.py build/disk --layers 20
-    python tests/bench/compile_disk.py --limit 6 -- build/disk --output build/disk-out --offload build \
+    python tests/bench/compile_disk.py --limit 6 -- build/disk --output build/disk-out --offload build/new \
       --data tests/testbed/calibration/qwen2_5_vl --recipe w4a4kv4 --set quantize.transform=hadamard
 
 The limit is RLIMIT_DATA of the command: what it may allocate and map for writing. Files mapped for reading are not in

@@ -139,10 +139,10 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments: tuple[str, ...], co
 def test_compile_hands_everything_on(recorder: Recorder, tmp_path: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report.html"
     words = ("--recipe", "quota-30", "--set", "tokens.keep=0.4", "--set", "calibration.samples=3")
-    words += ("--min-agreement", "0.97", "--device", "cpu")
+    words += ("--min-agreement", "0.97", "--device", "cpu", "--offload", str(tmp_path / "new"))
     result = invoke("compile", MODEL, *words, "--data", DATA, "--output", out, "--report", report)
     assert result.exit_code == 0, result.output
-    assert recorder.asked["device"] == "cpu"
+    assert recorder.asked["device"] == "cpu" and recorder.asked["offload"] == tmp_path / "new"
     assert recorder.asked["model"] == MODEL and recorder.asked["calibration"] == DATA
     recipe = recorder.asked["recipe"]
     assert (recipe.tokens.keep, recipe.calibration.samples, recipe.quantize.weights.bits) == (0.4, 3, 4)
