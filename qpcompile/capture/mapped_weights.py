@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from qpcompile.capture.checkpoint_files import weight_files
-from qpcompile.ir.mapped_tensors import mapped
+from qpcompile.ir.mapped_tensors import map_file, mapped
 
 _LOG = logging.getLogger("qpcompile")
 # The types that checkpoint_files.py lets through.
@@ -59,9 +58,9 @@ def mapped_model(folder: Path, config: Any, model_class: type[PreTrainedModel]) 
 def mapped_file(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file that has been checked (checkpoint_files.py)."""
     with path.open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 8 + int.from_bytes(memory[:8], "little")
-    header: dict[str, dict[str, Any]] = json.loads(memory[8:start])
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header: dict[str, dict[str, Any]] = json.loads(file.read(start - 8))
+        memory = map_file(file)
     return {
         name: mapped(memory, _TYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
         for name, entry in header.items()

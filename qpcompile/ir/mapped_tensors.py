@@ -6,10 +6,12 @@ write to such a tensor: the system would end the process. Passes replace tensors
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
+import os
 import tempfile
-import warnings
+import weakref
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -25,6 +27,9 @@ _LOG = logging.getLogger("qpcompile")
 
 # Smaller tensors stay in memory: a mapping takes whole pages.
 LARGE = 2**20
+Memory = ctypes.Array[ctypes.c_ubyte] | None
+"""A mapped file; None if it is empty."""
+_FAILED = ctypes.c_void_p(-1).value
 
 
 @dataclass
@@ -71,8 +76,7 @@ def to_file(tensors: dict[str, torch.Tensor], folder: Path | None = None) -> dic
             for name, tensor in tensors.items():
                 places[name] = _write(file, tensor)
             file.flush()
-            size = file.tell()
-            memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else None
+            memory = map_file(file)
     except OSError as error:
         raise OutputError(
             f"the temporary file of tensors that are not kept in memory cannot be written: {error.strerror or error}",
@@ -86,16 +90,34 @@ def to_file(tensors: dict[str, torch.Tensor], folder: Path | None = None) -> dic
     }
 
 
-def mapped(memory: mmap.mmap | None, dtype: torch.dtype, shape: Any, offset: int) -> torch.Tensor:
+def map_file(file: BinaryIO) -> Memory:
+    """Map a whole file for reading, until its last tensor is gone. Raises OSError.
+
+    Python's own mmap keeps a descriptor open for each mapping, and a process may have a thousand.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        return None
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    place = library.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if place is None or place == _FAILED:
+        raise OSError(number := ctypes.get_errno(), os.strerror(number))
+    memory = (ctypes.c_ubyte * size).from_address(place)
+    # Not at the end of the process: tensors may be read until then.
+    weakref.finalize(memory, library.munmap, place, size).atexit = False
+    return memory
+
+
+def mapped(memory: Memory, dtype: torch.dtype, shape: Any, offset: int) -> torch.Tensor:
     """The tensor at an offset, in bytes, of a mapped file; it keeps the mapping alive."""
     count = torch.Size(shape).numel()
     if not count:
         return torch.empty(shape, dtype=dtype)
     assert memory is not None
-    with warnings.catch_warnings():
-        # torch has no tensors that are read-only, and says so.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 def _write(file: BinaryIO, tensor: torch.Tensor) -> int:

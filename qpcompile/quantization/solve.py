@@ -45,17 +45,14 @@ def solve(
 
 def output_error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor | None) -> float:
     """||(W - Q) X|| / ||W X|| from the second moments; without them, the error of the weights themselves."""
-    if moments is None:
-        wide = weight.detach().double()
-        difference = wide - expand(scale, wide.shape[1]).double() * codes.double()
-        return float(difference.norm() / wide.norm().clamp(min=1e-30))
-    error, full = moments.new_zeros((), dtype=torch.float64), moments.new_zeros((), dtype=torch.float64)
+    error, full = (torch.zeros((), dtype=torch.float64, device=weight.device) for _ in range(2))
     for part in strips(len(weight)):
         wide = weight[part].detach().float()
         difference = wide - expand(scale[part], wide.shape[1]) * codes[part].float()
         # The products take as long as the solver: float64 would double that, for digits that nobody reads.
-        error += ((difference @ moments) * difference).sum(dtype=torch.float64)
-        full += ((wide @ moments) * wide).sum(dtype=torch.float64)
+        seen = (difference, wide) if moments is None else (difference @ moments, wide @ moments)
+        error += (seen[0] * difference).sum(dtype=torch.float64)
+        full += (seen[1] * wide).sum(dtype=torch.float64)
     return float((error.clamp(min=0) / full.clamp(min=1e-30)).sqrt())
 
 

@@ -91,3 +91,10 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError):
         Offload.open(tmp_path / "file" / "folder")
+
+
+def test_many_tensors_take_no_descriptors(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = [to_file({"x": torch.full((4,), number)}, tmp_path)["x"] for number in range(300)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all(tensor.tolist() == [number] * 4 for number, tensor in enumerate(kept))
