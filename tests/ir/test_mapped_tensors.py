@@ -84,7 +84,7 @@ def test_a_full_disk_is_named(named: bool, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(mapped_tensors.tempfile, "gettempdir", lambda: str(tmp_path))
     with pytest.raises(OutputError, match="No space left on device") as error:
         to_file({"x": torch.ones(3)}, tmp_path if named else None)
-    assert error.value.where == str(tmp_path) and "--offload" in error.value.do and "TMPDIR" in error.value.do
+    assert error.value.where == str(tmp_path) and "--offload" in str(error.value) and "TMPDIR" in str(error.value)
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
