@@ -393,6 +393,6 @@ def test_an_interrupt_passes(whole: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def stops(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qpcompile.capture.load.AutoModelForImageTextToText.from_pretrained", stops)
+    monkeypatch.setattr("qpcompile.capture.load.mapped_model", stops)
     with pytest.raises(KeyboardInterrupt):
         load_model(whole)

@@ -178,7 +178,7 @@ def test_dry_run_prints_every_pass_and_compiles_nothing(monkeypatch: pytest.Monk
         pytest.fail("a dry run loaded a model")
 
     monkeypatch.setattr(COMPILE, loads)
-    monkeypatch.setattr("qpcompile.capture.load.AutoModelForImageTextToText.from_pretrained", loads)
+    monkeypatch.setattr("qpcompile.capture.load.mapped_model", loads)
     result = invoke("compile", MODEL, "--recipe", "quota-30", "--data", DATA, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "LlavaForConditionalGeneration, 8 decoder layers" in result.output
