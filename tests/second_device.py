@@ -38,7 +38,17 @@ aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
 # Smaller tensors may be worked on anywhere: factors of a transform, tables of positions.
 LARGE = 1000
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "convolution", "round", "linalg_cholesky_ex", "cholesky_inverse")
+PRODUCTS = (
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "linear",
+    "convolution",
+    "round",
+    "linalg_cholesky_ex",
+    "linalg_solve_triangular",
+)
 
 
 class OnSecond(torch.Tensor):

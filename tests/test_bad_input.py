@@ -289,7 +289,7 @@ class FullDisk:
             (aside / "config.json").write_text("{}")
             raise OSError(28, "No space left on device")
 
-    def export_onnx(self, folder: Path, fast: bool) -> None:
+    def export_onnx(self, folder: Path, fast: bool, target: str | None) -> None:
         self.save_pretrained(folder)
 
 
