@@ -6,6 +6,7 @@ answer: that of a decoder without a cache, for example, after transformers renam
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -41,9 +42,13 @@ _DO = (
 )
 
 
+# Reading it takes as long as a layer of a decode step.
+_signature = functools.cache(inspect.signature)
+
+
 def keyword_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one call of `module.forward`, all by name."""
-    signature = inspect.signature(type(module).forward)
+    signature = _signature(type(module).forward)
     bound = signature.bind(module, *args, **kwargs)
     named: dict[str, Any] = {}
     for name, value in list(bound.arguments.items())[1:]:

@@ -64,6 +64,7 @@ class Machine:
         self.valid: torch.Tensor | None = None
         self.seen_by_tower: dict[str, list[torch.Tensor]] = {}
         self.kinds: dict[str, Kinds] = {}
+        self.remembered: dict[str, list[Name]] = {}
         self._turn = threading.RLock()
         self._replaced: list[torch.nn.Module] = []
         self._bind()
@@ -197,7 +198,7 @@ class Machine:
         else:
             feeds |= self._token_feeds(cache, new, feeds)
             results = self.execute(graph, _pick(graph, feeds))
-            self._store(cache, results, new)
+            self._store(graph, cache, results, new)
         self.last = cache
         answer = rebuild(graph.returns, results)
         answer.pop(CACHE, None)
@@ -258,14 +259,16 @@ class Machine:
         self.seen_by_tower = {}
         return dense
 
-    def _store(self, cache: CompiledCache, results: dict[str, torch.Tensor], new: int) -> None:
+    def _store(self, graph: Graph, cache: CompiledCache, results: dict[str, torch.Tensor], new: int) -> None:
         """Store the cache outputs of a graph in the cache."""
-        for name in [name for name in map(Name, results) if name.root in (CACHE, STATE, KEPT, ALIVE)]:
+        if graph.name not in self.remembered:
+            self.remembered[graph.name] = [name for name in graph.outputs if name.root in (CACHE, STATE, KEPT, ALIVE)]
+        tensors, kept, alive = cache.tensors, cache.kept, cache.alive
+        for name in self.remembered[graph.name]:
             if name.root in (CACHE, STATE):
-                cache.tensors[name] = results.pop(name)
+                tensors[name] = results.pop(name)
             else:
-                group = cache.kept if name.root == KEPT else cache.alive
-                group[name.layer] = results.pop(name)
+                (kept if name.root == KEPT else alive)[name.layer] = results.pop(name)
         cache.seen += new
 
 
