@@ -74,7 +74,7 @@ class Bench(Workbench):
 
     def __init__(self, model: PreTrainedModel, samples: Source) -> None:
         self.model, self.processor, self.calibration, self.device = model, None, samples, None
-        self._captured, self._shared, self._sensitivity = None, None, {}
+        self.grids, self._captured, self._shared, self._sensitivity = {}, None, None, {}
 
 
 def prepare_ours(shape: Shape, folder: Path, dtype: str, presets: str) -> None:
