@@ -56,16 +56,20 @@ def mapped_model(folder: Path, config: Any, model_class: type[PreTrainedModel]) 
 
 
 def mapped_file(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file that has been checked (checkpoint_files.py)."""
+    """All tensors of a safetensors file that has been checked (checkpoint_files.py).
+
+    The format asks for no alignment and kernels do: a tensor that lies across its type is copied.
+    """
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         header: dict[str, dict[str, Any]] = json.loads(file.read(start - 8))
         memory = map_file(file)
-    return {
-        name: mapped(memory, _TYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    found: dict[str, torch.Tensor] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            tensor = mapped(memory, _TYPES[entry["dtype"]], entry["shape"], start + entry["data_offsets"][0])
+            found[name] = tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+    return found
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
@@ -80,5 +84,5 @@ def _tell(model: PreTrainedModel, places: set[int], folder: Path) -> None:
     sizes = {True: 0, False: 0}
     for parameter in model.parameters():
         sizes[parameter.data_ptr() in places] += parameter.nbytes
-    rest = f", {sizes[False] / 2**30:.2f} GiB were converted in memory" if sizes[False] else ""
-    _LOG.info("weights: %.2f GiB stay in %s and are read by the block%s", sizes[True] / 2**30, folder, rest)
+    rest = f", {sizes[False] / 1e6:,.0f} MB were converted in memory" if sizes[False] else ""
+    _LOG.info("weights: %s MB stay in %s and are read by the block%s", f"{sizes[True] / 1e6:,.0f}", folder, rest)

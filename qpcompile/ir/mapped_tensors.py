@@ -12,7 +12,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +32,7 @@ Memory = ctypes.Array[ctypes.c_ubyte] | None
 _FAILED = ctypes.c_void_p(-1).value
 
 
-@dataclass
+@dataclass(frozen=True)
 class Offload:
     """Moves large tensors into unlinked files of a folder; without a folder they stay in memory.
 
@@ -40,14 +40,11 @@ class Offload:
     """
 
     folder: Path | None = None
-    written: int = field(default=0, compare=False)
-    """Bytes moved so far."""
 
     @classmethod
     def open(cls, folder: str | PathLike[str] | None) -> Offload:
         """For a folder, which is created if it does not exist. Raises OutputError if it cannot be."""
         if folder is None:
-            _LOG.info("new weights stay in memory: name a folder to write them to (--offload) if it is short")
             return cls()
         path = Path(folder)
         with writing(path):
@@ -59,7 +56,6 @@ class Offload:
         """The tensor, in a file if it is large. Raises OutputError if the disk has no room for it."""
         if self.folder is None or tensor.nbytes < LARGE or tensor.device.type != "cpu":
             return tensor
-        self.written += tensor.nbytes
         moved = to_file({"": tensor}, self.folder)[""]
         trim()  # of the work on this tensor
         return moved
