@@ -63,7 +63,7 @@ def test_the_same_bytes_as_in_memory(
 
     def stop(step: Any, program: Any) -> None:
         if step.name == "quantize_weights":
-            assert program.offload.written > 0
+            assert f"{tmp_path}/new/" in Path("/proc/self/maps").read_text()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
