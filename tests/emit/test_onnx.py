@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 
@@ -150,6 +151,15 @@ def test_cut_graphs_rank_and_gather_and_keep_four_bits(quota: tuple[Program, Pat
     assert stored["prefill"] == stored["decode"]
     # Small tensors are in the graph's own file.
     assert 0.5 * codes < stored["prefill"] <= codes
+
+
+def test_no_cast_gives_the_type_it_was_given(quota: tuple[Program, Path]) -> None:
+    for path in sorted(quota[1].glob("*.onnx")):
+        model = onnx_ir.load(path)
+        casts = [node for node in model.graph if node.op_type == "Cast"]
+        assert casts, path.name  # codes are cast to integers
+        assert [node.name for node in casts if node.inputs[0].dtype == node.outputs[0].dtype] == []
+        assert not any(node.op_type == "Identity" for node in model.graph)
 
 
 def test_nodes_are_named_after_the_modules_they_come_from(quota: tuple[Program, Path]) -> None:

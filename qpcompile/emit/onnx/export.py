@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    InlinePass,
+    RemoveUnusedNodesPass,
+    ShapeInferencePass,
+)
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import no_op_cast_rule
 
 from qpcompile.emit.manifest_text import sealed
 from qpcompile.emit.onnx.check import compare, float64_operators
@@ -58,7 +66,15 @@ FORMS = {spec.overload: spec.onnx() for spec in SPECS if spec.onnx is not None}
 OWN = {overload: form.translation for overload, form in FORMS.items()}
 # No graph holds placeholders of two operators (inputs of all linears have codes, or of none): any order will do.
 LOWERINGS = tuple(form.lower for form in FORMS.values() if form.lower is not None)
-CLEAN_UP = (InlinePass(), CommonSubexpressionEliminationPass(), RemoveUnusedNodesPass())
+# Translations convert to the type that they compute in, whatever type a value has: most of these casts do nothing.
+CLEAN_UP = (
+    InlinePass(),
+    ShapeInferencePass(),
+    RewritePass((no_op_cast_rule,)),
+    IdentityEliminationPass(),
+    CommonSubexpressionEliminationPass(),
+    RemoveUnusedNodesPass(),
+)
 PACKAGES = ("qpcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
