@@ -10,6 +10,7 @@ Source: "QUOTA" (arXiv 2604.17320), section 3.2, equations 2 to 5, for its own s
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,8 @@ from qpcompile.pruning.mean import final_keep
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.plan import Cut
 from qpcompile.stages import Stage
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,12 @@ class PlanTokenBudget:
             for numerator, denominator in [ratio_fraction(ratio)]
             if numerator < denominator
         ]
-        candidates = tuple(layer for layer in schedule.layers if layer >= 0)
+        for condition in schedule.waived:
+            _LOG.warning("no layer meets all conditions of tokens.candidate_layers auto; waived: %s", condition)
         program.plan = program.plan.changed(
-            candidate_layers=candidates, sensitivity=schedule.sensitivity, cuts=tuple(cuts)
+            candidate_layers=tuple(layer for layer in schedule.layers if layer >= 0),
+            waived=schedule.waived,
+            sensitivity=schedule.sensitivity,
+            cuts=tuple(cuts),
         )
         return False

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -111,6 +112,14 @@ def tokens_by_fraction(numerator: int, denominator: int, visual: int) -> int:
     return (visual * numerator + denominator - 1) // denominator
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Layers after which tokens may be cut, and the conditions that no layer met with the others, in words."""
+
+    layers: tuple[int, ...]
+    waived: tuple[str, ...] = ()
+
+
 def candidate_layers(
     mass_median: Sequence[float],
     mass_iqr: Sequence[float],
@@ -121,7 +130,7 @@ def candidate_layers(
     cosine_ceiling: float = 0.5,
     tail_fraction: float = 0.1,
     max_candidates: int = 5,
-) -> tuple[int, ...]:
+) -> Candidates:
     """Layers after which tokens may be cut: the first consecutive ones with concentrated attention and diverse tokens.
 
     Per layer, over the calibration samples: median and interquartile range of the top-10 attention mass from text
@@ -129,7 +138,8 @@ def candidate_layers(
     concentration is low or unstable, an early contiguous range whose tokens are diverse, none of the last layers. What
     it leaves open is ours: the floor is a share of the largest mass, `iqr_ceiling` a share of the layer's own mass,
     `cosine_ceiling` a share of the way from the smallest to the largest cosine, `tail_fraction` a share of all layers,
-    and at most `max_candidates` are taken.
+    at most `max_candidates` are taken, and where no layer satisfies all conditions they are waived one by one:
+    stability, then diversity, then concentration. The last layers are never taken.
     """
     mass, spread, likeness = (
         _finite(np.asarray(values, dtype=np.float64), name)
@@ -143,22 +153,26 @@ def candidate_layers(
     floor = concentration_floor * mass.max()
     ceiling = likeness.min() + cosine_ceiling * (likeness.max() - likeness.min())
     late = np.arange(mass.size) >= mass.size - math.ceil(tail_fraction * mass.size)
-    reasons = {
-        f"concentration_floor (mass below {floor:.4g})": mass < floor,
+    excluded = {
         f"iqr_ceiling (range above {iqr_ceiling} x mass)": spread > iqr_ceiling * mass,
-        f"tail_fraction (last {int(late.sum())} of {mass.size} layers)": late,
         f"cosine_ceiling (cosine above {ceiling:.4g})": likeness > ceiling,
+        f"concentration_floor (mass below {floor:.4g})": mass < floor,
     }
-    allowed = np.flatnonzero(~np.logical_or.reduce(list(reasons.values())))
-    if not allowed.size or max_candidates < 1:
-        found = "\n".join(f"{name}: layers {np.flatnonzero(out).tolist()}" for name, out in reasons.items())
+    if late.all() or max_candidates < 1:
         raise PlanError(
             f"no decoder layer is left to cut after (at most {max_candidates} wanted)",
-            where=found,
-            do="loosen a threshold, or name the layers in tokens.candidate_layers",
+            where=f"tail_fraction (last {int(late.sum())} of {mass.size} layers)",
+            do="lower tokens.tail_fraction, or name the layers in tokens.candidate_layers",
         )
+    waived: list[str] = []
+    while np.logical_or.reduce([late, *excluded.values()]).all():
+        name, out = next(iter(excluded.items()))
+        del excluded[name]
+        if (out & ~late).any():
+            waived.append(f"{name} excluded layers {np.flatnonzero(out).tolist()}")
+    allowed = np.flatnonzero(~np.logical_or.reduce([late, *excluded.values()]))
     run = allowed[allowed - allowed[0] == np.arange(allowed.size)]
-    return tuple(int(layer) for layer in run[:max_candidates])
+    return Candidates(tuple(int(layer) for layer in run[:max_candidates]), tuple(waived))
 
 
 def _finite(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:

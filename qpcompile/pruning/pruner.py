@@ -47,13 +47,15 @@ class Schedule:
 
     `ratios` maps the final keep ratio to one ratio per layer: non-increasing from layer to layer, increasing in its
     argument. `sensitivity`: the measurements the ratios are based on, for the plan. `scores`: how tokens are scored
-    after each layer, if the method chooses that by measurement.
+    after each layer, if the method chooses that by measurement. `waived`: the conditions of the method's own choice of
+    layers that no layer met, in words.
     """
 
     layers: tuple[int, ...]
     ratios: Callable[[float], tuple[float, ...]]
     sensitivity: tuple[Sensitivity, ...] = ()
     scores: tuple[Score, ...] = ()
+    waived: tuple[str, ...] = ()
 
     def mean(self, keep: float, depth: int) -> float:
         """Mean over `depth` decoder layers of the share of visual tokens that each layer processes."""

@@ -181,6 +181,9 @@ class Plan(Section):
     candidate_layers: tuple[int, ...] = Field(
         default=(), strict=False, description="Layers after which tokens may be cut."
     )
+    waived: tuple[str, ...] = Field(
+        default=(), strict=False, description="Conditions of a candidate layer that were waived: no layer met them all."
+    )
     facts: tuple[LayerFacts, ...] = Field(default=(), strict=False, description="Measurements per layer.")
     sensitivity: tuple[Sensitivity, ...] = Field(
         default=(), strict=False, description="Measurements per candidate layer."

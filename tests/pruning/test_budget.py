@@ -146,48 +146,59 @@ def test_no_visual_token_keeps_none() -> None:
 
 
 def test_candidates_of_figure_3() -> None:
-    assert candidate_layers(MASS, IQR, COSINE) == (2, 3, 4, 5, 6)
-    assert candidate_layers(MASS, IQR, COSINE, max_candidates=2) == (2, 3)
+    assert candidate_layers(MASS, IQR, COSINE).layers == (2, 3, 4, 5, 6)
+    assert candidate_layers(MASS, IQR, COSINE, max_candidates=2).layers == (2, 3)
 
 
 def test_unstable_first_layers_are_skipped() -> None:
     iqr = [*IQR[:2], 0.6 * MASS[2], *IQR[3:]]
-    assert candidate_layers(MASS, iqr, COSINE)[0] == 3
-    assert candidate_layers(MASS, iqr, COSINE, iqr_ceiling=0.7)[0] == 2
+    assert candidate_layers(MASS, iqr, COSINE).layers[0] == 3
+    assert candidate_layers(MASS, iqr, COSINE, iqr_ceiling=0.7).layers[0] == 2
 
 
 def test_a_weak_or_unstable_layer_ends_the_range() -> None:
     mass = [*MASS[:4], 0.01, *MASS[5:]]
-    assert candidate_layers(mass, [*IQR[:4], 0.0, *IQR[5:]], COSINE) == (2, 3)
-    assert candidate_layers(MASS, [*IQR[:5], 0.6 * MASS[5], *IQR[6:]], COSINE) == (2, 3, 4)
+    assert candidate_layers(mass, [*IQR[:4], 0.0, *IQR[5:]], COSINE).layers == (2, 3)
+    assert candidate_layers(MASS, [*IQR[:5], 0.6 * MASS[5], *IQR[6:]], COSINE).layers == (2, 3, 4)
 
 
 def test_run_ends_at_the_first_gap() -> None:
     cosine = [*COSINE[:4], 0.52, *COSINE[5:]]
-    assert candidate_layers(MASS, IQR, cosine) == (2, 3)
+    assert candidate_layers(MASS, IQR, cosine).layers == (2, 3)
 
 
 def test_redundancy_is_a_share_of_the_range() -> None:
-    assert candidate_layers([1] * 6, [0] * 6, [0.4] * 6, tail_fraction=0.0) == (0, 1, 2, 3, 4)
-    assert candidate_layers([1] * 6, [0] * 6, [0.42, 0.44, 0.5, 0.49, 0.43, 0.4], tail_fraction=0.0) == (0, 1)
-    assert candidate_layers([1] * 6, [0] * 6, [0.3, 0.3, 0.3, 0.9, 0.3, 0.3], tail_fraction=0.0) == (0, 1, 2)
+    assert candidate_layers([1] * 6, [0] * 6, [0.4] * 6, tail_fraction=0.0).layers == (0, 1, 2, 3, 4)
+    assert candidate_layers([1] * 6, [0] * 6, [0.42, 0.44, 0.5, 0.49, 0.43, 0.4], tail_fraction=0.0).layers == (0, 1)
+    assert candidate_layers([1] * 6, [0] * 6, [0.3, 0.3, 0.3, 0.9, 0.3, 0.3], tail_fraction=0.0).layers == (0, 1, 2)
 
 
 def test_tail_is_never_cut() -> None:
-    assert candidate_layers([1] * 8, [0] * 8, [0.3] * 8, tail_fraction=0.5) == (0, 1, 2, 3)
-    assert candidate_layers([1] * 3, [0] * 3, [0.3] * 3) == (0, 1)
-    assert candidate_layers([1] * 3, [0] * 3, [0.3] * 3, tail_fraction=0.0) == (0, 1, 2)
+    assert candidate_layers([1] * 8, [0] * 8, [0.3] * 8, tail_fraction=0.5).layers == (0, 1, 2, 3)
+    assert candidate_layers([1] * 3, [0] * 3, [0.3] * 3).layers == (0, 1)
+    assert candidate_layers([1] * 3, [0] * 3, [0.3] * 3, tail_fraction=0.0).layers == (0, 1, 2)
 
 
-def test_refusal_names_what_each_threshold_excluded() -> None:
-    with pytest.raises(PlanError) as refusal:
-        candidate_layers([0.1, 0.1, 1.0, 1.0], [0] * 4, [0.1, 0.2, 0.9, 0.3], tail_fraction=0.25)
-    message = str(refusal.value)
-    assert "concentration_floor (mass below 0.5): layers [0, 1]" in message
-    assert "iqr_ceiling (range above 0.5 x mass): layers []" in message
-    assert "tail_fraction (last 1 of 4 layers): layers [3]" in message
-    assert "cosine_ceiling (cosine above 0.5): layers [2]" in message
-    assert "tokens.candidate_layers" in message
+def test_conditions_are_waived_until_a_layer_is_left() -> None:
+    """Layers 0 and 1 are weak, 2 is redundant, 3 is the tail: diversity is given up before concentration."""
+    found = candidate_layers([0.1, 0.1, 1.0, 1.0], [0] * 4, [0.1, 0.2, 0.9, 0.3], tail_fraction=0.25)
+    assert found.layers == (2,)
+    assert found.waived == ("cosine_ceiling (cosine above 0.5) excluded layers [2]",)
+
+
+def test_unstable_layers_are_taken_where_all_are() -> None:
+    found = candidate_layers([1.0] * 4, [0.9] * 4, [0.1, 0.9, 0.1, 0.1], tail_fraction=0.25)
+    assert found.layers == (0,)
+    assert found.waived == ("iqr_ceiling (range above 0.5 x mass) excluded layers [0, 1, 2, 3]",)
+    assert candidate_layers(MASS, IQR, COSINE).waived == ()
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=2, max_size=12))
+def test_some_early_layer_is_always_found(profile: list[tuple[float, float, float]]) -> None:
+    mass, spread, cosine = zip(*profile, strict=True)
+    found = candidate_layers(mass, spread, cosine)
+    assert found.layers and found.layers == tuple(range(found.layers[0], found.layers[-1] + 1))
+    assert found.layers[-1] < len(profile) - 1
 
 
 @pytest.mark.parametrize(
@@ -203,7 +214,8 @@ def test_refusal_names_what_each_threshold_excluded() -> None:
         (lambda: sensitivity(np.zeros((0, 3))), "at least one calibration sample"),
         (lambda: ratio_fraction(-0.1), "not from 0 to 1"),
         (lambda: candidate_layers([1.0], [0.0, 0.0], [0.0]), "1 masses, 2 ranges"),
-        (lambda: candidate_layers([1.0], [0.0], [0.0], max_candidates=0), "at most 0"),
+        (lambda: candidate_layers([1.0] * 2, [0.0] * 2, [0.0] * 2, max_candidates=0), "at most 0"),
+        (lambda: candidate_layers([1.0] * 2, [0.0] * 2, [0.0] * 2, tail_fraction=1.0), "last 2 of 2 layers"),
     ],
 )
 def test_refusals(call: Callable[[], object], message: str) -> None:

@@ -86,6 +86,7 @@ def test_text_is_as_written_here() -> None:
         "layers:\n"
         "- {index: 0, name: layers.0}\n"
         "candidate_layers: []\n"
+        "waived: []\n"
         "facts: []\n"
         "sensitivity: []\n"
         "cuts:\n"

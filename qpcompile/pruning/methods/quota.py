@@ -20,6 +20,7 @@ from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.pruning.budget import (
     DEVIATIONS,
+    Candidates,
     candidate_layers,
     drop_shares,
     keep_ratios,
@@ -130,7 +131,9 @@ def rounding_of(point: Point) -> _Rounding:
 def sensitivity_schedule(program: Program) -> Schedule:
     """QUOTA's candidate layers and ratios."""
     tokens = program.recipe.tokens
-    layers = cut_layers(program, (0,)) if tokens.candidate_layers != "auto" else _profiled(program)
+    named = tokens.candidate_layers != "auto"
+    candidates = Candidates(cut_layers(program, (0,))) if named else _profiled(program)
+    layers = candidates.layers
     # Without samples, in a stage-wise order and in a uniform schedule, all layers count as equally sensitive.
     deviations = program.measured.get(DEVIATIONS)
     if not deviations or program.recipe.order != "joint" or tokens.schedule == "uniform":
@@ -143,10 +146,10 @@ def sensitivity_schedule(program: Program) -> Schedule:
         Sensitivity(layer=layer, raw=one, normalized=other)
         for layer, one, other in zip(layers, raw, normalized, strict=True)
     ]
-    return Schedule(layers, lambda keep: keep_ratios(shares, keep), tuple(found))
+    return Schedule(layers, lambda keep: keep_ratios(shares, keep), tuple(found), waived=candidates.waived)
 
 
-def _profiled(program: Program) -> tuple[int, ...]:
+def _profiled(program: Program) -> Candidates:
     """The candidate layers by the profile from calibration."""
     tokens = program.recipe.tokens
     scoring, tail = attention_layers(program.graphs[PREFILL]), tokens.tail_fraction
@@ -170,7 +173,7 @@ def _profiled(program: Program) -> tuple[int, ...]:
         tail_fraction=tail,
         max_candidates=tokens.max_candidates,
     )
-    return tuple(facts[place].layer for place in found)
+    return Candidates(tuple(facts[place].layer for place in found.layers), found.waived)
 
 
 METHOD: Pruner = Quota()
