@@ -20,7 +20,7 @@ from qpcompile.ir.attention import appended
 from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, through_shape_ops, tidy
 from qpcompile.ir.node_facts import Role, StubFact, set_fact, stub_fact
 from qpcompile.ir.operators import EXPERT_LINEAR, QUANT_STUB
-from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program, component_of
 from qpcompile.ir.shapes import value
 from qpcompile.recipe.plan import LeftOut
 from qpcompile.recipe.quantize import HEAD_NAME, QuantizeScheme, matches_name
@@ -118,10 +118,11 @@ def _check_width(name: str, width: int, scheme: QuantizeScheme) -> None:
 def _left_out(graph: Graph, scheme: QuantizeScheme, name: str) -> str | None:
     if scheme.weights.bits == 16:
         return "the recipe leaves weights as they are"
-    if graph.name not in SCOPES:
+    scope = SCOPES.get(component_of(graph.name))
+    if scope is None:
         return "the output head never has 4 bits"
-    if SCOPES[graph.name] not in scheme.scope:
-        return f"{SCOPES[graph.name]} is not in quantize.scope"
+    if scope not in scheme.scope:
+        return f"{scope} is not in quantize.scope"
     for pattern in scheme.ignore:
         if matches_name(pattern, name):
             return f"quantize.ignore: {pattern}"

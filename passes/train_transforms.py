@@ -78,7 +78,13 @@ class TrainTransforms:
         time = TrainingTime(scheme.training)
         feeds = self._feeds(program, time)
         trained: list[TrainedBlock] = []
+        done: set[str] = set()
         for name in list(feeds):
+            owner = program.graphs[name].owner
+            if owner in done:  # another graph of the same weights: it has got the factors
+                del feeds[name]
+                continue
+            done.add(owner)
             trained += _train_graph(program, program.graphs[name], feeds.pop(name), scheme, time)
         program.plan = program.plan.changed(trained=tuple(trained))
         return bool(trained)

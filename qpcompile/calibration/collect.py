@@ -173,7 +173,10 @@ class _Collector:
 
     def _add(self, site: str, value: torch.Tensor, flow: _Flow) -> None:
         if site not in self.growing:
-            self.growing[site] = InputStatistics.empty(value.shape[-1], self.moments, value.device)
+            # Another graph of the same component may have been here.
+            before = self.found.inputs.get(site)
+            empty = InputStatistics.empty(value.shape[-1], self.moments, value.device)
+            self.growing[site] = empty if before is None else before.copy().to(value.device)
         of_tokens = flow.counts is not None and value.shape[:-1] == flow.counts.shape
         marks = (flow.visual, flow.counts) if of_tokens else (None, None)
         self.growing[site].add(value, self.keep, *marks)

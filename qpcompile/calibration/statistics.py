@@ -101,6 +101,10 @@ class InputStatistics:
                 raise ValueError(f"{name} of {channels} channels is {held[name].dtype}{list(held[name].shape)}")
         return cls.of_tensors(held)
 
+    def copy(self) -> InputStatistics:
+        """The same in memory of its own, to be added to."""
+        return self.of_tensors({name: tensor.clone() for name, tensor in self.tensors().items()})
+
     def to(self, device: torch.device) -> InputStatistics:
         """The same on a device."""
         return self.of_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})

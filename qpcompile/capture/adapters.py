@@ -149,12 +149,12 @@ def table_of(module: torch.nn.Module) -> str | None:
 
 
 @contextmanager
-def traceable(module: torch.nn.Module) -> Iterator[None]:
+def traceable(module: torch.nn.Module, adapted: bool = True) -> Iterator[None]:
     """While tracing: the replacements above, and deepstack as a plain sum.
 
     Decoders with deepstack add features to the visual rows only, through a boolean index with a data-dependent size.
     The features are passed dense (runtime/prepare.py), so an add is equivalent. `module` is restored afterwards: the
-    exporter leaves its own `forward` on it.
+    exporter leaves its own `forward` on it. adapted: whether ADAPTERS apply; they take tables in place of sizes.
     """
     own = {key: value for key, value in vars(module).items() if key == "forward"}
     with ExitStack() as stack:
@@ -168,7 +168,7 @@ def traceable(module: torch.nn.Module) -> Iterator[None]:
             for name in FUNCTIONS.keys() & vars(home).keys():
                 stack.enter_context(mock.patch.object(home, name, FUNCTIONS[name]))
         for kind in kinds:
-            if adapter := ADAPTERS.get(kind.__name__):
+            if adapted and (adapter := ADAPTERS.get(kind.__name__)):
                 stack.enter_context(mock.patch.object(kind, "forward", adapter.forward))
             if kind in looping:
                 stack.enter_context(mock.patch.object(kind, "forward", _experts))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from qpcompile.capture.boundary import component
-from qpcompile.capture.record import TWO_TOKENS, Recording, find_components, record, whole_cache
+from qpcompile.capture.record import TWO_TOKENS, Call, Recording, find_components, record, whole_cache
 from qpcompile.capture.sample import two_rows
+from qpcompile.capture.sets_of_values import graphs_of_values
 from qpcompile.capture.trace import check_call, check_sizes, trace
 from qpcompile.capture.unread import drop_unread
 from qpcompile.capture.visual_path import visual_path
@@ -22,12 +23,12 @@ from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph
 from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.recipe.plan import Layer, LeftOut, Plan
 from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.fixed_values import VALUES
 from qpcompile.runtime.generation_options import first_line, plain_settings
 from qpcompile.runtime.host import empty_host, fill_host, host_tensors
 from qpcompile.runtime.machine import Machine, visual_tokens
 from qpcompile.runtime.model_inputs import with_prompt
 
-_LOG = logging.getLogger("qpcompile")
 # Largest distance of logits from the model's, of their spread: in float32, and where types of 16 bits round.
 EXACT, HALF = 1e-2, 0.25
 # Tokens of a decoder's own prompt while tracing, so that their number is not one.
@@ -45,8 +46,12 @@ SOURCES = (
 )
 
 
-def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> Program:
+def capture(
+    model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe, others: Iterable[dict[str, Any]] = ()
+) -> Program:
     """Trace every component of `model`, as called by one small `generate` on `sample`.
+
+    others: further samples, read where a component has a graph per set of values; their sets get graphs too.
 
     Raises ModelError for a model that is not a VLM and CaptureError, with the component and the line of the model's
     code, if tracing fails or the graph differs from eager.
@@ -56,6 +61,7 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
     alone = record(model, sample)
     graphs: dict[str, Graph] = {}
     on_host: list[LeftOut] = []
+    recordings = _Recordings(model, alone, others)
     for name, role, occurrence in SOURCES:
         call = recording.first(role, occurrence)
         if call is None:
@@ -76,13 +82,16 @@ def capture(model: PreTrainedModel, sample: dict[str, Any], recipe: Recipe) -> P
         except CaptureError as error:
             if name not in ON_HOST:
                 raise
-            on_host.append(_left_on_host(name, owner, error))
+            found, left = graphs_of_values(name, owner, model.get_submodule(owner), recordings.calls(role), error)
+            graphs |= found
+            on_host.append(left)
             continue
         graphs[name] = graph
     name_crossing(graphs)
-    if VISION in graphs:
+    if VISION in graphs and VALUES not in graphs[VISION].constants:
         graphs[VISION].constants |= visual_path(recording, prompt.get("input_ids"), visual_tokens(model.config))
-    held = _own_weights(graphs)
+    # Transformers' code of a component with graphs of values answers others, and needs its weights.
+    held = _own_weights({name: graph for name, graph in graphs.items() if VALUES not in graph.constants})
     with component("transformers' code around the graphs cannot be kept", type(model).__name__):
         host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
     host.generation_config = copy.deepcopy(model.generation_config)
@@ -146,11 +155,19 @@ def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, 
     raise first
 
 
-def _left_on_host(name: str, owner: str, error: CaptureError) -> LeftOut:
-    """A component that is not traced for every size of its inputs: transformers' own code runs it, unchanged."""
-    reason = f"{error.what} ({error.where}); it stays transformers' code, in full precision"
-    _LOG.warning("%s is not captured: %s", name, reason)
-    return LeftOut(graph=name, name=owner or name, reason=reason)
+class _Recordings:
+    """The calls of components on the sample as it was given, then on others, which are recorded when they are asked for."""
+
+    def __init__(self, model: PreTrainedModel, alone: Recording, others: Iterable[dict[str, Any]]) -> None:
+        self.done, self.more = [alone], (record(model, other) for other in others)
+
+    def calls(self, role: str) -> Iterator[Call]:
+        """Every call of a component."""
+        for recording in self.done:
+            yield from (call for call in recording.calls if call.component == role)
+        for recording in self.more:
+            self.done.append(recording)
+            yield from (call for call in recording.calls if call.component == role)
 
 
 def _own_weights(graphs: dict[str, Graph]) -> set[str]:

@@ -24,6 +24,7 @@ from transformers.exporters.utils import _OUTPUT_FLAGS
 from qpcompile.capture.adapters import attending_in_segments, table_of, traceable
 from qpcompile.capture.boundary import component, first_line
 from qpcompile.capture.functional import make_functional
+from qpcompile.capture.known_values import knowing
 from qpcompile.capture.record import Call
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import get_tensor, stand_in
@@ -31,7 +32,8 @@ from qpcompile.ir.names import CACHE, CROSS, STATE, Name, names
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import CACHE_ARGUMENT, cached_tokens, named_tensors, template
 from qpcompile.runtime.arguments import FLAGS, refuse_unknown, split_flags
-from qpcompile.runtime.prepare import CAUSAL, MASK, MASK_AXES, TABLE, prepare
+from qpcompile.runtime.fixed_values import SAID, VALUES, digest_of, fixed, of_call, said, varying
+from qpcompile.runtime.prepare import CAUSAL, MASK, MASK_AXES, TABLE, moved, prepare
 
 # Largest distance of an output of a traced graph from eager's, of its norm, in types of 16 bits.
 HALF = 0.1
@@ -55,31 +57,60 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
     hook = module.register_forward_pre_hook(_one_token_count, with_kwargs=True)
     # Flags that the exporter does not take out of the arguments have no axes.
     axes = _dynamic_axes(arguments) | {key: None for key in flags if key not in _OUTPUT_FLAGS}
-    config = DynamoConfig(dynamic=True, dynamic_shapes=axes)
     try:
-        failing = component(f"{name} cannot be traced", owner or type(module).__name__)
-        with failing, _quiet(), _attention_by_segment(), traceable(module), mock.patch(_PRECOMPUTE, lambda *_: None):
-            traced = copy.deepcopy({**arguments, **flags})
-            exported, _ = DynamoExporter().export_program(cast(Any, module), traced, config)
+        with traceable(module):
+            exported = _exported(name, owner, module, {**arguments, **flags}, axes)
     finally:
         hook.remove()
+    graph = _graph(name, owner, exported, arguments, call)
+    graph.constants = {key: value for key, value in (flags | data).items() if isinstance(value, (bool, int, float, str))}
+    if table is not None:
+        graph.constants[TABLE] = table
     tensors = dict(named_tensors(arguments))
+    graph.constants |= _mask_facts(module, tensors)
+    _check(graph, tensors, call.output)
+    return graph
+
+
+def trace_values(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
+    """Trace `module` for the values and shapes of `call` only (runtime/fixed_values.py); raises as `trace` does."""
+    arguments = of_call(call.inputs)
+    given, known = moved(module, varying(arguments)), moved(module, fixed(arguments))
+    flags = {key: value for key, value in call.inputs.items() if key in FLAGS and key not in known}
+    with traceable(module, adapted=False), knowing(module, known):
+        exported = _exported(name, owner, module, {**given, **flags}, None)
+    graph = _graph(name, owner, exported, given, call)
+    graph.constants = {VALUES: digest_of(arguments), SAID: said(arguments)}
+    _check(graph, dict(named_tensors(given)), call.output)
+    return graph
+
+
+def _exported(
+    name: str, owner: str, module: torch.nn.Module, arguments: dict[str, Any], axes: dict[str, Any] | None
+) -> torch.export.ExportedProgram:
+    """Run the exporter; `axes` are the dynamic ones, None for none."""
+    config = DynamoConfig(dynamic=axes is not None, dynamic_shapes=axes)
+    failing = component(f"{name} cannot be traced", owner or type(module).__name__)
+    with failing, _quiet(), _attention_by_segment(), mock.patch(_PRECOMPUTE, lambda *_: None):
+        exported, _ = DynamoExporter().export_program(cast(Any, module), copy.deepcopy(arguments), config)
+    return exported
+
+
+def _graph(
+    name: str, owner: str, exported: torch.export.ExportedProgram, arguments: dict[str, Any], call: Call
+) -> Graph:
+    """What was exported as a graph with named inputs and outputs."""
     graph = Graph(
         name=name,
         module=_plain(exported),
-        inputs=_input_names(exported, tensors),
+        inputs=_input_names(exported, dict(named_tensors(arguments))),
         outputs=names(path or "output" for path, _ in named_tensors(call.output)),
         owner=owner,
         returns=template(call.output) if not isinstance(call.output, torch.Tensor) else "output",
-        constants={key: value for key, value in (flags | data).items() if isinstance(value, (bool, int, float, str))},
     )
     for node in graph.nodes:
         if node.op == "get_attr":
             node.meta["val"] = stand_in(graph, get_tensor(graph.module, str(node.target)))
-    if table is not None:
-        graph.constants[TABLE] = table
-    graph.constants |= _mask_facts(module, tensors)
-    _check(graph, tensors, call.output)
     return graph
 
 

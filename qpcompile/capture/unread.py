@@ -13,6 +13,7 @@ import torch
 from qpcompile.errors import InputError
 from qpcompile.ir.edit import tidy
 from qpcompile.ir.program import PREFILL, VISION, Graph, Program
+from qpcompile.runtime.fixed_values import VALUES
 from qpcompile.runtime.machine import Machine, execute_graph
 
 Results = dict[str, torch.Tensor]
@@ -20,7 +21,7 @@ Results = dict[str, torch.Tensor]
 
 def drop_unread(program: Program, prompt: dict[str, Any]) -> tuple[str, ...]:
     """Remove outputs of the vision graph that do not reach the decoder on `prompt`; returns their paths."""
-    if VISION not in program.graphs:
+    if VISION not in program.graphs or VALUES in program.graphs[VISION].constants:
         return ()
     graph = program.graphs[VISION]
     host = _Host(program, prompt)

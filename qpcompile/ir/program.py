@@ -7,6 +7,7 @@ Program
   graphs["decode"]     one token + K and V -> hidden states, K and V
   graphs["head"]       hidden states       -> logits
   graphs["embed"]      tokens              -> embeddings             (only if tied to a quantized head)
+  graphs["vision.1"]   like "vision", of another set of values       (runtime/fixed_values.py)
   host                 transformers' code between the graphs: it holds no weight that a graph holds
 """
 
@@ -28,6 +29,11 @@ from qpcompile.recipe.recipe import Recipe
 from qpcompile.stages import Stage
 
 VISION, PROJECTOR, PREFILL, DECODE, HEAD, EMBED = "vision", "projector", "prefill", "decode", "head", "embed"
+
+
+def component_of(name: str) -> str:
+    """The component of a graph: "vision" of `vision`, and of `vision.1`, its graph of other values."""
+    return name.partition(".")[0]
 
 
 @dataclass

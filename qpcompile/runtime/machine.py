@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, Self
@@ -13,14 +14,16 @@ from transformers.utils.generic import ModelOutput
 
 from qpcompile.errors import CalibrationError, CaptureError, InputError, KernelError, PlanError
 from qpcompile.ir.names import CACHE, STATE, Name
-from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program, component_of
 from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, rebuild
 from qpcompile.runtime.arguments import Kinds, fitted, input_kinds, keyword_arguments, refuse_unknown, split_flags
+from qpcompile.runtime.fixed_values import VALUES, digest_of, of_call, said, varying
 from qpcompile.runtime.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.model_inputs import check_inputs, is_encoder_decoder, vocabulary_size
-from qpcompile.runtime.prepare import TABLE, absent_inputs, embedded, prepare
+from qpcompile.runtime.prepare import TABLE, absent_inputs, embedded, moved, prepare
 
+_LOG = logging.getLogger("qpcompile")
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 Decode = Callable[[CompiledCache, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -65,6 +68,7 @@ class Machine:
         self.seen_by_tower: dict[str, list[torch.Tensor]] = {}
         self.kinds: dict[str, Kinds] = {}
         self.remembered: dict[str, list[Name]] = {}
+        self.noted: set[str] = set()
         self._turn = threading.RLock()
         self._replaced: list[torch.nn.Module] = []
         self._bind()
@@ -135,7 +139,8 @@ class Machine:
         graphs = self.program.graphs
         for name in (VISION, PROJECTOR, HEAD, EMBED):
             if name in graphs:
-                self._replace(graphs[name].owner, functools.partial(self._component, graphs[name]))
+                own = [graph for graph in graphs.values() if component_of(graph.name) == name]
+                self._replace(graphs[name].owner, functools.partial(self._component, own))
         self._replace(graphs[PREFILL].owner, self._language)
         original = type(self.program.host).forward
 
@@ -161,14 +166,40 @@ class Machine:
         is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
         self.valid = attention_mask.bool() if is_flat else torch.ones_like(self.visual)
 
-    def _component(self, graph: Graph, *args: Any, **kwargs: Any) -> Any:
+    def _component(self, graphs: list[Graph], *args: Any, **kwargs: Any) -> Any:
+        """Run a component: its graph, or that of its graphs which is of the values of this call."""
+        graph = graphs[0]
         module = self.host.get_submodule(graph.owner)
-        feeds = self._known(graph, keyword_arguments(module, args, kwargs))
+        arguments = keyword_arguments(module, args, kwargs)
+        if VALUES in graph.constants:
+            arguments = of_call(arguments)
+            key = digest_of(arguments)
+            found = next((each for each in graphs if each.constants[VALUES] == key), None)
+            if found is None:
+                return self._eagerly(graph, arguments, args, kwargs)
+            graph = found
+            feeds = self._fitted(graph, moved(module, varying(arguments)))
+        else:
+            feeds = self._known(graph, arguments)
         results = self.execute(graph, _pick(graph, feeds))
         for name in (VISUAL_SCORES, VISUAL_KEYS):
             if name in results:
                 self.seen_by_tower.setdefault(name, []).append(results.pop(name))
         return rebuild(graph.returns, results)
+
+    def _eagerly(self, graph: Graph, arguments: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run transformers' own code of a component, which has its weights, on values that no graph was traced for."""
+        if graph.owner not in self.noted:
+            self.noted.add(graph.owner)
+            _LOG.warning(
+                "%s has no graph of %s: transformers' code computes it in full precision, here and where else that is "
+                "so; compile with a sample of this kind to have one",
+                graph.name,
+                said(arguments),
+            )
+        module = self.host.get_submodule(graph.owner)
+        with torch.no_grad():
+            return type(module).forward(module, *args, **kwargs)
 
     def _language(self, *args: Any, **kwargs: Any) -> Any:
         module = self.host.get_submodule(self.program.graphs[PREFILL].owner)
@@ -213,6 +244,9 @@ class Machine:
         flags, data = split_flags(arguments)
         data = prepare(self.host.get_submodule(graph.owner), data, graph.constants.get(TABLE))
         refuse_unknown(graph, flags, data)
+        return self._fitted(graph, data)
+
+    def _fitted(self, graph: Graph, data: dict[str, Any]) -> dict[str, torch.Tensor]:
         if graph.name not in self.kinds:
             self.kinds[graph.name] = input_kinds(graph)
         return fitted(graph, self.kinds[graph.name], dict(named_tensors(data)))

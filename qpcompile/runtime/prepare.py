@@ -37,6 +37,11 @@ def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | Non
     if arguments.get(DEEPSTACK) is not None:
         mask = arguments.pop(VISUAL_POSITIONS)
         arguments[DEEPSTACK] = [_scattered(arguments["inputs_embeds"], mask, visual) for visual in arguments[DEEPSTACK]]
+    return moved(module, arguments)
+
+
+def moved(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one call of `module` on its device, floating-point tensors of its type."""
     dtype, device = module_dtype(module), module_device(module)
     if dtype is None or device is None:
         return arguments

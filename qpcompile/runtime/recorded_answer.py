@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qpcompile.ir.names import CACHE, STATE, Name
-from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph
+from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, component_of
 from qpcompile.runtime.machine import ALIVE, KEPT, Machine, execute_graph, visual_tokens
 from qpcompile.runtime.model_inputs import DECODER_IDS, prompt_of
 from qpcompile.runtime.prepare import MASK
@@ -51,7 +51,7 @@ class RecordedAnswer:
         pictures = list(self._pictures)
 
         def execute(graph: Graph, feeds: Tensors) -> Tensors:
-            if graph.name in (VISION, PROJECTOR):
+            if component_of(graph.name) in (VISION, PROJECTOR):
                 return dict(pictures.pop(0))
             if graph.name != PREFILL:
                 return execute_graph(graph, feeds)
@@ -79,7 +79,7 @@ class RecordedAnswer:
             self.logits.append(results[graph.outputs[0]].clone())
             read, given = feeds[graph.inputs[0]][:, -1], self.hidden[-1][:, -1]
             self.reads_hidden &= read.shape == given.shape and torch.equal(read, given)
-        elif graph.name in (VISION, PROJECTOR):
+        elif component_of(graph.name) in (VISION, PROJECTOR):
             self._pictures.append(dict(results))
         return results
 

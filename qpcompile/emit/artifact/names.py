@@ -13,6 +13,7 @@ from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION
 GRAPHS = frozenset({VISION, PROJECTOR, PREFILL, DECODE, HEAD, EMBED})
 MOST_CHARACTERS = 250
 _PATH = re.compile(r"\w+(\.-?\w+)*", re.ASCII)
+_OF_VALUES = re.compile(rf"({VISION}|{PROJECTOR})\.[1-9]\d?", re.ASCII)
 _VALUE = re.compile(r"%(0|[1-9]\d{0,6})", re.ASCII)
 # Attributes of every module: a weight of that name would shadow one.
 _TAKEN = frozenset(dir(torch.nn.Module()))
@@ -20,7 +21,7 @@ _TAKEN = frozenset(dir(torch.nn.Module()))
 
 def is_graph(name: Any) -> bool:
     """Whether a graph of a program may have this name."""
-    return isinstance(name, str) and name in GRAPHS
+    return isinstance(name, str) and (name in GRAPHS or _OF_VALUES.fullmatch(name) is not None)
 
 
 def is_path(name: Any) -> bool:

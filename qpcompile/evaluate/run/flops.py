@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16
-from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program
+from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program, component_of
 from qpcompile.runtime.machine import Machine, execute_graph
 
 
@@ -63,7 +63,7 @@ def picture_flops(program: Program, inputs: dict[str, Any]) -> int:
 
     def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         nonlocal total
-        if graph.name not in (VISION, PROJECTOR):
+        if component_of(graph.name) not in (VISION, PROJECTOR):
             return execute_graph(graph, feeds)
         with FlopCounterMode(display=False, custom_mapping=dict(OURS)) as counter:
             results = execute_graph(graph, feeds)

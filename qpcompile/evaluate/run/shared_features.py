@@ -14,6 +14,7 @@ import torch
 from qpcompile.compiled import CompiledVLM
 from qpcompile.ir.program import VISION, Graph
 from qpcompile.ir.text import graph_text
+from qpcompile.runtime.fixed_values import VALUES
 
 
 class SharedFeatures:
@@ -26,7 +27,8 @@ class SharedFeatures:
     def serve(self, compiled: CompiledVLM) -> None:
         """Make this model's vision graph use and fill the cache."""
         graphs, execute = compiled.program.graphs, compiled.machine.execute
-        if VISION not in graphs:
+        # Of a tower with a graph per set of values, the inputs of a graph do not tell which pictures they are of.
+        if VISION not in graphs or VALUES in graphs[VISION].constants:
             return
         tower = graph_digest(graphs[VISION])
         if tower != self._tower:
