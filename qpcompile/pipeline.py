@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import islice
 from os import PathLike
 from typing import Any
 
@@ -23,6 +24,7 @@ from qpcompile.capture.capture import capture
 from qpcompile.capture.load import load_model
 from qpcompile.capture.quantized import grids
 from qpcompile.capture.samples import Samples, Source
+from qpcompile.capture.sets_of_values import MOST_SAMPLES
 from qpcompile.capture.weights import check_model
 from qpcompile.claims import held_folder
 from qpcompile.compiled import CompiledVLM
@@ -106,7 +108,8 @@ def compile(
             if held is None:
                 assert source is not None
                 held = load_model(source, processor)[0]
-            program = capture(held, samples.example() if samples else blank_sample(held, processor), recipe)
+            example = samples.example() if samples else blank_sample(held, processor)
+            program = capture(held, example, recipe, islice(samples or (), MOST_SAMPLES))
             program.device, program.offload = computes, kept_in
             if source is not None:
                 program.measured[GRIDS] = grids(source, held)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -108,6 +108,18 @@ def _weighted_rows(
     return (torch.nn.functional.embedding(indices, table) * per_sample_weights.unsqueeze(-1)).sum(dim=1)
 
 
+def _broadcast_mask(mask_function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A mask by broadcasting, in place of transformers' vmap over its four axes, which a graph cannot hold."""
+
+    def mask(batch: torch.Tensor, heads: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        found = mask_function(
+            batch[:, None, None, None], heads[None, :, None, None], queries[None, None, :, None], keys[None, None, None]
+        )
+        return found.expand(batch.shape[0], heads.shape[0], queries.shape[0], keys.shape[0])
+
+    return mask
+
+
 def _packed_pictures(self: Any, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any) -> Any:
     """Pixtral's tower; `image_sizes: i64[T, 3]` holds picture, row and column of each patch."""
     picture, row, column = image_sizes.unbind(-1)
@@ -162,6 +174,9 @@ def traceable(module: torch.nn.Module, adapted: bool = True) -> Iterator[None]:
         stack.callback(lambda: vars(module).pop("forward", None))
         stack.enter_context(mock.patch.object(ALL_EXPERTS_FUNCTIONS, "get_interface", lambda *_: _experts))
         stack.enter_context(mock.patch("torch.nn.functional.embedding_bag", _weighted_rows))
+        stack.enter_context(mock.patch("transformers.masking_utils._vmap_expansion_sdpa", _broadcast_mask))
+        # Only vmap needs it: a lookup is an operator of its own there.
+        stack.enter_context(mock.patch("transformers.masking_utils.TransformGetItemToIndex", nullcontext))
         kinds = {type(part) for part in module.modules()}
         looping = {type(part) for part in module.modules() if _loops_over_experts(part)}
         for home in {sys.modules[kind.__module__] for kind in kinds}:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qpcompile.capture.boundary import component
 from qpcompile.capture.record import TWO_TOKENS, Call, Recording, find_components, record, whole_cache
-from qpcompile.capture.sample import two_rows
+from qpcompile.capture.sample import PICTURES, two_rows
 from qpcompile.capture.sets_of_values import graphs_of_values
 from qpcompile.capture.trace import check_call, check_sizes, trace
 from qpcompile.capture.unread import drop_unread
@@ -28,6 +28,7 @@ from qpcompile.runtime.generation_options import first_line, plain_settings
 from qpcompile.runtime.host import empty_host, fill_host, host_tensors
 from qpcompile.runtime.machine import Machine, visual_tokens
 from qpcompile.runtime.model_inputs import with_prompt
+from qpcompile.runtime.prepare import IDS
 
 # Largest distance of logits from the model's, of their spread: in float32, and where types of 16 bits round.
 EXACT, HALF = 1e-2, 0.25
@@ -74,6 +75,8 @@ def capture(
             call.output = model.get_submodule(owner)(**call.inputs)
         try:
             with component(f"{name} cannot be captured", owner or type(model).__name__):
+                if name in ON_HOST:
+                    _refuse_both(call, owner)
                 graph = trace(name, owner, model.get_submodule(owner), call)
                 if name in ON_HOST:
                     check_sizes(graph)
@@ -155,8 +158,19 @@ def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, 
     raise first
 
 
+def _refuse_both(call: Call, owner: str) -> None:
+    """Raise CaptureError for an encoder of prompt and pictures: a prompt without pictures has other inputs."""
+    pictures = [key for key in call.inputs if key.startswith(PICTURES)]
+    if pictures and call.inputs.get(IDS) is not None:
+        raise CaptureError(
+            f"it takes the prompt with {', '.join(pictures)}, and a prompt without pictures has another graph",
+            where=owner,
+            do="use the model as it is: this part is not compiled",
+        )
+
+
 class _Recordings:
-    """The calls of components on the sample as it was given, then on others, which are recorded when they are asked for."""
+    """The calls of components on the sample as it was given, then on others: recorded when they are asked for."""
 
     def __init__(self, model: PreTrainedModel, alone: Recording, others: Iterable[dict[str, Any]]) -> None:
         self.done, self.more = [alone], (record(model, other) for other in others)

@@ -44,7 +44,7 @@ class KnownValues(TorchFunctionMode):
         if numbers and (all(map(_is_known, tensors)) if tensors else func in _COUNTING or _counts(func, kwargs)):
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
-        if func in _PLACED and not _is_known(args[1]):
+        if func in _PLACED:
             args = (args[0], _positions(args[1]), *args[2:])
         if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave) and _repeats_known(args, kwargs):
             return _repeated(*args, **kwargs)

@@ -31,6 +31,7 @@ from qpcompile.ir.edit import get_tensor, stand_in
 from qpcompile.ir.names import CACHE, CROSS, STATE, Name, names
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import CACHE_ARGUMENT, cached_tokens, named_tensors, template
+from qpcompile.nested import is_list
 from qpcompile.runtime.arguments import FLAGS, refuse_unknown, split_flags
 from qpcompile.runtime.fixed_values import SAID, VALUES, digest_of, fixed, of_call, said, varying
 from qpcompile.runtime.prepare import CAUSAL, MASK, MASK_AXES, TABLE, moved, prepare
@@ -63,7 +64,11 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
     finally:
         hook.remove()
     graph = _graph(name, owner, exported, arguments, call)
-    graph.constants = {key: value for key, value in (flags | data).items() if isinstance(value, (bool, int, float, str))}
+    graph.constants = {
+        key: value for key, value in (flags | data).items() if isinstance(value, (bool, int, float, str))
+    }
+    # A flag may list the layers whose results are returned.
+    graph.constants |= {key: list(value) for key, value in flags.items() if is_list(value)}
     if table is not None:
         graph.constants[TABLE] = table
     tensors = dict(named_tensors(arguments))

@@ -136,6 +136,7 @@ def _kind(dtype: torch.dtype) -> str:
 def _refuse_other(graph: Graph, name: str, value: Any) -> None:
     """Refuse a value that is not the one in the graph."""
     known = graph.constants.get(name, ABSENT.get(name))
+    value = list(value) if is_list(value) else value  # as JSON has it
     if type(value) is type(known) and value == known:
         return
     was = "without it" if known is None else f"with {name}={known!r}"

@@ -69,7 +69,7 @@ def _words(name: str, value: object) -> str:
 
 
 def _kind(value: object) -> str:
-    """What a leaf is apart from a tensor's contents. The width of integers and floating-point numbers does not count."""
+    """What a leaf is apart from a tensor's contents. How many bits a number has does not count."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
     kind = "float" if _is_varying(value) else "bool" if value.dtype == torch.bool else "int"

@@ -10,10 +10,12 @@ from transformers import PreTrainedConfig
 
 from qpcompile.emit.artifact.folder import AGAIN
 from qpcompile.emit.artifact.manifest import Manifest
+from qpcompile.emit.artifact.names import GRAPHS
 from qpcompile.errors import ArtifactError
 from qpcompile.ir.names import CACHE, STATE
-from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
+from qpcompile.ir.program import DECODE, PREFILL, Graph, Program, component_of
 from qpcompile.ir.types import TYPE, UNKNOWN, ValueType
+from qpcompile.runtime.fixed_values import VALUES
 from qpcompile.runtime.machine import ALIVE, KEPT
 
 EMBEDS = "inputs_embeds"
@@ -65,6 +67,13 @@ def _of_graph(name: str, graph: Graph, program: Program) -> Iterator[str]:
     modules = dict(program.host.named_modules())
     if graph.owner not in modules:
         yield f"the model has no module {graph.owner}"
+    elif VALUES in graph.constants and (lacking := _lacking(modules[graph.owner])):
+        yield f"it is of some values only, and {lacking} for others is not stored"
+    first = program.graphs.get(component_of(name), graph)
+    if (first.owner, VALUES in first.constants) != (graph.owner, VALUES in graph.constants):
+        yield f"it is not of the same part of the model as {first.name}"
+    if name not in GRAPHS and component_of(name) not in program.graphs:
+        yield f"there is no graph {component_of(name)}"
     cuts = {str(cut.layer) for cut in program.plan.cuts}
     for path in (*graph.inputs, *graph.outputs):
         layer = path.rest.partition(".")[0]
@@ -72,6 +81,11 @@ def _of_graph(name: str, graph: Graph, program: Program) -> Iterator[str]:
             yield f"{path} belongs to no layer"
         elif path.root in (KEPT, ALIVE) and layer not in cuts:
             yield f"{path} belongs to no cut of plan.yaml"
+
+
+def _lacking(module: torch.nn.Module) -> str | None:
+    """A weight that a part of the host would need to run, and does not hold."""
+    return next((name for name, weight in module.named_parameters() if not weight.numel()), None)
 
 
 def _of_cache(program: Program) -> Iterator[tuple[str, str]]:

@@ -37,6 +37,7 @@ from qpcompile.ir.size_functions import SIZE_FUNCTIONS
 from qpcompile.ir.text import module_path, target_text, value_labels
 from qpcompile.ir.type_check import example_sizes
 from qpcompile.ir.types import TYPE, ValueType, parse_type, type_of, value_types
+from qpcompile.runtime.fixed_values import SAID, VALUES
 from qpcompile.runtime.prepare import CAUSAL, MASK_AXES, TABLE, TABLES
 
 FORMAT = 2
@@ -339,6 +340,8 @@ def _are_constants(constants: Any) -> bool:
         return False
     own = {TABLE: (None, *TABLES), MASK_AXES: (2, 4), CAUSAL: (True, False)}
     if any(key in constants and constants[key] not in allowed for key, allowed in own.items()):
+        return False
+    if not all(isinstance(constants.get(key, ""), str) for key in (VALUES, SAID)):
         return False
     return all(value is None or isinstance(value, (bool, int, float, str, list)) for value in constants.values())
 

@@ -59,7 +59,7 @@ class Manifest(Section):
     stage: Stage = Field(description="How far the compile went.")
     history: tuple[Name, ...] = Field(strict=False, max_length=100, description="The passes that ran.")
     layers: tuple[Dotted, ...] = Field(strict=False, max_length=4096, description="Modules of the decoder's layers.")
-    graphs: tuple[Name, ...] = Field(strict=False, min_length=1, max_length=20, description="Names of the graphs.")
+    graphs: tuple[Dotted, ...] = Field(strict=False, min_length=1, max_length=20, description="Names of the graphs.")
     host: dict[Dotted, Key] = Field(description="Stored tensor of each tensor of the host.")
     sites: tuple[Site, ...] = Field(strict=False, description="Everything that was quantized.")
     left_out: tuple[LeftOut, ...] = Field(strict=False, description="Everything in scope that was not.")

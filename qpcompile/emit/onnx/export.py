@@ -53,6 +53,7 @@ from qpcompile.files import sha256, staged_folder
 from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
 from qpcompile.kernels.linear_w4a16 import onnx_contrib
+from qpcompile.runtime.fixed_values import SAID, VALUES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -174,6 +175,12 @@ def _check_supported(program: Program) -> None:
             f"the program has no {', '.join(missing)} graph",
             where=type(program.host).__name__,
             do="use the compiled module: this family is not split in the way an ONNX folder is",
+        )
+    if one := next((graph for graph in program.graphs.values() if VALUES in graph.constants), None):
+        raise ExportError(
+            f"the {one.name} graph is of some pictures only, and an ONNX folder has no other code for the rest",
+            where=f"{one.name}, {one.constants[SAID]}",
+            do="use the compiled module: this family cannot be written as an ONNX folder yet",
         )
     host: Any = program.host
     if getattr(host.config, "image_token_id", None) is None:

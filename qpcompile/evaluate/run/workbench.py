@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from qpcompile.capture.capture import capture
 from qpcompile.capture.load import load_model
 from qpcompile.capture.quantized import grids
 from qpcompile.capture.samples import Samples
+from qpcompile.capture.sets_of_values import MOST_SAMPLES
 from qpcompile.compiled import CompiledVLM
 from qpcompile.errors import CalibrationError
 from qpcompile.ir.pass_manager import PassRun
@@ -64,7 +66,7 @@ class Workbench:
             samples = Samples(self.calibration, self.processor, asked.samples, asked.seed)
         if self._captured is None:
             example = samples.example() if samples else blank_sample(self.model, self.processor)
-            self._captured = capture(self.model, example, recipe)
+            self._captured = capture(self.model, example, recipe, islice(samples or (), MOST_SAMPLES))
             self._captured.device = self.device
         program = copied(self._captured, recipe)
         program.measured[GRIDS] = self.grids
