@@ -72,7 +72,6 @@ def _is_known(value: object) -> bool:
         isinstance(value, torch.Tensor)
         and not isinstance(value, FakeTensor)
         and not is_traceable_wrapper_subclass(value)
-        and not torch._is_functional_tensor(value)
     )
 
 

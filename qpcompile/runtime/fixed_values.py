@@ -17,7 +17,8 @@ from qpcompile.runtime.arguments import ABSENT, split_flags
 
 # Keys of `Graph.constants`: the digest of the values that a graph was traced with, and the same in words.
 VALUES, SAID = "values", "values_said"
-MOST_CHARACTERS = 200
+# Numbers that are spelled out, and the length of all words.
+FEW, MOST_CHARACTERS = 12, 200
 
 
 def of_call(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,18 +55,15 @@ def fixed(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def said(arguments: Mapping[str, Any]) -> str:
     """The same in words, for people: `grid_thw=[[1, 4, 6]], pixel_values [24, 48]`."""
-    words = [
-        f"{name}={value.tolist()}"
-        if isinstance(value, torch.Tensor) and not _is_varying(value) and value.numel() <= 12
-        else _words(name, value)
-        for name, value in _leaves(arguments)
-    ]
-    text = ", ".join(words)
+    text = ", ".join(_words(name, value) for name, value in _leaves(arguments))
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
 
 
-def _words(name: str, value: object) -> str:
-    return f"{name} {list(value.shape)}" if isinstance(value, torch.Tensor) else f"{name}={value!r}"
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, torch.Tensor) and (_is_varying(value) or value.numel() > FEW):
+        return f"{name} {list(value.shape)}"
+    plain: Any = value
+    return f"{name}={plain.tolist() if isinstance(value, torch.Tensor) else plain!r}"
 
 
 def _kind(value: object) -> str:

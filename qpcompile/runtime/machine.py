@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
@@ -198,8 +198,9 @@ class Machine:
                 said(arguments),
             )
         module = self.host.get_submodule(graph.owner)
+        own: Any = cast(Any, type(module))
         with torch.no_grad():
-            return type(module).forward(module, *args, **kwargs)
+            return own.forward(module, *args, **kwargs)
 
     def _language(self, *args: Any, **kwargs: Any) -> Any:
         module = self.host.get_submodule(self.program.graphs[PREFILL].owner)

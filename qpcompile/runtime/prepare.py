@@ -6,6 +6,7 @@ The same function serves tracing and execution, so that a graph always gets the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from transformers.exporters.utils import module_device, module_dtype, precompute_export_inputs
 
 from qpcompile.ir.program import Graph
+from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.nested import is_dict, is_list
 
 DEEPSTACK, VISUAL_POSITIONS, SIZES = "deepstack_visual_embeds", "visual_pos_masks", "image_sizes"
-MASK, IDS, EMBEDDINGS = "attention_mask", "input_ids", "inputs_embeds"
+MASK, IDS, EMBEDDINGS, POSITIONS = "attention_mask", "input_ids", "inputs_embeds", "position_ids"
+# What transformers calls the function that counts positions by token ids.
+COUNTING = "create_position_ids_from_input_ids"
 PIXELS, ENCODED = "pixel_values", "mm_encoder_outputs"
 # Keys of `Graph.constants`: which of TABLES stands in for the sizes of pictures; how many axes the masks have; whether
 # attention without a mask hides the future.
@@ -40,6 +44,15 @@ def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | Non
     return moved(module, arguments)
 
 
+def _positions(module: torch.nn.Module, ids: torch.Tensor, cache: Any) -> torch.Tensor | None:
+    """i64[B, S], of a decoder that counts positions by its ids, without padding; None of others."""
+    counting: Any = next((part for part in module.modules() if hasattr(part, COUNTING)), None)
+    if counting is None or POSITIONS not in inspect.signature(type(module).forward).parameters:
+        return None
+    seen = 0 if cache is None else cache.get_seq_length()
+    return getattr(counting, COUNTING)(ids, counting.padding_idx, seen)
+
+
 def moved(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one call of `module` on its device, floating-point tensors of its type."""
     dtype, device = module_dtype(module), module_device(module)
@@ -49,7 +62,7 @@ def moved(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def embedded(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one call of a decoder with embeddings in place of token ids.
+    """The arguments of one call of a decoder with embeddings in place of token ids, and positions counted from them.
 
     A decoder that takes ids looks them up first, and may put pictures among them; that stays on the host, so that all
     decoders take the same inputs.
@@ -59,6 +72,8 @@ def embedded(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, An
         return arguments
     host: Any = module
     rest = {key: value for key, value in arguments.items() if key != IDS}
+    if rest.get(POSITIONS) is None and (positions := _positions(module, ids, rest.get(CACHE_ARGUMENT))) is not None:
+        rest[POSITIONS] = positions
     # transformers may have encoded the pictures before, and gives the results beside their pixels.
     encoded: dict[str, Any] = rest.pop(ENCODED, None) or {}
     pixels = rest.get(PIXELS)

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicIndexedLayer
+from transformers.masking_utils import sdpa_mask
 
 from qpcompile.capture.adapters import traceable
 from qpcompile.capture.capture import name_crossing
@@ -215,3 +216,44 @@ def test_a_numbered_part_of_a_layer_is_no_layer() -> None:
     assert layer_of(node) == 3
     node.meta["nn_module_stack"] = {"0": ("", nn.Module), "1": ("cross_layers.3", nn.Module)}
     assert layer_of(node) is None
+
+
+class Counting(Decoder):
+    """Counts positions by ids: those of padding, 0, have none."""
+
+    padding_idx = 0
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        return inputs_embeds if position_ids is None else inputs_embeds + position_ids[..., None]
+
+    @staticmethod
+    def create_position_ids_from_input_ids(ids: torch.Tensor, padding: int, seen: int = 0) -> torch.Tensor:
+        there = ids.ne(padding).long()
+        return (there.cumsum(dim=1) + seen) * there + padding
+
+
+def test_positions_that_a_decoder_counts_by_ids_are_given_with_embeddings() -> None:
+    ids = torch.tensor([[0, 3, 5], [4, 1, 2]])
+    assert embedded(Counting(), {"input_ids": ids})["position_ids"].tolist() == [[0, 1, 2], [1, 2, 3]]
+    cache = DynamicCache()
+    cache.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4), 0)
+    step = embedded(Counting(), {"input_ids": ids[:, :1] + 1, "past_key_values": cache})
+    assert step["position_ids"].tolist() == [[4], [4]]
+    given = torch.zeros(2, 3, dtype=torch.long)
+    assert embedded(Counting(), {"input_ids": ids, "position_ids": given})["position_ids"] is given
+    assert "position_ids" not in embedded(Decoder(), {"input_ids": ids})
+
+
+def test_masks_are_broadcast_while_tracing_in_place_of_vmap() -> None:
+    padding = torch.tensor([[False, True, True], [True, True, True]])
+
+    def allowed(batch: Any, _head: Any, query: Any, key: Any) -> Any:
+        return (key <= query) & padding[batch, key]
+
+    options: Any = {"batch_size": 2, "q_length": 3, "kv_length": 3, "mask_function": allowed, "use_vmap": True}
+    expected = sdpa_mask(**options, allow_is_causal_skip=False)
+    with traceable(nn.Linear(1, 1)):
+        found = sdpa_mask(**options, allow_is_causal_skip=False)
+        one = sdpa_mask(**{**options, "mask_function": lambda _batch, _head, query, key: key <= query})
+    assert expected is not None and found is not None and one is not None
+    assert torch.equal(found, expected) and one.shape == (2, 1, 3, 3)
