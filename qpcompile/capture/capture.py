@@ -95,6 +95,7 @@ def capture(
         graphs[VISION].constants |= visual_path(recording, prompt.get("input_ids"), visual_tokens(model.config))
     # Transformers' code of a component with graphs of values answers others, and needs its weights.
     held = _own_weights({name: graph for name, graph in graphs.items() if VALUES not in graph.constants})
+    held -= recording.outside
     with component("transformers' code around the graphs cannot be kept", type(model).__name__):
         host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
     host.generation_config = copy.deepcopy(model.generation_config)

@@ -51,6 +51,8 @@ class Recording:
 
     owners: dict[str, str]
     calls: list[Call] = field(default_factory=list)
+    # Weights in components that code outside of them reads too.
+    outside: set[str] = field(default_factory=set)
     # Of both new tokens, f[B, 2, V].
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -171,6 +173,7 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(_entry(recording, component), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(_exit(recording, component), with_kwargs=True).remove)
+            _watch(stack, recording, name, module)
         settings: dict[str, Any] = dict(TWO_TOKENS)
         settings |= {"use_cache": True, CACHE_ARGUMENT: whole_cache(model)}
         inputs = with_prompt(model, inputs)
@@ -197,6 +200,30 @@ def record(model: PreTrainedModel, inputs: dict[str, Any]) -> Recording:
         )
     _check_decoder(model, recording)
     return recording
+
+
+def _watch(stack: ExitStack, recording: Recording, name: str, module: torch.nn.Module) -> None:
+    """Note the weights of parts of a component that are called while the component itself is not running."""
+    running: list[None] = []
+
+    def part_called(path: str) -> Any:
+        def hook(part: torch.nn.Module, _args: Any) -> None:
+            if not running:
+                recording.outside.update(f"{name}.{path}.{own}" for own, _ in part.named_parameters(recurse=False))
+
+        return hook
+
+    def start(*_: Any) -> None:
+        running.append(None)
+
+    def end(*_: Any) -> None:
+        running.pop()
+
+    stack.callback(module.register_forward_pre_hook(start).remove)
+    stack.callback(module.register_forward_hook(end, always_call=True).remove)
+    for path, part in module.named_modules():
+        if path:
+            stack.callback(part.register_forward_pre_hook(part_called(path)).remove)
 
 
 def _check_decoder(model: PreTrainedModel, recording: Recording) -> None:

@@ -251,9 +251,10 @@ def test_masks_are_broadcast_while_tracing_in_place_of_vmap() -> None:
         return (key <= query) & padding[batch, key]
 
     options: Any = {"batch_size": 2, "q_length": 3, "kv_length": 3, "mask_function": allowed, "use_vmap": True}
-    expected = sdpa_mask(**options, allow_is_causal_skip=False)
+    options["allow_is_causal_skip"] = False
+    expected = sdpa_mask(**options)
     with traceable(nn.Linear(1, 1)):
-        found = sdpa_mask(**options, allow_is_causal_skip=False)
+        found = sdpa_mask(**options)
         one = sdpa_mask(**{**options, "mask_function": lambda _batch, _head, query, key: key <= query})
     assert expected is not None and found is not None and one is not None
     assert torch.equal(found, expected) and one.shape == (2, 1, 3, 3)

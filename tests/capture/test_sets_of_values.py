@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from qpcompile.capture.record import Call
+from qpcompile.capture.record import Call, Recording, _watch
 from qpcompile.capture.sets_of_values import MOST_SETS, graphs_of_values
 from qpcompile.capture.trace import check_sizes, trace, trace_values
 from qpcompile.errors import CaptureError
@@ -140,3 +141,18 @@ def test_a_component_that_takes_the_prompt_has_no_graph_per_prompt() -> None:
     call = call_of(module, (2, 3))
     call.inputs["input_ids"] = torch.tensor([[1, 2]])
     assert graphs_of_values("vision", "tower", module, [call], WHY)[0] == {}
+
+
+def test_weights_that_code_around_a_component_reads_are_noted() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), nn.Linear(2, 2))
+    recording = Recording({"vision": "0"})
+    with ExitStack() as stack:
+        _watch(stack, recording, "0", model[0])
+        model(torch.ones(1, 2))
+        assert not recording.outside
+        with pytest.raises(RuntimeError):
+            model(torch.ones(1, 3))
+        model[0][1](torch.ones(1, 2))  # as a host does that normalises again what a tower returns
+    assert recording.outside == {"0.1.weight", "0.1.bias"}
+    model[0][0](torch.ones(1, 2))
+    assert recording.outside == {"0.1.weight", "0.1.bias"}
