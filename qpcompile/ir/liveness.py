@@ -17,6 +17,7 @@ from torch import fx
 from qpcompile.errors import PlanError
 from qpcompile.ir.edit import aten, call
 from qpcompile.ir.program import Graph
+from qpcompile.ir.rematerialize import needed_for
 from qpcompile.ir.shapes import expression, same, token_axes, value
 
 
@@ -62,6 +63,8 @@ def reduce_tokens(
     New nodes are inserted before `place` (default: `point`) if the value is defined there already. Raises PlanError if
     a size depends on a length in a way that cannot be replaced.
     """
+    for length, selection in lengths:
+        _give_rows(graph, point, length, selection)
     order = {node: index for index, node in enumerate(graph.nodes)}
     for crossing in crossings(graph, point):
         if crossing.node in skip:
@@ -71,6 +74,45 @@ def reduce_tokens(
         if replacement is not None:
             for reader in crossing.readers:
                 reader.replace_input_with(crossing.node, replacement)
+
+
+def _give_rows(graph: Graph, point: fx.Node, length: torch.SymInt, selection: Selection) -> None:
+    """Move readers of values that are the same for every row, f[S], before `point`, until they have a batch axis.
+
+    After a cut every row has tokens of its own, for which such a value has no axis. Readers of a tensor that is
+    computed after the point stay where they are.
+    """
+    waiting = crossings(graph, point)
+    while waiting:
+        crossing = waiting.pop()
+        if not _lacks_rows(crossing.node, length, selection):
+            continue
+        for reader in crossing.readers:
+            nodes = graph.nodes
+            later = set(nodes[nodes.index(point) :])
+            moved = needed_for(graph, reader, later.__contains__)
+            if point in moved or any(node is not reader and _is_computed(node) for node in moved):
+                continue
+            for node in moved:
+                point.prepend(node)
+                # It is no longer part of the layer that it was traced in.
+                node.meta.pop("nn_module_stack", None)
+            waiting.append(Crossing(reader, tuple(user for user in reader.users if user.op != "output")))
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Whether an operator computes a tensor; the others are sizes and weights."""
+    return node.op == "call_function" and not isinstance(value(node), torch.SymInt)
+
+
+def _lacks_rows(node: fx.Node, length: torch.SymInt, selection: Selection) -> bool:
+    """Whether a tensor has an axis of tokens, and neither one of the batch nor a first one of size 1 in its place."""
+    axes, batch = token_axes(node, length), value(selection.batch)
+    return bool(axes) and all(not same(size, batch) for size in value(node).shape) and not _is_one_row(node, axes)
+
+
+def _is_one_row(node: fx.Node, axes: Sequence[int]) -> bool:
+    return same(value(node).shape[0], 1) and 0 not in axes
 
 
 def _reduced(
@@ -151,6 +193,8 @@ def _arithmetic(graph: Graph, place: fx.Node, size: Any, known: dict[Any, fx.Nod
         "Mul": operator.mul,
         "FloorDiv": operator.floordiv,  # pyright: ignore[reportUnknownMemberType]
         "Mod": operator.mod,
+        "Min": torch.sym_min,
+        "Max": torch.sym_max,
     }
     compute = operation.get(type(size).__name__)
     parts = [_arithmetic(graph, place, part, known) for part in size.args]
@@ -168,7 +212,7 @@ def gather(graph: Graph, point: fx.Node, node: fx.Node, axes: Sequence[int], sel
     batch = value(selection.batch)
     rows = [axis for axis, size in enumerate(current.shape) if same(size, batch)]
     if not rows:
-        if current.shape[0] != 1 or 0 in axes:
+        if not _is_one_row(node, axes):
             raise _cannot_cut(graph, point, node, f"its shape {tuple(current.shape)} has no batch axis")
         sizes = [selection.batch, *[-1] * (current.ndim - 1)]
         node = call(graph, point, aten.expand.default, node, sizes)

@@ -36,6 +36,25 @@ class Flat(nn.Module):
         return torch.sin(flat).view(rows, length, -1) + torch.arange(length * 2 + rows).sum()
 
 
+class Numbered(nn.Module):
+    """Numbers of tokens that are the same for every row until they are expanded; a top-k among at most four tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length = x.shape[0], x.shape[1]
+        places = torch.arange(length) + 1
+        y = torch.sin(x)
+        scale = torch.log(places.float()).view(1, length, 1).expand(rows, length, 1)
+        return torch.topk(y * scale, min(4, length), dim=1).values
+
+
+class Broadcast(nn.Module):
+    """Numbers of tokens without a batch axis, which meet the hidden states as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])[:, None] + 1
+        return torch.sin(x) * places
+
+
 class Squared(nn.Module):
     """A size that depends on the length in an unusual way."""
 
@@ -97,6 +116,25 @@ def test_flat_tokens_and_sizes_follow_the_cut() -> None:
     found = run(graph, x=x, index=index, alive=torch.ones(3, 4, dtype=torch.bool))["y"]
     kept = torch.sin(torch.relu(x)).gather(1, index[..., None].expand(-1, -1, 4))
     assert torch.allclose(found, kept + torch.arange(4 * 2 + 3).sum())
+
+
+def test_values_without_a_batch_axis_get_one_before_the_cut() -> None:
+    graph = traced(Numbered(), {"x": torch.ones(2, 5, 4)}, ("y",), axes={"x": (0, 1)})
+    cut(graph)
+    nodes = graph.nodes
+    point = nodes.index(next(calls(graph, aten.sin.default)))
+    assert nodes.index(next(calls(graph, aten.log.default))) < point
+    assert nodes.index(next(calls(graph, aten.expand.default))) < point
+    x, index = torch.randn(3, 7, 4), torch.tensor([[0, 2, 3], [1, 2, 4], [4, 5, 6]])
+    found = run(graph, x=x, index=index, alive=torch.ones(3, 3, dtype=torch.bool))["y"]
+    kept = torch.sin(x).gather(1, index[..., None].expand(-1, -1, 4)) * torch.log(index + 1.0)[..., None]
+    assert torch.equal(found, kept.sort(dim=1, descending=True).values)
+
+
+def test_value_without_a_batch_axis_that_meets_hidden_states_is_refused() -> None:
+    graph = traced(Broadcast(), {"x": torch.ones(2, 5, 4)}, ("y",), axes={"x": (0, 1)})
+    with pytest.raises(PlanError, match="has no batch axis"):
+        cut(graph)
 
 
 def test_size_that_cannot_be_replaced_is_refused() -> None:
