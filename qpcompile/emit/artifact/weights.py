@@ -26,7 +26,7 @@ from qpcompile.runtime.host import host_tensors
 
 SHARD_BYTES = 2 * 10**9
 MOST_HEADER_BYTES = 32 * 2**20
-_STORED = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
+_STORED = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "C64"})
 
 
 @dataclass
