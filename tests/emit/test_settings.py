@@ -50,9 +50,19 @@ def test_a_class_of_models_may_have_several_configurations(tmp_path: Path) -> No
         read_config(LlavaForConditionalGeneration, tmp_path)
 
 
+def test_a_part_of_the_model_that_is_called_an_adapter_stays(tmp_path: Path) -> None:
+    adapter = {"vision_feature_layer": [-1], "_name_or_path": "somebody/an-adapter"}
+    (tmp_path / "config.json").write_text(json.dumps({"adapter_config": adapter, "adapter_name": "somebody"}))
+    leave_out_leads(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"adapter_config": {"vision_feature_layer": [-1]}}
+    check_settings(tmp_path, ["config.json"])
+
+
 @pytest.mark.parametrize(
     "added",
     [
+        {"adapter_config": "somebody"},
+        {"adapter_config": {"adapter_config": {"auto_map": {"AutoConfig": "somebody--code.Config"}}}},
         {"_name_or_path": "somebody/a-decoder"},
         {"vision_config": {"architecture": "hf-hub:somebody/a-tower"}},
         {"anything": ["fine", "../../outside"]},

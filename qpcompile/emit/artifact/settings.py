@@ -44,6 +44,8 @@ _LEADS = re.compile(
     r"|tokenizer_file|merges_file|spm_file|\w+_(file|path|dir|folder|url|repo|repo_id)",
     re.ASCII,
 )
+# Parts of a model that are called so: a nested configuration, whose settings are checked one by one.
+_PART = "adapter_config"
 # The only settings whose text may contain slashes, like paths and URLs: tokens, templates, numbered labels; and tags.
 _FREE = re.compile(r"(chat_)?template|content|stop_strings|\d+|\w*(token|prompt|prefix|suffix|format)s?", re.ASCII)
 _SLASH, _TAG = re.compile(r"[/\\\\]"), re.compile(r"</?[^<>/\\\\]*>")
@@ -180,7 +182,8 @@ def _leads(key: str, value: Any) -> bool:
 
 
 def _leads_by_name(key: str, value: Any) -> bool:
-    return _LEADS.fullmatch(key) is not None and value not in (None, False)
+    is_part = key == _PART and isinstance(value, dict)
+    return not is_part and _LEADS.fullmatch(key) is not None and value not in (None, False)
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
