@@ -4,6 +4,11 @@
     %b = aten::div_(%y, %a)        ->    %b = aten::div(%y, %a)
     %c = aten::mul(%y, 2)                %c = aten::mul(%b, 2)
 
+    %v = aten::slice(%x, 2, 0, 1)        %v = aten::slice(%x, 2, 0, 1)
+    %b = aten::fill_(%v, %y)       ->    %b = aten::fill(%v, %y)
+    %c = aten::mul(%x, 2)                %d = aten::slice_scatter(%x, %b, 2, 0, 1)
+                                         %c = aten::mul(%d, 2)
+
 Memory that is not filled becomes zeros. Operators are rewritten only where no other name of the same memory is read
 afterwards: everything else stays as it was traced, and a graph is compared with eager after this.
 """
@@ -31,6 +36,12 @@ _VIEWS = frozenset(
     }
 )
 
+# Views of a part of a tensor, and the operators that put a part in its place.
+_PARTS: dict[object, torch._ops.OpOverload] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
+
 
 def make_functional(module: fx.GraphModule) -> None:
     """Rewrite the operators of a graph that write to memory; the caller recompiles it."""
@@ -40,7 +51,10 @@ def make_functional(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         written = _root(node.args[0]) if node.args else None
         pure = _pure(node)
-        if pure is None or not isinstance(written, fx.Node) or _is_shared(written, node, order):
+        if pure is None or not isinstance(written, fx.Node):
+            continue
+        views = _views(written)
+        if _is_shared(views, node, order):
             continue
         with module.graph.inserting_before(node):
             if pure is aten.copy_.default:
@@ -49,12 +63,17 @@ def make_functional(module: fx.GraphModule) -> None:
                 new = _as(module.graph, source, written)
             else:
                 new = module.graph.call_function(pure, (written, *node.args[1:]), node.kwargs)
-        new.meta = dict(node.meta)
-        order[new] = order[node]
-        for reader in list(written.users):
-            if order.get(reader, -1) > order[node]:
-                reader.replace_input_with(written, new)
         node.replace_all_uses_with(new)
+        for view, whole in zip(views, [*views[1:], None], strict=True):
+            new.meta = dict(node.meta) | {"val": view.meta["val"]}
+            order[new] = order[node]
+            for reader in list(view.users):
+                if order.get(reader, -1) > order[node]:
+                    reader.replace_input_with(view, new)
+            if whole is None:
+                break
+            with module.graph.inserting_before(node):
+                new = module.graph.call_function(_PARTS[view.target], (whole, new, *view.args[1:]), view.kwargs)
         module.graph.erase_node(node)
 
 
@@ -81,15 +100,26 @@ def _pure(node: fx.Node) -> torch._ops.OpOverload | None:
     return getattr(packet, target._overloadname, None)
 
 
-def _is_shared(written: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether the memory that `node` writes has another name that is read after it."""
-    if written.op != "placeholder" and written.target in _VIEWS:
+def _views(written: fx.Node) -> list[fx.Node]:
+    """A value and those that it is a part of, up to the whole: `x[0][:, 1]` is a part of `x[0]`, and that of `x`."""
+    views = [written]
+    while views[-1].target in _PARTS:
+        whole = views[-1].args[0]
+        assert isinstance(whole, fx.Node)
+        views.append(whole)
+    return views
+
+
+def _is_shared(views: list[fx.Node], node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the memory that `node` writes got another name before, none of `views`, that is read after it."""
+    if views[-1].op != "placeholder" and views[-1].target in _VIEWS:
         return True
-    names = [written]
+    names = list(views)
     while names:
         for user in names.pop().users:
-            if user.op == "call_function" and user.target in _VIEWS:
-                if any(order[reader] > order[node] for reader in user.users):
+            is_early = order.get(user, -1) < order[node]
+            if is_early and user.op == "call_function" and user.target in _VIEWS and user not in views:
+                if any(order.get(reader, -1) > order[node] for reader in user.users):
                     return True
                 names.append(user)
     return False

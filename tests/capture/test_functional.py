@@ -38,9 +38,16 @@ def stored(state: Tensor, x: Tensor) -> Tensor:
     return state * 2 + before
 
 
-def through_a_view(x: Tensor, y: Tensor) -> Tensor:
+def through_views(x: Tensor, y: Tensor) -> Tensor:
     z = x * 2
-    z[0].mul_(y[0])
+    row = z[0]
+    row[1:].mul_(y[0, 1:])
+    return z + z[1] + row
+
+
+def through_a_transpose(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    z.t().mul_(y.t())
     return z
 
 
@@ -55,7 +62,7 @@ X, Y = torch.arange(1.0, 7.0).view(2, 3), torch.full((2, 3), 4.0)
 
 
 def test_results_are_returned_and_inputs_stay() -> None:
-    for function in (divided, stored):
+    for function in (divided, stored, through_views):
         expected = function(X.clone(), Y.clone())
         module = traced(function, X.clone(), Y.clone())
         assert len(writing(module)) == 1
@@ -64,6 +71,17 @@ def test_results_are_returned_and_inputs_stay() -> None:
         assert not writing(module), function.__name__
         x, y = X.clone(), Y.clone()
         assert torch.equal(module(x, y), expected) and torch.equal(x, X) and torch.equal(y, Y)
+
+
+def test_a_part_is_put_in_its_place() -> None:
+    module = traced(through_views, X, Y)
+    make_functional(module)
+    called = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+    assert called == [
+        *("aten.mul.Tensor", "aten.select.int", "aten.slice.Tensor", "aten.select.int", "aten.slice.Tensor"),
+        *("aten.mul.Tensor", "aten.slice_scatter.default", "aten.select_scatter.default", "aten.select.int"),
+        *("aten.add.Tensor", "aten.add.Tensor"),
+    ]
 
 
 def test_memory_is_filled() -> None:
@@ -82,7 +100,7 @@ def test_twice_changes_nothing() -> None:
 
 
 def test_memory_with_another_name_stays_written() -> None:
-    for function in (through_a_view, with_a_view_read_later):
+    for function in (through_a_transpose, with_a_view_read_later):
         module = traced(function, X.clone(), Y.clone())
         text = str(module.graph)
         make_functional(module)
