@@ -11,14 +11,12 @@ kept tokens.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from qpcompile.errors import InvariantError
 from qpcompile.ir.attention import appended, read_attention
 from qpcompile.ir.edit import aten, call, calls, count_up, is_call, layer_of, through_shape_ops, tidy
 from qpcompile.ir.names import Name, names
@@ -27,10 +25,8 @@ from qpcompile.ir.operators import (
     ATTENTION_KV,
     KV_READ,
     KV_WRITE,
-    PIVOT_TOKENS,
     QUANT_STUB,
     SIMULATE_KIVI,
-    TOKEN_SCORES,
 )
 from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import fake_mode, value
@@ -64,10 +60,9 @@ class QuantizeKvCache:
         for graph in program.language:
             pairs = {stub: _write(graph, stub, scheme.kv_cache) for stub in _stubs(graph)}
             _replace_attention(graph, pairs)
-            # Keys that only the scores read: without another reader their codes would be removed as dead code.
-            _dequantize([stub for stub in pairs if _leads_to_scores(stub)], graph, pairs)
+            for stub in pairs:
+                _dequantize(graph, stub, pairs)
             _replace_cache(graph, pairs)
-            _dequantize([stub for stub in pairs if stub.users], graph, pairs)
             tidy(graph)
             layers = sorted({layer for stub in pairs if (layer := layer_of(stub)) is not None})
             sites += [
@@ -253,26 +248,20 @@ def _gathered(graph: Graph, gather: fx.Node, pair: Pair) -> Pair:
     return parts[0], parts[1]
 
 
-def _dequantize(stubs: Sequence[fx.Node], graph: Graph, pairs: dict[fx.Node, Pair]) -> None:
-    """Other readers (token scores) see the keys as attention does: quantized and dequantized."""
-    for stub in stubs:
-        _dequantize_rest(graph, stub, pairs[stub])
+def _dequantize(graph: Graph, stub: fx.Node, pairs: dict[fx.Node, Pair]) -> None:
+    """Other readers (token scores, attention in another form) see what attention sees: quantized and dequantized."""
+    appends = [user for user in stub.users if appended(user) is stub]
+    for source in (stub, *appends):
+        readers = [user for user in source.users if user not in appends and not _is_stored(user)]
+        if readers:
+            first = min(readers, key=graph.nodes.index)
+            codes = _cached(graph, stub, pairs, first) if source in appends else pairs[stub]
+            tensor = value(source)
+            read = call(graph, first, KV_READ, *codes, int(tensor.shape[-1]), _bits(pairs[stub]), tensor.dtype)
+            for reader in readers:
+                reader.replace_input_with(source, read)
 
 
-def _dequantize_rest(graph: Graph, stub: fx.Node, pair: Pair) -> None:
-    if not all(_leads_to_scores(user) for user in stub.users):
-        raise InvariantError(
-            f"{stub.name} is read by {[user.name for user in stub.users]}, which have no form on codes",
-            ran="quantize_kv_cache",
-            do="report this family, or set kv_cache.bits to 16",
-        )
-    tensor = value(stub)
-    first = min(stub.users, key=graph.nodes.index)
-    read = call(graph, first, KV_READ, *pair, int(tensor.shape[-1]), _bits(pair), tensor.dtype)
-    stub.replace_all_uses_with(read)
-
-
-def _leads_to_scores(node: fx.Node) -> bool:
-    if is_call(node, TOKEN_SCORES, PIVOT_TOKENS):
-        return True
-    return bool(node.users) and all(_leads_to_scores(user) for user in node.users)
+def _is_stored(node: fx.Node) -> bool:
+    """Whether a value only becomes the cache, as it is or compacted; the codes take its place there."""
+    return node.op == "output" or (is_call(node, aten.gather.default) and all(map(_is_stored, node.users)))

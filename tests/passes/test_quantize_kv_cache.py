@@ -10,13 +10,13 @@ import expecttest
 import pytest
 import torch
 from programs import captured, changed_recipe, fresh, program_of, relative, run, stubbed
-from torch import Tensor
+from torch import Tensor, fx
 from toy_decoder import HIDDEN, Decode, Prefill, cache_names, decode_graph, prefill_graph, toy_feeds
 
 from qpcompile.errors import InvariantError, RecipeError
 from qpcompile.ir.edit import aten, calls
 from qpcompile.ir.names import names
-from qpcompile.ir.operators import ATTENTION_KV, KV_WRITE, QUANT_STUB
+from qpcompile.ir.operators import ATTENTION_KV, KV_READ, KV_WRITE, QUANT_STUB
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.text import graph_text
@@ -300,19 +300,29 @@ def test_bits_of_keys_need_a_cache_of_codes() -> None:
         CACHE_ONLY("quantize.kv_cache.granularity=kivi", "quantize.kv_cache.key_bits=8")
 
 
-def test_another_reader_of_a_key_is_named() -> None:
+def test_another_reader_of_a_key_sees_what_attention_sees(apply: Apply) -> None:
     program = cached()
-    graph = program.graphs[PREFILL]
-    stub = next(calls(graph, QUANT_STUB))
-    with graph.module.graph.inserting_before(graph.output_node):
-        reader = graph.module.graph.call_function(aten.relu.default, (stub,))
-    reader.meta["val"] = stub.meta["val"]
-    (values,) = graph.output_node.args
-    graph.output_node.args = ((*values, reader),)  # type: ignore[misc]
-    graph.outputs = names((*graph.outputs, "extra"))
-    with pytest.raises(InvariantError, match="no form on codes") as error:
-        QuantizeKvCache().run(program)
-    assert error.value.ran == "quantize_kv_cache" and "kv_cache.bits" in str(error.value)
+    for graph in program.language:
+        stub = next(calls(graph, QUANT_STUB))
+        key = next((user for user in stub.users if user.target is aten.cat.default), stub)
+        with graph.module.graph.inserting_before(graph.output_node):
+            reader = graph.module.graph.call_function(aten.relu.default, (key,))
+        reader.meta["val"] = key.meta["val"]
+        (values,) = graph.output_node.args
+        graph.output_node.args = ((*values, reader),)  # type: ignore[misc]
+        graph.outputs = names((*graph.outputs, "extra"))
+        graph.module.recompile()
+    feeds = toy_feeds(2, 5)
+    plain = run(program.graphs[PREFILL], **feeds)["past_key_values.0.key"]
+    assert apply(program, QuantizeKvCache())
+    prefill, decode = program.language
+    found = run(prefill, **feeds)
+    rounded = kv_read(*kv_write(plain, 4), plain.shape[-1], 4, plain.dtype)
+    assert torch.equal(found["extra"], rounded.relu()) and not torch.equal(rounded, plain)
+    assert "past_key_values.0.key" not in decode.inputs, "the cache is kept as codes only"
+    (read,) = calls(decode, KV_READ)
+    assert [str(user.target) for user in read.users] == ["aten.relu.default"]
+    assert isinstance(read.args[0], fx.Node) and read.args[0].target is aten.cat.default
 
 
 def test_hand_broken_cache_is_named(apply: Apply) -> None:
