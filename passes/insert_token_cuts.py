@@ -25,7 +25,7 @@ from torch import fx
 
 from qpcompile.ir.edit import aten, first_node_of_layer, tidy
 from qpcompile.ir.liveness import Selection, gather, reduce_tokens
-from qpcompile.ir.names import STATE
+from qpcompile.ir.names import CACHE, STATE
 from qpcompile.ir.operators import SELECT_TOKENS
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.shapes import add_input, add_output, new_size, propagate, token_axes, value
@@ -212,14 +212,16 @@ def _quota(point: Point, prompt: _Prompt) -> fx.Node:
 
 
 def _compact_cache(point: Point, selection: Selection) -> None:
-    """Return the scored layer's own keys and values for the kept tokens only."""
+    """Return the scored layer's own keys and values, and what else it caches per token, for the kept tokens only."""
     graph, output = point.graph, point.graph.output_node
     (values,) = output.args
     assert isinstance(values, tuple)
     results = list(values)
     for position, path in enumerate(graph.outputs):
-        if path.in_cache and path.layer == point.layer:
-            node = results[position]
-            assert isinstance(node, fx.Node)
+        if path.root not in (CACHE, STATE) or path.layer != point.layer:
+            continue
+        node = results[position]
+        assert isinstance(node, fx.Node)
+        if token_axes(node, point.length):
             results[position] = gather(graph, point.before, node, token_axes(node, point.length), selection)
     output.args = (tuple(results),)
