@@ -23,7 +23,8 @@ from torch import fx
 
 from qpcompile.calibration.collect import run_sample
 from qpcompile.calibration.layer_profile import attention_mass, pairwise_cosine
-from qpcompile.ir.attention import read_attention
+from qpcompile.errors import PlanError
+from qpcompile.ir.attention import attends_to_itself, read_attention
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.edit import aten, is_call, layer_of
 from qpcompile.ir.node_facts import stub_fact
@@ -55,7 +56,7 @@ class MeasureSensitivity:
 
     def run(self, program: Program) -> bool:
         """Fills `program.measured[DEVIATIONS]` and `program.plan.facts`; does nothing if no token is dropped or an
-        earlier compile has measured already.
+        earlier compile has measured already. Raises PlanError where no sample has visual tokens.
         """
         if program.recipe.tokens.method == "none" or not self.count or DEVIATIONS in program.measured:
             return False
@@ -65,7 +66,8 @@ class MeasureSensitivity:
         def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if graph.name != PREFILL:
                 return on.run(graph, feeds)
-            return run_placed(_Twice(program, graph, on.there(machine.visual), table, rounding, on), feeds)
+            visual, _ = machine.marks(*feeds["inputs_embeds"].shape[:2])
+            return run_placed(_Twice(program, graph, on.there(visual), table, rounding, on), feeds)
 
         on = Placement.of(program)
         rounding = None if program.recipe.order == "prune_then_quantize" else StubRounding.of(program)
@@ -78,6 +80,12 @@ class MeasureSensitivity:
                         facts = {layer: vars(rows) for layer, rows in table.items()}
                         program.checkpoint.save(self.name, {}, {"samples": number + 1, "layers": facts})
                 step()
+        if not any(rows.cosines for rows in table.values()):
+            raise PlanError(
+                "no sample has visual tokens in the decoder's prompt: there is nothing to drop",
+                where="tokens.method",
+                do="write none; a decoder that reads pictures through cross-attention only has no tokens of them",
+            )
         if isinstance(PRUNERS[program.recipe.tokens.method], Joint) and rounding is not None:
             # The search of candidates runs next, with the same weights.
             program.measured[ROUNDING] = rounding
@@ -179,7 +187,8 @@ class _Twice(PlacedInterpreter):
 
     def _note(self, n: fx.Node, value: Any, quantized: Any) -> None:
         """Keep the latest residual stream, and measure attention nodes."""
-        if is_call(n, aten.scaled_dot_product_attention.default) and self.visual is not None:
+        is_attention = is_call(n, aten.scaled_dot_product_attention.default) and attends_to_itself(n)
+        if is_attention and self.visual is not None:
             read = read_attention(n)
             query, key = self._quantized(read.query), self._quantized(read.key)
             mask = None if read.mask is None else self._quantized(read.mask)

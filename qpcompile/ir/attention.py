@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from qpcompile.ir.edit import aten, is_call, operands
-from qpcompile.ir.shapes import value
+from qpcompile.ir.shapes import same, value
 
 _SPELLING = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -22,6 +22,12 @@ class Attention:
     mask: fx.Node | None
     causal: bool
     scale: float
+
+
+def attends_to_itself(node: fx.Node) -> bool:
+    """Whether the keys of an attention node are those of the queries' own tokens, and not of another sequence."""
+    read = read_attention(node)
+    return same(value(read.query).shape[2], value(read.key).shape[2])
 
 
 def appended(node: fx.Node) -> fx.Node | None:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from torch import fx
 
 from qpcompile.errors import PlanError, RecipeError
-from qpcompile.ir.attention import Attention, read_attention
+from qpcompile.ir.attention import Attention, attends_to_itself, read_attention
 from qpcompile.ir.edit import aten, call, calls, layer_of
 from qpcompile.ir.node_facts import NumeratorFact, set_fact
 from qpcompile.ir.operators import QUANT_STUB
@@ -256,7 +256,7 @@ def options_of(section: type[_Options], recipe: Recipe) -> _Options:
 
 def attention_node(graph: Graph, layer: int) -> fx.Node:
     """The one attention over tokens in a layer; PlanError if there is none, or several."""
-    found = [node for node in calls(graph, aten.scaled_dot_product_attention.default) if layer_of(node) == layer]
+    found = [node for node in _own_attention(graph) if layer_of(node) == layer]
     if len(found) != 1:
         raise PlanError(
             f"layer {layer} has {len(found)} attention nodes over tokens, scoring needs exactly one",
@@ -267,9 +267,14 @@ def attention_node(graph: Graph, layer: int) -> fx.Node:
 
 
 def attention_layers(graph: Graph) -> set[int]:
-    """The layers that can score tokens: those with one attention over them; others keep a state instead."""
-    found = [layer_of(node) for node in calls(graph, aten.scaled_dot_product_attention.default)]
+    """The layers that can score tokens: those with one attention over them; others keep a state, or read pictures."""
+    found = [layer_of(node) for node in _own_attention(graph)]
     return {layer for layer in found if layer is not None and found.count(layer) == 1}
+
+
+def _own_attention(graph: Graph) -> list[fx.Node]:
+    """The attention nodes of a graph over its own tokens: cross-attention scores those of another sequence."""
+    return [node for node in calls(graph, aten.scaled_dot_product_attention.default) if attends_to_itself(node)]
 
 
 def layers_after(parts: Sequence[float], depth: int) -> tuple[int, ...]:
