@@ -14,6 +14,7 @@ from qpcompile.capture.boundary import component
 from qpcompile.capture.record import TWO_TOKENS, Call, Recording, find_components, record, whole_cache
 from qpcompile.capture.sample import PICTURES, two_rows
 from qpcompile.capture.sets_of_values import graphs_of_values
+from qpcompile.capture.text_alone import learn_absent
 from qpcompile.capture.trace import check_call, check_sizes, trace
 from qpcompile.capture.unread import drop_unread
 from qpcompile.capture.visual_path import visual_path
@@ -107,6 +108,7 @@ def capture(
     with component("the graphs do not run in place of the model's components", type(model).__name__):
         drop_unread(dataclasses.replace(program, host=own), prompt)
     _check_whole(dataclasses.replace(program, host=own), sample, alone)
+    learn_absent(dataclasses.replace(program, host=own), model, sample)
     return program
 
 

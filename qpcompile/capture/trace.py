@@ -25,6 +25,7 @@ from qpcompile.capture.adapters import attending_in_segments, table_of, traceabl
 from qpcompile.capture.boundary import component, first_line
 from qpcompile.capture.functional import make_functional
 from qpcompile.capture.known_values import knowing
+from qpcompile.capture.packed_rows import spread_packed_rows
 from qpcompile.capture.record import Call
 from qpcompile.errors import CaptureError
 from qpcompile.ir.edit import get_tensor, stand_in
@@ -64,6 +65,7 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
     finally:
         hook.remove()
     graph = _graph(name, owner, exported, arguments, call)
+    spread_packed_rows(graph)
     graph.constants = {
         key: value for key, value in (flags | data).items() if isinstance(value, (bool, int, float, str))
     }

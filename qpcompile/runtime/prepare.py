@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from transformers.exporters.utils import module_device, module_dtype, precompute_export_inputs
 
 from qpcompile.ir.program import Graph
+from qpcompile.ir.shapes import expression
 from qpcompile.ir.structure import CACHE_ARGUMENT
+from qpcompile.ir.types import TYPE
 from qpcompile.nested import is_dict, is_list
 
 DEEPSTACK, VISUAL_POSITIONS, SIZES = "deepstack_visual_embeds", "visual_pos_masks", "image_sizes"
@@ -25,6 +28,9 @@ PIXELS, ENCODED = "pixel_values", "mm_encoder_outputs"
 # Keys of `Graph.constants`: which of TABLES stands in for the sizes of pictures; how many axes the masks have; whether
 # attention without a mask hides the future.
 TABLE, MASK_AXES, CAUSAL = "table", "mask_axes", "causal"
+# `absent.<input>`: zeros stand for an input of pictures in a prompt without any, with so many entries on an axis whose
+# size neither the prompt nor the graph gives (qpcompile/capture/text_alone.py).
+ABSENT = "absent"
 
 
 def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | None = None) -> dict[str, Any]:
@@ -124,7 +130,38 @@ def absent_inputs(graph: Graph, feeds: dict[str, torch.Tensor], seen: int) -> di
             open_mask = embeds.new_ones(new, seen + new, dtype=torch.bool)
             open_mask = open_mask.tril(seen) if graph.constants[CAUSAL] else open_mask
             absent[name] = open_mask.expand(batch, 1, -1, -1)
-    return absent
+    return absent | _no_pictures(graph, feeds)
+
+
+def _no_pictures(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Zeros for the inputs of pictures, if a call has none of them."""
+    told = [name for name in graph.inputs if f"{ABSENT}.{name}" in graph.constants]
+    if not told or any(name in feeds for name in told):
+        return {}
+    nodes = dict(zip(graph.inputs, (node for node in graph.nodes if node.op == "placeholder"), strict=True))
+    embeds = feeds[EMBEDDINGS]
+    known = dict(zip(_sizes(nodes[EMBEDDINGS]), embeds.shape, strict=True))
+    found: dict[str, torch.Tensor] = {}
+    for name in told:
+        count, sizes = int(graph.constants[f"{ABSENT}.{name}"]), _sizes(nodes[name])
+        # What has a row for every picture of a prompt comes first.
+        free = [count * len(embeds) if axis == 0 else count for axis in range(len(sizes))]
+        shape = [
+            size if isinstance(size, int) else known.get(size, other) for size, other in zip(sizes, free, strict=True)
+        ]
+        found[name] = torch.zeros(shape, dtype=_dtype(nodes[name]), device=embeds.device)
+    return found
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    """The sizes of an input: numbers, or what is equal for equal symbols."""
+    if TYPE in node.meta:
+        return [size if size.fixed is None else size.fixed for size in node.meta[TYPE].sizes]
+    return [expression(size) for size in node.meta["val"].shape]
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    return node.meta[TYPE].dtype if TYPE in node.meta else node.meta["val"].dtype
 
 
 def _scattered(like: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:

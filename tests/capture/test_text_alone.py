@@ -1,0 +1,66 @@
+"""Zeros for the inputs of pictures in prompts without any."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from programs import traced
+from torch import Tensor, nn
+
+from qpcompile.capture.capture import capture
+from qpcompile.errors import CalibrationError
+from qpcompile.ir.program import PREFILL, Graph
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.prepare import ABSENT, absent_inputs
+
+EMBEDS = torch.ones(3, 4, 8)
+
+
+class Decoder(nn.Module):
+    """A decoder that reads features of pictures under a mask of tokens."""
+
+    def forward(self, inputs_embeds: Tensor, seen: Tensor, features: Tensor) -> Tensor:
+        return inputs_embeds * seen + features.view(len(inputs_embeds), -1, 8).sum(dim=1, keepdim=True)
+
+
+def decoder(count: int | None) -> Graph:
+    inputs = {"inputs_embeds": torch.ones(2, 5, 8), "seen": torch.ones(2, 5, 1), "features": torch.ones(6, 7, 8)}
+    graph = traced(Decoder(), inputs)
+    graph.constants |= {} if count is None else {f"{ABSENT}.seen": count, f"{ABSENT}.features": count}
+    return graph
+
+
+@pytest.mark.parametrize(("count", "rows"), [(0, 0), (1, 3)])
+def test_unknown_sizes_are_of_so_many_rows(count: int, rows: int) -> None:
+    found = absent_inputs(decoder(count), {"inputs_embeds": EMBEDS}, 0)
+    assert found["seen"].shape == (3, 4, 1) and found["features"].shape == (rows, count, 8)
+    assert not any(bool(tensor.any()) for tensor in found.values())
+
+
+def test_nothing_stands_for_what_was_not_told_or_is_there_in_part() -> None:
+    assert absent_inputs(decoder(None), {"inputs_embeds": EMBEDS}, 0) == {}
+    assert absent_inputs(decoder(1), {"inputs_embeds": EMBEDS, "seen": torch.ones(3, 4, 1)}, 0) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("granite4_vision", 0), ("mllama", 1)])
+def test_text_alone_is_answered_as_by_the_model(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "zoo"), *sys.path])
+    from models import build
+
+    model, cases = build(name)
+    program = capture(model, cases["one"], Recipe.load("none"))
+    told = {key: value for key, value in program.graphs[PREFILL].constants.items() if key.startswith(f"{ABSENT}.")}
+    assert told and set(told.values()) == {count}
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with Machine(program) as machine:
+        found = machine.generate(**cases["text"], **options)
+    assert torch.equal(found, model.generate(**cases["text"], **options))  # type: ignore[operator]
+    for graph in program.language:
+        graph.constants = {key: value for key, value in graph.constants.items() if key not in told}
+    with Machine(program) as machine, pytest.raises(CalibrationError, match="does not have"):
+        machine.generate(**cases["text"], **options)
