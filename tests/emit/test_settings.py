@@ -62,6 +62,8 @@ def test_a_part_of_the_model_that_is_called_an_adapter_stays(tmp_path: Path) -> 
     "added",
     [
         {"adapter_config": "somebody"},
+        {"downsample_rate": "somebody/8"},
+        {"downsample": "4/8"},
         {"adapter_config": {"adapter_config": {"auto_map": {"AutoConfig": "somebody--code.Config"}}}},
         {"_name_or_path": "somebody/a-decoder"},
         {"vision_config": {"architecture": "hf-hub:somebody/a-tower"}},
@@ -87,6 +89,7 @@ def test_tokens_templates_and_labels_may_have_slashes(tmp_path: Path) -> None:
         "added_tokens_decoder": {"7": {"content": "/"}},
         "chat_template": "{{ '1/2' }}",
         "id2label": {"0": "cat/dog"},
+        "downsample_rate": "4/8",
         "end_of_image": "</img>",
         "use_pretrained_backbone": False,
         "_name_or_path": None,

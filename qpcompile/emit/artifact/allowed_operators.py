@@ -95,6 +95,7 @@ OPERATORS = frozenset(
         "aten::expand_as.default",
         "aten::expm1.default",
         "aten::fill.Scalar",
+        "aten::fill.Tensor",
         "aten::flatten.using_ints",
         "aten::flip.default",
         "aten::floor.default",

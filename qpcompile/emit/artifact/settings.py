@@ -48,6 +48,8 @@ _LEADS = re.compile(
 _PART = "adapter_config"
 # The only settings whose text may contain slashes, like paths and URLs: tokens, templates, numbered labels; and tags.
 _FREE = re.compile(r"(chat_)?template|content|stop_strings|\d+|\w*(token|prompt|prefix|suffix|format)s?", re.ASCII)
+# So may a ratio of two numbers, where a setting is called one.
+_RATE, _RATIO = re.compile(r"\w*(rate|ratio)", re.ASCII), re.compile(r"\d{1,4}/\d{1,4}", re.ASCII)
 _SLASH, _TAG = re.compile(r"[/\\\\]"), re.compile(r"</?[^<>/\\\\]*>")
 # Settings that name a class, and its required base class.
 _CLASSES = {
@@ -176,6 +178,8 @@ def _leads(key: str, value: Any) -> bool:
     if _LEADS.fullmatch(key):
         return _leads_by_name(key, value)
     texts = value if isinstance(value, list) else [value]
+    if _RATE.fullmatch(key):
+        texts = [text for text in texts if not isinstance(text, str) or not _RATIO.fullmatch(text)]
     return not _FREE.fullmatch(key) and any(
         isinstance(text, str) and _SLASH.search(_TAG.sub("", text)) for text in texts
     )
