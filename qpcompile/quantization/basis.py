@@ -176,7 +176,9 @@ class _Finder:
             self.update(name, self.tensor(name) + more)
             return
         weight = weight_name(linear)
-        name = f"{weight.removesuffix('.weight')}.bias"
+        module = weight.removesuffix(".weight")
+        # A weight of another name is a parameter itself, and has nothing below it.
+        name = f"{weight}_bias" if module == weight else f"{module}.bias"
         self.basis.biases[weight] = name
         self._put(name, more.to(get_tensor(self.graph.module, weight).dtype))
 

@@ -178,3 +178,24 @@ def test_values_that_something_else_reads_are_not_folded(apply: Apply) -> None:
     assert relative(found["hidden"], expected["hidden"]) < TOLERANCE
     assert relative(found["past_key_values.0.value"], expected["past_key_values.0.value"]) < TOLERANCE
     assert len(list(calls(graph, HADAMARD))) == 4  # both linears' inputs, the key and its query
+
+
+class Router(nn.Module):
+    """A linear whose weight is a parameter of its own name, as the scores of experts have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.ParameterDict({"scores": nn.Parameter(torch.randn(4, HIDDEN))})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.layers[0]["scores"])  # type: ignore[index]
+
+
+def test_a_weight_of_another_name_gets_a_bias_beside_it(apply: Apply) -> None:
+    graph = traced(Router(), TOKENS)
+    expected = run(graph, **TOKENS)["y"]
+    assert apply(stubbed(graph, recipe=recipe("quantize.center=0")), FoldTransforms())
+    (linear,) = calls(graph, aten.linear.default)
+    assert str(getattr(linear.args[2], "target", "")) == "layers.0.scores_bias"
+    assert relative(run(graph, **TOKENS)["y"], expected) < TOLERANCE
