@@ -61,6 +61,7 @@ UNRELATED = 1.0
 # An off-by-one position changes keys of 128 channels by 0.2; last bits flip only a few 4-bit codes in 1,000.
 STORED = 0.1
 SDPA = aten.scaled_dot_product_attention.default
+TOPK = aten.topk.default
 
 
 def check_decode(program: Program, machine: Machine, sample: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ def _chooses(program: Program) -> bool:
     """
     prefill = program.graphs[PREFILL]
     kinds = value_types(prefill)
-    ranked = [kinds[node.all_input_nodes[0]].sizes for node in calls(prefill, aten.topk.default)]
+    ranked = [kinds[node.all_input_nodes[0]].sizes for node in calls(prefill, TOPK)]
     return any(sizes and sizes[-1].fixed is None for sizes in ranked)
 
 
@@ -260,13 +261,15 @@ class _Whole(fx.Interpreter):
         self.compacted = {layer: kept for layer, kept in cache.kept.items() if compacts and layer >= 0}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, or return a forced value; in a scored layer new tokens see only what its cache holds."""
+        """Run one node, or return a forced value; in a scored layer new tokens see, and choose among, what its cache holds."""
         if n in self.forced:
             return self.forced[n]
-        layer = layer_of(n) if n.target in (SDPA, ATTENTION_KV) else None
+        layer = layer_of(n) if n.target in (SDPA, ATTENTION_KV, TOPK) else None
         if layer not in self.compacted:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target == TOPK:
+            return TOPK(self._ranked(args[0], layer), *args[1:], **kwargs)
         if n.target == ATTENTION_KV:
             args = (*args[:5], self._narrowed(args[5], args[0], args[1], layer, False), *args[6:])
             return n.target(*args, **kwargs)  # type: ignore[operator]
@@ -279,15 +282,29 @@ class _Whole(fx.Interpreter):
     def _narrowed(self, mask: Tensor | None, query: Tensor, key: Tensor, layer: int, causal: bool) -> Tensor:
         """The mask of a scored layer in which new tokens see kept tokens only: [B, 1 | H, S, S]."""
         total, kept = key.shape[2], self.compacted[layer]
+        here = self._here(layer, total)
         if mask is None:
             mask = torch.ones(total, total, dtype=torch.bool, device=query.device)
             mask = (mask.tril() if causal else mask)[None, None]
-        here = torch.zeros(len(kept), total, dtype=torch.bool, device=query.device)
-        here.scatter_(1, self._places(kept, layer, total), self.cache.alive[layer])
         mask = mask.expand(max(len(mask), len(kept)), -1, -1, -1).clone()
         closed = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         mask[:, :, -self.new :] = mask[:, :, -self.new :].masked_fill(~here[:, None, None], closed)
         return mask
+
+    def _ranked(self, scores: Tensor, layer: int) -> Tensor:
+        """The scores by which a scored layer chooses tokens, f[B, ..., S, S]: new tokens choose among kept ones."""
+        if scores.ndim < 3 or scores.shape[-2] != scores.shape[-1]:
+            return scores
+        here = self._here(layer, scores.shape[-1])
+        dropped = ~here.view(len(here), *[1] * (scores.ndim - 2), -1)
+        new = scores[..., -self.new :, :].masked_fill(dropped, float("-inf"))
+        return torch.cat([scores[..., : -self.new, :], new], dim=-2)
+
+    def _here(self, layer: int, total: int) -> Tensor:
+        """Which of a scored layer's tokens its cache holds, bool[B, S]."""
+        kept = self.compacted[layer]
+        here = torch.zeros(len(kept), total, dtype=torch.bool, device=kept.device)
+        return here.scatter_(1, self._places(kept, layer, total), self.cache.alive[layer])
 
     def _places(self, kept: Tensor, layer: int, total: int) -> Tensor:
         """The indices of the kept tokens among the layer's current ones."""

@@ -52,9 +52,11 @@ def test_a_class_of_models_may_have_several_configurations(tmp_path: Path) -> No
 
 def test_a_part_of_the_model_that_is_called_an_adapter_stays(tmp_path: Path) -> None:
     adapter = {"vision_feature_layer": [-1], "_name_or_path": "somebody/an-adapter"}
-    (tmp_path / "config.json").write_text(json.dumps({"adapter_config": adapter, "adapter_name": "somebody"}))
+    written = {"adapter_config": adapter, "adapter_name": "somebody", "adapter_in_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(written))
     leave_out_leads(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == {"adapter_config": {"vision_feature_layer": [-1]}}
+    kept = {"adapter_config": {"vision_feature_layer": [-1]}, "adapter_in_dim": 64}
+    assert json.loads((tmp_path / "config.json").read_text()) == kept
     check_settings(tmp_path, ["config.json"])
 
 

@@ -187,7 +187,8 @@ def _leads(key: str, value: Any) -> bool:
 
 def _leads_by_name(key: str, value: Any) -> bool:
     is_part = key == _PART and isinstance(value, dict)
-    return not is_part and _LEADS.fullmatch(key) is not None and value not in (None, False)
+    is_size = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return not (is_part or is_size) and _LEADS.fullmatch(key) is not None and value not in (None, False)
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
