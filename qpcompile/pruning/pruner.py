@@ -102,15 +102,22 @@ class Point:
         return call(self.graph, self.before, target, *args, **kwargs)
 
     def hidden(self) -> fx.Node:
-        """The residual stream f[B, N, C]: the last such value defined before this place and read after it."""
+        """The residual stream f[B, N, C] of a token; several streams of a token, f[B, N, n, C / n], side by side."""
+        node = self._residual()
+        return node if value(node).ndim == 3 else self.call(aten.flatten.using_ints, node, 2)
+
+    def _residual(self) -> fx.Node:
+        """The last value of the embeddings' width that is defined before this place and read after it."""
         width = value(self.graph.placeholder("inputs_embeds")).shape[2]
         nodes = self.graph.nodes
         border = nodes.index(self.before)
         after = set(nodes[border:])
-        for node in reversed(nodes[:border]):
-            shape = getattr(value(node), "shape", ()) if "val" in node.meta else ()
-            if len(shape) == 3 and same(shape[1], self.length) and shape[2] == width and after & set(node.users):
-                return node
+        for axes in (3, 4):
+            for node in reversed(nodes[:border]):
+                shape = getattr(value(node), "shape", ()) if "val" in node.meta else ()
+                is_hidden = len(shape) == axes and same(shape[1], self.length) and shape[-1] == width
+                if is_hidden and after & set(node.users):
+                    return node
         raise PlanError(
             "no residual stream crosses this layer",
             where=f"{self.graph.name}, {self.before.name}",
@@ -119,11 +126,12 @@ class Point:
 
     def replace_hidden(self, hidden: fx.Node) -> None:
         """Replace the residual stream by `hidden: f[B, N, C]` for all readers after this place."""
-        old, nodes = self.hidden(), self.graph.nodes
+        old, nodes = self._residual(), self.graph.nodes
         later = set(nodes[nodes.index(self.before) :])
+        new = hidden if value(old).ndim == 3 else self.call(aten.view_as.default, hidden, old)
         for user in list(old.users):
             if user in later:
-                user.replace_input_with(old, hidden)
+                user.replace_input_with(old, new)
 
     def times_numerator(self, multiply: Any, size: fx.Node) -> fx.Node:
         """`size` times the numerator of the keep ratio, marked so that a search can try other ratios on the graph."""

@@ -170,3 +170,18 @@ def test_refusals(settings: list[str], where: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as error:
         InsertQuantStubs().run(program)
     assert error.value.where == where and error.value.do
+
+
+class Latents(nn.Module):
+    """A layer that caches latents as keys, and values of no channels."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.sin(x), torch.cos(x)[:, None], x[:, None, :, :0]
+
+
+def test_values_of_no_channels_are_not_marked() -> None:
+    names = ("hidden", "past_key_values.0.key", "past_key_values.0.value")
+    program = program_of(*(traced(Latents(), TOKENS, names, graph) for graph in ("prefill", "decode")))
+    program.recipe, program.stage = changed_recipe("w4a8kv4", NO_HEAD), "canonical"
+    assert InsertQuantStubs().run(program)
+    assert [site for graph in program.language for site, *_ in sites(graph)] == ["model.layers.0.key"] * 2

@@ -10,6 +10,7 @@ import torch
 from families import IMAGE
 from programs import captured, changed_recipe, fresh
 
+from qpcompile.errors import PlanError
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
 from qpcompile.kernels.kv_read.reference import kv_read
@@ -116,3 +117,11 @@ def test_rows_become_medians_and_ranges() -> None:
     facts = LayerRows([], [1.0, 2.0, 3.0, 5.0], [0.1, 0.3, 0.2]).facts(4)
     assert (facts.layer, facts.mass_median, facts.mass_iqr, facts.cosine) == (4, 2.5, 1.75, 0.2)
     assert LayerRows().facts(0).mass_median == 0
+
+
+def test_a_prompt_without_visual_tokens_is_refused() -> None:
+    _, cases, _ = captured()
+    text = cases["one"]["input_ids"].clamp(max=IMAGE - 1)
+    prompt = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    with pytest.raises(PlanError, match="no sample has visual tokens"):
+        MeasureSensitivity([prompt], 1).run(ready("prune-30"))
