@@ -130,8 +130,10 @@ def _as(graph: fx.Graph, source: fx.Node, like: fx.Node) -> fx.Node:
     held, given = like.meta["val"], source.meta["val"]
     if held.dtype != given.dtype:
         source = graph.call_function(aten.to.dtype, (source, held.dtype))
+        source.meta["val"] = given.to(held.dtype)
     if held.ndim != given.ndim or any(
         str(left) != str(right) for left, right in zip(held.shape, given.shape, strict=True)
     ):
         source = graph.call_function(aten.expand_as.default, (source, like))
+        source.meta["val"] = held
     return graph.call_function(aten.clone.default, (source,))

@@ -193,8 +193,8 @@ def _arithmetic(graph: Graph, place: fx.Node, size: Any, known: dict[Any, fx.Nod
         "Mul": operator.mul,
         "FloorDiv": operator.floordiv,  # pyright: ignore[reportUnknownMemberType]
         "Mod": operator.mod,
-        "Min": torch.sym_min,
-        "Max": torch.sym_max,
+        "Min": torch.sym_min,  # pyright: ignore[reportUnknownMemberType]
+        "Max": torch.sym_max,  # pyright: ignore[reportUnknownMemberType]
     }
     compute = operation.get(type(size).__name__)
     parts = [_arithmetic(graph, place, part, known) for part in size.args]

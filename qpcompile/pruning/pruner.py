@@ -114,7 +114,7 @@ class Point:
         after = set(nodes[border:])
         for axes in (3, 4):
             for node in reversed(nodes[:border]):
-                shape = getattr(value(node), "shape", ()) if "val" in node.meta else ()
+                shape: tuple[Any, ...] = getattr(value(node), "shape", ()) if "val" in node.meta else ()
                 is_hidden = len(shape) == axes and same(shape[1], self.length) and shape[-1] == width
                 if is_hidden and after & set(node.users):
                     return node

@@ -138,7 +138,8 @@ def _no_pictures(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torc
     told = [name for name in graph.inputs if f"{ABSENT}.{name}" in graph.constants]
     if not told or any(name in feeds for name in told):
         return {}
-    nodes = dict(zip(graph.inputs, (node for node in graph.nodes if node.op == "placeholder"), strict=True))
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    nodes: dict[str, fx.Node] = dict(zip(graph.inputs, placeholders, strict=True))
     embeds = feeds[EMBEDDINGS]
     known = dict(zip(_sizes(nodes[EMBEDDINGS]), embeds.shape, strict=True))
     found: dict[str, torch.Tensor] = {}

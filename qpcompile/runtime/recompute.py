@@ -261,7 +261,7 @@ class _Whole(fx.Interpreter):
         self.compacted = {layer: kept for layer, kept in cache.kept.items() if compacts and layer >= 0}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, or return a forced value; new tokens of a scored layer see and choose among what its cache holds."""
+        """Run one node, or return a forced value; new tokens of a scored layer see, and rank, what its cache holds."""
         if n in self.forced:
             return self.forced[n]
         layer = layer_of(n) if n.target in (SDPA, ATTENTION_KV, TOPK) else None

@@ -45,6 +45,12 @@ def through_views(x: Tensor, y: Tensor) -> Tensor:
     return z + z[1] + row
 
 
+def stored_in_a_row(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    z[0] = y[0, 0].to(torch.float64)
+    return z
+
+
 def through_a_transpose(x: Tensor, y: Tensor) -> Tensor:
     z = x * 2
     z.t().mul_(y.t())
@@ -62,13 +68,14 @@ X, Y = torch.arange(1.0, 7.0).view(2, 3), torch.full((2, 3), 4.0)
 
 
 def test_results_are_returned_and_inputs_stay() -> None:
-    for function in (divided, stored, through_views):
+    for function in (divided, stored, through_views, stored_in_a_row):
         expected = function(X.clone(), Y.clone())
         module = traced(function, X.clone(), Y.clone())
         assert len(writing(module)) == 1
         make_functional(module)
         module.recompile()
         assert not writing(module), function.__name__
+        assert all("val" in node.meta for node in module.graph.nodes if node.op == "call_function"), "shapes"
         x, y = X.clone(), Y.clone()
         assert torch.equal(module(x, y), expected) and torch.equal(x, X) and torch.equal(y, Y)
 

@@ -50,7 +50,7 @@ def test_nothing_stands_for_what_was_not_told_or_is_there_in_part() -> None:
 @pytest.mark.parametrize(("name", "count"), [("granite4_vision", 0), ("mllama", 1)])
 def test_text_alone_is_answered_as_by_the_model(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "zoo"), *sys.path])
-    from models import build
+    from models import build  # pyright: ignore[reportMissingImports]
 
     model, cases = build(name)
     program = capture(model, cases["one"], Recipe.load("none"))

@@ -58,10 +58,10 @@ class Crossed(nn.Module):
 
 def point_of(graph: Graph) -> Point:
     batch, length = value(graph.placeholder("inputs_embeds")).shape[:2]
-    masks = [add_input(graph, name, (batch, length), torch.bool) for name in ("visual", "alive")]
+    visual, alive = (add_input(graph, name, (batch, length), torch.bool) for name in ("visual", "alive"))
     cut = Cut(layer=0, ratio=0.5, numerator=1, denominator=2)
     before = next(calls(graph, aten.cos.default))
-    return Point(graph, before, cut, changed_recipe("prune-30"), *masks, None, masks[1], length, masks[0])
+    return Point(graph, before, cut, changed_recipe("prune-30"), visual, alive, None, alive, length, visual)
 
 
 def test_streams_of_a_token_are_side_by_side() -> None:
