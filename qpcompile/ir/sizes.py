@@ -22,7 +22,7 @@ from typing import Any
 import sympy  # pyright: ignore[reportMissingTypeStubs]
 
 # Length limit of a size.
-MOST_CHARACTERS = 500
+MOST_CHARACTERS = 1500
 _MOST_DIGITS = 20
 _MOST_POWER = 8
 _MOST_DEPTH = 40

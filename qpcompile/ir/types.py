@@ -41,7 +41,7 @@ DTYPES = {
     torch.bool: "bool",
 }
 # Length limit of a printed type.
-MOST_CHARACTERS = 2000
+MOST_CHARACTERS = 6000
 _MOST_DEPTH = 40
 _NUMBERS: dict[str, type] = {"int": int, "float": float, "bool": bool}
 

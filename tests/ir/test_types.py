@@ -61,7 +61,7 @@ def test_printed_types_are_read_as_they_were(kind: ValueType) -> None:
         "int S0%0",
         "int " + "(" * 60 + "S0" + ")" * 60,
         "int 1" + "0" * 30,
-        "int " + "+".join(["S0"] * 200),
+        "int " + "+".join(["S0"] * 600),
         "f32[B, S0",
         "f32[B,S0]",
         "f32[B]]",
