@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from programs import captured, changed_recipe, fresh
+from programs import captured, changed_recipe, fresh, traced
 from torch import Tensor
 
 import qpcompile
@@ -21,6 +21,7 @@ from qpcompile.pass_list import passes
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime import recompute
+from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.machine import Machine, execute_graph
 from qpcompile.runtime.recompute import EXACT, ROUNDED, STEPS, UNRELATED, check_decode
 
@@ -198,3 +199,28 @@ def test_a_model_that_last_bits_move_is_allowed_as_much(noise: float, allowed: f
     whole, other = torch.randn(2, STEPS, 50_000, generator=torch.Generator().manual_seed(1))
     moved = whole + noise * other
     assert recompute._allowed(program, whole, moved) == pytest.approx(allowed, rel=0.02)
+
+
+class Ranking(torch.nn.Module):
+    """A layer that ranks tokens by their scores, f[B, S, S]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([_Best()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+class _Best(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.topk(x, 2, dim=-1).indices
+
+
+def test_new_tokens_rank_what_a_scored_layer_holds() -> None:
+    graph = traced(Ranking(), {"x": torch.ones(2, 6, 6)}, axes={"x": (0,)})
+    whole = recompute._Whole(fresh(Recipe.load("none")), graph, CompiledCache(1), 2)
+    scores = torch.arange(6.0).expand(1, 6, 6).contiguous()
+    assert whole.run(scores)[0][0].tolist() == [[5, 4]] * 6
+    whole.cache.alive[0], whole.compacted = torch.ones(1, 3, dtype=torch.bool), {0: torch.tensor([[0, 2, 4]])}
+    assert whole.run(scores)[0][0].tolist() == [*[[5, 4]] * 4, *[[4, 2]] * 2]
