@@ -60,6 +60,15 @@ def test_a_part_of_the_model_that_is_called_an_adapter_stays(tmp_path: Path) -> 
     check_settings(tmp_path, ["config.json"])
 
 
+def test_numbers_that_json_lacks_are_read_back(tmp_path: Path) -> None:
+    config = LlavaConfig()
+    config.text_config.limits = [0.0, float("inf"), float("-inf")]
+    write_config(config, tmp_path)
+    assert '"__float__"' in (tmp_path / "config.json").read_text()
+    check_settings(tmp_path, ["config.json"])
+    assert read_config(LlavaForConditionalGeneration, tmp_path).text_config.limits == config.text_config.limits
+
+
 @pytest.mark.parametrize(
     "added",
     [

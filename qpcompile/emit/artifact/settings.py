@@ -34,6 +34,7 @@ MARK = {
 # The type that transformers knows such a folder by after `qpcompile.register_with_transformers`, and none before; the
 # model's own type is kept beside it.
 MODEL_TYPE, OWN_TYPE = "qpcompile", "compiled_model_type"
+_FLOATS = ("Infinity", "-Infinity", "NaN")
 _CONFIGS = (CONFIG, GENERATION)
 # JSON files other than settings.
 _TABLES = frozenset({INDEX, "manifest.json", "tokenizer.json", "vocab.json", "added_tokens.json"})
@@ -103,7 +104,7 @@ def read_config(model_class: Any, folder: Path) -> PreTrainedConfig:
     data = read_json(folder / CONFIG)
     if not isinstance(data, dict):
         raise _refused("config.json is not a mapping", CONFIG)
-    data = _unmarked(data)
+    data = _with_floats(_unmarked(data))
     kind = data.pop(OWN_TYPE) if OWN_TYPE in data else data.get("model_type")
     data["model_type"] = kind
     if isinstance(kind, str) and MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind) == model_class.__name__:
@@ -157,6 +158,17 @@ def _unmarked(data: dict[str, Any]) -> dict[str, Any]:
     """Settings without our own mark, at every level."""
     kept = {key: value for key, value in data.items() if key != MARKED or value != MARK}
     return {key: _unmarked(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _with_floats(value: Any) -> Any:
+    """Settings with the numbers that JSON lacks, as transformers writes them: `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
+        return float(value["__float__"])
+    return {key: _with_floats(item) for key, item in value.items()}
 
 
 def _without_leads(value: Any, leads: Callable[[str, Any], bool]) -> Any:
