@@ -15,9 +15,8 @@ from typing import Any
 import onnx
 import torch
 
+from qpcompile.emit.onnx.runner.inputs import TYPES
 from qpcompile.emit.onnx.runner.runner import OnnxVLM
-
-TAKES = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
 
 WHY = {
     "exact": "a 4-bit code or a near tie rounded the other way",
@@ -90,7 +89,7 @@ def compare(
         made = generate(
             **batch, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
-        given = {name: _array(value) for name, value in batch.items() if name in TAKES}
+        given = {name: _array(value) for name, value in batch.items() if name not in TYPES}
         found = torch.from_numpy(runner.generate(**given, max_new_tokens=new_tokens))[:, start:]
         logits = torch.stack(made.logits, dim=1)
         for row, (own, other) in enumerate(zip(made.sequences[:, start:], found, strict=True)):
@@ -100,8 +99,9 @@ def compare(
     return Comparison(answers, tuple(different))
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    """The tensor as an array for the runner, which does not support half precision."""
+def _array(given: Any) -> Any:
+    """A tensor, or a list of numbers, as an array for the runner, which does not support half precision."""
+    tensor = torch.as_tensor(given)
     return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,14 +42,17 @@ from qpcompile.emit.onnx.readme import readme
 from qpcompile.emit.onnx.runner import runner as onnx_runner
 from qpcompile.emit.onnx.runner.choice import Choice
 from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph
+from qpcompile.emit.onnx.runner.sizes import SIZES as SIZES_FILE
 from qpcompile.emit.onnx.runner_file import runner_text
 from qpcompile.emit.onnx.runtimes import fast_form
+from qpcompile.emit.onnx.sized import Sized, sized_pictures
 from qpcompile.emit.onnx.speech import write_speech
 from qpcompile.emit.onnx.translate import aten as onnx_aten
+from qpcompile.emit.onnx.translate import aten_picture as onnx_aten_picture
 from qpcompile.emit.onnx.translate import aten_shape as onnx_aten_shape
 from qpcompile.emit.onnx.translate.nodes import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx.weights import DATA, save_models
-from qpcompile.emit.onnx.wrap import Part, language, vision
+from qpcompile.emit.onnx.wrap import ROWS, Part, language, vision
 from qpcompile.errors import ExportError
 from qpcompile.files import sha256, staged_folder
 from qpcompile.ir.operators import SPECS
@@ -56,13 +61,15 @@ from qpcompile.kernels.linear_w4a16 import onnx_contrib
 from qpcompile.runtime.fixed_values import SAID, VALUES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
     from os import PathLike
+
+    import torch
 
 _log = logging.getLogger(__name__)
 
 # All translations: torch's operators, then this project's own.
-TORCH = onnx_aten.table() | onnx_aten_shape.table()
+TORCH = onnx_aten.table() | onnx_aten_shape.table() | onnx_aten_picture.table()
 FORMS = {spec.overload: spec.onnx() for spec in SPECS if spec.onnx is not None}
 OWN = {overload: form.translation for overload, form in FORMS.items()}
 # No graph holds placeholders of two operators (inputs of all linears have codes, or of none): any order will do.
@@ -106,8 +113,10 @@ def export_onnx(
     _check_supported(program)
     _check_settings(program)
     fast = fast_form(fast, target)
+    batches = list(check)
     with staged_folder(folder) as aside:
-        models = build_models(program, fast)
+        built = build_models(program, fast, batches)
+        models = built.models
         save_models(models, aside)
         for name in models:
             onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
@@ -115,7 +124,11 @@ def export_onnx(
         numbers = CHANGES if fast else AS_MODULE[program.recipe.numerics]
         _write_texts(program, aside)
         host: Any = program.host
-        mute = write_speech(aside, processor, host.config.image_token_id)
+        if built.sizes:
+            _write_sizes(aside, built.sizes)
+            mute = f"it has a vision graph for each of {len(built.sizes)} sizes of pictures: {built.why}"
+        else:
+            mute = write_speech(aside, processor, host.config.image_token_id)
         if mute and processor is not None:
             _log.warning("the ONNX folder takes token ids, and no pictures and questions: %s", mute)
         if not mute:
@@ -124,7 +137,7 @@ def export_onnx(
         (aside / "README.md").write_text(readme(program, [*numbers, _float64(double)], mute), encoding="utf-8")
         _write_manifest(aside, numbers, double)
         found: dict[str, Any] = {}
-        if (batches := list(check)) and generate is not None:
+        if batches and generate is not None:
             found |= compare(generate, aside, batches).to_dict(program.recipe.numerics, fast)
         if target is not None:
             found["runtime"] = demands(aside, target)
@@ -135,21 +148,57 @@ def export_onnx(
             _write_manifest(aside, numbers, double)
 
 
-def build_models(program: Program, fast: bool = False) -> dict[str, ir.Model]:
-    """The three graphs of a program."""
-    parts = {VISION: vision(program), PREFILL: language(program, PREFILL), DECODE: language(program, DECODE)}
-    for name, part in parts.items():
-        _check_inputs(name, part)
+@dataclass(frozen=True)
+class Built:
+    """The graphs of a folder by name; where there is one for each size of picture, the sizes, and why it is so."""
+
+    models: dict[str, ir.Model]
+    sizes: Sequence[Sized] = ()
+    why: str = ""
+
+
+def build_models(program: Program, fast: bool = False, samples: Sequence[Mapping[str, Any]] = ()) -> Built:
+    """The graphs of a program: a vision graph for pictures of any size, or one for each size among `samples`, inputs of
+    `generate`, where the tower cannot be written otherwise.
+    """
+    try:
+        tower = {VISION: vision(program)}
+        _check_inputs(VISION, tower[VISION])
+        pictures = [vision_example(program, sizes) for sizes in SIZES]
+        if not fast:
+            models = {VISION: _model(VISION, tower[VISION], pictures, fast)}
+    except ExportError as error:
+        if fast or not samples:
+            raise
+        return _build_sized(program, samples, error.what)
+    parts = tower | {name: language(program, name) for name in (PREFILL, DECODE)}
     if fast:
         parts = fast_parts(program, parts)
-    pictures = [vision_example(program, sizes) for sizes in SIZES]
-    models = {VISION: _model(VISION, parts[VISION], pictures, fast)}
-    said = results(parts[VISION], pictures[0])
+        models = {VISION: _model(VISION, parts[VISION], pictures, fast)}
+    return Built(models | _language_models(program, parts, results(parts[VISION], pictures[0]), fast))
+
+
+def _build_sized(program: Program, samples: Sequence[Mapping[str, Any]], why: str) -> Built:
+    sizes = sized_pictures(program, samples, {*TORCH, *OWN})
+    models: dict[str, ir.Model] = {}
+    for index, size in enumerate(sizes):
+        name = f"{VISION}.{index}" if index else VISION
+        models[name] = _model(name, size.part, (size.example, size.example), fast=False)
+    said = results(sizes[0].part, sizes[0].example)
+    parts = {name: language(program, name, list(said)) for name in (PREFILL, DECODE)}
+    return Built(models | _language_models(program, parts, said, fast=False), sizes, why)
+
+
+def _language_models(
+    program: Program, parts: Mapping[str, Part], said: Mapping[str, torch.Tensor], fast: bool
+) -> dict[str, ir.Model]:
+    """Prefill and decode; said: what a vision graph gives."""
+    for name in (PREFILL, DECODE):
+        _check_inputs(name, parts[name])
     prompts = [prefill_example(program, sizes, said) for sizes in SIZES]
-    models[PREFILL] = _model(PREFILL, parts[PREFILL], prompts, fast)
+    models = {PREFILL: _model(PREFILL, parts[PREFILL], prompts, fast)}
     tokens = [decode_example(program, prompt, results(parts[PREFILL], prompt)) for prompt in prompts]
-    models[DECODE] = _model(DECODE, parts[DECODE], tokens, fast)
-    return models
+    return models | {DECODE: _model(DECODE, parts[DECODE], tokens, fast)}
 
 
 def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.Model:
@@ -169,7 +218,7 @@ def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.M
 
 
 def _check_supported(program: Program) -> None:
-    missing = [name for name in (VISION, PREFILL, DECODE, HEAD) if name not in program.graphs]
+    missing = [name for name in (PREFILL, DECODE, HEAD) if name not in program.graphs]
     if missing:
         raise ExportError(
             f"the program has no {', '.join(missing)} graph",
@@ -217,7 +266,8 @@ def _check_graph(path: Path) -> None:
 
 def _check_inputs(name: str, part: Part) -> None:
     known = onnx_runner.VISION_INPUTS if name == VISION else onnx_runner.LANGUAGE_INPUTS
-    unknown = [path for path in part.inputs if path not in known and path.split(".")[0] not in onnx_runner.STATE]
+    roots = (*onnx_runner.STATE, ROWS)
+    unknown = [path for path in part.inputs if path not in known and path.split(".")[0] not in roots]
     if unknown:
         raise ExportError(
             f"the {name} graph takes inputs that the ONNX runner cannot compute: {', '.join(unknown)}",
@@ -240,6 +290,13 @@ def _write_texts(program: Program, folder: Path) -> None:
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _write_sizes(folder: Path, sizes: Sequence[Sized]) -> None:
+    """Write which vision graph takes which pictures."""
+    names = [f"{VISION}.{index}.onnx" if index else f"{VISION}.onnx" for index in range(len(sizes))]
+    listed = [size.to_dict(name) for size, name in zip(sizes, names, strict=True)]
+    (folder / SIZES_FILE).write_text(json.dumps({"sizes": listed}) + "\n", encoding="utf-8")
 
 
 def _float64(operators: Mapping[str, Sequence[str]]) -> str:

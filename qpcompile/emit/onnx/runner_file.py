@@ -17,12 +17,13 @@ from qpcompile.emit.onnx.runner import (
     layout,
     pictures,
     runner,
+    sizes,
     tokenizer_rules,
 )
 
 # Each part imports from those before it.
 PARTS: tuple[ModuleType, ...] = (
-    *(folder, choice, inputs, layout, picture, pictures, tokenizer_rules, chat, runner, answer, command),
+    *(folder, choice, inputs, layout, sizes, picture, pictures, tokenizer_rules, chat, runner, answer, command),
 )
 # In the merged file there is one kind of error: what the package's picture reader raises is the runner's own.
 SAME = {"CalibrationError": "RunnerError"}

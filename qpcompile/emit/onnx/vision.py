@@ -22,9 +22,10 @@ from qpcompile.errors import ExportError, QPCompileError
 from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import named_tensors, rebuild
 from qpcompile.runtime.arguments import keyword_arguments
+from qpcompile.runtime.prepare import TABLE, prepare
 
 PICTURES = "pixel_values"
-Answer = Callable[[dict[str, torch.Tensor]], Any]
+Answer = Callable[[torch.nn.Module, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def _chain(program: Program, tower: Graph, projector: Graph | None, shape: tuple
         returned = tower({PICTURES: pictures})
         between = None if projector is None else _trace(program, projector, returned)
         candidates = returned if projector is None or between is None else projector(between(returned))
-        with _answering(host, {VISION: tower} | ({PROJECTOR: projector} if projector else {})):
+        graphs = [tower, *([projector] if projector else [])]
+        with answering(host, {graph.owner: graph for graph in graphs}):
             found = host.get_image_features(pictures)
     wanted = _rows(getattr(found, "pooler_output", found))
     for name, value in candidates.items():
@@ -122,11 +124,14 @@ class _Between(torch.nn.Module):
         results: dict[str, torch.Tensor] = dict(zip(tower.outputs, returned, strict=True))
         pictures = returned[0].new_zeros(returned[0].shape[0], *self.shape)
 
-        def stop(feeds: dict[str, torch.Tensor]) -> Any:
-            raise _Reached(feeds)
+        def stop(_: torch.nn.Module, arguments: dict[str, Any]) -> Any:
+            raise _Reached(dict(named_tensors(arguments)))
 
-        calls = {tower.owner: lambda feeds: rebuild(tower.returns, results), projector.owner: stop}
-        with _replaced(host, calls):
+        calls: dict[torch.nn.Module, Answer] = {
+            host.get_submodule(tower.owner): lambda *_: rebuild(tower.returns, results),
+            host.get_submodule(projector.owner): stop,
+        }
+        with replaced(calls):
             try:
                 host.get_image_features(pictures)  # type: ignore[operator]
             except _Reached as reached:
@@ -135,32 +140,35 @@ class _Between(torch.nn.Module):
 
 
 @contextmanager
-def _answering(host: torch.nn.Module, graphs: Mapping[str, Graph]) -> Iterator[None]:
+def answering(host: torch.nn.Module, graphs: Mapping[str, Graph]) -> Iterator[None]:
     """Within the block, the host's components run their graphs."""
 
     def run(graph: Graph) -> Answer:
-        return lambda feeds: rebuild(graph.returns, graph({name: feeds[name] for name in graph.inputs}))
+        def answer(module: torch.nn.Module, arguments: dict[str, Any]) -> Any:
+            feeds = dict(named_tensors(prepare(module, arguments, graph.constants.get(TABLE))))
+            return rebuild(graph.returns, graph({name: feeds[name] for name in graph.inputs}))
 
-    with _replaced(host, {graph.owner: run(graph) for graph in graphs.values()}):
+        return answer
+
+    with replaced({host.get_submodule(owner): run(graph) for owner, graph in graphs.items()}):
         yield
 
 
 @contextmanager
-def _replaced(host: torch.nn.Module, answers: Mapping[str, Answer]) -> Iterator[None]:
-    """Within the block, calls of the host's modules are replaced by functions of their named tensors."""
-    modules: dict[str, Any] = {name: host.get_submodule(name) for name in answers}
-    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
-    for name, module in modules.items():
-        module.forward = _forward(module, answers[name])
+def replaced(answers: Mapping[torch.nn.Module, Answer]) -> Iterator[None]:
+    """Within the block, calls of modules are replaced by functions of the module and its arguments by name."""
+    before = {module: module.__dict__.get("forward") for module in answers}
+    for module, answer in answers.items():
+        module.forward = _forward(module, answer)
     try:
         yield
     finally:
-        for name, module in modules.items():
-            if before[name] is None:
+        for module, forward in before.items():
+            if forward is None:
                 del module.forward
             else:
-                module.forward = before[name]
+                module.forward = forward
 
 
 def _forward(module: torch.nn.Module, answer: Answer) -> Callable[..., Any]:
-    return lambda *args, **kwargs: answer(dict(named_tensors(keyword_arguments(module, args, kwargs))))
+    return lambda *args, **kwargs: answer(module, keyword_arguments(module, args, kwargs))

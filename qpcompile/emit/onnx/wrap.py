@@ -10,20 +10,24 @@ called `present.x`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_leaves
 
-from qpcompile.emit.onnx.runner.runner import FEATURES, IDS, LOGITS, STATE, VISUAL_KEYS, VISUAL_SCORES
+from qpcompile.emit.onnx.runner.runner import FEATURES, IDS, LOGITS, ROWS, STATE, VISUAL_KEYS, VISUAL_SCORES
 from qpcompile.emit.onnx.vision import host_chain
 from qpcompile.errors import ExportError
 from qpcompile.ir.edit import aten
-from qpcompile.ir.names import CACHE
+from qpcompile.ir.names import CACHE, names
 from qpcompile.ir.program import EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.shapes import identifier
+from qpcompile.runtime.generation_options import first_line
+from qpcompile.runtime.model_inputs import vocabulary_size
 
 EMBEDS, GRID = "inputs_embeds", "grid_thw"
 SAID_BY_TOWER = (VISUAL_SCORES, VISUAL_KEYS)
@@ -39,27 +43,36 @@ class Part:
     outputs: tuple[str, ...]
 
 
-def language(program: Program, name: str) -> Part:
-    """Compose token embeddings, a decoder graph and the head on the last token."""
+def language(program: Program, name: str, rows: Sequence[str] = ()) -> Part:
+    """Compose token embeddings, a decoder graph and the head on the last token.
+
+    rows: outputs of the vision graph that are other inputs of the decoder at visual tokens, `rows.<input>`.
+    """
     graph, head = program.graphs[name], program.graphs[HEAD]
     host: Any = program.host
-    embed = host.get_input_embeddings()
-    if type(embed) is not torch.nn.Embedding:
-        raise _unknown(f"token embeddings of the kind {type(embed).__name__}", name)
-    table = program.graphs.get(EMBED)
-    root = {"decoder": graph.module, "head": head.module, "embed_tokens": embed if table is None else table.module}
-    builder = _Builder(torch.nn.ModuleDict(root))
+    image_token = host.config.image_token_id
+    table = program.graphs.get(EMBED) or _embedding(host)
+    embed = host.get_input_embeddings() if table is None else table.module
+    builder = _Builder(torch.nn.ModuleDict({"decoder": graph.module, "head": head.module, "embed_tokens": embed}))
     ids = builder.input(IDS)
+    known = ids
+    if image_token >= vocabulary_size(host):
+        # Placeholders beyond the table are never looked up.
+        known = builder.call(aten.masked_fill.Scalar, ids, builder.call(aten.eq.Scalar, ids, image_token), 0)
     if table is None:
-        values = {EMBEDS: builder.call(aten.embedding.default, builder.tensor("embed_tokens.weight"), ids)}
+        values = {EMBEDS: builder.call(aten.embedding.default, builder.tensor("embed_tokens.weight"), known)}
     else:
-        values = {EMBEDS: builder.inline("embed_tokens", table, {table.inputs[0]: ids})["output"]}
+        values = {EMBEDS: builder.inline("embed_tokens", table, {table.inputs[0]: known})["output"]}
     if name == PREFILL:
-        image_token = host.config.image_token_id
         values[EMBEDS] = _merge(builder, ids, values[EMBEDS], builder.input(FEATURES), image_token)
         for path in SAID_BY_TOWER:
             if path in graph.inputs:
                 _, values[path] = _at_pictures(builder, ids, builder.input(path), image_token)
+        for path in rows:
+            if (of := path.removeprefix(f"{ROWS}.")) in graph.inputs and graph.placeholder(of).users:
+                visual, dense = _at_pictures(builder, ids, builder.input(path), image_token)
+                visual = builder.call(aten.unsqueeze.default, visual, -1)
+                values[of] = builder.call(aten.where.ScalarOther, visual, dense, 0.0)
     for path in graph.inputs:
         if path not in values and graph.placeholder(path).users:
             values[path] = builder.input(path)
@@ -69,6 +82,23 @@ def language(program: Program, name: str) -> Part:
     state = [path for path in graph.outputs if path.root in STATE]
     outputs = {LOGITS: builder.call(aten.select.int, logits, 1, 0), **{present(path): results[path] for path in state}}
     return builder.finish(outputs)
+
+
+def _embedding(host: Any) -> Graph | None:
+    """The graph of token embeddings that are more than a table (a scale, a projection); None for a table."""
+    embed: torch.nn.Module = host.get_input_embeddings()
+    if type(embed) is torch.nn.Embedding:
+        return None
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    axes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    try:
+        exported = torch.export.export(embed, (ids,), dynamic_shapes=axes, strict=False).module(check_guards=False)
+    except Exception as error:
+        raise _unknown(f"token embeddings of the kind {type(embed).__name__}: {first_line(error)}", EMBED) from error
+    exported.graph.set_codegen(CodeGen())
+    (output,) = (node for node in exported.graph.nodes if node.op == "output")
+    output.args = (tuple(tree_leaves(output.args[0])),)
+    return Graph(EMBED, fx.GraphModule(exported, exported.graph), names(["input"]), names(["output"]), "")
 
 
 def vision(program: Program) -> Part:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST, WEIGHTS, GRAPHS = "manifest.json", "weights.data", ("vision.onnx", "prefill.onnx", "decode.onnx")
+# A folder may have more vision graphs.
+GRAPH = ".onnx"
 SETTINGS = ("config.json", "generation_config.json")
 # What turns questions into token ids and back: all three, or none.
 TOKENIZER, PICTURES, CHAT = "tokenizer.json", "pictures.json", "chat.json"
@@ -28,10 +30,10 @@ NEW_FOLDER = "get the folder again from where it was exported, or export the mod
 # fmt: off
 OPERATORS = frozenset(
     (
-        "Abs", "Add", "And", "ArgMax", "ArgMin", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
+        "Abs", "Add", "And", "ArgMax", "ArgMin", "AveragePool", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
         "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConcatFromSequence", "Constant", "ConstantOfShape", "Conv",
         "Cos", "CumSum", "DequantizeLinear", "Div", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather",
-        "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "If",
+        "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "GridSample", "Identity", "If",
         "LayerNormalization", "Less", "LessOrEqual", "Log", "Loop", "MatMul", "MatMulInteger", "Max", "Min", "Mod",
         "Mul", "Neg", "NonZero", "Not", "Or", "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceL2",
         "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape",
@@ -90,7 +92,7 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], frozense
             raise RunnerError(f"{MANIFEST} does not list {name}", str(folder), NEW_FOLDER)
     for name, entry in files.items():
         _check_file(folder / name, entry)
-    for name in GRAPHS:
+    for name in (name for name in files if name.endswith(GRAPH)):
         check_graph(folder / name, files[WEIGHTS]["bytes"])
     config, settings = (read_json(folder / name) for name in SETTINGS)
     return config, settings, frozenset(files)
@@ -146,7 +148,7 @@ def _regular(path: Path, most: int) -> int:
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
-    if _regular(path, MOST_GRAPH if path.name in GRAPHS else MOST_WEIGHTS) != entry["bytes"]:
+    if _regular(path, MOST_GRAPH if path.name.endswith(GRAPH) else MOST_WEIGHTS) != entry["bytes"]:
         raise RunnerError("the file is not the one that was exported: its size differs", str(path), NEW_FOLDER)
     try:
         with path.open("rb") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from qpcompile.emit.onnx.runner.folder import RunnerError
 Array = np.ndarray[Any, Any]
 
 IDS, MASK, PIXELS, GRID = "input_ids", "attention_mask", "pixel_values", "image_grid_thw"
-TAKEN = (IDS, MASK, PIXELS, GRID)
 # Say which tokens are pictures, as the ids do.
 TYPES = ("mm_token_type_ids", "token_type_ids")
 MOST_ARRAYS, MOST_BYTES = 64, 2**32
@@ -42,13 +41,16 @@ def _unreadable(path: Path, error: BaseException) -> RunnerError:
     return RunnerError(f"this is not an .npz file that can be read: {first}", str(path), "write it with numpy.savez")
 
 
-def check_inputs(given: Mapping[str, Any], image: int, video: int | None, vocabulary: int) -> dict[str, Array]:
+def check_inputs(
+    given: Mapping[str, Any], image: int, video: int | None, vocabulary: int, pictures: Collection[str] = (PIXELS, GRID)
+) -> dict[str, Array]:
     """What the runner takes of `given`, as arrays: ids i64[B, S], a mask i64[B, S], and pixels and sizes where given.
 
     Args:
         given: the processor's arrays by name.
         image, video: the tokens that pictures and videos take the place of.
         vocabulary: number of tokens.
+        pictures: names of what is given of pictures.
     """
     arrays = {name: np.asarray(value) for name, value in given.items() if value is not None}
     ids = arrays.get(IDS)
@@ -56,23 +58,24 @@ def check_inputs(given: Mapping[str, Any], image: int, video: int | None, vocabu
         raise RunnerError("there is no prompt", IDS, f"pass {IDS}; {PROCESSOR}")
     if ids.dtype.kind not in "iu" or ids.ndim != 2 or not ids.size:
         raise RunnerError(f"{IDS} is {_kind(ids)}", IDS, "give whole numbers, a row for each prompt: i64[B, S]")
+    # Placeholders may lie beyond the vocabulary.
     lowest, highest = int(ids.min()), int(ids.max())
-    if lowest < 0 or highest >= vocabulary:
+    if lowest < 0 or bool(((ids >= vocabulary) & (ids != image)).any()):
         wrong = lowest if lowest < 0 else highest
         raise RunnerError(f"{IDS} has token {wrong}; this model's are 0 to {vocabulary - 1}", IDS, PROCESSOR)
     ids = ids.astype(np.int64)
-    _refuse_dropped(arrays, ids, image)
+    _refuse_dropped(arrays, ids, image, pictures)
     if video is not None and bool((ids == video).any()):
         raise RunnerError(f"the prompt has video tokens (id {video})", IDS, "ask about pictures: no video is seen here")
     checked = {IDS: ids, MASK: _mask(arrays.get(MASK), ids)}
-    return checked | {name: arrays[name] for name in (PIXELS, GRID) if name in arrays}
+    return checked | {name: arrays[name] for name in pictures if name in arrays}
 
 
-def _refuse_dropped(arrays: Mapping[str, Array], ids: Array, image: int) -> None:
+def _refuse_dropped(arrays: Mapping[str, Array], ids: Array, image: int, pictures: Collection[str]) -> None:
     for name, value in arrays.items():
         if name in TYPES and value.shape == ids.shape and bool((value == (ids == image)).all()):
             continue
-        if name not in TAKEN:
+        if name not in (IDS, MASK, *pictures):
             raise RunnerError(
                 f"this runner does not take {name[:100]}: the answer would not depend on it",
                 f"inputs, given {', '.join(sorted(arrays))}"[:500],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from qpcompile.emit.onnx.runner.choice import MOST_NEW, Choice, whole
-from qpcompile.emit.onnx.runner.folder import CHAT, NEW_FOLDER, RunnerError, check_folder
+from qpcompile.emit.onnx.runner.folder import CHAT, GRAPH, NEW_FOLDER, RunnerError, check_folder
 from qpcompile.emit.onnx.runner.inputs import (
     GRID,
     IDS,
@@ -22,6 +22,7 @@ from qpcompile.emit.onnx.runner.inputs import (
     check_pixels,
 )
 from qpcompile.emit.onnx.runner.layout import patch_layout, picture_positions, text_positions
+from qpcompile.emit.onnx.runner.sizes import SIZES, Size, read_sizes, sized_positions, split_pictures
 
 Array = np.ndarray[Any, Any]
 
@@ -30,6 +31,8 @@ VISUAL, VALID, COUNT, SEEN = "visual_mask", "valid_mask", "visual_count", "token
 # What the vision graph says of each visual token besides its features, where a pruning method reads it.
 VISUAL_SCORES, VISUAL_KEYS = "visual_scores", "visual_keys"
 OF_PICTURES = (FEATURES, VISUAL_SCORES, VISUAL_KEYS)
+# What other inputs of the decoder hold at visual tokens: `rows.<input>`.
+ROWS = "rows"
 # Inputs this runner can compute; caches and the state of token cuts come on top.
 PATCH_INPUTS = ("grid_thw", "cu_seqlens", "position_ids", "window_index", "cu_window_seqlens")
 PATCHES = "hidden_states"
@@ -72,18 +75,23 @@ class OnnxVLM:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
+        names = ["vision.onnx", "prefill.onnx", "decode.onnx"]
+        names += sorted(name for name in files if name.endswith(GRAPH) and name not in names)
         try:
-            self.vision, self.prefill, self.decode = (
-                ort.InferenceSession(self.folder / f"{name}.onnx", options, **ONLY)
-                for name in ("vision", "prefill", "decode")
-            )
+            sessions = {name: ort.InferenceSession(self.folder / name, options, **ONLY) for name in names}
         except Exception as error:
             raise _disagrees("onnxruntime refuses a graph", error, self.folder) from error
+        self.vision, self.prefill, self.decode = (sessions.pop(name) for name in names[:3])
+        # One vision graph for each size of picture, or one for all.
+        self.sized = {"vision.onnx": self.vision, **sessions}
+        self.sizes: list[Size] = []
+        if SIZES in files:
+            self.sizes = read_sizes(self.folder / SIZES, {name: _shapes(each) for name, each in self.sized.items()})
         # Patches of pictures of many sizes come in one row, with the sizes beside them.
         self.packed = PATCHES in {entry.name for entry in self.vision.get_inputs()}
         self.vocabulary = self._vocabulary()
         where = str(self.folder / "config.json")
-        self.image_token = whole(self.config.get("image_token_id"), "image_token_id", 0, self.vocabulary - 1, where)
+        self.image_token = whole(self.config.get("image_token_id"), "image_token_id", 0, 2**31, where)
         video = self.config.get("video_token_id")
         self.video_token = None if video is None else whole(video, "video_token_id", 0, 2**31, where)
         self.in_place = IN_PLACE in self.decode.get_modelmeta().custom_metadata_map
@@ -125,7 +133,9 @@ class OnnxVLM:
             choice = self.choice(settings)
             length = choice.new if max_new_tokens is None else max_new_tokens
             length = whole(length, "max_new_tokens", 1, MOST_NEW, "max_new_tokens")
-            given = check_inputs({IDS: input_ids, **inputs}, self.image_token, self.video_token, self.vocabulary)
+            pictures = {name for size in self.sizes for name in (*size.shapes, *size.values)} or (PIXELS, GRID)
+            tokens = self.image_token, self.video_token, self.vocabulary
+            given = check_inputs({IDS: input_ids, **inputs}, *tokens, pictures)
             whole(len(given[IDS]), "the number of prompts", 1, MOST_ROWS, IDS)
             chance = np.random.default_rng(whole(seed, "seed", 0, 2**64, "seed"))
             yield from self._answer(given, choice, length, chance)
@@ -143,18 +153,24 @@ class OnnxVLM:
         self, given: Mapping[str, Array], choice: Choice, length: int, chance: np.random.Generator
     ) -> Iterator[Array]:
         ids, mask, grids = given[IDS], given[MASK], given.get(GRID)
-        prompt = ids.shape[1]
-        if grids is not None and PIXELS in given and self.packed:
-            check_grids(grids, len(given[PIXELS]), self._merge(), ids == self.image_token)
-        pictures = self.encode(given.get(PIXELS), grids)
+        prompt, visual = ids.shape[1], ids == self.image_token
+        sizes: list[Size] = []
+        if self.sizes:
+            found = split_pictures(self.sizes, _without(given, IDS, MASK), visual)
+            sizes = [size for size, _ in found]
+            pictures = self._encode_sized(found)
+        elif grids is not None and PIXELS in given and self.packed:
+            check_grids(grids, len(given[PIXELS]), self._merge(), visual)
+        if not self.sizes:
+            pictures = self.encode(given.get(PIXELS), grids)
         rows = 0 if pictures is None else len(pictures[FEATURES])
-        if rows != (found := int((ids == self.image_token).sum())):
+        if rows != (wanted := int(visual.sum())):
             raise RunnerError(
-                f"the prompt has {found} image tokens (id {self.image_token}), the pictures give {rows}",
+                f"the prompt has {wanted} image tokens (id {self.image_token}), the pictures give {rows}",
                 IDS,
                 "build the inputs with the model's own processor, one picture for each picture in the text",
             )
-        steps = Steps(self, mask, self._positions(ids, mask, grids))
+        steps = Steps(self, mask, self._positions(visual, mask, grids, sizes))
         logits = steps.prefill(ids, pictures)
         open_rows = np.ones(len(ids), bool)
         for step in range(length):
@@ -187,15 +203,27 @@ class OnnxVLM:
             parts.append(run(self.vision, feeds, options=_once()))
         return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
 
-    def _positions(self, ids: Array, mask: Array, grids: Array | None) -> Array:
-        rank = next((len(entry.shape) for entry in self.prefill.get_inputs() if entry.name == POSITIONS), 2)
+    def _encode_sized(self, pictures: Sequence[tuple[Size, Mapping[str, Array]]]) -> dict[str, Array] | None:
+        """As `encode`, each picture by the graph of its size."""
+        parts: list[dict[str, ort.OrtValue]] = []
+        for size, feeds in pictures:
+            if PIXELS in feeds:
+                check_pixels(feeds[PIXELS], list(feeds[PIXELS].shape))
+            parts.append(run(self.sized[size.graph], feeds, options=_once()))
+        return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]} if parts else None
+
+    def _positions(self, visual: Array, mask: Array, grids: Array | None, sizes: Sequence[Size]) -> Array:
+        shape = next((entry.shape for entry in self.prefill.get_inputs() if entry.name == POSITIONS), [0, 0])
         text = text_positions(mask)
-        if rank == 2:
+        if len(shape) == 2:
             return text
+        if sizes:
+            wanted = whole(shape[0], POSITIONS, 1, 16, str(self.folder / "prefill.onnx"))
+            return sized_positions(visual, mask, sizes, wanted)
         axes = np.broadcast_to(text, (3, *text.shape))
         if grids is not None:
-            axes = picture_positions(ids == self.image_token, mask, np.asarray(grids, np.int64), self._merge())
-        return np.concatenate([text[None], axes])
+            axes = picture_positions(visual, mask, np.asarray(grids, np.int64), self._merge())
+        return np.concatenate([text[None], axes])[4 - shape[0] :] if isinstance(shape[0], int) else axes
 
     def _merge(self) -> int:
         """A visual token covers so many rows and columns of patches."""
@@ -228,7 +256,7 @@ class Steps:
         if pictures is None:
             # One row that nobody reads: sizes that vary have a name instead of a number.
             shapes = {entry.name: (1, *entry.shape[1:]) for entry in self.model.prefill.get_inputs()}
-            pictures = {name: _zeros(shapes[name]) for name in OF_PICTURES if name in shapes}
+            pictures = {name: _zeros(shape) for name, shape in shapes.items() if _of_pictures(name)}
         feeds: dict[str, Array] = {
             IDS: ids,
             **pictures,
@@ -326,6 +354,22 @@ def given(entry: Any, feeds: Mapping[str, Array], state: Mapping[str, ort.OrtVal
     if entry.name not in feeds:
         raise ValueError(f"the model needs {entry.name}, which was not given")
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feeds[entry.name], dtype=_TYPES[entry.type]))
+
+
+def _of_pictures(name: str) -> bool:
+    return name in OF_PICTURES or name.startswith(f"{ROWS}.")
+
+
+def _shapes(session: ort.InferenceSession) -> dict[str, tuple[int, ...]]:
+    """Sizes of the inputs of a graph; -1 for one that varies."""
+    return {
+        entry.name: tuple(size if isinstance(size, int) else -1 for size in entry.shape)
+        for entry in session.get_inputs()
+    }
+
+
+def _without(arrays: Mapping[str, Array], *names: str) -> dict[str, Array]:
+    return {name: array for name, array in arrays.items() if name not in names}
 
 
 def _zeros(shape: tuple[Any, ...]) -> Array:

@@ -16,6 +16,7 @@ from onnxscript import opset21
 from qpcompile.emit.onnx.translate.attention import attention
 from qpcompile.emit.onnx.translate.float64 import layer_norm, patch_convolution
 from qpcompile.emit.onnx.translate.types import TensorInfo, cast, onnx_type
+from qpcompile.errors import ExportError
 from qpcompile.kernels.activation_quantize.onnx import activation, sigmoid
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
@@ -187,10 +188,15 @@ def _convolution(rank: int) -> Translation:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        strides, pads, dilations = (_each(value, rank) for value in (stride, padding, dilation))
+        strides, dilations = (_each(value, rank) for value in (stride, dilation))
+        if isinstance(padding, str):  # "valid", or "same" as the input: odd paddings have the larger half at the end
+            spread = [(size - 1) * gap if padding == "same" else 0 for size, gap in zip(weight.shape[2:], dilations)]
+            both = [*(each // 2 for each in spread), *(each - each // 2 for each in spread)]
+        else:
+            both = [*_each(padding, rank), *_each(padding, rank)]
         if out.dtype == torch.float64:
             return patch_convolution(out, x, weight, bias, strides)
-        return op.Conv(x, weight, bias, strides=strides, pads=[*pads, *pads], dilations=dilations, group=groups)
+        return op.Conv(x, weight, bias, strides=strides, pads=both, dilations=dilations, group=groups)
 
     return translate
 
@@ -208,6 +214,21 @@ def _layer_norm(
     if weight is None:
         weight = op.Expand(cast(1.0, onnx_type.inverse[x.dtype]), list(shape))
     return op.LayerNormalization(x, weight, bias, axis=-len(shape), epsilon=eps)
+
+
+def _rms_norm(out: TensorInfo, x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    axes = list(range(-len(shape), 0))
+    mean = op.ReduceMean(op.Mul(x, x), axes, keepdims=1)
+    small = torch.finfo(out.dtype).eps if eps is None else eps
+    scaled = op.Div(x, op.Sqrt(op.Add(mean, cast(small, out.dtype))))
+    return scaled if weight is None else op.Mul(scaled, weight)
+
+
+def _vector_norm(out: TensorInfo, x: Any, order: Any = 2, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
+    if order != 2:
+        raise ExportError(f"a norm of order {order} has no translation", do="report this family")
+    axes = None if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    return op.ReduceL2(cast(x, out.dtype), axes, keepdims=int(keepdim))
 
 
 def _embedding(_: TensorInfo, weight: Any, ids: Any, *rest: Any) -> Any:
@@ -286,9 +307,14 @@ def table() -> dict[Any, Translation]:
         aten.mm.default: _matmul,
         aten.addmm.default: _addmm,
         aten.linear.default: _linear,
+        aten.conv1d.default: _convolution(1),
         aten.conv2d.default: _convolution(2),
+        aten.conv2d.padding: _convolution(2),
         aten.conv3d.default: _convolution(3),
         aten.layer_norm.default: _layer_norm,
+        aten.rms_norm.default: _rms_norm,
+        aten.linalg_vector_norm.default: _vector_norm,
+        aten.norm.ScalarOpt_dim: _vector_norm,
         aten.embedding.default: _embedding,
         aten.scaled_dot_product_attention.default: _attention,
     }

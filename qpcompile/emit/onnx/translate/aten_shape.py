@@ -77,6 +77,34 @@ def _expand(out: TensorInfo, x: Any, sizes: Sequence[Any], **named: Any) -> Any:
     return op.Expand(x, [1 if isinstance(size, int) and size == -1 else size for size in sizes])
 
 
+def _flip(_: TensorInfo, x: Any, dims: Sequence[int]) -> Any:
+    axes = [dim % len(x.shape) for dim in dims]
+    return op.Slice(x, [-1] * len(axes), [-(2**63)] * len(axes), axes, [-1] * len(axes))
+
+
+def _roll(_: TensorInfo, x: Any, shifts: Any, dims: Any = ()) -> Any:
+    if not dims:
+        raise ExportError("a tensor is rolled over all axes at once", do="report this family")
+    for shift, axis in zip(shifts, dims, strict=True):
+        x = op.Concat(op.Slice(x, [-shift], [2**63 - 1], [axis]), op.Slice(x, [0], [-shift], [axis]), axis=axis)
+    return x
+
+
+def _squeeze_all(out: TensorInfo, x: Any, dims: Any = None) -> Any:
+    axes = range(len(x.shape)) if dims is None else [dim % len(x.shape) for dim in dims]
+    ones = [axis for axis in axes if x.shape[axis] == 1]
+    return op.Squeeze(x, ones) if ones else x
+
+
+def _narrow(_: TensorInfo, x: Any, dim: int, start: Any, length: Any) -> Any:
+    end = op.Add(cast(start, torch.int64), cast(length, torch.int64))
+    return op.Slice(x, [start], op.Reshape(end, [1]), [dim], [1])
+
+
+def _triangle(upper: int) -> Translation:
+    return lambda out, x, diagonal=0: op.Trilu(x, diagonal, upper=upper)
+
+
 def _repeat(_: TensorInfo, x: Any, times: Sequence[Any]) -> Any:
     return op.Tile(op.Reshape(x, [*[1] * (len(times) - len(x.shape)), *_sizes(x, 0, len(x.shape))]), list(times))
 
@@ -147,17 +175,33 @@ def _index_select(_: TensorInfo, x: Any, dim: int, index: Any) -> Any:
 
 
 def _index(_: TensorInfo, x: Any, indices: Sequence[Any]) -> Any:
-    """x[i], x[:, i] or x[i, j, ...] with indices that broadcast."""
+    """x[i], x[:, i], x[i, j, ...] or x[:, i, j], with indices that broadcast; of masks only constant ones, whose places
+    are known.
+    """
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    leading = len(given) == 1 or given[-1][0] == len(given) - 1
-    if not leading or any(index.dtype == ir.DataType.BOOL for _, index in given):
-        raise ExportError("a tensor is indexed by a mask, or on axes that do not come first", do="report this family")
+    masks = [index for _, index in given if index.dtype == ir.DataType.BOOL]
+    if len(masks) == len(given) == 1 and (mask := masks[0].const_value) is not None:
+        first = given[0][0]
+        given = [(first + axis, op.Constant(value=ir.tensor(i))) for axis, i in enumerate(mask.numpy().nonzero())]
+    elif masks or given[-1][0] - given[0][0] != len(given) - 1:
+        raise ExportError("a tensor is indexed by a mask, or on axes that are apart", do="report this family")
     if len(given) == 1:
         return op.Gather(x, given[0][1], axis=given[0][0])
-    wide = [cast(index, torch.int64) for _, index in given]
+    first, rank = given[0][0], len(x.shape)
+    deep = [axis for axis, _ in given]
+    x = op.Transpose(x, perm=[*deep, *range(first), *range(deep[-1] + 1, rank)]) if first else x
+    found = op.GatherND(x, place_of([index for _, index in given]))
+    # The axes of the indices stand where the indexed axes stood.
+    wide = max(len(index.shape) for _, index in given)
+    order = [*range(wide, wide + first), *range(wide), *range(wide + first, wide + rank - len(given))]
+    return op.Transpose(found, perm=order) if first else found
+
+
+def place_of(indices: Sequence[Any]) -> Any:
+    """Indices that broadcast, one for each leading axis, as ONNX's i64[..., depth]."""
+    wide = [cast(index, torch.int64) for index in indices]
     shape = op.Shape(reduce(lambda left, right: op.Add(left, right), wide))
-    spread = [op.Unsqueeze(op.Expand(index, shape), [-1]) for index in wide]
-    return op.GatherND(x, op.Concat(*spread, axis=-1))
+    return op.Concat(*(op.Unsqueeze(op.Expand(index, shape), [-1]) for index in wide), axis=-1)
 
 
 def _identity(_: TensorInfo, x: Any, *rest: Any, **named: Any) -> Any:
@@ -208,6 +252,12 @@ def _number(name: str) -> Translation:
 _NUMBERS = {"add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "Div", "mod": "Mod"}
 
 
+def _moved(rank: int, source: int, target: int) -> list[int]:
+    order = [axis for axis in range(rank) if axis != source % rank]
+    order.insert(target % rank, source % rank)
+    return order
+
+
 def table() -> dict[Any, Translation]:
     """Operator overload or Python operator -> translation."""
     copies = (aten.contiguous, aten.clone, aten.detach, aten.detach_, aten.lift_fresh_copy, aten.alias, aten.dropout)
@@ -230,6 +280,17 @@ def table() -> dict[Any, Translation]:
         aten.t.default: lambda _, x: op.Transpose(x, perm=[1, 0]),
         aten.unsqueeze.default: _unsqueeze,
         aten.squeeze.dim: _squeeze,
+        aten.squeeze.default: _squeeze_all,
+        aten.squeeze.dims: _squeeze_all,
+        aten.flip.default: _flip,
+        aten.roll.default: _roll,
+        aten.narrow.default: _narrow,
+        aten.tril.default: _triangle(0),
+        aten.triu.default: _triangle(1),
+        aten.expand_as.default: lambda _, x, other: op.Expand(x, op.Shape(other)),
+        aten.view_as.default: lambda _, x, other: op.Reshape(x, op.Shape(other)),
+        aten.reshape_as.default: lambda _, x, other: op.Reshape(x, op.Shape(other)),
+        aten.movedim.int: lambda _, x, source, target: op.Transpose(x, perm=_moved(len(x.shape), source, target)),
         aten.expand.default: _expand,
         aten.repeat.default: _repeat,
         aten.repeat_interleave.self_int: _repeat_interleave,
