@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from transformers.exporters.utils import precompute_export_inputs
 
+from qpcompile.emit.onnx.masks import tables_of
 from qpcompile.emit.onnx.runner.runner import COUNT, IDS, MASK, POSITIONS, SEEN, VALID, VISUAL
 from qpcompile.emit.onnx.vision import PICTURES, picture_shape
 from qpcompile.emit.onnx.wrap import GRID
 from qpcompile.errors import ExportError
-from qpcompile.ir.names import CACHE, Name
-from qpcompile.ir.program import VISION, Program
+from qpcompile.ir.names import CACHE, STATE, Name
+from qpcompile.ir.program import PREFILL, VISION, Program
+from qpcompile.runtime.arguments import input_kinds
 from qpcompile.runtime.machine import ALIVE, KEPT
 
 
@@ -81,7 +83,15 @@ def prefill_example(program: Program, sizes: Sizes, said: Mapping[str, torch.Ten
         VISUAL: ids == token,
         VALID: mask.bool(),
         COUNT: torch.arange(sizes.visual),
+        **{path: _table(program, path, ids.shape[0], ids.shape[1], ids.shape[1]) for path in tables_of(program)},
     }
+
+
+def _table(program: Program, path: str, batch: int, new: int, seen: int) -> torch.Tensor:
+    """A mask in which every token sees all before it."""
+    dtype, _ = input_kinds(program.graphs[PREFILL])[path]
+    table = torch.ones(new, seen, dtype=torch.bool).tril(seen - new).expand(batch, 1, -1, -1)
+    return table if dtype == torch.bool else torch.zeros(table.shape, dtype=dtype).masked_fill(~table, -1e9)
 
 
 def decode_example(
@@ -94,11 +104,14 @@ def decode_example(
         MASK: torch.cat([mask, mask[:, :1]], dim=1),
         POSITIONS: prompt[POSITIONS][..., -1:] + 1,
         SEEN: torch.arange(ids.shape[1]),
+        **{path: _table(program, path, ids.shape[0], 1, ids.shape[1] + 1) for path in tables_of(program)},
     }
     for name, value in results.items():
         path = Name(name.removeprefix("present."))
         if path.root == KEPT:
             example[path] = torch.cat([value, value.new_full((value.shape[0], 1), ids.shape[1])], dim=1)
+        elif path.root == STATE:
+            example[path] = value
         elif path.root == ALIVE:
             example[path] = torch.cat([value, value.new_ones(value.shape[0], 1)], dim=1)
         else:

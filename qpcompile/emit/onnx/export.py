@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,10 +38,12 @@ from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, 
 from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
 from qpcompile.emit.onnx.js_file import PACKAGE, write_js
+from qpcompile.emit.onnx.masks import mask_rules, tables_of
 from qpcompile.emit.onnx.readme import readme
 from qpcompile.emit.onnx.runner import runner as onnx_runner
 from qpcompile.emit.onnx.runner.choice import Choice
 from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph
+from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule
 from qpcompile.emit.onnx.runner.sizes import SIZES as SIZES_FILE
 from qpcompile.emit.onnx.runner_file import runner_text
 from qpcompile.emit.onnx.runtimes import fast_form
@@ -49,6 +51,7 @@ from qpcompile.emit.onnx.sized import Sized, sized_pictures
 from qpcompile.emit.onnx.speech import write_speech
 from qpcompile.emit.onnx.translate import aten as onnx_aten
 from qpcompile.emit.onnx.translate import aten_picture as onnx_aten_picture
+from qpcompile.emit.onnx.translate import aten_select as onnx_aten_select
 from qpcompile.emit.onnx.translate import aten_shape as onnx_aten_shape
 from qpcompile.emit.onnx.translate.nodes import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx.weights import DATA, save_models
@@ -69,7 +72,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 # All translations: torch's operators, then this project's own.
-TORCH = onnx_aten.table() | onnx_aten_shape.table() | onnx_aten_picture.table()
+TORCH = onnx_aten.table() | onnx_aten_shape.table() | onnx_aten_picture.table() | onnx_aten_select.table()
 FORMS = {spec.overload: spec.onnx() for spec in SPECS if spec.onnx is not None}
 OWN = {overload: form.translation for overload, form in FORMS.items()}
 # No graph holds placeholders of two operators (inputs of all linears have codes, or of none): any order will do.
@@ -124,9 +127,14 @@ def export_onnx(
         numbers = CHANGES if fast else AS_MODULE[program.recipe.numerics]
         _write_texts(program, aside)
         host: Any = program.host
+        if built.masks:
+            rules = {name: asdict(rule) for name, rule in built.masks.items()}
+            (aside / MASKS).write_text(json.dumps({"masks": rules}) + "\n", encoding="utf-8")
         if built.sizes:
             _write_sizes(aside, built.sizes)
             mute = f"it has a vision graph for each of {len(built.sizes)} sizes of pictures: {built.why}"
+        elif built.masks:
+            mute = "its decoder takes masks as tables"
         else:
             mute = write_speech(aside, processor, host.config.image_token_id)
         if mute and processor is not None:
@@ -150,9 +158,12 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class Built:
-    """The graphs of a folder by name; where there is one for each size of picture, the sizes, and why it is so."""
+    """The graphs of a folder by name, and the rules of the decoder's masks; where there is a graph for each size of
+    picture, the sizes, and why it is so.
+    """
 
     models: dict[str, ir.Model]
+    masks: Mapping[str, MaskRule]
     sizes: Sequence[Sized] = ()
     why: str = ""
 
@@ -175,7 +186,8 @@ def build_models(program: Program, fast: bool = False, samples: Sequence[Mapping
     if fast:
         parts = fast_parts(program, parts)
         models = {VISION: _model(VISION, parts[VISION], pictures, fast)}
-    return Built(models | _language_models(program, parts, results(parts[VISION], pictures[0]), fast))
+    masks = mask_rules(program, samples)
+    return Built(models | _language_models(program, parts, results(parts[VISION], pictures[0]), fast), masks)
 
 
 def _build_sized(program: Program, samples: Sequence[Mapping[str, Any]], why: str) -> Built:
@@ -186,7 +198,8 @@ def _build_sized(program: Program, samples: Sequence[Mapping[str, Any]], why: st
         models[name] = _model(name, size.part, (size.example, size.example), fast=False)
     said = results(sizes[0].part, sizes[0].example)
     parts = {name: language(program, name, list(said)) for name in (PREFILL, DECODE)}
-    return Built(models | _language_models(program, parts, said, fast=False), sizes, why)
+    masks = mask_rules(program, samples)
+    return Built(models | _language_models(program, parts, said, fast=False), masks, sizes, why)
 
 
 def _language_models(
@@ -194,7 +207,7 @@ def _language_models(
 ) -> dict[str, ir.Model]:
     """Prefill and decode; said: what a vision graph gives."""
     for name in (PREFILL, DECODE):
-        _check_inputs(name, parts[name])
+        _check_inputs(name, parts[name], tables_of(program))
     prompts = [prefill_example(program, sizes, said) for sizes in SIZES]
     models = {PREFILL: _model(PREFILL, parts[PREFILL], prompts, fast)}
     tokens = [decode_example(program, prompt, results(parts[PREFILL], prompt)) for prompt in prompts]
@@ -264,8 +277,8 @@ def _check_graph(path: Path) -> None:
         ) from error
 
 
-def _check_inputs(name: str, part: Part) -> None:
-    known = onnx_runner.VISION_INPUTS if name == VISION else onnx_runner.LANGUAGE_INPUTS
+def _check_inputs(name: str, part: Part, masks: Sequence[str] = ()) -> None:
+    known = onnx_runner.VISION_INPUTS if name == VISION else (*onnx_runner.LANGUAGE_INPUTS, *masks)
     roots = (*onnx_runner.STATE, ROWS)
     unknown = [path for path in part.inputs if path not in known and path.split(".")[0] not in roots]
     if unknown:

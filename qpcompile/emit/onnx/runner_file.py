@@ -15,6 +15,7 @@ from qpcompile.emit.onnx.runner import (
     folder,
     inputs,
     layout,
+    masks,
     pictures,
     runner,
     sizes,
@@ -23,7 +24,7 @@ from qpcompile.emit.onnx.runner import (
 
 # Each part imports from those before it.
 PARTS: tuple[ModuleType, ...] = (
-    *(folder, choice, inputs, layout, sizes, picture, pictures, tokenizer_rules, chat, runner, answer, command),
+    *(folder, choice, inputs, layout, masks, sizes, picture, pictures, tokenizer_rules, chat, runner, answer, command),
 )
 # In the merged file there is one kind of error: what the package's picture reader raises is the runner's own.
 SAME = {"CalibrationError": "RunnerError"}

@@ -162,14 +162,22 @@ def _sized(program: Program, tensors: Mapping[str, torch.Tensor], known: Collect
     for name in list(whole):
         rest = {other: value for other, value in whole.items() if other != name}
         try:
-            made = _trace(program, text, {**fed, name: whole[name]}, rest, known)
+            other = _trace(program, text, {**fed, name: whole[name]}, rest, known)
         except ExportError:
             continue
+        if not _translatable(other, known):
+            continue
+        made = other
         fed[name], whole = whole[name], rest
     visual = tensors[IDS][0] == image_token(program)
     feeds = decoder_inputs(program, tensors)
     positions, advance = _positions(feeds.get(POSITIONS), visual)
     return Sized(made, fed, whole, int(visual.sum()), positions, advance)
+
+
+def _translatable(part: Part, known: Collection[Any]) -> bool:
+    targets = {node.target for node in part.module.graph.nodes if node.op == "call_function"}
+    return all(target in known for target in targets if isinstance(target, torch._ops.OpOverload))
 
 
 def _positions(given: torch.Tensor | None, visual: torch.Tensor) -> tuple[torch.Tensor | None, int]:
@@ -229,8 +237,13 @@ def _only_of_inputs(known: Collection[Any]) -> Iterator[None]:
     record = proxy_tensor.proxy_call
 
     def call(mode: Any, func: Any, pre_dispatch: bool, args: Any, kwargs: Any) -> Any:
+        # Which rows are taken, where pixels say it (of blank pictures, say), belongs to the size.
+        if func is torch.ops.aten.index.Tensor:
+            masks = [each.clone() if each is not None and each.dtype == torch.bool else each for each in args[1]]
+            args = (args[0], masks)
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-        if all(proxy_tensor.get_proxy_slot(each, mode.tracer, None) is None for each in tensors):
+        depends = any(proxy_tensor.get_proxy_slot(each, mode.tracer, None) is not None for each in tensors)
+        if not depends or func is torch.ops.aten.nonzero.default:
             return func(*args, **kwargs)
         if func not in known:
             with mode:

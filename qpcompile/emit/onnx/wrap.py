@@ -107,6 +107,8 @@ def vision(program: Program) -> Part:
     A tower over packed patches of any picture size is exported as its graph; for a fixed-size tower the host's own
     chain of tower, layer selection and projector is traced.
     """
+    if VISION not in program.graphs:
+        raise _unknown("pictures that become tokens without a tower that was traced", VISION)
     graph = program.graphs[VISION]
     if GRID not in graph.inputs:
         return _fixed_vision(program)

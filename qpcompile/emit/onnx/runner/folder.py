@@ -32,7 +32,7 @@ OPERATORS = frozenset(
     (
         "Abs", "Add", "And", "ArgMax", "ArgMin", "AveragePool", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
         "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConcatFromSequence", "Constant", "ConstantOfShape", "Conv",
-        "Cos", "CumSum", "DequantizeLinear", "Div", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather",
+        "Cos", "CumSum", "DequantizeLinear", "Div", "Einsum", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather",
         "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "GridSample", "Identity", "If",
         "LayerNormalization", "Less", "LessOrEqual", "Log", "Loop", "MatMul", "MatMulInteger", "Max", "Min", "Mod",
         "Mul", "Neg", "NonZero", "Not", "Or", "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceL2",

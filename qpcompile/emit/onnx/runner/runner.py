@@ -22,6 +22,7 @@ from qpcompile.emit.onnx.runner.inputs import (
     check_pixels,
 )
 from qpcompile.emit.onnx.runner.layout import patch_layout, picture_positions, text_positions
+from qpcompile.emit.onnx.runner.masks import MASKS, read_masks, tables
 from qpcompile.emit.onnx.runner.sizes import SIZES, Size, read_sizes, sized_positions, split_pictures
 
 Array = np.ndarray[Any, Any]
@@ -38,7 +39,9 @@ PATCH_INPUTS = ("grid_thw", "cu_seqlens", "position_ids", "window_index", "cu_wi
 PATCHES = "hidden_states"
 VISION_INPUTS = (PIXELS, PATCHES, *PATCH_INPUTS)
 LANGUAGE_INPUTS = (IDS, *OF_PICTURES, MASK, POSITIONS, VISUAL, VALID, COUNT, SEEN)
-STATE = ("past_key_values", "kept", "alive")
+STATE = ("past_key_values", "past_states", "kept", "alive")
+# State whose name for the next step is that of the output, without `present`.
+AS_NAMED = ("past_states.", "kept.", "alive.")
 
 # Metadata of a decode graph that appends to its caches in place, where `Steps` gives them room: this many tokens more,
 # or a quarter of what they hold.
@@ -84,6 +87,7 @@ class OnnxVLM:
         self.vision, self.prefill, self.decode = (sessions.pop(name) for name in names[:3])
         # One vision graph for each size of picture, or one for all.
         self.sized = {"vision.onnx": self.vision, **sessions}
+        self.masks = read_masks(self.folder / MASKS) if MASKS in files else {}
         self.sizes: list[Size] = []
         if SIZES in files:
             self.sizes = read_sizes(self.folder / SIZES, {name: _shapes(each) for name, each in self.sized.items()})
@@ -265,6 +269,7 @@ class Steps:
             VISUAL: visual,
             VALID: self.mask != 0,
             COUNT: np.arange(int(visual.sum(1).min())),
+            **tables(self.model.masks, self.mask, visual),
         }
         return self._step(self.model.prefill, feeds, _once())
 
@@ -278,6 +283,7 @@ class Steps:
             new = np.full_like(value[:, :1], self.seen if name.startswith("kept.") else True)
             self.state[name] = ort.OrtValue.ortvalue_from_numpy(np.concatenate([value, new], axis=1))
         feeds = {IDS: token, MASK: self.mask, POSITIONS: self.positions, SEEN: np.arange(self.seen)}
+        feeds |= tables(self.model.masks, self.mask)
         self.seen += 1
         return self._append(feeds) if self.model.in_place else self._step(self.model.decode, feeds)
 
@@ -324,7 +330,7 @@ class Steps:
         logits = results.pop(LOGITS).numpy()
         for name, value in results.items():
             path = name.removeprefix("present.")
-            self.state[path if path.startswith(("kept.", "alive.")) else f"past_key_values.{path}"] = value
+            self.state[path if path.startswith(AS_NAMED) else f"past_key_values.{path}"] = value
         return logits
 
 
@@ -353,7 +359,10 @@ def given(entry: Any, feeds: Mapping[str, Array], state: Mapping[str, ort.OrtVal
         return state[entry.name]
     if entry.name not in feeds:
         raise ValueError(f"the model needs {entry.name}, which was not given")
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feeds[entry.name], dtype=_TYPES[entry.type]))
+    value, dtype = feeds[entry.name], _TYPES[entry.type]
+    if value.dtype == np.bool_ and dtype is np.float32:
+        value = np.where(value, 0.0, np.finfo(np.float32).min)  # a mask that is added
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, dtype=dtype))
 
 
 def _of_pictures(name: str) -> bool:

@@ -90,6 +90,28 @@ def _known(sizes: Sequence[Any]) -> list[int]:
     return list(sizes)
 
 
+def _im2col(
+    _: TensorInfo, x: Any, kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int], stride: Sequence[int]
+) -> Any:
+    """Blocks of f[B, C, H, W] as columns, f[B, C * kernel, blocks]."""
+    channels, height, width = _known(x.shape[1:])
+    if any(padding):
+        raise ExportError("blocks beyond the border of a picture have no translation", do="report this family")
+    places = torch.arange(height * width, dtype=torch.float64).view(1, 1, height, width)
+    index = aten.im2col.default(places, kernel, dilation, padding, stride)[0].long()
+    blocks = op.Gather(op.Reshape(x, [-1, channels, height * width]), index.numpy(), axis=2)
+    return op.Reshape(blocks, [-1, channels * len(index), index.shape[1]])
+
+
+def _unfold(_: TensorInfo, x: Any, axis: int, size: int, step: int) -> Any:
+    """Windows along an axis, which become the last one."""
+    axis %= len(x.shape)
+    (length,) = _known(x.shape[axis : axis + 1])
+    windows = op.Gather(x, torch.arange(length).unfold(0, size, step).contiguous().numpy(), axis=axis)
+    rank = len(x.shape) + 1
+    return op.Transpose(windows, perm=[*(at for at in range(rank) if at != axis + 1), axis + 1])
+
+
 def _masked_scatter(_: TensorInfo, x: Any, mask: Any, source: Any) -> Any:
     """The values of `source`, one after the other, where the mask is set."""
     shape = op.Shape(x)
@@ -134,6 +156,8 @@ def table() -> dict[Any, Translation]:
         aten.grid_sampler.default: _grid_sampler,
         aten.grid_sampler_2d.default: _grid_sampler,
         aten.avg_pool2d.default: _average_pool,
+        aten.im2col.default: _im2col,
+        aten.unfold.default: _unfold,
         aten.pixel_shuffle.default: _pixel_shuffle,
         aten.pixel_unshuffle.default: _pixel_unshuffle,
         aten.masked_scatter.default: _masked_scatter,

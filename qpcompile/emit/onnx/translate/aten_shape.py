@@ -267,6 +267,8 @@ def table() -> dict[Any, Translation]:
         **{packet.default: _identity for packet in copies},
         **dict.fromkeys(casts, _to),
         operator.getitem: lambda _, values, index: values[index],
+        operator.neg: lambda _, number: op.Neg(cast(number, torch.int64)),
+        operator.pow: lambda _, base, power: op.Pow(cast(base, torch.int64), cast(power, torch.int64)),
         torch.sym_max: lambda _, a, b: op.Max(cast(a, torch.int64), cast(b, torch.int64)),
         torch.sym_min: lambda _, a, b: op.Min(cast(a, torch.int64), cast(b, torch.int64)),
         aten.sym_size.int: lambda _, x, axis: size_of(x, axis),
