@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qpcompile.capture.chat import about_picture, chat_inputs
+from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.claims import claimed, held_folder, refuse_places
 from qpcompile.cli import checkpoint, talk, terminal
 from qpcompile.cli.checkpoint import COMPRESSED, Target
@@ -35,6 +36,9 @@ from qpcompile.write_errors import shown
 
 if TYPE_CHECKING:
     from qpcompile.evaluate.run.evaluation import Exam
+
+# Questions of a data folder that an export asks of both sides.
+CHECKED = 8
 
 app = typer.Typer(
     help="Compile vision-language models: 4-bit weights, activations and KV cache, and the visual tokens to keep.",
@@ -178,7 +182,8 @@ def export_command(
 ) -> None:
     """Write graphs for onnxruntime, with a runner that needs no torch; or a checkpoint for other runtimes.
 
-    Recipe and data apply to a model only: a compiled folder has its own.
+    Recipe and calibration apply to a model only: a compiled folder has its own. The first questions of the data are
+    asked of both sides; a family whose tower is written for fixed sizes takes pictures of their sizes.
     """
     with told_as_text(debug):
         if target == COMPRESSED:
@@ -192,7 +197,10 @@ def export_command(
                 checked_device(device)
                 asked = Recipe.load(recipe).with_overrides(overrides or [])
                 compiled = compile_told(source, asked, data, device=device)
-            compiled.export_onnx(folder, fast=fast, target=target)
+            # Some families need a vision graph for each size of picture: that of the first questions.
+            asked_first = [] if data is None else read_questions(data)[:CHECKED]
+            checked = [question_inputs(compiled.processor, [question]) for question in asked_first]
+            compiled.export_onnx(folder, check=checked, fast=fast, target=target)
         note(f"wrote {shown(output)}; how to ask it: {shown(output)}/README.md")
 
 

@@ -21,6 +21,12 @@ from qpcompile.ir import operators
 aten = torch.ops.aten
 Function = Callable[..., Any]
 
+
+def picture(x: Any) -> Any:
+    """f[B, 1, 2, 6], of a size that does not vary."""
+    return aten.unsqueeze.default(aten.slice.Tensor(x, 1, 0, 2), 1)
+
+
 # name -> function of x: f32[B, S, 6], i: i64[B, S] in 0..4 and b: bool[B, S].
 ONE: dict[str, Function] = {
     "arithmetic": lambda x, i, b: aten.sub.Tensor(aten.div.Tensor(aten.mul.Tensor(x, 3), 7), x, alpha=2),
@@ -87,6 +93,58 @@ ONE: dict[str, Function] = {
     "new tensors": lambda x, i, b: aten.cat.default([aten.new_ones.default(x, [2]), aten.full.default([3], 2.0)]),
     "tensors alike": lambda x, i, b: aten.add.Tensor(aten.ones_like.default(i), aten.full_like.default(i, 4)),
     "padding": lambda x, i, b: aten.constant_pad_nd.default(x, [1, 2, 0, 1], 7.0),
+    "masked scatter": lambda x, i, b: aten.masked_scatter.default(x, aten.unsqueeze.default(b, -1), aten.neg.default(x)),
+    "write at places": lambda x, i, b: aten.index_put.default(
+        x, [aten.zeros_like.default(i), i], aten.full.default([], 2.0)
+    ),
+    "write under a mask": lambda x, i, b: aten.index_put.default(x, [b], aten.full.default([], 2.0)),
+    "sampled": lambda x, i, b: aten.grid_sampler.default(
+        aten.unsqueeze.default(x, 1), aten.tanh.default(aten.unflatten.int(x, 2, [3, 2])), 2, 1, False
+    ),
+    "average pool": lambda x, i, b: aten.avg_pool2d.default(x, [1, 2], [1, 2]),
+    "same padding": lambda x, i, b: aten.conv2d.padding(
+        aten.unsqueeze.default(x, 1), aten.ones.default([2, 1, 2, 3]), None, [1, 1], "same"
+    ),
+    "resized": lambda x, i, b: aten.upsample_bicubic2d.vec(picture(x), [3, 7], False, None),
+    "resized with aliasing removed": lambda x, i, b: aten._upsample_bilinear2d_aa.vec(picture(x), [2, 2], True, None),
+    "resized line": lambda x, i, b: aten.upsample_linear1d.vec(x, [9], False, None),
+    "shuffled pixels": lambda x, i, b: aten.pixel_unshuffle.default(
+        aten.pixel_shuffle.default(aten.expand.default(picture(x), [-1, 4, -1, -1]), 2), 3
+    ),
+    "blocks": lambda x, i, b: aten.im2col.default(picture(x), [1, 2], [1, 1], [0, 0], [1, 2]),
+    "windows": lambda x, i, b: aten.unfold.default(x, -1, 3, 2),
+    "two indices inside": lambda x, i, b: aten.index.Tensor(
+        picture(x), [None, None, aten.arange.default(2), aten.arange.default(2)]
+    ),
+    "two indices apart": lambda x, i, b: aten.index.Tensor(
+        picture(x), [aten.arange.default(2), None, aten.arange.default(2)]
+    ),
+    "complex": lambda x, i, b: aten.flatten.using_ints(
+        aten.view_as_real.default(
+            aten.mul.Tensor(
+                aten.view_as_complex.default(aten.unflatten.int(x, 2, [3, 2])),
+                aten.polar.default(aten.full.default([3], 0.5), aten.slice.Tensor(x, 2, 0, 3)),
+            )
+        ),
+        2,
+    ),
+    "flipped": lambda x, i, b: aten.roll.default(aten.flip.default(x, [0, 2]), [2], [1]),
+    "squeezed": lambda x, i, b: aten.squeeze.default(aten.unsqueeze.default(x, 1)),
+    "triangle": lambda x, i, b: aten.triu.default(aten.tril.default(x, 1), -1),
+    "as another": lambda x, i, b: aten.expand_as.default(aten.view_as.default(aten.sum.dim_IntList(x, [2]), i), i),
+    "largest ones": lambda x, i, b: operator.getitem(aten.topk.default(x, 2), 0),
+    "sorted": lambda x, i, b: operator.getitem(aten.sort.default(x, -1, True), 1),
+    "smallest": lambda x, i, b: operator.getitem(aten.min.dim(x, -1), 1),
+    "one hot": lambda x, i, b: aten.one_hot.default(i, 5),
+    "scattered": lambda x, i, b: aten.scatter.value(x, 2, aten.unsqueeze.default(i, 2), 3.0),
+    "scattered sums": lambda x, i, b: aten.scatter_add.default(x, 2, aten.unsqueeze.default(i, 2), x),
+    "buckets": lambda x, i, b: aten.bucketize.Tensor(i, aten.arange.default(4), right=True),
+    "all": lambda x, i, b: aten.all.dim(b, 1),
+    "softplus": lambda x, i, b: aten.softplus.default(aten.mul.Tensor(x, 12)),
+    "einsum": lambda x, i, b: aten.einsum.default("bsc,btc->bst", [x, x]),
+    "groups": lambda x, i, b: aten.group_norm.default(aten.transpose.int(x, 1, 2), 3, aten.ones.default([6])),
+    "root mean square": lambda x, i, b: aten.rms_norm.default(x, [6], aten.full.default([6], 2.0), 1e-5),
+    "sums of rows": lambda x, i, b: aten.index_add.default(x, 0, aten.arange.default(2), aten.slice.Tensor(x, 0, 0, 2)),
 }
 
 

@@ -47,7 +47,7 @@ from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule
 from qpcompile.emit.onnx.runner.sizes import SIZES as SIZES_FILE
 from qpcompile.emit.onnx.runner_file import runner_text
 from qpcompile.emit.onnx.runtimes import fast_form
-from qpcompile.emit.onnx.sized import Sized, sized_pictures
+from qpcompile.emit.onnx.sized import Sized, sized_pictures, token_tables
 from qpcompile.emit.onnx.speech import write_speech
 from qpcompile.emit.onnx.translate import aten as onnx_aten
 from qpcompile.emit.onnx.translate import aten_picture as onnx_aten_picture
@@ -55,11 +55,13 @@ from qpcompile.emit.onnx.translate import aten_select as onnx_aten_select
 from qpcompile.emit.onnx.translate import aten_shape as onnx_aten_shape
 from qpcompile.emit.onnx.translate.nodes import OPSET, Feeds, results, to_onnx
 from qpcompile.emit.onnx.weights import DATA, save_models
-from qpcompile.emit.onnx.wrap import ROWS, Part, language, vision
+from qpcompile.emit.onnx.wrap import EMBEDS, ROWS, Part, language, vision
 from qpcompile.errors import ExportError
 from qpcompile.files import sha256, staged_folder
+from qpcompile.ir.names import Name
 from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
+from qpcompile.runtime.arguments import input_kinds
 from qpcompile.kernels.linear_w4a16 import onnx_contrib
 from qpcompile.runtime.fixed_values import SAID, VALUES
 
@@ -197,9 +199,22 @@ def _build_sized(program: Program, samples: Sequence[Mapping[str, Any]], why: st
         name = f"{VISION}.{index}" if index else VISION
         models[name] = _model(name, size.part, (size.example, size.example), fast=False)
     said = results(sizes[0].part, sizes[0].example)
-    parts = {name: language(program, name, list(said)) for name in (PREFILL, DECODE)}
+    tables = token_tables(program, _per_token_inputs(program))
+    parts = {name: language(program, name, list(said), tables) for name in (PREFILL, DECODE)}
     masks = mask_rules(program, samples)
     return Built(models | _language_models(program, parts, said, fast=False), masks, sizes, why)
+
+
+def _per_token_inputs(program: Program) -> list[str]:
+    """Inputs of the decode graph, beside embeddings, that the runner does not know: numbers for each token."""
+    graph = program.graphs[DECODE]
+    known = (*onnx_runner.LANGUAGE_INPUTS, *tables_of(program), EMBEDS)
+    kinds = input_kinds(graph)
+    return [
+        path
+        for path, (dtype, axes) in kinds.items()
+        if path not in known and Name(path).root not in onnx_runner.STATE and dtype.is_floating_point and axes > 2
+    ]
 
 
 def _language_models(

@@ -32,10 +32,12 @@ from qpcompile.errors import ExportError, QPCompileError
 from qpcompile.ir.program import EMBED, PREFILL, PROJECTOR, VISION, Program
 from qpcompile.ir.structure import named_tensors
 from qpcompile.runtime.generation_options import first_line
+from qpcompile.runtime.model_inputs import vocabulary_size
 from qpcompile.runtime.prepare import TABLE, embedded, prepare
 
 NOT_PICTURES = (IDS, MASK, *TYPES)
 ONE_TOKEN: dict[str, Any] = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False, "num_beams": 1}
+TOKENS_AT_ONCE = 1024
 Feeds = dict[str, torch.Tensor]
 
 
@@ -132,6 +134,38 @@ def decoder_inputs(program: Program, tensors: Mapping[str, torch.Tensor]) -> Fee
         except _Reached:
             pass
     return {path: value for path, value in seen.feeds.items() if path in graphs[PREFILL].inputs}
+
+
+def token_tables(program: Program, paths: Iterable[str]) -> dict[str, torch.Tensor]:
+    """What inputs of the decoder other than its embeddings hold for every token of the vocabulary: f[V, ...].
+
+    The host is asked for all tokens, and once more in another order: a value that depends on anything but its own token
+    is refused. An input that the host leaves out for a prompt without pictures has no table.
+    """
+    host: Any = program.host
+    count = vocabulary_size(host)
+    special = {value for name, value in host.config.to_dict().items() if name.endswith(("token_id", "token_index"))}
+    asked = torch.tensor([token for token in range(count) if token not in special])
+    shuffled = asked[torch.randperm(len(asked), generator=torch.Generator().manual_seed(0))]
+    tables: dict[str, torch.Tensor] = {}
+    if not (wanted := list(paths)):
+        return tables
+    for ids in (asked, shuffled):
+        for part in ids.split(TOKENS_AT_ONCE):
+            with torch.no_grad():
+                feeds = decoder_inputs(program, {IDS: part[None], MASK: torch.ones_like(part)[None]})
+            for path in (path for path in wanted if path in feeds):
+                rows = feeds[path][0]
+                if path not in tables:
+                    tables[path] = rows.new_zeros(count, *rows.shape[1:])
+                if ids is shuffled and not torch.allclose(tables[path][part], rows, 1e-4, 1e-5):
+                    raise ExportError(
+                        f"the decoder's {path} depends on more than one token",
+                        where=PREFILL,
+                        do="use the compiled module: this family cannot be written as an ONNX folder yet",
+                    )
+                tables[path][part] = rows
+    return tables
 
 
 def _one_picture(program: Program, tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from qpcompile.ir.edit import aten
 from qpcompile.ir.names import CACHE, names
 from qpcompile.ir.program import EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.shapes import identifier
+from qpcompile.runtime.arguments import input_kinds
 from qpcompile.runtime.generation_options import first_line
 from qpcompile.runtime.model_inputs import vocabulary_size
 
@@ -43,10 +45,16 @@ class Part:
     outputs: tuple[str, ...]
 
 
-def language(program: Program, name: str, rows: Sequence[str] = ()) -> Part:
+def language(
+    program: Program,
+    name: str,
+    rows: Sequence[str] = (),
+    tables: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> Part:
     """Compose token embeddings, a decoder graph and the head on the last token.
 
-    rows: outputs of the vision graph that are other inputs of the decoder at visual tokens, `rows.<input>`.
+    rows: outputs of the vision graph that are other inputs of the decoder at visual tokens, `rows.<input>`. tables:
+    such inputs elsewhere, for every token of the vocabulary; zero where there is no table.
     """
     graph, head = program.graphs[name], program.graphs[HEAD]
     host: Any = program.host
@@ -63,6 +71,9 @@ def language(program: Program, name: str, rows: Sequence[str] = ()) -> Part:
         values = {EMBEDS: builder.call(aten.embedding.default, builder.tensor("embed_tokens.weight"), known)}
     else:
         values = {EMBEDS: builder.inline("embed_tokens", table, {table.inputs[0]: known})["output"]}
+    for path, table in tables.items():
+        builder.root.register_buffer(f"table_{identifier(path)}", table)
+        values[path] = builder.call(aten.index.Tensor, builder.tensor(f"table_{identifier(path)}"), [known])
     if name == PREFILL:
         values[EMBEDS] = _merge(builder, ids, values[EMBEDS], builder.input(FEATURES), image_token)
         for path in SAID_BY_TOWER:
@@ -71,8 +82,12 @@ def language(program: Program, name: str, rows: Sequence[str] = ()) -> Part:
         for path in rows:
             if (of := path.removeprefix(f"{ROWS}.")) in graph.inputs and graph.placeholder(of).users:
                 visual, dense = _at_pictures(builder, ids, builder.input(path), image_token)
-                visual = builder.call(aten.unsqueeze.default, visual, -1)
-                values[of] = builder.call(aten.where.ScalarOther, visual, dense, 0.0)
+                for _ in range(input_kinds(graph)[of][1] - 2):
+                    visual = builder.call(aten.unsqueeze.default, visual, -1)
+                if of in values:
+                    values[of] = builder.call(aten.where.self, visual, dense, values[of])
+                else:
+                    values[of] = builder.call(aten.where.ScalarOther, visual, dense, 0.0)
     for path in graph.inputs:
         if path not in values and graph.placeholder(path).users:
             values[path] = builder.input(path)

@@ -15,7 +15,7 @@ from onnxscript import opset21
 
 from qpcompile.emit.onnx.translate.attention import attention
 from qpcompile.emit.onnx.translate.float64 import layer_norm, patch_convolution
-from qpcompile.emit.onnx.translate.types import TensorInfo, cast, onnx_type
+from qpcompile.emit.onnx.translate.types import COMPLEX, TensorInfo, cast, onnx_type
 from qpcompile.errors import ExportError
 from qpcompile.kernels.activation_quantize.onnx import activation, sigmoid
 
@@ -231,6 +231,22 @@ def _vector_norm(out: TensorInfo, x: Any, order: Any = 2, dim: Any = None, keepd
     return op.ReduceL2(cast(x, out.dtype), axes, keepdims=int(keepdim))
 
 
+def _complex(out: TensorInfo, real: Any, imaginary: Any) -> Any:
+    return op.Concat(*(op.Unsqueeze(cast(each, torch.float32), [-1]) for each in (real, imaginary)), axis=-1)
+
+
+def _polar(out: TensorInfo, length: Any, angle: Any) -> Any:
+    return _complex(out, op.Mul(length, op.Cos(angle)), op.Mul(length, op.Sin(angle)))
+
+
+def _mul(out: TensorInfo, left: Any, right: Any) -> Any:
+    """Products; of complex numbers both factors are, or one is a single number."""
+    if out.dtype != COMPLEX or not isinstance(right, ir.Value):
+        return _arithmetic("Mul")(out, left, right)
+    (a, b), (c, d) = ((op.Gather(each, part, axis=-1) for part in (0, 1)) for each in (left, right))
+    return _complex(out, op.Sub(op.Mul(a, c), op.Mul(b, d)), op.Add(op.Mul(a, d), op.Mul(b, c)))
+
+
 def _embedding(_: TensorInfo, weight: Any, ids: Any, *rest: Any) -> Any:
     return op.Gather(weight, ids, axis=0)
 
@@ -262,6 +278,10 @@ def table() -> dict[Any, Translation]:
                 if overload in packet.overloads():
                     found[getattr(packet, overload)] = make(operator)
     return found | {
+        aten.mul.Tensor: _mul,
+        aten.polar.default: _polar,
+        aten.view_as_complex.default: lambda _, x: op.Identity(x),
+        aten.view_as_real.default: lambda _, x: op.Identity(x),
         aten.ne.Tensor: _not_equal,
         aten.ne.Scalar: _not_equal,
         aten.rsub.Scalar: _reversed_sub,

@@ -175,26 +175,28 @@ def _index_select(_: TensorInfo, x: Any, dim: int, index: Any) -> Any:
 
 
 def _index(_: TensorInfo, x: Any, indices: Sequence[Any]) -> Any:
-    """x[i], x[:, i], x[i, j, ...] or x[:, i, j], with indices that broadcast; of masks only constant ones, whose places
-    are known.
+    """x[i], x[:, i], x[i, j, ...], x[:, i, j] or x[i, :, j], with indices that broadcast; of masks only constant ones,
+    whose places are known.
     """
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     masks = [index for _, index in given if index.dtype == ir.DataType.BOOL]
     if len(masks) == len(given) == 1 and (mask := masks[0].const_value) is not None:
         first = given[0][0]
         given = [(first + axis, op.Constant(value=ir.tensor(i))) for axis, i in enumerate(mask.numpy().nonzero())]
-    elif masks or given[-1][0] - given[0][0] != len(given) - 1:
-        raise ExportError("a tensor is indexed by a mask, or on axes that are apart", do="report this family")
+    elif masks:
+        raise ExportError("a tensor is indexed by a mask", do="report this family")
     if len(given) == 1:
         return op.Gather(x, given[0][1], axis=given[0][0])
-    first, rank = given[0][0], len(x.shape)
-    deep = [axis for axis, _ in given]
-    x = op.Transpose(x, perm=[*deep, *range(first), *range(deep[-1] + 1, rank)]) if first else x
+    deep, rank = [axis for axis, _ in given], len(x.shape)
+    first, apart = deep[0], deep[-1] - deep[0] >= len(deep)
+    rest = [axis for axis in range(rank) if axis not in deep]
+    x = op.Transpose(x, perm=[*deep, *rest]) if [*deep, *rest] != list(range(rank)) else x
     found = op.GatherND(x, place_of([index for _, index in given]))
+    if apart or not first:
+        return found
     # The axes of the indices stand where the indexed axes stood.
     wide = max(len(index.shape) for _, index in given)
-    order = [*range(wide, wide + first), *range(wide), *range(wide + first, wide + rank - len(given))]
-    return op.Transpose(found, perm=order) if first else found
+    return op.Transpose(found, perm=[*range(wide, wide + first), *range(wide), *range(wide + first, wide + len(rest))])
 
 
 def place_of(indices: Sequence[Any]) -> Any:
@@ -289,6 +291,7 @@ def table() -> dict[Any, Translation]:
         aten.narrow.default: _narrow,
         aten.tril.default: _triangle(0),
         aten.triu.default: _triangle(1),
+        aten.type_as.default: _to,
         aten.expand_as.default: lambda _, x, other: op.Expand(x, op.Shape(other)),
         aten.view_as.default: lambda _, x, other: op.Reshape(x, op.Shape(other)),
         aten.reshape_as.default: lambda _, x, other: op.Reshape(x, op.Shape(other)),

@@ -16,7 +16,7 @@ from onnxscript import evaluator, opset21
 from torch import fx
 
 from qpcompile.emit.onnx.record import Recorder
-from qpcompile.emit.onnx.translate.types import HALF, TensorInfo, onnx_type
+from qpcompile.emit.onnx.translate.types import COMPLEX, HALF, TensorInfo, onnx_type
 from qpcompile.emit.onnx.wrap import Part
 from qpcompile.errors import ExportError, QPCompileError
 from qpcompile.ir.edit import aten, get_tensor
@@ -175,7 +175,8 @@ class _Translator:
 
         onnxruntime would otherwise derive sizes as sums and products of each other, longer with every layer.
         """
-        return ir.Shape([a if a == b else self.names.get((a, b)) for a, b in fact.sizes])
+        parts = [2] if fact.dtype == COMPLEX else []
+        return ir.Shape([*(a if a == b else self.names.get((a, b)) for a, b in fact.sizes), *parts])
 
     def _name_sizes(self, path: str, fact: TensorInfo) -> None:
         for (first, second), name in zip(fact.sizes, axis_names(path, len(fact.sizes)), strict=True):
@@ -209,12 +210,12 @@ def _product(args: Sequence[Any], kwargs: Mapping[str, Any], weight: ir.Value) -
 
 def _tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
     """A tensor that is serialized lazily; half precision is written as float32."""
-    detached = tensor.detach()
-    wide = torch.float32 if tensor.dtype in HALF else tensor.dtype
+    detached = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    wide = torch.float32 if tensor.dtype in HALF else detached.dtype
     return ir.LazyTensor(
         lambda: ir.Tensor(detached.to(wide).contiguous().cpu().numpy()),
         dtype=onnx_type[tensor.dtype],
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(detached.shape),
         name=name,
     )
 

@@ -13,12 +13,14 @@ op: Any = opset21  # its annotations describe onnxscript's language, not the val
 
 
 HALF = (torch.bfloat16, torch.float16)
+# Of complex numbers the two parts are a last axis more: f32[..., 2].
+COMPLEX = torch.complex64
 
 
 class _Types(dict[torch.dtype, ir.DataType]):
     @property
     def inverse(self) -> dict[Any, torch.dtype]:
-        return {value: key for key, value in self.items() if key not in HALF}
+        return {value: key for key, value in self.items() if key not in (*HALF, COMPLEX)}
 
 
 # Half precision becomes float32: onnxruntime's CPU has few kernels for float16 and none for bfloat16.
@@ -27,6 +29,7 @@ onnx_type = _Types(
         torch.float32: ir.DataType.FLOAT,
         torch.float16: ir.DataType.FLOAT,
         torch.bfloat16: ir.DataType.FLOAT,
+        COMPLEX: ir.DataType.FLOAT,
         torch.float64: ir.DataType.DOUBLE,
         torch.int64: ir.DataType.INT64,
         torch.int32: ir.DataType.INT32,
@@ -53,6 +56,6 @@ class TensorInfo:
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """`value`, a tensor or a number, in the given type."""
     if not isinstance(value, ir.Value):
-        wide = float(value) if dtype.is_floating_point else bool(value) if dtype == torch.bool else int(value)
+        wide = float(value) if dtype.is_floating_point or dtype == COMPLEX else bool(value) if dtype == torch.bool else int(value)
         return op.Constant(value=ir.tensor(wide, dtype=onnx_type[dtype]))
     return value if value.dtype == onnx_type[dtype] else op.Cast(value, to=onnx_type[dtype])
