@@ -272,7 +272,8 @@ class CompiledVLM:
         Args:
             folder: a folder that does not exist yet.
             check: inputs of `generate` that both sides answer; `check.json` then records how many answers are alike,
-                and where the others differ.
+                and where the others differ. A family whose tower cannot be written for all sizes of pictures gets a
+                vision graph for each size among the prompts with one picture.
             fast: use onnxruntime's own operators, several times as fast but with different numerics: activations and
                 cache have 8 bits; see `manifest.json` and docs/numerics.md.
             target: onnxruntime, web, openvino or tensorrt: chooses `fast`; warnings and `check.json` say what the

@@ -13,7 +13,7 @@ import torch
 
 from qpcompile.capture.capture import capture
 from qpcompile.compiled import CompiledVLM
-from qpcompile.emit.onnx.export import OWN, TORCH, export_onnx
+from qpcompile.emit.onnx.export import OWN, TORCH
 from qpcompile.emit.onnx.runner.folder import RunnerError
 from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule
 from qpcompile.emit.onnx.runner.runner import OnnxVLM
@@ -93,9 +93,9 @@ def test_a_sample_is_needed(compiled_llava: CompiledVLM, tiny_llava: tuple[Any, 
         sized_pictures(compiled_llava.program, [tiny_llava[1]["padded"]], {*TORCH, *OWN})
 
 
-def size(tokens: int, rows: int, grid: list[int], positions: Any = None, advance: int = 0) -> Size:
+def size(tokens: int, rows: int, grid: list[int], positions: Any = None, advance: Any = ()) -> Size:
     return Size(
-        f"{tokens}.onnx", tokens, {"grid": np.array([grid])}, positions, advance, {"pixel_values": (rows, 2)}
+        f"{tokens}.onnx", tokens, {"grid": np.array([grid])}, positions, np.array(advance), {"pixel_values": (rows, 2)}
     )
 
 
@@ -122,18 +122,18 @@ def test_other_sizes_are_refused(grid: list[list[int]], tokens: int, message: st
 
 def test_pictures_side_by_side() -> None:
     """Along another axis than the first."""
-    wide = Size("a", 1, {}, None, 0, {"pixel_values": (1, 3, 4)})
+    wide = Size("a", 1, {}, None, np.array([]), {"pixel_values": (1, 3, 4)})
     found = split_pictures([wide], {"pixel_values": np.arange(24).reshape(1, 3, 8)}, np.array([[True, False, True]]))
     assert [part["pixel_values"][0, 0, 0] for _, part in found] == [0, 4]
 
 
 def test_positions_of_a_size() -> None:
-    spread = size(2, 1, [1, 2], np.array([[0, 0], [0, 5]]), 3)
+    spread = size(2, 1, [1, 2], np.array([[0, 1], [0, 5]]), [2, 3])
     visual = np.array([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], bool)
     mask = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     found = sized_positions(visual, mask, [spread, spread], 2)
-    assert found[:, 0].tolist() == [[0, 0, 1, 1, 4], [0, 0, 1, 6, 4]]
-    assert found[:, 1].tolist() == [[0, 1, 1, 4, 5], [0, 1, 6, 4, 5]]
+    assert found[:, 0].tolist() == [[0, 0, 1, 2, 3], [0, 0, 1, 6, 4]]
+    assert found[:, 1].tolist() == [[0, 1, 2, 3, 4], [0, 1, 6, 4, 5]]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ ONE: dict[str, Function] = {
     "new tensors": lambda x, i, b: aten.cat.default([aten.new_ones.default(x, [2]), aten.full.default([3], 2.0)]),
     "tensors alike": lambda x, i, b: aten.add.Tensor(aten.ones_like.default(i), aten.full_like.default(i, 4)),
     "padding": lambda x, i, b: aten.constant_pad_nd.default(x, [1, 2, 0, 1], 7.0),
-    "masked scatter": lambda x, i, b: aten.masked_scatter.default(x, aten.unsqueeze.default(b, -1), aten.neg.default(x)),
+    "masked scatter": lambda x, i, b: aten.masked_scatter.default(
+        x, aten.unsqueeze.default(b, -1), aten.neg.default(x)
+    ),
     "write at places": lambda x, i, b: aten.index_put.default(
         x, [aten.zeros_like.default(i), i], aten.full.default([], 2.0)
     ),

@@ -61,8 +61,8 @@ from qpcompile.files import sha256, staged_folder
 from qpcompile.ir.names import Name
 from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
-from qpcompile.runtime.arguments import input_kinds
 from qpcompile.kernels.linear_w4a16 import onnx_contrib
+from qpcompile.runtime.arguments import input_kinds
 from qpcompile.runtime.fixed_values import SAID, VALUES
 
 if TYPE_CHECKING:
@@ -181,10 +181,20 @@ def build_models(program: Program, fast: bool = False, samples: Sequence[Mapping
         if not fast:
             models = {VISION: _model(VISION, tower[VISION], pictures, fast)}
     except ExportError as error:
+        if not fast and not samples:
+            error.do = (
+                f"{error.do}; or give `check` inputs with one picture each, of every size that will be asked about"
+            )
         if fast or not samples:
             raise
         return _build_sized(program, samples, error.what)
     parts = tower | {name: language(program, name) for name in (PREFILL, DECODE)}
+    if fast and (masks := tables_of(program)):
+        raise ExportError(
+            f"onnxruntime's own attention does not take {', '.join(masks)}",
+            where="export_onnx(fast=True)",
+            do="export the exact graphs",
+        )
     if fast:
         parts = fast_parts(program, parts)
         models = {VISION: _model(VISION, parts[VISION], pictures, fast)}

@@ -11,7 +11,7 @@ constant, so a graph holds for the sizes of its sample only.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -48,7 +48,7 @@ class Sized:
     part: takes inputs of `example` by name, gives `image_features` and, as `rows.<input>`, what other inputs of the
     decoder hold at visual tokens: f[N, ...] each. values: further inputs with the values that the graph was traced
     for. tokens: N. positions: i64[axes, N] of the visual tokens, counted from the first, or None where positions have
-    one axis; the token after a picture has position `advance`.
+    one axis; the token after a picture has position `advance`, of each axis.
     """
 
     part: Part
@@ -56,7 +56,7 @@ class Sized:
     values: Feeds
     tokens: int
     positions: torch.Tensor | None = None
-    advance: int = 0
+    advance: tuple[int, ...] = ()
 
     def to_dict(self, graph: str) -> dict[str, Any]:
         """What the runner reads of it, as plain values."""
@@ -65,7 +65,7 @@ class Sized:
             "tokens": self.tokens,
             "values": {name: value.tolist() for name, value in self.values.items()},
             "positions": None if self.positions is None else self.positions.tolist(),
-            "advance": self.advance,
+            "advance": list(self.advance),
         }
 
 
@@ -129,10 +129,8 @@ def decoder_inputs(program: Program, tensors: Mapping[str, torch.Tensor]) -> Fee
         stack.enter_context(replaced({decoder: stop}))
         stack.callback(vars(host).__setitem__, "forward", host.forward)
         host.forward = type(host).forward.__get__(host)
-        try:
+        with suppress(_Reached):
             host.generate(**tensors, **ONE_TOKEN)
-        except _Reached:
-            pass
     return {path: value for path, value in seen.feeds.items() if path in graphs[PREFILL].inputs}
 
 
@@ -214,15 +212,16 @@ def _translatable(part: Part, known: Collection[Any]) -> bool:
     return all(target in known for target in targets if isinstance(target, torch._ops.OpOverload))
 
 
-def _positions(given: torch.Tensor | None, visual: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+def _positions(given: torch.Tensor | None, visual: torch.Tensor) -> tuple[torch.Tensor | None, tuple[int, ...]]:
     """Positions of visual tokens on every axis, and of the token after them, counted from the first of them."""
     if given is None or given.ndim != 3:
-        return None, 0
-    first = int(visual.nonzero()[0, 0])
-    rows = given[:, 0] - (given[-1, 0, first - 1] + 1 if first else 0)
-    after = first + int(visual.sum())
-    advance = int(rows[-1, after]) if after < len(visual) else int(rows[:, visual].max()) + 1
-    return rows[:, visual], advance
+        return None, ()
+    first, count = int(visual.nonzero()[0, 0]), int(visual.sum())
+    start = given[:, 0, first - 1] + 1 if first else torch.zeros_like(given[:, 0, 0])
+    rows = given[:, 0, first : first + count] - start[:, None]
+    after = first + count
+    advance = given[:, 0, after] - start if after < len(visual) else rows.amax(dim=1) + 1
+    return rows, tuple(advance.tolist())
 
 
 def _trace(
@@ -294,10 +293,10 @@ def _only_of_inputs(known: Collection[Any]) -> Iterator[None]:
         return unrecorded
 
     expanded = masking_utils._vmap_expansion_sdpa
-    with mock.patch.object(proxy_tensor, "proxy_call", call):
-        # No mask depends on pixels, and torch cannot record the vmap that makes some of them.
-        with mock.patch.object(masking_utils, "_vmap_expansion_sdpa", mask):
-            yield
+    recording = mock.patch.object(proxy_tensor, "proxy_call", call)
+    # No mask depends on pixels, and torch cannot record the vmap that makes some of them.
+    with recording, mock.patch.object(masking_utils, "_vmap_expansion_sdpa", mask):
+        yield
 
 
 def _per_token(value: torch.Tensor, tokens: int) -> bool:
@@ -314,6 +313,7 @@ def _untraced(program: Program, why: str) -> ExportError:
 
 def _pure(module: fx.GraphModule, values: Sequence[torch.Tensor]) -> fx.GraphModule:
     """The same graph without operators that write to their arguments, and with a tuple of nodes as output."""
+
     def writes(node: fx.Node) -> bool:
         return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 

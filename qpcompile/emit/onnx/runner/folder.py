@@ -30,16 +30,16 @@ NEW_FOLDER = "get the folder again from where it was exported, or export the mod
 # fmt: off
 OPERATORS = frozenset(
     (
-        "Abs", "Add", "And", "ArgMax", "ArgMin", "AveragePool", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
-        "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConcatFromSequence", "Constant", "ConstantOfShape", "Conv",
-        "Cos", "CumSum", "DequantizeLinear", "Div", "Einsum", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather",
-        "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "GridSample", "Identity", "If",
-        "LayerNormalization", "Less", "LessOrEqual", "Log", "Loop", "MatMul", "MatMulInteger", "Max", "Min", "Mod",
-        "Mul", "Neg", "NonZero", "Not", "Or", "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceL2",
-        "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape",
-        "Round", "ScatterElements", "ScatterND", "SequenceEmpty", "SequenceInsert", "Shape", "Sigmoid", "Sign", "Sin",
-        "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "TopK", "Transpose", "Trilu",
-        "Unique", "Unsqueeze", "Where", "Xor",
+        "Abs", "Add", "And", "ArgMax", "ArgMin", "AveragePool", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr",
+        "BitwiseXor", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConcatFromSequence", "Constant", "ConstantOfShape",
+        "Conv", "Cos", "CumSum", "DequantizeLinear", "Div", "Einsum", "Equal", "Erf", "Exp", "Expand", "Flatten",
+        "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "GridSample",
+        "Identity", "If", "LayerNormalization", "Less", "LessOrEqual", "Log", "Loop", "MatMul", "MatMulInteger", "Max",
+        "Min", "Mod", "Mul", "Neg", "NonZero", "Not", "Or", "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal",
+        "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu",
+        "Reshape", "Round", "ScatterElements", "ScatterND", "SequenceEmpty", "SequenceInsert", "Shape", "Sigmoid",
+        "Sign", "Sin", "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "TopK",
+        "Transpose", "Trilu", "Unique", "Unsqueeze", "Where", "Xor",
     )
 )
 # fmt: on

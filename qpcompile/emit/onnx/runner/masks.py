@@ -21,7 +21,7 @@ TOGETHER = ("none", "pictures", "prompt")
 
 @dataclass(frozen=True)
 class MaskRule:
-    """Tokens see themselves and earlier ones: the last `window` of them, or those of their `chunk`, where it is not 0."""
+    """Tokens see themselves and earlier ones: the last `window` of them, or those of their `chunk`, where not 0."""
 
     window: int = 0
     chunk: int = 0

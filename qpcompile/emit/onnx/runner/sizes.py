@@ -1,7 +1,7 @@
 """Folders with a vision graph for each size of picture: which graph takes which picture, and the tokens it becomes.
 
-`sizes.json` lists the graphs, the largest picture first. A graph takes the tensors of one picture; those of several come
-one after the other along one axis of each tensor, as processors give them.
+`sizes.json` lists the graphs, the largest picture first. A graph takes the tensors of one picture; those of several
+come one after the other along one axis of each tensor, as processors give them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Size:
     """One size of picture.
 
     graph: the name of its vision graph. tokens: visual tokens of a picture. values: whole numbers that come with the
-    pixels, which the graph was made for. positions: i64[axes, tokens] from the first token on, or None; `advance`: that
-    of the token after the picture. shapes: of the graph's inputs.
+    pixels, which the graph was made for. positions: i64[axes, tokens] from the first token on, or None; advance:
+    i64[axes], that of the token after the picture. shapes: of the graph's inputs.
     """
 
     graph: str
     tokens: int
     values: Mapping[str, Array]
     positions: Array | None
-    advance: int
+    advance: Array
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
@@ -46,9 +46,9 @@ class Size:
         tokens = whole(entry.get("tokens"), "tokens", 1, MOST_OF_PICTURE, where)
         values = {name: _whole_numbers(value, where) for name, value in entry["values"].items()}
         positions = None if entry.get("positions") is None else _whole_numbers(entry["positions"], where)
-        if positions is not None and (positions.ndim != 2 or positions.shape[1] != tokens):
+        advance = _whole_numbers(entry.get("advance"), where)
+        if positions is not None and (positions.ndim != 2 or positions.shape != (*advance.shape, tokens)):
             raise RunnerError("positions are not one for each token", where, NEW_FOLDER)
-        advance = whole(entry.get("advance"), "advance", 0, MOST_OF_PICTURE, where)
         return cls(entry["graph"], tokens, values, positions, advance, shapes[entry["graph"]])
 
     def take(self, left: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]] | None:
@@ -81,8 +81,8 @@ def split_pictures(
 ) -> list[tuple[Size, dict[str, Array]]]:
     """Every picture of a call with its size, in reading order.
 
-    arrays: all tensors of pictures. visual: bool[B, S], image tokens; a picture's are in one run. Raises RunnerError for
-    a picture of a size that no graph was made for.
+    arrays: all tensors of pictures. visual: bool[B, S], image tokens; a picture's are in one run. Raises RunnerError
+    for a picture of a size that no graph was made for.
     """
     runs = [int(run.sum()) for row in visual for run in np.split(row, np.flatnonzero(np.diff(row)) + 1) if run[0]]
     found: list[tuple[Size, dict[str, Array]]] = []
@@ -115,7 +115,7 @@ def sized_positions(visual: Array, mask: Array, sizes: Sequence[Size], axes: int
     positions = np.zeros((axes, *visual.shape), np.int64)
     pictures = iter(sizes)
     for row, real in enumerate(mask.astype(bool)):
-        places, start, at = np.flatnonzero(real), 0, 0
+        places, start, at = np.flatnonzero(real), np.zeros(axes, np.int64), 0
         while at < len(places):
             if not visual[row, places[at]]:
                 positions[:, row, places[at]] = start
@@ -124,7 +124,7 @@ def sized_positions(visual: Array, mask: Array, sizes: Sequence[Size], axes: int
             size = next(pictures)
             if size.positions is None or len(size.positions) != axes:
                 raise RunnerError("a size says no positions on all axes", SIZES, NEW_FOLDER)
-            positions[:, row, places[at : at + size.tokens]] = size.positions + start
+            positions[:, row, places[at : at + size.tokens]] = size.positions + start[:, None]
             start, at = start + size.advance, at + size.tokens
     return positions
 

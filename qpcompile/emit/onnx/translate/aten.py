@@ -190,7 +190,10 @@ def _convolution(rank: int) -> Translation:
     ) -> Any:
         strides, dilations = (_each(value, rank) for value in (stride, dilation))
         if isinstance(padding, str):  # "valid", or "same" as the input: odd paddings have the larger half at the end
-            spread = [(size - 1) * gap if padding == "same" else 0 for size, gap in zip(weight.shape[2:], dilations)]
+            spread = [
+                (size - 1) * gap if padding == "same" else 0
+                for size, gap in zip(weight.shape[2:], dilations, strict=True)
+            ]
             both = [*(each // 2 for each in spread), *(each - each // 2 for each in spread)]
         else:
             both = [*_each(padding, rank), *_each(padding, rank)]

@@ -48,9 +48,7 @@ def _linear_resize(target: Any, axes: int) -> Translation:
 
 
 def _grid_sampler(_: TensorInfo, x: Any, grid: Any, mode: int, border: int, align_corners: bool) -> Any:
-    return op.GridSample(
-        x, grid, mode=_SAMPLING[mode], padding_mode=_BORDERS[border], align_corners=int(align_corners)
-    )
+    return op.GridSample(x, grid, mode=_SAMPLING[mode], padding_mode=_BORDERS[border], align_corners=int(align_corners))
 
 
 def _average_pool(

@@ -56,6 +56,12 @@ class TensorInfo:
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """`value`, a tensor or a number, in the given type."""
     if not isinstance(value, ir.Value):
-        wide = float(value) if dtype.is_floating_point or dtype == COMPLEX else bool(value) if dtype == torch.bool else int(value)
+        wide = (
+            float(value)
+            if dtype.is_floating_point or dtype == COMPLEX
+            else bool(value)
+            if dtype == torch.bool
+            else int(value)
+        )
         return op.Constant(value=ir.tensor(wide, dtype=onnx_type[dtype]))
     return value if value.dtype == onnx_type[dtype] else op.Cast(value, to=onnx_type[dtype])
