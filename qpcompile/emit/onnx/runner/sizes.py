@@ -134,6 +134,8 @@ def _whole_numbers(value: Any, where: str) -> Array:
         array = np.asarray(value)
     except ValueError as error:
         raise RunnerError("a list has rows of several lengths", where, NEW_FOLDER) from error
+    if not array.size:
+        return array.astype(np.int64)
     if array.dtype.kind not in "iub" or array.size > MOST_OF_PICTURE:
         raise RunnerError("a list holds more, or other, than whole numbers", where, NEW_FOLDER)
     return array

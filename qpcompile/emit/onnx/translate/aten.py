@@ -246,7 +246,7 @@ def _mul(out: TensorInfo, left: Any, right: Any) -> Any:
     """Products; of complex numbers both factors are, or one is a single number."""
     if out.dtype != COMPLEX or not isinstance(right, ir.Value):
         return _arithmetic("Mul")(out, left, right)
-    (a, b), (c, d) = ((op.Gather(each, part, axis=-1) for part in (0, 1)) for each in (left, right))
+    (a, b), (c, d) = ([op.Gather(each, part, axis=-1) for part in (0, 1)] for each in (left, right))
     return _complex(out, op.Sub(op.Mul(a, c), op.Mul(b, d)), op.Add(op.Mul(a, d), op.Mul(b, c)))
 
 

@@ -16,7 +16,7 @@ import torch
 from onnxscript import opset21
 
 from qpcompile.emit.onnx.translate.aten import Translation
-from qpcompile.emit.onnx.translate.types import TensorInfo, cast
+from qpcompile.emit.onnx.translate.types import COMPLEX, TensorInfo, cast
 from qpcompile.errors import ExportError
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 def _reshape(out: TensorInfo, x: Any, shape: Any) -> Any:
-    sizes = list(shape)
+    sizes = [*shape, 2] if out.dtype == COMPLEX else list(shape)
     varying = [index for index, size in enumerate(sizes) if isinstance(size, ir.Value)]
     if len(varying) == 1 and -1 not in sizes:
         sizes[varying[0]] = -1
@@ -75,6 +75,26 @@ def _squeeze(_: TensorInfo, x: Any, dim: int) -> Any:
 def _expand(out: TensorInfo, x: Any, sizes: Sequence[Any], **named: Any) -> Any:
     # ONNX broadcasts in both directions, so 1 keeps a size like -1 does in torch.
     return op.Expand(x, [1 if isinstance(size, int) and size == -1 else size for size in sizes])
+
+
+def _slice_scatter(
+    out: TensorInfo, x: Any, part: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
+    """`x` with `part` in place of a slice."""
+    dim %= len(x.shape)
+    length = op.Squeeze(op.Shape(x, start=dim, end=dim + 1), [0])
+    places = op.Slice(op.Range(0, length, 1), [start or 0], [2**63 - 1 if end is None else end], [0], [step])
+    order = [dim, *(axis for axis in range(len(x.shape)) if axis != dim)]
+    back = [order.index(axis) for axis in range(len(order))]
+    rows, new = op.Transpose(x, perm=order), op.Transpose(cast(part, out.dtype), perm=order)
+    return op.Transpose(op.ScatterND(rows, op.Unsqueeze(places, [-1]), new), perm=back)
+
+
+def _select_scatter(out: TensorInfo, x: Any, part: Any, dim: int, index: Any) -> Any:
+    if not isinstance(index, int):
+        raise ExportError("a part is written at a place that varies", do="report this family")
+    end = None if index == -1 else index + 1
+    return _slice_scatter(out, x, op.Unsqueeze(part, [dim]), dim, index, end)
 
 
 def _flip(_: TensorInfo, x: Any, dims: Sequence[int]) -> Any:
@@ -286,6 +306,11 @@ def table() -> dict[Any, Translation]:
         aten.squeeze.dim: _squeeze,
         aten.squeeze.default: _squeeze_all,
         aten.squeeze.dims: _squeeze_all,
+        aten.slice_scatter.default: _slice_scatter,
+        aten.select_scatter.default: _select_scatter,
+        aten.copy.default: lambda out, x, source, *rest: op.Expand(cast(source, out.dtype), op.Shape(x)),
+        aten.fill.Scalar: lambda out, x, value: op.Expand(cast(value, out.dtype), op.Shape(x)),
+        aten.fill.Tensor: lambda out, x, value: op.Expand(cast(value, out.dtype), op.Shape(x)),
         aten.flip.default: _flip,
         aten.roll.default: _roll,
         aten.narrow.default: _narrow,

@@ -18,6 +18,7 @@ from torch import fx
 from qpcompile.emit.onnx.record import Recorder
 from qpcompile.emit.onnx.translate.types import COMPLEX, HALF, TensorInfo, onnx_type
 from qpcompile.emit.onnx.wrap import Part
+from qpcompile.emit.onnx.writes import without_writes
 from qpcompile.errors import ExportError, QPCompileError
 from qpcompile.ir.edit import aten, get_tensor
 from qpcompile.ir.text import module_path
@@ -36,6 +37,8 @@ def to_onnx(name: str, part: Part, examples: tuple[Feeds, Feeds], tables: Tables
         tables: translations of torch's operators (they take a TensorInfo first) and of this project's.
     Raises ExportError for an operator without a translation.
     """
+    without_writes(part.module.graph)
+    part.module.recompile()
     first, second = (_run(name, part, example) for example in examples)
     facts = {node: _merge(value, second[node]) for node, value in first.items()}
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
