@@ -7,11 +7,12 @@ all arguments but floating-point tensors as constants; it answers calls that hav
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from qpcompile.ir.program import Graph
 from qpcompile.nested import is_list, is_mapping
 from qpcompile.runtime.arguments import ABSENT, split_flags
 
@@ -46,6 +47,12 @@ def digest_of(arguments: Mapping[str, Any]) -> str:
         if isinstance(value, torch.Tensor) and not _is_varying(value):
             total.update(value.detach().cpu().to(torch.int64).contiguous().numpy().tobytes())
     return total.hexdigest()
+
+
+def of_values(graphs: Iterable[Graph], arguments: Mapping[str, Any]) -> Graph | None:
+    """The graph of one component that was traced with the values of a call (`of_call`), if there is one."""
+    key = digest_of(arguments)
+    return next((graph for graph in graphs if graph.constants[VALUES] == key), None)
 
 
 def fixed(arguments: Mapping[str, Any]) -> dict[str, Any]:

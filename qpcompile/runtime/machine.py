@@ -17,7 +17,7 @@ from qpcompile.ir.names import CACHE, STATE, Name
 from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program, component_of
 from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, rebuild
 from qpcompile.runtime.arguments import Kinds, fitted, input_kinds, keyword_arguments, refuse_unknown, split_flags
-from qpcompile.runtime.fixed_values import VALUES, digest_of, of_call, said, varying
+from qpcompile.runtime.fixed_values import VALUES, of_call, of_values, said, varying
 from qpcompile.runtime.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.model_inputs import check_inputs, is_encoder_decoder, vocabulary_size
@@ -173,9 +173,7 @@ class Machine:
         arguments = keyword_arguments(module, args, kwargs)
         if VALUES in graph.constants:
             arguments = of_call(arguments)
-            key = digest_of(arguments)
-            found = next((each for each in graphs if each.constants[VALUES] == key), None)
-            if found is None:
+            if (found := of_values(graphs, arguments)) is None:
                 return self._eagerly(graph, arguments, args, kwargs)
             graph = found
             feeds = self._fitted(graph, moved(module, varying(arguments)))

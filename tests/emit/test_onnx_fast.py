@@ -31,7 +31,7 @@ def asked(runner: OnnxVLM, case: dict[str, torch.Tensor], answer: torch.Tensor) 
     """Logits after the prompt and after each token but the last of a given answer, i64[B, T]."""
     given = arrays(case)
     ids, mask = given["input_ids"], given["attention_mask"]
-    steps = Steps(runner, mask, runner._positions(ids, mask, None))
+    steps = Steps(runner, mask, runner._positions(ids == runner.image_token, mask, None, []))
     logits = [steps.prefill(ids, runner.encode(given.get("pixel_values")))]
     return logits + [steps.decode(answer[:, at, None].numpy()) for at in range(answer.shape[1] - 1)]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from qpcompile.errors import KernelError
 from qpcompile.kernels.gated_delta import reference
-from qpcompile.kernels.gated_delta.op import gated_delta
+from qpcompile.kernels.gated_delta.op import OVERLOAD, gated_delta
 
 # Rows, tokens, heads, key channels, value channels; 64 tokens are one chunk.
 SHAPES = [(1, 1, 1, 4, 4), (2, 7, 3, 5, 2), (1, 64, 2, 4, 6), (2, 131, 1, 8, 3), (1, 0, 2, 4, 4)]
@@ -62,3 +65,20 @@ def test_opcheck_and_wrong_sizes() -> None:
     torch.library.opcheck(gated_delta, operands)
     with pytest.raises(KernelError, match="decay"):
         gated_delta(*operands[:3], operands[3][:, :-1], *operands[4:])
+
+
+class Recurrence(torch.nn.Module):
+    """With a state that is made of the first token."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        return gated_delta(q, k, v, decay, beta, k[:, 0, :, :, None] * v[:, 0, :, None, :])
+
+
+def test_onnx_gives_the_same(export_onnx: Callable[..., Any]) -> None:
+    from qpcompile.kernels.gated_delta.onnx import gated_delta as translation
+
+    exported = export_onnx(Recurrence(), case(2, 7, 3, 5, 2)[:5], {OVERLOAD: translation})
+    for rows, tokens in ((1, 1), (3, 70)):
+        operands = case(rows, tokens, 3, 5, 2)[:5]
+        for found, expected in zip(exported(*operands), Recurrence()(*operands), strict=True):
+            assert torch.allclose(found, expected, atol=2e-5), tokens

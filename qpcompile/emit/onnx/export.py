@@ -63,7 +63,7 @@ from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
 from qpcompile.kernels.linear_w4a16 import onnx_contrib
 from qpcompile.runtime.arguments import input_kinds
-from qpcompile.runtime.fixed_values import SAID, VALUES
+from qpcompile.runtime.model_inputs import is_encoder_decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -263,13 +263,13 @@ def _check_supported(program: Program) -> None:
             where=type(program.host).__name__,
             do="use the compiled module: this family is not split in the way an ONNX folder is",
         )
-    if one := next((graph for graph in program.graphs.values() if VALUES in graph.constants), None):
+    host: Any = program.host
+    if is_encoder_decoder(host):
         raise ExportError(
-            f"the {one.name} graph is of some pictures only, and an ONNX folder has no other code for the rest",
-            where=f"{one.name}, {one.constants[SAID]}",
+            "an encoder reads the prompt and its pictures; the ONNX runner knows decoders only",
+            where=f"{type(host).__name__}, config.is_encoder_decoder",
             do="use the compiled module: this family cannot be written as an ONNX folder yet",
         )
-    host: Any = program.host
     if getattr(host.config, "image_token_id", None) is None:
         raise ExportError(
             "the model has no token id for picture placeholders",

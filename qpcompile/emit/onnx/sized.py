@@ -29,8 +29,9 @@ from qpcompile.emit.onnx.runner.runner import FEATURES, POSITIONS, ROWS
 from qpcompile.emit.onnx.vision import answering, replaced
 from qpcompile.emit.onnx.wrap import EMBEDS, Part
 from qpcompile.errors import ExportError, QPCompileError
-from qpcompile.ir.program import EMBED, PREFILL, PROJECTOR, VISION, Program
+from qpcompile.ir.program import EMBED, PREFILL, PROJECTOR, VISION, Program, component_of
 from qpcompile.ir.structure import named_tensors
+from qpcompile.runtime.fixed_values import VALUES
 from qpcompile.runtime.generation_options import first_line
 from qpcompile.runtime.model_inputs import vocabulary_size
 from qpcompile.runtime.prepare import TABLE, embedded, prepare
@@ -124,8 +125,8 @@ def decoder_inputs(program: Program, tensors: Mapping[str, torch.Tensor]) -> Fee
         raise _Reached
 
     with ExitStack() as stack:
-        held = {graphs[name].owner: graphs[name] for name in (VISION, PROJECTOR, EMBED) if name in graphs}
-        stack.enter_context(answering(host, held))
+        parts = (VISION, PROJECTOR, EMBED)
+        stack.enter_context(answering(host, (one for one in graphs.values() if component_of(one.name) in parts)))
         stack.enter_context(replaced({decoder: stop}))
         stack.callback(vars(host).__setitem__, "forward", host.forward)
         host.forward = type(host).forward.__get__(host)
@@ -190,8 +191,10 @@ def _sized(program: Program, tensors: Mapping[str, torch.Tensor], known: Collect
     whole = {name: value for name, value in pictures.items() if not value.is_floating_point()}
     text = {name: value for name, value in tensors.items() if name in NOT_PICTURES}
     made = _trace(program, text, fed, whole, known)
-    # Whole numbers that the host's code computes with, and never looks at, are inputs like the pixels.
-    for name in list(whole):
+    # Whole numbers that the host's code computes with, and never looks at, are inputs like the pixels. They select the
+    # graph of a component that was traced for some values only.
+    selecting = any(VALUES in graph.constants for graph in program.graphs.values())
+    for name in () if selecting else list(whole):
         rest = {other: value for other, value in whole.items() if other != name}
         try:
             other = _trace(program, text, {**fed, name: whole[name]}, rest, known)

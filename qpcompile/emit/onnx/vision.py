@@ -8,7 +8,7 @@ host may only split the features by picture, not change them; this is checked on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,8 @@ from qpcompile.errors import ExportError, QPCompileError
 from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import named_tensors, rebuild
 from qpcompile.runtime.arguments import keyword_arguments
-from qpcompile.runtime.prepare import TABLE, prepare
+from qpcompile.runtime.fixed_values import VALUES, of_call, of_values, varying
+from qpcompile.runtime.prepare import TABLE, moved, prepare
 
 PICTURES = "pixel_values"
 Answer = Callable[[torch.nn.Module, dict[str, Any]], Any]
@@ -62,8 +63,7 @@ def _chain(program: Program, tower: Graph, projector: Graph | None, shape: tuple
         returned = tower({PICTURES: pictures})
         between = None if projector is None else _trace(program, projector, returned)
         candidates = returned if projector is None or between is None else projector(between(returned))
-        graphs = [tower, *([projector] if projector else [])]
-        with answering(host, {graph.owner: graph for graph in graphs}):
+        with answering(host, [tower, *([projector] if projector else [])]):
             found = host.get_image_features(pictures)
     wanted = _rows(getattr(found, "pooler_output", found))
     for name, value in candidates.items():
@@ -140,17 +140,28 @@ class _Between(torch.nn.Module):
 
 
 @contextmanager
-def answering(host: torch.nn.Module, graphs: Mapping[str, Graph]) -> Iterator[None]:
-    """Within the block, the host's components run their graphs."""
+def answering(host: torch.nn.Module, graphs: Iterable[Graph]) -> Iterator[None]:
+    """Within the block, the host's components run their graphs: one each, or that of the values of a call, if any."""
+    owned: dict[str, list[Graph]] = {}
+    for graph in graphs:
+        owned.setdefault(graph.owner, []).append(graph)
 
-    def run(graph: Graph) -> Answer:
+    def run(own: Sequence[Graph]) -> Answer:
         def answer(module: torch.nn.Module, arguments: dict[str, Any]) -> Any:
-            feeds = dict(named_tensors(prepare(module, arguments, graph.constants.get(TABLE))))
+            graph = own[0]
+            if VALUES in graph.constants:
+                given = of_call(arguments)
+                if (found := of_values(own, given)) is None:
+                    return type(module).forward(module, **arguments)
+                graph, data = found, moved(module, varying(given))
+            else:
+                data = prepare(module, arguments, graph.constants.get(TABLE))
+            feeds = dict(named_tensors(data))
             return rebuild(graph.returns, graph({name: feeds[name] for name in graph.inputs}))
 
         return answer
 
-    with replaced({host.get_submodule(owner): run(graph) for owner, graph in graphs.items()}):
+    with replaced({host.get_submodule(owner): run(own) for owner, own in owned.items()}):
         yield
 
 

@@ -28,6 +28,7 @@ from qpcompile.ir.names import CACHE, names
 from qpcompile.ir.program import EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.shapes import identifier
 from qpcompile.runtime.arguments import input_kinds
+from qpcompile.runtime.fixed_values import SAID, VALUES
 from qpcompile.runtime.generation_options import first_line
 from qpcompile.runtime.model_inputs import vocabulary_size
 
@@ -124,6 +125,8 @@ def vision(program: Program) -> Part:
     """
     if VISION not in program.graphs:
         raise _unknown("pictures that become tokens without a tower that was traced", VISION)
+    if one := next((graph for graph in program.graphs.values() if VALUES in graph.constants), None):
+        raise _unknown(f"a {one.name} graph of {one.constants[SAID]} only", one.name)
     graph = program.graphs[VISION]
     if GRID not in graph.inputs:
         return _fixed_vision(program)
