@@ -7,14 +7,14 @@ from typing import Any
 
 import onnx_ir as ir
 import onnxscript
-from onnxscript import opset18, opset21
+from onnxscript import FLOAT, opset18, opset21
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 loop: Any = opset18
 
 
 @onnxscript.script()
-def recurrence(q, k, v, decay, beta, state, y):  # noqa: ANN001, ANN201
+def recurrence(q, k, v, decay, beta, state, y) -> tuple[FLOAT[...], FLOAT[...]]:  # noqa: ANN001
     """q, k: f32[S, B, H, D, 1], v: f32[S, B, H, 1, E], decay, beta: f32[S, B, H, 1, 1], state: f32[B, H, D, E],
     y: f32[0, B, H, E].
     """

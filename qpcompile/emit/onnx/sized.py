@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -70,13 +70,6 @@ class Sized:
         }
 
 
-@dataclass
-class Seen:
-    """What the decoder is called with for a prompt."""
-
-    feeds: Feeds = field(default_factory=dict[str, torch.Tensor])
-
-
 class _Reached(Exception):
     """Ends the host's code at the decoder's call."""
 
@@ -116,23 +109,25 @@ def decoder_inputs(program: Program, tensors: Mapping[str, torch.Tensor]) -> Fee
     host: Any = program.host
     graphs = program.graphs
     decoder = host.get_submodule(graphs[PREFILL].owner) if graphs[PREFILL].owner else host
-    seen = Seen()
+    seen: Feeds = {}
 
     def stop(module: torch.nn.Module, arguments: dict[str, Any]) -> Any:
         with torch.no_grad():
             given = prepare(module, embedded(module, arguments), graphs[PREFILL].constants.get(TABLE))
-        seen.feeds = dict(named_tensors({name: value for name, value in given.items() if value is not None}))
+        seen.update(named_tensors({name: value for name, value in given.items() if value is not None}))
         raise _Reached
 
     with ExitStack() as stack:
+        # A machine that is bound to the host would notice the prompt.
+        bound = vars(host).pop("forward", None)
+        if bound is not None:
+            stack.callback(setattr, host, "forward", bound)
         parts = (VISION, PROJECTOR, EMBED)
         stack.enter_context(answering(host, (one for one in graphs.values() if component_of(one.name) in parts)))
         stack.enter_context(replaced({decoder: stop}))
-        stack.callback(vars(host).__setitem__, "forward", host.forward)
-        host.forward = type(host).forward.__get__(host)
         with suppress(_Reached):
             host.generate(**tensors, **ONE_TOKEN)
-    return {path: value for path, value in seen.feeds.items() if path in graphs[PREFILL].inputs}
+    return {path: value for path, value in seen.items() if path in graphs[PREFILL].inputs}
 
 
 def token_tables(program: Program, paths: Iterable[str]) -> dict[str, torch.Tensor]:
