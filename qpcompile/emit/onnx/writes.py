@@ -37,7 +37,9 @@ def without_writes(graph: fx.Graph) -> None:
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target.namespace != "aten" or not target._schema.is_mutable or target is aten.detach_.default:
             continue
         pure = getattr(getattr(aten, target._schema.name.removeprefix("aten::")[:-1], None), target._overloadname, None)
         written = node.args[0]

@@ -309,6 +309,7 @@ def table() -> dict[Any, Translation]:
         aten.slice_scatter.default: _slice_scatter,
         aten.select_scatter.default: _select_scatter,
         aten.copy.default: lambda out, x, source, *rest: op.Expand(cast(source, out.dtype), op.Shape(x)),
+        aten.zero.default: _filled_like(0),
         aten.fill.Scalar: lambda out, x, value: op.Expand(cast(value, out.dtype), op.Shape(x)),
         aten.fill.Tensor: lambda out, x, value: op.Expand(cast(value, out.dtype), op.Shape(x)),
         aten.flip.default: _flip,
