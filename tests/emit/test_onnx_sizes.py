@@ -112,7 +112,7 @@ def test_pictures_are_told_apart() -> None:
 
 @pytest.mark.parametrize(
     ("grid", "tokens", "message"),
-    [([[5, 2]], 2, "picture 1 has a size"), ([[3, 2]], 3, "picture 1 has a size"), ([[3, 2]] * 2, 2, "more pictures")],
+    [([[5, 2]], 2, "picture 1 has a size"), ([[3, 2]], 3, "picture 2 has a size"), ([[3, 2]] * 2, 2, "more pictures")],
 )
 def test_other_sizes_are_refused(grid: list[list[int]], tokens: int, message: str) -> None:
     given = {"pixel_values": np.zeros((6 * len(grid), 2)), "grid": np.array(grid)}
