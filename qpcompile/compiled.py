@@ -276,8 +276,8 @@ class CompiledVLM:
                 vision graph for each size among the prompts with one picture.
             fast: use onnxruntime's own operators, several times as fast but with different numerics: activations and
                 cache have 8 bits; see `manifest.json` and docs/numerics.md.
-            target: onnxruntime, web, openvino or tensorrt: chooses `fast`; warnings and `check.json` say what the
-                folder has that this runtime lacks.
+            target: onnxruntime, web, genai, openvino or tensorrt: chooses `fast`; warnings and `check.json` say what
+                the folder has that this runtime lacks.
         """
         try:
             # Imported here because onnx is an optional dependency.

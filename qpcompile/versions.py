@@ -55,6 +55,7 @@ TESTED: dict[str, Tested] = {
     "onnxscript": Tested("0.7.0", "0.7.2", extra="onnx", answers=True),
     "onnx-ir": Tested("1.0.0", "1.1.0", extra="onnx", answers=True),
     "onnxruntime": Tested("1.31.0", "1.32.0", extra="onnx", answers=True),
+    "onnxruntime-genai": Tested("0.18.0", "0.18.0", extra="genai", answers=True),
     "fastapi": Tested("0.165.0", "0.165.0", extra="serve"),
     "uvicorn": Tested("0.54.0", "0.54.0", extra="serve"),
     "prometheus-client": Tested("0.26.0", "0.26.0", extra="serve"),

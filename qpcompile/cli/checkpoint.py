@@ -19,8 +19,8 @@ Target = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="Who reads it: onnxruntime, web, openvino or tensorrt; or compressed-tensors, a checkpoint for vLLM, "
-        "SGLang and transformers.",
+        help="Who reads it: onnxruntime, web, genai, openvino or tensorrt; or compressed-tensors, a checkpoint for "
+        "vLLM, SGLang and transformers.",
         show_default=False,
     ),
 ]

@@ -163,6 +163,7 @@ app.command(
     "export",
     epilog="Examples:\n\nqpcompile export out/ --output out-onnx/\n\n"
     "qpcompile export MODEL --recipe quota-30 --data photos/ --output out-onnx/\n\n"
+    "qpcompile export out/ --for genai --output out-genai/\n\n"
     "qpcompile export MODEL --recipe w4a16 --data photos/ --for compressed-tensors --output out-ct/",
 )
 def export_command(

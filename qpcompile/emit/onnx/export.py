@@ -37,6 +37,7 @@ from qpcompile.emit.onnx.demands import demands
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
+from qpcompile.emit.onnx.genai import check_settings, opened_by, write_genai
 from qpcompile.emit.onnx.js_file import PACKAGE, write_js
 from qpcompile.emit.onnx.masks import mask_rules, tables_of
 from qpcompile.emit.onnx.readme import readme
@@ -46,7 +47,7 @@ from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerE
 from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule
 from qpcompile.emit.onnx.runner.sizes import SIZES as SIZES_FILE
 from qpcompile.emit.onnx.runner_file import runner_text
-from qpcompile.emit.onnx.runtimes import fast_form
+from qpcompile.emit.onnx.runtimes import GENAI, fast_form
 from qpcompile.emit.onnx.sized import Sized, sized_pictures, token_tables
 from qpcompile.emit.onnx.speech import write_speech
 from qpcompile.emit.onnx.translate import aten as onnx_aten
@@ -117,6 +118,8 @@ def export_onnx(
     """
     _check_supported(program)
     _check_settings(program)
+    if target == GENAI:
+        check_settings(program)
     fast = fast_form(fast, target)
     batches = list(check)
     with staged_folder(folder) as aside:
@@ -145,12 +148,16 @@ def export_onnx(
             write_js(aside)
         double = {name: float64_operators(aside / f"{name}.onnx") for name in models}
         (aside / "README.md").write_text(readme(program, [*numbers, _float64(double)], mute), encoding="utf-8")
+        if target == GENAI:
+            write_genai(program, aside)
         _write_manifest(aside, numbers, double)
         found: dict[str, Any] = {}
         if batches and generate is not None:
             found |= compare(generate, aside, batches).to_dict(program.recipe.numerics, fast)
         if target is not None:
             found["runtime"] = demands(aside, target)
+            if target == GENAI:
+                found["runtime"]["opened_by"] = opened_by(aside)
             for problem in found["runtime"]["problems"]:
                 _log.warning("%s: %s", target, problem)
         if found:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from qpcompile.emit.onnx.runner.folder import CONTRIB_OPERATORS
 from qpcompile.errors import ExportError
 
+GENAI = "genai"
 _SEQUENCES = ("ConcatFromSequence", "SequenceEmpty", "SequenceInsert")
 
 
@@ -36,6 +37,7 @@ class Runtime:
 RUNTIMES: Mapping[str, Runtime] = {
     "onnxruntime": Runtime("onnxruntime and onnxruntime-node 1.30 and newer", fast=True, contrib=CONTRIB_OPERATORS),
     "web": Runtime("onnxruntime-web 1.30, WebAssembly", fast=True, contrib=CONTRIB_OPERATORS, in_browsers=True),
+    GENAI: Runtime("onnxruntime-genai 0.18, CPU, as a decoder-pipeline", fast=True, contrib=CONTRIB_OPERATORS),
     "openvino": Runtime(
         "OpenVINO 2026.4, CPU",
         fast=False,

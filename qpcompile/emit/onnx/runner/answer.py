@@ -65,7 +65,7 @@ class Runner:
         if len(pictures) != len(questions):
             what = f"{len(pictures)} pictures were given for {len(questions)} questions"
             raise RunnerError(what, "pictures", "give one for each question, or a list, or None")
-        given = self.chat.inputs([[Turn(_pictures(p), q)] for p, q in zip(pictures, questions, strict=True)])
+        given = self.chat.inputs([[Turn(as_pictures(p), q)] for p, q in zip(pictures, questions, strict=True)])
         ids = given.pop(IDS)
         made = self.model.generate(ids, *_chosen(**options), **given)[:, ids.shape[1] :].tolist()
         ends = self.model.choice().ends
@@ -76,8 +76,8 @@ class Runner:
         self, picture: Any, question: str, history: Sequence[tuple[Any, str, str]], options: Options
     ) -> Iterator[int]:
         """The tokens of the answer, as they come."""
-        turns = [Turn(_pictures(seen), said, reply) for seen, said, reply in history]
-        given = self.chat.inputs([[*turns, Turn(_pictures(picture), question)]])
+        turns = [Turn(as_pictures(seen), said, reply) for seen, said, reply in history]
+        given = self.chat.inputs([[*turns, Turn(as_pictures(picture), question)]])
         for step in self.model.stream(given.pop(IDS), *_chosen(**options), **given):
             yield int(step[0])
 
@@ -87,7 +87,8 @@ def _up_to(row: Sequence[int], ends: Sequence[int]) -> Sequence[int]:
     return row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]
 
 
-def _pictures(given: Any) -> tuple[Any, ...]:
+def as_pictures(given: Any) -> tuple[Any, ...]:
+    """The pictures of a question: from a path or a Pillow image, a list of those, or None."""
     if given is None:
         return ()
     return tuple(opened(each) for each in (given if isinstance(given, (list, tuple)) else [given]))
