@@ -95,13 +95,13 @@ def test_weights_that_a_browser_cannot_hold(plain: Path, monkeypatch: pytest.Mon
 
 def test_the_runtime_chooses_the_form() -> None:
     chosen = {name: fast_form(False, name) for name in RUNTIMES}
-    assert chosen == {"onnxruntime": True, "web": True, "openvino": False, "tensorrt": False}
+    assert chosen == {"onnxruntime": True, "web": True, "genai": True, "openvino": False, "tensorrt": False}
     assert fast_form(True, "web") and fast_form(True, None) and not fast_form(False, None)
     with pytest.raises(ExportError, match="which openvino does not run"):
         fast_form(True, "openvino")
     with pytest.raises(ExportError, match="no runtime 'ncnn'") as error:
         runtime("ncnn")
-    assert "onnxruntime, web, openvino" in str(error.value.do)
+    assert "onnxruntime, web, genai, openvino" in str(error.value.do)
 
 
 def test_an_export_says_what_its_runtime_lacks(
