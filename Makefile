@@ -62,7 +62,7 @@ test-newest-short: newest
 newest:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet torch==2.13.0
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[onnx,serve,compressed,dev]"
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[onnx,genai,serve,compressed,dev]"
 
 # The other end of the ranges: the lowest versions that pyproject.toml allows, by constraints-lowest.txt.
 test-lowest: lowest
@@ -74,7 +74,7 @@ test-lowest: lowest
 lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt torch==2.13.0
-	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[onnx,serve,compressed,triton,dev]"
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[onnx,genai,serve,compressed,triton,dev]"
 
 # Kills, two compiles at once, threads, memory, disks, damaged folders: an hour and a half; see tests/reliability/README.md.
 reliability: $(STAMP)
@@ -122,5 +122,5 @@ clean:
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/*/*.c kernels/*/*.inc)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,serve,compressed,triton,dev,site]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,genai,serve,compressed,triton,dev,site]"
 	touch $(STAMP)
