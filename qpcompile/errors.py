@@ -64,6 +64,10 @@ class OutputError(QPCompileError):
     """The output cannot be written: the folder exists, the disk is full, permission is missing."""
 
 
+class WorkerError(QPCompileError):
+    """Rows cannot be computed on Ray: none is reached, no machine is large enough, or workers are lost repeatedly."""
+
+
 class InvariantError(QPCompileError):
     """A pass violated an invariant of its stage: a defect of the compiler, not of the input.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from qpcompile.errors import CalibrationError
 from qpcompile.evaluate.run.bootstrap import retention
 from qpcompile.evaluate.run.examiner import Examiner
+from qpcompile.evaluate.run.row_runner import Ask, InProcess, Outcome, RowRunner, all_rows
 from qpcompile.evaluate.run.rows import FULL_PRECISION, Row
 from qpcompile.recipe.recipe import Recipe
 
@@ -21,22 +22,34 @@ def seeded(recipe: Recipe, seed: int) -> Recipe:
 
 
 def recipe_rows(
-    examiner: Examiner, recipes: Sequence[str], overrides: Iterable[str], seeds: Sequence[int]
+    examiner: Examiner,
+    recipes: Sequence[str],
+    overrides: Iterable[str],
+    seeds: Sequence[int],
+    runner: RowRunner | None = None,
 ) -> list[Row]:
-    """Full precision, then every recipe with every seed; no seed: the recipe's own."""
+    """Full precision, then every recipe with every seed; no seed: the recipe's own. A refused recipe is raised.
+
+    runner: where rows are computed; by default here.
+    """
     overrides = list(overrides)
     if len(seeds) > 1 and examiner.calibration is None:
         raise CalibrationError(
             "several seeds draw from a calibration folder, and none is named", where="--seed", do="add --calibration"
         )
     asked = [(name, Recipe.load(name).with_overrides(overrides)) for name in recipes]
-    rows = [examiner.row(FULL_PRECISION, None)]
+    asks = [Ask(examiner, FULL_PRECISION, None)]
     words = ", ".join(overrides)
     for seed in seeds or (None,):
         for name, recipe in asked:
-            named = f"{name} {words}".strip()
-            rows.append(examiner.row(named, recipe if seed is None else seeded(recipe, seed)))
-    return rows
+            asks.append(Ask(examiner, f"{name} {words}".strip(), recipe if seed is None else seeded(recipe, seed)))
+    found = all_rows(asks, runner or InProcess(), _raise_refusal)
+    return [row for row in found if isinstance(row, Row)]
+
+
+def _raise_refusal(_: Ask, outcome: Outcome) -> None:
+    if not isinstance(outcome, Row):
+        raise outcome
 
 
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:

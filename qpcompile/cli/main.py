@@ -8,34 +8,27 @@ torch and transformers take seconds to import: commands import them after valida
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from qpcompile.capture.chat import about_picture, chat_inputs
 from qpcompile.capture.data_folder import question_inputs, read_questions
-from qpcompile.claims import claimed, held_folder, refuse_places
-from qpcompile.cli import checkpoint, talk, terminal
+from qpcompile.claims import claimed, refuse_places
+from qpcompile.cli import checkpoint, compare, talk, terminal
 from qpcompile.cli.checkpoint import COMPRESSED, Target
-from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor, open_model
+from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor
 from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device, Offload, Overrides, RecipeName
 from qpcompile.cli.report import report_command, write_report
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text
 from qpcompile.emit.artifact.folder_kind import is_onnx_folder
 from qpcompile.emit.onnx.runtimes import fast_form
-from qpcompile.evaluate.questions.data_sets import read_data
-from qpcompile.evaluate.run.rows import RowFolder, Scoring
-from qpcompile.evaluate.sweep.plan import SweepPlan
 from qpcompile.picture import read_picture
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.write_errors import shown
-
-if TYPE_CHECKING:
-    from qpcompile.evaluate.run.evaluation import Exam
 
 # Questions of a data folder that an export asks of both sides.
 CHECKED = 8
@@ -230,135 +223,9 @@ def inspect_command(
             terminal.show_model(compiled)
 
 
-@app.command(
-    "eval",
-    epilog="Examples:\n\nqpcompile eval out/ --data unseen/ --batch-size 16\n\n"
-    "qpcompile eval MODEL --data unseen/ --recipe w4a4kv4 --recipe quota-30 --calibration photos/ --out rows/\n\n"
-    "qpcompile eval MODEL --data scienceqa/ --split test --recipe quota-30 --seed 0 --seed 1 --calibration photos/ "
-    "--set calibration.samples=64 --out rows/",
-)
-def eval_command(
-    source: Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="Compiled folder, or a model.")],
-    data: Annotated[Path, typer.Option("--data", "-d", help="Folder with data.jsonl, or ScienceQA's layout.")],
-    recipes: Annotated[
-        list[str] | None, typer.Option("--recipe", "-r", help="Compile by this preset or file; repeatable.")
-    ] = None,
-    overrides: Overrides = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", min=0, help="Calibration draw; repeatable.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Folder that samples are drawn from.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for rows; existing ones are kept.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
-    scoring: Annotated[
-        Scoring, typer.Option(help="Questions with choices: the most probable choice, or the one the text names.")
-    ] = "choice",
-    split: Annotated[str, typer.Option(help="ScienceQA: which split.")] = "test",
-    device: Device = None,
-    debug: Debug = False,
-) -> None:
-    """Accuracy on questions: of a model, an artifact, or many recipes."""
-    with told_as_text(debug):
-        questions = read_data(data, split)[:limit]
-        quiet_libraries()
-        from qpcompile.cli.evaluate import recipe_rows
-        from qpcompile.evaluate.run.evaluation import Exam
-        from qpcompile.evaluate.run.examiner import Examiner, artifact_row
-
-        exam = Exam(str(data), questions, scoring, batch_size, max_new_tokens)
-        if not recipes and out is None:
-            ask_once(source, exam)
-            return
-        with nullcontext() if out is None else held_folder(out) as folder:
-            kept = None if folder is None else RowFolder(folder)
-            if is_artifact(source):
-                if recipes:
-                    raise typer.BadParameter("a compiled folder has its own recipe", param_hint="--recipe")
-                rows = [artifact_row(source, *open_model(source), exam, kept)]
-            else:
-                asked = Examiner(source, exam, calibration, kept, checked_device(device))
-                rows = recipe_rows(asked, recipes or [], overrides or [], seeds or [])
-            if kept is not None:
-                kept.write_tables()
-        terminal.show_rows(rows)
-        if out is not None:
-            note(f"rows are in {shown(out)}: rows.csv, rows.json, rows/")
-
-
-def ask_once(source: str, exam: Exam) -> None:
-    """Ask all questions and print the accuracy."""
-    from qpcompile.capture.right_answers import right_answers
-    from qpcompile.evaluate.run.evaluation import ask
-
-    model, processor = open_model(source)
-    started = time.monotonic()
-    answers = ask(model.generate, processor, exam, "answer")
-    correct = sum(right_answers(exam.questions, answers))
-    note(f"{time.monotonic() - started:.1f} s, batches of {exam.batch_size}")
-    typer.echo(f"accuracy {correct / len(answers):.4f} ({correct} of {len(answers)})")
-
-
-@app.command("sweep", epilog="Example:\n\nqpcompile sweep docs/results/llava.yaml --out build/sweep/")
-def sweep_command(
-    plan: Annotated[Path, typer.Argument(help="YAML file: testbeds, quantizers, pruners, shares, ablations.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, tables, figures; existing rows are kept.")],
-    device: Device = None,
-    debug: Debug = False,
-) -> None:
-    """Every pruner with every quantizer at matched visual tokens: rows, tables, figures. Resumable."""
-    with told_as_text(debug):
-        asked = SweepPlan.load(plan)
-        quiet_libraries()
-        from qpcompile.evaluate.report.sweep_report import write_sweep
-        from qpcompile.evaluate.sweep.sweep import sweep
-
-        computes = checked_device(device)
-        with held_folder(out):
-            results = sweep(asked, out, note, computes)
-            write_sweep(asked, results, out, f"qpcompile sweep {shown(plan)} --out {shown(out)}")
-        note(f"wrote {shown(out)}: tables.md, tables.csv, figures/, rows.csv, rows.json, rows/")
-
-
-@app.command(
-    "search",
-    epilog="Example:\n\n"
-    "qpcompile search MODEL --accuracy 0.97 --recipe quota-30 --data heldout/ --calibration photos/ --out found/",
-)
-def search_command(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
-    accuracy: Annotated[float, typer.Option(min=0, max=1, help="Share of full precision's accuracy to keep.")],
-    data: Annotated[Path, typer.Option("--data", "-d", help="Questions for the selection; report on others.")],
-    calibration: Annotated[Path, typer.Option("--calibration", help="Folder that samples are drawn from.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for rows, recipe and plot; existing rows are kept.")],
-    recipe: RecipeName = "quota-30",
-    overrides: Overrides = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first N questions.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
-    device: Device = None,
-    debug: Debug = False,
-) -> None:
-    """Find the recipe with the fewest tokens and bits that keeps a given accuracy."""
-    with told_as_text(debug):
-        asked = Recipe.load(recipe).with_overrides(overrides or [])
-        questions = read_data(data)[:limit]
-        quiet_libraries()
-        from qpcompile.evaluate.run.evaluation import Exam
-        from qpcompile.evaluate.run.examiner import Examiner
-        from qpcompile.evaluate.search import search, write_search
-
-        computes = checked_device(device)
-        exam = Exam(str(data), questions, "choice", batch_size, max_new_tokens)
-        with held_folder(out):
-            kept = RowFolder(out)
-            found = search(Examiner(model, exam, calibration, kept, computes), asked, accuracy, note)
-            kept.write_tables()
-            write_search(found, out)
-        best = found.best
-        typer.echo(f"{shown(out / 'recipe.yaml')}: {best.bits}, {best.row.mean_visual_tokens:.1f} mean tokens, "
-                   f"{100 * best.kept.estimate:.1f} % of full precision")  # fmt: skip
+app.command("eval", epilog=compare.EVAL_EXAMPLES)(compare.eval_command)
+app.command("sweep", epilog=compare.SWEEP_EXAMPLES)(compare.sweep_command)
+app.command("search", epilog=compare.SEARCH_EXAMPLES)(compare.search_command)
 
 
 @app.command("doctor", epilog="Example:\n\nqpcompile doctor")

@@ -31,5 +31,27 @@ Offload = Annotated[
         show_default=False,
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS|local",
+        help="Compute rows as tasks of this Ray; local: one on this machine. By default in this process.",
+        show_default=False,
+    ),
+]
+RowCpus = Annotated[
+    int | None, typer.Option("--row-cpus", min=1, help="With --ray: cores and threads of a row; 1.", show_default=False)
+]
+RowMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--row-memory",
+        metavar="GIB",
+        min=0.001,
+        help="With --ray: memory of a row; by default 1 GiB and three times the weights.",
+        show_default=False,
+    ),
+]
 MODEL_HELP = "Folder or hub name of a transformers model."
 ARTIFACT_HELP = "Folder written by `qpcompile compile`."

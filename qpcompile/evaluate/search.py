@@ -22,6 +22,7 @@ from qpcompile.errors import OutputError, PlanError, QPCompileError
 from qpcompile.evaluate.report.figures import COLORS, GREY, STYLE, figure_bytes
 from qpcompile.evaluate.run.bootstrap import Interval, retention
 from qpcompile.evaluate.run.examiner import Examiner
+from qpcompile.evaluate.run.row_runner import Ask, InProcess, RowRunner, Walk, all_rows, stored
 from qpcompile.evaluate.run.rows import FULL_PRECISION, Row
 from qpcompile.files import replace_file
 from qpcompile.recipe.recipe import Recipe
@@ -66,7 +67,13 @@ class Found:
     accuracy: float
 
 
-def search(examiner: Examiner, recipe: Recipe, accuracy: float, say: Callable[[str], None]) -> Found:
+def search(
+    examiner: Examiner,
+    recipe: Recipe,
+    accuracy: float,
+    say: Callable[[str], None],
+    runner: RowRunner | None = None,
+) -> Found:
     """Find the cheapest recipe whose retention is at least `accuracy`; PlanError if there is none.
 
     Args:
@@ -74,6 +81,7 @@ def search(examiner: Examiner, recipe: Recipe, accuracy: float, say: Callable[[s
         recipe: the source of the method and all other settings; it quantizes to 4 bits and drops tokens.
         accuracy: share of full precision's accuracy to keep, e.g. 0.97.
         say: called with a line per trial.
+        runner: where rows are computed, by default here; rungs of the ladder are independent of each other.
     """
     if recipe.quantize is None or recipe.tokens.method == "none":
         raise PlanError(
@@ -88,10 +96,12 @@ def search(examiner: Examiner, recipe: Recipe, accuracy: float, say: Callable[[s
             where="recipe",
             do="start from one that has them, such as quota-30",
         )
-    full = examiner.row(FULL_PRECISION, None)
-    trials: list[Trial] = []
-    for bits in LADDER:
-        trials += _smallest_share(examiner, recipe, bits, full, accuracy, say)
+    runner = runner or InProcess()
+    (full,) = all_rows([Ask(examiner, FULL_PRECISION, None)], runner)
+    if not isinstance(full, Row):
+        raise full
+    rungs = runner.run([_smallest_share(examiner, recipe, bits, full, accuracy, say) for bits in LADDER])
+    trials = [trial for rung in rungs for trial in rung]
     good = [trial for trial in trials if trial.kept.estimate >= accuracy]
     if not good:
         top = max(trials, key=lambda trial: trial.kept.estimate)
@@ -106,36 +116,38 @@ def search(examiner: Examiner, recipe: Recipe, accuracy: float, say: Callable[[s
 
 def _smallest_share(
     examiner: Examiner, recipe: Recipe, bits: str, full: Row, accuracy: float, say: Callable[[str], None]
-) -> list[Trial]:
+) -> Walk[list[Trial]]:
     """All trials of a bisection over SHARES, starting with all tokens: if those are insufficient, every share is."""
     tried: list[Trial] = []
 
-    def enough(place: int) -> bool:
+    def enough(place: int) -> Walk[bool]:
+        share = SHARES[place]
         try:
-            trial = _try(examiner, recipe, bits, SHARES[place], full)
+            asked = recipe.with_overrides([*LADDER[bits], *_budget(share)])
+            row = yield from stored(Ask(examiner, f"{bits} at {share:g}", asked))
+            if not isinstance(row, Row):
+                raise row
         except OutputError:
             raise  # a full disk is not a property of the recipe
         except QPCompileError as error:
-            say(f"{bits}, {SHARES[place]:g} of the tokens: not possible: {error.what}")
+            say(f"{bits}, {share:g} of the tokens: not possible: {error.what}")
             return False
+        trial = Trial(bits, share, asked, row, retention(row.marks, full.marks))
         tried.append(trial)
         say(f"{bits}, {trial.share:g} of the tokens: {100 * trial.kept.estimate:.1f} %, cost {trial.cost[0]:.4f}")
         return trial.kept.estimate >= accuracy
 
     low, high = -1, len(SHARES) - 1
-    if not enough(high):
+    if not (yield from enough(high)):
         return tried
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+        low, high = (low, middle) if (yield from enough(middle)) else (middle, high)
     return tried
 
 
-def _try(examiner: Examiner, recipe: Recipe, bits: str, share: float, full: Row) -> Trial:
-    budget = [f"tokens.keep={share:g}", "tokens.keep_of=mean"] if share < 1 else ["tokens.method=none", "tokens.keep=1"]
-    asked = recipe.with_overrides([*LADDER[bits], *budget])
-    row = examiner.row(f"{bits} at {share:g}", asked)
-    return Trial(bits, share, asked, row, retention(row.marks, full.marks))
+def _budget(share: float) -> list[str]:
+    return [f"tokens.keep={share:g}", "tokens.keep_of=mean"] if share < 1 else ["tokens.method=none", "tokens.keep=1"]
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:

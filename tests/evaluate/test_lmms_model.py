@@ -149,5 +149,5 @@ def test_lmms_eval_finds_our_accuracy(task: Path, tmp_path: Path, recipe: str | 
     arguments = f"pretrained={model}" + (f",recipe={recipe},calibration={DATA}" if recipe else "")
     found = run_lmms_eval(task, tmp_path / "out", arguments, 4)
     exam = Exam(str(DATA), read_data(DATA)[:QUESTIONS], "choice", 4, 4)
-    row = Examiner(model, exam, DATA).row("row", Recipe.load(recipe) if recipe else None)
+    row = Examiner(model, exam, DATA).compute("row", Recipe.load(recipe) if recipe else None)
     assert found == pytest.approx(row.accuracy)

@@ -33,11 +33,19 @@ def row(accuracy: float, share: float) -> Row:
 class Curve:
     """An examiner whose model keeps all accuracy down to a share, which is larger with 4-bit activations."""
 
+    kept = None
+
     def __init__(self, refused_below: float = 0.0) -> None:
         self.asked: list[tuple[int, float]] = []
         self.refused_below = refused_below
 
-    def row(self, name: str, recipe: Recipe | None) -> Row:
+    def id(self, recipe: Recipe | None) -> str:
+        return str(recipe)
+
+    def known(self, recipe: Recipe | None) -> None:
+        return None
+
+    def compute(self, name: str, recipe: Recipe | None) -> Row:
         if recipe is None:
             return row(1.0, 1.0)
         share = recipe.tokens.keep
@@ -105,10 +113,10 @@ def test_full_disk_leaves_whole_files(after: int, tmp_path: Path, monkeypatch: p
 
 def test_full_disk_ends_a_search() -> None:
     class Full(Curve):
-        def row(self, name: str, recipe: Recipe | None) -> Row:
+        def compute(self, name: str, recipe: Recipe | None) -> Row:
             if recipe is not None and recipe.tokens.keep < 1:
                 raise OutputError("the disk is full")
-            return super().row(name, recipe)
+            return super().compute(name, recipe)
 
     with pytest.raises(OutputError, match="disk is full"):
         find(Full(), 0.97)

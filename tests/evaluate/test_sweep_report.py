@@ -14,6 +14,7 @@ from qpcompile.evaluate.report import tables
 from qpcompile.evaluate.report.figures import ablation_figure, figure_bytes, profile_figure, profiles, retention_figure
 from qpcompile.evaluate.report.groups import full_precision, groups
 from qpcompile.evaluate.report.sweep_report import write_sweep
+from qpcompile.evaluate.run.row_runner import Ask, InProcess, all_rows
 from qpcompile.evaluate.run.rows import Row, RowFolder
 from qpcompile.evaluate.sweep.plan import BASE, SweepPlan, cells
 from qpcompile.evaluate.sweep.sweep import CellResult, _result
@@ -156,18 +157,28 @@ def test_full_disk_leaves_whole_files(
 class _Stub:
     """An examiner that fails."""
 
+    kept = None
+
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def row(self, name: str, recipe: object) -> Row:
+    def id(self, recipe: object) -> str:
+        return "one"
+
+    def known(self, recipe: object) -> None:
+        return None
+
+    def compute(self, name: str, recipe: object) -> Row:
         raise self.error
 
 
 def test_full_disk_says_nothing_of_a_recipe(plan: SweepPlan) -> None:
     cell = next(iter(cells(plan)))
-    assert _result(_Stub(PlanError("too few")), cell).error == "too few"  # type: ignore[arg-type]
+    few, full = _Stub(PlanError("too few")), _Stub(OutputError("the disk is full"))
+    (outcome,) = all_rows([Ask(few, "a", None)], InProcess())  # type: ignore[arg-type]
+    assert _result(cell, outcome).error == "too few"
     with pytest.raises(OutputError, match="full"):
-        _result(_Stub(OutputError("the disk is full")), cell)  # type: ignore[arg-type]
+        all_rows([Ask(full, "a", None)], InProcess())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("after", range(3))

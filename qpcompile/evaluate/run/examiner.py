@@ -1,4 +1,4 @@
-"""Rows on demand: cached rows are read from the output folder, others are computed and stored."""
+"""One model and one set of questions: computes rows, and knows which are stored (row_runner.py stores them)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Examiner:
         source: folder or hub name of a transformers model.
         exam: the questions.
         calibration: folder that samples are drawn from, or None for recipes that need none.
-        kept: the folder of stored rows; None stores none.
+        kept: the folder of stored rows; None: none are stored.
         device: where compiles compute; by default the processor.
     """
 
@@ -50,11 +50,8 @@ class Examiner:
         """The stored row, if there is one."""
         return None if self.kept is None else self.kept.get(self.id(recipe))
 
-    def row(self, name: str, recipe: Recipe | None) -> Row:
-        """The row of a recipe; of the model itself where it is None."""
-        found = self.known(recipe)
-        if found is not None:
-            return found.model_copy(update={"name": name})
+    def compute(self, name: str, recipe: Recipe | None) -> Row:
+        """Compute the row of a recipe; of the model itself where it is None. Stores nothing."""
         bench, started = self.bench, time.monotonic()
         if recipe is None:
             subject = Subject.full_precision(bench.model, bench.processor)
@@ -63,19 +60,15 @@ class Examiner:
             self.features.serve(compiled)
             subject = Subject.compiled(compiled, bench.processor)
         seconds = time.monotonic() - started
-        prompts = self.prompts
-        row = evaluate(
+        return evaluate(
             subject,
             self.exam,
-            prompts,
+            self.prompts,
             name=name,
             model=self.source,
             id=self.id(recipe),
             compile_seconds=seconds if recipe is not None else 0.0,
         )
-        if self.kept is not None:
-            self.kept.add(row)
-        return row
 
     @cached_property
     def _model(self) -> str:

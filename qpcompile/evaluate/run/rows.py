@@ -94,8 +94,11 @@ class RowFolder:
         self.write_tables()
 
     def write_tables(self) -> None:
-        """Rewrite the table over all rows: a run interrupted between a row and its table has left an older one."""
-        rows = [row.model_dump(mode="json") for row in self.rows.values()]
+        """Rewrite the table over all rows: a run interrupted between a row and its table has left an older one.
+
+        Sorted by id: rows come in any order from workers and from interrupted runs.
+        """
+        rows = [row.model_dump(mode="json") for _, row in sorted(self.rows.items())]
         replace_file(self.folder / "rows.json", _json(rows))
         replace_file(self.folder / "rows.csv", _csv(rows))
 

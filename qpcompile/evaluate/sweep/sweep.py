@@ -1,4 +1,4 @@
-"""Compute all rows of a sweep in one process; an interrupted sweep resumes."""
+"""Compute all rows of a sweep, in this process or on Ray; an interrupted sweep resumes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from qpcompile.errors import ArtifactError, OutputError, QPCompileError
+from qpcompile.errors import ArtifactError
 from qpcompile.evaluate.questions.data_sets import read_data
 from qpcompile.evaluate.run.evaluation import Exam, source_digest
 from qpcompile.evaluate.run.examiner import Examiner
+from qpcompile.evaluate.run.row_runner import Ask, InProcess, Outcome, RowRunner, all_rows
 from qpcompile.evaluate.run.rows import Row, RowFolder
 from qpcompile.evaluate.sweep.plan import Bed, Cell, SweepPlan, cells
 
@@ -30,11 +31,16 @@ class CellResult:
 
 
 def sweep(
-    plan: SweepPlan, out: Path, say: Callable[[str], None], device: torch.device | None = None
+    plan: SweepPlan,
+    out: Path,
+    say: Callable[[str], None],
+    device: torch.device | None = None,
+    runner: RowRunner | None = None,
 ) -> list[CellResult]:
     """Compute all rows of a plan, in `out`; `say` is called with each row and the remaining time.
 
-    device: where compiles compute; by default the processor.
+    device: where compiles compute; by default the processor. runner: where rows are computed; by default here. Results
+    have the plan's order, whichever row came first.
 
     A refused recipe (for example a share that a method's layers cannot reach) is a result without a row.
 
@@ -44,17 +50,14 @@ def sweep(
     kept = RowFolder(out)
     examiners = {bed.name: _examiner(plan, bed, kept, device) for bed in plan.beds}
     asked = list(cells(plan))
+    asks = [Ask(examiners[cell.bed.name], cell.name, cell.recipe) for cell in asked]
     # Equal recipes under different names, such as an ablation's base, share a row.
-    ids = {examiners[cell.bed.name].id(cell.recipe) for cell in asked}
+    ids = {ask.id for ask in asks}
     _check_sources([kept.rows[id] for id in sorted(ids & set(kept.rows))], out)
     clock = _Clock(len(ids - set(kept.rows)))
     say(f"{len(asked)} places in tables, {len(ids)} rows, {clock.missing} of them to compute")
-    results = []
-    for cell in asked:
-        is_new = examiners[cell.bed.name].known(cell.recipe) is None
-        results.append(_result(examiners[cell.bed.name], cell))
-        if is_new:
-            say(f"{clock.tick()}  {cell.name}: {_words(results[-1])}")
+    found = all_rows(asks, runner or InProcess(), lambda ask, row: say(f"{clock.tick()}  {ask.name}: {_words(row)}"))
+    results = [_result(cell, outcome) for cell, outcome in zip(asked, found, strict=True)]
     _check_sources([result.row for result in results if result.row is not None], out)
     kept.write_tables()
     return results
@@ -75,19 +78,14 @@ def _check_sources(rows: list[Row], out: Path) -> None:
         )
 
 
-def _result(examiner: Examiner, cell: Cell) -> CellResult:
-    try:
-        return CellResult(cell, examiner.row(cell.name, cell.recipe))
-    except OutputError:
-        raise  # a full disk is not a property of the recipe
-    except QPCompileError as error:
-        return CellResult(cell, None, error.what)
+def _result(cell: Cell, outcome: Outcome) -> CellResult:
+    return CellResult(cell, outcome) if isinstance(outcome, Row) else CellResult(cell, None, outcome.what)
 
 
-def _words(result: CellResult) -> str:
-    if result.row is None:
-        return f"not possible: {result.error}"
-    return f"{100 * result.row.accuracy:.1f} %, {result.row.mean_visual_tokens:.1f} tokens"
+def _words(outcome: Outcome) -> str:
+    if not isinstance(outcome, Row):
+        return f"not possible: {outcome.what}"
+    return f"{100 * outcome.accuracy:.1f} %, {outcome.mean_visual_tokens:.1f} tokens"
 
 
 def _examiner(plan: SweepPlan, bed: Bed, kept: RowFolder, device: torch.device | None) -> Examiner:
