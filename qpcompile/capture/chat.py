@@ -12,11 +12,12 @@ turn or refer to a missing picture; such text is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from qpcompile.errors import CalibrationError
+from qpcompile.errors import ArtifactError, CalibrationError
 from qpcompile.special_tokens import control_tokens, placeholders
 
 # A list of messages as `apply_chat_template` takes it: {"role": ..., "content": [parts]}.
@@ -26,6 +27,17 @@ Conversation = list[dict[str, Any]]
 def about_picture(picture: Image.Image, question: str) -> Conversation:
     """The conversation of one question about one picture."""
     return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+
+
+def need_processor(processor: Any, source: str | Path) -> Any:
+    """The processor, or an error that explains how a compiled model gets one."""
+    if processor is None:
+        raise ArtifactError(
+            "the compiled model has no processor, so pictures and questions cannot be turned into inputs",
+            where=str(source),
+            do="compile with processor=..., or from the folder of a model that has one",
+        )
+    return processor
 
 
 def chat_inputs(processor: Any, conversations: Sequence[Conversation], places: Sequence[str]) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from typing import Annotated
 
 import typer
 
-from qpcompile.capture.chat import about_picture, chat_inputs
+from qpcompile.capture.chat import about_picture, chat_inputs, need_processor
 from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.claims import claimed, refuse_places
 from qpcompile.cli import checkpoint, compare, talk, terminal
 from qpcompile.cli.checkpoint import COMPRESSED, Target
-from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact, need_processor
+from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact
 from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device, Offload, Overrides, RecipeName
 from qpcompile.cli.report import report_command, write_report
 from qpcompile.cli.terminal import note, quiet_libraries, told_as_text

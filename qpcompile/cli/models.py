@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpcompile.capture.chat import need_processor
 from qpcompile.cli import terminal
 from qpcompile.emit.artifact.folder_kind import refuse_onnx_folder
-from qpcompile.errors import ArtifactError
 from qpcompile.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -74,14 +74,3 @@ def open_model(source: str) -> tuple[Any, Any]:
         return load_model(source)
     compiled = load_artifact(source)
     return compiled, need_processor(compiled.processor, source)
-
-
-def need_processor(processor: Any, source: str | Path) -> Any:
-    """The processor, or an error that explains how a compiled model gets one."""
-    if processor is None:
-        raise ArtifactError(
-            "the compiled model has no processor, so pictures and questions cannot be turned into inputs",
-            where=str(source),
-            do="compile with processor=..., or from the folder of a model that has one",
-        )
-    return processor

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qpcompile.capture.chat import Conversation, chat_inputs
-from qpcompile.cli.models import load_artifact, need_processor
+from qpcompile.capture.chat import Conversation, chat_inputs, need_processor
+from qpcompile.cli.models import load_artifact
 from qpcompile.cli.options import ARTIFACT_HELP, Debug, Device
 from qpcompile.cli.terminal import note, told_as_text
 from qpcompile.errors import CalibrationError, InputError
@@ -102,7 +102,7 @@ def _serve(artifact: Path, host: str, port: int, device: str | None, **limits: A
     try:
         import uvicorn
 
-        from qpcompile.serve.app import Limits, create_app
+        from qpcompile.serve.application import Limits, create_app
     except ModuleNotFoundError as error:
         raise InputError(
             f"the package {error.name} is not installed",

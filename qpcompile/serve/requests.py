@@ -147,6 +147,12 @@ def conversation_of(request: ChatRequest, fetch: Fetch | None) -> Conversation:
     return made
 
 
+def failure_body(told: str, status: int) -> dict[str, Any]:
+    """The body of an error as OpenAI's clients read it. status: of HTTP."""
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return {"error": {"message": told, "type": kind, "param": None, "code": None}}
+
+
 def _picture(url: str, where: str, fetch: Fetch | None) -> Image.Image:
     if not url.startswith(_DATA):
         if fetch is None or not url.startswith(("http://", "https://")):

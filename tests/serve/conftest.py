@@ -20,7 +20,7 @@ from serve.counting import CountingModel, CountingProcessor
 
 import qpcompile
 from qpcompile.compiled import CompiledVLM
-from qpcompile.serve.app import Limits, create_app
+from qpcompile.serve.application import Limits, create_app
 
 BEDS = Path(__file__).resolve().parents[1] / "testbed"
 Start = Callable[..., str]

@@ -15,7 +15,7 @@ from serve.conftest import BEDS, as_uri, text_of
 
 from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.compiled import CompiledVLM
-from qpcompile.serve.app import Limits
+from qpcompile.serve.application import Limits
 
 QUESTIONS = read_questions(BEDS / "calibration" / "llava")[:32]
 Start = Callable[[SimpleNamespace, Limits], str]

@@ -101,7 +101,7 @@ def connected(address: str, say: Callable[[str], None]) -> Iterator[None]:
     else:
         options = {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         raise WorkerError(
             f"no Ray could be reached: {str(error).splitlines()[0]}",

@@ -1,4 +1,4 @@
-"""`qpcompile serve`: OpenAI's chat completions on one compiled model.
+"""OpenAI's chat completions on one compiled model: for `qpcompile serve`, and in each replica (replicas.py).
 
     POST /v1/chat/completions    with pictures as data URIs, streamed or whole
     GET  /v1/models              the one model
@@ -27,7 +27,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from qpcompile.errors import CalibrationError, InputError, QPCompileError
 from qpcompile.serve.engine import BusyError, Engine, Job, Piece
 from qpcompile.serve.fetch import fetch_picture
-from qpcompile.serve.requests import ChatRequest, conversation_of, settings_of
+from qpcompile.serve.requests import ChatRequest, conversation_of, failure_body, settings_of
 
 # Seconds between two looks at whether a client that waits for a whole answer is still there.
 LOOK = 0.5
@@ -57,7 +57,7 @@ class _Metrics:
 
 
 def create_app(model: Any, processor: Any, name: str, limits: Limits) -> FastAPI:
-    """The application. It ends by answering what is queued.
+    """The application. It ends by answering what is queued. Its `state.engine` is the Engine.
 
     Args:
         model: a compiled model.
@@ -75,6 +75,7 @@ def create_app(model: Any, processor: Any, name: str, limits: Limits) -> FastAPI
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="qpcompile", lifespan=lifespan)
+    app.state.engine = engine
     app.add_middleware(_LimitedBody, most=limits.most_bytes)
 
     @app.exception_handler(RequestValidationError)
@@ -182,7 +183,7 @@ class Answer:
                     return
                 if piece.error is not None:
                     self._count(500)
-                    yield f"data: {json.dumps(_failure('the answer failed; the server has logged why', 500))}\n\n"
+                    yield f"data: {json.dumps(failure_body('the answer failed; the server has logged why', 500))}\n\n"
                     return
                 if piece.text:
                     yield self._event({"content": piece.text}, None)
@@ -248,12 +249,7 @@ class _LimitedBody:
 
 def failure(status: int, told: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error as OpenAI's clients read it."""
-    return JSONResponse(_failure(told, status), status, headers)
-
-
-def _failure(told: str, status: int) -> dict[str, Any]:
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    return {"error": {"message": told, "type": kind, "param": None, "code": None}}
+    return JSONResponse(failure_body(told, status), status, headers)
 
 
 def _usage(piece: Piece) -> dict[str, int]:
