@@ -6,7 +6,7 @@ STAMP := .venv/installed
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
 
-.PHONY: demo testbed-real test test-js test-slow test-zoo test-asan test-newest test-newest-short newest test-lowest lowest \
+.PHONY: demo testbed-real test test-js test-ray test-slow test-zoo test-asan test-newest test-newest-short newest test-lowest lowest \
   test-gpu reliability bench bench-gpu lint docs site wheel clean
 
 demo: $(STAMP)
@@ -36,6 +36,11 @@ test-js: $(STAMP) tests/js/node_modules
 tests/js/node_modules: tests/js/package-lock.json
 	npm ci --prefix tests/js --ignore-scripts --no-audit --no-fund
 	touch $@
+
+# Rows on a Ray of two workers, and two replicas on Ray Serve, of each one killed on the way. Ray goes into .venv.
+test-ray: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ray]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -m "slow and not gpu" tests/evaluate/test_ray_cluster.py tests/serve/test_replicas.py
 
 # Every family of the installed transformers as a tiny random model, through every step: about an hour on two cores.
 # zoo-results/ keeps a file per family, so that an interrupted run goes on.

@@ -59,6 +59,7 @@ TESTED: dict[str, Tested] = {
     "fastapi": Tested("0.165.0", "0.165.0", extra="serve"),
     "uvicorn": Tested("0.54.0", "0.54.0", extra="serve"),
     "prometheus-client": Tested("0.26.0", "0.26.0", extra="serve"),
+    "ray": Tested("2.60.0", "2.60.0", extra="ray"),
     "compressed-tensors": Tested("0.15.0", "0.20.1", extra="compressed"),
     "triton": Tested("3.7.1", "3.9.0", extra="triton", answers=True),
 }
