@@ -64,4 +64,5 @@ def test_one_root() -> None:
         "ExportError",
         "OutputError",
         "InvariantError",
+        "WorkerError",
     }
