@@ -73,6 +73,8 @@ def measured(plan: SweepPlan, out: Path, count: int) -> tuple[float, float]:
     seconds = time.monotonic() - started
     write_sweep(plan, results, out, "tests/bench/ray_sweep.py")
     if count:
+        import ray
+
         ray.shutdown()
     return seconds, sum(psutil.Process().cpu_times()[:2]) - own + sum(used.values())
 

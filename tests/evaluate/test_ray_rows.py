@@ -20,6 +20,7 @@ from qpcompile.evaluate.run.evaluation import Exam, source_digest
 from qpcompile.evaluate.run.examiner import Examiner
 from qpcompile.evaluate.run.row_runner import Ask, InProcess, Outcome, RowRunner, Walk, all_rows, stored
 from qpcompile.evaluate.run.rows import Row, RowFolder
+from qpcompile.evaluate.search import search, table
 from qpcompile.recipe.recipe import Recipe
 from tests.evaluate.full_disk import contents
 from tests.evaluate.ray_stand_in import StandIn, forget, ray
@@ -117,6 +118,17 @@ def test_a_walk_may_ask_for_several_rows(rows: ModuleType, ray: StandIn) -> None
     found = on_ray(rows).run([walk(first, second), walk(), walk(third)])
     assert found == InProcess().run([walk(first, second), walk(), walk(third)])
     assert found == [["row 0.3", "row 0.4"], [], ["row 0.6"]]
+
+
+def test_a_search_finds_the_same(rows: ModuleType, ray: StandIn) -> None:
+    examiner = asks(None, None)[0].examiner
+    ray.losses = {"W4A4KV16 at 0.4": 1}
+    expected, found = (
+        table(search(examiner, Recipe.load("quota-30"), 0.97, lambda text: None, runner))
+        for runner in (InProcess(), on_ray(rows))
+    )
+    assert found == expected and found.count("chosen") == 1
+    assert ray.order[1].startswith("16 bit") and ray.order[-1].startswith("W4A4KV4 at"), "rungs go side by side"
 
 
 def test_a_full_disk_ends_all_rows(rows: ModuleType, ray: StandIn) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 from qpcompile.errors import OutputError, QPCompileError
@@ -29,7 +30,7 @@ class Ask:
     name: str
     recipe: Recipe | None
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The id of the row."""
         return self.examiner.id(self.recipe)
