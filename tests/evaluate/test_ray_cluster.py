@@ -60,9 +60,15 @@ def rows_of(folder: Path) -> dict[str, str]:
 
 def workers() -> list[psutil.Process]:
     """Workers of this process's Ray that compute a row."""
-    return [
-        each for each in psutil.Process().children(recursive=True) if "ray::qpcompile row" in " ".join(each.cmdline())
-    ]
+    return [each for each in psutil.Process().children(recursive=True) if "ray::qpcompile row" in title(each)]
+
+
+def title(process: psutil.Process) -> str:
+    """The command line of a process; empty if it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 @pytest.mark.slow

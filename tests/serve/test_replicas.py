@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,15 @@ def replicas(model: CompiledVLM, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def processes() -> list[psutil.Process]:
-    """The replicas' processes."""
-    every = psutil.Process().children(recursive=True)
-    titles = {each.pid: " ".join(each.cmdline()) for each in every}
-    return [each for each in every if "ray::ServeReplica:" in titles[each.pid] and "initialize" not in titles[each.pid]]
+    """The replicas' processes that answer."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        # Any of them may end meanwhile.
+        with suppress(psutil.Error):
+            title = " ".join(each.cmdline())
+            if "ray::ServeReplica:" in title and "initialize" not in title:
+                found.append(each)
+    return found
 
 
 @pytest.mark.slow

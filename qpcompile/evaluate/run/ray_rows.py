@@ -102,9 +102,9 @@ def connected(address: str, say: Callable[[str], None]) -> Iterator[None]:
         options = {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except Exception as error:
         raise WorkerError(
-            f"no Ray could be reached: {str(error).splitlines()[0]}",
+            f"no Ray could be reached: {(str(error) or type(error).__name__).splitlines()[0]}",
             where=f"--ray {address}",
             do="name the address of a running cluster (ray start --head prints it), or `local`",
         ) from error
