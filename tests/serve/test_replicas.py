@@ -134,11 +134,13 @@ def replicas(model: CompiledVLM, tmp_path_factory: pytest.TempPathFactory) -> It
         port = free.getsockname()[1]
     made = app({"folder": str(folder), "replicas": 2, "max_tokens": TOKENS})
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(made, name="qpcompile", blocking=False)
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    ray.shutdown()
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(made, name="qpcompile", blocking=False)
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
+    finally:
+        ray.shutdown()
 
 
 def processes() -> list[psutil.Process]:
