@@ -110,7 +110,7 @@ def connected(address: str, say: Callable[[str], None]) -> Iterator[None]:
         ) from error
     try:
         found = ray.cluster_resources()
-        say(f"Ray: {len(_nodes())} machines, {found.get('CPU', 0):g} CPUs, {found.get('GPU', 0):g} GPUs")
+        say(f"Ray: machines {len(_nodes())}, CPUs {found.get('CPU', 0):g}, GPUs {found.get('GPU', 0):g}")
         yield
     finally:
         ray.shutdown()
