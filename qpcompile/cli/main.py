@@ -192,8 +192,10 @@ def export_command(
                 asked = Recipe.load(recipe).with_overrides(overrides or [])
                 compiled = compile_told(source, asked, data, device=device)
             # Some families need a vision graph for each size of picture: that of the first questions.
-            asked_first = [] if data is None else read_questions(data)[:CHECKED]
-            checked = [question_inputs(compiled.processor, [question]) for question in asked_first]
+            checked = []
+            if data is not None:
+                processor = need_processor(compiled.processor, source)
+                checked = [question_inputs(processor, [question]) for question in read_questions(data)[:CHECKED]]
             compiled.export_onnx(folder, check=checked, fast=fast, target=target)
         note(f"wrote {shown(output)}; how to ask it: {shown(output)}/README.md")
 

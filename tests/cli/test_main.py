@@ -58,8 +58,9 @@ class Recorder:
         self.drawn, self.measured = samples, measured
         self.calls.append(("report", Path(path).name))
 
-    def export_onnx(self, folder: Path, fast: bool = False, target: str | None = None) -> None:
+    def export_onnx(self, folder: Path, check: Any, fast: bool = False, target: str | None = None) -> None:
         self.calls.append(("onnx", Path(folder).name))
+        self.checked = [inputs["input_ids"].shape[0] for inputs in check]
 
     def graph_text(self, stage: str) -> str:
         return f"graph {stage}\n"
@@ -272,9 +273,21 @@ def test_export_of_a_compiled_folder(recorder: Recorder, tmp_path: Path) -> None
     (folder / "graph").mkdir(parents=True)
     result = invoke("export", folder, "--output", tmp_path / "onnx")
     assert result.exit_code == 0 and recorder.calls == [("onnx", "onnx")] and recorder.asked == {}
+    assert recorder.checked == []
+
+
+def test_export_checks_the_first_questions(recorder: Recorder, tmp_path: Path) -> None:
+    folder = tmp_path / "compiled"
+    (folder / "graph").mkdir(parents=True)
+    refused = invoke("export", folder, "--data", DATA, "--output", tmp_path / "onnx")
+    assert refused.exit_code == 1 and "has no processor" in refused.output and recorder.calls == []
+    recorder.processor = AutoProcessor.from_pretrained(MODEL)
+    assert invoke("export", folder, "--data", DATA, "--output", tmp_path / "onnx").exit_code == 0
+    assert recorder.checked == [1] * 8
 
 
 def test_export_of_a_model_compiles_it_first(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.processor = AutoProcessor.from_pretrained(MODEL)
     result = invoke("export", MODEL, "--recipe", "prune-30", "--data", DATA, "--output", tmp_path / "onnx")
     assert result.exit_code == 0 and recorder.calls == [("onnx", "onnx")]
     assert recorder.asked["recipe"].tokens.keep == 0.3 and recorder.asked["calibration"] == DATA
