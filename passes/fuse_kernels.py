@@ -4,12 +4,13 @@
     layer_norm -> end                           becomes  qpcompile::layernorm_quantize
     silu(x), gelu(x), x * sigmoid(1.702 * x) [* up] -> end  becomes  qpcompile::activation_quantize
     anything else -> end                        becomes  qpcompile::transform_quantize
+    f(x) * up, x * sigmoid(1.702 * x)          becomes  qpcompile::activation, where nothing is quantized after it
     linear_int(...) + x                        becomes  qpcompile::linear_int(..., x)
     x * cos + cat(-x2, x1) * sin                becomes  qpcompile::rope
 
     end:  [-> kronecker | hadamard | * scale] [-> - shift] -> quantize_dynamic
 
-The first four compute in one type and round to float32 once before the transform and once after it (kernels/sums.py):
+The first five compute in one type and round to float32 once before the transform and once after it (kernels/sums.py):
 separate norms and products of float32 models may differ in the last bit; in half precision the intermediate roundings
 to bfloat16 or float16 disappear. A linear's result is rounded before the residual is added:
 the sum is bit-identical. Fused rotary embeddings are bit-identical for float32 models; half precision rounds once. A
@@ -29,12 +30,14 @@ from torch._ops import OpOverload
 from qpcompile.ir.edit import aten, call, calls, is_call, operands, tidy
 from qpcompile.ir.near_miss import NEAR_MISSES, NearMiss
 from qpcompile.ir.operators import (
+    ACTIVATION,
     ACTIVATION_QUANTIZE,
     HADAMARD,
     KRONECKER,
     LAYERNORM_QUANTIZE,
     LINEAR_INT,
     QUANTIZE_DYNAMIC,
+    QUANTIZERS,
     RMSNORM,
     RMSNORM_QUANTIZE,
     ROPE,
@@ -165,6 +168,8 @@ def _producer(source: fx.Node) -> tuple[OpOverload, Sequence[Any]] | str:
         if norm["weight"] is None or norm["bias"] is None:
             return f"{source.name} has no weight or no bias"
         return LAYERNORM_QUANTIZE, [norm[name] for name in ("input", "weight", "bias", "eps")]
+    if is_call(source, ACTIVATION):
+        return ACTIVATION_QUANTIZE, source.args
     if found := _activation(source):
         return ACTIVATION_QUANTIZE, (found[1], None, found[0])
     return _gate(source) if is_call(source, aten.mul.Tensor) else ""
@@ -198,6 +203,25 @@ def _activation(node: fx.Node) -> tuple[str, fx.Node] | None:
             if is_call(inner, aten.mul.Tensor) and len(inner.users) == 1 and tuple(inner.args) == (x, SLOPE):  # type: ignore[union-attr]
                 return "gelu_sigmoid", x  # type: ignore[return-value]
     return None
+
+
+def _fuse_activation(graph: Graph, product: fx.Node) -> tuple[fx.Node | None, str]:
+    """Fuse a gated product, or an activation function of several operators. Returns as `_fuse_rope`."""
+    found = _gate(product) if product.users else ""
+    if isinstance(found, str):
+        plain, readers = _activation(product), list(product.users)
+        # The function of a gate is fused with the gate.
+        inner = len(readers) == 1 and is_call(readers[0], aten.mul.Tensor) and not isinstance(_gate(readers[0]), str)
+        if plain is None or inner or not readers:
+            # What a quantizer is not fused with is reported there.
+            return None, "" if any(is_call(reader, *QUANTIZERS) for reader in readers) else found
+        found = ACTIVATION_QUANTIZE, (plain[1], None, plain[0])
+    _, (x, up, function) = found
+    if value(x).dtype not in FUSED_TYPES:
+        return None, f"{x.name} is {value(x).dtype}"
+    new = call(graph, product, ACTIVATION, x, up, function, like=product)
+    product.replace_all_uses_with(new)
+    return new, ""
 
 
 def _fuse_residual(graph: Graph, add: fx.Node) -> tuple[fx.Node | None, str]:
@@ -291,6 +315,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 REWRITES = (
     (_fuse, (QUANTIZE_DYNAMIC, TRANSFORM_QUANTIZE)),
+    (_fuse_activation, (aten.mul.Tensor,)),
     (_fuse_rope, (aten.add.Tensor,)),
     (_fuse_residual, (aten.add.Tensor,)),
 )

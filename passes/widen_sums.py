@@ -23,6 +23,7 @@ from qpcompile.ir.convolutions import CONVOLUTIONS, cuts_patches
 from qpcompile.ir.edit import aten, call, calls, is_call, tidy
 from qpcompile.ir.numerics import check_numerics
 from qpcompile.ir.operators import (
+    ACTIVATION,
     ACTIVATION_QUANTIZE,
     ATTENTION_KV,
     HADAMARD,
@@ -53,7 +54,7 @@ FUNCTIONS = (
 
 ROWS: dict[object, int] = {
     **dict.fromkeys((TRANSFORM_QUANTIZE, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, HADAMARD, KRONECKER, ATTENTION_KV), 1),
-    ACTIVATION_QUANTIZE: 2,
+    **dict.fromkeys((ACTIVATION, ACTIVATION_QUANTIZE), 2),
     **dict.fromkeys((ROPE_KV_WRITE, ROPE_KV_APPEND), 3),
 }
 """Operators of ours that compute in the type of their first operands, and how many those are; others keep theirs."""

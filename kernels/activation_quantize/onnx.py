@@ -40,11 +40,16 @@ def activation_quantize(
 ) -> tuple[Any, Any]:
     """x, up: f[..., C] -> q: i8[..., C], scale: f32[..., G]."""
     assert x.shape is not None
+    values = gated(x, up, function)
+    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio, bits)
+
+
+def gated(x: Any, up: Any, function: str) -> Any:
+    """x, up: f[..., C] -> f32[..., C], rounded once: f(x), or f(x) * up."""
     wide = wide_type(x)
     values = activation(op.Cast(x, to=wide), function, wide)
     values = values if up is None else op.Mul(values, op.Cast(up, to=wide))
-    values = op.Cast(values, to=ir.DataType.FLOAT)
-    return quantized(values, x, transform_scale, rotate, left, right, shift, group_size, clip_ratio, bits)
+    return op.Cast(values, to=ir.DataType.FLOAT)
 
 
 def activation(x: Any, function: str, wide: ir.DataType) -> Any:

@@ -43,9 +43,9 @@ typedef struct {
     int kind;           /* an index into rows_of, of `enum kind` */
     int element;        /* of the rows */
     int weight_element; /* of weight and bias */
-    int rounded;        /* BFLOAT16: intermediate results are rounded as between the graph's operators */
+    int rounded;        /* BFLOAT16: a norm is rounded before it is multiplied by its weight */
 } rows_plan;
-enum kind { PLAIN, RMSNORM, LAYERNORM, SILU, GELU, GELU_TANH, GELU_SIGMOID, SILU_THEN_MUL, SIGMOID_MUL };
+enum kind { PLAIN, RMSNORM, LAYERNORM, SILU, GELU, GELU_TANH, GELU_SIGMOID };
 
 /* Rounds to bfloat16 precision, to nearest even. */
 INLINE void round_row(float *values, int element, long n) {

@@ -19,10 +19,10 @@ from qpcompile.kernels.native.library import call, library, real
 from qpcompile.kernels.quantize_dynamic.reference import group_count, highest
 from qpcompile.kernels.row_stride import in_rows
 
-Gate = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu_then_mul", "sigmoid_mul"]
+Gate = Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid"]
 Kind = Literal["plain", "rmsnorm", "layernorm"] | Gate
-GATES: tuple[Gate, ...] = ("silu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu_then_mul", "sigmoid_mul")
-"""Kinds that start with an elementwise function, which is a table lookup for bfloat16."""
+GATES: tuple[Gate, ...] = ("silu", "gelu", "gelu_tanh", "gelu_sigmoid")
+"""Activation functions, which are table lookups for bfloat16."""
 KINDS: tuple[Kind, ...] = ("plain", "rmsnorm", "layernorm", *GATES)
 """In the order of rows_of in rows.inc."""
 
@@ -34,12 +34,12 @@ class RowPlan:
     kind: how a row is computed; defined in the operators' `cpu.inc`.
     dtype, channels: of the rows; float32, bfloat16, or float64 for rows computed in it.
     weight, bias: f[C] of a norm.
-    constant: the epsilon of a norm, the factor of sigmoid_mul.
+    constant: the epsilon of a norm.
     scale: f32[C], applied before the basis change.
     factors: f32[A, A] and f32[c, c] with A c = C, or True for the Hadamard rotation.
     shift: f32[C], subtracted after it.
     bits: of the codes.
-    as_graph: round between the fused operators like the graph does (half precision).
+    as_graph: round a norm in half precision before it is multiplied by its weight, as the operator rmsnorm does.
     level: the instruction set, None for the best one.
     arguments: those of the function in C.
     """
@@ -76,7 +76,7 @@ class RowPlan:
         on_tiles = left is not None and self.dtype == torch.bfloat16 and self.level is None
         tiles = _tiles(left, right) if on_tiles else None
         looked_up = self.kind in GATES and self.dtype == torch.bfloat16 and self.level is None
-        gates = _gates(self.kind, self.constant, self.as_graph) if looked_up else None
+        gates = _gates(self.kind) if looked_up else None
         element = ELEMENTS.get(self.dtype, OTHER)
         rounded = element if self.as_graph else ELEMENTS[torch.float32]
         return (
@@ -126,11 +126,11 @@ def rotation(channels: int, on_tiles: bool) -> tuple[Tensor, Tensor, Tensor | No
 
 
 @functools.cache
-def _gates(kind: Kind, constant: float, as_graph: bool) -> Tensor:
-    """f32[65536], the gate function tabulated over every bfloat16, bit-identical to the direct computation."""
-    gates, rounded = torch.empty(2**16), ELEMENTS[torch.bfloat16 if as_graph else torch.float32]
-    sizes = 0, 0, 0, 0, KINDS.index(kind), ELEMENTS[torch.bfloat16], rounded
-    call("gates_f32", gates, *[None] * 8, *sizes, 0, constant, 0.0)
+def _gates(kind: Kind) -> Tensor:
+    """f32[65536], the function tabulated over every bfloat16, bit-identical to the direct computation."""
+    gates = torch.empty(2**16)
+    sizes = 0, 0, 0, 0, KINDS.index(kind), ELEMENTS[torch.bfloat16], ELEMENTS[torch.float32]
+    call("gates_f32", gates, *[None] * 8, *sizes, 0, 0.0, 0.0)
     return gates
 
 

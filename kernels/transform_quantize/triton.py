@@ -89,7 +89,7 @@ def rows_kernel(
     HIGHEST: tl.constexpr,
 ) -> None:
     """x, up: f[T, C], x_stride and up_stride from token to token -> y: i8[T, C] and token_scale: f32[T] (CODES), or
-    y: f32[T, C].
+    y: f[T, C].
 
     weight, bias: f[C], scale, shift: f32[C]. CHANGE: none, rotated (left: `inner_factor`) or factors (left: f32[FILLED,
     FILLED], right: f32[INNER, INNER]). FILLED: the rows of the tile that hold channels. Program (t, p): part p of its
@@ -128,7 +128,7 @@ def rows_kernel(
         tl.store(y_ptr + token * C + channel, codes, mask=here)
         tl.store(token_scale_ptr + token, scale, mask=token < T)
     else:
-        tl.store(y_ptr + token * C + channel, y, mask=here)
+        tl.store(y_ptr + token * C + channel, y.to(y_ptr.dtype.element_ty), mask=here)
 
 
 def transform_quantize(x: Tensor, *epilogue: *EpilogueArguments) -> tuple[Tensor, Tensor]:
@@ -140,12 +140,17 @@ def rows_quantize(rows: Rows, end: Epilogue) -> tuple[Tensor, Tensor]:
     """Computed rows [..., C] -> q: i8[..., C], scale: f32[..., G]."""
     tiling = _tiling(rows, end)
     if tiling is None:
-        values = _launch(rows, Epilogue(), plain_tiling(rows.x.shape[-1]), False)[0]
+        values = _launch(rows, Epilogue(), plain_tiling(rows.x.shape[-1]), torch.float32)[0]
         return quantize_dynamic(_through_memory(values, end), end.group_size, end.clip_ratio, end.bits)
     if end.group_size or tiling.parts > 1:
-        values = _launch(rows, end, tiling, False)[0]
+        values = _launch(rows, end, tiling, torch.float32)[0]
         return quantize_dynamic(values, end.group_size, end.clip_ratio, end.bits)
-    return _launch(rows, end, tiling, True)
+    return _launch(rows, end, tiling, torch.int8)
+
+
+def rows_stored(rows: Rows) -> Tensor:
+    """Computed rows [..., C] -> f[..., C] in the type of `rows.x`."""
+    return _launch(rows, Epilogue(), plain_tiling(rows.x.shape[-1]), rows.x.dtype)[0]
 
 
 def _tiling(rows: Rows, end: Epilogue) -> Tiling | None:
@@ -168,11 +173,11 @@ def _through_memory(values: Tensor, end: Epilogue) -> Tensor:
     return values if end.shift is None else values - end.shift
 
 
-def _launch(rows: Rows, end: Epilogue, tiling: Tiling, codes: bool) -> tuple[Tensor, Tensor]:
-    """Codes and scales, or f32[..., C] and undefined scales."""
+def _launch(rows: Rows, end: Epilogue, tiling: Tiling, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes (int8) and scales, or dtype[..., C] and undefined scales."""
     x = in_rows(rows.x)
     up = x if rows.up is None else in_rows(rows.up)
-    y = torch.empty(x.shape, dtype=torch.int8 if codes else torch.float32, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     if scale.numel():
         change = "factors" if end.left is not None else "rotated" if end.rotate else "none"
@@ -183,6 +188,6 @@ def _launch(rows: Rows, end: Epilogue, tiling: Tiling, codes: bool) -> tuple[Ten
             row_stride(up), rows.eps, end.clip_ratio, norm_of(tiling.channels), rows.kind, change,
             odd_factor(tiling.channels), *tiling.shape,
             tiling.filled, tiling.parts, rows.up is not None, end.transform_scale is not None, end.shift is not None,
-            codes, highest(end.bits), num_warps=tiling.warps, num_stages=1, enable_fp_fusion=False,
+            dtype == torch.int8, highest(end.bits), num_warps=tiling.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
     return y, scale

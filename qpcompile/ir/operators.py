@@ -14,6 +14,7 @@ SPECS: tuple[Spec, ...] = read_specs()
 
 # Operators referred to by passes.
 ours = torch.ops.qpcompile
+ACTIVATION = ours.activation.default
 ACTIVATION_QUANTIZE = ours.activation_quantize.default
 ATTENTION_KV = ours.attention_kv.default
 ATTENTION_RECEIVED = ours.attention_received.default

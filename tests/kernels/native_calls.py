@@ -153,7 +153,7 @@ def change_tiles_amx() -> Arguments:
 def rows() -> Arguments:
     tensors = {"x": torch.randn(3, 50)[:, 26:], "second": torch.randn(3, 40)[:, 16:]}
     tensors |= {"q": _i8(3, 24), "scale": torch.rand(3, 2)}
-    return {**tensors, "y": None, "rows": 3, **_plan(kind=7)}
+    return {**tensors, "y": None, "rows": 3, **_plan(kind=3)}
 
 
 def norm_rows() -> Arguments:

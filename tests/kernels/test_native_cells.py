@@ -17,7 +17,7 @@ from qpcompile.kernels.native.tape import Tape
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.library().problem or "compiled")
 LEVELS = range(native.library().level + 1)
-OPTIONAL = {"center", "bias", "mask", "residual", "transform_scale", "shift"}
+OPTIONAL = {"center", "bias", "mask", "residual", "second", "transform_scale", "shift"}
 FREE = {"rounded", "element"}
 """Numbers of which none is wrong, or that say how others are read."""
 ROOMY = {"at", "kind", "room", "keys", "group_size"}

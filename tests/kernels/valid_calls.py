@@ -53,6 +53,7 @@ BUDGET = torch.full((B,), 2)
 SEGMENTS = torch.tensor([0, 2, S])
 
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "activation": lambda: (real(B, ROWS, C), real(B, ROWS, C), "gelu"),
     "activation_quantize": lambda: (real(B, ROWS, C), real(B, ROWS, C), "gelu", *epilogue()),
     "attention_kv": lambda: (real(B, H, ROWS, D), *cache(4), *cache(8), None, 0.3, 4, 8, torch.tensor([S])),
     "attention_received": lambda: (real(B, H, S, D), real(B, HKV, S, D), None, 0.3, False),

@@ -141,6 +141,12 @@ def layernorm_quantize(draw: Draw) -> Arguments:
     return {"x": made["x"], "weight": made["weight"], "bias": torch.randn_like(made["weight"]), **tail}
 
 
+def activation(draw: Draw) -> Arguments:
+    rows, channels = _rows(draw)
+    x = _f(draw, rows, channels)
+    return {"x": x, "up": draw.choice((None, torch.randn_like(x))), "function": draw.choice(FUNCTIONS)}
+
+
 def activation_quantize(draw: Draw) -> Arguments:
     rows, channels = _rows(draw)
     x = _f(draw, rows, channels)
@@ -371,6 +377,7 @@ def conv2d(draw: Draw) -> Arguments:
 
 OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
     **{each.__name__: each for each in (attention_kv, attention_received, dpp_select, farthest_tokens, fuse_risk)},
+    activation.__name__: activation,
     activation_quantize.__name__: activation_quantize,
     **{each.__name__: each for each in (expert_linear, gated_delta)},
     **{each.__name__: each for each in (hadamard, kronecker, kv_read, kv_write, layernorm_quantize)},

@@ -1,8 +1,7 @@
 """Bind the graphs of a program to CPU kernels, called directly without torch's dispatcher.
 
-If the C kernels are compiled (kernels/native/library.py), chains of row operators are fused into one call
-(row_chains.py) and linears read their weight in 4 bits. If not, the weight is unpacked once, since torch would do it on
-every call:
+If the C kernels are compiled (kernels/native/library.py), row operators are bound to their weights (row_plans.py) and
+linears read theirs in 4 bits. If not, the weight is unpacked once, since torch would do it on every call:
 
     %y = qpcompile::linear_int(%q, %s, @w, @w_scale, @b, f32, 4)      @w: u8[N, ceil(K / 2)]
       -> %y = linear_unpacked(%q, %s, @w_codes, @w_scale, @b, f32, 4)  @w_codes: i8[N, K], unpacked here
@@ -29,7 +28,7 @@ from qpcompile.ir.program import DECODE, Graph, Program
 from qpcompile.kernels.linear_int.cpu import linear_unpacked
 from qpcompile.kernels.linear_int.packing import unpack_int4
 from qpcompile.kernels.native import library as native
-from qpcompile.runtime.cpu.row_chains import join_rows
+from qpcompile.runtime.cpu.row_plans import bind_rows
 from qpcompile.runtime.cpu.tape import TapedDecode
 from qpcompile.runtime.cpu.torch_operators import FASTER
 from qpcompile.runtime.growing_cache import GrowingCaches, grow_in_place
@@ -90,7 +89,7 @@ def _bound(graph: Graph, codes: Codes, caches: GrowingCaches) -> Graph:
         module.recompile()
         return bound
     if native.available():
-        join_rows(bound)
+        bind_rows(bound)
     else:
         for node in list(calls(bound, LINEAR_INT)):
             _unpack(module, node, codes)

@@ -32,7 +32,7 @@ from qpcompile.ir.types import BATCH, UNKNOWN, ValueType, value_types
 from qpcompile.kernels.attention_kv.cpu import attention_kv
 from qpcompile.kernels.native import library as native
 from qpcompile.kernels.native.tape import Tape
-from qpcompile.runtime.cpu.row_chains import IS_ROWS
+from qpcompile.runtime.cpu.row_plans import IS_ROWS
 from qpcompile.runtime.growing_cache import GrowingCaches
 
 KERNELS: tuple[Any, ...] = tuple(spec.cpu for spec in SPECS if spec.taped)

@@ -12,7 +12,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from kernels.compiled.sass import Compiled, compiled
 
-from qpcompile.kernels.hadamard.triton import Tiling, hadamard_kernel, norm_of, odd_factor, rotated_tiling
+from qpcompile.kernels.hadamard.triton import (
+    Tiling,
+    hadamard_kernel,
+    norm_of,
+    odd_factor,
+    plain_tiling,
+    rotated_tiling,
+)
 from qpcompile.kernels.kronecker.triton import factor_tiling
 from qpcompile.kernels.transform_quantize.triton import rows_kernel
 
@@ -80,6 +87,13 @@ def test_gate_elsewhere(arch: int) -> None:
     assert code.shared <= SHARED[arch]
     # Without Hopper's products 16 warps exceed 128 registers: 91 and 123 accesses to spilled values.
     assert code.spills <= 130
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_gate_without_a_quantizer(arch: int) -> None:
+    constants = {"KIND": "silu", "CHANGE": "none", "GATED": True, "CODES": False}
+    code = code_of(rows_kernel, ROWS | {"y_ptr": "*bf16"}, plain_tiling(11008), arch, **constants)
+    assert code.spills == 0 and code.shared <= SHARED[arch]
 
 
 @pytest.mark.parametrize("kind", ["plain", "rmsnorm", "silu"])

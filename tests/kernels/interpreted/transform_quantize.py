@@ -13,7 +13,7 @@ from qpcompile.kernels.layernorm_quantize.reference import layernorm
 from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 from qpcompile.kernels.rmsnorm_quantize.reference import rmsnorm
 from qpcompile.kernels.transform_quantize.reference import Epilogue
-from qpcompile.kernels.transform_quantize.triton import Rows, rows_quantize
+from qpcompile.kernels.transform_quantize.triton import Rows, rows_quantize, rows_stored
 
 EPS = 1e-5
 KINDS = ("plain", "rmsnorm", "layernorm", "silu", "gated silu", "gelu", "gelu_tanh", "gelu_sigmoid")
@@ -79,6 +79,22 @@ def test_half_types(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("kind", "channels"), WIDE)
 def test_widths_of_models(kind: str, channels: int, change: str) -> None:
     check(*rows_of(kind, 2, channels), epilogue_of(channels, change, shifted=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "channels"), [(0, 96), (1, 63), (17, 96), (2, 11008)])
+def test_activations_are_stored(tokens: int, channels: int, dtype: torch.dtype) -> None:
+    """qpcompile::activation: in the type of its operand, which may be a view."""
+    for kind in ("silu", "gated silu", "gated gelu", "gelu_sigmoid"):
+        rows, values = rows_of(kind, tokens, channels, dtype)
+        found = rows_stored(rows)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, values.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    gate, up = (torch.randn(3, 5, 2 * 96) * 5).to(dtype).split(96, dim=-1)
+    expected = activation(gate, up, "silu").to(dtype)
+    torch.testing.assert_close(
+        rows_stored(Rows("silu", gate, up)), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+    )
 
 
 def test_far_ends_of_activations() -> None:

@@ -32,6 +32,7 @@ from qpcompile.emit.onnx.wrap import Part
 from qpcompile.errors import ExportError
 from qpcompile.ir.edit import aten, get_tensor, is_call, set_tensor
 from qpcompile.ir.operators import (
+    ACTIVATION,
     ACTIVATION_QUANTIZE,
     HADAMARD,
     KRONECKER,
@@ -134,6 +135,10 @@ def _narrow(part: Part) -> None:
 
 def _float_activations(part: Part) -> None:
     """Make linear layers read the inputs of their quantizers."""
+    for node in calls(part, ACTIVATION):
+        gate = _gated(part, node, *node.args)
+        gate.meta["val"] = value(node)
+        node.replace_all_uses_with(gate)
     sources: dict[fx.Node, fx.Node | None] = {}
     for node in calls(part, LINEAR_INT):
         codes, _, weight, weight_scale, bias, dtype, _, *residual = node.args
@@ -169,9 +174,8 @@ def _unquantized(part: Part, pair: fx.Node) -> fx.Node | None:
         assert isinstance(x, fx.Node)
         y = put(part, pair, aten.layer_norm.default, x, [value(x).shape[-1]], weight, bias, eps, like=pair)
     elif is_call(pair, ACTIVATION_QUANTIZE):
-        x, up, function, *epilogue = args
-        y = _activation(part, pair, x, function)
-        y = y if up is None else put(part, pair, aten.mul.Tensor, y, up, like=pair)
+        *gate, epilogue = *args[:3], args[3:]
+        y = _gated(part, pair, *gate)
     elif is_call(pair, TRANSFORM_QUANTIZE):
         y, *epilogue = args
     else:
@@ -184,6 +188,12 @@ def _unquantized(part: Part, pair: fx.Node) -> fx.Node | None:
     elif scale is not None:
         y = put(part, pair, aten.mul.Tensor, y, scale, like=pair)
     return y if shift is None else put(part, pair, aten.sub.Tensor, y, shift, like=pair)  # type: ignore[return-value]
+
+
+def _gated(part: Part, before: fx.Node, x: Any, up: Any, function: Any) -> fx.Node:
+    """f(x), or f(x) * up, in torch's operators."""
+    y = _activation(part, before, x, function)
+    return y if up is None else put(part, before, aten.mul.Tensor, y, up, like=before)
 
 
 def _activation(part: Part, before: fx.Node, x: Any, function: Any) -> fx.Node:
