@@ -32,6 +32,10 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[..., Any]], ...] = (
     (re.compile(r"ceil\((\w+)/2\)"), lambda size: (size + 1) // 2),
     (re.compile(r"bytes\((\w+), (\w+)\)"), lambda size, bits: (size * bits + 7) // 8),
     (re.compile(r"groups\((\w+), (\w+)\)"), lambda size, group: size // group if group else 1),
+    (
+        re.compile(r"groups\((\w+)\*(\w+), (\w+)\)"),
+        lambda left, right, group: left * right // group if group else 1,
+    ),
     (re.compile(r"(\w+)\*(\w+)"), lambda left, right: left * right),
     (re.compile(r"(\w+)\+(\w+)"), lambda left, right: left + right),
 )

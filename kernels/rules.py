@@ -12,7 +12,7 @@ None; several forms of one operand are a tuple:
 
     types   f (f16, bf16, f32, f64), i (i32, i64), f32, u8, ..., several with |; =name for the type of that operand
     sizes   a number; a name, which is one number wherever it occurs; N|1; ceil(K/2); A*c; P+S; bytes(D, bits);
-            groups(C, group_size)
+            groups(C, group_size); groups(A*c, group_size)
     ...     leading sizes, the same wherever they occur; ~... sizes that broadcast to them; *... any
 
 Any other operand is a `Scalar`. A named size is at least 1 unless listed in `empty`: no rows in, no rows out.

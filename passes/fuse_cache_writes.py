@@ -8,6 +8,9 @@
     decode: cat([%past, ...], 2) of the four parts           %w = rope_kv_append(..., %past, ...)
     of the cache as well
 
+    decode: attention_kv on these and the quantizer of       %w = attention_step(..., %past, ..., %mask, ...)
+    its heads as well
+
 Without rotary embeddings that queries and keys share, only the rotation is fused, and without the rotation only the
 embeddings. Results are bit-identical for float32 models; in half precision they round where the separate operators do.
 A value with another reader is not fused.
@@ -28,6 +31,7 @@ from qpcompile.ir.near_miss import NearMiss, note_misses
 from qpcompile.ir.operators import ATTENTION_KV, HADAMARD, KV_WRITE, ROPE, ROPE_KV_APPEND, ROPE_KV_WRITE
 from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.shapes import value
+from qpcompile.passes.attention_steps import fuse_step
 from qpcompile.stages import Stage
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +48,7 @@ class FuseCacheWrites:
 
     name: ClassVar[str] = "fuse_cache_writes"
     purpose: ClassVar[str] = (
-        "Fuse rotary embedding, rotation and codes of an attention's new tokens, and their append to the cache."
+        "Fuse rotary embedding, rotation and codes of new tokens, in decode with append, attention and its quantizer."
     )
     needs: ClassVar[Stage] = "fused"
     gives: ClassVar[Stage] = "fused"
@@ -62,6 +66,8 @@ class FuseCacheWrites:
                     changed = True
                 except _MissError as reason:
                     missed.append(NearMiss(graph.name, attention.name, str(reason)))
+            for attention in list(calls(graph, ATTENTION_KV)):
+                changed |= fuse_step(graph, attention)
             tidy(graph)
         note_misses(program, missed)
         return changed

@@ -26,6 +26,7 @@ from qpcompile.ir.operators import (
     ACTIVATION,
     ACTIVATION_QUANTIZE,
     ATTENTION_KV,
+    ATTENTION_STEP,
     HADAMARD,
     KRONECKER,
     LAYERNORM_QUANTIZE,
@@ -55,7 +56,7 @@ FUNCTIONS = (
 ROWS: dict[object, int] = {
     **dict.fromkeys((TRANSFORM_QUANTIZE, RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, HADAMARD, KRONECKER, ATTENTION_KV), 1),
     **dict.fromkeys((ACTIVATION, ACTIVATION_QUANTIZE), 2),
-    **dict.fromkeys((ROPE_KV_WRITE, ROPE_KV_APPEND), 3),
+    **dict.fromkeys((ROPE_KV_WRITE, ROPE_KV_APPEND, ATTENTION_STEP), 3),
 }
 """Operators of ours that compute in the type of their first operands, and how many those are; others keep theirs."""
 

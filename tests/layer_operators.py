@@ -9,18 +9,14 @@ from qpcompile.ir.edit import layer_of
 from qpcompile.ir.program import Graph
 from qpcompile.ir.text import target_text
 
-LAYER = Counter(
-    rmsnorm_quantize=2,
-    activation_quantize=1,
-    transform_quantize=1,
-    linear_int=4,
-    attention_kv=1,
-)
-"""Operators of a decoder layer of every preset with integer products; one more is for the cache."""
-PLAIN_LAYER = LAYER - Counter(transform_quantize=1) + Counter(quantize_dynamic=1)
+LAYER = Counter(rmsnorm_quantize=2, activation_quantize=1, linear_int=4)
+"""Operators of a decoder layer of every preset with integer products; the others are attention's."""
+PROMPT = Counter(rope_kv_write=1, attention_kv=1, transform_quantize=1)
+"""Attention's in prefill: rotary embedding, rotation and codes; attention; quantizer. A layer has ten operators."""
+PLAIN_PROMPT = PROMPT - Counter(transform_quantize=1) + Counter(quantize_dynamic=1)
 """The same without a change of basis."""
-PROMPT, STEP = Counter(rope_kv_write=1), Counter(rope_kv_append=1)
-"""The operator for the cache in prefill and in decode: rotary embedding, rotation, codes. A layer has ten operators."""
+STEP = Counter(attention_step=1)
+"""All of these in decode, and the append to the cache. A layer has eight operators."""
 VIEWS = {"view", "reshape", "transpose", "unsqueeze", "expand", "contiguous", "slice", "sym_size", "getitem"}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_operators import LAYER, PLAIN_LAYER, PROMPT, STEP, operators
+from layer_operators import LAYER, PLAIN_PROMPT, PROMPT, STEP, operators
 
 import qpcompile
 from qpcompile.capture.data_folder import question_inputs, read_questions
@@ -53,9 +53,9 @@ def test_compile_answer_save_load_and_answer_again(tmp_path: Path, bed: str, pre
     compiled = qpcompile.compile(model, recipe, processor=processor, calibration=BEDS / "calibration" / bed)
     found = answer(compiled, bed)
     if recipe.quantize is not None and recipe.quantize.activations.bits != 16:
-        layer = PLAIN_LAYER if recipe.quantize.transform == "none" else LAYER
-        assert operators(compiled.program.graphs[PREFILL]) == layer + PROMPT
-        assert operators(compiled.program.graphs[DECODE]) == layer + STEP
+        prompt = PLAIN_PROMPT if recipe.quantize.transform == "none" else PROMPT
+        assert operators(compiled.program.graphs[PREFILL]) == LAYER + prompt
+        assert operators(compiled.program.graphs[DECODE]) == LAYER + STEP
         assert compiled.decode_problem == ""
     compiled.save_pretrained(tmp_path / "out")
     again = answer(qpcompile.load(tmp_path / "out"), bed)

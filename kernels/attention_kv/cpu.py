@@ -132,14 +132,15 @@ def _attend_to_codes(
     batch, heads, rows, head_dim = q.shape
     groups, length = k_codes.shape[1:3]
     wide = wide_type(q)
-    grouped = (q.to(wide) * scale).reshape(batch * groups, -1, head_dim)
+    shared = heads // groups * rows
+    grouped = (q.to(wide) * scale).reshape(batch * groups, shared, head_dim)
     k_scale, k_zero, v_scale, v_zero = (
         part.to(wide).reshape(batch * groups, 1, length)
         for affine in (k_affine, v_affine)
         for part in affine.unbind(-1)
     )
     keys, values = (
-        [part.to(wide) for part in _planes(codes.reshape(batch * groups, length, -1), head_dim, bits)]
+        [part.to(wide) for part in _planes(codes.flatten(0, 1), head_dim, bits)]
         for codes, bits in ((k_codes, k_bits), (v_codes, v_bits))
     )
     products = torch.bmm(grouped[..., : keys[0].shape[-1]], keys[0].mT)
@@ -147,7 +148,7 @@ def _attend_to_codes(
         products.baddbmm_(grouped[..., -high.shape[-1] :], high.mT)
     scores = products.sub_(grouped.sum(-1, keepdim=True) * k_zero).mul_(k_scale)
     probabilities = masked_softmax(scores.reshape(batch, heads, rows, length), mask)
-    weights = probabilities.reshape(batch * groups, -1, length) * v_scale
+    weights = probabilities.reshape(batch * groups, shared, length) * v_scale
     y = torch.cat([torch.bmm(weights, part) for part in values], dim=-1)
     return y.sub_((weights * v_zero).sum(-1, keepdim=True)).reshape(batch, heads, rows, head_dim)
 

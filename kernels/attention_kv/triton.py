@@ -16,6 +16,8 @@ products.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -164,6 +166,48 @@ def decode_kernel(
 
 
 @triton.jit
+def joined_tile(
+    sums_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    token: tl.tensor,
+    channel: tl.tensor,
+    here: tl.tensor,
+    Q: tl.tensor,
+    G: tl.tensor,
+    splits: tl.tensor,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    PAD: tl.constexpr,
+    SHARE: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tensor:
+    """The output of decode_kernel -> f32[R, N], these channels of the heads of these tokens, side by side.
+
+    token: i64[R, 1], channel: i32[1 | R, N], here: bool[R, N]. For a row operator (transform_quantize/triton.py).
+    """
+    WIDTH: tl.constexpr = (D * BITS + 7) // 8
+    head, place = channel // D, channel % D
+    group = token // Q * G + head // SHARE
+    first = group * splits * ROWS + head % SHARE * Q + token % Q
+    # Values of 4 bits are in two planes.
+    byte = tl.where(place < WIDTH, place, PAD + place - WIDTH)
+    top = tl.full(here.shape, float("-inf"), tl.float32)
+    for split in range(splits):
+        peak = tl.load(ends_ptr + (first + split * ROWS) * 2, mask=here, other=float("-inf"))
+        top = tl.maximum(top, peak)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    whole = tl.zeros(here.shape, tl.float32)
+    y = tl.zeros(here.shape, tl.float32)
+    for split in range(splits):
+        at = first + split * ROWS
+        share = tl.exp(tl.load(ends_ptr + at * 2, mask=here, other=float("-inf")) - shift)
+        whole += tl.load(ends_ptr + at * 2 + 1, mask=here, other=0.0) * share
+        y += tl.load(sums_ptr + at * (8 // BITS * PAD) + byte, mask=here, other=0.0) * share
+    # A NaN sum is not an empty sum.
+    return y / tl.where(top == float("-inf"), 1.0, whole)
+
+
+@triton.jit
 def join_kernel(
     sums_ptr: tl.tensor,
     ends_ptr: tl.tensor,
@@ -216,12 +260,16 @@ def attention_kv(
     filled: Tensor | None = None,
 ) -> Tensor:
     """Shapes as in reference.py. With few rows the count `filled` stays on the device."""
-    rows = q.shape[2] * (q.shape[1] // k_codes.shape[1])
-    if rows <= FEW_ROWS and q.dtype != torch.float64:
+    if few_rows(q, k_codes):
         return _decode(q, k_codes, k_affine, v_codes, v_affine, mask, scale, k_bits, v_bits, filled)
     if filled is not None:
         k_codes, k_affine, v_codes, v_affine, mask = front(k_codes, k_affine, v_codes, v_affine, mask, filled)
     return _prefill(q, k_codes, k_affine, v_codes, v_affine, mask, scale, k_bits, v_bits)
+
+
+def few_rows(q: Tensor, k_codes: Tensor) -> bool:
+    """Whether split-K attention serves these queries."""
+    return q.shape[2] * (q.shape[1] // k_codes.shape[1]) <= FEW_ROWS and q.dtype != torch.float64
 
 
 def _prefill(
@@ -246,6 +294,30 @@ def _prefill(
     return tokens_outside(y.masked_fill_(~allowed.any(-1, keepdim=True), 0.0))
 
 
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """What decode_kernel writes for queries f[batch, groups share, queries, D]; see there.
+
+    bits: of the codes of values. most: the largest number of splits for these sizes, on which a kernel is compiled.
+    """
+
+    sums: Tensor
+    ends: Tensor
+    batch: int
+    groups: int
+    share: int
+    queries: int
+    head_dim: int
+    bits: int
+    most: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Numbers of splits and of rows, planes of values and their width."""
+        splits, rows, planes, pad = self.sums.shape[1:]
+        return splits, rows, planes, pad
+
+
 def _decode(
     q: Tensor,
     k_codes: Tensor,
@@ -259,17 +331,42 @@ def _decode(
     filled: Tensor | None,
 ) -> Tensor:
     batch, heads, queries, head_dim = q.shape
+    y = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
+    if not y.numel():
+        return y.transpose(1, 2)
+    partial = partial_sums(q, k_codes, k_affine, v_codes, v_affine, mask, scale, k_bits, v_bits, filled)
+    if partial is None:
+        return y.zero_().transpose(1, 2)
+    splits, rows, _, pad = partial.sizes
+    join_kernel[(batch * partial.groups, partial.share * queries)](
+        partial.sums, partial.ends, y, queries, partial.groups, splits, head_dim, v_bits, pad, partial.share, rows,
+        triton.next_power_of_2(partial.most), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return y.transpose(1, 2)
+
+
+def partial_sums(
+    q: Tensor,
+    k_codes: Tensor,
+    k_affine: Tensor,
+    v_codes: Tensor,
+    v_affine: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    k_bits: int,
+    v_bits: int,
+    filled: Tensor | None = None,
+) -> Partial | None:
+    """Attention of few query rows on each split of the keys; None without keys. Shapes as in reference.py."""
+    batch, heads, queries, head_dim = q.shape
     groups, length = k_codes.shape[1:3]
     share = heads // groups
     k_pad, v_pad = (max(triton.next_power_of_2(codes.shape[3]), 16) for codes in (k_codes, v_codes))
     rows = max(triton.next_power_of_2(share * queries), 16)
     most = min(triton.cdiv(PROGRAMS, max(batch * groups, 1)), MOST_SPLITS)
     splits = min(triton.cdiv(length, KEYS), most)
-    y = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
-    if not y.numel():
-        return y.transpose(1, 2)
     if not splits:
-        return y.zero_().transpose(1, 2)
+        return None
     sums = torch.empty((batch * groups, splits, rows, 8 // v_bits, v_pad), dtype=torch.float32, device=q.device)
     ends = torch.empty((batch * groups, splits, rows, 2), dtype=torch.float32, device=q.device)
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
@@ -282,8 +379,4 @@ def _decode(
         q.dtype == torch.float32,
         num_warps=4, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
-    join_kernel[(batch * groups, share * queries)](
-        sums, ends, y, queries, groups, splits, head_dim, v_bits, v_pad, share, rows, triton.next_power_of_2(most),
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
-    return y.transpose(1, 2)
+    return Partial(sums, ends, batch, groups, share, queries, head_dim, v_bits, most)

@@ -17,7 +17,7 @@ def transforming(name: str, operands: Mapping[str, str | Scalar]) -> Rule:
         {**operands, **transform},
         Relation("right", "A times c must be C", ("A", "c", "C"), lambda left, right, size: left * right == size),
         Relation("left", "a rotation takes no factors", ("left", "rotate"), lambda _, rotate: not rotate),
-        Relation("left", "left and right must be given together", ("left", "right"), _together, partial=True),
+        TOGETHER,
     )
 
 
@@ -25,4 +25,5 @@ def _together(left: object, right: object) -> bool:
     return (left is None) == (right is None)
 
 
+TOGETHER = Relation("left", "left and right must be given together", ("left", "right"), _together, partial=True)
 RULE = transforming("qpcompile::transform_quantize", {"x": "f[..., C]"})

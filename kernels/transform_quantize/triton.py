@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qpcompile.kernels.activation_quantize.triton import activation_tile
+from qpcompile.kernels.attention_kv.triton import Partial, joined_tile
 from qpcompile.kernels.hadamard.op import hadamard_cuda
 from qpcompile.kernels.hadamard.triton import (
     Tiling,
@@ -42,7 +43,7 @@ class Rows:
     """How a row is computed.
 
     kind: plain, rmsnorm, layernorm, or a function of activation_quantize. x: f[..., C]; up: f[..., C], multiplied with
-    its result, or None; weight, bias: f[C] of a norm.
+    its result, or None; weight, bias: f[C] of a norm. partial: attention, rounded to the type of x, which is not read.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Rows:
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 0.0
+    partial: Partial | None = None
 
 
 @triton.jit
@@ -87,13 +89,22 @@ def rows_kernel(
     SHIFTED: tl.constexpr,
     CODES: tl.constexpr,
     HIGHEST: tl.constexpr,
+    Q: tl.tensor,
+    G: tl.tensor,
+    splits: tl.tensor,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    V_PAD: tl.constexpr,
+    SHARE: tl.constexpr,
+    HEAD_ROWS: tl.constexpr,
 ) -> None:
     """x, up: f[T, C], x_stride and up_stride from token to token -> y: i8[T, C] and token_scale: f32[T] (CODES), or
     y: f[T, C].
 
     weight, bias: f[C], scale, shift: f32[C]. CHANGE: none, rotated (left: `inner_factor`) or factors (left: f32[FILLED,
     FILLED], right: f32[INNER, INNER]). FILLED: the rows of the tile that hold channels. Program (t, p): part p of its
-    tokens.
+    tokens. D: the channels of a head where attention is joined, 0 elsewhere; up and weight are then sums and ends of
+    `joined_tile`.
     """
     ROWS: tl.constexpr = OUTER * MIDDLE
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
@@ -102,7 +113,11 @@ def rows_kernel(
     y = tl.zeros((TOKENS * ROWS, PAD), tl.float32)
     for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         channel = tile_channels(part, C, PARTS, ROWS, INNER, PAD)
-        x = tl.load(x_ptr + token * x_stride + channel, mask=here, other=0.0).to(tl.float32)
+        if D:
+            x = joined_tile(up_ptr, weight_ptr, token, channel, here, Q, G, splits, D, BITS, V_PAD, SHARE, HEAD_ROWS)
+            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+        else:
+            x = tl.load(x_ptr + token * x_stride + channel, mask=here, other=0.0).to(tl.float32)
         if KIND == "rmsnorm" or KIND == "layernorm":
             x = norm_tile(x, weight_ptr + channel, bias_ptr + channel, inside, eps, KIND == "layernorm", C, TOKENS)
         elif KIND != "plain":
@@ -182,12 +197,18 @@ def _launch(rows: Rows, end: Epilogue, tiling: Tiling, dtype: torch.dtype) -> tu
     if scale.numel():
         change = "factors" if end.left is not None else "rotated" if end.rotate else "none"
         left = inner_factor(tiling, x.device) if change == "rotated" else end.left
-        read = (rows.weight, rows.bias, end.transform_scale, left, end.right, end.shift)
+        weight, joined = rows.weight, (1, 1, 0, 0, 8, 1, 1, 1)
+        if (of := rows.partial) is not None:
+            splits, head_rows, _, pad = of.sizes
+            up, weight = of.sums, of.ends
+            joined = (of.queries, of.groups, splits, of.head_dim, of.bits, pad, of.share, head_rows)
+        read = (weight, rows.bias, end.transform_scale, left, end.right, end.shift)
         rows_kernel[(triton.cdiv(scale.numel(), tiling.tokens), tiling.parts)](
             x, up, *[x if each is None else each.contiguous() for each in read], y, scale, scale.numel(), row_stride(x),
-            row_stride(up), rows.eps, end.clip_ratio, norm_of(tiling.channels), rows.kind, change,
-            odd_factor(tiling.channels), *tiling.shape,
+            1 if rows.partial else row_stride(up), rows.eps, end.clip_ratio, norm_of(tiling.channels), rows.kind,
+            change, odd_factor(tiling.channels), *tiling.shape,
             tiling.filled, tiling.parts, rows.up is not None, end.transform_scale is not None, end.shift is not None,
-            dtype == torch.int8, highest(end.bits), num_warps=tiling.warps, num_stages=1, enable_fp_fusion=False,
+            dtype == torch.int8, highest(end.bits), *joined,
+            num_warps=tiling.warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
     return y, scale

@@ -18,6 +18,7 @@ ACTIVATION = ours.activation.default
 ACTIVATION_QUANTIZE = ours.activation_quantize.default
 ATTENTION_KV = ours.attention_kv.default
 ATTENTION_RECEIVED = ours.attention_received.default
+ATTENTION_STEP = ours.attention_step.default
 DPP_SELECT = ours.dpp_select.default
 EXPERT_LINEAR = ours.expert_linear.default
 FARTHEST_TOKENS = ours.farthest_tokens.default
@@ -53,7 +54,7 @@ TRANSFORM_QUANTIZE = ours.transform_quantize.default
 
 QUANTIZERS = (
     *(QUANTIZE_DYNAMIC, QUANTIZE_STATIC, TRANSFORM_QUANTIZE),
-    *(RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, ACTIVATION_QUANTIZE),
+    *(RMSNORM_QUANTIZE, LAYERNORM_QUANTIZE, ACTIVATION_QUANTIZE, ATTENTION_STEP),
 )
 """Operators that give codes and scales of activations."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import MutableMapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,9 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qpcompile.ir.edit import aten, calls, is_call
 from qpcompile.ir.names import Name
-from qpcompile.ir.operators import ATTENTION_KV, ROPE_KV_APPEND, ROPE_KV_WRITE
+from qpcompile.ir.operators import ATTENTION_KV, ATTENTION_STEP, ROPE_KV_APPEND, ROPE_KV_WRITE, TRANSFORM_QUANTIZE
 from qpcompile.ir.program import Graph
-from qpcompile.ir.types import TYPE, ValueType, value_types
+from qpcompile.ir.types import TYPE, UNKNOWN, ValueType, value_types
 
 # Spare capacity given to a full cache: this many tokens, or a quarter of its length.
 ROOM = 64
@@ -71,7 +72,12 @@ def split_appends(graph: Graph) -> None:
 
     %w = rope_kv_append(..., %past, ...)    becomes    %w = rope_kv_write(...)
     getitem(%w, 1)                                      cat([%past, getitem(%w, 1)], 2)
+
+    attention_step is that between two other operators.
     """
+    types = value_types(graph)
+    for node in list(calls(graph, ATTENTION_STEP)):
+        _split_step(graph, node, types)
     types = value_types(graph)
     for node in list(calls(graph, ROPE_KV_APPEND)):
         operands, (k_codes, k_affine, v_codes, v_affine), center = node.args[:8], node.args[8:12], node.args[12:]
@@ -91,6 +97,37 @@ def split_appends(graph: Graph) -> None:
             new.meta[TYPE] = ValueType(types[past].dtype, (*sizes[:2], tokens, *sizes[3:]))
             user.target, user.args = aten.cat.default, ([past, new], 2)
         graph.module.graph.erase_node(node)
+
+
+def _split_step(graph: Graph, node: fx.Node, types: dict[fx.Node, ValueType]) -> None:
+    """Replace attention_step by rope_kv_append, attention_kv and transform_quantize."""
+    operands, (mask, scale, *epilogue) = node.args[:13], node.args[13:]
+    query = types[operands[0]]  # type: ignore[index]
+    batch, heads, tokens, size = query.sizes
+    results: dict[int, fx.Node] = {user.args[1]: user for user in node.users}  # type: ignore[misc]
+
+    def put(target: Any, *args: Any, kind: ValueType = UNKNOWN) -> fx.Node:
+        made = graph.module.graph.call_function(target, args)
+        made.meta[TYPE] = kind
+        return made
+
+    with graph.module.graph.inserting_before(node):
+        append = put(ROPE_KV_APPEND, *operands)
+        cache = [put(operator.getitem, append, index, kind=types[results[index + 1]]) for index in range(1, 5)]
+        y = put(
+            ATTENTION_KV, put(operator.getitem, append, 0, kind=query), *cache, mask, scale, *operands[6:8], kind=query
+        )
+        y = put(aten.transpose.int, y, 1, 2, kind=ValueType(query.dtype, (batch, tokens, heads, size)))
+        rows = types[results[0]].sizes
+        y = put(aten.flatten.using_ints, y, 2, kind=ValueType(query.dtype, rows))
+        pair = put(TRANSFORM_QUANTIZE, y, *epilogue)
+    for index, user in results.items():
+        if index < 2:
+            user.args = (pair, index)
+        else:
+            user.replace_all_uses_with(cache[index - 2])
+            graph.module.graph.erase_node(user)
+    graph.module.graph.erase_node(node)
 
 
 def appends(graph: Graph) -> list[fx.Node]:

@@ -57,6 +57,10 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "activation_quantize": lambda: (real(B, ROWS, C), real(B, ROWS, C), "gelu", *epilogue()),
     "attention_kv": lambda: (real(B, H, ROWS, D), *cache(4), *cache(8), None, 0.3, 4, 8, torch.tensor([S])),
     "attention_received": lambda: (real(B, H, S, D), real(B, HKV, S, D), None, 0.3, False),
+    "attention_step": lambda: (
+        *(*heads(1), real(B, 1, 1, D), real(1, 1, 1, D), True, 8, 4, *cache(8), *cache(4), real(1, HKV, 1, D)),
+        *(real(B, 1, 1, S + 1), 0.3, real(H * D), False, real(4, 4), real(8, 8), real(H * D), 4, 0.9, 8),
+    ),
     "expert_linear": lambda: (real(ROWS, 1, C), real(4, N, C), torch.tensor([[0, 3], [1, 2], [2, 2]])),
     "gated_delta": lambda: (
         *(real(B, S, H, D), real(B, S, H, D), real(B, S, H, 7), -real(B, S, H).abs(), real(B, S, H).sigmoid()),

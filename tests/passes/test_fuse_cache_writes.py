@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qpcompile.errors import InvariantError
 from qpcompile.ir.edit import aten, calls
 from qpcompile.ir.near_miss import NEAR_MISSES
-from qpcompile.ir.operators import HADAMARD, KV_WRITE, ROPE, ROPE_KV_APPEND, ROPE_KV_WRITE, ours
+from qpcompile.ir.operators import ATTENTION_STEP, HADAMARD, KV_WRITE, ROPE, ROPE_KV_APPEND, ROPE_KV_WRITE, ours
 from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.text import graph_text
@@ -45,6 +45,16 @@ class Attention(nn.Module):
         plain = self.kind in ("nothing", "no rotation") or (self.kind == "one rotation" and key)
         return y if plain else ours.hadamard(y, None)
 
+    def quantized(self, y: Tensor) -> Tensor:
+        """The values of the codes of a token's heads."""
+        rows = y.transpose(1, 2).contiguous().flatten(2) if self.kind != "quantized heads" else y
+        if self.kind == "quantized plain":
+            codes, step = ours.quantize_dynamic(rows, 0, 0.9, 4)
+        else:
+            codes, step = ours.transform_quantize(rows, None, True, None, None, None, 0, 0.9, 4)
+        y = codes * step
+        return y + rows if self.kind == "quantized and read" else y
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         heads = x.unflatten(-1, (HEADS + 2 * GROUPS, self.size)).transpose(1, 2)
         tables = [each.unsqueeze(1) for each in (cos, sin)]
@@ -63,6 +73,8 @@ class Attention(nn.Module):
         y = ours.attention_kv(query, *parts, None, 0.3, *self.bits) if self.kind != "wide values" else query
         if self.kind == "key read twice":
             return y, key, *parts[:3]
+        if self.kind.startswith("quantized"):
+            return self.quantized(y), *parts
         return y, *parts
 
 
@@ -193,6 +205,39 @@ def test_bound_and_static_graphs_append_in_place(apply: Apply) -> None:
     assert all(torch.equal(before[name], found[name]) for name in before)
     text = str(static_graph(graph).module.code)
     assert text.count("write_token") >= 4 and "append" not in text
+
+
+@pytest.mark.parametrize("kind", ["quantized", "quantized plain"])
+@pytest.mark.parametrize("past", [1, 6])
+def test_a_step_is_one_operator(apply: Apply, kind: str, past: int) -> None:
+    graph, program, feeds = fused(kind, past)
+    before = run(graph, **feeds)
+    assert apply(program, FuseCacheWrites())
+    found = [node for node in graph.nodes if str(node.target).startswith("qpcompile.")]
+    (step,) = found
+    assert step.target is ATTENTION_STEP and program.measured[NEAR_MISSES] == ()
+    after = run(graph, **feeds)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    named = {str(path): feeds[path.replace(".", "_")] for path in graph.inputs}
+    bound = BoundGraphs(program)(graph, named)
+    assert all(torch.equal(before[name], bound[name]) for name in before)
+    assert str(static_graph(graph).module.code).count("write_token") >= 4
+
+
+@pytest.mark.parametrize("kind", ["quantized and read", "quantized heads"])
+def test_other_steps_stay_apart(apply: Apply, kind: str) -> None:
+    graph, program, feeds = fused(kind, 6)
+    before = run(graph, **feeds)
+    assert apply(program, FuseCacheWrites())
+    assert not list(calls(graph, ATTENTION_STEP)) and len(list(calls(graph, ROPE_KV_APPEND))) == 1
+    after = run(graph, **feeds)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_prompt_is_no_step(apply: Apply) -> None:
+    graph, program, _ = fused("quantized")
+    assert apply(program, FuseCacheWrites())
+    assert not list(calls(graph, ATTENTION_STEP)) and len(list(calls(graph, ROPE_KV_WRITE))) == 1
 
 
 NEAR = {

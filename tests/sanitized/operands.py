@@ -262,6 +262,16 @@ def rope_kv_append(draw: Draw) -> Arguments:
     return given | {name: past[name] for name in ("k_codes", "k_affine", "v_codes", "v_affine")} | {"center": center}
 
 
+def attention_step(draw: Draw) -> Arguments:
+    given = rope_kv_append(draw)
+    rows, heads, tokens, size = given["q"].shape
+    every = tokens + given["k_codes"].shape[2]
+    mask = draw.choice((None, torch.rand(rows, 1, tokens, every) < 0.8, torch.randn(1, heads, tokens, every)))
+    tail = _tail(draw, heads * size)
+    tail = {"rotate_result" if name == "rotate" else name: value for name, value in tail.items()}
+    return given | {"mask": mask, "scale": 0.3} | tail
+
+
 def segment_attention(draw: Draw) -> Arguments:
     tokens = draw.choice((1, 5, 20))
     tensors = {"q": torch.randn(1, 4, tokens, 8), "k": torch.randn(1, 2, tokens, 8), "v": torch.randn(1, 2, tokens, 6)}
@@ -383,7 +393,7 @@ OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
     **{each.__name__: each for each in (hadamard, kronecker, kv_read, kv_write, layernorm_quantize)},
     **{each.__name__: each for each in (linear_w4a16, linear_int, linear_w8a16, merge_tokens, pivot_tokens)},
     **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_dynamic, quantize_static, rmsnorm)},
-    **{each.__name__: each for each in (rope_kv_append, rope_kv_write)},
+    **{each.__name__: each for each in (attention_step, rope_kv_append, rope_kv_write)},
     **{each.__name__: each for each in (rmsnorm_quantize, rope, segment_attention, select_tokens, transform_quantize)},
     **{each.__name__: each for each in (simulate_kivi, simulate_qvlm, spread_tokens, text_relevance, token_scores)},
 }

@@ -14,7 +14,7 @@ KERNELS = (
     *("native", "native_cells", "native_codes", "native_gates", "native_tape"),
     *("linear", "linear_int", "linear_w4a16", "linear_w8a16", "attention_kv", "kv_write"),
     *("rope", "hadamard", "kronecker", "quantize_dynamic", "rmsnorm_quantize", "layernorm_quantize"),
-    *("activation", "activation_quantize", "transform_quantize", "rope_kv_write"),
+    *("activation", "activation_quantize", "transform_quantize", "rope_kv_write", "attention_step"),
 )
 ON_C = "not onnx and not export and not triton and not contrib and not past_the_caches"
 PLANTED = """

@@ -36,7 +36,10 @@ from qpcompile.runtime.cpu.row_plans import IS_ROWS
 from qpcompile.runtime.growing_cache import GrowingCaches
 
 KERNELS: tuple[Any, ...] = tuple(spec.cpu for spec in SPECS if spec.taped)
-VIEWS: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.unsqueeze.default)
+VIEWS: tuple[Any, ...] = (
+    *(aten.view.default, aten.reshape.default, aten.flatten.using_ints),
+    *(aten.transpose.int, aten.unsqueeze.default),
+)
 COMPUTES_NOTHING = frozenset({"empty", "view", "transpose", "unsqueeze", "expand", "slice", "alias", "as_strided"})
 """torch operators that allocate memory or create views."""
 

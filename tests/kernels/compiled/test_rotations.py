@@ -26,6 +26,8 @@ from qpcompile.kernels.transform_quantize.triton import rows_kernel
 HADAMARD = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "inner_ptr": "*fp32", "y_ptr": "*bf16", "T": "i32"}
 ROWS = {"x_ptr": "*bf16", "up_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "scale_ptr": "*fp32"}
 ROWS |= {"left_ptr": "*fp32", "right_ptr": "*fp32", "shift_ptr": "*fp32", "y_ptr": "*i8", "token_scale_ptr": "*fp32"}
+ROWS |= {"Q": "i32", "G": "i32", "splits": "i32"}
+NOT_JOINED = {"D": 0, "BITS": 8, "V_PAD": 1, "SHARE": 1, "HEAD_ROWS": 1}
 ROWS |= {"T": "i32", "x_stride": "i32:16", "up_stride": "i32:16", "eps": "fp32", "clip_ratio": "fp32"}
 
 
@@ -33,7 +35,8 @@ def code_of(kernel: Any, signature: dict[str, str], tiling: Tiling | None, arch:
     assert tiling is not None
     shape = dict(zip(("C", "TOKENS", "OUTER", "MIDDLE", "INNER", "PAD"), tiling.shape, strict=True))
     shape |= {"norm": norm_of(tiling.channels), "ODD": odd_factor(tiling.channels), "FILLED": tiling.filled}
-    shape |= {"PARTS": tiling.parts, "HIGHEST": 127, "SCALED": False, "SHIFTED": False, "GATED": False, **constants}
+    shape |= {"PARTS": tiling.parts, "HIGHEST": 127, "SCALED": False, "SHIFTED": False, "GATED": False}
+    shape |= NOT_JOINED | constants
     named = {name: value for name, value in shape.items() if name in kernel.arg_names}
     return compiled(kernel, signature, named, arch, tiling.warps, stages=1)
 
@@ -87,6 +90,17 @@ def test_gate_elsewhere(arch: int) -> None:
     assert code.shared <= SHARED[arch]
     # Without Hopper's products 16 warps exceed 128 registers: 91 and 123 accesses to spilled values.
     assert code.spills <= 130
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_attention_is_joined_in_the_quantizer(arch: int) -> None:
+    """The heads of a token of Llama 3 8B, on which the keys were split, are never stored."""
+    joined = {"D": 128, "BITS": 4, "V_PAD": 64, "SHARE": 4, "HEAD_ROWS": 16}
+    constants = {"KIND": "plain", "CHANGE": "rotated", "CODES": True, **joined}
+    types = {"up_ptr": "*fp32", "weight_ptr": "*fp32"}
+    code = code_of(rows_kernel, ROWS | types, rotated_tiling(4096), arch, **constants)
+    assert code.spills == 0 and code.shared <= SHARED[arch]
+    assert code.count("STG") <= 4
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -1,4 +1,4 @@
-"""Split rope_kv_write and rope_kv_append into their parts, which fast graphs replace one by one (attention.py)."""
+"""Split fused writes of caches and attention steps into parts, which fast graphs replace one by one (attention.py)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,42 @@ from torch import fx
 from qpcompile.emit.onnx.edit import calls, put
 from qpcompile.emit.onnx.wrap import Part
 from qpcompile.ir.edit import aten
-from qpcompile.ir.operators import HADAMARD, KV_WRITE, ROPE, ROPE_KV_APPEND, ROPE_KV_WRITE
+from qpcompile.ir.operators import (
+    ATTENTION_KV,
+    ATTENTION_STEP,
+    HADAMARD,
+    KV_WRITE,
+    ROPE,
+    ROPE_KV_APPEND,
+    ROPE_KV_WRITE,
+    TRANSFORM_QUANTIZE,
+)
 
 
 def split_cache_writes(part: Part) -> None:
-    """Replace every fused write by rope, hadamard, kv_write and cat."""
+    """Replace every fused write by rope, hadamard, kv_write and cat, and a step by a write, attention and quantizer."""
+    for node in calls(part, ATTENTION_STEP):
+        _replace(part, node, _attended(part, node))
     for node in calls(part, ROPE_KV_WRITE, ROPE_KV_APPEND):
-        results = _parts(part, node)
-        for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-            part.module.graph.erase_node(user)
-        part.module.graph.erase_node(node)
+        _replace(part, node, _parts(part, node))
+
+
+def _replace(part: Part, node: fx.Node, results: list[fx.Node]) -> None:
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        part.module.graph.erase_node(user)
+    part.module.graph.erase_node(node)
+
+
+def _attended(part: Part, node: fx.Node) -> list[fx.Node]:
+    """The results of one attention_step: codes and steps of its heads, and the four parts of the cache."""
+    operands, (mask, scale, *epilogue) = node.args[:13], node.args[13:]
+    append = put(part, node, ROPE_KV_APPEND, *operands, like=node)
+    query, *cache = (put(part, node, operator.getitem, append, index, like=node) for index in range(5))
+    y = put(part, node, ATTENTION_KV, query, *cache, mask, scale, *operands[6:8], like=node)
+    y = put(part, node, aten.flatten.using_ints, put(part, node, aten.transpose.int, y, 1, 2, like=node), 2, like=node)
+    pair = put(part, node, TRANSFORM_QUANTIZE, y, *epilogue, like=node)
+    return [*(put(part, node, operator.getitem, pair, index, like=node) for index in range(2)), *cache]
 
 
 def _parts(part: Part, node: fx.Node) -> list[fx.Node]:
