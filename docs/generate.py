@@ -30,7 +30,7 @@ from qpcompile.inspect.layer_nodes import layer_text
 from qpcompile.inspect.tables import pass_purposes
 from qpcompile.ir.operators import SPECS
 from qpcompile.ir.pass_manager import run_passes
-from qpcompile.ir.program import PREFILL, Program
+from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.ir.text import graph_text
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import Configurable
@@ -65,6 +65,9 @@ anchors, aliases, merge keys and tags are refused. Numbers are bounded where mor
 no number type holds.
 """
 
+DECODE_HEAD = """The same layer in the decode graph after the last pass is eight operators: two norms with their
+quantizers, four products, one gate, and one for the new token's attention. In prefill attention is three: the write of
+the cache, attention, and the quantizer of its result. `tests/test_layer_operators.py` counts them for every family."""
 GRAPHS_HEAD = f"""{NOTE}
 
 # Graph inspection
@@ -179,7 +182,7 @@ def _first_sentence(module: ModuleType) -> str:
 
 def graph_pages() -> dict[str, str]:
     """docs/graphs.md and the drawings beside it, by file name."""
-    stages = _stages(Recipe.load("quota-30").with_overrides(GALLERY))
+    stages, decode = _stages(Recipe.load("quota-30").with_overrides(GALLERY))
     purposes = pass_purposes() | {"captured": "As `torch.export` traced it, before the first pass."}
     files: dict[str, str] = {}
     parts, before, last = list[str](), "", ""
@@ -193,11 +196,18 @@ def graph_pages() -> dict[str, str]:
             parts.append(f"![{LAYER} after {name}](graphs/{last})\n")
             parts.append(f"<details><summary>Printed text</summary>\n\n```text\n{now}```\n\n</details>\n")
         before = _renumbered(now)
+    parts.append(f"## In decode\n\n{DECODE_HEAD}\n")
+    parts.append(f"![{LAYER} in decode](graphs/decode.svg)\n")
+    parts.append(f"<details><summary>Printed text</summary>\n\n```text\n{decode[0]}```\n\n</details>\n")
+    files["graphs/decode.svg"] = decode[1]
     return {"graphs.md": "\n".join([GRAPHS_HEAD.replace("LAST", last), *parts]), **files}
 
 
-def _stages(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """(pass, printed layer after it, drawing) of a compile of the LLaVA testbed, the captured graph first."""
+def _stages(recipe: Recipe) -> tuple[list[tuple[str, str, str]], tuple[str, str]]:
+    """(pass, printed layer after it, drawing) of a compile of the LLaVA testbed, the captured graph first.
+
+    Then the same of the layer in decode, as it is compiled.
+    """
     model, processor = load_model(TESTBED / "llava")
     samples = Samples(TESTBED / "calibration" / "llava", processor, recipe.calibration.samples, recipe.calibration.seed)
     program = capture(model, next(iter(samples)), recipe)
@@ -211,7 +221,8 @@ def _stages(recipe: Recipe) -> list[tuple[str, str, str]]:
 
     keep("captured", program)
     run_passes(program, passes(samples, len(samples)), lambda step, program: keep(step.name, program))
-    return found
+    decode = program.graphs[DECODE]
+    return found, (layer_text(graph_text(decode), LAYER), layer_svg(decode, LAYER, outline=True))
 
 
 def _renumbered(text: str) -> str:

@@ -264,12 +264,10 @@ def rope_kv_append(draw: Draw) -> Arguments:
 
 def attention_step(draw: Draw) -> Arguments:
     given = rope_kv_append(draw)
-    rows, heads, tokens, size = given["q"].shape
-    every = tokens + given["k_codes"].shape[2]
-    mask = draw.choice((None, torch.rand(rows, 1, tokens, every) < 0.8, torch.randn(1, heads, tokens, every)))
-    tail = _tail(draw, heads * size)
-    tail = {"rotate_result" if name == "rotate" else name: value for name, value in tail.items()}
-    return given | {"mask": mask, "scale": 0.3} | tail
+    (rows, heads, tokens, size), past = given["q"].shape, given["k_codes"].shape[2]
+    seen = torch.randn(rows, 1, tokens, tokens + past)
+    tail = {{"rotate": "rotate_result"}.get(name, name): value for name, value in _tail(draw, heads * size).items()}
+    return given | {"mask": draw.choice((None, seen < 1, seen)), "scale": 0.3} | tail
 
 
 def segment_attention(draw: Draw) -> Arguments:
@@ -387,15 +385,13 @@ def conv2d(draw: Draw) -> Arguments:
 
 OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
     **{each.__name__: each for each in (attention_kv, attention_received, dpp_select, farthest_tokens, fuse_risk)},
-    activation.__name__: activation,
-    activation_quantize.__name__: activation_quantize,
-    **{each.__name__: each for each in (expert_linear, gated_delta)},
+    **{each.__name__: each for each in (activation, activation_quantize, attention_step, expert_linear, gated_delta)},
     **{each.__name__: each for each in (hadamard, kronecker, kv_read, kv_write, layernorm_quantize)},
     **{each.__name__: each for each in (linear_w4a16, linear_int, linear_w8a16, merge_tokens, pivot_tokens)},
     **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_dynamic, quantize_static, rmsnorm)},
-    **{each.__name__: each for each in (attention_step, rope_kv_append, rope_kv_write)},
-    **{each.__name__: each for each in (rmsnorm_quantize, rope, segment_attention, select_tokens, transform_quantize)},
+    **{each.__name__: each for each in (rope, rope_kv_append, rope_kv_write, segment_attention, select_tokens)},
     **{each.__name__: each for each in (simulate_kivi, simulate_qvlm, spread_tokens, text_relevance, token_scores)},
+    **{each.__name__: each for each in (rmsnorm_quantize, transform_quantize)},
 }
 """By the name of an operator in the namespace `qpcompile`."""
 DIRECT: dict[str, Callable[[Draw], Arguments]] = {"linear": linear, "attention": attention}
