@@ -102,9 +102,9 @@ def split_appends(graph: Graph) -> None:
 def _split_step(graph: Graph, node: fx.Node, types: dict[fx.Node, ValueType]) -> None:
     """Replace attention_step by rope_kv_append, attention_kv and transform_quantize."""
     operands, (mask, scale, *epilogue) = node.args[:13], node.args[13:]
-    query = types[operands[0]]  # type: ignore[index]
+    query, kinds = types[operands[0]], types[node].parts  # type: ignore[index]
+    assert kinds is not None
     batch, heads, tokens, size = query.sizes
-    results: dict[int, fx.Node] = {user.args[1]: user for user in node.users}  # type: ignore[misc]
 
     def put(target: Any, *args: Any, kind: ValueType = UNKNOWN) -> fx.Node:
         made = graph.module.graph.call_function(target, args)
@@ -113,19 +113,23 @@ def _split_step(graph: Graph, node: fx.Node, types: dict[fx.Node, ValueType]) ->
 
     with graph.module.graph.inserting_before(node):
         append = put(ROPE_KV_APPEND, *operands)
-        cache = [put(operator.getitem, append, index, kind=types[results[index + 1]]) for index in range(1, 5)]
-        y = put(
-            ATTENTION_KV, put(operator.getitem, append, 0, kind=query), *cache, mask, scale, *operands[6:8], kind=query
-        )
+        parts: list[fx.Node] = [
+            put(operator.getitem, append, at, kind=kind) for at, kind in enumerate((query, *kinds[2:]))
+        ]
+        y = put(ATTENTION_KV, *parts, mask, scale, *operands[6:8], kind=query)
         y = put(aten.transpose.int, y, 1, 2, kind=ValueType(query.dtype, (batch, tokens, heads, size)))
-        rows = types[results[0]].sizes
-        y = put(aten.flatten.using_ints, y, 2, kind=ValueType(query.dtype, rows))
+        y = put(aten.flatten.using_ints, y, 2, kind=ValueType(query.dtype, kinds[0].sizes))
+        if query.dtype == torch.float64:
+            # The operator rounds between its parts.
+            y = put(aten.to.dtype, y, torch.float32, kind=ValueType(torch.float32, kinds[0].sizes))
+            y = put(aten.to.dtype, y, torch.float64, kind=ValueType(torch.float64, kinds[0].sizes))
         pair = put(TRANSFORM_QUANTIZE, y, *epilogue)
-    for index, user in results.items():
+    for user in list(node.users):
+        index: Any = user.args[1]
         if index < 2:
             user.args = (pair, index)
         else:
-            user.replace_all_uses_with(cache[index - 2])
+            user.replace_all_uses_with(parts[int(index) - 1])
             graph.module.graph.erase_node(user)
     graph.module.graph.erase_node(node)
 

@@ -21,6 +21,7 @@ from qpcompile.ir.text import graph_text
 from qpcompile.ir.verify import verify
 from qpcompile.kernels.kv_write.reference import kv_write
 from qpcompile.passes.fuse_cache_writes import FuseCacheWrites
+from qpcompile.passes.widen_sums import WidenSums
 from qpcompile.runtime.cpu.bind import BoundGraphs
 from qpcompile.runtime.cuda.static_graph import static_graph
 
@@ -222,6 +223,17 @@ def test_a_step_is_one_operator(apply: Apply, kind: str, past: int) -> None:
     bound = BoundGraphs(program)(graph, named)
     assert all(torch.equal(before[name], bound[name]) for name in before)
     assert str(static_graph(graph).module.code).count("write_token") >= 4
+
+
+def test_exact_steps_are_bound_bit_for_bit(apply: Apply) -> None:
+    graph, program, feeds = fused("quantized", 6)
+    apply(program, FuseCacheWrites())
+    program.recipe = program.recipe.with_overrides(["numerics=exact"])
+    run_passes(program, [WidenSums()])
+    assert [node.args[0].target for node in calls(graph, ATTENTION_STEP)] == [aten.to.dtype]  # type: ignore[union-attr]
+    named = {str(path): feeds[path.replace(".", "_")] for path in graph.inputs}
+    expected, found = run(graph, **feeds), BoundGraphs(program)(graph, named)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.parametrize("kind", ["quantized and read", "quantized heads"])
