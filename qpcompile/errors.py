@@ -68,6 +68,10 @@ class WorkerError(QPCompileError):
     """Rows cannot be computed on Ray: none is reached, no machine is large enough, or workers are lost repeatedly."""
 
 
+class RankError(QPCompileError):
+    """The processes that share a compile cannot begin, do not agree, or one of them has ended."""
+
+
 class InvariantError(QPCompileError):
     """A pass violated an invariant of its stage: a defect of the compiler, not of the input.
 

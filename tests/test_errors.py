@@ -58,6 +58,7 @@ def test_one_root() -> None:
         "CalibrationError",
         "PlanError",
         "QualityError",
+        "RankError",
         "InputError",
         "KernelError",
         "ArtifactError",

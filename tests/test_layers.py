@@ -27,8 +27,10 @@ LEVELS: tuple[tuple[frozenset[str], ...], ...] = (
                 "nested",
                 "picture",
                 "progress",
+                "ranks",
                 "special_tokens",
                 "stages",
+                "torchrun",
                 "versions",
             )
         ),
