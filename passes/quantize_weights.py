@@ -53,13 +53,36 @@ from qpcompile.quantization.site_bits import inputs_at, weights_at
 from qpcompile.quantization.solve import output_error, solve
 from qpcompile.quantization.static_scales import select_scale, static_scales
 from qpcompile.recipe.plan import KEPT, Site
-from qpcompile.recipe.quantize import QuantizeScheme, WeightScheme
+from qpcompile.recipe.quantize import QuantizeScheme
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 _LOG = logging.getLogger("qpcompile")
 Solved = tuple[torch.Tensor, torch.Tensor, float]
 """Stored codes (kernels/linear_int/packing.py), their scales, and the output error."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The linears that read one weight, with their graphs, and what an interrupted compile has solved."""
+
+    readers: list[tuple[Graph, fx.Node]]
+    kept: Solved | None
+
+    def cost(self) -> float:
+        """About the multiplications of solving it: nothing if that is done."""
+        graph, linear = self.readers[0]
+        rows, columns = get_tensor(graph.module, weight_name(linear)).shape
+        return 0.0 if self.kept is not None else columns**2 * float(rows + columns)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The codes of a weight. said: what a quantized checkpoint had for it. new: solved now, and not saved yet."""
+
+    solved: Solved
+    said: str | None = None
+    new: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,14 +104,27 @@ class QuantizeWeights:
         sites: dict[str, dict[str, Site]] = {name: {} for name in program.graphs}
         quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         calibration, places, on = program.measured[CALIBRATION], _places(program), Placement.of(program)
-        with track("quantize_weights", sum(map(len, places.values()))) as step:
-            for readers in places.values():
+        checkpoint, ranks = program.checkpoint, program.ranks
+
+        def work(place: _Place) -> _Found:
+            graph, linear = place.readers[0]
+            said, own = _own_codes(program, graph, linear, scheme)
+            if (solved := own or place.kept) is not None:
+                return _Found(solved, said)
+            return _Found(_solve(graph, linear, scheme, calibration, on), said, new=True)
+
+        waiting = (_Place(readers, _kept(*readers[0], scheme, checkpoint)) for readers in places.values())
+        with track("quantize_weights", sum(map(len, places.values())), shown=ranks.leads) as step:
+            for place, found in ranks.spread(waiting, _Place.cost, work):
+                readers, (codes, scale, error) = place.readers, found.solved
+                if found.new:
+                    title = _title(readers[0][1])
+                    checkpoint.save(title, {"stored": codes, "scale": scale}, {"error": error})
+                solved = on.keep(codes), on.keep(scale), error
                 # In prefill and decode at once: the full-precision weight is then freed.
-                own = _own_codes(program, *readers[0], scheme, on)
-                solved = own.solved or _solved(*readers[0], scheme, calibration, program.checkpoint, on)
                 for graph, linear in readers:
                     site = _replace(graph, linear, scheme, calibration, solved, quantized, on)
-                    site = site.model_copy(update={"codes": own.said})
+                    site = site.model_copy(update={"codes": found.said})
                     sites[site.graph][site.name] = site
                 for graph, linear in readers:
                     _forget(graph, linear)
@@ -96,10 +132,10 @@ class QuantizeWeights:
         for graph in program.graphs.values():
             _drop_stubs(graph, ("activation", "weight"))
             tidy(graph)
-        found = [site for by_name in sites.values() for site in by_name.values()]
-        program.plan = program.plan.changed(sites=(*program.plan.sites, *found))
-        _tell(found)
-        return bool(found)
+        made = [site for by_name in sites.values() for site in by_name.values()]
+        program.plan = program.plan.changed(sites=(*program.plan.sites, *made))
+        _tell(made)
+        return bool(made)
 
 
 def _tell(sites: list[Site]) -> None:
@@ -208,83 +244,67 @@ def _quantize_input(
     return call(graph, stub, QUANTIZE_STATIC, x, scale, inputs.bits)
 
 
-def _solved(
-    graph: Graph,
-    linear: fx.Node,
-    scheme: QuantizeScheme,
-    calibration: Calibration,
-    checkpoint: Checkpoint,
-    on: Placement,
-) -> Solved:
-    """The codes and scales of a linear's weight: solved by an interrupted compile, or solved now."""
-    facts = [stub_fact(argument) for argument in linear.args[:2] if isinstance(argument, fx.Node)]
-    group, fact = facts
-    assert group is not None and fact is not None
-    title, weights = f"{QuantizeWeights.name} {fact.site}", weights_at(fact, scheme)
-    with checkpoint.found(title) as kept:
-        if kept is not None:
-            rows, columns = get_tensor(graph.module, weight_name(linear)).shape
-            groups = columns // (weights.kernel_group or columns)
-            packed = weights.bits == 4
-            stored = ((rows, packed_width(columns)), torch.uint8) if packed else ((rows, columns), torch.int8)
-            expected = {
-                "stored": stored,
-                "scale": ((rows, groups), torch.float32),
-            }
-            codes, scale = kept.fits(expected).values()
-            return on.keep(codes), on.keep(scale), kept.read(dict[str, float])["error"]
-    codes, scale, error = _solve(graph, linear, fact.site, weights, calibration, group.site, on)
-    checkpoint.save(title, {"stored": codes, "scale": scale}, {"error": error})
-    return codes, scale, error
+def _title(linear: fx.Node) -> str:
+    """The name of a linear's weight in a checkpoint of this compile."""
+    fact = stub_fact(linear.args[1])  # type: ignore[arg-type]
+    assert fact is not None
+    return f"{QuantizeWeights.name} {fact.site}"
 
 
-@dataclass(frozen=True)
-class _Own:
-    """What a quantized checkpoint gives for a linear: its codes, or in words why they are not used."""
+def _kept(graph: Graph, linear: fx.Node, scheme: QuantizeScheme, checkpoint: Checkpoint) -> Solved | None:
+    """The codes and scales of a linear's weight that an interrupted compile has solved."""
+    fact = stub_fact(linear.args[1])  # type: ignore[arg-type]
+    assert fact is not None
+    weights = weights_at(fact, scheme)
+    with checkpoint.found(_title(linear)) as kept:
+        if kept is None:
+            return None
+        rows, columns = get_tensor(graph.module, weight_name(linear)).shape
+        groups = columns // (weights.kernel_group or columns)
+        packed = weights.bits == 4
+        stored = ((rows, packed_width(columns)), torch.uint8) if packed else ((rows, columns), torch.int8)
+        expected = {"stored": stored, "scale": ((rows, groups), torch.float32)}
+        codes, scale = kept.fits(expected).values()
+        return codes, scale, kept.read(dict[str, float])["error"]
 
-    said: str | None = None
-    solved: Solved | None = None
 
-
-def _own_codes(program: Program, graph: Graph, linear: fx.Node, scheme: QuantizeScheme, on: Placement) -> _Own:
-    """The codes that the checkpoint has for a linear, if the recipe asks for codes of that grid."""
+def _own_codes(
+    program: Program, graph: Graph, linear: fx.Node, scheme: QuantizeScheme
+) -> tuple[str | None, Solved | None]:
+    """What a quantized checkpoint gives for a linear: in words, None for others; and its codes, if they are of the grid
+    that the recipe asks for.
+    """
     fact, grids = stub_fact(linear.args[1]), program.measured.get(GRIDS)  # type: ignore[arg-type]
     assert fact is not None
     if not grids:
-        return _Own()
+        return None, None
     if fact.site not in grids:
-        return _Own("the checkpoint has no codes of it")
+        return "the checkpoint has no codes of it", None
     grid, asked = grids[fact.site], weights_at(fact, scheme)
     weight = get_tensor(graph.module, weight_name(linear)).detach()
     codes = grid.codes(weight)
     why = grid.mismatch(weight, asked) if codes is not None else CHANGED
     if codes is None or why:
-        return _Own(why)
-    return _Own(KEPT, (stored_codes(codes, asked.bits), grid.scale, 0.0))
+        return why, None
+    return KEPT, (stored_codes(codes, asked.bits), grid.scale, 0.0)
 
 
-def _solve(
-    graph: Graph,
-    linear: fx.Node,
-    site: str,
-    scheme: WeightScheme,
-    calibration: Calibration,
-    group: str,
-    on: Placement,
-) -> Solved:
-    weight = on.weight(graph.module, weight_name(linear)).detach()
-    size = scheme.kernel_group
+def _solve(graph: Graph, linear: fx.Node, scheme: QuantizeScheme, calibration: Calibration, on: Placement) -> Solved:
+    group, fact = (stub_fact(argument) for argument in linear.args[:2] if isinstance(argument, fx.Node))
+    assert group is not None and fact is not None
+    weight, asked = on.weight(graph.module, weight_name(linear)).detach(), weights_at(fact, scheme)
+    size = asked.kernel_group
     if size and weight.shape[1] % size:
         raise RecipeError(
-            f"{site} has {weight.shape[1]} inputs, which {size} does not divide",
+            f"{fact.site} has {weight.shape[1]} inputs, which {size} does not divide",
             where="quantize.weights.group_size",
             do="choose a size that divides the widths, granularity: channel, or add the linear to quantize.ignore",
         )
-    statistics = calibration.inputs.get(group)
+    statistics = calibration.inputs.get(group.site)
     moments = None if statistics is None else on.there(statistics.moments)
-    codes, scale = solve(weight, moments, scheme)
-    stored = stored_codes(codes, scheme.bits)
-    return on.keep(stored), on.keep(scale), output_error(weight, codes, scale, moments)
+    codes, scale = solve(weight, moments, asked)
+    error = output_error(weight, codes, scale, moments)
+    return on.back(stored_codes(codes, asked.bits)), on.back(scale), error
 
 
 def _drop_stubs(graph: Graph, roles: tuple[str, ...]) -> None:

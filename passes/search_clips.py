@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from qpcompile.calibration.statistics import CALIBRATION, InputStatistics
-from qpcompile.ir.edit import calls
-from qpcompile.ir.node_facts import set_fact, stub_fact
+from qpcompile.ir.edit import calls, get_tensor
+from qpcompile.ir.node_facts import StubFact, set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
-from qpcompile.ir.program import Program
+from qpcompile.ir.program import Graph, Program
 from qpcompile.quantization.basis import weight_name
 from qpcompile.quantization.rounding_error import RATIOS, rounding_errors
 from qpcompile.quantization.site_bits import inputs_at
@@ -46,18 +47,28 @@ class SearchClips:
         scheme = program.recipe.quantize
         if scheme is None or not scheme.activations.clip_search or 16 in (scheme.weights.bits, scheme.activations.bits):
             return False
-        inputs, found = program.measured[CALIBRATION].inputs, dict[str, float]()
-        on = Placement.of(program)
+        inputs, on = program.measured[CALIBRATION].inputs, Placement.of(program)
+        stubs: dict[str, list[tuple[Graph, fx.Node, StubFact]]] = {}
         for graph in program.graphs.values():
-            for stub in list(calls(graph, QUANT_STUB)):
+            for stub in calls(graph, QUANT_STUB):
                 fact = stub_fact(stub)
-                if fact is None or fact.role != "activation" or fact.site not in inputs or fact.clip is not None:
-                    continue
-                if fact.site not in found:
-                    weights = [on.weight(graph.module, weight_name(linear)).detach() for linear in stub.users]
-                    statistics = inputs[fact.site].to(on.device)
-                    found[fact.site] = best_clip(statistics, torch.cat(weights), inputs_at(fact, scheme))
-                set_fact(stub, replace(fact, clip=found[fact.site]))
+                if fact is not None and fact.role == "activation" and fact.site in inputs and fact.clip is None:
+                    stubs.setdefault(fact.site, []).append((graph, stub, fact))
+
+        def names(site: str) -> list[str]:
+            return [weight_name(linear) for linear in stubs[site][0][1].users]
+
+        def size(site: str) -> int:
+            return sum(get_tensor(stubs[site][0][0].module, name).numel() for name in names(site))
+
+        def search(site: str) -> float:
+            graph, _, fact = stubs[site][0]
+            weights = [on.weight(graph.module, name).detach() for name in names(site)]
+            return best_clip(inputs[site].to(on.device), torch.cat(weights), inputs_at(fact, scheme))
+
+        for site, clip in program.ranks.spread(stubs, size, search):
+            for _, stub, fact in stubs[site]:
+                set_fact(stub, replace(fact, clip=clip))
         return False
 
 

@@ -45,6 +45,7 @@ from qpcompile.quantization.fake_quant import fake_quantize
 from qpcompile.quantization.learned_transform import LearnedTransform, kronecker_rows, rounded
 from qpcompile.quantization.site_bits import inputs_at, weights_at
 from qpcompile.quantization.training_time import TrainingTime
+from qpcompile.ranks import windows
 from qpcompile.recipe.plan import TrainedBlock
 from qpcompile.recipe.quantize import QuantizeScheme, WeightScheme
 from qpcompile.runtime.machine import Machine
@@ -129,26 +130,47 @@ def _train_graph(
     with torch.no_grad(), on.holding():
         for batch in fed:
             batch.values, batch.feeds = on.back(entry.run(batch.feeds, on)), {}
-    with track(f"train {graph.name}", len(blocks)) as step:
-        for block in blocks:
-            with on.holding():
+    ranks, checkpoint = program.ranks, program.checkpoint
+    with track(f"train {graph.name}", len(blocks), shown=ranks.leads) as step:
+        # Blocks do not depend on what others have learned: each rank trains one of those of a turn.
+        for turn in windows(blocks, ranks.size):
+            trainings: list[_Training] = []
+            known: list[Trained | None] = []
+            own: Callable[[], Trained] | None = None
+            for place, block in enumerate(turn):
                 began = monotonic()
-                with torch.no_grad():
+                with torch.no_grad(), on.holding():
                     targets = [on.back(block.run(batch.values, on)) for batch in fed]
-                forward = monotonic() - began
-                training = _Training(graph, block, scheme, program.measured[CALIBRATION], on)
-                tell = partial(time.tell, graph.name, len(blocks), len(fed), forward=forward)
-                if training.sites and block.results:
-                    found = training.restore(program.checkpoint)
-                    found = found or training.run(program.checkpoint, fed, targets, tell)
-                    before, after = found
+                    training = _Training(graph, block, scheme, program.measured[CALIBRATION], on)
+                tell = partial(time.tell, graph.name, len(blocks), len(fed), forward=monotonic() - began)
+                trainings.append(training)
+                known.append(training.restored(checkpoint) if training.trains else None)
+                if training.trains and known[-1] is None and ranks.mine(place):
+                    own = partial(training.run, [replace(batch) for batch in fed], targets, tell)
+                for batch, values in zip(fed, targets, strict=True):
+                    batch.values = values
+            with on.holding():
+                found = ranks.gathered(None if own is None else own())
+            del own
+            for training, kept, new in zip(trainings, known, found, strict=False):
+                if (trained := kept or new) is not None:
+                    if kept is None:
+                        checkpoint.save(training.title, trained.tensors, trained.losses)
+                    training.take(trained)
+                    before, after = trained.losses
                     if after < before:
                         training.fold(program)
-                    yield TrainedBlock(name=block.name, before=before, after=min(before, after))
-            for batch, values in zip(fed, targets, strict=True):
-                batch.values = values
-            trim()
-            step()
+                    yield TrainedBlock(name=training.block.name, before=before, after=min(before, after))
+                trim()
+                step()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What was learned for a block, at home, and its loss before and after."""
+
+    tensors: dict[str, torch.Tensor]
+    losses: tuple[float, float]
 
 
 class _Training:
@@ -176,35 +198,38 @@ class _Training:
                 assert isinstance(owned, fx.Node)
                 self.owners[owned] = learned
 
-    def run(self, checkpoint: Checkpoint, fed: list[_Batch], targets: list[Values], tell: Tell) -> tuple[float, float]:
-        """Train, and save the result to the checkpoint; returns the loss before and after."""
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to learn, and anything that it changes."""
+        return bool(self.sites and self.block.results)
+
+    def run(self, fed: list[_Batch], targets: list[Values], tell: Tell) -> Trained:
+        """Train; `targets`: the full-precision values after the block."""
         before = self.mean_loss(fed, targets)
         self.begin()
         self.train(fed, targets, tell)
         losses = before, self.mean_loss(fed, targets)
-        tensors = {
-            f"{site}/{name}": tensor.detach().clone()
-            for site, learned in self.sites.items()
-            for name, tensor in learned.state_dict().items()
-        }
-        checkpoint.save(self.title, tensors, losses)
-        return losses
+        return Trained(self.on.back({name: tensor.detach().clone() for name, tensor in self._state().items()}), losses)
 
-    def restore(self, checkpoint: Checkpoint) -> tuple[float, float] | None:
-        """Restore this block from an interrupted compile; returns its losses, None if nothing was saved."""
+    def restored(self, checkpoint: Checkpoint) -> Trained | None:
+        """What an interrupted compile has learned for this block; None if nothing was saved."""
         with checkpoint.found(self.title) as kept:
             if kept is None:
                 return None
-            held = {
-                (site, name): tensor
-                for site, learned in self.sites.items()
-                for name, tensor in learned.state_dict().items()
-            }
-            tensors = kept.fits({f"{site}/{name}": (each.shape, each.dtype) for (site, name), each in held.items()})
-            losses = kept.read(tuple[float, float])
-            for site, learned in self.sites.items():
-                learned.load_state_dict({name: tensors[f"{site}/{name}"] for name in learned.state_dict()})
-            return losses
+            tensors = kept.fits({name: (each.shape, each.dtype) for name, each in self._state().items()})
+            return Trained(tensors, kept.read(tuple[float, float]))
+
+    def take(self, trained: Trained) -> None:
+        """Make this what was learned, here or by another rank."""
+        for site, learned in self.sites.items():
+            learned.load_state_dict({name: trained.tensors[f"{site}/{name}"] for name in learned.state_dict()})
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{site}/{name}": tensor
+            for site, learned in self.sites.items()
+            for name, tensor in learned.state_dict().items()
+        }
 
     @property
     def title(self) -> str:

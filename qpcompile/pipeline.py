@@ -11,9 +11,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from qpcompile.quality.meter import QualityMeter
 from qpcompile.quality.raising import next_step
 from qpcompile.quantization.grids import GRIDS
 from qpcompile.quantization.solve import needs_moments
+from qpcompile.ranks import Ranks
 from qpcompile.recipe.plan import CalibrationUsed
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.placement import compute_device
@@ -62,6 +64,7 @@ def compile(
     resume: str | PathLike[str] | None = None,
     device: torch.device | str | int | None = None,
     offload: str | PathLike[str] | None = None,
+    ranks: Ranks | None = None,
 ) -> CompiledVLM:
     """Compile a vision-language model by a recipe for weights, activations, KV cache and visual tokens.
 
@@ -79,19 +82,22 @@ def compile(
             so are its capture and its final check.
         offload: a folder with room for the model's weights. Weights that passes change or pack are written to files
             there, block by block, instead of being kept in memory. The files have no names: nothing remains.
+        ranks: the processes that share this compile (`qpcompile.torchrun.joined`); each calls this function with the
+            same arguments, and gets the same model. Only rank 0 writes to `resume`.
 
     Raises CalibrationError if the recipe needs calibration samples and there are none, RecipeError for exact numerics
     of a model in half precision or on a GPU, ExportError for a processor whose chat template or tokenizer no artifact
     may contain, OutputError for a checkpoint folder that is in use, damaged or foreign, KernelError for a device that
-    torch cannot compute on, QualityError if the answers agree less with full precision than the recipe demands, and
-    InvariantError if decoding of the compiled model does not match recomputation (qpcompile/runtime/recompute.py).
+    torch cannot compute on, RankError if ranks differ or one of them has ended, QualityError if the answers agree less
+    with full precision than the recipe demands, and InvariantError if decoding of the compiled model does not match recomputation (qpcompile/runtime/recompute.py).
     """
     tell_newer()
     computes = None if device is None else compute_device(device)
     kept_in = Offload.open(offload)
     recipe = Recipe.load(recipe)
     check_method(recipe)
-    with nullcontext() if resume is None else held_folder(resume) as progress:
+    ranks = ranks or Ranks()
+    with _progress(resume, ranks) as progress:
         source, held = (model, None) if isinstance(model, (str, PathLike)) else (None, model)
         del model
         if source is not None:
@@ -110,14 +116,17 @@ def compile(
                 held = load_model(source, processor)[0]
             example = samples.example() if samples else blank_sample(held, processor)
             program = capture(held, example, recipe, islice(samples or (), MOST_SAMPLES))
-            program.device, program.offload = computes, kept_in
+            program.device, program.offload, program.ranks = computes, kept_in, ranks
             if source is not None:
                 program.measured[GRIDS] = grids(source, held)
             # From here on only the graphs hold the weights, and a weight that a pass replaces is freed unless the
             # caller holds it, or a compile that may start again.
             held = None if source is not None or not recipe.quality.may_raise else held
+            key = checkpoint_key(program, samples) if progress is not None or ranks.size > 1 else ""
+            about = f"{key}\n{_threads(program)}\n{'no ' if resume is None else ''}checkpoint folder"
+            ranks.agree("model, recipe, samples, versions, threads and checkpoint", about.__str__)
             if progress is not None and not made:
-                program.checkpoint = Checkpoint.open(progress, checkpoint_key(program, samples))
+                program.checkpoint = Checkpoint.open(progress, key, ranks)
             compiled = compile_captured(program, processor, samples, after, meter(samples, processor, recipe), made)
             del program
             if (step := next_step(compiled.plan)) is None:
@@ -125,6 +134,13 @@ def compile(
             recipe, made = step.recipe, (*made, step.override)
             _LOG.info("%s; starting again with %s", step.reason, step.override)
             del compiled
+
+
+def _progress(resume: str | PathLike[str] | None, ranks: Ranks) -> AbstractContextManager[Path | None]:
+    """The checkpoint folder, held by rank 0."""
+    if resume is None or not ranks.leads:
+        return nullcontext(None if resume is None else Path(resume))
+    return held_folder(resume)
 
 
 def _samples(calibration: Source | None, processor: Any, recipe: Recipe) -> Samples | None:
@@ -179,6 +195,7 @@ def compile_captured(
         if item.name in program.history:
             continue
         steps += run_passes(program, [item], after)
+        program.ranks.agree(f"the plan after {item.name}", program.plan.to_yaml)
         if measured_by is not None:
             measured_by.after(item.name, program)
         if program.stage == "canonical":
@@ -212,6 +229,11 @@ def checkpoint_key(program: Program, samples: Samples | None) -> str:
         "versions": package_versions(),
     }
     return json.dumps(parts, indent=1)
+
+
+def _threads(program: Program) -> str:
+    """What decides the order of sums beside the key: the device, and threads of a process."""
+    return f"{torch.get_num_threads()} threads on {(program.device or torch.device('cpu')).type}"
 
 
 def needs_samples(recipe: Recipe) -> list[str]:

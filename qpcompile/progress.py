@@ -16,8 +16,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def track(name: str, total: int, *, console: Console | None = None) -> Iterator[Callable[[], None]]:
-    """A function to call after each of `total` steps; output goes to stderr, or to `console`."""
+def track(name: str, total: int, *, console: Console | None = None, shown: bool = True) -> Iterator[Callable[[], None]]:
+    """A function to call after each of `total` steps; output goes to stderr, or to `console`, or nowhere."""
+    if not shown:
+        yield lambda: None
+        return
     console = console or Console(stderr=True)
     if not console.is_terminal:
         lines = LogLines(name, total)

@@ -60,6 +60,10 @@ class Ranks:
         """Whether the sample or item with this number is this rank's."""
         return number % self.size == self.rank
 
+    def closes(self, number: int) -> bool:
+        """Whether each rank has had one item of the last `size`, this one included."""
+        return number % self.size == self.size - 1
+
     def gathered(self, value: T) -> list[T]:
         """Each rank's value, in rank order. Raises RankError if a rank has ended."""
         if self.size == 1:
@@ -109,8 +113,11 @@ class Ranks:
         """Each rank's tensors, in rank order. Raises RankError if a rank has ended."""
         return self.delivered([tensors] * self.size)
 
-    def agree(self, what: str, text: str) -> None:
-        """Raise RankError if the ranks do not all have the same text; `what` names it."""
+    def agree(self, what: str, told: Callable[[], str]) -> None:
+        """Raise RankError if the ranks are not told the same text; `what` names it."""
+        if self.size == 1:
+            return
+        text = told()
         for other, theirs in enumerate(self.gathered(text)):
             if theirs != text:
                 here, there = _first_difference(text, theirs)
@@ -120,22 +127,20 @@ class Ranks:
                     do="start all ranks with one command, on machines with the same files, packages and processors",
                 )
 
-    def spread(
-        self, items: Iterable[S], cost: Callable[[S], float], work: Callable[[S], Tensors]
-    ) -> Generator[tuple[S, Tensors]]:
+    def spread(self, items: Iterable[S], cost: Callable[[S], float], work: Callable[[S], T]) -> Generator[tuple[S, T]]:
         """(item, result) in the order of the items; each is worked on by one rank, and all get the result.
 
-        Ranks work on items of like cost at the same time: those of a window are sorted by `cost`.
+        Ranks work on items of like cost at the same time: those of a window are sorted by `cost`. Results are pickled.
         """
         if self.size == 1:
             yield from ((item, work(item)) for item in items)
             return
-        for window in _windows(items, WINDOW * self.size):
-            found: dict[int, Tensors] = {}
+        for window in windows(items, WINDOW * self.size):
+            found: dict[int, Any] = {}
             order = sorted(range(len(window)), key=lambda place: cost(window[place]), reverse=True)
-            for places in _windows(order, self.size):
-                own = work(window[places[self.rank]]) if self.rank < len(places) else {}
-                found.update(zip(places, self.shared(own), strict=False))
+            for places in windows(order, self.size):
+                own = work(window[places[self.rank]]) if self.rank < len(places) else None
+                found.update(zip(places, self.gathered(own), strict=False))
             for place, item in enumerate(window):
                 yield item, found.pop(place)
 
@@ -161,8 +166,8 @@ def ended(ranks: Ranks, cause: str = "") -> RankError:
     return RankError(
         what,
         where=f"rank {ranks.rank} of {ranks.size}",
-        do="read what that rank printed; if it printed nothing, it was killed (out of memory?). The same command starts "
-        "again, and with --resume continues where this one ended",
+        do="read what that rank printed; if it printed nothing, it was killed (out of memory?). The same command "
+        "begins anew, and with --resume continues where this one ended",
     )
 
 
@@ -190,7 +195,7 @@ def shares(costs: Sequence[float], size: int) -> list[int]:
     return owners
 
 
-def _windows(items: Iterable[S], size: int) -> Generator[list[S]]:
+def windows(items: Iterable[S], size: int) -> Generator[list[S]]:
     """Items in groups of `size`, the last one shorter."""
     rest = iter(items)
     while window := list(islice(rest, size)):

@@ -19,6 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as distributed
+from torch.distributed.rendezvous import rendezvous
 
 from qpcompile.errors import KernelError, QPCompileError, RankError
 from qpcompile.ranks import Lost, Ranks, ended
@@ -94,21 +95,15 @@ def local_device(device: str | None) -> str | None:
 def _join(ranks: Ranks, starts: timedelta) -> None:
     """Set up torch.distributed, once all processes have come."""
     try:
-        store, _, _ = next(distributed.rendezvous("env://", timeout=starts))
+        store, _, _ = next(rendezvous("env://", timeout=starts))
         store.set(f"come/{ranks.rank}", "")
         for other in range(ranks.size):
             store.wait([f"come/{other}"], starts)
-        distributed.init_process_group(
-            "gloo",
-            store=distributed.PrefixStore("compile", store),
-            rank=ranks.rank,
-            world_size=ranks.size,
-            timeout=_ALWAYS,
-        )
+        distributed.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=_ALWAYS)
     except (RuntimeError, ValueError) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RankError(
-            f"the {ranks.size} processes of this compile did not all come within {starts.total_seconds():.0f} s: {text}",
+            f"of the {ranks.size} processes not all came within {starts.total_seconds():.0f} s: {text}",
             where=f"rank {ranks.rank} of {ranks.size} ({SIZE})",
             do=f"start them with torchrun, or unset {SIZE} to compile in one process",
         ) from error
@@ -119,7 +114,9 @@ class _Watch:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self._ending = ranks, False
-        self._group = distributed.new_group(backend="gloo", timeout=_ALWAYS)
+        group = distributed.new_group(backend="gloo", timeout=_ALWAYS)
+        assert isinstance(group, distributed.ProcessGroup)
+        self._group = group
         self._others = [other for other in range(ranks.size) if other != ranks.rank]
         self._threads = [threading.Thread(target=self._await, args=(other,), daemon=True) for other in self._others]
         for thread in self._threads:

@@ -2,21 +2,26 @@
 
 Layer by layer: all samples run through one layer before any runs through the next, so that memory holds the statistics
 of one layer, and of each sample only the inputs of the next layer.
+
+Several ranks share the samples, in turns of one sample each (site_sums.py); when all samples have passed a layer, every
+rank gets the statistics of all its sites.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from qpcompile.calibration.blocks import Block, Look, Values, split_blocks
-from qpcompile.calibration.modality_ratios import ModalityGradients
+from qpcompile.calibration.modality_ratios import Found, ModalityGradients
+from qpcompile.calibration.site_sums import SiteSums
 from qpcompile.calibration.statistics import ROWS, Calibration, InputStatistics, Shelf
 from qpcompile.errors import CalibrationError, InputError
 from qpcompile.ir.edit import is_call
@@ -24,6 +29,7 @@ from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import SELECT_TOKENS
 from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
 from qpcompile.progress import track
+from qpcompile.ranks import Ranks, turns
 from qpcompile.runtime.machine import Machine
 from qpcompile.runtime.placement import Placement
 
@@ -41,8 +47,8 @@ def collect(program: Program, samples: Iterable[dict[str, Any]], count: int, tit
     collector = _Collector(program, title, count, moments, -(-ROWS // count), weigh, on, found)
     if not collector.restore():
         flows = collector.flows(samples, count)
-        for name in list(flows):
-            collector.walk(program.graphs[name], flows.pop(name))
+        for name in _in_order(flows, program.ranks):
+            collector.walk(program.graphs[name], flows.pop(name, []))
         collector.finish()
     collector.found.samples = count
     collector.found.ratios = collector.gradients.ratios()
@@ -98,8 +104,6 @@ class _Collector:
     on: Placement
     found: Calibration
     gradients: ModalityGradients = field(default_factory=ModalityGradients)
-    # The statistics of the current layer.
-    growing: dict[str, InputStatistics] = field(default_factory=dict)
     walked: list[str] = field(default_factory=list)
 
     def flows(self, samples: Iterable[dict[str, Any]], count: int) -> dict[str, list[_Flow]]:
@@ -115,49 +119,68 @@ class _Collector:
             flow.visual, flow.counts = machine.marks(*feeds["inputs_embeds"].shape[:2])
             if self.weigh and flow.number >= done:
                 head = self.program.graphs.get(HEAD)
-                self.gradients.add(graph, head, feeds, flow.visual, flow.counts, self.on)
+                found.append(self.gradients.measure(graph, head, feeds, flow.visual, flow.counts, self.on))
             raise _Reached
 
-        done = self._restore_gradients()
-        with Machine(self.program, execute) as machine, track(f"{self.title} inputs", count) as step:
+        done, ranks = self._restore_gradients(), self.program.ranks
+        found: list[Found] = []
+        with Machine(self.program, execute) as machine, self._track("inputs", count) as step:
             for number, sample in enumerate(samples):
-                latest = {"number": number, "keys": tuple(sample)}
-                with suppress(_Reached):
-                    run_sample(machine, sample, number)
-                if self.weigh and number >= done and (number + 1 == count or self.program.checkpoint.due()):
-                    self._save_gradients(number + 1)
+                if ranks.mine(number):
+                    latest = {"number": number, "keys": tuple(sample)}
+                    with suppress(_Reached):
+                        run_sample(machine, sample, number)
                 step()
+                last = number + 1 == count
+                if not self.weigh or number < done or not (last or ranks.closes(number)):
+                    continue
+                for each in chain.from_iterable(ranks.gathered(found)):
+                    self.gradients.add(each)
+                found.clear()
+                if last or self.program.checkpoint.due():
+                    self._save_gradients(number + 1)
         return held
 
     def walk(self, graph: Graph, flows: list[_Flow]) -> None:
         """All calls of one graph, a layer at a time."""
         entry, blocks = split_blocks(graph)
-        with track(f"{self.title} {graph.name}", len(blocks)) as step, torch.no_grad():
+        numbers = self.program.ranks.gathered([flow.number for flow in flows])
+        with self._track(graph.name, len(blocks)) as step, torch.no_grad():
             with self.on.holding():
-                for flow in flows:
+                for flow in self._in_turns(flows, numbers, True):
                     flow.visual, flow.counts = self.on.there((flow.visual, flow.counts))
                     with _naming(flow.number, flow.keys):
                         flow.values = self.on.back(entry.run(flow.feeds, self.on, self._look(flow), plain=False))
                     flow.feeds = {}
             for block in blocks:
                 with self.on.holding():
-                    self._through(block, flows)
+                    self._through(block, flows, numbers)
                 step()
 
-    def _through(self, block: Block, flows: list[_Flow]) -> None:
+    def _track(self, what: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        return track(f"{self.title} {what}", total, shown=self.program.ranks.leads)
+
+    def _in_turns(self, flows: list[_Flow], numbers: list[list[int]], adds: bool) -> Iterator[_Flow]:
+        """This rank's calls, one a turn; after a turn the statistics of all ranks' calls are added."""
+        own = iter(flows)
+        for turn in turns(numbers):
+            if self.program.ranks.rank in turn:
+                yield next(own)
+            if adds:
+                self.sums.end_turn(turn)
+
+    def _through(self, block: Block, flows: list[_Flow], numbers: list[list[int]]) -> None:
         """Run all calls through one layer and store its statistics on the shelf, collected now or restored."""
         kept = self._restore(block.name)
-        for flow in flows:
+        for flow in self._in_turns(flows, numbers, kept is None):
             with _naming(flow.number, flow.keys):
                 look = self._look(flow, adds=kept is None)
                 flow.values = self.on.back(block.run(flow.values, self.on, look, plain=False))
-        _check_finite(self.growing)
-        self.growing = {site: statistics.to(self.on.home) for site, statistics in self.growing.items()}
+        found = self.sums.take(self.on.home)
         if kept is None:
-            self._save(block.name)
-        self.found.inputs.update(self.growing if kept is None else kept)
+            self._save(block.name, found)
+        self.found.inputs.update(found if kept is None else kept)
         self.walked.append(block.name)
-        self.growing = {}
 
     def _look(self, flow: _Flow, adds: bool = True) -> Look:
         def look(node: fx.Node, value: Any) -> Any:
@@ -172,14 +195,8 @@ class _Collector:
         return look
 
     def _add(self, site: str, value: torch.Tensor, flow: _Flow) -> None:
-        if site not in self.growing:
-            # Another graph of the same component may have been here.
-            before = self.found.inputs.get(site)
-            empty = InputStatistics.empty(value.shape[-1], self.moments, value.device)
-            self.growing[site] = empty if before is None else before.copy().to(value.device)
         of_tokens = flow.counts is not None and value.shape[:-1] == flow.counts.shape
-        marks = (flow.visual, flow.counts) if of_tokens else (None, None)
-        self.growing[site].add(value, self.keep, *marks)
+        self.sums.add(site, value, *((flow.visual, flow.counts) if of_tokens else ()))
 
     def restore(self) -> bool:
         """Restore the statistics of an interrupted compile; returns whether they are complete."""
@@ -200,13 +217,13 @@ class _Collector:
         """Mark the calibration as complete in the checkpoint."""
         self.program.checkpoint.save(self.title, {}, {"blocks": self.walked})
 
-    def _save(self, block: str) -> None:
+    def _save(self, block: str, found: dict[str, InputStatistics]) -> None:
         tensors = {
             f"{site}/{name}": tensor
-            for site, statistics in self.growing.items()
+            for site, statistics in found.items()
             for name, tensor in statistics.tensors().items()
         }
-        self.program.checkpoint.save(f"{self.title} {block}", tensors, {"sites": list(self.growing)})
+        self.program.checkpoint.save(f"{self.title} {block}", tensors, {"sites": list(found)})
 
     def _restore(self, block: str) -> dict[str, InputStatistics] | None:
         with self.program.checkpoint.found(f"{self.title} {block}") as kept:
@@ -219,6 +236,11 @@ class _Collector:
                 found[site] = InputStatistics.checked(held, self.widths[site], self.moments)
             kept.fits({})
             return found
+
+    @functools.cached_property
+    def sums(self) -> SiteSums:
+        """The statistics of the current layer."""
+        return SiteSums(self.program.ranks, self.widths, self.moments, self.keep, self.found.inputs)
 
     @functools.cached_property
     def widths(self) -> dict[str, int]:
@@ -252,11 +274,7 @@ class _Collector:
             return samples
 
 
-def _check_finite(found: dict[str, InputStatistics]) -> None:
-    for site, statistics in found.items():
-        if not torch.isfinite(statistics.largest).all():
-            raise CalibrationError(
-                "calibration produced numbers that are not finite",
-                where=site,
-                do="check the samples and the model's weights for NaN and infinity",
-            )
+def _in_order(flows: dict[str, list[_Flow]], ranks: Ranks) -> list[str]:
+    """The graphs that any rank has called, in the order in which a single process would have called them first."""
+    firsts = [(calls[0].number, place, name) for place, (name, calls) in enumerate(flows.items())]
+    return list(dict.fromkeys(name for *_, name in sorted(chain.from_iterable(ranks.gathered(firsts)))))

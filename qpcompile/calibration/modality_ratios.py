@@ -22,6 +22,9 @@ from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Graph
 from qpcompile.runtime.placement import Placement
 
+Found = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""The sum and count of one sample, f[2], at visual and at text tokens, by site."""
+
 
 @dataclass
 class ModalityGradients:
@@ -30,16 +33,16 @@ class ModalityGradients:
     visual: dict[str, torch.Tensor] = field(default_factory=dict)
     text: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add(
-        self,
+    @staticmethod
+    def measure(
         prefill: Graph,
         head: Graph | None,
         feeds: dict[str, torch.Tensor],
         visual: torch.Tensor,
         valid: torch.Tensor,
         on: Placement,
-    ) -> None:
-        """Add one sample. visual, valid: bool[B, S], which tokens are visual, and which are not padding.
+    ) -> Found:
+        """One sample. visual, valid: bool[B, S], which tokens are visual, and which are not padding.
 
         The backward pass reads all weights: on an accelerator the whole decoder must fit.
         """
@@ -62,13 +65,23 @@ class ModalityGradients:
                 result = next(iter(run_nodes(head, {name: result[:, -1:]}, on, None).values()))
             scores = result[:, -1].float()
             torch.nn.functional.cross_entropy(scores, scores.detach().argmax(dim=-1)).backward()
+        found: Found = {}
         for site, output in outputs.items():
             if output.grad is None or output.shape[:2] != visual.shape:
                 continue
             size = output.grad.abs().mean(dim=-1)
-            for sums, chosen in ((self.visual, visual & valid), (self.text, valid & ~visual)):
-                found = on.back(torch.stack([size[chosen].sum(), chosen.sum().to(size.dtype)]))
-                sums[site] = sums.get(site, torch.zeros_like(found)) + found
+            own, other = (
+                on.back(torch.stack([size[chosen].sum(), chosen.sum().to(size.dtype)]))
+                for chosen in (visual & valid, valid & ~visual)
+            )
+            found[site] = own, other
+        return found
+
+    def add(self, found: Found) -> None:
+        """Add what was measured on one sample."""
+        for site, parts in found.items():
+            for sums, part in zip((self.visual, self.text), parts, strict=True):
+                sums[site] = sums.get(site, torch.zeros_like(part)) + part
 
     def ratios(self) -> dict[str, float]:
         """rho per site."""

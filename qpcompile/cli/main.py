@@ -96,22 +96,33 @@ def compile_command(
         quiet_libraries()
         from qpcompile.cli.doctor import recipe_warning
         from qpcompile.cli.dry_run import forecast
+        from qpcompile.torchrun import joined, local_device
 
-        checked_device(device)
-        expected = forecast(model, asked, data)
-        if warning := recipe_warning(asked):
-            note(f"note: {warning}")
-        if dry_run:
-            terminal.show_forecast(expected)
-            return
-        assert output is not None
-        with claimed(output, "folder") as folder, nullcontext() if report is None else claimed(report, "file") as page:
-            compiled = compile_told(model, asked, data, resume, device, offload)
-            compiled.save_pretrained(folder)
-            note(f"wrote {shown(output)}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
-            terminal.show_quality(compiled.plan)
-            if page is not None:
-                write_report(compiled, page, data)
+        with joined() as ranks:
+            terminal.quiet_rank(ranks)
+            device = local_device(device)
+            checked_device(device)
+            expected = forecast(model, asked, data)
+            if not ranks.leads:
+                if not dry_run:
+                    compile_told(model, asked, data, resume, device, offload, ranks)
+                return
+            if warning := recipe_warning(asked):
+                note(f"note: {warning}")
+            if dry_run:
+                terminal.show_forecast(expected)
+                return
+            assert output is not None
+            with (
+                claimed(output, "folder") as folder,
+                nullcontext() if report is None else claimed(report, "file") as page,
+            ):
+                compiled = compile_told(model, asked, data, resume, device, offload, ranks)
+                compiled.save_pretrained(folder)
+                note(f"wrote {shown(output)}, {compiled.weight_bytes() / 1e6:.2f} MB of weights")
+                terminal.show_quality(compiled.plan)
+                if page is not None:
+                    write_report(compiled, page, data)
 
 
 @app.command(

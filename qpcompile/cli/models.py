@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qpcompile.compiled import CompiledVLM
     from qpcompile.ir.pass_manager import PassRun
     from qpcompile.ir.program import Program
+    from qpcompile.ranks import Ranks
 
 
 def checked_device(device: str | None) -> torch.device | None:
@@ -35,19 +36,30 @@ def compile_told(
     resume: Path | None = None,
     device: str | None = None,
     offload: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> CompiledVLM:
-    """Compile, reporting each pass on stderr."""
+    """Compile, reporting each pass on stderr; of several ranks only rank 0 reports."""
     terminal.quiet_libraries()
     from qpcompile.pipeline import compile
 
     started = time.monotonic()
 
     def after(step: PassRun, program: Program) -> None:
-        terminal.note(
-            f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}"
-        )
+        if program.ranks.leads:
+            terminal.note(
+                f"{time.monotonic() - started:7.1f} s  {step.name}: {'done' if step.modified else 'graphs unchanged'}"
+            )
 
-    return compile(model, recipe, calibration=data, after=after, resume=resume, device=device, offload=offload)
+    return compile(
+        model,
+        recipe,
+        calibration=data,
+        after=after,
+        resume=resume,
+        device=device,
+        offload=offload,
+        ranks=ranks,
+    )
 
 
 def load_artifact(folder: str | Path) -> CompiledVLM:

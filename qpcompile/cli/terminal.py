@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qpcompile.cli.dry_run import Forecast
     from qpcompile.compiled import CompiledVLM
     from qpcompile.evaluate.run.rows import Row
+    from qpcompile.ranks import Ranks
     from qpcompile.recipe.plan import Plan, Site
 
 FAILED, INTERRUPTED = 1, 130
@@ -141,6 +142,12 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     tell_newer()
+
+
+def quiet_rank(ranks: Ranks) -> None:
+    """Let only rank 0 log; errors are told by every rank."""
+    if not ranks.leads:
+        logging.getLogger("qpcompile").setLevel(logging.ERROR)
 
 
 class _Notes(logging.Handler):

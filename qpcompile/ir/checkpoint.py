@@ -5,6 +5,9 @@
 
 It contains only tensors and JSON, and nothing in it is executed; files are written to a temporary name and renamed. The
 hashes detect damaged and foreign files; they are not signatures. The folder remains after the compile.
+
+Of several ranks only rank 0 reads and writes it. What it reads it sends to the others, so all ranks must ask for the
+same in the same order.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 
 from qpcompile.errors import OutputError
 from qpcompile.files import flush
+from qpcompile.ranks import Ranks
 from qpcompile.write_errors import shown, writing
 
 KEY = "key"
@@ -67,14 +71,18 @@ class Checkpoint:
 
     folder: Path | None = None
     key: str = ""
+    ranks: Ranks = field(default_factory=Ranks)
     last: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, folder: Path, key: str) -> Checkpoint:
+    def open(cls, folder: Path, key: str, ranks: Ranks | None = None) -> Checkpoint:
         """Open or create the checkpoint in a folder; partial files of a killed compile are removed.
 
         Raises OutputError if the folder contains something else, or the checkpoint of another compile.
         """
+        opened = cls(folder, key, ranks or Ranks())
+        if not opened.ranks.leads:
+            return opened
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _remove(folder / _PARTIAL)
@@ -90,11 +98,11 @@ class Checkpoint:
             if lines[2] != _digest(lines[0]):
                 raise _unusable(folder / KEY, "is damaged", "remove the folder to begin from the start")
             raise _unusable(folder, "belongs to another model, recipe, calibration or version", _ANOTHER)
-        return cls(folder, key)
+        return opened
 
     def due(self) -> bool:
-        """Whether a pass in the middle of its work should save."""
-        return self.folder is not None and time.monotonic() - self.last > SECONDS
+        """Whether a pass in the middle of its work should save; rank 0 decides."""
+        return self.folder is not None and self.ranks.gathered(time.monotonic() - self.last > SECONDS)[0]
 
     @contextmanager
     def found(self, what: str) -> Generator[Kept | None]:
@@ -102,17 +110,26 @@ class Checkpoint:
 
         Raises OutputError for a damaged file, and if the block raises ValueError on its contents.
         """
-        if self.folder is None or not os.path.lexists(path := self._path(what)):
+        if self.folder is None:
             yield None
             return
-        with _reading(path):
-            kept = self._read(path, what)
+        path, kept = self._path(what), None
+        if self.ranks.leads and os.path.lexists(path):
+            with _reading(path):
+                kept = self._read(path, what)
+        if self.ranks.size > 1:
+            known, facts = self.ranks.gathered((kept is not None, None if kept is None else kept.facts))[0]
+            tensors = self.ranks.shared({} if kept is None else kept.tensors)[0]
+            kept = Kept(tensors, facts) if known else None
+        if kept is None:
+            yield None
+            return
         with _reading(path):
             yield kept
 
     def save(self, what: str, tensors: dict[str, torch.Tensor], facts: Any) -> None:
         """Save tensors and JSON-serializable facts under this name, replacing earlier ones."""
-        if self.folder is None:
+        if self.folder is None or not self.ranks.leads:
             return
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         text = json.dumps(facts)

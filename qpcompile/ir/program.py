@@ -24,6 +24,7 @@ from qpcompile.ir.mapped_tensors import Offload
 from qpcompile.ir.measurements import Measurements
 from qpcompile.ir.names import Name
 from qpcompile.ir.structure import Template
+from qpcompile.ranks import Ranks
 from qpcompile.recipe.plan import Layer, Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.stages import Stage
@@ -96,6 +97,8 @@ class Program:
     offload: Offload = field(default_factory=Offload)
     # Where passes compute (runtime/placement.py); None: where the tensors are.
     device: torch.device | None = None
+    # The processes that share this compile; each has its own copy of the program.
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def language(self) -> list[Graph]:
