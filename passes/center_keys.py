@@ -17,9 +17,9 @@ Sources: "KIVI" (arXiv 2402.02750) and "SageAttention" (arXiv 2410.02367), secti
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 import torch
@@ -73,26 +73,57 @@ class CenterKeys:
     def _measure(self, program: Program) -> dict[int, Keys]:
         """The keys of each layer, on the first samples."""
         graph, on, count = program.graphs[PREFILL], Placement.of(program), min(self.count, SAMPLES)
-        stubs = dict(_keys(graph))
+        ranks, stubs = program.ranks, dict(_keys(graph))
         found = {fact.layer: Keys() for fact in stubs.values() if fact.layer is not None}
-        entry = torch.empty(0)
+        entry, rows, own = torch.empty(0), list[tuple[int, Row]](), list[list[tuple[int, Row]]]()
 
         def look(node: fx.Node, args: tuple[Any, ...], result: Any) -> Any:
             nonlocal entry
             if is_call(node, RMSNORM, aten.layer_norm.default) and args[0].dim() == 3:
                 entry = args[0]
             if node in stubs and (layer := stubs[node].layer) is not None:
-                found[layer].add(result, entry, on.there(machine.marks(*result.shape[::2][:2])[1]))
+                marks = on.there(machine.marks(*result.shape[::2][:2])[1])
+                rows.extend((layer, row) for row in rows_of(result, entry, marks))
             return result
 
         def execute(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return run_watched(graph, feeds, look, on) if graph.name == PREFILL else on.run(graph, feeds)
 
-        with Machine(program, execute) as machine, track(self.name, count) as step:
+        with Machine(program, execute) as machine, track(self.name, count, shown=ranks.leads) as step:
             for number, sample in enumerate(islice(self.samples, count)):
-                run_sample(machine, sample, number)
+                if ranks.mine(number):
+                    rows = []
+                    run_sample(machine, sample, number)
+                    own.append(rows)
                 step()
+        for layer, row in chain.from_iterable(ranks.merged(own)):
+            found[layer].add(row)
         return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """The keys of one prompt: as `Keys`, ratio 0 if none is massive."""
+
+    total: torch.Tensor
+    energy: float
+    tokens: int
+    sink: torch.Tensor | None = None
+    ratio: float = 0.0
+
+
+def rows_of(keys: torch.Tensor, residual: torch.Tensor, valid: torch.Tensor) -> Iterator[Row]:
+    """keys: f[B, H, S, D], residual: f[B, S, C] at the layer's input, valid: bool[B, S], which are not padding."""
+    norms = residual.float().norm(dim=-1) if residual.shape[:2] == valid.shape else valid.float()
+    for row, (size, counts) in enumerate(zip(norms, valid, strict=True)):
+        ratios = size / size[counts].median().clamp(min=1e-30)
+        massive = counts & (ratios > MASSIVE)
+        chosen = keys[row][:, counts & ~massive].double()
+        found = Row(chosen.sum(dim=1), float(chosen.square().sum()), chosen.shape[1])
+        if massive.any():
+            place = int(torch.where(massive, ratios, 0).argmax())
+            found = replace(found, sink=keys[row][:, place].double(), ratio=float(ratios[place]))
+        yield found
 
 
 @dataclass
@@ -105,19 +136,13 @@ class Keys:
     sink: torch.Tensor | None = None
     ratio: float = 0.0
 
-    def add(self, keys: torch.Tensor, residual: torch.Tensor, valid: torch.Tensor) -> None:
-        """keys: f[B, H, S, D], residual: f[B, S, C] at the layer's input, valid: bool[B, S], which are not padding."""
-        norms = residual.float().norm(dim=-1) if residual.shape[:2] == valid.shape else valid.float()
-        for row, (size, counts) in enumerate(zip(norms, valid, strict=True)):
-            ratios = size / size[counts].median().clamp(min=1e-30)
-            massive = counts & (ratios > MASSIVE)
-            chosen = keys[row][:, counts & ~massive].double()
-            self.total = self.total.to(chosen.device) + chosen.sum(dim=1)
-            self.energy += float(chosen.square().sum())
-            self.tokens += chosen.shape[1]
-            if massive.any() and float(ratios[massive].max()) > self.ratio:
-                place = int(torch.where(massive, ratios, 0).argmax())
-                self.sink, self.ratio = keys[row][:, place].double(), float(ratios[place])
+    def add(self, row: Row) -> None:
+        """Add the keys of one prompt."""
+        self.total = self.total.to(row.total.device) + row.total
+        self.energy += row.energy
+        self.tokens += row.tokens
+        if row.ratio > self.ratio:
+            self.sink, self.ratio = row.sink, row.ratio
 
     @property
     def mean(self) -> torch.Tensor:

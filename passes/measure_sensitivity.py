@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -67,19 +68,31 @@ class MeasureSensitivity:
             if graph.name != PREFILL:
                 return on.run(graph, feeds)
             visual, _ = machine.marks(*feeds["inputs_embeds"].shape[:2])
-            return run_placed(_Twice(program, graph, on.there(visual), table, rounding, on), feeds)
+            return run_placed(_Twice(program, graph, on.there(visual), seen, rounding, on), feeds)
 
-        on = Placement.of(program)
+        on, ranks = Placement.of(program), program.ranks
         rounding = None if program.recipe.order == "prune_then_quantize" else StubRounding.of(program)
         done = _restore(program.checkpoint, table, self.count)
-        with Machine(program, execute) as machine, track(self.name, self.count) as step:
+        if rounding is not None and done < self.count:
+            rounding.share(program)
+        seen, own = dict[int, LayerRows](), list[dict[int, LayerRows]]()
+        with Machine(program, execute) as machine, track(self.name, self.count, shown=ranks.leads) as step:
             for number, sample in enumerate(self.samples):
-                if number >= done:
+                if number >= done and ranks.mine(number):
+                    seen = {layer: LayerRows() for layer in layers}
                     run_sample(machine, sample, number)
-                    if number + 1 == self.count or program.checkpoint.due():
-                        facts = {layer: vars(rows) for layer, rows in table.items()}
-                        program.checkpoint.save(self.name, {}, {"samples": number + 1, "layers": facts})
+                    own.append(seen)
                 step()
+                last = number + 1 == self.count
+                if number < done or not (last or ranks.closes(number)):
+                    continue
+                for each in chain.from_iterable(ranks.gathered(own)):
+                    for layer, rows in each.items():
+                        table[layer].extend(rows)
+                own.clear()
+                if last or program.checkpoint.due():
+                    facts = {layer: vars(rows) for layer, rows in table.items()}
+                    program.checkpoint.save(self.name, {}, {"samples": number + 1, "layers": facts})
         if not any(rows.cosines for rows in table.values()):
             raise PlanError(
                 "no sample has visual tokens in the decoder's prompt: there is nothing to drop",
@@ -101,6 +114,12 @@ class LayerRows:
     deviations: list[float] = field(default_factory=list)
     masses: list[float] = field(default_factory=list)
     cosines: list[float] = field(default_factory=list)
+
+    def extend(self, other: LayerRows) -> None:
+        """Append the measurements of later samples."""
+        self.deviations += other.deviations
+        self.masses += other.masses
+        self.cosines += other.cosines
 
     def facts(self, layer: int) -> LayerFacts:
         """Medians and interquartile range over the samples."""

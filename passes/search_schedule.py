@@ -131,7 +131,8 @@ class _Search:
         ranked = self._ranked([*first, *second])
         best, single = ranked[0], next(trial for trial in ranked if trial.method is not None)
         random = next(trial for trial in first if trial.method == RANDOM)
-        priced = {trial: self._price(trial) for trial in dict.fromkeys((best, single, random, ALL_TOKENS))}
+        asked = dict.fromkeys((best, single, random, ALL_TOKENS))
+        priced = dict(self.program.ranks.spread(asked, lambda _: 1.0, self._price))
         taken = min((best, single), key=lambda trial: priced[trial].cost)
         names = {"chosen": taken, "best single method": single, "random": random, "all tokens": ALL_TOKENS}
         prices = tuple(priced[trial].model_copy(update={"name": name}) for name, trial in names.items())
@@ -152,12 +153,16 @@ class _Search:
         fit, graph = Fit(self.program.recipe.tokens), cue_graph(self.program)
         head, on = self.program.graphs.get(HEAD), self.costs.on
         chosen = self.own[:FITTED_ON]
-        with track("weights of cues", len(chosen)) as step:
-            for answered in chosen:
-                feeds = {**answered.feeds, VISUAL: answered.visual, VALID: answered.asked}
-                cues = self.costs.run(graph, feeds)
-                full = answered.full
-                costs = drop_costs(self.program.graphs[PREFILL], head, answered.feeds, full.tokens, full.counted, on)
+
+        def work(answered: Answered) -> tuple[Any, Any]:
+            feeds = {**answered.feeds, VISUAL: answered.visual, VALID: answered.asked}
+            cues = self.costs.run(graph, feeds)
+            full = answered.full
+            return cues, drop_costs(self.program.graphs[PREFILL], head, answered.feeds, full.tokens, full.counted, on)
+
+        ranks = self.program.ranks
+        with track("weights of cues", len(chosen), shown=ranks.leads) as step:
+            for answered, (cues, costs) in ranks.spread(chosen, lambda _: 1.0, work):
                 fit.add(cues, costs, answered.visual & answered.asked)
                 step()
         return fit.weights()
@@ -166,10 +171,9 @@ class _Search:
         """Evaluate on all samples, discarding the worse half on the way; the best single method stays."""
         count = len(self.own)
         alive = trials
-        with track(f"{SearchSchedule.name}, {title}", count) as step:
+        with track(f"{SearchSchedule.name}, {title}", count, shown=self.program.ranks.leads) as step:
             for number, answered in enumerate(self.own):
-                for trial in alive:
-                    self.costs.add(trial, number, answered)
+                self.costs.add(alive, number, answered)
                 if number + 1 in (count // 8, count // 4, count // 2):
                     order = sorted(alive, key=lambda trial: self.costs.mean(trial, number + 1))
                     singles = [trial for trial in order if trial.method is not None][:1]

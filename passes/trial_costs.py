@@ -55,12 +55,16 @@ class TrialCosts:
         self._runs: dict[str, _Run] = {}
         self._costs = _restored(program.checkpoint)
 
-    def add(self, trial: Trial, number: int, answered: Answered) -> None:
-        """Evaluate a candidate on the sample with this number, unless that has been done."""
-        costs = self._costs.setdefault(trial.key, [])
-        if len(costs) == number:
+    def add(self, trials: Iterable[Trial], number: int, answered: Answered) -> None:
+        """Evaluate candidates on the sample with this number, unless that has been done; ranks share them."""
+
+        def work(trial: Trial) -> float:
             found = self.agreement(trial, [answered])
-            costs.append(found.divergence / max(found.tokens, 1))
+            return found.divergence / max(found.tokens, 1)
+
+        new = [trial for trial in trials if self.seen(trial) == number]
+        for trial, cost in self.program.ranks.spread(new, lambda _: 1.0, work):
+            self._costs.setdefault(trial.key, []).append(cost)
 
     def seen(self, trial: Trial) -> int:
         """On how many samples it was evaluated."""

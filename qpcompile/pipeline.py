@@ -89,7 +89,8 @@ def compile(
     of a model in half precision or on a GPU, ExportError for a processor whose chat template or tokenizer no artifact
     may contain, OutputError for a checkpoint folder that is in use, damaged or foreign, KernelError for a device that
     torch cannot compute on, RankError if ranks differ or one of them has ended, QualityError if the answers agree less
-    with full precision than the recipe demands, and InvariantError if decoding of the compiled model does not match recomputation (qpcompile/runtime/recompute.py).
+    with full precision than the recipe demands, and InvariantError if decoding of the compiled model does not match
+    recomputation (qpcompile/runtime/recompute.py).
     """
     tell_newer()
     computes = None if device is None else compute_device(device)

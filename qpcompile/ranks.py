@@ -73,6 +73,11 @@ class Ranks:
             distributed.all_gather_object(found, value)
         return found
 
+    def merged(self, own: list[T]) -> list[T]:
+        """All ranks' results of the items that are each one's (`mine`), in the order of the items."""
+        found = self.gathered(own)
+        return [results[turn] for turn in range(len(found[0])) for results in found if turn < len(results)]
+
     def delivered(self, parcels: Sequence[Tensors]) -> list[Tensors]:
         """`parcels[r]` goes to rank r; returns what came from each rank, in rank order. All ranks must call it.
 

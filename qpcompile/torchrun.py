@@ -57,7 +57,9 @@ def joined(starts: timedelta = STARTS) -> Iterator[Ranks]:
         return
     if missing := [name for name in _NEEDED if name not in os.environ]:
         raise _unusable(f"{SIZE} is {size}, but {', '.join(missing)} is not set")
-    ranks = Ranks(int(os.environ[RANK]), size, Lost())
+    if not (rank := os.environ[RANK]).isdecimal() or int(rank) >= size:
+        raise _unusable(f"{RANK} is {rank!r}, and there are {size} processes")
+    ranks = Ranks(int(rank), size, Lost())
     _join(ranks, starts)
     watch = _Watch(ranks)
     try:

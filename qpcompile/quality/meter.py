@@ -41,12 +41,17 @@ class QualityMeter:
 
     def before(self, program: Program) -> None:
         """Store the answers of the full-precision graphs."""
-        most = program.recipe.quality.tokens
-        on = Placement.of(program)
-        with Machine(program, on.run) as machine, track("answers in full precision", self.count) as step:
-            for sample in self.samples:
-                self._full.append(answer(machine, sample, most))
+        most, ranks = program.recipe.quality.tokens, program.ranks
+        on, own = Placement.of(program), list[Answer]()
+        with (
+            Machine(program, on.run) as machine,
+            track("answers in full precision", self.count, shown=ranks.leads) as step,
+        ):
+            for number, sample in enumerate(self.samples):
+                if ranks.mine(number):
+                    own.append(answer(machine, sample, most))
                 step()
+        self._full = ranks.merged(own)
 
     def after(self, name: str, program: Program) -> None:
         """Measure what is lost up to the pass that has just run, if it ends one of the steps."""
@@ -84,11 +89,13 @@ class QualityMeter:
 
     def _compare(self, machine: Machine) -> tuple[Agreement, list[Agreement]]:
         """The sum over all samples, and each sample's own."""
-        found: list[Agreement] = []
-        with track("agreement", self.count) as step:
-            for sample, full in zip(self.samples, self._full, strict=True):
-                found.append(compare(machine, sample, full))
+        ranks, own = machine.program.ranks, list[Agreement]()
+        with track("agreement", self.count, shown=ranks.leads) as step:
+            for number, (sample, full) in enumerate(zip(self.samples, self._full, strict=True)):
+                if ranks.mine(number):
+                    own.append(compare(machine, sample, full))
                 step()
+        found = ranks.merged(own)
         return sum(found, Agreement()), found
 
     def _examples(self, machine: Machine, answers: list[Agreement]) -> tuple[Example, ...]:

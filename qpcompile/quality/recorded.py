@@ -38,12 +38,16 @@ def record_answers(program: Program, samples: Iterable[dict[str, Any]], count: i
 
     The embeddings of all samples are in memory. Raises CalibrationError if there is no sample.
     """
-    found: list[Answered] = []
-    with Machine(program, Placement.of(program).run) as machine, track("answers to compare with", count) as step:
-        for sample in samples:
-            found.append(_answered(machine, sample, most))
+    ranks, own = program.ranks, list[Answered]()
+    with (
+        Machine(program, Placement.of(program).run) as machine,
+        track("answers to compare with", count, shown=ranks.leads) as step,
+    ):
+        for number, sample in enumerate(samples):
+            if ranks.mine(number):
+                own.append(_answered(machine, sample, most))
             step()
-    if not found:
+    if not (found := ranks.merged(own)):
         raise CalibrationError("there is no calibration sample", where="calibration", do="give at least one sample")
     return found
 

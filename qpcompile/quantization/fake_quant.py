@@ -8,9 +8,10 @@ import torch
 from torch import fx
 
 from qpcompile.calibration.statistics import CALIBRATION, InputStatistics
-from qpcompile.ir.edit import aten, calls
+from qpcompile.ir.edit import aten, calls, get_tensor
 from qpcompile.ir.measurements import Measurement
 from qpcompile.ir.node_facts import StubFact, stub_fact
+from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.kernels.kv_read.reference import kv_read
 from qpcompile.kernels.kv_write.reference import kv_write
@@ -70,16 +71,44 @@ class StubRounding:
         if fact.site in self._values:
             return self._values[fact.site]
         if fact.site not in self._weights:
-            found = self.inputs.get(self.read_by.get(fact.site, ""))
-            moments = None if found is None else self.on.there(found.moments)
-            codes, scale = solve(x, moments, weights)
-            self._weights[fact.site] = self.on.keep(stored_codes(codes, weights.bits)), self.on.keep(scale)
+            stored, scale = self._solved(x, fact)
+            self._weights[fact.site] = self.on.keep(stored), self.on.keep(scale)
         stored, scale = self.on.there(self._weights[fact.site])
         value = _widened(codes_of(stored, x.shape[1]), scale, x.dtype)
         if value.nbytes <= self._room:
             self._room -= value.nbytes
             self._values[fact.site] = value
         return value
+
+    def share(self, program: Program) -> None:
+        """Solve the weights of prefill, if there are several ranks to share them; otherwise each when it is read."""
+        if program.ranks.size == 1:
+            return
+        graph = program.graphs[PREFILL]
+        stubs = [(stub, fact) for stub in calls(graph, QUANT_STUB) if (fact := stub_fact(stub)) is not None]
+        asked = {
+            fact.site: (str(stub.args[0].target), fact)  # type: ignore[union-attr]
+            for stub, fact in stubs
+            if fact.role == "weight" and weights_at(fact, self.scheme).bits != 16
+        }
+
+        def cost(site: str) -> float:
+            rows, columns = get_tensor(graph.module, asked[site][0]).shape
+            return columns**2 * float(rows + columns)
+
+        def work(site: str) -> tuple[torch.Tensor, torch.Tensor]:
+            name, fact = asked[site]
+            return self._solved(self.on.weight(graph.module, name).detach(), fact)
+
+        for site, (stored, scale) in program.ranks.spread(asked, cost, work):
+            self._weights[site] = self.on.keep(stored), self.on.keep(scale)
+
+    def _solved(self, weight: torch.Tensor, fact: StubFact) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes as they are stored, and scales, at home."""
+        found, scheme = self.inputs.get(self.read_by.get(fact.site, "")), weights_at(fact, self.scheme)
+        moments = None if found is None else self.on.there(found.moments)
+        codes, scale = solve(weight, moments, scheme)
+        return self.on.back(stored_codes(codes, scheme.bits)), self.on.back(scale)
 
 
 ROUNDING: Measurement[StubRounding] = Measurement("rounding")

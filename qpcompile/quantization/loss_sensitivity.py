@@ -63,7 +63,7 @@ def loss_sensitivity(program: Program, samples: Iterable[dict[str, Any]], count:
         visual, valid = machine.marks(*feeds["inputs_embeds"].shape[:2])
         return measured.add(graph, feeds, on.there(visual), on.there(valid))
 
-    with Machine(program, execute) as machine, track(title, count) as step:
+    with Machine(program, execute) as machine, track(title, count, shown=program.ranks.leads) as step:
         for number, sample in enumerate(islice(samples, count)):
             run_sample(machine, sample, number)
             step()

@@ -18,7 +18,7 @@ from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.passes.calibrate import Calibrate
 from qpcompile.passes.canonicalize import Canonicalize
-from qpcompile.passes.center_keys import CenterKeys, Keys
+from qpcompile.passes.center_keys import CenterKeys, Keys, rows_of
 from qpcompile.passes.fold_transforms import FoldTransforms
 from qpcompile.passes.insert_quant_stubs import InsertQuantStubs
 from qpcompile.pruning.table import check_method
@@ -99,7 +99,8 @@ def test_the_sink_is_exact_and_the_others_are_closer(bits: int) -> None:
     scheme, fact = recipe(f"quantize.kv_cache.bits={bits}").quantize, StubFact("", "key", 0)
     assert scheme is not None
     found = Keys()
-    found.add(keys, residual, torch.ones(1, 40, dtype=torch.bool))
+    (row,) = rows_of(keys, residual, torch.ones(1, 40, dtype=torch.bool))
+    found.add(row)
     center = found.center(scheme).float()
     rounded = fake_quantize(keys - center, fact, scheme) + center
     assert relative(rounded[:, :, 2], keys[:, :, 2]) < 1e-5
@@ -117,7 +118,8 @@ def test_without_a_massive_token_it_is_the_mean() -> None:
     valid[:, :5] = False
     scheme, found = recipe().quantize, Keys()
     assert scheme is not None
-    found.add(keys, residual, valid)
+    (row,) = rows_of(keys, residual, valid)
+    found.add(row)
     assert found.sink is None and found.tokens == 35
     torch.testing.assert_close(found.center(scheme)[0, :, 0], keys[0, :, 5:].double().mean(dim=1))
 
