@@ -14,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 from tiny_checkpoint import write_checkpoint
+from typer.testing import CliRunner
 
 from qpcompile.capture.load import load_model
+from qpcompile.cli.main import app
 from qpcompile.errors import RankError
 from qpcompile.torchrun import asked_size, joined
 
@@ -145,3 +147,15 @@ def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked_size() == 1
     with joined() as found:
         assert found.leads and found.size == 1 and found.mine(7)
+
+
+def test_other_commands_are_not_started_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process would do all of it."""
+    for name, text in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, text)
+    for command_name, code in (("doctor", 1), ("compile", 2)):
+        done = CliRunner().invoke(app, [command_name])
+        assert done.exit_code == code, done.output
+        assert ("only `compile` shares its work" in done.output) == (command_name == "doctor")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "only `compile`" not in CliRunner().invoke(app, ["compile"]).output

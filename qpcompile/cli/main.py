@@ -20,6 +20,7 @@ from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.claims import claimed, refuse_places
 from qpcompile.cli import checkpoint, compare, talk, terminal
 from qpcompile.cli.checkpoint import COMPRESSED, Target
+from qpcompile.cli.launched import refuse_several
 from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact
 from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device, Offload, Overrides, RecipeName
 from qpcompile.cli.report import report_command, write_report
@@ -52,11 +53,14 @@ def print_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
     ] = False,
 ) -> None:
     """Options before a command."""
+    with told_as_text(debug=False):
+        refuse_several(context.invoked_subcommand)
 
 
 @app.command(
