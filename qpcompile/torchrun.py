@@ -64,6 +64,7 @@ def joined(starts: timedelta = STARTS) -> Iterator[Ranks]:
     watch = _Watch(ranks)
     try:
         yield ranks
+        watch.part()
     except QPCompileError:
         watch.fail()
         raise
@@ -74,7 +75,6 @@ def joined(starts: timedelta = STARTS) -> Iterator[Ranks]:
         if ranks.lost.rank is None:
             raise
         raise ended(ranks) from error
-    watch.part()
 
 
 def local_device(device: str | None) -> str | None:
@@ -141,12 +141,15 @@ class _Watch:
         for other in self._others:
             with suppress(RuntimeError):  # it has ended before
                 distributed.send(torch.tensor([word], dtype=torch.uint8), other, group=self._group)
-        # Exchanges that others wait in fail now. The group of this watch is closed with its threads, which must not be
-        # inside an operator when the interpreter ends.
-        distributed.destroy_process_group()
-        until = time.monotonic() + _ENDS + _TOLD
+        if word == _FAILED:
+            # Exchanges that others wait in fail now; the group of this watch is closed later, with its threads.
+            distributed.destroy_process_group()
+        # A thread that is inside an operator when the interpreter ends aborts the process.
+        until = time.monotonic() + (_TOLD if word == _FAILED else _ENDS)
         for thread in self._threads:
             thread.join(max(until - time.monotonic(), 0))
+        if word == _DONE:
+            distributed.destroy_process_group()
 
     def _await(self, other: int) -> None:
         word = torch.zeros(1, dtype=torch.uint8)

@@ -20,7 +20,7 @@ from qpcompile.capture.data_folder import question_inputs, read_questions
 from qpcompile.claims import claimed, refuse_places
 from qpcompile.cli import checkpoint, compare, talk, terminal
 from qpcompile.cli.checkpoint import COMPRESSED, Target
-from qpcompile.cli.launched import refuse_several
+from qpcompile.cli.launched import ended_at_once, refuse_several
 from qpcompile.cli.models import checked_device, compile_told, is_artifact, load_artifact
 from qpcompile.cli.options import ARTIFACT_HELP, MODEL_HELP, Data, Debug, Device, Offload, Overrides, RecipeName
 from qpcompile.cli.report import report_command, write_report
@@ -274,5 +274,5 @@ def families_command(
 
 def main() -> None:
     """The console script."""
-    with terminal.standing_streams(), terminal.stopped_by_signals():
+    with ended_at_once(), terminal.standing_streams(), terminal.stopped_by_signals():
         app()
