@@ -126,7 +126,7 @@ def test_a_killed_rank_ends_all_and_the_compile_resumes(victim: int, after: str,
         told = process.stderr.read()
     assert process.returncode != 0 and not out.exists()
     assert told.count(f"error: rank {victim} has ended before the compile was done") >= 1, told
-    assert "Traceback" not in told.split("torch.distributed.elastic")[0], told
+    assert "terminate called" not in told and "InvariantError" not in told, told
     again = run(*command(4, model, out, *resume))
     assert again.returncode == 0, again.stderr
     whole = run(*command(1, model, tmp_path / "whole"))
