@@ -73,6 +73,11 @@ def test_numbers_that_json_lacks_are_read_back(tmp_path: Path) -> None:
     "added",
     [
         {"adapter_config": "somebody"},
+        {"trust_remote_code": 1},
+        {"use_kernels": 1.0},
+        {"vocab_file": 3},
+        {"anything": {"tokenizer_file": 0}},
+        {"adapter_in": True},
         {"downsample_rate": "somebody/8"},
         {"downsample": "4/8"},
         {"adapter_config": {"adapter_config": {"auto_map": {"AutoConfig": "somebody--code.Config"}}}},

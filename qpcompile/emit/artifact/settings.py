@@ -45,8 +45,9 @@ _LEADS = re.compile(
     r"|tokenizer_file|merges_file|spm_file|\w+_(file|path|dir|folder|url|repo|repo_id)",
     re.ASCII,
 )
-# Parts of a model that are called so: a nested configuration, whose settings are checked one by one.
-_PART = "adapter_config"
+# Parts of a model that are called so: a nested configuration, whose settings are checked one by one; and their sizes.
+# Elsewhere a number leads too: 1 trusts code as True does, and as the name of a file it is an open one.
+_PART, _PART_SIZE = "adapter_config", re.compile(r"adapter\w*", re.ASCII)
 # The only settings whose text may contain slashes, like paths and URLs: tokens, templates, numbered labels; and tags.
 _FREE = re.compile(r"(chat_)?template|content|stop_strings|\d+|\w*(token|prompt|prefix|suffix|format)s?", re.ASCII)
 # So may a ratio of two numbers, where a setting is called one.
@@ -199,8 +200,8 @@ def _leads(key: str, value: Any) -> bool:
 
 def _leads_by_name(key: str, value: Any) -> bool:
     is_part = key == _PART and isinstance(value, dict)
-    is_size = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return not (is_part or is_size) and _LEADS.fullmatch(key) is not None and value not in (None, False)
+    is_size = _PART_SIZE.fullmatch(key) and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return not (is_part or is_size or value is None or value is False) and _LEADS.fullmatch(key) is not None
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
