@@ -51,6 +51,10 @@ class Ranks:
     size: int = 1
     lost: Lost = field(default_factory=Lost, compare=False)
 
+    def __deepcopy__(self, memo: object) -> Ranks:
+        """The same: a copy of a program is computed by the same processes, and what waits for them has no copy."""
+        return self
+
     @property
     def leads(self) -> bool:
         """Whether this is rank 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qpcompile.ir.pass_manager import run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.ranks import Ranks, ended, shares, turns, windows
+from qpcompile.recipe.recipe import Recipe
 
 SIZES = st.integers(1, 5)
 MEASURED = (
@@ -200,3 +202,11 @@ def test_every_rank_ends_with_the_program_of_one_process(settings: tuple[str, ..
         path.unlink()
     for found in on_ranks(3, compiled):
         same(found)
+
+
+def test_a_copy_of_a_program_is_of_the_same_ranks() -> None:
+    """Evaluations compile copies; what waits for other processes cannot be copied."""
+    ranks = Ranks(1, 3)
+    assert copy.deepcopy({"ranks": ranks})["ranks"] is ranks
+    program = fresh(Recipe.load("none"))
+    assert copy.deepcopy(program).ranks is program.ranks
