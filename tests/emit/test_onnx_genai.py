@@ -9,17 +9,14 @@ import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import genai_stand_in
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -45,7 +42,6 @@ from qpcompile.ir.program import Program
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import Machine
-from tests.artifacts import edit, rehash
 from tests.emit.test_onnx import CUTS, Cases, arrays, compiled
 from tests.emit.test_onnx_answer import asked, picture, said
 from tests.families import WIDE_QWEN, llava, qwen2_5_vl
@@ -220,41 +216,6 @@ def test_prompts_that_are_refused(quota: Path, tiny: tuple[Program, Cases], engi
             list(runner.tokens(**given))
     with pytest.raises(RunnerError, match=r"no chat.json"):
         runner.answer(None, QUESTION)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda all: all["model"]["decoder"]["session_options"].update(custom_ops_library="evil.so"),
-        lambda all: all["model"].update(draft={"filename": "other.onnx"}),
-        lambda all: all["model"]["decoder"]["pipeline"][0]["prefill"].update(session_options={}),
-        lambda all: all["model"]["decoder"]["pipeline"][0]["prefill"].update(filename="../other.onnx"),
-        lambda all: all["model"]["decoder"].update(pipeline=[]),
-        lambda all: all["model"].pop("decoder"),
-    ],
-    ids=["library", "other model", "options of a stage", "file outside", "no stages", "no decoder"],
-)
-def test_a_configuration_that_no_export_writes(
-    quota: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]
-) -> None:
-    shutil.copytree(quota, tmp_path / "out")
-    edit(tmp_path / "out", CONFIG, change)
-    rehash(tmp_path / "out")
-    monkeypatch.setattr(genai, "package", lambda: None)
-    with pytest.raises(RunnerError, match="is not one that an export writes"):
-        GenaiRunner(tmp_path / "out")
-
-
-def test_a_graph_that_no_export_writes(quota: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(quota, tmp_path / "out")
-    path = tmp_path / "out" / "genai_logits.onnx"
-    model = onnx.load(path)
-    model.graph.node[0].op_type = "RandomNormalLike"
-    onnx.save(model, path)
-    rehash(tmp_path / "out")
-    monkeypatch.setattr(genai, "package", lambda: None)
-    with pytest.raises(RunnerError, match="RandomNormalLike"):
-        GenaiRunner(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from qpcompile.capture.capture import capture
 from qpcompile.compiled import CompiledVLM
 from qpcompile.emit.onnx.export import OWN, TORCH
 from qpcompile.emit.onnx.runner.folder import RunnerError
-from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule
+from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule, read_masks, tables
 from qpcompile.emit.onnx.runner.runner import OnnxVLM
-from qpcompile.emit.onnx.runner.sizes import SIZES, Size, sized_positions, split_pictures
+from qpcompile.emit.onnx.runner.sizes import SIZES, Size, read_sizes, sized_positions, split_pictures
 from qpcompile.emit.onnx.sized import sized_pictures
 from qpcompile.errors import ExportError
 from qpcompile.ir.program import VISION
@@ -156,7 +156,52 @@ def test_rules_of_masks(rule: MaskRule, rows: list[str]) -> None:
     assert np.array_equal(rule.table(np.ones((1, 4)))[0, 0], last)
 
 
+HUGE = "x" * 2**18
+ENTRY: dict[str, Any] = {"graph": "vision.onnx", "tokens": 2, "values": {}, "positions": None, "advance": []}
+DAMAGED: dict[str, dict[str, Any]] = {
+    "nothing": {"graph": None},
+    "graph that is a list": {"graph": ["vision.onnx"]},
+    "graph of another folder": {"graph": "../vision.onnx"},
+    "no tokens": {"tokens": 0},
+    "values that are a list": {"values": []},
+    "one number": {"values": {"grid": 5}},
+    "texts of which numpy makes gigabytes": {"values": {"grid": [HUGE, *[""] * 2**14]}},
+    "rows of several lengths": {"values": {"grid": [[1], [2, 3]]}},
+    "fractions": {"values": {"grid": [0.5]}},
+    "objects": {"values": {"grid": [{}]}},
+    "numbers that no picture has": {"values": {"grid": [2**62]}},
+    "positions of fewer tokens": {"positions": [[0]], "advance": [1]},
+    "positions that overflow": {"positions": [[0, 2**63 - 1]], "advance": [1]},
+    "advance of nothing": {"advance": None},
+}
+
+
+@pytest.mark.parametrize("changes", DAMAGED.values(), ids=list(DAMAGED))
+def test_a_damaged_size_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    shapes = {"vision.onnx": {"pixel_values": (1, 3, 4)}}
+    path = tmp_path / SIZES
+    path.write_text(json.dumps({"sizes": [ENTRY]}))
+    assert read_sizes(path, shapes)[0].tokens == 2
+    path.write_text(json.dumps({"sizes": [ENTRY | changes]}))
+    with pytest.raises(RunnerError) as error:
+        read_sizes(path, shapes)
+    assert error.value.where and error.value.do and len(str(error.value)) < 2000
+
+
 @pytest.mark.parametrize("entry", [{}, {"window": 0, "chunk": 0, "together": "all"}, {"window": -1, "chunk": 0}])
 def test_a_damaged_rule_is_refused(entry: dict[str, Any]) -> None:
     with pytest.raises(RunnerError):
         MaskRule.read(entry, "masks.json")
+
+
+@pytest.mark.parametrize("names", [["input_ids"], ["other"], [f"attention_mask.{at}" for at in range(17)]], ids=len)
+def test_rules_of_no_mask_are_refused(names: list[str], tmp_path: Path) -> None:
+    """Each rule makes a table as large as the square of the prompt."""
+    entry = {"window": 0, "chunk": 0, "together": "none"}
+    path = tmp_path / MASKS
+    path.write_text(json.dumps({"masks": {"attention_mask.full_attention": entry, "attention_mask": entry}}))
+    made = tables(read_masks(path), np.ones((1, 3)))
+    assert made["attention_mask"] is made["attention_mask.full_attention"]
+    path.write_text(json.dumps({"masks": dict.fromkeys(names, entry)}))
+    with pytest.raises(RunnerError, match="masks"):
+        read_masks(path)

@@ -21,7 +21,7 @@ SETTINGS = ("config.json", "generation_config.json")
 # What turns questions into token ids and back: all three, or none.
 TOKENIZER, PICTURES, CHAT = "tokenizer.json", "pictures.json", "chat.json"
 FORMAT, VERSION = "qpcompile-onnx", 1
-MOST_TEXT, MOST_GRAPH, MOST_WEIGHTS, MOST_FILES, DEEPEST = 2**22, 2**28, 2**40, 64, 8
+MOST_TEXT, MOST_GRAPH, MOST_WEIGHTS, MOST_FILES, DEEPEST, DEEPEST_TEXT = 2**22, 2**28, 2**40, 64, 8, 64
 # Numbers and axes of one tensor of a graph, whatever the weights file holds.
 MOST_NUMBERS, MOST_AXES = 2**36, 8
 NEW_FOLDER = "get the folder again from where it was exported, or export the model again"
@@ -99,15 +99,33 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], frozense
 
 
 def read_json(path: Path, most: int = MOST_TEXT) -> dict[str, Any]:
-    """A JSON file of at most so many bytes that holds an object."""
+    """A JSON file of at most so many bytes that holds an object; no object has a key twice, which readers differ in."""
     _regular(path, most)
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once_each)
+        _check_depth(content)
     except (OSError, ValueError, RecursionError) as error:
         raise RunnerError(f"the file cannot be read: {error}", str(path), NEW_FOLDER) from error
     if not isinstance(content, dict):
         raise RunnerError("the file holds no object", str(path), NEW_FOLDER)
     return content
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _check_depth(content: Any) -> None:
+    level: list[Any] = [content]
+    for _ in range(DEEPEST_TEXT):
+        level = [each for each in level if isinstance(each, (dict, list))]
+        level = [each for outer in level for each in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {DEEPEST_TEXT} deep")
 
 
 def _listed(manifest: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from qpcompile.emit.onnx.runner.folder import (
 )
 from qpcompile.emit.onnx.runner.inputs import GRID, IDS, MASK, PIXELS, check_grids, check_inputs, read_arrays
 from qpcompile.emit.onnx.runner.layout import patch_layout, picture_positions, text_positions
-from qpcompile.emit.onnx.runner.runner import PATCHES
+from qpcompile.emit.onnx.runner.runner import MOST_ZEROS, PATCHES
 
 Array = np.ndarray[Any, Any]
 
@@ -63,6 +64,15 @@ _KEYS = frozenset(
     )
 )
 # fmt: on
+# Numbers that genai takes room by, with the most of each.
+_MOST_OF_DECODER = {
+    "hidden_size": 2**20,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_size": 2**16,
+    "num_hidden_layers": 2**12,
+}
+_MOST_OF_SEARCH = {"num_beams": 1, "batch_size": 1}
 _STAGE = {"filename", "inputs", "outputs", "run_on_prompt", "run_on_token_gen", "output_names_forwarder"}
 
 
@@ -80,6 +90,7 @@ class GenaiRunner:
         stages = self._stages(settings, files)
         self.vocabulary = whole(settings["model"].get("vocab_size"), "vocab_size", 1, 2**31, CONFIG)
         self.longest = whole(settings["model"].get("context_length"), "context_length", 1, 2**31, CONFIG)
+        self._check_numbers(settings)
         where = str(self.folder / "config.json")
         self.image_token = whole(self.config.get("image_token_id"), "image_token_id", 0, self.vocabulary - 1, where)
         video = self.config.get("video_token_id")
@@ -138,7 +149,17 @@ class GenaiRunner:
             pixel_values, image_grid_thw: the pictures, as the model's processor returns them.
             search: search options of genai, in place of the folder's.
         """
-        arrays = {MASK: attention_mask, PIXELS: pixel_values, GRID: image_grid_thw}
+        try:
+            inputs = {MASK: attention_mask, PIXELS: pixel_values, GRID: image_grid_thw}
+            yield from self._tokens(input_ids, max_new_tokens, inputs, search)
+        except RunnerError:
+            raise
+        except Exception as error:
+            raise self._failed("onnxruntime-genai does not run this prompt", error) from error
+
+    def _tokens(
+        self, input_ids: Any, max_new_tokens: int | None, arrays: Mapping[str, Any], search: Mapping[str, Any]
+    ) -> Iterator[int]:
         given = check_inputs(
             {IDS: np.atleast_2d(np.asarray(input_ids)), **arrays}, self.image_token, self.video_token, self.vocabulary
         )
@@ -155,26 +176,23 @@ class GenaiRunner:
             raise RunnerError(f"{', '.join(sorted(beside))} cannot be set", "search", "one prompt gets one answer")
         # genai keeps no copy of an input.
         feeds = {name: np.ascontiguousarray(value) for name, value in self._feeds(given).items()}
-        try:
-            params = self.genai.GeneratorParams(self.model)
-            params.set_search_options(max_length=ids.shape[1] + length, **search)
-            generator = self.genai.Generator(self.model, params)
-            for name, value in feeds.items():
-                generator.set_model_input(name, value)
-            generator.append_tokens(ids[0].astype(np.int32))
-            while not generator.is_done():
-                generator.generate_next_token()
-                token = int(generator.get_next_tokens()[0])
-                if token in choice.ends:
-                    return
-                yield token
-        except Exception as error:
-            raise self._failed("onnxruntime-genai does not run this prompt", error) from error
+        params = self.genai.GeneratorParams(self.model)
+        params.set_search_options(max_length=ids.shape[1] + length, **search)
+        generator = self.genai.Generator(self.model, params)
+        for name, value in feeds.items():
+            generator.set_model_input(name, value)
+        generator.append_tokens(ids[0].astype(np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in choice.ends:
+                return
+            yield token
 
     def _feeds(self, given: Mapping[str, Array]) -> dict[str, Array]:
         """What the graphs take beside the prompt: the tower's inputs, and positions of several axes."""
         visual, mask = given[IDS] == self.image_token, given[MASK]
-        merge = self._number("spatial_merge_size", 1)
+        merge = self._merge()
         grids = np.asarray(given.get(GRID, np.empty((0, 3), np.int64)), np.int64)
         if self.packed and (GRID in given or PIXELS in given):
             check_grids(grids, len(given.get(PIXELS, ())), merge, visual)
@@ -197,14 +215,18 @@ class GenaiRunner:
     def _unseen(self) -> tuple[Array, Array]:
         """Pixels and size of a picture that no token stands for: genai runs the tower for every prompt."""
         channels = self._number("num_channels", 0) or self._number("in_channels", 0) or self._number("in_chans", 3)
-        merge = self._number("spatial_merge_size", 1)
+        merge = self._merge()
         size = self.config["vision_config"].get("image_size")
         if self.packed:
             width = channels * self._number("temporal_patch_size", 1) * self._number("patch_size", 14) ** 2
-            return np.zeros((merge**2, width), np.float32), np.array([[1, merge, merge]])
+            return _zeros(merge**2, width), np.array([[1, merge, merge]])
         sides = size if isinstance(size, list) else [size, size]
         height, width = (whole(side, "image_size", 1, 2**12, "config.json") for side in sides)
-        return np.zeros((1, channels, height, width), np.float32), np.array([[1, 1, 1]])
+        return _zeros(1, channels, height, width), np.array([[1, 1, 1]])
+
+    def _merge(self) -> int:
+        merge = self.config["vision_config"].get("spatial_merge_size", 1)
+        return whole(merge, "vision_config.spatial_merge_size", 1, 64, "config.json")
 
     def _number(self, name: str, default: int) -> int:
         value = self.config["vision_config"].get(name)
@@ -220,19 +242,40 @@ class GenaiRunner:
             unknown = (unknown - _KEYS) | {key for stage in stages.values() for key in set(stage) - _STAGE}
             graphs = {stage["filename"] for stage in stages.values()}
             sound = decoder["session_options"] == SESSION and {VISION_STAGE, PROMPT_STAGE} <= set(stages)
-            lists = all(isinstance(stage["inputs"], list) for stage in stages.values())
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            listed = [stage[names] for stage in stages.values() for names in ("inputs", "outputs")]
+            lists = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in listed)
+            kind = settings["model"]["type"], settings["search"]["past_present_share_buffer"]
+            # genai reads the file too, in its own way: only what an export writes to the letter is the same to both.
+            written = (json.dumps(settings, indent=2) + "\n").encode() == (self.folder / CONFIG).read_bytes()
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise RunnerError(f"{CONFIG} is not one that an export writes: {error!r}", where, NEW_FOLDER) from error
-        if unknown or not sound or not lists or not graphs <= files:
+        sound = sound and lists and written and kind == ("decoder-pipeline", False)
+        if unknown or not sound or not graphs <= files:
             said = ", ".join(sorted(map(str, unknown | (graphs - files))))[:200] or "its options are other ones"
             raise RunnerError(f"{CONFIG} is not one that an export writes: {said}", where, NEW_FOLDER)
         for name in sorted(graphs):
             check_graph(self.folder / name, (self.folder / WEIGHTS).stat().st_size)
         return stages
 
+    def _check_numbers(self, settings: Mapping[str, Any]) -> None:
+        """Numbers that genai computes addresses from, which no graph bounds."""
+        model = settings["model"]
+        for part, limits in ((model["decoder"], _MOST_OF_DECODER), (settings["search"], _MOST_OF_SEARCH)):
+            for name, most in limits.items():
+                whole(part.get(name), name, 1, most, CONFIG)
+        ends = model.get("eos_token_id")
+        for token in [*(ends if isinstance(ends, list) else [ends]), model.get("pad_token_id")]:
+            whole(token, "eos_token_id, pad_token_id", 0, self.vocabulary - 1, CONFIG)
+
     def _failed(self, what: str, error: Exception) -> RunnerError:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        return RunnerError(f"{what}: {first}", str(self.folder), NEW_FOLDER)
+        return RunnerError(f"{what}: {type(error).__name__}: {first}", str(self.folder), NEW_FOLDER)
+
+
+def _zeros(*sizes: int) -> Array:
+    if math.prod(sizes) > MOST_ZEROS:
+        raise RunnerError(f"config.json has pictures of the shape {sizes}", "vision_config", NEW_FOLDER)
+    return np.zeros(sizes, np.float32)
 
 
 def package() -> Any:

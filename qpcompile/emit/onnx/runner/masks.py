@@ -11,12 +11,14 @@ import numpy as np
 
 from qpcompile.emit.onnx.runner.choice import whole
 from qpcompile.emit.onnx.runner.folder import NEW_FOLDER, RunnerError, read_json
+from qpcompile.emit.onnx.runner.inputs import MASK
 
 Array = np.ndarray[Any, Any]
 
 MASKS = "masks.json"
 # Whose tokens also see later ones: nobody's, those of one picture each other, or all of the prompt.
 TOGETHER = ("none", "pictures", "prompt")
+MOST_MASKS = 16
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,16 @@ class MaskRule:
 
 
 def read_masks(path: Path) -> dict[str, MaskRule]:
-    """The rules of a folder by input of the decoder."""
+    """The rules of a folder by input of the decoder: `attention_mask`, or `attention_mask.<which>`."""
     entries = read_json(path).get("masks")
-    if not isinstance(entries, dict):
-        raise RunnerError("it lists no masks", str(path), NEW_FOLDER)
+    if not isinstance(entries, dict) or len(entries) > MOST_MASKS:
+        raise RunnerError(f"it lists no masks, or more than {MOST_MASKS}", str(path), NEW_FOLDER)
+    if unknown := [name for name in entries if name.partition(".")[0] != MASK]:
+        raise RunnerError(f"{unknown[0][:100]!r} is no mask of the decoder", str(path), NEW_FOLDER)
     return {name: MaskRule.read(entry, str(path)) for name, entry in entries.items()}
 
 
 def tables(rules: Mapping[str, MaskRule], real: Array, visual: Array | None = None) -> dict[str, Array]:
-    """The table of every rule."""
-    return {name: rule.table(real, visual) for name, rule in rules.items()}
+    """The table of every rule, made once for all inputs with the same one."""
+    made = {rule: rule.table(real, visual) for rule in set(rules.values())}
+    return {name: made[rule] for name, rule in rules.items()}

@@ -47,7 +47,7 @@ AS_NAMED = ("past_states.", "kept.", "alive.")
 # or a quarter of what they hold.
 IN_PLACE = "caches_in_place"
 ROOM = 64
-# Rows at once, and numbers of an input that stands for pictures that are not there.
+# Rows at once, and numbers of all inputs that stand for pictures that are not there.
 MOST_ROWS, MOST_ZEROS = 2**12, 2**28
 # Without enable_fallback=0 a graph that fails is tried twice, with a note among the answers.
 ONLY: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
@@ -260,7 +260,8 @@ class Steps:
         if pictures is None:
             # One row that nobody reads: sizes that vary have a name instead of a number.
             shapes = {entry.name: (1, *entry.shape[1:]) for entry in self.model.prefill.get_inputs()}
-            pictures = {name: _zeros(shape) for name, shape in shapes.items() if _of_pictures(name)}
+            shapes = {name: shape for name, shape in shapes.items() if _of_pictures(name)}
+            pictures = {name: _zeros(shape, MOST_ZEROS // len(shapes)) for name, shape in shapes.items()}
         feeds: dict[str, Array] = {
             IDS: ids,
             **pictures,
@@ -381,8 +382,8 @@ def _without(arrays: Mapping[str, Array], *names: str) -> dict[str, Array]:
     return {name: array for name, array in arrays.items() if name not in names}
 
 
-def _zeros(shape: tuple[Any, ...]) -> Array:
-    if not all(isinstance(size, int) and size >= 0 for size in shape) or math.prod(shape) > MOST_ZEROS:
+def _zeros(shape: tuple[Any, ...], most: int) -> Array:
+    if not all(isinstance(size, int) and size >= 0 for size in shape) or math.prod(shape) > most:
         raise ValueError(f"a graph takes pictures of the shape {shape}")
     return np.zeros(shape, np.float32)
 

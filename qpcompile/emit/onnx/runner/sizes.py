@@ -41,7 +41,8 @@ class Size:
     @classmethod
     def read(cls, entry: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], where: str) -> Size:
         """One entry of the file; shapes: by graph and input. Raises RunnerError for what no export writes."""
-        if not isinstance(entry, dict) or entry.get("graph") not in shapes or not isinstance(entry.get("values"), dict):
+        sound = isinstance(entry, dict) and isinstance(entry.get("graph"), str) and entry["graph"] in shapes
+        if not sound or not isinstance(entry.get("values"), dict):
             raise RunnerError("an entry names no graph of this folder, or no values", where, NEW_FOLDER)
         tokens = whole(entry.get("tokens"), "tokens", 1, MOST_OF_PICTURE, where)
         values = {name: _whole_numbers(value, where) for name, value in entry["values"].items()}
@@ -56,7 +57,7 @@ class Size:
         taken, rest = dict[str, Array](), dict[str, Array]()
         for name, shape in [*self.shapes.items(), *((name, value.shape) for name, value in self.values.items())]:
             array = left.get(name)
-            if array is None or array.ndim != len(shape):
+            if array is None or array.ndim != len(shape) or not shape:
                 return None
             longer = [axis for axis in range(array.ndim) if array.shape[axis] != shape[axis]]
             axis = longer[0] if longer else 0
@@ -130,12 +131,17 @@ def sized_positions(visual: Array, mask: Array, sizes: Sequence[Size], axes: int
 
 
 def _whole_numbers(value: Any, where: str) -> Array:
+    """A list of lists of numbers from -2**20 to 2**20, or of true and false, as an array."""
+    leaves, level = list[Any](), [value]
+    while level:
+        leaves += [each for each in level if not isinstance(each, list)]
+        level = [each for outer in level if isinstance(outer, list) for each in outer]
+    # Before numpy sees them: it gives every text of a list the room of the longest.
+    sound = all(isinstance(each, int) and abs(each) <= MOST_OF_PICTURE for each in leaves)
+    if not isinstance(value, list) or not sound or len(leaves) > MOST_OF_PICTURE:
+        raise RunnerError(f"a list holds more, or other, than whole numbers up to {MOST_OF_PICTURE}", where, NEW_FOLDER)
     try:
         array = np.asarray(value)
     except ValueError as error:
         raise RunnerError("a list has rows of several lengths", where, NEW_FOLDER) from error
-    if not array.size:
-        return array.astype(np.int64)
-    if array.dtype.kind not in "iub" or array.size > MOST_OF_PICTURE:
-        raise RunnerError("a list holds more, or other, than whole numbers", where, NEW_FOLDER)
-    return array
+    return array if array.size else array.astype(np.int64)
