@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -52,6 +53,8 @@ def where_rows_run(
 
     models: those that rows are of; the largest decides about the memory of a row.
     """
+    if memory_gib is not None and not math.isfinite(memory_gib):
+        raise typer.BadParameter(f"{memory_gib} is no number of GiB", param_hint="--row-memory")
     if ray is None:
         if cpus is not None or memory_gib is not None:
             raise typer.BadParameter("it belongs to --ray", param_hint="--row-cpus, --row-memory")

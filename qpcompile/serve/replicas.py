@@ -28,7 +28,7 @@ LOST = "the replica that had this request was lost; nothing of it is kept, ask a
 class ReplicaSettings(BaseModel):
     """The arguments of `app`; those with the name of an option of `qpcompile serve` mean the same."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     folder: str = Field(min_length=1, description="Compiled folder, at the same path on every machine.")
     replicas: int = Field(default=1, ge=1, description="Copies of the model.")

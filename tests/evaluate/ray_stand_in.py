@@ -24,9 +24,11 @@ class StandIn(ModuleType):
         self.order: list[str] = []
         self.cancelled: list[Any] = []
         self.exceptions = ModuleType("ray.exceptions")
+        self.exceptions.RayError = type("RayError", (Exception,), {})  # type: ignore[attr-defined]
         names = ("WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError", "RayTaskError")
-        for name in names:
-            setattr(self.exceptions, name, type(name, (Exception,), {}))
+        for name in (*names, "LocalRayletDiedError"):
+            setattr(self.exceptions, name, type(name, (self.exceptions.RayError,), {}))
+        self.died = False
         self.util = type("util", (), {"get_node_ip_address": staticmethod(lambda: "10.0.0.1")})
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -60,6 +62,8 @@ class _Remote:
         def result() -> Any:
             ray = self._ray
             ray.order.append(name)
+            if ray.died:
+                raise ray.exceptions.LocalRayletDiedError("The task's local raylet died.\nmore")
             if ray.losses.get(name, 0) > 0:
                 ray.losses[name] -= 1
                 raise ray.exceptions.WorkerCrashedError

@@ -137,6 +137,18 @@ def test_a_full_disk_ends_all_rows(rows: ModuleType, ray: StandIn) -> None:
     assert len(ray.cancelled) == 1
 
 
+def test_a_ray_that_ends_is_an_error_of_ours(rows: ModuleType, ray: StandIn) -> None:
+    ray.died = True
+    with pytest.raises(WorkerError, match=r"LocalRayletDiedError: The task's local raylet died\.$"):
+        all_rows(asks(None, None, 0.3), on_ray(rows))
+
+
+@pytest.mark.parametrize("address", ["", " "])
+def test_an_empty_address_starts_no_ray(rows: ModuleType, address: str) -> None:
+    with pytest.raises(WorkerError, match="address of Ray is empty"), rows.connected(address, print):
+        pytest.fail("it was connected")
+
+
 def test_what_a_row_needs(rows: ModuleType, ray: StandIn) -> None:
     on_ray(rows, cpus=4, memory_bytes=8 * GIB)
     needs = {key: ray.needs[key] for key in ("num_cpus", "num_gpus", "memory", "max_retries")}
@@ -194,6 +206,7 @@ def test_workers_get_absolute_paths_and_rows_keep_the_given_ones(
     [
         (("--ray", "local"), 1, 'pip install "qpcompile[ray]"'),
         (("--row-cpus", "2"), 2, "belongs to --ray"),
+        (("--ray", "local", "--row-memory", "inf"), 2, "inf is no number of GiB"),
     ],
 )
 def test_options_that_lead_nowhere(

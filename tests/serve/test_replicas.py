@@ -43,6 +43,7 @@ def test_arguments_of_a_command_line() -> None:
     [
         ({}, "folder: Field required"),
         ({"folder": "out", "replicas": "0"}, "replicas: Input should be greater than or equal to 1"),
+        ({"folder": "out", "memory_gib": "inf"}, "memory_gib: Input should be a finite number"),
         ({"folder": "out", "replica": "2"}, "replica: Extra inputs are not permitted"),
     ],
 )

@@ -94,6 +94,9 @@ def connected(address: str, say: Callable[[str], None]) -> Iterator[None]:
 
     Raises WorkerError if there is none.
     """
+    if not address.strip():
+        # Ray would start one of its own, which reports how it is used.
+        raise WorkerError("the address of Ray is empty", where="--ray", do="name a cluster's address, or `local`")
     if address == LOCAL:
         # Ray reports how it is used to its makers unless it is told not to.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -225,6 +228,14 @@ def _received(reference: Any, ask: Ask) -> Outcome:
         if isinstance(error.cause, QPCompileError):
             raise error.cause from None
         raise
+    except LOST:
+        raise
+    except exceptions.RayError as error:
+        raise WorkerError(
+            f"Ray could not run a row: {type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}",
+            where=ask.name,
+            do="see `ray status` and Ray's log, and run again; rows that came are kept",
+        ) from error
     if isinstance(outcome, Row):
         return outcome.model_copy(update={"model": ask.examiner.source})
     return outcome
