@@ -59,6 +59,8 @@ def joined(starts: timedelta = STARTS) -> Iterator[Ranks]:
         raise _unusable(f"{SIZE} is {size}, but {', '.join(missing)} is not set")
     if not (rank := os.environ[RANK]).isdecimal() or int(rank) >= size:
         raise _unusable(f"{RANK} is {rank!r}, and there are {size} processes")
+    if not (own := os.environ[LOCAL_RANK]).isdecimal() or int(own) >= size:
+        raise _unusable(f"{LOCAL_RANK} is {own!r}, and there are {size} processes")
     ranks = Ranks(int(rank), size, Lost())
     _join(ranks, starts)
     watch = _Watch(ranks)

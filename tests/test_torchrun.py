@@ -139,6 +139,7 @@ def test_a_killed_rank_ends_all_and_the_compile_resumes(victim: int, after: str,
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number of processes"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK is '2'"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "-1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK is '-1'"),
     ],
 )
 def test_an_incomplete_environment_is_refused(
