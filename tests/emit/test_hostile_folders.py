@@ -19,6 +19,7 @@ from artifacts import edit, read, rehash, replace
 from transformers import AutoProcessor
 
 from qpcompile.compiled import CompiledVLM, load
+from qpcompile.emit.artifact import agreement
 from qpcompile.errors import ArtifactError
 from tests.families import llava
 
@@ -112,6 +113,15 @@ def header(change: Callable[[dict[str, Any]], None], length: int | None = None) 
 def node_type(kind: str) -> Harm:
     """The first value of the decode graph has another type."""
     return put("graph/decode.json", "nodes", 0, "type", value=kind)
+
+
+def second_tower(folder: Path) -> None:
+    """Another graph of the tower, which says no values either."""
+    data = read(folder, "graph/vision.json") | {"name": "vision.1"}
+    (folder / "graph" / "vision.1.json").write_text(json.dumps(data, indent=2))
+    files = read(folder, MANIFEST)["files"]
+    files["graph/vision.1.json"] = dict(files["graph/vision.json"])
+    rehash(folder, files=files, graphs=[*read(folder, MANIFEST)["graphs"], "vision.1"])
 
 
 def endless(folder: Path) -> None:
@@ -209,6 +219,17 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "other layers": (facts(layers=["a", "b", "c"]), "other layers"),
     "other returns": (put("graph/head.json", "returns", value={"x": "nothing"}), "the graph's returns"),
     "other constants": (put("graph/prefill.json", "constants", "mask_axes", value=9), "the graph's constants"),
+    "rows of zeros": (put("graph/prefill.json", "constants", "absent.mask", value=10**9), "the graph's constants"),
+    "rows of zeros as text": (
+        put("graph/prefill.json", "constants", "absent.mask", value="x"),
+        "the graph's constants",
+    ),
+    "a book of values": (
+        put("graph/vision.json", "constants", "values_said", value="x" * 201),
+        "the graph's constants",
+    ),
+    "head of some values": (put("graph/head.json", "constants", "values", value="x"), "only towers and projectors"),
+    "tower without values": (second_tower, "does not say which values of vision"),
     "recipe of another compile": (
         lambda folder: text("recipe.yaml", (folder / "recipe.yaml").read_text().replace("seed: 0", "seed: 1"))(folder),
         "asks for something else",
@@ -222,6 +243,14 @@ def test_hostile_folder_is_refused(copied: Path, harm: Harm, message: str) -> No
     with pytest.raises(ArtifactError, match=message) as caught:
         load(copied)
     assert caught.value.where and caught.value.do and len(str(caught.value)) < 2000
+
+
+def test_zeros_for_a_prompt_without_pictures_are_bounded(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("graph/prefill.json", "constants", "absent.inputs_embeds", value=1)(copied)
+    load(copied)
+    monkeypatch.setattr(agreement, "MOST_MADE", 47)
+    with pytest.raises(ArtifactError, match="would fill the memory"):
+        load(copied)
 
 
 def test_unreadable_file_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

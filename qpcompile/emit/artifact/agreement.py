@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,10 +14,12 @@ from qpcompile.emit.artifact.manifest import Manifest
 from qpcompile.emit.artifact.names import GRAPHS
 from qpcompile.errors import ArtifactError
 from qpcompile.ir.names import CACHE, STATE
-from qpcompile.ir.program import DECODE, PREFILL, Graph, Program, component_of
+from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program, component_of
+from qpcompile.ir.type_check import MOST_MADE
 from qpcompile.ir.types import TYPE, UNKNOWN, ValueType
 from qpcompile.runtime.fixed_values import VALUES
 from qpcompile.runtime.machine import ALIVE, KEPT
+from qpcompile.runtime.prepare import ABSENT
 
 EMBEDS = "inputs_embeds"
 
@@ -67,6 +70,8 @@ def _of_graph(name: str, graph: Graph, program: Program) -> Iterator[str]:
     modules = dict(program.host.named_modules())
     if graph.owner not in modules:
         yield f"the model has no module {graph.owner}"
+    elif VALUES in graph.constants and component_of(name) not in (VISION, PROJECTOR):
+        yield "only towers and projectors are of some values"
     elif VALUES in graph.constants and (lacking := _lacking(modules[graph.owner])):
         yield f"it is of some values only, and {lacking} for others is not stored"
     first = program.graphs.get(component_of(name), graph)
@@ -74,6 +79,12 @@ def _of_graph(name: str, graph: Graph, program: Program) -> Iterator[str]:
         yield f"it is not of the same part of the model as {first.name}"
     if name not in GRAPHS and component_of(name) not in program.graphs:
         yield f"there is no graph {component_of(name)}"
+    if name not in GRAPHS and VALUES not in graph.constants:
+        yield f"it does not say which values of {component_of(name)} it is of"
+    for path in graph.inputs:
+        sizes = graph.placeholder(path).meta[TYPE].sizes if f"{ABSENT}.{path}" in graph.constants else ()
+        if math.prod(size.fixed or 1 for size in sizes) > MOST_MADE:
+            yield f"zeros in place of {path} would fill the memory"
     cuts = {str(cut.layer) for cut in program.plan.cuts}
     for path in (*graph.inputs, *graph.outputs):
         layer = path.rest.partition(".")[0]

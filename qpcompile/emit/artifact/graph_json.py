@@ -37,8 +37,8 @@ from qpcompile.ir.size_functions import SIZE_FUNCTIONS
 from qpcompile.ir.text import module_path, target_text, value_labels
 from qpcompile.ir.type_check import example_sizes
 from qpcompile.ir.types import TYPE, ValueType, parse_type, type_of, value_types
-from qpcompile.runtime.fixed_values import SAID, VALUES
-from qpcompile.runtime.prepare import CAUSAL, MASK_AXES, TABLE, TABLES
+from qpcompile.runtime.fixed_values import MOST_CHARACTERS, SAID, VALUES
+from qpcompile.runtime.prepare import ABSENT, CAUSAL, MASK_AXES, TABLE, TABLES
 
 FORMAT = 2
 NAMESPACES = {"aten": torch.ops.aten, "qpcompile": operators.ours}
@@ -342,6 +342,11 @@ def _are_constants(constants: Any) -> bool:
     if any(key in constants and constants[key] not in allowed for key, allowed in own.items()):
         return False
     if not all(isinstance(constants.get(key, ""), str) for key in (VALUES, SAID)):
+        return False
+    if len(constants.get(SAID, "")) > MOST_CHARACTERS:
+        return False
+    rows = [value for key, value in constants.items() if key.startswith(f"{ABSENT}.")]
+    if not all(type(count) is int and count in (0, 1) for count in rows):
         return False
     return all(value is None or isinstance(value, (bool, int, float, str, list)) for value in constants.values())
 
