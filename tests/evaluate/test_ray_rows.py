@@ -139,7 +139,7 @@ def test_a_full_disk_ends_all_rows(rows: ModuleType, ray: StandIn) -> None:
 
 def test_a_ray_that_ends_is_an_error_of_ours(rows: ModuleType, ray: StandIn) -> None:
     ray.died = True
-    with pytest.raises(WorkerError, match=r"LocalRayletDiedError: The task's local raylet died\.$"):
+    with pytest.raises(WorkerError, match=r"LocalRayletDiedError: The task's local raylet died\.\n  where"):
         all_rows(asks(None, None, 0.3), on_ray(rows))
 
 
