@@ -108,6 +108,9 @@ class _Deriver:
                 if node.op != "output":
                     self.values[node] = self._one(self._value(node))
                     self._compare(node)
+        for value in tree_leaves(self.graph.output_node.args):
+            if isinstance(value, fx.Node) and self.types[value].parts is not None:
+                raise self._refused(value, "several values are returned as one")
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":

@@ -130,9 +130,9 @@ def test_saved_again_it_loads(saved: Path, tmp_path: Path) -> None:
 def test_operators_of_another_version_are_refused(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved, tmp_path / "out")
     path = folder / "graph" / "decode.json"
-    path.write_text(path.read_text().replace("qpcompile::attention_kv.", "qpcompile::attention_kv4."))
+    path.write_text(path.read_text().replace("qpcompile::attention_step.", "qpcompile::attention_step4."))
     hash_again(folder)
-    with pytest.raises(ArtifactError, match=r"operator 'qpcompile::attention_kv4\.default' is not") as error:
+    with pytest.raises(ArtifactError, match=r"operator 'qpcompile::attention_step4\.default' is not") as error:
         load(folder)
     assert "compile the model again" in str(error.value) and "graph/decode.json" in str(error.value.where)
 
@@ -148,4 +148,17 @@ def test_bits_that_no_quantizer_makes_are_refused(saved: Path, tmp_path: Path) -
     path.write_text(json.dumps(data))
     hash_again(folder)
     with pytest.raises(ArtifactError, match=r"takes codes of 8 bits, .* makes them of 4"):
+        load(folder)
+
+
+def test_several_values_returned_as_one_are_refused(saved: Path, tmp_path: Path) -> None:
+    """Code that binds a graph takes the parts of such a value by their numbers."""
+    folder = shutil.copytree(saved, tmp_path / "out")
+    path = folder / "graph" / "decode.json"
+    data = json.loads(path.read_text())
+    pair = next(node["label"] for node in data["nodes"] if node.get("type", "").startswith("("))
+    data["nodes"][-1]["args"]["tuple"][0] = {"ref": pair}
+    path.write_text(json.dumps(data))
+    hash_again(folder)
+    with pytest.raises(ArtifactError, match="several values are returned as one"):
         load(folder)

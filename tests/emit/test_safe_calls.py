@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from qpcompile.emit.artifact.safe_calls import bad_call
+from qpcompile.ir.operators import ACTIVATION
 
 aten = torch.ops.aten
 
@@ -52,3 +53,17 @@ def test_whole_numbers_are_divided_as_torch_checks_it() -> None:
 def test_grids_are_sampled_in_modes_that_there_are(modes: tuple[int, int], fine: bool) -> None:
     x, grid = nodes()
     assert (bad_call(aten.grid_sampler_2d.default, (x, grid, *modes, False), {}) == "") is fine
+
+
+def test_parts_are_counted_from_the_first() -> None:
+    x, _ = nodes()
+    pair = call(aten.split.Tensor, x, 1)
+    assert bad_call(operator.getitem, (pair, 1), {}) == ""
+    assert "the number of a part" in bad_call(operator.getitem, (pair, -1), {})
+
+
+def test_operands_of_our_operators_are_given_in_order() -> None:
+    """What binds them to kernels reads places; an operand by name would be another one, or none."""
+    x, _ = nodes()
+    assert bad_call(ACTIVATION, (x, None, "silu"), {}) == ""
+    assert "no argument by name, as 'function'" in bad_call(ACTIVATION, (x, None), {"function": "silu"})

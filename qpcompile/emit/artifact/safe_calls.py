@@ -20,7 +20,7 @@ def bad_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if not isinstance(target, torch._ops.OpOverload):
         if target is operator.getitem:
             fine = len(args) == 2 and isinstance(args[0], fx.Node) and isinstance(args[1], int) and not kwargs
-            return "" if fine else "it takes a value and the number of a part of it"
+            return "" if fine and args[1] >= 0 else "it takes a value and the number of a part of it"
         # For sizes only: on text and lists these functions mean repetition, which can exhaust memory.
         fine = not kwargs and all(_is_number(each) for each in args)
         return "" if fine else "it takes numbers and values that are not lists"
@@ -29,6 +29,8 @@ def bad_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if problem := _undefined(target, args, kwargs):
         return problem
     known = target._schema.arguments
+    if kwargs and target.namespace == "qpcompile":
+        return f"it has no argument by name, as {next(iter(kwargs))!r:.80}; code that binds it reads them by place"
     places = [argument for argument in known if not argument.kwarg_only]
     given = {argument.name for argument in places[: len(args)]}
     if len(args) > len(places):
