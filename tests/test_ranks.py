@@ -119,8 +119,12 @@ def test_sums_are_those_of_one_process(lengths: list[int], size: int, moments: b
     ]
     counts = [torch.rand(1, length, generator=made) < 0.8 for length in lengths]
 
+    # As of an earlier graph with one of the sites.
+    before = {"b": InputStatistics.empty(16, moments)}
+    before["b"].add(torch.ones(1, 3, 16), 2)
+
     def grown(ranks: Ranks) -> dict[str, InputStatistics]:
-        sums = SiteSums(ranks, widths, moments, keep=2)
+        sums = SiteSums(ranks, widths, moments, keep=2, before=before)
         own = iter(range(ranks.rank, len(lengths), ranks.size))
         for turn in turns([list(range(rank, len(lengths), ranks.size)) for rank in range(ranks.size)]):
             if ranks.rank in turn:
@@ -132,6 +136,7 @@ def test_sums_are_those_of_one_process(lengths: list[int], size: int, moments: b
 
     whole = grown(Ranks())
     assert list(whole) == list(widths)
+    assert whole["b"].tokens == whole["a"].tokens + 3 and before["b"].tokens == 3
     for found in on_ranks(size, grown):
         assert list(found) == list(whole)
         for site, statistics in found.items():
@@ -141,7 +146,7 @@ def test_sums_are_those_of_one_process(lengths: list[int], size: int, moments: b
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:
-    sums = SiteSums(Ranks(), {"layer.3": 2}, False, keep=1)
+    sums = SiteSums(Ranks(), {"layer.3": 2}, False, keep=1, before={})
     sums.add("layer.3", torch.tensor([[1.0, torch.inf]]))
     with pytest.raises(CalibrationError, match="not finite"):
         sums.take(torch.device("cpu"))

@@ -23,7 +23,7 @@ def load(folder: Path, name: str, new_tokens: int, threads: int) -> tuple[Ask, d
         ids, mask, grids = given["input_ids"], given["attention_mask"], given.get("image_grid_thw")
         clock = Clock(prompt_first=False)
         pictures = model.encode(given["pixel_values"], grids)
-        steps = Steps(model, mask, model._positions(ids, mask, grids))
+        steps = Steps(model, mask, model._positions(ids == model.image_token, mask, grids, ()))
         token = steps.prefill(ids, pictures).argmax(-1)
         clock.put(token)
         for _ in range(new_tokens - 1):

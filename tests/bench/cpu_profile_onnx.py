@@ -32,7 +32,7 @@ def main(shape: str, folder: str, rounds: str = "3") -> None:
         for _ in range(int(rounds) + 1):
             start = time.process_time()
             pictures = model.encode(given["pixel_values"], grids)
-            Steps(model, mask, model._positions(ids, mask, grids)).prefill(ids, pictures)
+            Steps(model, mask, model._positions(ids == model.image_token, mask, grids, ())).prefill(ids, pictures)
             print(f"{1e3 * (time.process_time() - start):.0f} ms")
         for name in ("vision", "prefill"):
             table(name, json.loads(Path(getattr(model, name).end_profiling()).read_text("utf-8")), int(rounds))

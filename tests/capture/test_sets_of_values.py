@@ -144,15 +144,16 @@ def test_a_component_that_takes_the_prompt_has_no_graph_per_prompt() -> None:
 
 
 def test_weights_that_code_around_a_component_reads_are_noted() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), nn.Linear(2, 2))
+    inner = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    model = nn.Sequential(inner, nn.Linear(2, 2))
     recording = Recording({"vision": "0"})
     with ExitStack() as stack:
-        _watch(stack, recording, "0", model[0])
+        _watch(stack, recording, "0", inner)
         model(torch.ones(1, 2))
         assert not recording.outside
         with pytest.raises(RuntimeError):
             model(torch.ones(1, 3))
-        model[0][1](torch.ones(1, 2))  # as a host does that normalises again what a tower returns
+        inner[1](torch.ones(1, 2))  # as a host does that normalises again what a tower returns
     assert recording.outside == {"0.1.weight", "0.1.bias"}
-    model[0][0](torch.ones(1, 2))
+    inner[0](torch.ones(1, 2))
     assert recording.outside == {"0.1.weight", "0.1.bias"}

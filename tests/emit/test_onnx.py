@@ -158,7 +158,8 @@ def test_no_cast_gives_the_type_it_was_given(quota: tuple[Program, Path]) -> Non
         model = onnx_ir.load(path)
         casts = [node for node in model.graph if node.op_type == "Cast"]
         assert casts, path.name  # codes are cast to integers
-        assert [node.name for node in casts if node.inputs[0].dtype == node.outputs[0].dtype] == []
+        types = {node.name: [value and value.dtype for value in (*node.inputs, *node.outputs)] for node in casts}
+        assert {name: each for name, each in types.items() if each[0] == each[1]} == {}
         assert not any(node.op_type == "Identity" for node in model.graph)
 
 

@@ -62,11 +62,12 @@ def test_a_part_of_the_model_that_is_called_an_adapter_stays(tmp_path: Path) -> 
 
 def test_numbers_that_json_lacks_are_read_back(tmp_path: Path) -> None:
     config = LlavaConfig()
-    config.text_config.limits = [0.0, float("inf"), float("-inf")]
+    limits = [0.0, float("inf"), float("-inf")]
+    config.get_text_config().limits = limits
     write_config(config, tmp_path)
     assert '"__float__"' in (tmp_path / "config.json").read_text()
     check_settings(tmp_path, ["config.json"])
-    assert read_config(LlavaForConditionalGeneration, tmp_path).text_config.limits == config.text_config.limits
+    assert read_config(LlavaForConditionalGeneration, tmp_path).get_text_config().limits == limits
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,7 @@ def build_models(program: Program, fast: bool = False, samples: Sequence[Mapping
         tower = {VISION: vision(program)}
         _check_inputs(VISION, tower[VISION])
         pictures = [vision_example(program, sizes) for sizes in SIZES]
-        if not fast:
-            models = {VISION: _model(VISION, tower[VISION], pictures, fast)}
+        models = {} if fast else {VISION: _model(VISION, tower[VISION], pictures, fast)}
     except ExportError as error:
         if not fast and not samples:
             error.do = (

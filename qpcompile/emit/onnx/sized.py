@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import CodeGen
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
@@ -318,7 +319,7 @@ def _pure(module: fx.GraphModule, values: Sequence[torch.Tensor]) -> fx.GraphMod
     if any(writes(node) for node in module.graph.nodes):
         exported = torch.export.export(module, tuple(values), strict=False).run_decompositions({})
         module = exported.module(check_guards=False)
-        module.graph.set_codegen(fx.graph.CodeGen())
+        module.graph.set_codegen(CodeGen())
     output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
     output.args = (tuple(tree_leaves(output.args[0])),)
     module.graph.eliminate_dead_code()

@@ -163,9 +163,9 @@ class OnnxVLM:
             found = split_pictures(self.sizes, _without(given, IDS, MASK), visual)
             sizes = [size for size, _ in found]
             pictures = self._encode_sized(found)
-        elif grids is not None and PIXELS in given and self.packed:
-            check_grids(grids, len(given[PIXELS]), self._merge(), visual)
-        if not self.sizes:
+        else:
+            if grids is not None and PIXELS in given and self.packed:
+                check_grids(grids, len(given[PIXELS]), self._merge(), visual)
             pictures = self.encode(given.get(PIXELS), grids)
         rows = 0 if pictures is None else len(pictures[FEATURES])
         if rows != (wanted := int(visual.sum())):

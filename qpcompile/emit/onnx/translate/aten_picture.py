@@ -71,8 +71,8 @@ def _average_pool(
 
 
 def _pixel_shuffle(out: TensorInfo, x: Any, factor: int) -> Any:
-    *_, height, width = out.shape
-    blocks = op.Reshape(x, [-1, *_known(out.shape[-3:-2]), factor, factor, height // factor, width // factor])
+    channels, height, width = _known(out.shape[-3:])
+    blocks = op.Reshape(x, [-1, channels, factor, factor, height // factor, width // factor])
     return op.Reshape(op.Transpose(blocks, perm=[0, 1, 4, 2, 5, 3]), [-1, *_known(out.shape[-3:])])
 
 
