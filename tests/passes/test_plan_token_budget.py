@@ -63,6 +63,14 @@ def test_auto_never_takes_the_last_layer(apply: Apply) -> None:
     assert program.plan.candidate_layers == (2,)
 
 
+def test_conditions_that_no_layer_meets_are_waived_and_told(apply: Apply, caplog: pytest.LogCaptureFixture) -> None:
+    program = measured("tokens.concentration_floor=1.0", "tokens.iqr_ceiling=0.0")
+    apply(program, PlanTokenBudget())
+    assert program.plan.cuts and program.plan.candidate_layers
+    (waived,) = program.plan.waived
+    assert waived.startswith("iqr_ceiling (range above 0.0 x mass) excluded layers [") and waived in caplog.text
+
+
 @pytest.mark.parametrize("settings", [["tokens.method=none", "tokens.keep=1.0"], ["tokens.keep=1.0"]])
 def test_nothing_to_do(apply: Apply, settings: list[str]) -> None:
     program = measured(*settings)
@@ -103,7 +111,7 @@ def test_a_cut_before_the_decoder_counts_in_every_layer(apply: Apply) -> None:
             r"computes at least 0.5\d* of the visual tokens, 0.3 was asked",
             "tokens.keep",
         ),
-        (["tokens.concentration_floor=1.0", "tokens.iqr_ceiling=0.0"], "no decoder layer is left", None),
+        (["tokens.tail_fraction=0.99"], "no decoder layer is left", None),
     ],
 )
 def test_refusals(settings: list[str], message: str, where: str | None) -> None:

@@ -82,8 +82,6 @@ OWN = {overload: form.translation for overload, form in FORMS.items()}
 LOWERINGS = tuple(form.lower for form in FORMS.values() if form.lower is not None)
 # Translations convert to the type that they compute in, whatever type a value has: most of these casts do nothing.
 CLEAN_UP = (
-    InlinePass(),
-    ShapeInferencePass(),
     RewritePass((no_op_cast_rule,)),
     IdentityEliminationPass(),
     CommonSubexpressionEliminationPass(),
@@ -253,6 +251,10 @@ def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.M
     for lower in LOWERINGS:
         lower(model)
     shapes = [value.shape for value in model.graph.outputs]
+    InlinePass()(model)
+    # The pass would give a sequence the type of the tensors in it.
+    if not any("Sequence" in node.op_type for graph in model.graphs() for node in graph):
+        ShapeInferencePass()(model)
     for clean in CLEAN_UP:
         clean(model)
     # Common-subexpression elimination keeps the names of outputs, not of their sizes.
