@@ -53,6 +53,7 @@ ONE: dict[str, Function] = {
     "sums": lambda x, i, b: aten.sum.dim_IntList(b, [1], True),
     "means": lambda x, i, b: aten.mean.dim(x, [0, -1]),
     "largest": lambda x, i, b: aten.amax.default(x, [1]),
+    "places of extremes": lambda x, i, b: aten.sub.Tensor(aten.argmax.default(x, 1), aten.argmin.default(x, 1)),
     "any": lambda x, i, b: aten.any.dim(b, 1),
     "cumulated": lambda x, i, b: aten.cumsum.default(b, 1),
     "order": lambda x, i, b: aten.argsort.default(aten.select.int(x, 2, 0), 1, True),

@@ -24,6 +24,7 @@ import qpcompile
 from qpcompile.capture.capture import capture
 from qpcompile.capture.samples import Samples
 from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.onnx.runner.folder import RunnerError
 from qpcompile.errors import PlanError, QPCompileError
 from qpcompile.ir.edit import clone
 from qpcompile.ir.program import PREFILL, Program
@@ -145,7 +146,7 @@ def attempt(step: Callable[[], None]) -> dict[str, Any]:
     result, reason = "ok", ""
     try:
         step()
-    except QPCompileError as error:
+    except (QPCompileError, RunnerError) as error:
         result, reason = "refused", f"{type(error).__name__}: {error}"
     except Different as error:
         result, reason = "different", str(error)

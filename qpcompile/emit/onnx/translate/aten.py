@@ -156,6 +156,10 @@ def _argmax(_: TensorInfo, x: Any, dim: int, keepdim: bool = False) -> Any:
     return op.ArgMax(x, axis=dim, keepdims=int(keepdim))
 
 
+def _argmin(_: TensorInfo, x: Any, dim: int, keepdim: bool = False) -> Any:
+    return op.ArgMin(x, axis=dim, keepdims=int(keepdim))
+
+
 def _argsort(_: TensorInfo, x: Any, dim: int = -1, descending: bool = False, **named: Any) -> Any:
     """A stable sort: onnxruntime's TopK breaks ties by the lower index."""
     axis = dim % len(x.shape)
@@ -324,6 +328,7 @@ def table() -> dict[Any, Translation]:
         aten.any.dim: _any,
         aten.cumsum.default: _cumsum,
         aten.argmax.default: _argmax,
+        aten.argmin.default: _argmin,
         aten.argsort.default: _argsort,
         aten.matmul.default: _matmul,
         aten.bmm.default: _matmul,
