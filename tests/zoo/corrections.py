@@ -47,6 +47,7 @@ def _dotted(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 CORRECTIONS: dict[str, Family] = CROSSING | {
+    "cohere2_vision": Family({"alignment_intermediate_size": 96}),
     "qwen2_vl": _qwen(vision_config__hidden_size=64, vision_config__mlp_ratio=2),
     "qwen2_5_vl": _qwen(vision_config__window_size=16),
     "qwen3_vl": _qwen(text_config__rope_parameters={**M_ROPE, "mrope_interleaved": True}),
