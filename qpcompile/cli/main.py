@@ -210,7 +210,9 @@ def export_command(
             checked = []
             if data is not None:
                 processor = need_processor(compiled.processor, source)
-                checked = [question_inputs(processor, [question]) for question in read_questions(data)[:CHECKED]]
+                first = read_questions(data)[:CHECKED]
+                # One at a time, and two at once: some families encode a picture by those before it.
+                checked = [question_inputs(processor, each) for each in (*([one] for one in first), first[:2])]
             compiled.export_onnx(folder, check=checked, fast=fast, target=target)
         note(f"wrote {shown(output)}; how to ask it: {shown(output)}/README.md")
 

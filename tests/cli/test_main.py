@@ -283,7 +283,7 @@ def test_export_checks_the_first_questions(recorder: Recorder, tmp_path: Path) -
     assert refused.exit_code == 1 and "has no processor" in refused.output and recorder.calls == []
     recorder.processor = AutoProcessor.from_pretrained(MODEL)
     assert invoke("export", folder, "--data", DATA, "--output", tmp_path / "onnx").exit_code == 0
-    assert recorder.checked == [1] * 8
+    assert recorder.checked == [1] * 8 + [2]
 
 
 def test_export_of_a_model_compiles_it_first(recorder: Recorder, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from qpcompile.emit.onnx.export import OWN, TORCH
 from qpcompile.emit.onnx.runner.folder import RunnerError
 from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule, read_masks, tables
 from qpcompile.emit.onnx.runner.runner import OnnxVLM
-from qpcompile.emit.onnx.runner.sizes import SIZES, Size, read_sizes, sized_positions, split_pictures
+from qpcompile.emit.onnx.runner.sizes import SIZES, Size, read_sizes, sized_positions, split_pictures, takes_several
 from qpcompile.emit.onnx.sized import sized_pictures
 from qpcompile.errors import ExportError
 from qpcompile.ir.program import VISION
@@ -186,6 +186,16 @@ def test_a_damaged_size_is_refused(changes: dict[str, Any], tmp_path: Path) -> N
     with pytest.raises(RunnerError) as error:
         read_sizes(path, shapes)
     assert error.value.where and error.value.do and len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize("said", [None, 1, "true", []])
+def test_a_file_says_whether_several_pictures_were_compared(said: Any, tmp_path: Path) -> None:
+    path = tmp_path / SIZES
+    path.write_text(json.dumps({"several": True}))
+    assert takes_several(path)
+    path.write_text(json.dumps({"several": said}))
+    with pytest.raises(RunnerError, match="several pictures"):
+        takes_several(path)
 
 
 @pytest.mark.parametrize("entry", [{}, {"window": 0, "chunk": 0, "together": "all"}, {"window": -1, "chunk": 0}])

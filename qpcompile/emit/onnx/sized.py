@@ -163,6 +163,12 @@ def token_tables(program: Program, paths: Iterable[str]) -> dict[str, torch.Tens
     return tables
 
 
+def pictures_in(program: Program, sample: Mapping[str, Any]) -> int:
+    """Runs of image tokens in the prompts of a call."""
+    visual = torch.as_tensor(sample[IDS]) == image_token(program)
+    return int((visual & ~torch.nn.functional.pad(visual[:, :-1], (1, 0))).sum())
+
+
 def _one_picture(program: Program, tensors: Mapping[str, torch.Tensor]) -> bool:
     ids = tensors.get(IDS)
     if ids is None or len(ids) != 1 or not bool((visual := ids[0] == image_token(program)).any()):

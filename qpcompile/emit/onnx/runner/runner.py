@@ -23,7 +23,7 @@ from qpcompile.emit.onnx.runner.inputs import (
 )
 from qpcompile.emit.onnx.runner.layout import patch_layout, picture_positions, text_positions
 from qpcompile.emit.onnx.runner.masks import MASKS, read_masks, tables
-from qpcompile.emit.onnx.runner.sizes import SIZES, Size, read_sizes, sized_positions, split_pictures
+from qpcompile.emit.onnx.runner.sizes import SIZES, Size, read_sizes, sized_positions, split_pictures, takes_several
 
 Array = np.ndarray[Any, Any]
 
@@ -89,6 +89,7 @@ class OnnxVLM:
         self.sized = {"vision.onnx": self.vision, **sessions}
         self.masks = read_masks(self.folder / MASKS) if MASKS in files else {}
         self.sizes: list[Size] = []
+        self.several = SIZES not in files or takes_several(self.folder / SIZES)
         if SIZES in files:
             self.sizes = read_sizes(self.folder / SIZES, {name: _shapes(each) for name, each in self.sized.items()})
         # Patches of pictures of many sizes come in one row, with the sizes beside them.
@@ -161,6 +162,12 @@ class OnnxVLM:
         sizes: list[Size] = []
         if self.sizes:
             found = split_pictures(self.sizes, _without(given, IDS, MASK), visual)
+            if len(found) > 1 and not self.several:
+                raise RunnerError(
+                    f"the call has {len(found)} pictures, and this folder was compared with its module on one at a time",
+                    SIZES,
+                    "ask about one picture at a time, or export with `check` inputs that have several",
+                )
             sizes = [size for size, _ in found]
             pictures = self._encode_sized(found)
         else:

@@ -1,7 +1,9 @@
 """Folders with a vision graph for each size of picture: which graph takes which picture, and the tokens it becomes.
 
 `sizes.json` lists the graphs, the largest picture first. A graph takes the tensors of one picture; those of several
-come one after the other along one axis of each tensor, as processors give them.
+come one after the other along one axis of each tensor, as processors give them. Where that gave the module's answers
+when the folder was made, `several` is true; calls with several pictures are refused otherwise, since some families'
+features of a picture depend on the pictures before it.
 """
 
 from __future__ import annotations
@@ -75,6 +77,14 @@ def read_sizes(path: Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) 
     if not isinstance(entries, list) or not 0 < len(entries) <= MOST_SIZES:
         raise RunnerError("it lists no sizes of pictures", str(path), NEW_FOLDER)
     return [Size.read(entry, shapes, str(path)) for entry in entries]
+
+
+def takes_several(path: Path) -> bool:
+    """Whether answers to several pictures in a call were those of the module, as the file says."""
+    said = read_json(path).get("several")
+    if not isinstance(said, bool):
+        raise RunnerError("it does not say whether a call may have several pictures", str(path), NEW_FOLDER)
+    return said
 
 
 def split_pictures(
