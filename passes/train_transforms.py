@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from qpcompile.calibration.batches import batches
 from qpcompile.calibration.blocks import Block, Values, split_blocks
 from qpcompile.calibration.collect import run_sample
-from qpcompile.calibration.statistics import CALIBRATION, Calibration, InputStatistics
+from qpcompile.calibration.statistics import CALIBRATION, Calibration
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.edit import aten, before_cast, calls, is_call, set_tensor
 from qpcompile.ir.heap import trim
@@ -39,10 +39,9 @@ from qpcompile.ir.operators import KRONECKER, QUANT_STUB
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, Graph, Program
 from qpcompile.progress import track
 from qpcompile.quantization.basis import weight_name
-from qpcompile.quantization.basis_change import WIDE
 from qpcompile.quantization.block_sums import SumsOfMatrix, SumsOfRows
 from qpcompile.quantization.fake_quant import fake_quantize
-from qpcompile.quantization.learned_transform import LearnedTransform, kronecker_rows, rounded
+from qpcompile.quantization.learned_transform import LearnedTransform, carried, kronecker_rows, rounded
 from qpcompile.quantization.site_bits import inputs_at, weights_at
 from qpcompile.quantization.training_time import TrainingTime
 from qpcompile.ranks import windows
@@ -342,7 +341,7 @@ class _Training:
             for site, (left, right) in learned.items():
                 if site in self.calibration.inputs:
                     statistics = self.calibration.inputs[site].to(self.on.device)
-                    moved_statistics = _carried(statistics, left.double(), right.double())
+                    moved_statistics = carried(statistics, left.double(), right.double())
                     self.calibration.inputs[site] = moved_statistics.to(self.on.home)
 
     def _fold_graph(
@@ -375,13 +374,6 @@ class _Training:
                 set_tensor(module, name, moved[name])
             if self.scheme.activations.bits != 16:
                 set_fact(stub, replace(fact, clip=float(torch.sigmoid(self.sites[fact.site].clip))))
-
-
-def _carried(found: InputStatistics, left: torch.Tensor, right: torch.Tensor) -> InputStatistics:
-    """Statistics after left kron right; applied by factors if the input is wide."""
-    if len(left) * len(right) > WIDE:
-        return found.turned(lambda rows: kronecker_rows(rows, left, right))
-    return found.transformed(torch.kron(left, right))
 
 
 def _target(node: object) -> str:

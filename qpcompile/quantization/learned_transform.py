@@ -19,7 +19,9 @@ import math
 import torch
 from torch import nn
 
+from qpcompile.calibration.statistics import InputStatistics
 from qpcompile.kernels.quantize_dynamic.reference import code_range, highest
+from qpcompile.quantization.basis_change import WIDE
 from qpcompile.quantization.block_sums import BlockSums
 from qpcompile.recipe.quantize import ActivationScheme
 
@@ -108,3 +110,10 @@ def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
 
 def _eye(rows: int, columns: int) -> torch.Tensor:
     return torch.eye(rows, columns)
+
+
+def carried(found: InputStatistics, left: torch.Tensor, right: torch.Tensor) -> InputStatistics:
+    """Statistics after left kron right; applied by factors if the input is wide."""
+    if len(left) * len(right) > WIDE:
+        return found.turned(lambda rows: kronecker_rows(rows, left, right))
+    return found.transformed(torch.kron(left, right))

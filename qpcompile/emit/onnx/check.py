@@ -7,7 +7,7 @@ in different orders: no equality is claimed, and the count of equal answers is w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ from typing import Any
 import onnx
 import torch
 
+from qpcompile.emit.onnx.runner.folder import RunnerError
 from qpcompile.emit.onnx.runner.inputs import TYPES
 from qpcompile.emit.onnx.runner.runner import OnnxVLM
+from qpcompile.errors import ExportError
 
 WHY = {
     "exact": "a 4-bit code or a near tie rounded the other way",
     "fast": "float32 sums were added in another order, and a 4-bit code or a near tie rounded the other way",
 }
 """Why answers differ, by the recipe's numerics."""
+# Lead of a token over another, as logits, that rounding alone does not turn around.
+NEAR_TIE = 0.05
 WHY_FAST_FOLDER = "the folder's numbers are other ones, see manifest.json"
 
 
@@ -71,7 +75,7 @@ def float64_operators(path: Path) -> list[str]:
 
 
 def compare(
-    generate: Callable[..., Any], folder: Path, batches: Iterable[dict[str, Any]], new_tokens: int = 8
+    generate: Callable[..., Any], folder: Path, batches: Iterable[Mapping[str, Any]], new_tokens: int = 8
 ) -> Comparison:
     """Generate with both sides on the same inputs.
 
@@ -111,3 +115,24 @@ def _first(row: int, own: torch.Tensor, other: torch.Tensor, logits: torch.Tenso
         if left != right:
             return Difference(row, step, left, right, float(logits[step, left] - logits[step, right]))
     return None
+
+
+def accepted(
+    generate: Callable[..., Any], folder: Path, batches: Sequence[Mapping[str, Any]], learned: bool
+) -> Comparison:
+    """Compare answers as `compare` does. Raises ExportError if the folder does not answer or, where it has graphs or
+    rules that were learned from samples, differs by more than near ties.
+    """
+    try:
+        found = compare(generate, folder, batches)
+    except RunnerError as error:
+        what = f"the folder does not answer: {error.what}"
+        raise ExportError(what, where=error.where, do="use the compiled module, and report this family") from error
+    wrong = [each for each in found.different if each.margin > NEAR_TIE]
+    if wrong and learned:
+        raise ExportError(
+            f"{len(wrong)} of {found.answers} answers of the folder are not the module's; the first: {wrong[0]}",
+            where="check",
+            do="use the compiled module: this family cannot be written as an ONNX folder yet",
+        )
+    return found

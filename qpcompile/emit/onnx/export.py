@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import no_op_cast_rule
 
 from qpcompile.emit.manifest_text import sealed
-from qpcompile.emit.onnx.check import Comparison, compare, float64_operators
+from qpcompile.emit.onnx.check import accepted, float64_operators
 from qpcompile.emit.onnx.demands import demands
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
@@ -45,10 +46,9 @@ from qpcompile.emit.onnx.runner import runner as onnx_runner
 from qpcompile.emit.onnx.runner.choice import Choice
 from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph
 from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule
-from qpcompile.emit.onnx.runner.sizes import SIZES as SIZES_FILE
 from qpcompile.emit.onnx.runner_file import runner_text
 from qpcompile.emit.onnx.runtimes import GENAI, fast_form
-from qpcompile.emit.onnx.sized import Sized, pictures_in, sized_pictures, token_tables
+from qpcompile.emit.onnx.sized import Sized, by_pictures, sized_pictures, token_tables, write_sizes
 from qpcompile.emit.onnx.speech import write_speech
 from qpcompile.emit.onnx.translate import aten as onnx_aten
 from qpcompile.emit.onnx.translate import aten_picture as onnx_aten_picture
@@ -134,7 +134,7 @@ def export_onnx(
             rules = {name: asdict(rule) for name, rule in built.masks.items()}
             (aside / MASKS).write_text(json.dumps({"masks": rules}) + "\n", encoding="utf-8")
         if built.sizes:
-            _write_sizes(aside, built.sizes, several=any(pictures_in(program, batch) > 1 for batch in batches))
+            write_sizes(aside, built.sizes, several=False)
             mute = f"it has a vision graph for each of {len(built.sizes)} sizes of pictures: {built.why}"
         elif built.masks:
             mute = "its decoder takes masks as tables"
@@ -151,9 +151,10 @@ def export_onnx(
         _write_manifest(aside, numbers, double)
         found: dict[str, Any] = {}
         if batches and generate is not None:
-            compared = compare(generate, aside, batches)
-            if compared.different and (built.sizes or built.masks):
-                raise _unlike(compared)
+            one, more = by_pictures(program, batches) if built.sizes else (batches, [])
+            compared = accepted(generate, aside, one, learned=bool(built.sizes or built.masks))
+            if more:
+                _try_several(generate, aside, built.sizes, more, partial(_write_manifest, aside, numbers, double))
             found |= compared.to_dict(program.recipe.numerics, fast)
         if target is not None:
             found["runtime"] = demands(aside, target)
@@ -341,21 +342,22 @@ def _write_texts(program: Program, folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _write_sizes(folder: Path, sizes: Sequence[Sized], several: bool) -> None:
-    """Write which vision graph takes which pictures; several: whether the comparison has calls with several."""
-    names = [f"{VISION}.{index}.onnx" if index else f"{VISION}.onnx" for index in range(len(sizes))]
-    listed = [size.to_dict(name) for size, name in zip(sizes, names, strict=True)]
-    (folder / SIZES_FILE).write_text(json.dumps({"several": several, "sizes": listed}) + "\n", encoding="utf-8")
-
-
-def _unlike(compared: Comparison) -> ExportError:
-    """What was learned from samples, sizes and rules of masks, is refused where it does not hold on them."""
-    return ExportError(
-        f"{len(compared.different)} of {compared.answers} answers of the folder are not the module's; the first: "
-        f"{compared.different[0]}",
-        where="check",
-        do="use the compiled module, or give `check` inputs with one picture each; this family cannot be written in full",
-    )
+def _try_several(
+    generate: Callable[..., Any],
+    folder: Path,
+    sizes: Sequence[Sized],
+    calls: Sequence[Mapping[str, Any]],
+    seal: Callable[[], None],
+) -> None:
+    """Let the folder take several pictures in a call if it gives the module's answers to such calls."""
+    write_sizes(folder, sizes, several=True)
+    seal()
+    try:
+        accepted(generate, folder, calls, learned=True)
+    except ExportError as error:
+        _log.warning("the ONNX folder refuses calls with several pictures: %s", error.what)
+        write_sizes(folder, sizes, several=False)
+        seal()
 
 
 def _float64(operators: Mapping[str, Sequence[str]]) -> str:

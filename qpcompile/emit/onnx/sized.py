@@ -10,9 +10,11 @@ constant, so a graph holds for the sizes of its sample only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,6 +29,7 @@ from transformers import masking_utils
 
 from qpcompile.emit.onnx.runner.inputs import IDS, MASK, TYPES
 from qpcompile.emit.onnx.runner.runner import FEATURES, POSITIONS, ROWS
+from qpcompile.emit.onnx.runner.sizes import SIZES
 from qpcompile.emit.onnx.vision import answering, replaced
 from qpcompile.emit.onnx.wrap import EMBEDS, Part
 from qpcompile.errors import ExportError, QPCompileError
@@ -163,10 +166,23 @@ def token_tables(program: Program, paths: Iterable[str]) -> dict[str, torch.Tens
     return tables
 
 
-def pictures_in(program: Program, sample: Mapping[str, Any]) -> int:
-    """Runs of image tokens in the prompts of a call."""
-    visual = torch.as_tensor(sample[IDS]) == image_token(program)
-    return int((visual & ~torch.nn.functional.pad(visual[:, :-1], (1, 0))).sum())
+def write_sizes(folder: Path, sizes: Sequence[Sized], several: bool) -> None:
+    """Write which vision graph takes which pictures; several: whether a call may have several."""
+    names = [f"{VISION}.{index}.onnx" if index else f"{VISION}.onnx" for index in range(len(sizes))]
+    listed = [size.to_dict(name) for size, name in zip(sizes, names, strict=True)]
+    (folder / SIZES).write_text(json.dumps({"several": several, "sizes": listed}) + "\n", encoding="utf-8")
+
+
+def by_pictures(
+    program: Program, samples: Iterable[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """The calls with one picture at most, and those with several: with several runs of image tokens."""
+    found: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = ([], [])
+    for sample in samples:
+        visual = torch.as_tensor(sample[IDS]) == image_token(program)
+        before = torch.nn.functional.pad(visual[:, :-1], (1, 0))
+        found[int((visual & ~before).sum()) > 1].append(sample)
+    return found
 
 
 def _one_picture(program: Program, tensors: Mapping[str, torch.Tensor]) -> bool:

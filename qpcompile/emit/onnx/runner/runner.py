@@ -164,12 +164,11 @@ class OnnxVLM:
             found = split_pictures(self.sizes, _without(given, IDS, MASK), visual)
             if len(found) > 1 and not self.several:
                 raise RunnerError(
-                    f"the call has {len(found)} pictures, and this folder was compared with its module on one at a time",
+                    f"the call has {len(found)} pictures, and this folder was compared on one at a time only",
                     SIZES,
                     "ask about one picture at a time, or export with `check` inputs that have several",
                 )
-            sizes = [size for size, _ in found]
-            pictures = self._encode_sized(found)
+            sizes, pictures = [size for size, _ in found], self._encode_sized(found)
         else:
             if grids is not None and PIXELS in given and self.packed:
                 check_grids(grids, len(given[PIXELS]), self._merge(), visual)
