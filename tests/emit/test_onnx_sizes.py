@@ -13,6 +13,7 @@ import torch
 
 from qpcompile.capture.capture import capture
 from qpcompile.compiled import CompiledVLM
+from qpcompile.emit.onnx import check
 from qpcompile.emit.onnx.export import OWN, TORCH
 from qpcompile.emit.onnx.runner.folder import RunnerError
 from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule, read_masks, tables
@@ -154,6 +155,34 @@ def test_rules_of_masks(rule: MaskRule, rows: list[str]) -> None:
     assert not padded[:, 0].any() and np.array_equal(padded[:, 1:], wanted[:, 1:])
     last = MaskRule(rule.window, rule.chunk).table(np.ones((1, 4)), np.zeros((1, 4), bool))[0, 0, -1:]
     assert np.array_equal(rule.table(np.ones((1, 4)))[0, 0], last)
+
+
+@pytest.mark.parametrize(
+    ("margins", "strict", "refused"),
+    [
+        ([1.6], True, True),
+        ([1.6], False, False),
+        ([1.6, 1.0], False, True),
+        ([0.01] * 3, True, False),
+        ([], True, False),
+    ],
+)
+def test_wrong_answers_are_refused(
+    margins: list[float], strict: bool, refused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Near ties may be answered otherwise; more than that is a graph that does something else."""
+    differences = tuple(check.Difference(row, 0, 1, 2, margin) for row, margin in enumerate(margins))
+    monkeypatch.setattr(check, "compare", lambda *_: check.Comparison(3, differences))
+    if refused:
+        with pytest.raises(ExportError, match="are not the module's"):
+            check.accepted(len, tmp_path, [], strict)
+    else:
+        assert check.accepted(len, tmp_path, [], strict).different == differences
+
+
+def test_a_folder_that_does_not_answer_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="does not answer: there is no such folder"):
+        check.accepted(len, tmp_path / "none", [], strict=True)
 
 
 HUGE = "x" * 2**18
