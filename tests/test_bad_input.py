@@ -72,7 +72,7 @@ def program(tiny: Tiny) -> Program:
 def captured(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """`compile` uses copies of that capture."""
 
-    def instead(model: Any, sample: Any, recipe: Recipe) -> Program:
+    def instead(model: Any, sample: Any, recipe: Recipe, others: Any) -> Program:
         plan = Plan(recipe=recipe, layers=program.plan.layers)
         graphs = {name: clone(graph) for name, graph in program.graphs.items()}
         return replace(program, graphs=graphs, recipe=recipe, plan=plan, measured=Measurements(), history=[])
@@ -289,7 +289,7 @@ class FullDisk:
             (aside / "config.json").write_text("{}")
             raise OSError(28, "No space left on device")
 
-    def export_onnx(self, folder: Path, fast: bool, target: str | None) -> None:
+    def export_onnx(self, folder: Path, check: Any, fast: bool, target: str | None) -> None:
         self.save_pretrained(folder)
 
 

@@ -175,7 +175,8 @@ def test_what_is_written_is_codes(compiled: dict[str, CompiledVLM], tmp_path: Pa
     name = "language_model.model.layers.0.mlp.down_proj"
     assert tensors[f"{name}.weight_packed"].shape == (128, 40) and f"{name}.weight" not in tensors
     assert tensors[f"{name}.weight_scale"].shape == (128, 10)
-    for name in ("model.safetensors", "config.json", "generation_config.json", "README.md"):
+    # README.md has a distance of logits, whose last bits depend on where tensors lie.
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     config = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()

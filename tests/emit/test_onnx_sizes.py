@@ -81,7 +81,7 @@ def test_a_constant_of_the_pixels_is_refused(
     original = host.get_image_features
 
     def brighter(self: Any, pixel_values: torch.Tensor, **named: Any) -> Any:
-        return original(self, pixel_values + float(pixel_values.detach().numpy().mean()), **named)
+        return original(self, pixel_values + 100 * float(pixel_values.detach().numpy().mean()), **named)
 
     del program.graphs[VISION]
     monkeypatch.setattr(host, "get_image_features", brighter)

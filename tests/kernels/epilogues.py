@@ -72,6 +72,7 @@ class Transforms(torch.nn.Module):
 
 def check_onnx(export_onnx: Any, module: torch.nn.Module, translations: dict[Any, Any], sources: int = 1) -> None:
     """Summed in float64, rounded once: the same codes on every back end. In float32: but for codes next to a tie."""
+    torch.manual_seed(0)  # two libraries' last bits differ: of some inputs so do the codes
     for dtype in (torch.float64, torch.float32):
         exported = export_onnx(module, [torch.randn(2, 5, 144).to(dtype) for _ in range(sources)], translations)
         assert not any("::" in each for each in exported.operators)

@@ -20,7 +20,7 @@ def near(found: Tensor, expected: Tensor) -> None:
     """Equal up to the last bit of their type, or of float32 for rows in float64, which hold float32 values."""
     assert found.dtype == expected.dtype and found.shape == expected.shape
     step = torch.finfo(torch.float32 if found.dtype == torch.float64 else found.dtype).eps
-    torch.testing.assert_close(found, expected, rtol=2 * step, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=2 * step, atol=2e-5)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

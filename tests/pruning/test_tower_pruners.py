@@ -317,19 +317,19 @@ def test_golden_side_outputs_of_packed_patches() -> None:
     expecttest.assert_expected_inline(
         "".join(lines[start:]),
         """\
-%116 = qpcompile::attention_received(%105, %108, %2, 0.1767766952966369, False) : f32[1, S6*((S0//((S0//4))))]
-%117 = aten::mean.dim(%108, [1]) : f32[1, S6*((S0//((S0//4)))), 32]
-%118 = aten::reshape(%116, [-1]) : f32[S6*((S0//((S0//4))))]
-%119 = aten::index.Tensor(%118, [%115]) : f32[S6, ((S6*((S0//((S0//4)))))//(((S6*((S0//((S0//4)))))//4)))]
-%120 = aten::mean.dim(%119, [1]) : f32[S6]
-%121 = aten::reshape(%120, [-1]) : f32[S6]
-%122 = aten::reshape(%117, [-1, 32]) : f32[S6*((S0//((S0//4)))), 32]
-%123 = aten::index.Tensor(%122, [%115]) : f32[S6, ((S6*((S0//((S0//4)))))//(((S6*((S0//((S0//4)))))//4))), 32]
-%124 = aten::mean.dim(%123, [1]) : f32[S6, 32]
-%125 = aten::reshape(%124, [-1, 32]) : f32[S6, 32]
-return pooler_output = %102
-return visual_scores = %121
-return visual_keys = %125
+%114 = qpcompile::attention_received(%103, %106, %2, 0.1767766952966369, False) : f32[1, S6*((S0//((S0//4))))]
+%115 = aten::mean.dim(%106, [1]) : f32[1, S6*((S0//((S0//4)))), 32]
+%116 = aten::reshape(%114, [-1]) : f32[S6*((S0//((S0//4))))]
+%117 = aten::index.Tensor(%116, [%113]) : f32[S6, ((S6*((S0//((S0//4)))))//(((S6*((S0//((S0//4)))))//4)))]
+%118 = aten::mean.dim(%117, [1]) : f32[S6]
+%119 = aten::reshape(%118, [-1]) : f32[S6]
+%120 = aten::reshape(%115, [-1, 32]) : f32[S6*((S0//((S0//4)))), 32]
+%121 = aten::index.Tensor(%120, [%113]) : f32[S6, ((S6*((S0//((S0//4)))))//(((S6*((S0//((S0//4)))))//4))), 32]
+%122 = aten::mean.dim(%121, [1]) : f32[S6, 32]
+%123 = aten::reshape(%122, [-1, 32]) : f32[S6, 32]
+return pooler_output = %100
+return visual_scores = %119
+return visual_keys = %123
 """,
     )
     lines = graph_text(program.graphs[PREFILL]).splitlines(keepends=True)
