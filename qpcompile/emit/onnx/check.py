@@ -84,7 +84,19 @@ def compare(
         folder: the exported folder.
         batches: inputs of `generate`.
         new_tokens: maximum length of answers.
+
+    Raises ExportError if the folder does not answer.
     """
+    try:
+        return _compare(generate, folder, batches, new_tokens)
+    except RunnerError as error:
+        what = f"the folder does not answer: {error.what}"
+        raise ExportError(what, where=error.where, do="use the compiled module, and report this family") from error
+
+
+def _compare(
+    generate: Callable[..., Any], folder: Path, batches: Iterable[Mapping[str, Any]], new_tokens: int
+) -> Comparison:
     runner = OnnxVLM(folder, torch.get_num_threads())
     runner.generation = {**runner.generation, "do_sample": False}
     answers, different = 0, list[Difference]()
@@ -120,14 +132,10 @@ def _first(row: int, own: torch.Tensor, other: torch.Tensor, logits: torch.Tenso
 def accepted(
     generate: Callable[..., Any], folder: Path, batches: Sequence[Mapping[str, Any]], strict: bool
 ) -> Comparison:
-    """Compare answers as `compare` does. Raises ExportError if the folder does not answer, or if answers differ by more
-    than near ties: any of them where `strict`, else most of them.
+    """Compare as `compare` does. Raises ExportError also if answers differ by more than near ties: any of them where
+    `strict`, else most of them.
     """
-    try:
-        found = compare(generate, folder, batches)
-    except RunnerError as error:
-        what = f"the folder does not answer: {error.what}"
-        raise ExportError(what, where=error.where, do="use the compiled module, and report this family") from error
+    found = compare(generate, folder, batches)
     wrong = [each for each in found.different if each.margin > NEAR_TIE]
     if len(wrong) > (0 if strict else found.answers // 2):
         raise ExportError(

@@ -179,18 +179,19 @@ def by_pictures(
     """The calls with one picture at most, and those with several: with several runs of image tokens."""
     found: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = ([], [])
     for sample in samples:
-        visual = torch.as_tensor(sample[IDS]) == image_token(program)
-        before = torch.nn.functional.pad(visual[:, :-1], (1, 0))
-        found[int((visual & ~before).sum()) > 1].append(sample)
+        found[_runs(program, torch.as_tensor(sample[IDS])) > 1].append(sample)
     return found
 
 
 def _one_picture(program: Program, tensors: Mapping[str, torch.Tensor]) -> bool:
     ids = tensors.get(IDS)
-    if ids is None or len(ids) != 1 or not bool((visual := ids[0] == image_token(program)).any()):
-        return False
-    places = visual.nonzero()[:, 0]
-    return bool((places == torch.arange(len(places)) + places[0]).all())
+    return ids is not None and len(ids) == 1 and _runs(program, ids) == 1
+
+
+def _runs(program: Program, ids: torch.Tensor) -> int:
+    """How many runs of image tokens the prompts i64[B, S] have."""
+    visual = ids == image_token(program)
+    return int((visual & ~torch.nn.functional.pad(visual[:, :-1], (1, 0))).sum())
 
 
 def _same_size(left: Sized, right: Sized) -> bool:
