@@ -301,7 +301,7 @@ def _solve(graph: Graph, linear: fx.Node, scheme: QuantizeScheme, calibration: C
             do="choose a size that divides the widths, granularity: channel, or add the linear to quantize.ignore",
         )
     statistics = calibration.inputs.get(group.site)
-    moments = None if statistics is None else on.there(statistics.moments)
+    moments = None if statistics is None or statistics.moments is None else statistics.moments.to(on.device)
     codes, scale = solve(weight, moments, asked)
     error = output_error(weight, codes, scale, moments)
     return on.back(stored_codes(codes, asked.bits)), on.back(scale), error

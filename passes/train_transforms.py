@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from qpcompile.calibration.batches import batches
 from qpcompile.calibration.blocks import Block, Values, split_blocks
 from qpcompile.calibration.collect import run_sample
+from qpcompile.calibration.second_moments import SecondMoments
 from qpcompile.calibration.statistics import CALIBRATION, Calibration
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.edit import aten, before_cast, calls, is_call, set_tensor
@@ -246,9 +247,9 @@ class _Training:
             statistics = self.calibration.inputs[fact.site].to(self.on.device)
             sizes = len(learned.left), len(learned.right)
             names = [weight_name(linear) for linear in stub.users]
-            second = SumsOfRows(sizes, [statistics.rows])
-            if statistics.moments is not None:
-                second = SumsOfMatrix(sizes, statistics.moments)
+            moments = statistics.moments or SecondMoments(None, statistics.rows)
+            tokens = moments.factor
+            second = SumsOfMatrix(sizes, moments.dense()) if tokens is None else SumsOfRows(sizes, [tokens])
             weights = [self.on.weight(self.graph.module, name).detach() for name in names]
             learned.begin(second, SumsOfRows(sizes, weights))
 

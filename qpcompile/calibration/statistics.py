@@ -1,7 +1,7 @@
 """Running statistics of the inputs of linears: memory depends on the model, not on the amount of data.
 
-For a 7B model they take 0.7 GB per layer, more than its weights: second moments of 4,096 and 11,008 channels, and rows.
-Finished statistics are therefore stored on a `Shelf`, most of them in files.
+For a 7B model they take up to 0.7 GB per layer, more than its weights: second moments of 4,096 and 11,008 channels, and
+rows. Finished statistics are therefore stored on a `Shelf`, most of them in files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qpcompile.calibration.second_moments import FACTOR, MATRIX, SHARE, SecondMoments
 from qpcompile.ir.mapped_tensors import to_file
 from qpcompile.ir.measurements import Measurement
 
@@ -21,20 +22,18 @@ from qpcompile.ir.measurements import Measurement
 ROWS = 512
 # Statistics of at least this many bytes are stored in a file.
 LARGE = 2**22
-# Rows of a matrix converted to float64 at a time, to limit memory.
-STRIP = 1024
 
 
 @dataclass
 class InputStatistics:
     """Statistics of the input of some linears.
 
-    largest: f32[C], largest magnitude per channel; moments: f32[C, C], sum x x^T, or None; total: f32[C], sum x;
+    largest: f32[C], largest magnitude per channel; moments: sum x x^T, or None; total: f32[C], sum x;
     rows: f32[R, C], up to ROWS of the tokens; visual: bool[R], which of them are visual tokens.
     """
 
     largest: torch.Tensor
-    moments: torch.Tensor | None
+    moments: SecondMoments | None
     total: torch.Tensor
     rows: torch.Tensor
     visual: torch.Tensor
@@ -44,7 +43,7 @@ class InputStatistics:
     def empty(cls, channels: int, moments: bool, device: torch.device | None = None) -> InputStatistics:
         """Statistics of no tokens."""
         zeros = functools.partial(torch.zeros, device=device)
-        square = zeros(channels, channels) if moments else None
+        square = SecondMoments.empty(channels, device) if moments else None
         marks = zeros(0, dtype=torch.bool)
         return cls(zeros(channels), square, zeros(channels), zeros(0, channels), marks)
 
@@ -67,7 +66,7 @@ class InputStatistics:
             return
         self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
         if self.moments is not None:
-            self.moments += rows.T @ rows
+            self.moments = self.moments.plus(rows)
         self.total += rows.sum(dim=0)
         self.tokens += rows.shape[0]
         count = min(keep, rows.shape[0], ROWS - self.rows.shape[0])
@@ -77,28 +76,36 @@ class InputStatistics:
             self.visual = torch.cat([self.visual, marks.index_select(0, chosen)])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All fields by name; `moments` only if present."""
+        """All fields by name; second moments only if present."""
         held = {name: getattr(self, name) for name in ("largest", "total", "rows", "visual")}
-        moments = {} if self.moments is None else {"moments": self.moments}
+        moments = {} if self.moments is None else self.moments.tensors()
         return {**held, **moments, "tokens": torch.tensor(self.tokens)}
 
     @classmethod
     def of_tensors(cls, held: dict[str, torch.Tensor]) -> InputStatistics:
         """The inverse of `tensors`."""
         tokens = int(held["tokens"])
-        return cls(held["largest"], held.get("moments"), held["total"], held["rows"], held["visual"], tokens)
+        moments = SecondMoments.of_tensors(held)
+        return cls(held["largest"], moments, held["total"], held["rows"], held["visual"], tokens)
 
     @classmethod
     def checked(cls, held: dict[str, torch.Tensor], channels: int, moments: bool) -> InputStatistics:
         """The inverse of `tensors` for an input of `channels` channels; ValueError for anything else."""
         empty = cls.empty(channels, moments, torch.device("meta")).tensors()
+        if MATRIX in held and moments:
+            empty[MATRIX] = empty.pop(FACTOR).new_zeros(channels, channels)
         if set(held) != set(empty):
             raise ValueError(f"statistics have {sorted(empty)}, not {sorted(held)}")
-        kept = len(held["rows"]) if held["rows"].ndim else 0
+        # Tensors of tokens, and how many there may be.
+        most = {"rows": ROWS, "visual": ROWS, FACTOR: channels // SHARE}
+        count = {name: len(tensor) if tensor.ndim else 0 for name, tensor in held.items()}
         for name, expected in empty.items():
-            shape = (kept, *expected.shape[1:]) if name in ("rows", "visual") else tuple(expected.shape)
-            if held[name].dtype != expected.dtype or tuple(held[name].shape) != shape or kept > ROWS:
+            shape = (count[name], *expected.shape[1:]) if name in most else tuple(expected.shape)
+            wrong = held[name].dtype != expected.dtype or tuple(held[name].shape) != shape
+            if wrong or count[name] > most.get(name, channels):
                 raise ValueError(f"{name} of {channels} channels is {held[name].dtype}{list(held[name].shape)}")
+        if count["rows"] != count["visual"]:
+            raise ValueError(f"visual of {channels} channels marks {count['visual']} of {count['rows']} rows")
         return cls.of_tensors(held)
 
     def copy(self) -> InputStatistics:
@@ -117,52 +124,26 @@ class InputStatistics:
     def transformed(self, matrix: torch.Tensor) -> InputStatistics:
         """Statistics of `matrix @ x`, matrix: f[C, C]; the largest magnitudes are no longer known and become NaN."""
         wide = matrix.double()
-        moments = None if self.moments is None else _carried(wide, self.moments)
+        moments = None if self.moments is None else self.moments.transformed(wide)
         total, rows = (wide @ self.total.double()).float(), (self.rows.double() @ wide.T).float()
         return self._moved(moments, total, rows)
 
     def turned(self, rows: Callable[[torch.Tensor], torch.Tensor]) -> InputStatistics:
         """`transformed` without materializing the matrix: `rows` applies it, f64[N, C] -> f64[N, C]."""
-        moments = self.moments
-        if moments is not None:
-            half, made = torch.empty_like(moments, dtype=torch.float64), torch.empty_like(moments)
-            for part in strips(len(moments)):
-                half[part] = rows(moments[part].double())
-            # A X A^T of a symmetric X is symmetric: its rows are its columns.
-            for part in strips(len(half)):
-                made[part] = rows(half[:, part].T.contiguous()).float()
-            moments = made
+        moments = None if self.moments is None else self.moments.turned(rows)
         return self._moved(moments, rows(self.total.double()[None])[0].float(), rows(self.rows.double()).float())
 
     def shifted(self, shift: torch.Tensor) -> InputStatistics:
         """Statistics of `x - shift`, shift: f[C]; the largest magnitudes are no longer known and become NaN."""
-        away, total, moments = shift.double(), self.total.double(), None
-        if self.moments is not None:
-            moments = torch.empty_like(self.moments)
-            for part in strips(len(away)):
-                less = self.moments[part].double() - torch.outer(total[part], away) - torch.outer(away[part], total)
-                moments[part] = (less + self.tokens * torch.outer(away[part], away)).float()
+        away, total = shift.double(), self.total.double()
+        moments = None if self.moments is None else self.moments.shifted(away, total, self.tokens)
         rows = (self.rows.double() - away).float()
         total = (total - self.tokens * away).float()
         return self._moved(moments, total, rows)
 
-    def _moved(self, moments: torch.Tensor | None, total: torch.Tensor, rows: torch.Tensor) -> InputStatistics:
+    def _moved(self, moments: SecondMoments | None, total: torch.Tensor, rows: torch.Tensor) -> InputStatistics:
         unknown = torch.full_like(self.largest, torch.nan)
         return InputStatistics(unknown, moments, total, rows, self.visual, self.tokens)
-
-
-def strips(rows: int) -> list[slice]:
-    """Row blocks of a large matrix, to avoid a float64 copy of all of it."""
-    return [slice(start, start + STRIP) for start in range(0, rows, STRIP)]
-
-
-def _carried(matrix: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """matrix: f64[C, C], moments: f32[C, C] -> matrix moments matrix^T, f32[C, C]."""
-    made = torch.empty_like(moments)
-    for part in strips(len(matrix)):
-        half = torch.cat([matrix[part] @ moments[:, columns].double() for columns in strips(len(moments))], dim=1)
-        made[part] = (half @ matrix.T).float()
-    return made
 
 
 class Shelf(MutableMapping[str, InputStatistics]):

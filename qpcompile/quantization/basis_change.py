@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qpcompile.calibration.statistics import InputStatistics, strips
+from qpcompile.calibration.second_moments import strips
+from qpcompile.calibration.statistics import InputStatistics
 from qpcompile.kernels.hadamard.reference import factors_f64, hadamard_matrix
 
 # The width above which a rotation is applied by its factors.

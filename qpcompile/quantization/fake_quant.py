@@ -106,7 +106,7 @@ class StubRounding:
     def _solved(self, weight: torch.Tensor, fact: StubFact) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes as they are stored, and scales, at home."""
         found, scheme = self.inputs.get(self.read_by.get(fact.site, "")), weights_at(fact, self.scheme)
-        moments = None if found is None else self.on.there(found.moments)
+        moments = None if found is None or found.moments is None else found.moments.to(self.on.device)
         codes, scale = solve(weight, moments, scheme)
         return self.on.back(stored_codes(codes, scheme.bits)), self.on.back(scale)
 

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import torch
 
-from qpcompile.calibration.statistics import strips
+from qpcompile.calibration.second_moments import SecondMoments, strips
 from qpcompile.kernels.quantize_dynamic.reference import code_range, highest
 from qpcompile.quantization.solver import Solver, expand
 from qpcompile.recipe import choices
@@ -35,28 +35,32 @@ def uses_moments(scheme: QuantizeScheme) -> bool:
 
 
 def solve(
-    weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightScheme
+    weight: torch.Tensor, moments: SecondMoments | None, scheme: WeightScheme
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight: f[N, K]; moments: f32[K, K] (sum x x^T) or None -> codes i8[N, K], scale f32[N, G]."""
+    """weight: f[N, K]; moments: sum x x^T over inputs f32[K], or None -> codes i8[N, K], scale f32[N, G]."""
     wide = weight.detach().float()
     scale = _scales(wide, moments, scheme)
     return SOLVERS[scheme.solver].codes(wide, moments, scale, scheme), scale
 
 
-def output_error(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor | None) -> float:
+def output_error(
+    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: SecondMoments | None
+) -> float:
     """||(W - Q) X|| / ||W X|| from the second moments; without them, the error of the weights themselves."""
+
+    def energy(rows: torch.Tensor) -> torch.Tensor:
+        return rows.square().sum(dtype=torch.float64) if moments is None else moments.energy(rows)
+
     error, full = (torch.zeros((), dtype=torch.float64, device=weight.device) for _ in range(2))
     for part in strips(len(weight)):
         wide = weight[part].detach().float()
         difference = wide - expand(scale[part], wide.shape[1]) * codes[part].float()
-        # The products take as long as the solver: float64 would double that, for digits that nobody reads.
-        seen = (difference, wide) if moments is None else (difference @ moments, wide @ moments)
-        error += (seen[0] * difference).sum(dtype=torch.float64)
-        full += (seen[1] * wide).sum(dtype=torch.float64)
+        error += energy(difference)
+        full += energy(wide)
     return float((error.clamp(min=0) / full.clamp(min=1e-30)).sqrt())
 
 
-def _scales(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightScheme) -> torch.Tensor:
+def _scales(weight: torch.Tensor, moments: SecondMoments | None, scheme: WeightScheme) -> torch.Tensor:
     """f32[N, G]: absolute maximum over highest code, or the clipped one with the least weighted squared error."""
     rows, columns = weight.shape
     size = scheme.kernel_group or columns
@@ -65,7 +69,7 @@ def _scales(weight: torch.Tensor, moments: torch.Tensor | None, scheme: WeightSc
     full = torch.where(largest > 0, largest / highest(scheme.bits), torch.ones_like(largest))
     if not scheme.clip_search:
         return full
-    importance = torch.ones(columns, device=weight.device) if moments is None else moments.diagonal().clamp(min=0)
+    importance = torch.ones(columns, device=weight.device) if moments is None else moments.diagonal.clamp(min=0)
     importance = (importance / importance.mean().clamp(min=1e-30)).view(1, columns // size, size)
     parts = zip(groups.split(max(1, PART // columns)), full.split(max(1, PART // columns)), strict=True)
     return torch.cat([_clipped(part, whole, importance, scheme.bits) for part, whole in parts])

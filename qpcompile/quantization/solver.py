@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from qpcompile.calibration.second_moments import SecondMoments
 from qpcompile.recipe.quantize import WeightScheme
 
 
@@ -23,9 +24,9 @@ class Solver(Protocol):
     """Whether it uses second moments of the inputs, which calibration then collects."""
 
     def codes(
-        self, weight: torch.Tensor, moments: torch.Tensor | None, scale: torch.Tensor, scheme: WeightScheme
+        self, weight: torch.Tensor, moments: SecondMoments | None, scale: torch.Tensor, scheme: WeightScheme
     ) -> torch.Tensor:
-        """weight: f32[N, K]; moments: f32[K, K] (sum x x^T) or None; scale: f32[N, G] -> codes i8[N, K].
+        """weight: f32[N, K]; moments: sum x x^T over inputs f32[K], or None; scale: f32[N, G] -> codes i8[N, K].
 
         Codes are in `code_range(scheme.bits)` (kernels/quantize_dynamic/reference.py).
         """

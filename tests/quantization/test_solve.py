@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from qpcompile.calibration import statistics
+from qpcompile.calibration import second_moments
+from qpcompile.calibration.second_moments import SecondMoments
 from qpcompile.quantization.solve import output_error, solve
-from qpcompile.quantization.solvers.gptq import _inverse_factor
+from qpcompile.quantization.solvers.gptq import LEAST_DAMPING, _inverse_rows
 from qpcompile.recipe.quantize import WeightScheme
 
 
@@ -17,12 +18,15 @@ def scheme(**settings: Any) -> WeightScheme:
     return WeightScheme(**{"solver": "rtn", "clip_search": False, **settings})
 
 
-def correlated(channels: int, seed: int = 0) -> torch.Tensor:
-    """Second moments of inputs that share a few directions."""
+def correlated(channels: int, seed: int = 0, tokens: int = 400) -> torch.Tensor:
+    """Inputs that share a few directions, f32[tokens, channels]."""
     made = torch.Generator().manual_seed(seed)
-    x = torch.randn(400, 4, generator=made) @ torch.randn(4, channels, generator=made)
-    x = x + 0.1 * torch.randn(400, channels, generator=made)
-    return x.T @ x
+    x = torch.randn(tokens, 4, generator=made) @ torch.randn(4, channels, generator=made)
+    return x + 0.1 * torch.randn(tokens, channels, generator=made)
+
+
+def matrix_of(x: torch.Tensor) -> SecondMoments:
+    return SecondMoments(x.T @ x)
 
 
 def test_nearest_by_hand() -> None:
@@ -58,7 +62,7 @@ def test_clip_search_never_does_worse(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_gptq_does_better_on_correlated_inputs(channels: int, seed: int) -> None:
     weight = torch.randn(16, channels, generator=torch.Generator().manual_seed(seed))
-    moments = correlated(channels, seed)
+    moments = matrix_of(correlated(channels, seed))
     nearest = output_error(weight, *solve(weight, moments, scheme()), moments)
     gptq = output_error(weight, *solve(weight, moments, scheme(solver="gptq")), moments)
     assert gptq < nearest
@@ -66,7 +70,7 @@ def test_gptq_does_better_on_correlated_inputs(channels: int, seed: int) -> None
 
 def test_gptq_is_nearest_on_inputs_without_correlation() -> None:
     weight = torch.randn(6, 150, generator=torch.Generator().manual_seed(0))
-    found, _ = solve(weight, torch.eye(150) * 3, scheme(solver="gptq"))
+    found, _ = solve(weight, SecondMoments(torch.eye(150) * 3), scheme(solver="gptq"))
     nearest, _ = solve(weight, None, scheme())
     assert torch.equal(found, nearest)
 
@@ -80,17 +84,18 @@ def test_gptq_by_hand() -> None:
     # Two equal inputs: the second weight compensates the rounding error of the first.
     weight = torch.tensor([[0.4, 7.0, 0.3]])
     moments = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
-    codes, scale = solve(weight, moments, scheme(solver="gptq", damping=0.001))
+    codes, scale = solve(weight, SecondMoments(moments), scheme(solver="gptq", damping=0.001))
     assert scale.item() == 1.0 and codes.tolist() == [[0, 7, 1]]
 
 
 def test_inputs_that_never_fire_do_no_harm() -> None:
-    moments = correlated(8)
-    moments[3], moments[:, 3] = 0, 0
+    x = correlated(8)
+    x[:, 3] = 0
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
-    codes, scale = solve(weight, moments, scheme(solver="gptq"))
+    codes, scale = solve(weight, matrix_of(x), scheme(solver="gptq"))
     assert codes[:, 3].eq(0).all() and scale.isfinite().all()
-    assert solve(weight, torch.zeros(8, 8), scheme(solver="gptq"))[0].shape == (4, 8)
+    assert solve(weight, SecondMoments(torch.zeros(8, 8)), scheme(solver="gptq"))[0].shape == (4, 8)
+    assert solve(weight, SecondMoments.empty(8), scheme(solver="gptq"))[0].shape == (4, 8)
 
 
 def test_error_is_that_of_the_outputs() -> None:
@@ -99,23 +104,46 @@ def test_error_is_that_of_the_outputs() -> None:
     codes, scale = solve(weight, None, scheme())
     rounded = codes * scale
     expected = ((weight - rounded) @ x.T).norm() / (weight @ x.T).norm()
-    assert output_error(weight, codes, scale, x.T @ x) == pytest.approx(float(expected), rel=1e-4)
+    for moments in (matrix_of(x), SecondMoments(None, x)):
+        assert output_error(weight, codes, scale, moments) == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 7, 257, 700])
-def test_factor_of_the_inverse_is_that_of_its_definition(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "STRIP", 100)
-    moments = correlated(channels)
+@pytest.mark.parametrize("form", ["matrix", "tokens", "tokens, hardly damped"])
+@pytest.mark.parametrize(("channels", "tokens"), [(1, 1), (2, 1), (7, 9), (257, 30), (700, 3), (1100, 200)])
+def test_factor_of_the_inverse_is_that_of_its_definition(
+    channels: int, tokens: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_moments, "STRIP", 100)
+    damping = LEAST_DAMPING / 2 if "hardly" in form else 0.01
+    x = correlated(channels, tokens=tokens)
     dead = torch.zeros(channels, dtype=torch.bool)
     dead[1::5] = True
-    moments[dead], moments[:, dead] = 0, 0
-    before = moments.clone()
-    found = _inverse_factor(moments, dead, 0.01)
-    hessian = moments.double()
+    x[:, dead] = 0
+    moments = matrix_of(x) if form == "matrix" else SecondMoments(None, x.clone())
+    hessian = x.double().T @ x.double()
     hessian[dead, dead] = 1.0
-    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
-    assert torch.equal(moments, before) and found.dtype == torch.float32 and torch.equal(found, found.triu())
-    assert (found.diagonal() > 0).all()
-    torch.testing.assert_close(
-        found.double().T @ found.double() @ hessian, torch.eye(channels).double(), rtol=0, atol=1e-4
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    alive, found, start = (~dead).nonzero()[:, 0], torch.zeros(channels, channels), 0
+    for rows in _inverse_rows(moments, dead, damping):
+        assert rows.dtype == torch.float32 and rows.shape[1] == channels - start
+        found[start : start + len(rows), start:] = rows
+        start += len(rows)
+    assert start == channels and torch.equal(moments.dense(), x.T @ x)
+    upper = found.triu()[alive][:, alive].double()
+    assert (upper.diagonal() > 0).all()
+    assert found[alive][:, dead.nonzero()[:, 0]].eq(0).all()
+    expected = torch.eye(len(alive)).double()
+    torch.testing.assert_close(upper.T @ upper @ hessian[alive][:, alive], expected, rtol=0, atol=2e-6 / damping)
+
+
+@pytest.mark.parametrize(("channels", "tokens"), [(40, 10), (700, 60)])
+def test_gptq_of_few_tokens_is_that_of_their_matrix(channels: int, tokens: int) -> None:
+    """The codes differ where a weight lies on a rounding boundary only."""
+    x = correlated(channels, tokens=tokens)
+    weight = torch.randn(16, channels, generator=torch.Generator().manual_seed(4))
+    one, _ = solve(weight, SecondMoments(None, x), scheme(solver="gptq"))
+    other, scale = solve(weight, matrix_of(x), scheme(solver="gptq"))
+    assert (one != other).double().mean() < 0.01
+    assert output_error(weight, one, scale, matrix_of(x)) < 0.5 * output_error(
+        weight, *solve(weight, None, scheme()), matrix_of(x)
     )

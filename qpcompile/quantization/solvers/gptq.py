@@ -2,23 +2,28 @@
 
 Column by column, through the inverse of H = X X^T + damping * mean(diag) I.
 
-Source: "GPTQ" (arXiv 2210.17323), section 3 and algorithm 1.
+Source: "GPTQ" (arXiv 2210.17323), section 3 and algorithm 1. With far fewer tokens than channels H is never formed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from qpcompile.calibration.statistics import strips
+from qpcompile.calibration.second_moments import SecondMoments, strips
 from qpcompile.kernels.quantize_dynamic.reference import code_range
 from qpcompile.quantization.solver import Solver, expand
 from qpcompile.quantization.solvers.rtn import RoundToNearest
 from qpcompile.recipe.quantize import WeightScheme
 
 BLOCK = 128
+# Columns whose rows of the factor are found at a time from the tokens: each time a matrix of all tokens is factored.
+WIDE = 4 * BLOCK
+# With less damping the tokens' way loses digits: it subtracts numbers that agree in all but the damping.
+LEAST_DAMPING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Gptq:
     needs_moments: ClassVar[bool] = True
 
     def codes(
-        self, weight: torch.Tensor, moments: torch.Tensor | None, scale: torch.Tensor, scheme: WeightScheme
+        self, weight: torch.Tensor, moments: SecondMoments | None, scale: torch.Tensor, scheme: WeightScheme
     ) -> torch.Tensor:
         """Every column after those before it."""
         if moments is None:
@@ -36,24 +41,64 @@ class Gptq:
         return _gptq(weight, moments, scale, scheme)
 
 
-def _gptq(weight: torch.Tensor, moments: torch.Tensor, scale: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
-    columns, dead = weight.shape[1], moments.diagonal() <= 0
-    work, inverse = weight.clone(), _inverse_factor(moments, dead, scheme.damping)
+def _gptq(weight: torch.Tensor, moments: SecondMoments, scale: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
+    columns, dead = weight.shape[1], moments.diagonal <= 0
+    work = weight.clone()
     work[:, dead] = 0
     steps = expand(scale, columns)
     codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
+    start = 0
+    for inverse in _inverse_rows(moments, dead, scheme.damping):
+        count = len(inverse)
+        end = start + count
         # Columns as rows: each is read and written as one piece of memory.
         part, sizes = work[:, start:end].T.contiguous(), steps[:, start:end].T.contiguous()
         rounded, errors = torch.empty_like(part), torch.empty_like(part)
-        for column, row in enumerate(inverse[start:end, start:end]):
+        for column, row in enumerate(inverse[:, :count]):
             torch.div(part[column], sizes[column], out=rounded[column]).round_().clamp_(*code_range(scheme.bits))
             error = torch.sub(part[column], rounded[column] * sizes[column], out=errors[column]).div_(row[column])
             part[column + 1 :].addr_(row[column + 1 :], error, alpha=-1)
         codes[:, start:end] = rounded.T.to(torch.int8)
-        work[:, end:] -= errors.T @ inverse[start:end, end:]
+        work[:, end:] -= errors.T @ inverse[:, count:]
+        start = end
     return codes
+
+
+def _inverse_rows(moments: SecondMoments, dead: torch.Tensor, damping: float) -> Iterator[torch.Tensor]:
+    """The upper Cholesky factor of H^-1, BLOCK rows at a time, each from its diagonal on: f32[B, K - start]."""
+    if moments.factor is not None and damping >= LEAST_DAMPING:
+        yield from _rows_by_tokens(moments.factor, dead, damping)
+        return
+    factor = _inverse_factor(moments.dense(), dead, damping)
+    for start in range(0, len(factor), BLOCK):
+        yield factor[start : start + BLOCK, start:]
+
+
+def _rows_by_tokens(tokens: torch.Tensor, dead: torch.Tensor, damping: float) -> Iterator[torch.Tensor]:
+    """`_inverse_rows` from the tokens X: f32[n, K], by matrices of n x n only.
+
+    H = X^T X + d I. Rows of the factor belong to the inverse of H without the columns before them, which is
+    (I - X^T (X X^T + d I)^-1 X) / d on the columns that are left: a block's rows of that, times the inverse of the
+    transposed Cholesky factor of its own square. Columns that are zero have no part in it.
+    """
+    x = tokens.double()
+    diagonal = x.square().sum(dim=0)
+    diagonal[dead] = 1.0
+    damped = damping * diagonal.mean()
+    gram = x @ x.T
+    gram.diagonal().add_(damped)
+    for start in range(0, x.shape[1], WIDE):
+        rest = x[:, start:]
+        block = rest[:, :WIDE]
+        solved = torch.cholesky_solve(block, torch.linalg.cholesky(gram))
+        rows = solved.T @ rest
+        rows.neg_().diagonal().add_(1.0)
+        rows.div_(damped)
+        square = torch.linalg.cholesky(rows[:, : len(rows)])
+        rows = torch.linalg.solve_triangular(square, rows, upper=False).float()
+        for first in range(0, len(rows), BLOCK):
+            yield rows[first : first + BLOCK, first:]
+        gram.addmm_(block, block.T, alpha=-1)
 
 
 def _inverse_factor(moments: torch.Tensor, dead: torch.Tensor, damping: float) -> torch.Tensor:

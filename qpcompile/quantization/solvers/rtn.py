@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from qpcompile.calibration.second_moments import SecondMoments
 from qpcompile.kernels.quantize_dynamic.reference import code_range
 from qpcompile.quantization.solver import Solver, expand
 from qpcompile.recipe.quantize import WeightScheme
@@ -19,7 +20,7 @@ class RoundToNearest:
     needs_moments: ClassVar[bool] = False
 
     def codes(
-        self, weight: torch.Tensor, moments: torch.Tensor | None, scale: torch.Tensor, scheme: WeightScheme
+        self, weight: torch.Tensor, moments: SecondMoments | None, scale: torch.Tensor, scheme: WeightScheme
     ) -> torch.Tensor:
         """Every weight by itself."""
         return (weight / expand(scale, weight.shape[1])).round().clamp(*code_range(scheme.bits)).to(torch.int8)
