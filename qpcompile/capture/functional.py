@@ -35,6 +35,8 @@ _VIEWS = frozenset(
         *(aten.view_as.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.diagonal.default),
     }
 )
+# Operators whose result is their first argument itself, unless they change its type or device.
+_SAME = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default, aten.detach.default})
 
 # Views of a part of a tensor, and the operators that put a part in its place.
 _PARTS: dict[object, torch._ops.OpOverload] = {
@@ -78,11 +80,12 @@ def make_functional(module: fx.GraphModule) -> None:
 
 
 def _root(node: object) -> object:
-    """The value that a cast to the same type, which copies nothing, stands for."""
-    while isinstance(node, fx.Node) and node.target in (aten.to.dtype, aten.alias.default, aten.detach.default):
+    """The value that a cast to the same type and device, which copies nothing, stands for."""
+    while isinstance(node, fx.Node) and node.target in _SAME and not node.kwargs.get("copy"):
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if source.meta["val"].dtype != node.meta["val"].dtype:
+        held, given = source.meta["val"], node.meta["val"]
+        if (held.dtype, held.device) != (given.dtype, given.device):
             return node
         node = source
     return node

@@ -93,6 +93,15 @@ def test_operator_outside_the_list_is_not_saved() -> None:
         write_graph(graph, KEYS)
 
 
+def test_a_call_that_reading_refuses_is_not_saved() -> None:
+    graph = small_graph()
+    x, linear = graph.nodes[0], next(node for node in graph.nodes if node.target is aten.linear.default)
+    with graph.module.graph.inserting_after(linear):
+        graph.module.graph.call_function(aten.copy_.default, (x, linear))
+    with pytest.raises(ExportError, match="not the graph's own"):
+        write_graph(graph, KEYS)
+
+
 def node(target: str = "aten::relu.default", args: Any = ({"ref": "%0"},), **more: Any) -> dict[str, Any]:
     return {"label": "%1", "op": "call", "target": target, "args": list(args), "type": "", **more}
 

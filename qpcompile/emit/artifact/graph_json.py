@@ -65,7 +65,7 @@ _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d{1,3})?", re.ASCII)
 def write_graph(graph: Graph, keys: Mapping[str, str]) -> str:
     """Serialize a graph to JSON, one node per line; `keys` names the stored tensor of each `get_attr` target.
 
-    Raises ExportError for an operator that reading would refuse.
+    Raises ExportError for an operator or a call that reading would refuse.
     """
     labels, types = value_labels(graph), value_types(graph)
     head = {
@@ -105,6 +105,8 @@ def _node(node: fx.Node, labels: Labels, types: Mapping[fx.Node, ValueType], key
         entry["key"] = keys[str(node.target)]
     elif node.op == "call_function":
         entry |= {"target": _target(node), "args": [_encode(value, labels) for value in node.args]}
+        if problem := bad_call(node.target, node.args, dict(node.kwargs)):  # type: ignore[arg-type]
+            raise ExportError(f"a call cannot be saved: {problem}", where=node.name, do="report the model family")
         entry |= {"kwargs": {key: _encode(value, labels) for key, value in node.kwargs.items()}} if node.kwargs else {}
         path = module_path(node)
         entry |= {} if path is None else {"module": path}
