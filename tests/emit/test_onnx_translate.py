@@ -148,6 +148,19 @@ ONE: dict[str, Function] = {
     "softplus": lambda x, i, b: aten.softplus.default(aten.mul.Tensor(x, 12)),
     "einsum": lambda x, i, b: aten.einsum.default("bsc,btc->bst", [x, x]),
     "groups": lambda x, i, b: aten.group_norm.default(aten.transpose.int(x, 1, 2), 3, aten.ones.default([6])),
+    "batch norm": lambda x, i, b: operator.getitem(
+        aten._native_batch_norm_legit_no_training.default(
+            aten.transpose.int(x, 1, 2),
+            aten.full.default([6], 2.0),
+            None,
+            aten.ones.default([6]),
+            aten.arange.default(6) + 1.0,
+            0.1,
+            1e-3,
+        ),
+        0,
+    ),
+    "identity matrix": lambda x, i, b: aten.mul.Tensor(aten.eye.m(3, 6), aten.sum.default(aten.eye.default(2))),
     "root mean square": lambda x, i, b: aten.rms_norm.default(x, [6], aten.full.default([6], 2.0), 1e-5),
     "sums of rows": lambda x, i, b: aten.index_add.default(x, 0, aten.arange.default(2), aten.slice.Tensor(x, 0, 0, 2)),
 }

@@ -122,6 +122,12 @@ def _batch_norm(
     return y
 
 
+def _batch_norm_parts(out: Any, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, *rest: Any) -> Any:
+    """With the statistics of the batch, which are empty outside of training."""
+    y = _batch_norm(out[0], x, weight, bias, mean, variance, False, *rest)
+    return y, *(op.Expand(cast(0.0, each.dtype), [0]) for each in out[1:])
+
+
 def _baddbmm(out: TensorInfo, x: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     product = op.MatMul(left, right)
     product = product if alpha == 1 else op.Mul(product, cast(alpha, out.dtype))
@@ -159,6 +165,7 @@ def table() -> dict[Any, Translation]:
         aten.einsum.default: _einsum,
         aten.group_norm.default: _group_norm,
         aten.batch_norm.default: _batch_norm,
+        aten._native_batch_norm_legit_no_training.default: _batch_norm_parts,
         aten.baddbmm.default: _baddbmm,
         aten.sign.default: lambda _, x: op.Sign(x),
         aten.log1p.default: lambda out, x: op.Log(op.Add(x, cast(1.0, out.dtype))),

@@ -244,6 +244,11 @@ def _full(out: TensorInfo, sizes: Sequence[Any], value: Any) -> Any:
     return op.Expand(value, list(sizes)) if len(sizes) else value
 
 
+def _eye(out: TensorInfo, rows: Any, columns: Any = None, **named: Any) -> Any:
+    across = op.Range(0, cast(rows if columns is None else columns, torch.int64), 1)
+    return cast(op.Equal(op.Unsqueeze(op.Range(0, cast(rows, torch.int64), 1), [1]), across), out.dtype)
+
+
 def _filled(value: float) -> Translation:
     return lambda out, sizes, **named: _full(out, sizes, value)
 
@@ -337,6 +342,8 @@ def table() -> dict[Any, Translation]:
         aten.index_select.default: _index_select,
         aten.index.Tensor: _index,
         aten.arange.default: _arange,
+        aten.eye.default: _eye,
+        aten.eye.m: _eye,
         aten.arange.start: _arange,
         aten.arange.start_step: _arange,
         aten.full.default: lambda out, sizes, value, **named: _full(out, sizes, value),
