@@ -79,8 +79,7 @@ def capture(
                 if name in ON_HOST:
                     _refuse_both(call, owner)
                 graph = trace(name, owner, model.get_submodule(owner), call)
-                if name in ON_HOST:
-                    check_sizes(graph)
+                check_sizes(graph)
                 if name in ON_HOST and (other := alone.first(role, occurrence)) is not None:
                     check_call(graph, model.get_submodule(owner), other)
         except CaptureError as error:

@@ -58,6 +58,22 @@ def test_decoder_that_reads_values_names_component_and_line(monkeypatch: pytest.
     assert "model.language_model" in error.value.where and "test_capture_errors.py" in error.value.where
 
 
+def test_decoder_that_selects_rows_by_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph runs; an artifact of it could not be loaded, which hours of compiling should not come before."""
+    model, cases = llava()
+    original = LlamaDecoderLayer.forward
+
+    def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        hidden = original(self, hidden_states, **kwargs)
+        positive = hidden[hidden > 0]
+        return hidden + 0 * positive.sum()
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    with pytest.raises(CaptureError, match="depends on values, not on sizes") as error:
+        capture(model, cases["one"], NONE)
+    assert "selects rows by a mask" in str(error.value) and "model.language_model" in str(error.value)
+
+
 def test_branch_that_tracing_cannot_see_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced code whose results differ from eager is refused, never returned."""
     model, _ = llava()
