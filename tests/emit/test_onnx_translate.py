@@ -136,6 +136,9 @@ ONE: dict[str, Function] = {
     "triangle": lambda x, i, b: aten.triu.default(aten.tril.default(x, 1), -1),
     "as another": lambda x, i, b: aten.expand_as.default(aten.view_as.default(aten.sum.dim_IntList(x, [2]), i), i),
     "largest ones": lambda x, i, b: operator.getitem(aten.topk.default(x, 2), 0),
+    "some of all": lambda x, i, b: operator.getitem(
+        aten.topk.default(x, operator.sub(aten.sym_size.int(x, 1), 2), 1), 0
+    ),
     "sorted": lambda x, i, b: operator.getitem(aten.sort.default(x, -1, True), 1),
     "smallest": lambda x, i, b: operator.getitem(aten.min.dim(x, -1), 1),
     "one hot": lambda x, i, b: aten.one_hot.default(i, 5),

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 def _topk(_: Any, x: Any, k: Any, dim: int = -1, largest: bool = True, in_order: bool = True) -> Any:
-    count = k if isinstance(k, ir.Value) else [k]
+    count = op.Reshape(k, [1]) if isinstance(k, ir.Value) else [k]
     return op.TopK(x, count, axis=dim, largest=int(largest), sorted=int(in_order))
 
 
