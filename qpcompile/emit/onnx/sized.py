@@ -238,6 +238,13 @@ def _positions(given: torch.Tensor | None, visual: torch.Tensor) -> tuple[torch.
     """Positions of visual tokens on every axis, and of the token after them, counted from the first of them."""
     if given is None or given.ndim != 3:
         return None, ()
+    if not torch.equal(given, given.round()):
+        raise ExportError(
+            "the positions of visual tokens are not whole numbers",
+            where=PREFILL,
+            do="use the compiled module: this family cannot be written as an ONNX folder yet",
+        )
+    given = given.long()
     first, count = int(visual.nonzero()[0, 0]), int(visual.sum())
     start = given[:, 0, first - 1] + 1 if first else torch.zeros_like(given[:, 0, 0])
     rows = given[:, 0, first : first + count] - start[:, None]
