@@ -16,6 +16,7 @@ from qpcompile.emit.onnx.wrap import GRID
 from qpcompile.errors import ExportError
 from qpcompile.ir.names import CACHE, STATE, Name
 from qpcompile.ir.program import PREFILL, VISION, Program
+from qpcompile.ir.types import value_types
 from qpcompile.runtime.arguments import input_kinds
 from qpcompile.runtime.machine import ALIVE, KEPT
 
@@ -79,12 +80,24 @@ def prefill_example(program: Program, sizes: Sizes, said: Mapping[str, torch.Ten
         IDS: ids,
         **of_pictures,
         MASK: mask,
-        POSITIONS: host._prepare_position_ids_for_generation(ids, {IDS: ids, MASK: mask}),
+        POSITIONS: _positions(program, ids, mask),
         VISUAL: ids == token,
         VALID: mask.bool(),
         COUNT: torch.arange(sizes.visual),
         **{path: _table(program, path, ids.shape[0], ids.shape[1], ids.shape[1]) for path in tables_of(program)},
     }
+
+
+def _positions(program: Program, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """i64[B, S], or i64[axes, B, S] where the decoder takes several: some hosts give them for pictures only."""
+    host: Any = program.host
+    given = host._prepare_position_ids_for_generation(ids, {IDS: ids, MASK: mask})
+    prefill = program.graphs[PREFILL]
+    taken = next((path for path in prefill.inputs if path == POSITIONS), None)
+    if given.ndim != 2 or taken is None:
+        return given
+    first, *others = value_types(prefill)[prefill.placeholder(taken)].sizes
+    return given.expand(first.fixed, -1, -1) if len(others) == 2 and first.fixed else given
 
 
 def _table(program: Program, path: str, batch: int, new: int, seen: int) -> torch.Tensor:
