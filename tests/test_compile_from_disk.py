@@ -39,7 +39,8 @@ def bytes_of(compiled: Any, folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
-        ("quota-30", FEW),
+        ("quota-30", (*FEW, "quantize.transform=hadamard")),
+        pytest.param("quota-30", FEW, marks=pytest.mark.slow),
         pytest.param("w4a4kv4", RTN, marks=pytest.mark.slow),
         pytest.param("joint-30", FEW, marks=pytest.mark.slow),
         pytest.param("w4a4kv4", MBQ, marks=pytest.mark.slow),

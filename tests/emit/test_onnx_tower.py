@@ -82,7 +82,7 @@ def test_fixed_size(
         np.testing.assert_allclose(found[name].numpy(), expected[name].numpy(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["visionzip", "prumerge_plus"])
+@pytest.mark.parametrize("method", [pytest.param("visionzip", marks=pytest.mark.slow), "prumerge_plus"])
 def test_any_size(qwen: tuple[Program, Cases], method: str, tmp_path: Path) -> None:
     program, cases = qwen
     model = compiled(program, method)

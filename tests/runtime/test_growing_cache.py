@@ -91,16 +91,12 @@ def check(compiled: CompiledVLM, cases: dict[str, Any], appended: int) -> None:
             assert caches[0].nbytes() == caches[1].nbytes()
 
 
-def test_a_gpu_copies_packed_codes() -> None:
+def test_only_decode_grows_and_a_gpu_copies_packed_codes() -> None:
     model, cases = llava()
     recipe = qpcompile.Recipe.load("w4a4kv4").with_overrides(list(FAST))
     compiled = qpcompile.compile(model, recipe, calibration=[cases["one"]])
+    others = [graph for name, graph in compiled.program.graphs.items() if name != DECODE]
+    assert len(others) == 4 and not any(grow_in_place(graph, GrowingCaches(), True) for graph in others)
     graph = clone(compiled.program.graphs[DECODE])
     assert grow_in_place(graph, GrowingCaches(), packed_codes=True) == 0
     assert grow_in_place(graph, GrowingCaches(), packed_codes=False) == 12
-
-
-def test_prefill_has_nothing_to_grow() -> None:
-    model, cases = llava()
-    compiled = qpcompile.compile(model, "none", calibration=[cases["one"]])
-    assert [grow_in_place(graph, GrowingCaches(), True) for graph in compiled.program.graphs.values()].count(0) == 4
