@@ -7,7 +7,7 @@ NEWEST := .venv-newest
 LOWEST := .venv-lowest
 
 .PHONY: demo testbed-real test test-js test-ray test-slow test-zoo test-asan test-newest test-newest-short newest test-lowest lowest \
-  test-gpu reliability bench bench-gpu lint docs site wheel clean
+  test-gpu gpu reliability bench bench-gpu lint docs site wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -98,6 +98,10 @@ bench: $(STAMP)
 # Both need a CUDA GPU: the first compares every Triton kernel with its reference, the second writes docs/results.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -ra -m gpu tests/kernels/gpu
+
+# All that waits for a GPU, in one run of at most ten minutes; results and versions below docs/results.
+gpu: $(STAMP)
+	$(BIN)/python tests/bench/gpu_session.py
 
 bench-gpu: $(STAMP)
 	$(BIN)/python tests/bench/gpu.py

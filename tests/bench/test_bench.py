@@ -13,6 +13,8 @@ from gpu_answers import Row as Answered
 from gpu_models import MODELS
 from gpu_timing import Times, copies_beyond, summary
 
+from qpcompile.kernels.linear_int.tuning import BUCKETS
+
 LAYER = Layer("Model", "o", 1000, 500)
 CEILING = Ceiling({"int8": 2e12, "bf16": 1e12}, bandwidth=1e9)
 
@@ -74,7 +76,7 @@ def test_layers_are_the_models() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["gpu.py", "gpu_answers.py", "tune.py"])
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_answers.py", "gpu_session.py", "tune.py"])
 def test_without_a_gpu_it_says_so(script: str) -> None:
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
     path = Path(__file__).with_name(script)
@@ -123,3 +125,12 @@ def test_the_road_of_answers(tmp_path: Path) -> None:
     assert len(lines) == 4 and all(line.endswith(",") for line in lines)
     kv = [float(line.split(",")[head.split(",").index("kv_mb")]) for line in lines]
     assert kv[1] > kv[0] > kv[2] > 0
+
+
+def test_tiles_that_matter_come_first_and_none_is_left_out() -> None:
+    pytest.importorskip("triton", reason="the extra `triton` is not installed")
+    from tune import by_weight, start_table
+
+    places = by_weight()
+    assert len(set(places)) == len(places) and set(places) == set(start_table("NVIDIA H200", 132).tiles)
+    assert places[0][2] == 16 and places[0][0] == 37888 and places[len(places) // len(BUCKETS)][2] == 1024

@@ -1,11 +1,13 @@
-"""Measure tiles of linear_int on this GPU and write its table: python tests/bench/tune.py [--start]
+"""Measure tiles of linear_int on this GPU and write its table: python tests/bench/tune.py [--seconds 60] [--start]
 
---start needs no GPU: it writes the rule's tiles for the GPUs below, marked as not measured.
+--seconds: the tiles that matter most come first, and those that the time is not enough for stay the rule's. --start
+needs no GPU: it writes the rule's tiles for the GPUs below, marked as not measured.
 """
 
 import argparse
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,6 +22,7 @@ from qpcompile.kernels.linear_int.tuning import (
     RAW_TOKENS,
     Table,
     Tile,
+    bucket,
     slug,
     start_tile,
     write_table,
@@ -84,16 +87,28 @@ def measure(tiles: Sequence[Tile], out_features: int, in_features: int, tokens: 
     return [seconds(tile) for tile in tiles]
 
 
-def tune() -> Table:
-    """The table of this GPU, measured."""
+def by_weight() -> list[tuple[int, int, int]]:
+    """(out_features, in_features, bucket) of every tile: a step of decoding and whole prompts before other sizes, the
+    layers with most weights first.
+    """
+    first = (bucket(1), bucket(640), bucket(208))
+    limits = [*first, *(limit for limit in BUCKETS if limit not in first)]
+    sizes = sorted({(layer.out_features, layer.in_features) for layer in LAYERS}, key=lambda each: -each[0] * each[1])
+    return [(*size, limit) for limit in limits for size in sizes]
+
+
+def tune(seconds: float = float("inf")) -> Table:
+    """The table of this GPU, measured as far as the time goes."""
     gpu = torch.cuda.get_device_properties(0)
-    tiles = {}
-    for out_features, in_features in dict.fromkeys((layer.out_features, layer.in_features) for layer in LAYERS):
-        for limit in BUCKETS:
-            tiles[out_features, in_features, limit] = tile = best(out_features, in_features, limit)
-            print(f"{out_features} x {in_features}, {limit} tokens: {tile}", flush=True)
+    tiles, end, measured = start_table(gpu.name, gpu.multi_processor_count).tiles, time.monotonic() + seconds, 0
+    for place in by_weight():
+        if time.monotonic() >= end:
+            break
+        tiles[place] = tile = best(*place)
+        measured += 1
+        print(f"{place[0]} x {place[1]}, {place[2]} tokens: {tile}", flush=True)
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "triton": triton.__version__}
-    return Table(gpu.name, gpu.multi_processor_count, versions, tiles)
+    return Table(gpu.name, gpu.multi_processor_count, versions | {"tiles": f"{measured} of {len(tiles)}"}, tiles)
 
 
 def start_table(gpu: str, processors: int) -> Table:
@@ -112,10 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the tables; returns 2 if a GPU is needed and there is none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", action="store_true", help="write the rule's tables, without measuring")
-    if parser.parse_args(arguments).start:
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of measuring; default: all tiles")
+    options = parser.parse_args(arguments)
+    if options.start:
         tables = [start_table(*item) for item in KNOWN.items()]
     elif torch.cuda.is_available():
-        tables = [tune()]
+        tables = [tune(options.seconds)]
     else:
         print("tuning measures on a CUDA GPU, and torch finds none here (--start needs none)", file=sys.stderr)
         return NO_GPU
