@@ -24,6 +24,6 @@ def attention_received(q: Any, k: Any, cu_seqlens: Any, scale: float, class_toke
         shape = op.Concat(op.Shape(queries, start=0, end=3), op.Constant(value_ints=[-1]), axis=0)
         scores = op.Reshape(op.MatMul(group_rows(queries, groups, q.shape[3]), keys), shape)
     if cu_seqlens is not None:
-        scores = masked_scores(scores, same_segment(q, cu_seqlens))
+        scores = masked_scores(scores, same_segment(q, cu_seqlens), ir.DataType.FLOAT)
     attention = op.ReduceMean(op.Softmax(scores, axis=-1), [1], keepdims=0)
     return op.ReduceSum(attention, [1], keepdims=0)

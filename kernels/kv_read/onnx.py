@@ -29,7 +29,8 @@ def unpack_planes(codes: Any, head_dim: int) -> Any:
     low = op.BitwiseAnd(codes, _byte(15))
     # OpenVINO shifts by a division that it rounds: of multiples of 16 there is nothing to round.
     high = op.BitShift(op.BitwiseAnd(codes, _byte(240)), _byte(4), direction="RIGHT")
-    return op.Slice(op.Concat(low, high, axis=-1), [0], [head_dim], [-1])
+    both = op.Concat(low, high, axis=-1)
+    return op.Slice(both, [0], [head_dim], [-1]) if head_dim % 2 else both
 
 
 def _byte(value: int) -> Any:

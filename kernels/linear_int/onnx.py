@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnxscript import opset21
 
 from qpcompile.kernels.linear_int.placeholder import (
+    CALL,
     add_bias_and_cast,
     constant,
     lower_placeholders,
@@ -78,7 +79,12 @@ def _unsigned(tape: ir.tape.Tape, q: ir.Value, shift: int) -> ir.Value:
     values = source if _is_rounded(source) else tape.op("Cast", [q], {"to": ir.DataType.FLOAT})
     assert values is not None
     moved = tape.op("Add", [values, constant(tape, np.float32(shift))])
-    return tape.op("Cast", [moved], {"to": ir.DataType.UINT8})
+    made = tape.op("Cast", [moved], {"to": ir.DataType.UINT8})
+    if cast is not None and CALL in cast.metadata_props:
+        # All products read it: a result of the quantizer.
+        for node in tape.nodes:
+            node.metadata_props[CALL] = cast.metadata_props[CALL]
+    return made
 
 
 def _is_rounded(value: ir.Value | None) -> bool:
@@ -108,7 +114,7 @@ def _by_channel(
 ) -> ir.Value:
     """One scale per token and per output channel -> f32[..., N]."""
     y = tape.op("Mul", [_product(tape, node, left, *_operand(tape, right)), node.inputs[1]])
-    return tape.op("Mul", [y, constant(tape, weight_scale.reshape(-1))])
+    return tape.op("Mul", [y, constant(tape, weight_scale.reshape(-1), f"{node.name}/weight_scale")])
 
 
 def _by_group(tape: ir.tape.Tape, node: ir.Node, left: ir.Value, right: ir.Value, weight_scale: np.ndarray) -> ir.Value:
@@ -128,7 +134,8 @@ def _by_group(tape: ir.tape.Tape, node: ir.Node, left: ir.Value, right: ir.Value
     assert scale is not None
     y = _product(tape, node, group_first(left, groups, size), right, wide)
     y = tape.op("Mul", [y, group_first(scale, scale_groups, 1)])
-    y = tape.op("Mul", [y, constant(tape, np.ascontiguousarray(weight_scale.T)[:, None, :])])
+    by_group = np.ascontiguousarray(weight_scale.T)[:, None, :]
+    y = tape.op("Mul", [y, constant(tape, by_group, f"{node.name}/weight_scale")])
     y = tape.op("ReduceSum", [y, constant(tape, np.array([0], np.int64))], {"keepdims": 0})
     leading = tape.op("Shape", [left], {"end": rank - 1})
     shape = tape.op("Concat", [leading, constant(tape, np.array([out_features], np.int64))], {"axis": 0})

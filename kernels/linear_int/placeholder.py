@@ -17,6 +17,8 @@ from qpcompile.errors import ExportError
 from qpcompile.kernels.linear_int.packing import codes_of
 
 DOMAIN = "qpcompile"
+CALL = "qpcompile.call"
+"""Metadata of a node: the call and the operator that it was recorded for (emit/onnx/functions.py)."""
 FIRST_OPSET = 21
 """The first ONNX opset with 4-bit integers."""
 
@@ -78,6 +80,8 @@ def lower_placeholders(
         y = build(tape, node, weight, scales)
         for index, made in enumerate(tape.nodes):
             made.name = f"{node.name}/{made.op_type}_{index}"
+            if CALL in node.metadata_props:
+                made.metadata_props.setdefault(CALL, node.metadata_props[CALL])
         ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [y])
         for value in (packed, scale):
             if not value.uses() and not value.is_graph_output():
@@ -86,9 +90,11 @@ def lower_placeholders(
         graph.opset_imports.pop(DOMAIN, None)
 
 
-def constant(tape: ir.tape.Tape, array: np.ndarray | np.generic) -> ir.Value:
-    """A constant node that holds `array`."""
-    return tape.op("Constant", [], {"value": ir.tensor(array)})
+def constant(tape: ir.tape.Tape, array: np.ndarray | np.generic, name: str | None = None) -> ir.Value:
+    """A constant node that holds `array`; name: of the value."""
+    value = tape.op("Constant", [], {"value": ir.tensor(array)})
+    value.name = name or value.name
+    return value
 
 
 def add_bias_and_cast(tape: ir.tape.Tape, y: ir.Value, bias: ir.Value | None, dtype: ir.DataType) -> ir.Value:

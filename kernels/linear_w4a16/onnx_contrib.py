@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qpcompile.kernels.linear_int.placeholder import Store, constant, lower_placeholders, pack_pairs
+from qpcompile.kernels.linear_int.placeholder import CALL, Store, constant, lower_placeholders, pack_pairs
 from qpcompile.kernels.linear_w4a16 import onnx as exact
 
 CONTRIB = "com.microsoft"
@@ -106,7 +106,11 @@ def _integer_product(
     x, bias = _inputs(node)
     # Query, key and value projections read the same rows: quantize them once.
     if x not in rounded:
+        made = len(tape.nodes)
         rounded[x] = _rounded(tape, x)
+        if CALL in node.metadata_props:
+            for each in tape.nodes[made:]:
+                each.metadata_props[CALL] = f"{node.metadata_props[CALL].split()[0]}_rows rows_to_8_bits"
     codes, scale = rounded[x]
     one, zeros = constant(tape, np.float32(1)), [constant(tape, np.uint8(128)), constant(tape, np.int8(ZERO_POINT))]
     matrix = _int8_matrix(tape, weight, node.attributes["in_features"].as_int())

@@ -24,7 +24,7 @@ def segment_attention(q: Any, k: Any, v: Any, cu_seqlens: Any, scale: float) -> 
     rows = group_rows(queries, groups, width) if grouped else queries
     products = op.MatMul(rows, op.Transpose(keys, perm=[0, 1, 3, 2]))
     scores = op.Reshape(products, [1, heads, -1, 0]) if grouped else products
-    weights = op.Softmax(masked_scores(scores, same_segment(q, cu_seqlens)), axis=-1)
+    weights = op.Softmax(masked_scores(scores, same_segment(q, cu_seqlens), wide), axis=-1)
     weights = op.Reshape(weights, [1, groups, -1, 0]) if grouped else weights
     y = op.MatMul(weights, values)
     y = op.Reshape(y, [1, heads, -1, v.shape[3]]) if grouped else y

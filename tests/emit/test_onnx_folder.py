@@ -181,11 +181,11 @@ HOSTILE: dict[str, tuple[Damage, str]] = {
     "more bytes than numbers": (inside(1, raw=bytes(16)), "of 8 bytes has 16"),
     "no bytes": (inside(2), "of 16 bytes has 0"),
     "numbers of their own": (inside(2, typed=(1, 2)), "not raw bytes"),
-    "functions": (in_model(function), "functions"),
+    "functions": (in_model(function), "the function 'own.Abs'"),
     "training": (in_model(training), "training"),
     "sparse": (in_model(sparse), "sparse"),
     "cut off": (cut_off, "cut off|operator|type"),
-    "two graphs": (twice, "2 graphs"),
+    "two graphs": (twice, "2 graphs|two functions"),
     "no protobuf": (lambda folder: (folder / "decode.onnx").write_bytes(b"\xff" * 99), "not protobuf"),
     "empty": (lambda folder: (folder / "decode.onnx").write_bytes(b""), "0 graphs"),
 }

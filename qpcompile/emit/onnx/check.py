@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.inliner
 import torch
 
 from qpcompile.emit.onnx.runner.folder import RunnerError
@@ -60,8 +61,9 @@ class Comparison:
 
 
 def operators_with(path: Path, kind: int) -> list[str]:
-    """The operators of one .onnx file that take or give numbers of a type (onnx.TensorProto)."""
-    graph = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
+    """The operators of one .onnx file, also in functions, that take or give numbers of a type (onnx.TensorProto)."""
+    model = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))
+    graph = onnx.shape_inference.infer_shapes(model).graph
     tensors = {tensor.name for tensor in graph.initializer if tensor.data_type == kind}
     for value in (*graph.value_info, *graph.input, *graph.output):
         if value.type.tensor_type.elem_type == kind:

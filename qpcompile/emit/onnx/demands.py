@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.inliner
 
 from qpcompile.emit.onnx.check import operators_with
 from qpcompile.emit.onnx.runner.folder import CONTRIB, GRAPHS, WEIGHTS
@@ -23,7 +24,12 @@ def demands(folder: Path, name: str) -> dict[str, Any]:
     problems: list[str] = []
     loaded = 0
     for graph in GRAPHS:
-        content = onnx.load(folder / graph, load_external_data=False).graph
+        model = onnx.load(folder / graph, load_external_data=False)
+        if model.functions and not wanted.functions:
+            problems.append(
+                f"{graph}: it reads no functions ({', '.join(sorted(each.name for each in model.functions))})"
+            )
+        content = onnx.inliner.inline_local_functions(model).graph
         for (domain, kind), count in sorted(Counter(_operators(content)).items()):
             lacking = kind not in wanted.contrib if domain == CONTRIB else kind in wanted.lacks
             if lacking:
@@ -38,6 +44,7 @@ def demands(folder: Path, name: str) -> dict[str, Any]:
         "name": name,
         "source": wanted.source,
         "fast": wanted.fast,
+        "functions": wanted.functions,
         "settings": dict(wanted.settings),
         "problems": problems,
     }

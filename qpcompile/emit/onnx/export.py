@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import (
-    CommonSubexpressionEliminationPass,
     IdentityEliminationPass,
     InlinePass,
     RemoveUnusedNodesPass,
@@ -38,6 +37,7 @@ from qpcompile.emit.onnx.demands import demands
 from qpcompile.emit.onnx.example import SIZES, decode_example, prefill_example, vision_example
 from qpcompile.emit.onnx.fast.graphs import AS_MODULE, CHANGES, fast_parts
 from qpcompile.emit.onnx.fast.operators import TRANSLATIONS as FAST
+from qpcompile.emit.onnx.functions import finish
 from qpcompile.emit.onnx.genai import check_settings, opened_by, write_genai
 from qpcompile.emit.onnx.js_file import PACKAGE, write_js
 from qpcompile.emit.onnx.masks import mask_rules, tables_of
@@ -47,7 +47,7 @@ from qpcompile.emit.onnx.runner.choice import Choice
 from qpcompile.emit.onnx.runner.folder import FORMAT, MANIFEST, VERSION, RunnerError, check_graph
 from qpcompile.emit.onnx.runner.masks import MASKS, MaskRule
 from qpcompile.emit.onnx.runner_file import runner_text
-from qpcompile.emit.onnx.runtimes import GENAI, fast_form
+from qpcompile.emit.onnx.runtimes import GENAI, fast_form, with_functions
 from qpcompile.emit.onnx.sized import Sized, by_pictures, sized_pictures, token_tables, write_sizes
 from qpcompile.emit.onnx.speech import write_speech
 from qpcompile.emit.onnx.translate import aten as onnx_aten
@@ -84,7 +84,6 @@ LOWERINGS = tuple(form.lower for form in FORMS.values() if form.lower is not Non
 CLEAN_UP = (
     RewritePass((no_op_cast_rule,)),
     IdentityEliminationPass(),
-    CommonSubexpressionEliminationPass(),
     RemoveUnusedNodesPass(),
 )
 PACKAGES = ("qpcompile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -118,11 +117,13 @@ def export_onnx(
     _check_settings(program)
     if target == GENAI:
         check_settings(program)
-    fast = fast_form(fast, target)
+    fast, functions = fast_form(fast, target), with_functions(target)
     batches = list(check)
     with staged_folder(folder) as aside:
         built = build_models(program, fast, batches)
         models = built.models
+        for model in models.values():
+            finish(model, functions)
         save_models(models, aside)
         for name in models:
             onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
@@ -145,7 +146,8 @@ def export_onnx(
         if not mute:
             write_js(aside)
         double = {name: float64_operators(aside / f"{name}.onnx") for name in models}
-        (aside / "README.md").write_text(readme(program, [*numbers, _float64(double)], mute), encoding="utf-8")
+        said = readme(program, [*numbers, _float64(double)], mute, functions)
+        (aside / "README.md").write_text(said, encoding="utf-8")
         if target == GENAI:
             write_genai(program, aside)
         _write_manifest(aside, numbers, double)
@@ -183,8 +185,8 @@ class Built:
 
 
 def build_models(program: Program, fast: bool = False, samples: Sequence[Mapping[str, Any]] = ()) -> Built:
-    """The graphs of a program: a vision graph for pictures of any size, or one for each size among `samples`, inputs of
-    `generate`, where the tower cannot be written otherwise.
+    """The graphs of a program, all but finished (functions.py): a vision graph for pictures of any size, or one for
+    each size among `samples`, inputs of `generate`, where the tower cannot be written otherwise.
     """
     try:
         tower = {VISION: vision(program)}
@@ -264,7 +266,6 @@ def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.M
         ShapeInferencePass()(model)
     for clean in CLEAN_UP:
         clean(model)
-    # Common-subexpression elimination keeps the names of outputs, not of their sizes.
     for value, shape in zip(model.graph.outputs, shapes, strict=True):
         value.shape = shape
     return model

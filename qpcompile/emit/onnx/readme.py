@@ -78,21 +78,29 @@ A `{name}` with {layers} decoder layers, compiled by qpcompile.
 | `recipe.yaml`, `plan.yaml` | what was asked of the compiler, and what it decided |
 | `manifest.json` | sizes and hashes of all files, which the runner compares |
 
-## Numbers
+{graphs}## Numbers
 
 {numbers}
+"""
+_FUNCTIONS = """## Graphs
+
+Each operator is one node, a function of the domain `qpcompile` in the same file, which onnxruntime and its relatives put
+in place when they load a graph. OpenVINO reads no functions: `qpcompile export --for openvino` writes all nodes in
+place, and so does `onnx.inliner.inline_local_functions` for one graph.
+
 """
 _SPEECH = """| `tokenizer.json`, `pictures.json`, `chat.json` | text to tokens, pictures to pixels, the chat template |
 | `qpcompile.js`, `index.html`, `worker.js` | the runner in JavaScript, and a page for browsers |
 """
 
 
-def readme(program: Program, numbers: Sequence[str], mute: str) -> str:
-    """Markdown text; mute: why the folder takes token ids alone, "" if it takes questions."""
+def readme(program: Program, numbers: Sequence[str], mute: str, functions: bool) -> str:
+    """Markdown text; mute: why the folder takes token ids alone, "" if it takes questions; functions: graphs have some."""
     return _README.format(
         name=type(program.host).__name__,
         layers=len(program.layers),
         use=_MUTE.format(why=mute) if mute else _SPEAKS,
         speech="" if mute else _SPEECH,
+        graphs=_FUNCTIONS if functions else "",
         numbers="\n".join(f"- {line}" for line in numbers),
     )

@@ -13,18 +13,21 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qpcompile.kernels.linear_int.placeholder import CALL
+
 _FORMAL = onnx.defs.OpSchema.FormalParameterOption
 
 
 class Recorder:
     """An onnxscript evaluator that appends nodes to `graph`; equal constants are stored once.
 
-    Nodes are named after `scope`, the module being translated.
+    Nodes are named after `scope`, the module being translated, and marked with `call`, a name and its operator.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.scope = ""
+        self.call = ""
         self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._count = 0
@@ -35,6 +38,8 @@ class Recorder:
         if schema.name == "Constant":
             return self._constant_operator(kwargs)
         given = {name: value for name, value in kwargs.items() if value is not None}
+        if schema.name == "Cast" and isinstance(args[0], ir.Value) and args[0].dtype == given["to"]:
+            return args[0]
         attributes = {name: value for name, value in given.items() if name in schema.attributes}
         inputs, types = self._inputs(schema, args, {name: given[name] for name in given.keys() - attributes.keys()})
         outputs = [each for each in schema.outputs if each.option is not _FORMAL.Optional]
@@ -98,6 +103,8 @@ class Recorder:
         node.name = f"{self.scope}/{name}_{self._count}".lstrip("/")
         for index, value in enumerate(node.outputs):
             value.name = f"{node.name}_{index}" if outputs > 1 else node.name
+        if self.call:
+            node.metadata_props[CALL] = self.call
         self.graph.append(node)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 

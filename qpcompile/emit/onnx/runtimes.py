@@ -20,13 +20,15 @@ _SEQUENCES = ("ConcatFromSequence", "SequenceEmpty", "SequenceInsert")
 class Runtime:
     """One runtime.
 
-    source: the version that was looked at, or the list. fast: the form of graphs it gets. lacks: standard operators it
-    does not have. contrib: onnxruntime's own operators that it has. types: ONNX types it does not compute in, and what
-    it does instead. settings: what to pass to it for the module's numbers.
+    source: the version that was looked at, or the list. fast: the form of graphs it gets. functions: whether it is
+    known to read ONNX functions (functions.py). lacks: standard operators it does not have. contrib: onnxruntime's own
+    operators that it has. types: ONNX types it does not compute in, and what it does instead. settings: what to pass to
+    it for the module's numbers.
     """
 
     source: str
     fast: bool
+    functions: bool = True
     lacks: frozenset[str] = frozenset()
     contrib: frozenset[str] = frozenset()
     types: Mapping[str, str] = field(default_factory=dict)
@@ -41,6 +43,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "openvino": Runtime(
         "OpenVINO 2026.4, CPU",
         fast=False,
+        functions=False,
         lacks=frozenset(_SEQUENCES),
         types={"DOUBLE": "computed as float32, so that sums are not numerics: exact's"},
         settings={"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"},
@@ -48,6 +51,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "tensorrt": Runtime(
         "onnx-tensorrt 10.1, docs/operators.md",
         fast=False,
+        functions=False,
         lacks=frozenset(
             (
                 *("BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "MatMulInteger", "NonZero"),
@@ -64,6 +68,11 @@ def runtime(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise ExportError(f"there is no runtime {name!r}"[:100], where="--for", do=f"name one of {', '.join(RUNTIMES)}")
     return RUNTIMES[name]
+
+
+def with_functions(name: str | None) -> bool:
+    """Whether graphs have functions: those for any runtime do."""
+    return name is None or runtime(name).functions
 
 
 def fast_form(fast: bool, name: str | None) -> bool:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,14 @@ CONTRIB_OPERATORS = frozenset(
     ["GroupQueryAttention", "MatMulIntegerToFloat", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding"]
 )
 
+# Of functions, which hold what is listed above and call no other.
+OWN = "qpcompile"
+
 # Field numbers of onnx.proto: messages by name, with what is read of each. A number that is missing here is refused
-# where it holds code or names a file (functions, training, sparse tensors) and let be where it is only text.
-_MODEL_GRAPH, _MODEL_REFUSED = 7, {20: "training steps", 25: "functions of its own"}
+# where it holds code or names a file (training, sparse tensors) and let be where it is only text.
+_MODEL_GRAPH, _MODEL_FUNCTION, _MODEL_REFUSED = 7, 25, {20: "training steps"}
+_FUNCTION_NAME, _FUNCTION_NODE, _FUNCTION_DOMAIN = 1, 7, 10
+_FUNCTION_REFUSED = {6: "functions with attributes", 11: "functions with attributes", 13: "overloaded functions"}
 _GRAPH_NODE, _GRAPH_TENSOR, _GRAPH_REFUSED = 1, 5, {15: "sparse tensors"}
 _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
 _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_REFUSED = (
@@ -186,26 +192,50 @@ def check_graph(path: Path, weights: int) -> None:
 
 
 def _check_model(model: memoryview, weights: int) -> None:
-    found = 0
+    graphs, functions = list[memoryview](), dict[str, int]()
     for number, value in _fields(model, _MODEL_REFUSED):
         if number == _MODEL_GRAPH:
-            found += 1
-            _check_graph(_message(value), weights, DEEPEST)
-    if found != 1:
-        raise ValueError(f"it holds {found} graphs")
+            graphs.append(_message(value))
+        elif number == _MODEL_FUNCTION:
+            name = _check_function(_message(value), weights)
+            if name in functions:
+                raise ValueError(f"it has two functions {name[:100]!r}")
+            functions[name] = len(value)
+    if len(graphs) != 1:
+        raise ValueError(f"it holds {len(graphs)} graphs")
+    calls = Counter(_check_graph(graphs[0], weights, DEEPEST, functions))
+    inlined = len(graphs[0]) + sum(functions[name] * count for name, count in calls.items())
+    if inlined > MOST_GRAPH:
+        raise ValueError(f"it has {inlined} bytes with its functions in place; at most {MOST_GRAPH} are loaded")
 
 
-def _check_graph(graph: memoryview, weights: int, depth: int) -> None:
+def _check_function(function: memoryview, weights: int) -> str:
+    """The name of a function, which calls no other."""
+    names, domains = list[str](), list[str]()
+    for number, value in _fields(function, _FUNCTION_REFUSED):
+        if number == _FUNCTION_NAME:
+            names.append(_text(value))
+        elif number == _FUNCTION_DOMAIN:
+            domains.append(_text(value))
+        elif number == _FUNCTION_NODE:
+            list(_check_node(_message(value), weights, DEEPEST, {}))
+    if len(names) != 1 or domains != [OWN]:
+        raise ValueError(f"no export writes the function {'.'.join((*domains, *names))[:100]!r}")
+    return names[0]
+
+
+def _check_graph(graph: memoryview, weights: int, depth: int, functions: Container[str]) -> Iterator[str]:
+    """Gives the name of a function for each call of it."""
     if not depth:
         raise ValueError(f"graphs in graphs are more than {DEEPEST} deep")
     for number, value in _fields(graph, _GRAPH_REFUSED):
         if number == _GRAPH_NODE:
-            _check_node(_message(value), weights, depth)
+            yield from _check_node(_message(value), weights, depth, functions)
         elif number == _GRAPH_TENSOR:
             _check_tensor(_message(value), weights)
 
 
-def _check_node(node: memoryview, weights: int, depth: int) -> None:
+def _check_node(node: memoryview, weights: int, depth: int, functions: Container[str]) -> Iterator[str]:
     operators, domains = list[str](), list[str]()
     for number, value in _fields(node):
         if number == _NODE_OPERATOR:
@@ -217,10 +247,13 @@ def _check_node(node: memoryview, weights: int, depth: int) -> None:
                 if part in _ATTRIBUTE_TENSORS:
                     _check_tensor(_message(content), weights)
                 elif part in _ATTRIBUTE_GRAPHS:
-                    _check_graph(_message(content), weights, depth - 1)
-    allowed = CONTRIB_OPERATORS if domains == [CONTRIB] else OPERATORS if domains in ([], [""]) else ()
+                    yield from _check_graph(_message(content), weights, depth - 1, functions)
+    standard = OPERATORS if domains in ([], [""]) else ()
+    allowed = CONTRIB_OPERATORS if domains == [CONTRIB] else functions if domains == [OWN] else standard
     if len(operators) != 1 or operators[0] not in allowed:
         raise ValueError(f"no export writes the operator {'.'.join((*domains, *operators))[:100]!r}")
+    if domains == [OWN]:
+        yield operators[0]
 
 
 def _check_tensor(tensor: memoryview, weights: int) -> None:

@@ -24,11 +24,26 @@ aten = torch.ops.aten
 
 
 def _reshape(out: TensorInfo, x: Any, shape: Any) -> Any:
-    sizes = [*shape, 2] if out.dtype == COMPLEX else list(shape)
+    # What torch works out may be known, so that another size can be worked out.
+    sizes = [known if size == -1 and known else size for size, known in zip(shape, out.shape, strict=True)]
+    sizes += [2] * (out.dtype == COMPLEX)
+    sizes = [0 if axis < len(x.shape) and _same(size, x.shape[axis]) else size for axis, size in enumerate(sizes)]
     varying = [index for index, size in enumerate(sizes) if isinstance(size, ir.Value)]
     if len(varying) == 1 and -1 not in sizes:
         sizes[varying[0]] = -1
     return op.Reshape(x, sizes)
+
+
+def _same(size: Any, known: Any) -> bool:
+    """Whether a size that varies was taken (size_of) from an axis of the same name as `known`, an axis's size."""
+    if not isinstance(size, ir.Value) or not isinstance(known, ir.SymbolicDim) or known.value is None:
+        return False
+    squeezed = size.producer()
+    taken = squeezed.inputs[0] if squeezed is not None and squeezed.op_type == "Squeeze" else None
+    shape = taken.producer() if taken is not None else None
+    if shape is None or shape.op_type != "Shape" or shape.inputs[0] is None or shape.inputs[0].shape is None:
+        return False
+    return shape.inputs[0].shape[shape.attributes["start"].as_int()] == known
 
 
 def _flatten(out: TensorInfo, x: Any, first: int = 0, last: int = -1) -> Any:
@@ -74,7 +89,9 @@ def _squeeze(_: TensorInfo, x: Any, dim: int) -> Any:
 
 def _expand(out: TensorInfo, x: Any, sizes: Sequence[Any], **named: Any) -> Any:
     # ONNX broadcasts in both directions, so 1 keeps a size like -1 does in torch.
-    return op.Expand(x, [1 if isinstance(size, int) and size == -1 else size for size in sizes])
+    before = [None] * (len(sizes) - len(x.shape)) + list(x.shape)
+    kept = [size == -1 if isinstance(size, int) else _same(size, own) for size, own in zip(sizes, before, strict=True)]
+    return op.Expand(x, [1 if same else size for same, size in zip(kept, sizes, strict=True)])
 
 
 def _slice_scatter(

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxscript import opset21
 
 from qpcompile.errors import ExportError
-from qpcompile.kernels.attention_kv.onnx import group_rows, masked_softmax, scaled_queries
+from qpcompile.kernels.attention_kv.onnx import group_rows, masked_softmax, scaled_queries, split_rows
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 
@@ -42,14 +42,12 @@ def attention(
     scaled = scaled_queries(query, width**-0.5 if scale is None else scale, wide)
     key, value = (op.Cast(each, to=wide) for each in (key, value))
     products = op.MatMul(group_rows(scaled, groups, width) if grouped else scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
-    scores = op.Reshape(products, op.Concat(op.Shape(query, start=0, end=3), [-1], axis=0)) if grouped else products
-    weights = masked_softmax(scores, _causal(query, key) if is_causal else attn_mask)
+    scores = split_rows(products, heads) if grouped else products
+    weights = masked_softmax(scores, _causal(query, key) if is_causal else attn_mask, wide)
     if grouped:
-        weights = op.Reshape(weights, op.Concat([0, groups, -1], op.Shape(value, start=2, end=3), axis=0))
+        weights = op.Reshape(weights, [0, groups, -1, 0])
     y = op.MatMul(weights, value)
-    if grouped:
-        y = op.Reshape(y, op.Concat(op.Shape(query, start=0, end=3), [-1], axis=0))
-    return op.Cast(y, to=query.dtype)
+    return op.Cast(split_rows(y, heads) if grouped else y, to=query.dtype)
 
 
 def _causal(query: Any, key: Any) -> Any:

@@ -7,7 +7,8 @@ dynamic. Equal sizes are constants that translations may use; everything else is
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import onnx_ir as ir
@@ -25,6 +26,8 @@ from qpcompile.ir.text import module_path
 
 op: Any = opset21  # its annotations describe onnxscript's language, not the values that pass through an export
 OPSET, IR_VERSION = 21, 10
+GIVEN = "given"
+"""Key in `meta` of a model: by mark of a call (record.py), the names of what it was given (functions.py)."""
 Feeds = Mapping[str, torch.Tensor]
 Tables = tuple[Mapping[Any, Any], Mapping[Any, Any]]
 
@@ -47,6 +50,7 @@ def to_onnx(name: str, part: Part, examples: tuple[Feeds, Feeds], tables: Tables
         translator.translate()
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qpcompile")
     model.functions.update(translator.recorder.functions)
+    model.meta[GIVEN] = translator.given
     return model
 
 
@@ -108,6 +112,7 @@ class _Translator:
         self.values: dict[fx.Node, Any] = {}
         self.tensors: dict[str, ir.Value] = {}
         self.names: dict[tuple[int, int], str] = {}
+        self.given: dict[str, dict[ir.Value | float, str]] = {}
 
     def translate(self) -> None:
         """Translate all nodes."""
@@ -122,6 +127,7 @@ class _Translator:
         for node in nodes:
             if node in live and node.op == "call_function":
                 self.recorder.scope = module_path(node) or ""
+                self.recorder.call = f"{node.name} {_operator(node.target)}"
                 self.values[node] = self._call(node)
         for path, node in zip(self.part.outputs, returned, strict=True):
             self._output(path, self._value(node), self.facts[node])
@@ -135,6 +141,7 @@ class _Translator:
     def _output(self, path: str, value: ir.Value, fact: TensorInfo) -> None:
         if value.producer() is None or value in self.graph.outputs:
             with evaluator.default_as(self.recorder):
+                self.recorder.call = ""
                 value = self.recorder.copy(value)
         value.name, value.shape, value.dtype = path, self._shape(fact), onnx_type[fact.dtype]
         self.graph.outputs.append(value)
@@ -142,6 +149,7 @@ class _Translator:
     def _call(self, node: fx.Node) -> Any:
         fact = self.facts[node]
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        self.given[self.recorder.call] = dict(_named(node.target, args, kwargs))
         try:
             if not isinstance(node.target, torch._ops.OpOverload) and not any(map(_holds_value, args)):
                 # Arithmetic on constant sizes.
@@ -203,6 +211,21 @@ class _Translator:
             tensor = _tensor(get_tensor(self.part.module, str(weight.target)).T, name)
             self.tensors[name] = self.recorder.initializer(name, tensor)
         return self.tensors[name]
+
+
+def _operator(target: Any) -> str:
+    """The operator's name without its namespace."""
+    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else target.__name__
+    return name.rpartition(":")[2]
+
+
+def _named(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[ir.Value | float, str]]:
+    """The tensors and numbers that a call is given, with the names that its operator has for them."""
+    overload = isinstance(target, torch._ops.OpOverload)
+    names = [each.name for each in target._schema.arguments] if overload else list(signature(target).parameters)
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        if isinstance(value, (ir.Value, float)):
+            yield value, name
 
 
 def _product(args: Sequence[Any], kwargs: Mapping[str, Any], weight: ir.Value) -> Any:
