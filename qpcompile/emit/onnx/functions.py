@@ -293,8 +293,9 @@ def _function(
         for value in node.outputs:
             value.name = value.name if value in outputs else _free(node.op_type, taken)
             value.type = value.shape = None
-    used = {"": opsets[""]} | {each.domain: opsets[each.domain] for each in nodes}
-    body = ir.Graph(inputs, outputs, nodes=nodes, opset_imports=used)
+    body = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": opsets[""]})
+    for each in ir.traversal.RecursiveGraphIterator(body):
+        body.opset_imports.setdefault(each.domain, opsets[each.domain])
     return ir.Function(DOMAIN, name, graph=body, attributes=[])
 
 

@@ -84,9 +84,9 @@ A `{name}` with {layers} decoder layers, compiled by qpcompile.
 """
 _FUNCTIONS = """## Graphs
 
-Each operator is one node, a function of the domain `qpcompile` in the same file, which onnxruntime and its relatives put
-in place when they load a graph. OpenVINO reads no functions: `qpcompile export --for openvino` writes all nodes in
-place, and so does `onnx.inliner.inline_local_functions` for one graph.
+Each operator is one node, a function of the domain `qpcompile` in the same file, which onnxruntime puts in place when
+it loads a graph. OpenVINO reads no functions: `qpcompile export --for openvino` writes all nodes in place, and so does
+`onnx.inliner.inline_local_functions` for one graph.
 
 """
 _SPEECH = """| `tokenizer.json`, `pictures.json`, `chat.json` | text to tokens, pictures to pixels, the chat template |
@@ -95,7 +95,7 @@ _SPEECH = """| `tokenizer.json`, `pictures.json`, `chat.json` | text to tokens, 
 
 
 def readme(program: Program, numbers: Sequence[str], mute: str, functions: bool) -> str:
-    """Markdown text; mute: why the folder takes token ids alone, "" if it takes questions; functions: graphs have some."""
+    """Markdown text; mute: why the folder takes token ids alone, "" if it takes questions; functions: of the graphs."""
     return _README.format(
         name=type(program.host).__name__,
         layers=len(program.layers),
