@@ -234,7 +234,8 @@ def _replace(model: ir.Model, name: str, alike: _Alike) -> None:
         call = _Call(members)
         taken = (*call.inputs, *call.constants)
         node = ir.node(name, [taken[index] for index in used], domain=DOMAIN, num_outputs=len(call.outputs))
-        node.name = f"{str(members[0].name).rpartition('/')[0]}/{call_name}".lstrip("/")
+        scope, within, _ = str(members[0].name).partition("/")
+        node.name = f"{scope}/{call_name}" if within else call_name
         graph.insert_before(members[0], node)
         for old, new in zip(call.outputs, node.outputs, strict=True):
             new.name, new.type, new.shape = old.name, old.type, old.shape
