@@ -29,9 +29,12 @@ from qpcompile.ir.names import CACHE, STATE
 from qpcompile.ir.operators import SELECT_TOKENS
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.shapes import add_input, add_output, new_size, propagate, token_axes, value
+from qpcompile.pruning.counts import rows_quota, slots, surplus
 from qpcompile.pruning.cut_decode import cut_decode
+from qpcompile.pruning.cut_states import cut_states, cut_states_decode
 from qpcompile.pruning.positions import find_positions, numbered, renumber
 from qpcompile.pruning.pruner import Merger, Placed, Point, Scorer, TowerReader
+from qpcompile.pruning.states import find_states
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.plan import Cut
 from qpcompile.recipe.recipe import Recipe
@@ -60,6 +63,10 @@ class InsertTokenCuts:
         if not cuts or VISUAL in program.graphs[PREFILL].inputs:
             return False
         pruner = PRUNERS[recipe.tokens.method]
+        if states := find_states(program.graphs[PREFILL]):
+            cut_states(program.graphs[PREFILL], states, cuts[0], recipe, pruner)
+            cut_states_decode(program.graphs[DECODE])
+            return True
         if isinstance(pruner, TowerReader):
             pruner.read_tower(program)
         cut_prefill(program.graphs[PREFILL], cuts, recipe, pruner)
@@ -100,7 +107,7 @@ def cut_prefill(
         tokens = (now.visual, now.alive, now.kept, prompt.valid, now.length, prompt.visual)
         point = Point(graph, before, cut, recipe, *tokens, unquantized)
         if recipe.tokens.multiple_of > 1:
-            point = replace(point, surplus=_surplus(point, prompt))
+            point = replace(point, surplus=surplus(point, *prompt.sizes(point)))
         scores = pruner.scores(point) if prompt.asked is None else _prompt_scores(point, prompt.asked, pruner)
         if isinstance(pruner, Merger):
             point.replace_hidden(pruner.merge(point, scores))
@@ -121,6 +128,10 @@ class _Prompt:
     valid: fx.Node
     count: fx.Node
     asked: fx.Node | None
+
+    def sizes(self, point: Point) -> tuple[fx.Node, fx.Node]:
+        """How many tokens a row has, and how many of them at least are visual."""
+        return point.call(aten.sym_size.int, self.visual, 1), point.call(aten.sym_size.int, self.count, 0)
 
 
 @dataclass(frozen=True)
@@ -147,12 +158,9 @@ def _prompt_scores(point: Point, asked: fx.Node, pruner: Scorer) -> fx.Node:
 def _cut_once(point: Point, scores: fx.Node, prompt: _Prompt, positions: fx.Node | None) -> _Tokens:
     graph, before = point.graph, point.before
     batch = point.call(aten.sym_size.int, prompt.visual, 0)
-    stays, _ = _stays(point, prompt)
-    if point.surplus is not None:
-        stays = point.call(operator.add, stays, point.surplus)
-    # A fresh symbol: shapes after the cut take half as long to compute as with the quotient it replaces.
-    stays.meta["val"] = new_size(graph, f"{KEPT}.{point.layer}.size", value(stays).node.hint)
-    pair = point.call(SELECT_TOKENS, scores, stays, _quota(point, prompt))
+    stays = slots(point, *prompt.sizes(point))
+    quota = rows_quota(point, prompt.valid, prompt.visual)
+    pair = point.call(SELECT_TOKENS, scores, stays, quota)
     index, alive = point.call(operator.getitem, pair, 0), point.call(operator.getitem, pair, 1)
     if any(path.root == STATE for path in graph.outputs):
         index, alive = _dead_first(point, index, alive)
@@ -178,37 +186,6 @@ def _dead_first(point: Point, index: fx.Node, alive: fx.Node) -> tuple[fx.Node, 
     """
     order = point.call(aten.argsort.stable, point.call(aten.to.dtype, alive, torch.int64), stable=True, dim=1)
     return point.call(aten.gather.default, index, 1, order), point.call(aten.gather.default, alive, 1, order)
-
-
-def _stays(point: Point, prompt: _Prompt) -> tuple[fx.Node, fx.Node]:
-    """N and S - N: how many tokens of the whole prompt the ratio alone keeps, and how many it drops."""
-    total = point.call(aten.sym_size.int, prompt.visual, 1)
-    smallest = point.call(aten.sym_size.int, prompt.count, 0)
-    dropped = point.call(operator.sub, smallest, _share(point, smallest))
-    return point.call(operator.sub, total, dropped), dropped
-
-
-def _surplus(point: Point, prompt: _Prompt) -> fx.Node:
-    """How many tokens to add to N to reach a multiple of `tokens.multiple_of`, or all tokens if there are fewer."""
-    multiple = point.recipe.tokens.multiple_of
-    stays, dropped = _stays(point, prompt)
-    raised = point.call(operator.floordiv, point.call(operator.add, stays, multiple - 1), multiple)
-    missing = point.call(operator.sub, point.call(operator.mul, raised, multiple), stays)
-    return point.call(torch.sym_min, missing, dropped)
-
-
-def _share(point: Point, size: fx.Node) -> fx.Node:
-    """ceil(size * numerator / denominator) on a symbolic size."""
-    scaled = point.times_numerator(operator.mul, size)
-    raised = point.call(operator.add, scaled, point.cut.denominator - 1)
-    return point.call(operator.floordiv, raised, point.cut.denominator)
-
-
-def _quota(point: Point, prompt: _Prompt) -> fx.Node:
-    """The quota of each row: its text tokens and its share of its own visual tokens, i64[B]."""
-    text = point.call(aten.bitwise_and.Tensor, prompt.valid, point.call(aten.bitwise_not.default, prompt.visual))
-    texts = point.call(aten.sum.dim_IntList, text, [1])
-    return point.call(aten.add.Tensor, texts, point.share(prompt.visual))
 
 
 def _compact_cache(point: Point, selection: Selection) -> None:

@@ -34,6 +34,7 @@ from qpcompile.ir.shapes import value as fake_value
 from qpcompile.progress import track
 from qpcompile.pruning.budget import DEVIATIONS
 from qpcompile.pruning.methods.joint import Joint
+from qpcompile.pruning.states import find_states
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.quantization.fake_quant import ROUNDING, StubRounding
 from qpcompile.recipe.plan import LayerFacts
@@ -61,6 +62,8 @@ class MeasureSensitivity:
         """
         if program.recipe.tokens.method == "none" or not self.count or DEVIATIONS in program.measured:
             return False
+        if find_states(program.graphs[PREFILL]) is not None:
+            return False  # no layer has visual tokens of its own
         layers = [layer.index for layer in program.layers]
         table = {layer: LayerRows() for layer in layers}
 
@@ -97,7 +100,7 @@ class MeasureSensitivity:
             raise PlanError(
                 "no sample has visual tokens in the decoder's prompt: there is nothing to drop",
                 where="tokens.method",
-                do="write none; a decoder that reads pictures through cross-attention only has no tokens of them",
+                do="write none, or compile with prompts that have pictures",
             )
         if isinstance(PRUNERS[program.recipe.tokens.method], Joint) and rounding is not None:
             # The search of candidates runs next, with the same weights.

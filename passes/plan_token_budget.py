@@ -14,9 +14,10 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qpcompile.ir.program import Program
+from qpcompile.ir.program import PREFILL, Program
 from qpcompile.pruning.budget import ratio_fraction
 from qpcompile.pruning.mean import final_keep
+from qpcompile.pruning.states import find_states, states_schedule
 from qpcompile.pruning.table import PRUNERS
 from qpcompile.recipe.plan import Cut
 from qpcompile.stages import Stage
@@ -40,18 +41,21 @@ class PlanTokenBudget:
         tokens = program.recipe.tokens
         if tokens.method == "none":
             return False
-        schedule = PRUNERS[tokens.method].schedule(program)
+        states = find_states(program.graphs[PREFILL])
+        schedule = PRUNERS[tokens.method].schedule(program) if states is None else states_schedule(program, states)
         depth = len(program.layers)
         keep = tokens.keep if tokens.keep_of == "final" else final_keep(schedule, tokens.keep, depth)
         scores = schedule.scores or (None,) * len(schedule.layers)
+        path = None if states is None else str(states.path)
         cuts = [
-            Cut(layer=layer, ratio=ratio, numerator=numerator, denominator=denominator, score=score)
+            Cut(layer=layer, ratio=ratio, numerator=numerator, denominator=denominator, score=score, states=path)
             for layer, ratio, score in zip(schedule.layers, schedule.ratios(keep), scores, strict=True)
             for numerator, denominator in [ratio_fraction(ratio)]
             if numerator < denominator
         ]
         for condition in schedule.waived:
-            _LOG.warning("no layer meets all conditions of tokens.candidate_layers auto; waived: %s", condition)
+            text = "no layer meets all conditions of tokens.candidate_layers auto; waived: %s"
+            _LOG.warning(text if states is None else "left out of the token budget: %s", condition)
         program.plan = program.plan.changed(
             candidate_layers=tuple(layer for layer in schedule.layers if layer >= 0),
             waived=schedule.waived,

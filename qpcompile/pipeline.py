@@ -39,6 +39,7 @@ from qpcompile.ir.pass_manager import PASS_RUNS, PassRun, defects, run_passes
 from qpcompile.ir.program import Program
 from qpcompile.pass_list import passes
 from qpcompile.pruning.pruner import check_layers
+from qpcompile.pruning.states import check_states
 from qpcompile.pruning.table import PRUNERS, check_method
 from qpcompile.quality.meter import QualityMeter
 from qpcompile.quality.raising import next_step
@@ -188,6 +189,7 @@ def compile_captured(
     """
     check_method(program.recipe)
     check_layers(program.recipe, len(program.layers))
+    check_states(program)
     listed = passes(samples or (), len(samples) if samples else 0)
     if measured_by is not None:
         measured_by.before(program)

@@ -17,7 +17,7 @@ from qpcompile.capture.sets_of_values import graphs_of_values
 from qpcompile.capture.text_alone import learn_absent
 from qpcompile.capture.trace import check_call, check_sizes, trace
 from qpcompile.capture.unread import drop_unread
-from qpcompile.capture.visual_path import visual_path
+from qpcompile.capture.visual_path import rows_of_states, visual_path
 from qpcompile.errors import CalibrationError, CaptureError, InputError
 from qpcompile.ir.edit import layer_of
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
@@ -91,6 +91,7 @@ def capture(
             continue
         graphs[name] = graph
     name_crossing(graphs)
+    graphs[PREFILL].constants |= rows_of_states(graphs[PREFILL], recording, prompt, visual_tokens(model.config))
     if VISION in graphs and VALUES not in graphs[VISION].constants:
         graphs[VISION].constants |= visual_path(recording, prompt.get("input_ids"), visual_tokens(model.config))
     # Transformers' code of a component with graphs of values answers others, and needs its weights.

@@ -15,12 +15,12 @@ from qpcompile.capture.record import TWO_TOKENS
 from qpcompile.capture.sample import ROWS
 from qpcompile.errors import QPCompileError
 from qpcompile.ir.names import CACHE, STATE
-from qpcompile.ir.program import Graph, Program
+from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.runtime.arguments import POSITIONS
 from qpcompile.runtime.generation_options import plain_settings
 from qpcompile.runtime.machine import Machine, visual_tokens
 from qpcompile.runtime.model_inputs import is_encoder_decoder
-from qpcompile.runtime.prepare import ABSENT, DEEPSTACK, EMBEDDINGS, MASK
+from qpcompile.runtime.prepare import ABSENT, DEEPSTACK, EMBEDDINGS, MASK, STATES_OF
 
 # Inputs that every prompt has, or that are made without being told how.
 _USUAL = (CACHE, STATE, POSITIONS, DEEPSTACK, EMBEDDINGS, MASK)
@@ -38,7 +38,8 @@ def learn_absent(program: Program, model: Any, sample: dict[str, Any]) -> None:
         expected = cast(Any, model).generate(**prompt, **TWO_TOKENS).logits
     except Exception:  # noqa: BLE001 - a model that needs pictures says so in its own way
         return
-    for count in (0, 1):
+    # A cut needs a state to score, so one of zeros stands for those that cross-attention reads.
+    for count in (1, 0) if STATES_OF in program.graphs[PREFILL].constants else (0, 1):
         told = [dataclasses.replace(graph, constants=graph.constants | _told(graph, count)) for graph in graphs]
         tried = dataclasses.replace(program, graphs=program.graphs | {graph.name: graph for graph in told})
         if _answers(tried, prompt, torch.stack(expected, dim=1)):

@@ -1,6 +1,8 @@
-"""Determine which rows of a vision tower become the visual tokens of the sequence, from the recorded run.
+"""Determine where the rows of a vision tower go, from the recorded run: which become visual tokens of the sequence, and
+what the states are of that cross-attention reads.
 
     tower output [pictures, 1 + P, C] -> without its first row -> projector -> rows of the embeddings, in their order
+    tower output [pictures, P, C] -> (projector) -> states of cross-attention, in their order
 
 Models with more processing on the host (separators between rows of patches, cropped tiles, merged patches) have no such
 path; pruning methods that score by the tower's attention refuse them.
@@ -14,8 +16,12 @@ from typing import Any
 import torch
 
 from qpcompile.capture.record import Recording
+from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import named_tensors
+from qpcompile.pruning.states import states_input
 from qpcompile.pruning.visual_rows import OUTPUT, SKIPPED
+from qpcompile.runtime.model_inputs import DECODER_IDS, IDS
+from qpcompile.runtime.prepare import PICTURES, PROMPT, STATES_OF
 
 
 def visual_path(recording: Recording, ids: torch.Tensor | None, tokens: torch.Tensor) -> dict[str, Any]:
@@ -46,6 +52,31 @@ def visual_path(recording: Recording, ids: torch.Tensor | None, tokens: torch.Te
         if len(skipped) == 1 and None not in skipped:
             return {OUTPUT: name, SKIPPED: skipped.pop()}
     return {}
+
+
+def rows_of_states(
+    prefill: Graph, recording: Recording, prompt: dict[str, Any], tokens: torch.Tensor
+) -> dict[str, str]:
+    """The constant STATES_OF of a prefill graph; empty where it has no cross-attention, or what it reads is not known.
+
+    States are of pictures alone if they are the rows of a tower or a projector, or if there was nothing else to compute
+    them from; they are of the encoder's prompt if it has picture tokens, and each of its tokens a state.
+    """
+    path, call = states_input(prefill), recording.first("language")
+    if path is None or call is None:
+        return {}
+    states = dict(named_tensors(call.inputs))[path]
+    ids = prompt.get(IDS)
+    made = [result for part in ("vision", "projector") for result in _results(recording, part)]
+    whole = states.flatten(0, -2)
+    if any(_same_rows([tensor], whole) for result in made for tensor in result.values()):
+        return {STATES_OF: PICTURES}
+    if prompt.get(DECODER_IDS) is None:
+        return {}
+    if ids is None:
+        return {STATES_OF: PICTURES}
+    is_prompt = states.shape[:2] == ids.shape and bool(torch.isin(ids, tokens).any())
+    return {STATES_OF: PROMPT} if is_prompt else {}
 
 
 def _results(recording: Recording, component: str) -> list[dict[str, torch.Tensor]]:

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 CACHE = "past_key_values"
 # What a layer remembers of its past in a tensor of fixed size: the state of a convolution or a recurrence.
 STATE, CROSS = "past_states", "cross"
+# What cross-attention caches beside keys and values where the states it reads are cut: their numbers, i64[B, N], and
+# which slots hold one, bool[B, N].
+CROSS_KEPT, CROSS_ALIVE = f"{CROSS}.kept", f"{CROSS}.alive"
 LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)$")
 """The name of a module that is a layer; the group is its index."""
 
@@ -54,6 +57,11 @@ class Name(str):
     def part(self) -> str:
         """What a layer caches under the name: `key`, `value`, `key.codes`."""
         return self.rest.partition(".")[2]
+
+
+def state(layer: int, part: str) -> Name:
+    """The name of what a layer remembers beside keys and values: `past_states.3.cross.kept`."""
+    return Name(f"{STATE}.{layer}.{part}")
 
 
 def names(paths: Iterable[str]) -> tuple[Name, ...]:

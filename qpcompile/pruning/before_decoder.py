@@ -11,6 +11,9 @@ from qpcompile.pruning.pruner import INPUT, Point, Schedule
 from qpcompile.recipe.recipe import Recipe
 
 
+NO_TEXT = "relevance: there is no text among the states, so all are equally relevant"
+
+
 class BeforeDecoder:
     """One cut at the decoder's input; nothing is measured for it."""
 

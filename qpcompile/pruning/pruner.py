@@ -65,13 +65,28 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What a method may read at a cut of the states of cross-attention, `rows: f[B, V, C]`.
+
+    linear: what computes the keys of the first layer that reads them. attention: that layer's, over all states; None if
+    it has another form. queries: the prompt's tokens that pictures are shown to, bool[B, S]; None: all.
+    """
+
+    rows: fx.Node
+    linear: fx.Node
+    attention: Attention | None
+    queries: fx.Node | None
+
+
+@dataclass(frozen=True)
 class Point:
     """A cut point in the prefill graph, and the values a method may read there.
 
     New nodes go before `before`. `layer` is the last layer that sees all N current tokens. `visual` and `alive` are
     bool[B, N] nodes, `kept` the original positions i64[B, N] (None: none was dropped yet), `valid` the bool[B, S] of
     the whole prompt, `prompt_visual` its visual tokens. `full_precision` caches values computed without quantization,
-    for later cuts. `surplus`: how many tokens more than their share are kept, an int node (None: none).
+    for later cuts. `surplus`: how many tokens more than their share are kept, an int node (None: none). `encoded`: at a
+    cut of states of cross-attention, which then are the tokens, and all of them are current.
     """
 
     graph: Graph
@@ -86,6 +101,7 @@ class Point:
     prompt_visual: fx.Node
     full_precision: dict[fx.Node, fx.Node] = field(default_factory=dict)
     surplus: fx.Node | None = None
+    encoded: Encoded | None = None
 
     @property
     def layer(self) -> int:
@@ -103,6 +119,8 @@ class Point:
 
     def hidden(self) -> fx.Node:
         """The residual stream f[B, N, C] of a token; several streams of a token, f[B, N, n, C / n], side by side."""
+        if self.encoded is not None:
+            return self.encoded.rows
         node = self._residual()
         return node if value(node).ndim == 3 else self.call(aten.flatten.using_ints, node, 2)
 
@@ -227,6 +245,22 @@ class Merger(Protocol):
 
     def merge(self, point: Point, scores: fx.Node) -> fx.Node:
         """The new residual stream f[B, N, C], before the drop; `scores` as returned by the method."""
+        ...
+
+
+@runtime_checkable
+class StatesCutter(Protocol):
+    """A method that can score the states that cross-attention reads (pruning/states.py)."""
+
+    def left_out(self, recipe: Recipe, text: bool, attention: bool) -> tuple[str, ...]:
+        """The parts of its score that do not exist for states, in words. Raises PlanError if none is left.
+
+        text: whether states are of text too. attention: whether a layer's attention over them can be read.
+        """
+        ...
+
+    def scores(self, point: Point) -> fx.Node:
+        """f32[B, V]: the states with the highest scores are kept."""
         ...
 
 

@@ -19,6 +19,7 @@ from torch import fx
 from qpcompile.ir.attention import Attention
 from qpcompile.ir.edit import aten
 from qpcompile.ir.operators import TOKEN_SCORES
+from qpcompile.ir.shapes import value
 from qpcompile.pruning.pruner import Point
 
 
@@ -73,6 +74,26 @@ def attention_from(point: Point, queries: fx.Node, attention: Attention) -> fx.N
         *(point.visual, point.alive, queries),
         *([1.0, 0.0, 0.0, 0.0], "none", 0.0, 100.0, False, False, 0, 1.0, 4, False, 0.0),
     )
+
+
+def received(point: Point, attention: Attention, queries: fx.Node | None) -> fx.Node:
+    """f32[B, V]: the attention that keys of another sequence get from `queries: bool[B, S]` (None: from all tokens).
+
+    Mean over heads, sum over queries; attention: query f[B, H, S, D], key f[B, H, V, D].
+    """
+    query, key = (point.call(aten.to.dtype, node, torch.float32) for node in (attention.query, attention.key))
+    scores = point.call(aten.matmul.default, query, point.call(aten.transpose.int, key, 2, 3))
+    scores = point.call(aten.mul.Tensor, scores, attention.scale)
+    if attention.mask is not None and value(attention.mask).is_floating_point():
+        scores = point.call(aten.add.Tensor, scores, attention.mask)
+    elif attention.mask is not None:
+        hidden = point.call(aten.bitwise_not.default, attention.mask)
+        scores = point.call(aten.masked_fill.Scalar, scores, hidden, torch.finfo(torch.float32).min)
+    shares = point.call(aten.mean.dim, point.call(aten.softmax.int, scores, -1), [1])
+    if queries is not None:
+        counted = point.call(aten.unsqueeze.default, point.call(aten.to.dtype, queries, torch.float32), 2)
+        shares = point.call(aten.mul.Tensor, shares, counted)
+    return point.call(aten.sum.dim_IntList, shares, [1])
 
 
 QUERIES: dict[str, Callable[[Point], fx.Node]] = {"after_image": after_image, "last": last, "raters": raters}

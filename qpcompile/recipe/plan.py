@@ -54,6 +54,9 @@ class Cut(Section):
     numerator: int = Field(ge=0, description="The ratio as the graph computes it: numerator / denominator.")
     denominator: int = Field(ge=1, description="See numerator.")
     score: Score | None = Field(default=None, description="How tokens are scored; null: as the recipe's method does.")
+    states: str | None = Field(
+        default=None, description="Input of cross-attention whose rows are cut; null: tokens of the decoder's prompt."
+    )
 
     def kept(self, visual: int) -> int:
         """Tokens that stay of `visual` tokens: ceil(visual * ratio) in integers."""
@@ -182,7 +185,7 @@ class Plan(Section):
         default=(), strict=False, description="Layers after which tokens may be cut."
     )
     waived: tuple[str, ...] = Field(
-        default=(), strict=False, description="Conditions of a candidate layer that were waived: no layer met them all."
+        default=(), strict=False, description="What the method's choice of layers, or its score, could not take into account."
     )
     facts: tuple[LayerFacts, ...] = Field(default=(), strict=False, description="Measurements per layer.")
     sensitivity: tuple[Sensitivity, ...] = Field(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from qpcompile.ir.names import CROSS_ALIVE, CROSS_KEPT, Name
+
 
 class CompiledCache(Cache):
     """The cache tensors that the prefill graph returns and the decode graph takes, by name.
@@ -45,6 +47,12 @@ class CompiledCache(Cache):
         """Layer of a cut -> which slots hold a token."""
         self.come_back()
         return self.parts[2]
+
+    @property
+    def states(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The numbers i64[B, N] of the states that cross-attention reads, and which slots hold one; None if all."""
+        parts = {Name(path).part: tensor for path, tensor in self.tensors.items()}
+        return (parts[CROSS_KEPT], parts[CROSS_ALIVE]) if CROSS_KEPT in parts else None
 
     def come_back(self) -> None:
         """Copy all tokens back into this cache."""

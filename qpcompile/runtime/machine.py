@@ -21,7 +21,7 @@ from qpcompile.runtime.fixed_values import VALUES, of_call, of_values, said, var
 from qpcompile.runtime.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.model_inputs import check_inputs, is_encoder_decoder, vocabulary_size
-from qpcompile.runtime.prepare import TABLE, absent_inputs, embedded, moved, prepare
+from qpcompile.runtime.prepare import PROMPT, STATES_OF, TABLE, absent_inputs, embedded, moved, prepare
 
 _LOG = logging.getLogger("qpcompile")
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -100,8 +100,15 @@ class Machine:
         return cache
 
     def kept_tokens(self, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
-        """The prompt tokens kept after each cut: layer -> i64[B, N], NO_TOKEN in slots without one."""
+        """The prompt tokens kept after each cut: layer -> i64[B, N], NO_TOKEN in slots without one.
+
+        Where the states of cross-attention are cut, -1 -> their numbers.
+        """
         cache = self.prefill(inputs)
+        if cache.states is not None:
+            # One cut, before the decoder.
+            kept, alive = cache.states
+            return {-1: kept.masked_fill(~alive, NO_TOKEN)}
         return {layer: kept.masked_fill(~cache.alive[layer], NO_TOKEN) for layer, kept in sorted(cache.kept.items())}
 
     def _answer(self, inputs: dict[str, Any]) -> Any:
@@ -113,6 +120,7 @@ class Machine:
         with self._turn:
             self.seen_by_tower, before = {}, cache.seen
             # Families with a `generate` of their own call parts of the model, and not its forward.
+            self.visual = self.valid = None
             self._see(settled.get("input_ids"), settled.get("attention_mask"))
             try:
                 # Models with an encoder ask for a cache of both kinds; ours holds both.
@@ -264,7 +272,7 @@ class Machine:
             extra["attention_mask"] = torch.ones(batch, cache.seen + new, dtype=torch.long, device=device)
         if not cache.seen:
             visual, extra[VALID] = self.marks(batch, new)
-            extra[VISUAL] = visual
+            extra[VISUAL] = visual = self._marks_of_states(feeds, visual)
             extra[COUNT] = torch.arange(int(visual.sum(dim=1).min()), device=device)
             if VISUAL_SCORES in self.program.graphs[PREFILL].inputs:
                 extra |= self._tower_feeds(visual)
@@ -273,6 +281,23 @@ class Machine:
             cache.append(layer, new)
             extra[f"{KEPT}.{layer}"], extra[f"{ALIVE}.{layer}"] = cache.kept[layer], cache.alive[layer]
         return extra
+
+    def _marks_of_states(self, feeds: dict[str, torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
+        """Which states of cross-attention are of pictures, bool[B, V], where a cut asks for that; else `visual`."""
+        prefill, cuts = self.program.graphs[PREFILL], self.program.plan.cuts
+        if prefill.constants.get(STATES_OF) != PROMPT or VISUAL not in prefill.inputs or not cuts or not cuts[0].states:
+            return visual
+        rows, count = feeds[cuts[0].states].shape[:2]
+        known = self.visual
+        if known is None or known.shape[1] != count or rows % len(known):
+            given = "unknown" if known is None else f"{list(known.shape)}"
+            raise InputError(
+                f"the encoder gave {count} states for each of {rows} rows, and its prompt is {given}: which of them are "
+                "of pictures is not known",
+                where=cuts[0].states,
+                do="give the prompt's input_ids, with the picture tokens of the processor",
+            )
+        return known.repeat_interleave(rows // len(known), dim=0)
 
     def _tower_feeds(self, visual: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tower's outputs for this prompt, scattered to the visual tokens; zeros elsewhere."""

@@ -31,6 +31,9 @@ TABLE, MASK_AXES, CAUSAL = "table", "mask_axes", "causal"
 # `absent.<input>`: zeros stand for an input of pictures in a prompt without any, with so many entries on an axis whose
 # size neither the prompt nor the graph gives (qpcompile/capture/text_alone.py).
 ABSENT = "absent"
+# What the states are of that cross-attention reads: pictures alone, or the tokens of an encoder's prompt, which has
+# pictures among text.
+STATES_OF, PICTURES, PROMPT = "states_of", "pictures", "prompt"
 
 
 def prepare(module: torch.nn.Module, arguments: dict[str, Any], table: str | None = None) -> dict[str, Any]:

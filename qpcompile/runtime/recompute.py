@@ -250,10 +250,11 @@ class _Whole(fx.Interpreter):
         self.forced: dict[fx.Node, Any] = {}
         host: Any = program.host
         before = torch.arange(cache.seen, device=host.device)[None]
-        for node, layer in zip(calls(graph, SELECT_TOKENS), sorted(cache.kept), strict=True):
-            kept = cache.kept[layer]
-            index = torch.searchsorted(before.expand(len(kept), -1).contiguous(), kept)
-            self.forced[node] = index, cache.alive[layer]
+        pairs = [cache.states] if cache.states else [(cache.kept[cut], cache.alive[cut]) for cut in sorted(cache.kept)]
+        for node, (kept, alive) in zip(calls(graph, SELECT_TOKENS), pairs, strict=True):
+            # States are numbered as they are; of tokens, the places among those that earlier cuts kept are wanted.
+            index = kept if cache.states else torch.searchsorted(before.expand(len(kept), -1).contiguous(), kept)
+            self.forced[node] = index, alive
             if isinstance(count := node.args[1], fx.Node):
                 self.forced[count] = kept.shape[1]
             before = kept

@@ -16,8 +16,9 @@ from typing import ClassVar
 from torch import fx
 
 from qpcompile.ir.operators import DPP_SELECT, TEXT_RELEVANCE
-from qpcompile.pruning.before_decoder import BeforeDecoder, counted_tokens, text_relevance
+from qpcompile.pruning.before_decoder import NO_TEXT, BeforeDecoder, counted_tokens, text_relevance
 from qpcompile.pruning.pruner import Operators, Point, Pruner
+from qpcompile.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class CdPruner(BeforeDecoder):
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (TEXT_RELEVANCE, DPP_SELECT)
+
+    def left_out(self, recipe: Recipe, text: bool, attention: bool) -> tuple[str, ...]:
+        """Relevance, where there is no text to compare with."""
+        return () if text else (NO_TEXT,)
 
     def scores(self, point: Point) -> fx.Node:
         """Earlier picks are higher."""

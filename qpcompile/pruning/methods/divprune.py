@@ -10,6 +10,7 @@ from torch import fx
 from qpcompile.ir.operators import FARTHEST_TOKENS
 from qpcompile.pruning.before_decoder import BeforeDecoder, counted_tokens
 from qpcompile.pruning.pruner import Operators, Point, Pruner
+from qpcompile.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,10 @@ class DivPrune(BeforeDecoder):
     """See the module's docstring. All pictures of a prompt form one set."""
 
     operators: ClassVar[Operators] = (FARTHEST_TOKENS,)
+
+    def left_out(self, recipe: Recipe, text: bool, attention: bool) -> tuple[str, ...]:
+        """Nothing: it reads embeddings only."""
+        return ()
 
     def scores(self, point: Point) -> fx.Node:
         """Earlier picks are higher."""

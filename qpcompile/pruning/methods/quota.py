@@ -18,6 +18,7 @@ from qpcompile.ir.edit import aten, calls, layer_of
 from qpcompile.ir.node_facts import stub_fact
 from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import PREFILL, Program
+from qpcompile.ir.shapes import value
 from qpcompile.pruning.budget import (
     DEVIATIONS,
     Candidates,
@@ -27,8 +28,8 @@ from qpcompile.pruning.budget import (
     normalize_sensitivity,
     sensitivity,
 )
-from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, attention_layers, cut_layers
-from qpcompile.pruning.queries import QUERIES
+from qpcompile.pruning.pruner import Encoded, Operators, Point, Pruner, Schedule, attention_layers, cut_layers
+from qpcompile.pruning.queries import QUERIES, received
 from qpcompile.pruning.risk import with_risk
 from qpcompile.recipe.plan import Sensitivity
 from qpcompile.recipe.recipe import Recipe
@@ -56,11 +57,31 @@ class Quota:
         # A stage-wise order scores without knowledge of the quantizer (table 3 of the paper).
         residual = weights.residual if point.recipe.order == "joint" else 0.0
         terms = (weights.inter, weights.magnitude, weights.intra, residual)
-        return with_risk(point, weighted_scores(point, terms, tokens.queries, tokens.normalize))
+        scored = weighted_scores(point, terms, tokens.queries, tokens.normalize)
+        return with_risk(point, scored)
+
+    def left_out(self, recipe: Recipe, text: bool, attention: bool) -> tuple[str, ...]:
+        """Attention among states; that of the first layer's queries, where it cannot be read."""
+        tokens = recipe.tokens
+        weights = vars(tokens.weights) | ({} if recipe.order == "joint" else {"residual": 0.0})
+        reasons = {"intra": "states do not attend to each other in the decoder"}
+        if not attention:
+            reasons["inter"] = "the attention of the first layer that reads states has another form"
+        if not any(weight for name, weight in weights.items() if name not in reasons):
+            raise PlanError(
+                "; ".join(f"{name} cannot score states: {reason}" for name, reason in reasons.items()),
+                where="tokens.weights",
+                do="give another term a weight: magnitude, residual",
+            )
+        if attention and weights["inter"] and tokens.queries != "after_image":
+            reasons["queries"] = f"{tokens.queries} is for prompts with visual tokens; all tokens count"
+        return tuple(f"{name}: {reason}" for name, reason in reasons.items() if weights.get(name, True))
 
 
 def weighted_scores(point: Point, weights: Sequence[float], queries: str, normalize: str) -> fx.Node:
     """f32[B, N]: the weighted sum of inter, magnitude, intra and residual, each normalised."""
+    if point.encoded is not None:
+        return _encoded_scores(point, point.encoded, weights, normalize)
     tokens = point.recipe.tokens
     attention = point.attention()
     rounding = rounding_of(point) if weights[3] else _Rounding(point.hidden(), False, 0, 1.0, 4)
@@ -85,6 +106,33 @@ def weighted_scores(point: Point, weights: Sequence[float], queries: str, normal
         rounding.bits,
         tokens.residual_relative,
         tokens.sink_ratio or 0.0,
+    )
+
+
+def _encoded_scores(point: Point, encoded: Encoded, weights: Sequence[float], normalize: str) -> fx.Node:
+    """f32[B, V]: of states: the sum without intra, inter by the attention of the first layer that reads them."""
+    inter, magnitude, _, residual = weights
+    nothing = _Rounding(point.hidden(), False, 0, 1.0, 4)
+    scores = _one_term(point, point.hidden(), rounding_of(point) if residual else nothing, magnitude, residual, normalize)
+    if not inter or encoded.attention is None:
+        return scores
+    mass = point.call(aten.unsqueeze.default, received(point, encoded.attention, encoded.queries), 2)
+    # The norm of one number that is not negative is the number: this normalizes it like the other terms.
+    attended = _one_term(point, mass, _Rounding(mass, False, 0, 1.0, 4), inter, 0.0, normalize, sinks=False)
+    return point.call(aten.add.Tensor, scores, attended)
+
+
+def _one_term(
+    point: Point, hidden: fx.Node, rounding: _Rounding, magnitude: float, residual: float, normalize: str, sinks: bool = True
+) -> fx.Node:
+    """f32[B, V]: magnitude and residual alone, which need no attention."""
+    tokens = point.recipe.tokens
+    heads = point.call(aten.unsqueeze.default, hidden, 1)
+    return point.call(
+        TOKEN_SCORES,
+        *(hidden, rounding.value, heads, heads, None, 1.0, point.visual, point.alive, point.alive),
+        *([0.0, magnitude, 0.0, residual], normalize, *tokens.percentiles, False, rounding.rotate, rounding.group_size),
+        *(rounding.clip_ratio, rounding.bits, tokens.residual_relative, (tokens.sink_ratio or 0.0) if sinks else 0.0),
     )
 
 
@@ -116,8 +164,8 @@ def rounding_of(point: Point) -> _Rounding:
             )
         rotate = tokens.residual_space == "transformed"
         return _Rounding(point.hidden(), rotate, group_size, clip_ratio, bits)
-    linears = calls(point.graph, aten.linear.default)
-    source = next(node.args[0] for node in linears if layer_of(node) == point.layer + 1)
+    linears = [node for node in calls(point.graph, aten.linear.default) if layer_of(node) == point.layer + 1]
+    source = (linears[0] if point.encoded is None else point.encoded.linear).args[0]
     assert isinstance(source, fx.Node)
     if fact := stub_fact(source):
         clip_ratio = clip_ratio if fact.clip is None else fact.clip
@@ -125,7 +173,11 @@ def rounding_of(point: Point) -> _Rounding:
         source = source.args[0]
         assert isinstance(source, fx.Node)
     # This tensor includes folded and online basis changes already.
-    return _Rounding(point.early(source), False, group_size, clip_ratio, bits)
+    source = point.early(source)
+    if point.encoded is not None:
+        rows = point.call(aten.sym_size.int, point.hidden(), 0)
+        source = point.call(aten.reshape.default, source, [rows, -1, int(value(source).shape[-1])])
+    return _Rounding(source, False, group_size, clip_ratio, bits)
 
 
 def sensitivity_schedule(program: Program) -> Schedule:

@@ -31,6 +31,10 @@ class RandomTokens:
         """QUOTA's."""
         return sensitivity_schedule(program)
 
+    def left_out(self, recipe: Recipe, text: bool, attention: bool) -> tuple[str, ...]:
+        """Nothing: a draw needs no measurement."""
+        return ()
+
     def scores(self, point: Point) -> fx.Node:
         """A draw by the recipe's seed."""
         return draw(point)

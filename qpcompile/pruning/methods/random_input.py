@@ -10,6 +10,7 @@ from torch import fx
 from qpcompile.pruning.before_decoder import BeforeDecoder
 from qpcompile.pruning.methods.random import draw
 from qpcompile.pruning.pruner import Operators, Point, Pruner
+from qpcompile.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,10 @@ class RandomInput(BeforeDecoder):
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = ()
+
+    def left_out(self, recipe: Recipe, text: bool, attention: bool) -> tuple[str, ...]:
+        """Nothing: a draw needs no measurement."""
+        return ()
 
     def scores(self, point: Point) -> fx.Node:
         """The draw of `random`."""

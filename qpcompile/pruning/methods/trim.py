@@ -12,9 +12,11 @@ from typing import ClassVar
 
 from torch import fx
 
+from qpcompile.errors import PlanError
 from qpcompile.ir.operators import TEXT_RELEVANCE
 from qpcompile.pruning.before_decoder import BeforeDecoder, text_relevance
 from qpcompile.pruning.pruner import Operators, Point, Pruner
+from qpcompile.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,16 @@ class Trim(BeforeDecoder):
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (TEXT_RELEVANCE,)
+
+    def left_out(self, recipe: Recipe, text: bool, attention: bool) -> tuple[str, ...]:
+        """Nothing; PlanError where there is no text to compare with."""
+        if not text:
+            raise PlanError(
+                "trim scores by the text among visual tokens, and what cross-attention reads has none",
+                where="tokens.method",
+                do="choose quota, divprune or random_input",
+            )
+        return ()
 
     def scores(self, point: Point) -> fx.Node:
         """The relevance itself."""

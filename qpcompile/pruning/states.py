@@ -1,0 +1,164 @@
+"""States that a decoder reads through cross-attention: rows of pictures outside its prompt, which may be cut too.
+
+    prefill   encoder_hidden_states : f[B, V, C]       the states; of several pictures, f[B * pictures, P, C]
+              encoder_attention_mask : i64[B, V]       beside them: an entry for each state
+    cached    past_states.0.cross.key : f[B, H, V, D]
+
+A graph reads states where it caches keys that decoding does not append to (qpcompile/capture/capture.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qpcompile.errors import PlanError
+from qpcompile.ir.attention import read_attention
+from qpcompile.ir.edit import aten, calls, is_call, layer_of
+from qpcompile.ir.names import CROSS, STATE, Name
+from qpcompile.ir.program import PREFILL, Graph, Program
+from qpcompile.ir.shapes import expression, same, value
+from qpcompile.pruning.pruner import INPUT, Schedule, StatesCutter
+from qpcompile.pruning.table import PRUNERS
+from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.prepare import EMBEDDINGS, PROMPT, STATES_OF
+
+
+@dataclass(frozen=True)
+class States:
+    """The states of a prefill graph: the input `path: f[rows, P, C]`.
+
+    layer: the first layer that reads them; key: what it caches, f[B, H, V, D]; of: PICTURES or PROMPT.
+    """
+
+    path: Name
+    layer: int
+    key: fx.Node
+    of: str
+
+    @property
+    def count(self) -> Any:
+        """V, a size."""
+        return value(self.key).shape[2]
+
+    @property
+    def linear(self) -> fx.Node:
+        """What computes the keys from the states."""
+        found = [node for node in needed_for_tensors(self.key) if is_call(node, aten.linear.default)]
+        if len(found) != 1:
+            raise PlanError(f"{len(found)} linears compute the keys of layer {self.layer}", where=self.path)
+        return found[0]
+
+
+def cached_keys(paths: Iterable[Name]) -> list[Name]:
+    """The names of keys that cross-attention caches, first layer first."""
+    found = [path for path in paths if path.root == STATE and path.part == f"{CROSS}.key"]
+    return sorted(found, key=lambda path: path.layer)
+
+
+def states_input(graph: Graph) -> Name | None:
+    """The one input f[rows, P, C] of a prefill graph that all keys of cross-attention come from; None if none is."""
+    named = {graph.placeholder(path): path for path in graph.inputs}
+    keys = [graph.result(path) for path in cached_keys(graph.outputs)]
+    sources = {node for key in keys for node in needed_for_tensors(key) if node in named}
+    found = {node for node in sources if value(node).is_floating_point() and named[node] != EMBEDDINGS}
+    only = found.pop() if len(found) == 1 else None
+    return named[only] if only is not None and value(only).ndim == 3 else None
+
+
+def needed_for_tensors(node: fx.Node) -> set[fx.Node]:
+    """All tensors that a tensor is computed from, itself included."""
+    found, waiting = {node}, [node]
+    while waiting:
+        sources = waiting.pop().all_input_nodes
+        new = {each for each in sources if not isinstance(each.meta.get("val"), (torch.SymInt, int))} - found
+        found |= new
+        waiting += new
+    return found
+
+
+def find_states(graph: Graph) -> States | None:
+    """The states that a prefill graph reads; None if it has no cross-attention with cached keys.
+
+    Raises PlanError where it has, and its states cannot be cut.
+    """
+    keys = cached_keys(graph.outputs)
+    if not keys:
+        return None
+    path = states_input(graph)
+    if path is None:
+        raise _cannot(graph, "it does not come from one input f[rows, P, C]")
+    if STATES_OF not in graph.constants:
+        raise _cannot(graph, f"which rows of {path} are of pictures is not known")
+    found = States(path, keys[0].layer, graph.result(keys[0]), str(graph.constants[STATES_OF]))
+    if not isinstance(found.count, torch.SymInt):
+        raise _cannot(graph, f"the graph was traced for {found.count} rows of {path} only")
+    return found
+
+
+def entries(graph: Graph, lengths: Iterable[Any]) -> list[tuple[Name, int]]:
+    """The inputs, other than caches and states, with an entry for each state, and the axis of it.
+
+    lengths: the sizes that count states. A mask that is given to attention over them counts them too, though a trace
+    may have another symbol for it.
+    """
+    sizes = {expression(length) for length in lengths}
+    for node in calls(graph, aten.scaled_dot_product_attention.default):
+        read = read_attention(node)
+        if read.mask is not None and expression(value(read.key).shape[2]) in sizes:
+            sizes.add(expression(value(read.mask).shape[-1]))
+    return [
+        (path, axis)
+        for path in graph.inputs
+        if path.root != STATE and not path.in_cache
+        for axis, size in enumerate(value(graph.placeholder(path)).shape)
+        if isinstance(size, torch.SymInt) and expression(size) in sizes
+    ]
+
+
+def attention_over(graph: Graph, states: States) -> fx.Node | None:
+    """The attention of the first layer that reads states; None if it has another form."""
+    found = [node for node in calls(graph, aten.scaled_dot_product_attention.default) if layer_of(node) == states.layer]
+    over = [node for node in found if same(value(read_attention(node).key).shape[2], states.count)]
+    return over[0] if len(over) == 1 else None
+
+
+def states_schedule(program: Program, states: States) -> Schedule:
+    """One cut of all states, before the decoder; raises PlanError for a method that has no score for them."""
+    graph, recipe = program.graphs[PREFILL], program.recipe
+    attention = attention_over(graph, states) is not None
+    left_out = states_cutter(recipe, states).left_out(recipe, states.of == PROMPT, attention)
+    once = f"layers: none has visual tokens of its own; {states.path} is cut once, before all of them"
+    return Schedule((INPUT,), lambda keep: (keep,), waived=(once, *left_out))
+
+
+def states_cutter(recipe: Recipe, states: States) -> StatesCutter:
+    """The recipe's method, if it can score states; PlanError if not."""
+    method = PRUNERS[recipe.tokens.method]
+    if isinstance(method, StatesCutter):
+        return method
+    able = ", ".join(name for name, each in PRUNERS.items() if isinstance(each, StatesCutter))
+    raise PlanError(
+        f"the visual tokens of this model are {states.path}, outside the decoder's prompt, and {recipe.tokens.method} "
+        "cannot score them",
+        where="tokens.method",
+        do=f"choose one of {able}",
+    )
+
+
+def check_states(program: Program) -> None:
+    """Raise PlanError for a recipe that cannot cut the states that this program's decoder reads, before any pass."""
+    if program.recipe.tokens.method != "none" and (states := find_states(program.graphs[PREFILL])):
+        states_schedule(program, states)
+
+
+def _cannot(graph: Graph, reason: str) -> PlanError:
+    return PlanError(
+        f"what this decoder reads through cross-attention cannot be cut: {reason}",
+        where=f"{graph.name}, tokens.method",
+        do="write tokens.method none",
+    )
