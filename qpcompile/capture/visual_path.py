@@ -23,6 +23,9 @@ from qpcompile.pruning.visual_rows import OUTPUT, SKIPPED
 from qpcompile.runtime.model_inputs import DECODER_IDS, IDS
 from qpcompile.runtime.prepare import PICTURES, PROMPT, STATES_OF
 
+# Components that make rows of pictures.
+PICTURE_PARTS = ("vision", "projector")
+
 
 def visual_path(recording: Recording, ids: torch.Tensor | None, tokens: torch.Tensor) -> dict[str, Any]:
     """Constants of the vision graph (qpcompile/pruning/visual_rows.py); empty if there is no such path.
@@ -66,10 +69,10 @@ def rows_of_states(
     if path is None or call is None:
         return {}
     states = dict(named_tensors(call.inputs))[path]
-    ids = prompt.get(IDS)
-    made = [result for part in ("vision", "projector") for result in _results(recording, part)]
-    whole = states.flatten(0, -2)
-    if any(_same_rows([tensor], whole) for result in made for tensor in result.values()):
+    ids, rows = prompt.get(IDS), states.flatten(0, -2)
+    # An encoder of prompt and pictures may be in the tower's place.
+    towers = [each for each in recording.calls if each.component in PICTURE_PARTS and each.inputs.get(IDS) is None]
+    if any(_same_rows([tensor], rows) for tower in towers for _, tensor in named_tensors(tower.output)):
         return {STATES_OF: PICTURES}
     if prompt.get(DECODER_IDS) is None:
         return {}
