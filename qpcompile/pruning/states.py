@@ -97,7 +97,32 @@ def find_states(graph: Graph) -> States | None:
     found = States(path, keys[0].layer, graph.result(keys[0]), str(graph.constants[STATES_OF]))
     if not isinstance(found.count, torch.SymInt):
         raise _cannot(graph, f"the graph was traced for {found.count} rows of {path} only")
+    if counted := _counted(graph, found):
+        raise _cannot(graph, f"{counted.name} depends on the place of a row in {path}, which a cut changes")
     return found
+
+
+def _counted(graph: Graph, states: States) -> fx.Node | None:
+    """A node that makes keys, values or biases of attention depend on the numbers of states, if there is one.
+
+    A mask is indexed by numbers too: those of its own entries, which are cut with the states.
+    """
+    cached = [graph.result(path) for path in graph.outputs if path.root == STATE and path.part.startswith(CROSS)]
+    for node in {each for result in cached for each in needed_for_tensors(result)}:
+        if node.op == "call_function" and _has_axis(node, states.count) and len(needed_for_tensors(node)) == 1:
+            return node
+    for node in calls(graph, aten.scaled_dot_product_attention.default):
+        read = read_attention(node)
+        if read.mask is not None and same(value(read.key).shape[2], states.count):
+            for each in needed_for_tensors(read.mask):
+                if is_call(each, aten.embedding.default) and _has_axis(each, states.count):
+                    return each
+    return None
+
+
+def _has_axis(node: fx.Node, size: Any) -> bool:
+    tensor = value(node)
+    return isinstance(tensor, torch.Tensor) and any(same(each, size) for each in tensor.shape)
 
 
 def entries(graph: Graph, lengths: Iterable[Any]) -> list[tuple[Name, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -21,7 +21,17 @@ from qpcompile.runtime.fixed_values import VALUES, of_call, of_values, said, var
 from qpcompile.runtime.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.model_inputs import check_inputs, is_encoder_decoder, vocabulary_size
-from qpcompile.runtime.prepare import PROMPT, STATES_OF, TABLE, absent_inputs, embedded, moved, prepare
+from qpcompile.runtime.prepare import (
+    MASK,
+    PICTURES_AT,
+    PROMPT,
+    STATES_OF,
+    TABLE,
+    absent_inputs,
+    embedded,
+    moved,
+    prepare,
+)
 
 _LOG = logging.getLogger("qpcompile")
 Execute = Callable[[Graph, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -121,7 +131,7 @@ class Machine:
             self.seen_by_tower, before = {}, cache.seen
             # Families with a `generate` of their own call parts of the model, and not its forward.
             self.visual = self.valid = None
-            self._see(settled.get("input_ids"), settled.get("attention_mask"))
+            self._see(settled.get("input_ids"), settled)
             try:
                 # Models with an encoder ask for a cache of both kinds; ours holds both.
                 both = EncoderDecoderCache(cache, DynamicCache()) if is_encoder_decoder(self.host) else cache
@@ -154,7 +164,7 @@ class Machine:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._see(kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
+            self._see(kwargs.get("input_ids", args[0] if args else None), kwargs)
             return original(self.host, *args, **kwargs)
 
         self.host.forward = functools.partial(forward)
@@ -166,13 +176,17 @@ class Machine:
         module.forward = function
         self._replaced.append(module)
 
-    def _see(self, input_ids: torch.Tensor | None, attention_mask: Any) -> None:
-        """Store which tokens of the prompt are visual, and which are padding."""
+    def _see(self, input_ids: torch.Tensor | None, given: Mapping[str, Any]) -> None:
+        """Store which tokens of the prompt are visual, by their ids or a mask of them, and which are padding."""
         if input_ids is None or input_ids.shape[-1] == 1:
             return
-        self.visual = torch.isin(input_ids, visual_tokens(self.host.config).to(input_ids.device))
-        is_flat = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
-        self.valid = attention_mask.bool() if is_flat else torch.ones_like(self.visual)
+        marked, present = (
+            mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == input_ids.shape else None
+            for mask in (given.get(PICTURES_AT), given.get(MASK))
+        )
+        by_id = torch.isin(input_ids, visual_tokens(self.host.config).to(input_ids.device))
+        self.visual = by_id if marked is None else marked
+        self.valid = torch.ones_like(by_id) if present is None else present
 
     def _component(self, graphs: list[Graph], *args: Any, **kwargs: Any) -> Any:
         """Run a component: its graph, or that of its graphs which is of the values of this call."""

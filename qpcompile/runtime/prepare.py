@@ -24,6 +24,8 @@ DEEPSTACK, VISUAL_POSITIONS, SIZES = "deepstack_visual_embeds", "visual_pos_mask
 MASK, IDS, EMBEDDINGS, POSITIONS = "attention_mask", "input_ids", "inputs_embeds", "position_ids"
 # What transformers calls the function that counts positions by token ids.
 COUNTING = "create_position_ids_from_input_ids"
+# The mask of the tokens that stand for pictures, of models whose pictures have no token of their own.
+PICTURES_AT = "image_embeds_position_mask"
 PIXELS, ENCODED = "pixel_values", "mm_encoder_outputs"
 # Keys of `Graph.constants`: which of TABLES stands in for the sizes of pictures; how many axes the masks have; whether
 # attention without a mask hides the future.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pictures as make
 from family import Family
+from shrink import IMAGE
 
 CROSSING: dict[str, Family] = {
     "mllama": Family(
@@ -83,7 +84,11 @@ CROSSING: dict[str, Family] = {
     "blip-2": Family({"num_query_tokens": 4}, text=False),
     "instructblip": Family({"num_query_tokens": 4}, tokens=4, beside=make.questions, text=False),
     "instructblipvideo": Family(
-        {"num_query_tokens": 4}, lambda _: make.stacked(32, frames=4), tokens=16, beside=make.questions, text=False
+        {"num_query_tokens": 4, "video_token_index": IMAGE},
+        lambda _: make.stacked(32, frames=4),
+        tokens=16,
+        beside=make.questions,
+        text=False,
     ),
     "t5gemma2": Family({"encoder.mm_tokens_per_image": 4}, tokens=4),
 }
