@@ -143,8 +143,13 @@ def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
     Fewer symbols trace faster, and an axis that is constant across calls should not be symbolic.
     """
     axes = {key: exporter_dynamo.get_auto_dynamic_shapes(value) for key, value in arguments.items()}
-    if "inputs_embeds" in axes:
-        axes["inputs_embeds"].pop(arguments["inputs_embeds"].ndim - 1)
+    embeds = arguments.get("inputs_embeds")
+    if embeds is not None:
+        for key, value in arguments.items():
+            # Features of pictures have the channels of embeddings, too.
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3:
+                if value.shape[-1] == embeds.shape[-1]:
+                    axes[key].pop(2)
     if CACHE_ARGUMENT in axes:
         cached = [name for name, _ in named_tensors(arguments[CACHE_ARGUMENT])]
         for name, tensor in zip(cached, axes[CACHE_ARGUMENT], strict=True):

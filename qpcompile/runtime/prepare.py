@@ -150,6 +150,10 @@ def _no_pictures(graph: Graph, feeds: dict[str, torch.Tensor]) -> dict[str, torc
     found: dict[str, torch.Tensor] = {}
     for name in told:
         count, sizes = int(graph.constants[f"{ABSENT}.{name}"]), _sizes(nodes[name])
+        if name == PICTURES_AT:
+            # It has an entry for each token, though a trace may not tie their sizes.
+            found[name] = torch.zeros(embeds.shape[:2], dtype=_dtype(nodes[name]), device=embeds.device)
+            continue
         # What has a row for every picture of a prompt comes first.
         free = [count * len(embeds) if axis == 0 else count for axis in range(len(sizes))]
         shape = [
