@@ -182,7 +182,8 @@ class CompiledVLM:
         Args:
             inputs: model inputs of `generate`, without generation settings.
         Returns:
-            layer -> i64[B, N], positions in the prompt, ascending; -1 in slots without a token.
+            layer -> i64[B, N], positions in the prompt, ascending; -1 in slots without a token. Where what
+            cross-attention reads is cut, -1 -> the numbers of its rows that are kept.
         """
         return self.machine.kept_tokens(inputs)
 

@@ -70,10 +70,13 @@ def rows_of_states(
         return {}
     states = dict(named_tensors(call.inputs))[path]
     ids, rows = prompt.get(IDS), states.flatten(0, -2)
-    # An encoder of prompt and pictures may be in the tower's place.
-    towers = [each for each in recording.calls if each.component in PICTURE_PARTS and each.inputs.get(IDS) is None]
-    if any(_same_rows([tensor], rows) for tower in towers for _, tensor in named_tensors(tower.output)):
-        return {STATES_OF: PICTURES}
+    for part in PICTURE_PARTS:
+        # An encoder of prompt and pictures may be in the tower's place.
+        with_text = any(each.component == part and each.inputs.get(IDS) is not None for each in recording.calls)
+        made = [] if with_text else _results(recording, part)
+        for name in made[0] if made else ():
+            if all(name in each for each in made) and _same_rows([each[name] for each in made], rows):
+                return {STATES_OF: PICTURES}
     if prompt.get(DECODER_IDS) is None:
         return {}
     if ids is None:

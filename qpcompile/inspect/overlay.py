@@ -79,6 +79,12 @@ def overlays(machine: Machine, processor: Any, samples: Iterable[Sample]) -> lis
             where="report samples",
             do="compile with processor=..., or write the report without samples",
         )
+    if states := next((cut.states for cut in machine.program.plan.cuts if cut.states is not None), None):
+        raise CalibrationError(
+            f"kept tokens are drawn on the picture tokens of a prompt, and those of this model are rows of {states}",
+            where="report samples",
+            do="write the report without samples; compiled.kept_tokens(**inputs) has the numbers",
+        )
     return [_overlay(machine, processor, *sample, f"report sample {number}") for number, sample in enumerate(samples)]
 
 

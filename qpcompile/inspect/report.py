@@ -18,6 +18,7 @@ from qpcompile.inspect.overlay import ANSWER_TOKENS, Overlay, Sample, overlays
 from qpcompile.inspect.schedule import profile_svg, schedule_svg
 from qpcompile.inspect.side_by_side import SHOWN, Row, SideBySide
 from qpcompile.inspect.tables import error_tables, kernel_rows, left_out_rows, pass_rows, settings, site_rows
+from qpcompile.ir.names import CROSS_KEPT, STATE
 from qpcompile.ir.near_miss import NEAR_MISSES
 from qpcompile.ir.pass_manager import PASS_RUNS
 from qpcompile.ir.program import PREFILL, Program
@@ -94,6 +95,7 @@ def report_html(
         passes=pass_rows(steps, program.history),
         schedule={"svg": schedule_svg(plan, visual), "note": _schedule_note(plan, visual, known), "visual": visual},
         cuts=plan.cuts,
+        waived=plan.waived,
         choice=plan.choice,
         chosen=how_chosen(plan.choice) if plan.choice else "",
         prices=price_rows(plan.choice) if plan.choice else [],
@@ -243,6 +245,11 @@ def _schedule_note(plan: Plan, visual: int, known: bool) -> str:
     )
     if not plan.cuts:
         return f"Visual tokens that each layer computes on, for {size}. No tokens are dropped."
+    if plan.cuts[0].states is not None:
+        return (
+            f"Visual tokens that layers with cross-attention read, for {size}: rows of {plan.cuts[0].states}. Text is "
+            "always kept."
+        )
     return f"Visual tokens that each layer computes on, for {size}. Text tokens are always kept."
 
 
@@ -252,7 +259,9 @@ def _graphs(program: Program) -> list[dict[str, Any]]:
     names, text = layer_names(graph), graph_text(graph)
     by_index = {name.rsplit(".", 1)[-1]: name for name in names}
     chosen = {names[-1]: "the last layer"}
-    if program.plan.cuts and (first := by_index.get(str(program.plan.cuts[0].layer + 1))):
+    of_states = [path.layer for path in graph.outputs if path.root == STATE and path.part == CROSS_KEPT]
+    starts = of_states or [cut.layer + 1 for cut in program.plan.cuts]
+    if starts and (first := by_index.get(str(starts[0]))):
         chosen = {first: "with the first cut before it"} | chosen
     return [
         {

@@ -21,9 +21,7 @@ def summary(program: Program, weight_bytes: int) -> list[tuple[str, str]]:
         *settings(plan),
     ]
     if plan.cuts:
-        places = ("before the decoder" if cut.layer < 0 else f"after layer {cut.layer}" for cut in plan.cuts)
-        shares = ", ".join(f"{cut.ratio:.1%} {place}" for cut, place in zip(plan.cuts, places, strict=True))
-        rows.append(("visual tokens kept", shares))
+        rows.append(("visual tokens kept", ", ".join(f"{cut.ratio:.1%} {cut.place}" for cut in plan.cuts)))
     agreement = "not measured" if plan.quality is None else verdict(plan.quality)
     return [*rows, ("agreement with full precision", agreement)]
 

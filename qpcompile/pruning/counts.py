@@ -21,8 +21,9 @@ def slots(point: Point, total: fx.Node, smallest: fx.Node) -> fx.Node:
     stays, _ = _stays(point, total, smallest)
     if point.surplus is not None:
         stays = point.call(operator.add, stays, point.surplus)
-    # A fresh symbol: shapes after the cut take half as long to compute as with the quotient it replaces.
-    stays.meta["val"] = new_size(point.graph, f"kept.{point.layer}.size", value(stays).node.hint)
+    # A fresh symbol: shapes after the cut take half as long to compute as with the quotient it replaces. Sizes below 2
+    # would be numbers.
+    stays.meta["val"] = new_size(point.graph, f"kept.{point.layer}.size", max(2, value(stays).node.hint))
     return stays
 
 

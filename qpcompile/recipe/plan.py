@@ -62,6 +62,13 @@ class Cut(Section):
         """Tokens that stay of `visual` tokens: ceil(visual * ratio) in integers."""
         return -(-visual * self.numerator // self.denominator)
 
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        if self.states is not None:
+            return f"of {self.states}, before the decoder"
+        return "before the decoder" if self.layer < 0 else f"after layer {self.layer}"
+
 
 KEPT = "kept"
 

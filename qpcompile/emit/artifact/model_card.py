@@ -98,6 +98,8 @@ def _tokens(plan: Plan) -> str:
         return "All visual tokens are kept in every layer."
     rows = [f"| {cut.layer} | {cut.ratio:.4f} | {cut.kept(576)} of 576 |" for cut in plan.cuts]
     table = ["| after layer | share kept | for example |", "| --- | --- | --- |", *rows]
+    if plan.waived:
+        table += ["", "Not taken into account:", "", *(f"- {line}" for line in plan.waived)]
     if plan.choice is None:
         return "\n".join(table)
     prices = [f"| {' | '.join(row)} |" for row in price_rows(plan.choice)]

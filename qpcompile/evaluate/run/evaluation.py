@@ -93,7 +93,8 @@ class Subject:
         weights = sum(_bytes(tensor, not name.endswith("_scale")) for name, tensor in stored.items())
 
         def kept(inputs: dict[str, Any]) -> Mapping[int, torch.Tensor]:
-            return compiled.kept_tokens(**inputs) if compiled.plan.cuts else {}
+            of_prompt = compiled.plan.cuts and compiled.plan.cuts[0].states is None
+            return compiled.kept_tokens(**inputs) if of_prompt else {}
 
         return cls(compiled.generate, processor, compiled.config, compiled.plan, weights, cache_bytes, kept)
 
