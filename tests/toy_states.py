@@ -41,7 +41,9 @@ class Layer(nn.Module):
         super().__init__()
         self.cross_attn = Cross(numbered)
 
-    def forward(self, x: Tensor, states: Tensor | None, cached: tuple[Tensor, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, states: Tensor | None, cached: tuple[Tensor, ...], mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
         key, value = self.cross_attn.store(states, x.shape[0]) if states is not None else cached
         return self.cross_attn(x, key, value, mask), key, value
 
@@ -60,7 +62,9 @@ class Decoder(nn.Module):
         torch.manual_seed(0)
         self.layers = nn.ModuleList([Layer(numbered) for _ in range(2)])
 
-    def run(self, x: Tensor, states: Tensor | None, cached: tuple[Tensor, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
+    def run(
+        self, x: Tensor, states: Tensor | None, cached: tuple[Tensor, ...], mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
         kept: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             x, *new = layer(x, states, cached[2 * number : 2 * number + 2], mask)
@@ -95,7 +99,12 @@ class Decode(Decoder):
         past_states_1_cross_key: Tensor,
         past_states_1_cross_value: Tensor,
     ) -> tuple[Tensor, ...]:
-        cached = (past_states_0_cross_key, past_states_0_cross_value, past_states_1_cross_key, past_states_1_cross_value)
+        cached = (
+            past_states_0_cross_key,
+            past_states_0_cross_value,
+            past_states_1_cross_key,
+            past_states_1_cross_value,
+        )
         for each in cached:
             torch._check(each.shape[2] == states_mask.shape[-1])
         mask = wide_mask(states_mask, 1) if states_mask.ndim == 2 else states_mask

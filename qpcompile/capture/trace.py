@@ -147,9 +147,9 @@ def _dynamic_axes(arguments: dict[str, Any]) -> dict[str, Any]:
     if embeds is not None:
         for key, value in arguments.items():
             # Features of pictures have the channels of embeddings, too.
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3:
-                if value.shape[-1] == embeds.shape[-1]:
-                    axes[key].pop(2)
+            is_rows = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3
+            if is_rows and value.shape[-1] == embeds.shape[-1]:
+                axes[key].pop(2)
     if CACHE_ARGUMENT in axes:
         cached = [name for name, _ in named_tensors(arguments[CACHE_ARGUMENT])]
         for name, tensor in zip(cached, axes[CACHE_ARGUMENT], strict=True):

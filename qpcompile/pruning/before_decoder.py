@@ -10,7 +10,6 @@ from qpcompile.ir.program import Program
 from qpcompile.pruning.pruner import INPUT, Point, Schedule
 from qpcompile.recipe.recipe import Recipe
 
-
 NO_TEXT = "relevance: there is no text among the states, so all are equally relevant"
 
 

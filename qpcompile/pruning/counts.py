@@ -1,7 +1,7 @@
 """How many rows a cut keeps, as nodes of a graph: the slots of a batch, and the quota of each of its rows.
 
-    slots   N = S - (V - ceil(V * ratio))         V: the smallest number of visual tokens of a row, a size
-    quota   n_b = text_b + ceil(V_b * ratio)      V_b: the row's own
+slots   N = S - (V - ceil(V * ratio))         V: the smallest number of visual tokens of a row, a size
+quota   n_b = text_b + ceil(V_b * ratio)      V_b: the row's own
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
       %states = aten::gather(%states, 1, %i)
       %mask = aten::mul(aten::index(%mask, [%rows, %i]), %a)
 
-What is computed from states or from their masks earlier is moved after the cut, so that all of it sees N states in place
-of V: keys, values and masks of every layer are shorter, and so is what decoding reads. The numbers of the kept states,
-and which slots hold one, are cached beside the keys: past_states.L.cross.kept and .alive. Text is always kept.
+What is computed from states or from their masks earlier is moved after the cut, so that all of it sees N states in
+place of V: keys, values and masks of every layer are shorter, and so is what decoding reads. The numbers of the kept
+states, and which slots hold one, are cached beside the keys: past_states.L.cross.kept and .alive. Text is always kept.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def cut_states_decode(graph: Graph) -> None:
 
 def _reads_other_axis(node: fx.Node, axis: int | None) -> bool:
     """Whether a node reads the size of another axis than the one that is cut; None: all sizes change."""
-    return axis is not None and is_call(node, aten.sym_size.int) and node.args[1] != axis
+    return axis is not None and is_call(node, aten.sym_size.int) and bool(node.args[1] != axis)
 
 
 def _earlier(graph: Graph, before: fx.Node, readers: set[fx.Node]) -> list[fx.Node]:
@@ -177,7 +177,9 @@ def _alive(
         else:
             raise _cannot(graph, path, f"its shape {tuple(tensor.shape)} is not that of a mask")
         places = [_rows(graph, before, batch, mask), _columns(graph, before, total, mask)]
-        alive = call(graph, before, aten.bitwise_and.Tensor, alive, call(graph, before, aten.index.Tensor, seen, places))
+        alive = call(
+            graph, before, aten.bitwise_and.Tensor, alive, call(graph, before, aten.index.Tensor, seen, places)
+        )
     return alive
 
 

@@ -192,7 +192,9 @@ class Plan(Section):
         default=(), strict=False, description="Layers after which tokens may be cut."
     )
     waived: tuple[str, ...] = Field(
-        default=(), strict=False, description="What the method's choice of layers, or its score, could not take into account."
+        default=(),
+        strict=False,
+        description="What the method's choice of layers, or its score, could not take into account.",
     )
     facts: tuple[LayerFacts, ...] = Field(default=(), strict=False, description="Measurements per layer.")
     sensitivity: tuple[Sensitivity, ...] = Field(

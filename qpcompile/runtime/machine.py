@@ -306,8 +306,8 @@ class Machine:
         if known is None or known.shape[1] != count or rows % len(known):
             given = "unknown" if known is None else f"{list(known.shape)}"
             raise InputError(
-                f"the encoder gave {count} states for each of {rows} rows, and its prompt is {given}: which of them are "
-                "of pictures is not known",
+                f"which states of the encoder are of pictures is not known: each of {rows} rows has {count}, and the "
+                f"prompt is {given}",
                 where=cuts[0].states,
                 do="give the prompt's input_ids, with the picture tokens of the processor",
             )

@@ -15,7 +15,7 @@ from qpcompile.errors import CalibrationError
 from qpcompile.ir.program import PREFILL, Graph
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import Machine
-from qpcompile.runtime.prepare import ABSENT, absent_inputs
+from qpcompile.runtime.prepare import ABSENT, PICTURES_AT, absent_inputs
 
 EMBEDS = torch.ones(3, 4, 8)
 
@@ -46,8 +46,22 @@ def test_nothing_stands_for_what_was_not_told_or_is_there_in_part() -> None:
     assert absent_inputs(decoder(1), {"inputs_embeds": EMBEDS, "seen": torch.ones(3, 4, 1)}, 0) == {}
 
 
+class Marking(nn.Module):
+    """A decoder that is told which tokens stand for pictures, by a mask whose sizes a trace does not tie to tokens."""
+
+    def forward(self, inputs_embeds: Tensor, image_embeds_position_mask: Tensor) -> Tensor:
+        return inputs_embeds + image_embeds_position_mask.sum()
+
+
+def test_a_mask_of_picture_tokens_has_an_entry_for_each_token() -> None:
+    graph = traced(Marking(), {"inputs_embeds": torch.ones(2, 5, 8), PICTURES_AT: torch.ones(3, 6, dtype=torch.long)})
+    graph.constants |= {f"{ABSENT}.{PICTURES_AT}": 0}
+    (found,) = absent_inputs(graph, {"inputs_embeds": EMBEDS}, 0).values()
+    assert found.shape == (3, 4) and found.dtype == torch.int64 and not bool(found.any())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [("granite4_vision", 0), ("mllama", 1)])
+@pytest.mark.parametrize(("name", "count"), [("granite4_vision", 0), ("mllama", 1), ("kosmos-2.5", 0)])
 def test_text_alone_is_answered_as_by_the_model(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "zoo"), *sys.path])
     from models import build  # pyright: ignore[reportMissingImports]

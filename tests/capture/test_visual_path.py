@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toy_states import CHANNELS, states_prefill
 
 from qpcompile.capture.record import Call, Recording
-from qpcompile.capture.visual_path import visual_path
+from qpcompile.capture.visual_path import rows_of_states, visual_path
 from qpcompile.pruning.visual_rows import OUTPUT, SKIPPED
+from qpcompile.runtime.prepare import PICTURES, PROMPT, STATES_OF
 
 IMAGE = 9
 IDS = torch.tensor([[1, IMAGE, IMAGE, IMAGE, 2], [0, 1, 3, IMAGE, 2]])
@@ -71,3 +73,38 @@ def test_a_decoder_without_embeddings_or_of_another_length_has_none() -> None:
     assert visual_path(recording, IDS[:, 1:], torch.tensor([IMAGE])) == {}
     recording.calls[-1].inputs.clear()
     assert path(recording) == {}
+
+
+STATES = torch.randn(2, 5, CHANNELS)
+DECODED = {"decoder_input_ids": torch.ones(2, 3, dtype=torch.long)}
+
+
+def states_of(prompt: dict[str, Tensor], *calls: Call) -> str | None:
+    """What the states of a decoder are taken to be of."""
+    recording = Recording({}, [*calls, Call("language", {"inputs_embeds": torch.ones(2, 3, 8), "states": STATES})])
+    return rows_of_states(states_prefill(None), recording, prompt, torch.tensor([IMAGE])).get(STATES_OF)
+
+
+def test_states_that_a_tower_made_are_of_pictures() -> None:
+    parts = [Call("vision", {}, {"pooled": torch.randn(1, CHANNELS), "last": part}) for part in STATES]
+    assert states_of({"input_ids": IDS}, *parts) == PICTURES
+    assert states_of({"input_ids": IDS}, *parts[:1]) is None
+    assert states_of({"input_ids": IDS}, *reversed(parts)) is None
+    assert states_of({"input_ids": IDS}, Call("projector", {}, STATES.view(10, CHANNELS))) == PICTURES
+
+
+def test_states_of_an_encoder_are_of_its_prompt() -> None:
+    assert states_of({"input_ids": IDS} | DECODED) == PROMPT
+    # An encoder of prompt and pictures gives the states themselves.
+    encoder = Call("vision", {"input_ids": IDS}, {"last_hidden_state": STATES})
+    assert states_of({"input_ids": IDS} | DECODED, encoder) == PROMPT
+
+
+def test_states_are_of_pictures_where_there_is_nothing_else() -> None:
+    assert states_of(DECODED) == PICTURES
+
+
+@pytest.mark.parametrize("ids", [IDS[:, 1:], torch.ones_like(IDS)])
+def test_states_of_unknown_rows(ids: Tensor) -> None:
+    """A row for each token is missing, or no token is of a picture."""
+    assert states_of({"input_ids": ids} | DECODED) is None

@@ -113,7 +113,9 @@ def _encoded_scores(point: Point, encoded: Encoded, weights: Sequence[float], no
     """f32[B, V]: of states: the sum without intra, inter by the attention of the first layer that reads them."""
     inter, magnitude, _, residual = weights
     nothing = _Rounding(point.hidden(), False, 0, 1.0, 4)
-    scores = _one_term(point, point.hidden(), rounding_of(point) if residual else nothing, magnitude, residual, normalize)
+    scores = _one_term(
+        point, point.hidden(), rounding_of(point) if residual else nothing, magnitude, residual, normalize
+    )
     if not inter or encoded.attention is None:
         return scores
     mass = point.call(aten.unsqueeze.default, received(point, encoded.attention, encoded.queries), 2)
@@ -123,7 +125,13 @@ def _encoded_scores(point: Point, encoded: Encoded, weights: Sequence[float], no
 
 
 def _one_term(
-    point: Point, hidden: fx.Node, rounding: _Rounding, magnitude: float, residual: float, normalize: str, sinks: bool = True
+    point: Point,
+    hidden: fx.Node,
+    rounding: _Rounding,
+    magnitude: float,
+    residual: float,
+    normalize: str,
+    sinks: bool = True,
 ) -> fx.Node:
     """f32[B, V]: magnitude and residual alone, which need no attention."""
     tokens = point.recipe.tokens
