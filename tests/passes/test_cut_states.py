@@ -22,6 +22,7 @@ from toy_states import (
     states_prefill,
 )
 
+from qpcompile.emit.artifact.agreement import of_states
 from qpcompile.errors import PlanError
 from qpcompile.ir.program import DECODE, PREFILL, Graph, Program
 from qpcompile.ir.text import graph_text
@@ -257,6 +258,23 @@ def test_the_plan_says_what_is_cut() -> None:
     assert (cut.layer, cut.ratio, cut.states, cut.place) == (-1, 0.3, "states", "of states, before the decoder")
     assert program.plan.candidate_layers == ()
     assert [line.partition(":")[0] for line in program.plan.waived] == ["layers", "intra", "queries"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"states": None}, "its cut of states is not that of the graphs"),
+        ({"states": "pixels"}, "no cut of pixels"),
+        ({"layer": 0}, "no cut of states"),
+    ],
+)
+def test_a_folder_with_another_cut_contradicts_itself(changes: dict[str, Any], reason: str | None) -> None:
+    program = planned(states_prefill(PICTURES, Unmasked), states_decode())
+    InsertTokenCuts().run(program)
+    program.plan = program.plan.changed(cuts=tuple(cut.model_copy(update=changes) for cut in program.plan.cuts))
+    found = [what for _, what in of_states(program)]
+    assert not found if reason is None else len(found) == 1 and reason in found[0]
 
 
 def test_layers_are_not_measured() -> None:

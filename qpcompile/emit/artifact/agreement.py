@@ -13,15 +13,17 @@ from qpcompile.emit.artifact.folder import AGAIN
 from qpcompile.emit.artifact.manifest import Manifest
 from qpcompile.emit.artifact.names import GRAPHS
 from qpcompile.errors import ArtifactError
-from qpcompile.ir.names import CACHE, STATE
+from qpcompile.ir.names import CACHE, CROSS_ALIVE, CROSS_KEPT, STATE
 from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program, component_of
 from qpcompile.ir.type_check import MOST_MADE
-from qpcompile.ir.types import TYPE, UNKNOWN, ValueType
+from qpcompile.ir.types import TYPE, UNKNOWN, ValueType, value_types
 from qpcompile.runtime.fixed_values import VALUES
 from qpcompile.runtime.machine import ALIVE, KEPT
 from qpcompile.runtime.prepare import ABSENT
 
 EMBEDS = "inputs_embeds"
+# What is cached of the states that were kept.
+CROSS_DTYPES = {CROSS_KEPT: torch.int64, CROSS_ALIVE: torch.bool}
 
 
 def check_counts(config: PreTrainedConfig, layers: int) -> None:
@@ -59,6 +61,7 @@ def _contradictions(program: Program, manifest: Manifest) -> Iterator[tuple[str,
     for name, graph in program.graphs.items():
         yield from ((f"graph/{name}.json", what) for what in _of_graph(name, graph, program))
     yield from _of_cache(program)
+    yield from of_states(program)
     embeds = _type(program.graphs[PREFILL], EMBEDS)
     if embeds.is_known and embeds.dtype != getattr(torch, manifest.dtype):
         yield "manifest.json, dtype", f"the decoder takes {embeds}"
@@ -109,6 +112,20 @@ def _of_cache(program: Program) -> Iterator[tuple[str, str]]:
     if left != taken or left != kept:
         odd = sorted(left ^ taken) or sorted(left ^ kept)
         yield "graph/decode.json", f"prefill and decode disagree on the cache: {odd[0]}"
+
+
+def of_states(program: Program) -> Iterator[tuple[str, str]]:
+    """A cut of the states of cross-attention must be one that prefill and decode have."""
+    prefill, decode, cuts = program.graphs[PREFILL], program.graphs[DECODE], program.plan.cuts
+    types = value_types(decode)
+    cached = [(path, CROSS_DTYPES[path.part]) for path in decode.inputs if path.part in CROSS_DTYPES]
+    if any(types[decode.placeholder(path)].dtype != dtype for path, dtype in cached):
+        yield "graph/decode.json", "the states that were kept are of another type"
+    states = [cut.states for cut in cuts if cut.states is not None]
+    if len(cached) != (len(CROSS_DTYPES) if states else 0):
+        yield "plan.yaml", "its cut of states is not that of the graphs"
+    if states and (len(cuts) != 1 or cuts[0].layer != -1 or states[0] not in prefill.inputs):
+        yield "plan.yaml", f"the prefill graph has no cut of {states[0]}"
 
 
 def _type(graph: Graph, path: str) -> ValueType:
