@@ -107,5 +107,5 @@ def _same_rows(parts: Sequence[torch.Tensor], rows: torch.Tensor) -> bool:
     """Whether the rows of `parts` are `rows: f[N, C]` in order, up to a factor that models may apply."""
     if any(part.ndim < 2 or part.shape[-1] != rows.shape[1] for part in parts):
         return False
-    found = torch.cat([part.flatten(0, -2) for part in parts]).to(rows)
-    return found.shape == rows.shape and bool((torch.cosine_similarity(found, rows) > 0.999).all())
+    found = torch.cat([part.flatten(0, -2) for part in parts]).to(rows.device, torch.float32)
+    return found.shape == rows.shape and bool((torch.cosine_similarity(found, rows.float()) > 0.999).all())

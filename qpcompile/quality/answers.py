@@ -119,7 +119,8 @@ def _generate(
     if given is not None:
         wanted["logits_processor"] = LogitsProcessorList([_Given(given)])
     result = machine.generate(**{**sample, **plain_settings(machine.host), **wanted})
-    return result.sequences[:, sample["input_ids"].shape[1] :], list(result.logits)
+    # What stands before the answer is the prompt, or of a model with an encoder the decoder's own first token.
+    return result.sequences[:, -len(result.logits) :], list(result.logits)
 
 
 def _ends(machine: Machine) -> torch.Tensor:

@@ -17,7 +17,8 @@ from qpcompile.ir.program import Graph, Program
 from qpcompile.progress import track
 from qpcompile.quality.answers import Agreement, Answer, answer, compare, free_answer
 from qpcompile.recipe.plan import Example, Loss, Quality
-from qpcompile.runtime.machine import Execute, Machine
+from qpcompile.runtime.machine import Execute, Machine, visual_tokens
+from qpcompile.runtime.model_inputs import IDS
 from qpcompile.runtime.placement import PlacedInterpreter, Placement, run_placed
 
 # Answers of both models that are shown side by side, and the characters of each.
@@ -109,8 +110,9 @@ class QualityMeter:
             if place in chosen:
                 full = self._full[place].tokens
                 ours = free_answer(machine, sample, full.shape[1])
-                words = sample["input_ids"][:1] != machine.host.config.image_token_id
-                prompt = self._text(sample["input_ids"][:1][words][None])
+                ids = sample.get(IDS, torch.empty(1, 0, dtype=torch.int64))[:1]
+                words = ~torch.isin(ids, visual_tokens(machine.host.config).to(ids.device))
+                prompt = self._text(ids[words][None])
                 made[place] = Example(prompt=prompt, full=self._text(full), compiled=self._text(ours))
         return tuple(made[place] for place in order[:SHOWN])
 

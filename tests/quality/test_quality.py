@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,15 @@ def test_sums_are_those_of_generation(compiled: CompiledVLM, model: tuple[Any, l
     assert quality.equal_answers == equal
     assert [loss.cause for loss in quality.losses] == ["token cuts", "weights", "activations", "cache"]
     assert quality.losses[-1].divergence == quality.divergence > 0
+
+
+@pytest.mark.parametrize("inputs", [{"pixel_values": torch.ones(1, 2)}, {"input_ids": torch.ones(1, 9).long()}])
+def test_an_answer_is_what_has_logits(inputs: dict[str, torch.Tensor]) -> None:
+    """A model with an encoder returns its decoder's first token and the answer; its prompt has another length."""
+    found = SimpleNamespace(sequences=torch.tensor([[7, 1, 2, 3]]), logits=[torch.ones(1, 5)] * 3)
+    host = SimpleNamespace(generation_config=SimpleNamespace())
+    machine: Any = SimpleNamespace(host=host, generate=lambda **_: found)
+    assert free_answer(machine, inputs, 3).tolist() == [[1, 2, 3]]
 
 
 def test_a_model_agrees_with_itself(compiled: CompiledVLM, model: tuple[Any, list[dict[str, torch.Tensor]]]) -> None:

@@ -90,7 +90,7 @@ def test_text_is_as_written_here() -> None:
         "facts: []\n"
         "sensitivity: []\n"
         "cuts:\n"
-        "- {layer: 0, ratio: 0.3, numerator: 3000, denominator: 10000, score: null}\n"
+        "- {layer: 0, ratio: 0.3, numerator: 3000, denominator: 10000, score: null, states: null}\n"
         "choice: null\n"
         "sites:\n"
         "- {graph: prefill, name: fc, weight_bits: 4, activation_bits: 16, cache_bits: null, error: 1.0e-07, "
