@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from qpcompile.capture.record import Recording
+from qpcompile.capture.sample import PICTURES as PIXELS
 from qpcompile.ir.program import Graph
 from qpcompile.ir.structure import named_tensors
-from qpcompile.pruning.states import states_input
+from qpcompile.pruning.states import find_inner, inner_sources, states_input
 from qpcompile.pruning.visual_rows import OUTPUT, SKIPPED
 from qpcompile.runtime.model_inputs import DECODER_IDS, IDS
 from qpcompile.runtime.prepare import PICTURES, PROMPT, STATES_OF
@@ -66,6 +67,9 @@ def rows_of_states(
     them from; they are of the encoder's prompt if it has picture tokens, and each of its tokens a state.
     """
     path, call = states_input(prefill), recording.first("language")
+    if path is None and (inner := find_inner(prefill)) is not None:
+        sources = inner_sources(prefill, inner)
+        return {STATES_OF: PICTURES} if all(name.startswith(PIXELS) for name in sources) else {}
     if path is None or call is None:
         return {}
     states = dict(named_tensors(call.inputs))[path]

@@ -23,14 +23,14 @@ from qpcompile.errors import PlanError
 from qpcompile.ir.attention import read_attention
 from qpcompile.ir.edit import aten, call, count_up, first_node_of_layer, is_call, tidy
 from qpcompile.ir.liveness import Selection, gather, mask_dead
-from qpcompile.ir.names import CROSS, CROSS_ALIVE, CROSS_KEPT, STATE, Name, state
+from qpcompile.ir.names import CROSS, CROSS_ALIVE, CROSS_KEPT, STATE, state
 from qpcompile.ir.operators import SELECT_TOKENS
 from qpcompile.ir.program import Graph
 from qpcompile.ir.rematerialize import rematerialize
 from qpcompile.ir.shapes import add_input, add_output, fake_mode, new_size, propagate, same, value
 from qpcompile.pruning.counts import rows_quota, slots, surplus
 from qpcompile.pruning.pruner import Encoded, Point, Scorer
-from qpcompile.pruning.states import States, attention_over, cached_keys, entries
+from qpcompile.pruning.states import Inner, States, attention_over, cached_keys, entries, find_inner
 from qpcompile.recipe.plan import Cut
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import COUNT, VALID, VISUAL
@@ -42,13 +42,17 @@ EXAMPLE_VISUAL, EXAMPLE_SLOTS = 3, 11
 
 def cut_states(graph: Graph, states: States, cut: Cut, recipe: Recipe, pruner: Scorer) -> None:
     """Insert the cut into a prefill graph. Raises PlanError where something beside the states cannot be shortened."""
-    before, source = first_node_of_layer(graph, states.layer), graph.placeholder(states.path)
-    beside = [(path, axis) for path, axis in entries(graph, [states.count]) if path != states.path]
+    if states.inner is not None:
+        before, source, readers = _first(graph, states.inner), states.inner.rows, _inner_readers(states.inner)
+        beside, is_flat = _inner_masks(states.inner), False
+    else:
+        before, source = first_node_of_layer(graph, states.layer), graph.placeholder(states.path)
+        beside = {graph.placeholder(path): axis for path, axis in entries(graph, [states.count]) if path != states.path}
+        is_flat = not same(value(source).shape[1], states.count)
+        axes = {source: None if is_flat else 1} | beside
+        readers = [(node, read) for read in axes for node in read.users if not _reads_other_axis(node, axes[read])]
     if states.of == PROMPT and not beside:
-        raise _cannot(graph, states.path, "no mask could hide the slots of a row that keeps fewer than another")
-    is_flat = not same(value(source).shape[1], states.count)
-    axes = {source: None if is_flat else 1} | {graph.placeholder(path): axis for path, axis in beside}
-    readers = [(node, read) for read in axes for node in read.users if not _reads_other_axis(node, axes[read])]
+        raise _cannot(graph, source, "no mask could hide the slots of a row that keeps fewer than another")
     moved = _earlier(graph, before, {node for node, _ in readers})
     marks = _add_marks(graph, states)
     batch = call(graph, before, aten.sym_size.int, graph.placeholder(EMBEDDINGS), 0)
@@ -70,7 +74,10 @@ def cut_states(graph: Graph, states: States, cut: Cut, recipe: Recipe, pruner: S
     index, filled = (point.call(operator.getitem, pair, place) for place in (0, 1))
     selection = Selection(index, filled, stays, batch)
     shorter = {source: gather(graph, before, rows, [1], selection)}
-    shorter |= {graph.placeholder(path): _shortened(graph, before, path, axis, selection) for path, axis in beside}
+    shorter |= {node: _shortened(graph, before, node, axis, selection) for node, axis in beside.items()}
+    if states.inner is not None:
+        readers += states.inner.sizes
+        shorter |= {size: stays for _, size in states.inner.sizes}
     for node in moved:
         before.prepend(node)
     for node, read in readers:
@@ -84,32 +91,54 @@ def cut_states(graph: Graph, states: States, cut: Cut, recipe: Recipe, pruner: S
 def cut_states_decode(graph: Graph) -> None:
     """Shorten what a decode graph reads beside the caches of cross-attention, which prefill gives it cut."""
     cached = [graph.placeholder(path) for path in graph.inputs if path.root == STATE and path.part.startswith(CROSS)]
-    beside = [
-        (path, axis)
-        for path, axis in entries(graph, [value(node).shape[2] for node in cached])
-        if graph.placeholder(path).users
-    ]
+    inner = find_inner(graph) if not cached else None
+    found = entries(graph, [value(node).shape[2] for node in cached])
+    beside = {graph.placeholder(path): axis for path, axis in found if graph.placeholder(path).users}
+    readers = [(node, read) for read in beside for node in read.users if not _reads_other_axis(node, beside[read])]
+    if inner is not None:
+        beside, readers = {inner.rows: 1} | _inner_masks(inner), _inner_readers(inner)
     batch, count = value(graph.placeholder(EMBEDDINGS)).shape[0], new_size(graph, CROSS_KEPT, EXAMPLE_SLOTS)
     with fake_mode(graph):
         for node in cached:
             given, sizes = value(node), list(value(node).shape)
             node.meta["val"] = given.new_empty((*sizes[:2], count, *sizes[3:]))
-    layer = cached_keys(graph.inputs)[0].layer
+    layer = cached_keys(graph.inputs)[0].layer if cached else 0
     kept = add_input(graph, state(layer, CROSS_KEPT), (batch, count), torch.int64)
     alive = add_input(graph, state(layer, CROSS_ALIVE), (batch, count), torch.bool)
-    first = next(node for node in graph.nodes if node.op == "call_function")
+    first = next(node for node in graph.nodes if node.op == "call_function") if inner is None else _first(graph, inner)
     rows, stays = (call(graph, first, aten.sym_size.int, kept, axis) for axis in (0, 1))
     selection = Selection(kept, alive, stays, rows)
-    for path, axis in beside:
-        node = graph.placeholder(path)
-        readers = [user for user in node.users if not _reads_other_axis(user, axis)]
-        short = _shortened(graph, first, path, axis, selection)
-        for reader in readers:
-            reader.replace_input_with(node, short)
+    shorter = {node: _shortened(graph, first, node, axis, selection) for node, axis in beside.items()}
+    if inner is not None:
+        readers += inner.sizes
+        shorter |= {size: stays for _, size in inner.sizes}
+    for node, read in readers:
+        node.replace_input_with(read, shorter[read])
     add_output(graph, state(layer, CROSS_KEPT), kept)
     add_output(graph, state(layer, CROSS_ALIVE), alive)
     propagate(graph)
     tidy(graph)
+
+
+def _first(graph: Graph, inner: Inner) -> fx.Node:
+    """The first node that reads states which the graph computes. What it reads of masks is there before it."""
+    nodes = graph.nodes
+    first = min(inner.readers, key=nodes.index)
+    if late := [node for node in _inner_masks(inner) if nodes.index(node) > nodes.index(first)]:
+        raise _cannot(graph, late[0], "it is computed after the keys")
+    return first
+
+
+def _inner_masks(inner: Inner) -> dict[fx.Node, int]:
+    """The masks of attention over states that the graph computes, and their axis of states."""
+    masks = (read_attention(node).mask for node in inner.attention)
+    return {mask: 3 for mask in masks if mask is not None}
+
+
+def _inner_readers(inner: Inner) -> list[tuple[fx.Node, fx.Node]]:
+    """Each node that reads such states for attention, or such a mask in it, with what it reads."""
+    masks = ((node, read_attention(node).mask) for node in inner.attention)
+    return [*((node, inner.rows) for node in inner.readers), *((node, mask) for node, mask in masks if mask is not None)]
 
 
 def _reads_other_axis(node: fx.Node, axis: int | None) -> bool:
@@ -156,13 +185,12 @@ def _alive(
     rows: fx.Node,
     batch: fx.Node,
     total: fx.Node,
-    beside: list[tuple[Name, int]],
+    beside: dict[fx.Node, int],
     queries: fx.Node | None,
 ) -> fx.Node:
     """The states that some token sees, bool[B, V]: others are padding, or of pictures that are missing."""
     alive = call(graph, before, aten.ones.default, [batch, total], dtype=torch.bool, device=value(rows).device)
-    for path, axis in beside:
-        mask = graph.placeholder(path)
+    for mask, axis in beside.items():
         tensor = value(mask)
         if tensor.ndim == 2 and axis == 1 and not tensor.is_floating_point():
             seen = call(graph, before, aten.ne.Scalar, mask, 0)
@@ -175,7 +203,7 @@ def _alive(
                 seen = call(graph, before, aten.bitwise_and.Tensor, seen, among)
             seen = call(graph, before, aten.any.dim, call(graph, before, aten.any.dim, seen, 2), 1)
         else:
-            raise _cannot(graph, path, f"its shape {tuple(tensor.shape)} is not that of a mask")
+            raise _cannot(graph, mask, f"its shape {tuple(tensor.shape)} is not that of a mask")
         places = [_rows(graph, before, batch, mask), _columns(graph, before, total, mask)]
         alive = call(
             graph, before, aten.bitwise_and.Tensor, alive, call(graph, before, aten.index.Tensor, seen, places)
@@ -217,9 +245,8 @@ def _encoded(
     return Encoded(rows, states.linear, attention, queries)
 
 
-def _shortened(graph: Graph, before: fx.Node, path: Name, axis: int, selection: Selection) -> fx.Node:
-    """An input with an entry for each state, of the kept ones; a mask of them hides slots without one."""
-    node = graph.placeholder(path)
+def _shortened(graph: Graph, before: fx.Node, node: fx.Node, axis: int, selection: Selection) -> fx.Node:
+    """A tensor with an entry for each state, of the kept ones; a mask of them hides slots without one."""
     tensor = value(node)
     if tensor.ndim == 2 and axis == 1 and not tensor.is_floating_point():
         places = [_rows(graph, before, selection.batch, node), selection.index]
@@ -227,18 +254,18 @@ def _shortened(graph: Graph, before: fx.Node, path: Name, axis: int, selection: 
         own = call(graph, before, aten.to.dtype, selection.alive, tensor.dtype)
         return call(graph, before, aten.mul.Tensor, short, own)
     if not same(tensor.shape[0], value(selection.batch)) or axis == 0:
-        raise _cannot(graph, path, f"its shape {tuple(tensor.shape)} has no batch axis")
+        raise _cannot(graph, node, f"its shape {tuple(tensor.shape)} has no batch axis")
     short = gather(graph, before, node, [axis], selection)
     if tensor.ndim == 4 and axis == 3:
         return mask_dead(graph, before, short, selection.alive, tensor.dtype)
     if tensor.ndim == 3 and axis == 1 and tensor.is_floating_point():
         return short
-    raise _cannot(graph, path, f"its shape {tuple(tensor.shape)} is not that of a mask")
+    raise _cannot(graph, node, f"its shape {tuple(tensor.shape)} is not that of a mask")
 
 
-def _cannot(graph: Graph, path: Name, reason: str) -> PlanError:
+def _cannot(graph: Graph, node: fx.Node, reason: str) -> PlanError:
     return PlanError(
-        f"{path}, which cross-attention reads, cannot be cut: {reason}",
+        f"{node.name}, which cross-attention reads, cannot be cut: {reason}",
         where=f"{graph.name}, tokens.method",
         do="write tokens.method none, and report this family",
     )

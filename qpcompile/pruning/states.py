@@ -4,12 +4,15 @@
               encoder_attention_mask : i64[B, V]       beside them: an entry for each state
     cached    past_states.0.cross.key : f[B, H, V, D]
 
-A graph reads states where it caches keys that decoding does not append to (qpcompile/capture/capture.py).
+A graph reads states where it caches keys that decoding does not append to (qpcompile/capture/capture.py), or where keys
+come from the inputs of pictures alone and are computed in every step:
+
+    prefill   view(tower of %pixel_values) : f[B, V, C]         decode   view(%image_encoder_embeddings) : f[B, V, C]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +32,32 @@ from qpcompile.runtime.prepare import EMBEDDINGS, PROMPT, STATES_OF
 
 
 @dataclass(frozen=True)
-class States:
-    """The states of a prefill graph: the input `path: f[rows, P, C]`.
+class Inner:
+    """States that a graph computes, `rows: f[B, V, C]`.
 
-    layer: the first layer that reads them; key: what it caches, f[B, H, V, D]; of: PICTURES or PROMPT.
+    attention: the nodes over them. readers: what reads them for keys and values. sizes: nodes on the way to these that
+    read V, and the size that they read.
+    """
+
+    rows: fx.Node
+    attention: tuple[fx.Node, ...]
+    readers: tuple[fx.Node, ...]
+    sizes: tuple[tuple[fx.Node, fx.Node], ...]
+
+
+@dataclass(frozen=True)
+class States:
+    """The states of a prefill graph: the input `path: f[rows, P, C]`, or what is computed from it.
+
+    layer: the first layer that reads them; key: its keys, f[B, H, V, D]; of: PICTURES or PROMPT. inner: where every step
+    computes keys from them.
     """
 
     path: Name
     layer: int
     key: fx.Node
     of: str
+    inner: Inner | None = None
 
     @property
     def count(self) -> Any:
@@ -48,7 +67,8 @@ class States:
     @property
     def linear(self) -> fx.Node:
         """What computes the keys from the states."""
-        found = [node for node in needed_for_tensors(self.key) if is_call(node, aten.linear.default)]
+        before = needed_for_tensors(self.inner.rows) if self.inner is not None else set[fx.Node]()
+        found = [node for node in needed_for_tensors(self.key) - before if is_call(node, aten.linear.default)]
         if len(found) != 1:
             raise PlanError(f"{len(found)} linears compute the keys of layer {self.layer}", where=self.path)
         return found[0]
@@ -88,7 +108,11 @@ def find_states(graph: Graph) -> States | None:
     """
     keys = cached_keys(graph.outputs)
     if not keys:
-        return None
+        inner = find_inner(graph) if STATES_OF in graph.constants else None
+        if inner is None:
+            return None
+        key = read_attention(inner.attention[0]).key
+        return States(inner_sources(graph, inner)[0], 0, key, str(graph.constants[STATES_OF]), inner)
     path = states_input(graph)
     if path is None:
         raise _cannot(graph, "it does not come from one input f[rows, P, C]")
@@ -100,6 +124,57 @@ def find_states(graph: Graph) -> States | None:
     if counted := _counted(graph, found):
         raise _cannot(graph, f"{counted.name} depends on the place of a row in {path}, which a cut changes")
     return found
+
+
+def find_inner(graph: Graph) -> Inner | None:
+    """The states that a graph computes itself, and keys and values from them in every step; None if there are none.
+
+    Attention is over them if its queries come from the prompt, and its keys from neither the prompt nor a cache.
+    """
+    named = {graph.placeholder(path): path for path in graph.inputs}
+    inside = {node for node, path in named.items() if path == EMBEDDINGS or path.in_cache or path.root == STATE}
+    found: list[fx.Node] = []
+    cones: list[set[fx.Node]] = []
+    for node in calls(graph, aten.scaled_dot_product_attention.default):
+        read = read_attention(node)
+        cone = needed_for_tensors(read.key) | needed_for_tensors(read.value)
+        given = {each for each in cone if each in named and value(each).is_floating_point()}
+        if given and not cone & inside and graph.placeholder(EMBEDDINGS) in needed_for_tensors(read.query):
+            found.append(node)
+            cones.append(cone)
+    common = set[fx.Node].intersection(*cones) if cones else set[fx.Node]()
+    rows = next((node for node in reversed(graph.nodes) if node in common and _is_rows(graph, node, found)), None)
+    if rows is None:
+        return None
+    after = set[fx.Node]().union(*cones) - needed_for_tensors(rows)
+    count = value(rows).shape[1]
+    sizes = [(node, size) for node in after for size in node.all_input_nodes if _is_size(size, count)]
+    return Inner(rows, tuple(found), tuple(node for node in rows.users if node in after), tuple(sizes))
+
+
+def inner_sources(graph: Graph, inner: Inner) -> list[Name]:
+    """The floating-point inputs that states are computed from."""
+    needed = needed_for_tensors(inner.rows)
+    nodes = [(path, graph.placeholder(path)) for path in graph.inputs]
+    return [path for path, node in nodes if node in needed and value(node).is_floating_point()]
+
+
+def _is_rows(graph: Graph, node: fx.Node, attention: Sequence[fx.Node]) -> bool:
+    """Whether a tensor is f[B, V, C], of as many states as each attention node has keys, and as the model computes it.
+
+    Changes of basis and stubs belong to the linears after them.
+    """
+    tensor, batch = value(node), value(graph.placeholder(EMBEDDINGS)).shape[0]
+    ours = getattr(node.target, "namespace", "") == "qpcompile"
+    if node.op != "call_function" or ours or not isinstance(tensor, torch.Tensor) or tensor.ndim != 3:
+        return False
+    counts = [value(read_attention(each).key).shape[2] for each in attention]
+    return same(tensor.shape[0], batch) and all(same(tensor.shape[1], count) for count in counts)
+
+
+def _is_size(node: fx.Node, count: Any) -> bool:
+    size = node.meta.get("val")
+    return isinstance(size, torch.SymInt) and same(size, count)
 
 
 def _counted(graph: Graph, states: States) -> fx.Node | None:
@@ -147,6 +222,8 @@ def entries(graph: Graph, lengths: Iterable[Any]) -> list[tuple[Name, int]]:
 
 def attention_over(graph: Graph, states: States) -> fx.Node | None:
     """The attention of the first layer that reads states; None if it has another form."""
+    if states.inner is not None:
+        return states.inner.attention[0]
     found = [node for node in calls(graph, aten.scaled_dot_product_attention.default) if layer_of(node) == states.layer]
     over = [node for node in found if same(value(read_attention(node).key).shape[2], states.count)]
     return over[0] if len(over) == 1 else None
