@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from qpcompile.runtime.prepare import PICTURES, PROMPT, STATES_OF
 
 OPTIONS: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 OPTIONS |= {"max_new_tokens": 4, "min_new_tokens": 4}
-# The mask that hides states, and what the states are of. The others are in tests/zoo.
+# The mask that hides states, what the states are of, and which parts of the decoder take the mask. The others are in
+# tests/zoo.
 KINDS = {
-    "vision-encoder-decoder": ("encoder_attention_mask", PICTURES),
-    "mllama": ("cross_attention_mask", PICTURES),
-    "t5gemma2": ("encoder_attention_mask", PROMPT),
+    "vision-encoder-decoder": ("encoder_attention_mask", PICTURES, "$"),
+    "mllama": ("cross_attention_mask", PICTURES, "$"),
+    "t5gemma2": ("encoder_attention_mask", PROMPT, "$"),
+    "idefics": ("image_attention_mask", PICTURES, r"gated_cross_attn_layers\.\d+$"),
 }
 
 
@@ -51,7 +55,7 @@ def test_dropped_states_are_never_read(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parent / "zoo"), *sys.path])
     from models import build  # pyright: ignore[reportMissingImports]
 
-    argument, of = KINDS[name]
+    argument, of, parts = KINDS[name]
     model, cases = build(name)
     program = capture(model, copy.deepcopy(cases["one"]), Recipe.load("prune-30").with_overrides(["quality.samples=0"]))
     assert program.graphs[PREFILL].constants[STATES_OF] == of
@@ -60,7 +64,11 @@ def test_dropped_states_are_never_read(name: str, monkeypatch: pytest.MonkeyPatc
     for case in ("longer", "padded", "pictures"):
         inputs = cases[case]
         kept = compiled.kept_tokens(**inputs)[-1]
-        with decoder.register_forward_pre_hook(hidden(argument, kept), with_kwargs=True):
+        with ExitStack() as hooks:
+            for path, module in decoder.named_modules():
+                if re.match(parts, path):
+                    hook = module.register_forward_pre_hook(hidden(argument, kept), with_kwargs=True)
+                    hooks.callback(hook.remove)
             expected = model.generate(**copy.deepcopy(inputs), **OPTIONS)  # type: ignore[operator]
         _same(compiled, inputs, expected)
         if of == PROMPT:

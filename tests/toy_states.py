@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qpcompile.ir.edit import clone
 from qpcompile.ir.program import DECODE, PREFILL, Graph
-from qpcompile.runtime.prepare import STATES_OF
+from qpcompile.runtime.prepare import PICTURES, STATES_OF
 
 WIDTH, CHANNELS = 8, 6
 CACHED = tuple(f"past_states.{layer}.cross.{part}" for layer in (0, 1) for part in ("key", "value"))
@@ -89,6 +89,33 @@ class Pictures(Decoder):
         return self.run(inputs_embeds, states, (), states_mask)
 
 
+class Pixels(Decoder):
+    """States are computed from pixels f[B, n, P, C], and returned; a mask i64[B, S, n] says which pictures are seen."""
+
+    def __init__(self, numbered: bool = False) -> None:
+        super().__init__(numbered)
+        self.tower = nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, inputs_embeds: Tensor, pixel_values: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+        return side_by_side(self, inputs_embeds, self.tower(pixel_values), seen)
+
+
+def side_by_side(decoder: Decoder, x: Tensor, states: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    """What every step does: pictures side by side, and a mask with an entry for each of their states."""
+    rows, pictures, size, _ = states.shape
+    wide = seen[..., None].expand(-1, -1, -1, size).reshape(rows, seen.shape[1], -1)
+    mask = torch.where(wide[:, None].bool(), 0.0, torch.finfo(torch.float32).min)
+    flat = states.view(rows, pictures * size, CHANNELS)
+    return decoder.run(x, flat, (), mask)[0], flat.view(rows, pictures, size, CHANNELS)
+
+
+class PixelsDecode(Decoder):
+    """A step of such a decoder, on the states that were returned."""
+
+    def forward(self, inputs_embeds: Tensor, encoded: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+        return side_by_side(self, inputs_embeds, encoded, seen)
+
+
 class Decode(Decoder):
     def forward(
         self,
@@ -137,6 +164,22 @@ def states_prefill(of: str | None, kind: type[Decoder] = Prefill, numbered: bool
     graph = clone(_prefill(kind, numbered))
     graph.constants |= {} if of is None else {STATES_OF: of}
     return graph
+
+
+def pixels_graphs(numbered: bool = False) -> tuple[Graph, Graph]:
+    """The traced prefill and decode of a decoder that computes its states itself."""
+    given = {"inputs_embeds": torch.ones(2, 5, WIDTH), "pixel_values": torch.ones(2, 3, 4, CHANNELS)}
+    given["seen"] = torch.ones(2, 5, 3, dtype=torch.long)
+    axes = {"seen": (0, 1, 2)}
+    prefill = traced(Pixels(numbered), given, ("hidden", "encoded"), PREFILL, axes=axes)
+    prefill.constants[STATES_OF] = PICTURES
+    step = {
+        "inputs_embeds": torch.ones(2, 1, WIDTH),
+        "encoded": torch.ones(2, 3, 4, CHANNELS),
+        "seen": given["seen"][:, :1],
+    }
+    decode = traced(PixelsDecode(), step, ("hidden", "encoded"), DECODE, axes={"inputs_embeds": (0,), "seen": (0, 2)})
+    return prefill, decode
 
 
 def states_decode(axes: int = 2) -> Graph:

@@ -69,7 +69,7 @@ def rows_of_states(
     path, call = states_input(prefill), recording.first("language")
     if path is None and (inner := find_inner(prefill)) is not None:
         sources = inner_sources(prefill, inner)
-        return {STATES_OF: PICTURES} if all(name.startswith(PIXELS) for name in sources) else {}
+        return {STATES_OF: PICTURES} if sources and all(name.startswith(PIXELS) for name in sources) else {}
     if path is None or call is None:
         return {}
     states = dict(named_tensors(call.inputs))[path]

@@ -138,7 +138,10 @@ def _inner_masks(inner: Inner) -> dict[fx.Node, int]:
 def _inner_readers(inner: Inner) -> list[tuple[fx.Node, fx.Node]]:
     """Each node that reads such states for attention, or such a mask in it, with what it reads."""
     masks = ((node, read_attention(node).mask) for node in inner.attention)
-    return [*((node, inner.rows) for node in inner.readers), *((node, mask) for node, mask in masks if mask is not None)]
+    return [
+        *((node, inner.rows) for node in inner.readers),
+        *((node, mask) for node, mask in masks if mask is not None),
+    ]
 
 
 def _reads_other_axis(node: fx.Node, axis: int | None) -> bool:

@@ -49,8 +49,8 @@ class Inner:
 class States:
     """The states of a prefill graph: the input `path: f[rows, P, C]`, or what is computed from it.
 
-    layer: the first layer that reads them; key: its keys, f[B, H, V, D]; of: PICTURES or PROMPT. inner: where every step
-    computes keys from them.
+    layer: the first layer that reads them; key: its keys, f[B, H, V, D]; of: PICTURES or PROMPT; inner: where every
+    step computes keys from them.
     """
 
     path: Name
@@ -58,6 +58,11 @@ class States:
     key: fx.Node
     of: str
     inner: Inner | None = None
+
+    @property
+    def words(self) -> str:
+        """What is cut, in words."""
+        return str(self.path) if self.inner is None else f"what the decoder makes of {self.path}"
 
     @property
     def count(self) -> Any:
@@ -94,11 +99,14 @@ def needed_for_tensors(node: fx.Node) -> set[fx.Node]:
     """All tensors that a tensor is computed from, itself included."""
     found, waiting = {node}, [node]
     while waiting:
-        sources = waiting.pop().all_input_nodes
-        new = {each for each in sources if not isinstance(each.meta.get("val"), (torch.SymInt, int))} - found
+        new = {each for each in waiting.pop().all_input_nodes if _is_tensor(each)} - found
         found |= new
         waiting += new
     return found
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("val"), (torch.SymInt, int))
 
 
 def find_states(graph: Graph) -> States | None:
@@ -112,17 +120,22 @@ def find_states(graph: Graph) -> States | None:
         if inner is None:
             return None
         key = read_attention(inner.attention[0]).key
-        return States(inner_sources(graph, inner)[0], 0, key, str(graph.constants[STATES_OF]), inner)
+        found = States(inner_sources(graph, inner)[0], 0, key, str(graph.constants[STATES_OF]), inner)
+        return _checked(graph, found)
     path = states_input(graph)
     if path is None:
         raise _cannot(graph, "it does not come from one input f[rows, P, C]")
     if STATES_OF not in graph.constants:
         raise _cannot(graph, f"which rows of {path} are of pictures is not known")
-    found = States(path, keys[0].layer, graph.result(keys[0]), str(graph.constants[STATES_OF]))
+    return _checked(graph, States(path, keys[0].layer, graph.result(keys[0]), str(graph.constants[STATES_OF])))
+
+
+def _checked(graph: Graph, found: States) -> States:
+    """The states, if their number may change, and nothing but masks depends on the place of one among the others."""
     if not isinstance(found.count, torch.SymInt):
-        raise _cannot(graph, f"the graph was traced for {found.count} rows of {path} only")
+        raise _cannot(graph, f"the graph was traced for {found.count} rows of {found.path} only")
     if counted := _counted(graph, found):
-        raise _cannot(graph, f"{counted.name} depends on the place of a row in {path}, which a cut changes")
+        raise _cannot(graph, f"{counted.name} depends on the place of a row in {found.path}, which a cut changes")
     return found
 
 
@@ -131,17 +144,19 @@ def find_inner(graph: Graph) -> Inner | None:
 
     Attention is over them if its queries come from the prompt, and its keys from neither the prompt nor a cache.
     """
-    named = {graph.placeholder(path): path for path in graph.inputs}
-    inside = {node for node, path in named.items() if path == EMBEDDINGS or path.in_cache or path.root == STATE}
+    inside = {
+        graph.placeholder(path) for path in graph.inputs if path == EMBEDDINGS or path.in_cache or path.root == STATE
+    }
+    for node in graph.nodes:
+        if _is_tensor(node) and any(source in inside for source in node.all_input_nodes):
+            inside.add(node)
     found: list[fx.Node] = []
-    cones: list[set[fx.Node]] = []
     for node in calls(graph, aten.scaled_dot_product_attention.default):
         read = read_attention(node)
-        cone = needed_for_tensors(read.key) | needed_for_tensors(read.value)
-        given = {each for each in cone if each in named and value(each).is_floating_point()}
-        if given and not cone & inside and graph.placeholder(EMBEDDINGS) in needed_for_tensors(read.query):
+        if read.query in inside and not {read.key, read.value} & inside:
             found.append(node)
-            cones.append(cone)
+    reads = [read_attention(node) for node in found]
+    cones = [needed_for_tensors(read.key) | needed_for_tensors(read.value) for read in reads]
     common = set[fx.Node].intersection(*cones) if cones else set[fx.Node]()
     rows = next((node for node in reversed(graph.nodes) if node in common and _is_rows(graph, node, found)), None)
     if rows is None:
@@ -182,8 +197,14 @@ def _counted(graph: Graph, states: States) -> fx.Node | None:
 
     A mask is indexed by numbers too: those of its own entries, which are cut with the states.
     """
-    cached = [graph.result(path) for path in graph.outputs if path.root == STATE and path.part.startswith(CROSS)]
-    for node in {each for result in cached for each in needed_for_tensors(result)}:
+    made = [graph.result(path) for path in graph.outputs if path.root == STATE and path.part.startswith(CROSS)]
+    before = set[fx.Node]()
+    if states.inner is not None:
+        reads = [read_attention(node) for node in states.inner.attention]
+        made = [node for read in reads for node in (read.key, read.value)]
+        # A tower numbers its patches: that is part of the states.
+        before = needed_for_tensors(states.inner.rows)
+    for node in {each for result in made for each in needed_for_tensors(result)} - before:
         if node.op == "call_function" and _has_axis(node, states.count) and len(needed_for_tensors(node)) == 1:
             return node
     for node in calls(graph, aten.scaled_dot_product_attention.default):
@@ -234,7 +255,7 @@ def states_schedule(program: Program, states: States) -> Schedule:
     graph, recipe = program.graphs[PREFILL], program.recipe
     attention = attention_over(graph, states) is not None
     left_out = states_cutter(recipe, states).left_out(recipe, states.of == PROMPT, attention)
-    once = f"layers: none has visual tokens of its own; {states.path} is cut once, before all of them"
+    once = f"layers: none has visual tokens of its own; {states.words} is cut once, before all of them"
     return Schedule((INPUT,), lambda keep: (keep,), waived=(once, *left_out))
 
 
@@ -245,7 +266,7 @@ def states_cutter(recipe: Recipe, states: States) -> StatesCutter:
         return method
     able = ", ".join(name for name, each in PRUNERS.items() if isinstance(each, StatesCutter))
     raise PlanError(
-        f"the visual tokens of this model are {states.path}, outside the decoder's prompt, and {recipe.tokens.method} "
+        f"the visual tokens of this model are {states.words}, outside the decoder's prompt, and {recipe.tokens.method} "
         "cannot score them",
         where="tokens.method",
         do=f"choose one of {able}",

@@ -16,8 +16,10 @@ from toy_states import (
     WIDTH,
     Decoder,
     Pictures,
+    Pixels,
     Prefill,
     Unmasked,
+    pixels_graphs,
     states_decode,
     states_prefill,
 )
@@ -170,7 +172,7 @@ return past_states.0.cross.alive = %7
     )
 
 
-@pytest.mark.parametrize("method", ["quota", "random", "qapruner", "trim"])
+@pytest.mark.parametrize("method", ["quota", "qapruner", "trim"])
 def test_text_is_kept_and_dropping_is_never_looking_again(apply: Apply, method: str) -> None:
     """States of a prompt: the cut graphs answer as the others do with the dropped states masked."""
     whole = program_of(states_prefill(PROMPT), states_decode(), layers=2)
@@ -222,6 +224,39 @@ def test_pictures_that_are_missing_are_not_kept(apply: Apply) -> None:
     new, last = torch.randn(2, 1, WIDTH, generator=made), mask[:, :, -1:]
     found = next_step(program, cut, new, last)
     torch.testing.assert_close(found, next_step(whole, masked, new, hidden[:, :, -1:]))
+
+
+def test_states_that_a_decoder_computes_are_cut_in_every_step(apply: Apply) -> None:
+    program = planned(*pixels_graphs(), "tokens.keep=0.4")
+    assert "what the decoder makes of pixel_values is cut" in program.plan.waived[0]
+    assert apply(program, InsertTokenCuts())
+    made, model = torch.Generator().manual_seed(3), Pixels().eval()
+    given = {
+        "inputs_embeds": torch.randn(2, 4, WIDTH, generator=made),
+        "pixel_values": torch.randn(2, 3, 4, CHANNELS, generator=made),
+        "seen": torch.ones(2, 4, 3, dtype=torch.long),
+    }
+    given["seen"][0, :, 1] = 0
+    marks = {"visual_mask": torch.zeros(2, 4, dtype=torch.bool), "valid_mask": torch.ones(2, 4, dtype=torch.bool)}
+    cut = run(program.graphs[PREFILL], **given, **marks)
+    kept, alive = cut["past_states.0.cross.kept"], cut["past_states.0.cross.alive"]
+    assert kept.shape == (2, 5) and alive.sum(dim=1).tolist() == [4, 5]
+    assert not any(4 <= number < 8 for number in kept[0, alive[0]].tolist())
+    with torch.no_grad():
+        states = model.tower(given["pixel_values"])
+        assert torch.equal(cut["encoded"], states), "what is given to the next step is whole"
+        closed = torch.zeros(2, 1, 1, 12)
+        for row in range(2):
+            hides = torch.ones(12, dtype=torch.bool)
+            hides[kept[row, alive[row]]] = False
+            closed[row, :, :, hides] = CLOSED
+        expected = model.run(given["inputs_embeds"], states.flatten(1, 2), (), closed)[0]
+        torch.testing.assert_close(cut["hidden"], expected)
+        new = torch.randn(2, 1, WIDTH, generator=made)
+        step = {"inputs_embeds": new, "encoded": states, "seen": given["seen"][:, -1:]}
+        more = {name.replace(".", "_"): tensor for name, tensor in cut.items() if name.startswith("past")}
+        found = run(program.graphs[DECODE], **step, **more)["hidden"]
+        torch.testing.assert_close(found, model.run(new, states.flatten(1, 2), (), closed)[0])
 
 
 def test_rows_get_the_same_states_alone_and_in_a_batch(apply: Apply) -> None:
@@ -293,6 +328,11 @@ def test_layers_are_not_measured() -> None:
 def test_states_that_cannot_be_cut(kind: type[Decoder], of: str | None, numbered: bool, reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         InsertTokenCuts().run(planned(states_prefill(of, kind, numbered), states_decode()))
+
+
+def test_states_that_a_decoder_numbers_cannot_be_cut() -> None:
+    with pytest.raises(PlanError, match="depends on the place of a row in pixel_values"):
+        planned(*pixels_graphs(numbered=True))
 
 
 @pytest.mark.parametrize("method", ["fastv", "joint", "visionzip", "trim"])
