@@ -2,7 +2,7 @@
 
 import torch
 
-from qpcompile.kernels.expert_linear import reference
+from qpcompile.kernels.expert_linear import blocks
 from qpcompile.kernels.expert_linear.op import OVERLOAD, expert_linear
 from qpcompile.kernels.expert_linear.rule import RULE
 from qpcompile.kernels.probe_inputs import noise
@@ -20,4 +20,4 @@ def _probe(device: torch.device) -> None:
     expert_linear(noise(2, 1, 12, device=device), noise(3, 5, 12, device=device), index)
 
 
-SPEC = Spec(OVERLOAD, RULE, _probe, since="captured", differentiable=reference.expert_linear, onnx=_onnx)
+SPEC = Spec(OVERLOAD, RULE, _probe, since="captured", differentiable=blocks.expert_linear, onnx=_onnx)

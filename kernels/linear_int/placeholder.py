@@ -35,7 +35,7 @@ def placeholder_op(name: str, inputs: Sequence[str], attributes: Sequence[str]) 
     option = schema.FormalParameterOption
     parameters = [schema.FormalParameter(each, f"T_{each}", param_option=option.Single) for each in inputs[:-1]]
     parameters.append(schema.FormalParameter(inputs[-1], f"T_{inputs[-1]}", param_option=option.Optional))
-    types = [f"tensor({each})" for each in ("float", "float16", "bfloat16", "int8", "uint8")]
+    types = [f"tensor({each})" for each in ("float", "float16", "bfloat16", "int8", "uint8", "int64")]
     signature = schema(
         name,
         DOMAIN,
@@ -71,7 +71,7 @@ def lower_placeholders(
             do=f"export with opset_version={FIRST_OPSET} or later",
         )
     for node in nodes:
-        packed, scale = _initializer(node, weight_at), _initializer(node, weight_at + 1)
+        packed, scale = initializer(node, weight_at), initializer(node, weight_at + 1)
         scales, in_features = _array(scale).astype(np.float32), node.attributes["in_features"].as_int()
         if takes is not None and not takes(in_features, scales.shape[1]):
             continue
@@ -104,7 +104,7 @@ def add_bias_and_cast(tape: ir.tape.Tape, y: ir.Value, bias: ir.Value | None, dt
     return y if dtype == ir.DataType.FLOAT else tape.op("Cast", [y], {"to": dtype})
 
 
-def _initializer(node: ir.Node, index: int) -> ir.Value:
+def initializer(node: ir.Node, index: int) -> ir.Value:
     """Input `index` of `node`, which must be an initializer with data."""
     value = node.inputs[index]
     if value is None or value.const_value is None:

@@ -105,6 +105,10 @@ SIGNATURES: dict[str, Signature] = {
         *_of(SPAN, "q scale weight weight_scale bias y"),
         *_of(WHOLE, "tokens columns features scale_groups weight_groups"),
     ),
+    "expert_linear_int": (
+        *_of(SPAN, "q scale weight weight_scale index y"),
+        *_of(WHOLE, "tokens rows slots experts columns features scale_groups weight_groups"),
+    ),
     "linear_int_amx": (
         *_of(SPAN, "q scale weight weight_scale bias residual y"),
         *_of(WHOLE, "tokens columns features"),

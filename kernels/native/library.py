@@ -36,7 +36,7 @@ Function = Callable[[bytes, int, int], int]
 AMX = ("linear_int_amx", "attention_amx", "attention_mass_amx", "change_tiles_amx")
 """Functions that need AMX tiles, available if `Library.amx`."""
 EXACT = (
-    *("linear_int", "unpack_int4", "scale_int32", "kv_write", "rope", "add", "append"),
+    *("linear_int", "expert_linear_int", "unpack_int4", "scale_int32", "kv_write", "rope", "add", "append"),
     *("linear", "linear_w8a16", "linear_w4a16", "dequantize_int4"),
 )
 """Functions of integer and float32 operations only: one per level. The others exist in float64 (`_f64`, for float64

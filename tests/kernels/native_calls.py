@@ -40,6 +40,21 @@ def linear_int() -> Arguments:
     }
 
 
+def expert_linear_int() -> Arguments:
+    sizes = {"tokens": 3, "rows": 1, "slots": 2, "experts": 4, "columns": 64, "features": 5}
+    return {
+        "q": _i8(3, 1, 64),
+        "scale": torch.rand(3, 1, 2),
+        "weight": _u8(4, 5, 32),
+        "weight_scale": torch.rand(4, 5, 1),
+        "index": torch.tensor([[0, 3], [3, 1], [0, 0]]),
+        "y": torch.zeros(3, 2, 5),
+        **sizes,
+        "scale_groups": 2,
+        "weight_groups": 1,
+    }
+
+
 def linear_int_amx() -> Arguments:
     return {
         "q": _i8(3, 64),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.valid_calls import CALLS, ROWS, B, C, D, H, N, S, cache, packed, real
+from kernels.valid_calls import CALLS, ROWS, B, C, D, H, N, S, cache, packed, packed_experts, real
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,7 +31,10 @@ SCALARS: dict[type, tuple[Any, ...]] = {
     list: ([], [1.0], [1.0, 2.0, float("nan"), 1.0]),
 }
 # Operators whose checks read values: the ends of segments, the number of keys and of experts.
-BY_CONTENT = {"segment_attention", "attention_received", "attention_kv", "expert_linear"}
+BY_CONTENT = {
+    *("segment_attention", "attention_received", "attention_kv"),
+    *("expert_linear", "expert_linear_a16", "expert_linear_int"),
+}
 ON_CPU = {
     name: getattr(importlib.import_module(f"qpcompile.kernels.{name}.cpu"), name)
     for name in RULES
@@ -162,6 +165,10 @@ REFUSED = {
     "a whole-number bias": ("linear_int", {"bias": torch.ones(N, dtype=torch.int64)}, "bias"),
     "a residual of one": ("linear_int", {"residual": real(1)}, "residual"),
     "codes as numbers": ("linear_int", {"q": CODES.float()}, "q"),
+    "experts without scales": ("expert_linear_int", {"weight_scale": real(3, N, 1)}, "weight_scale"),
+    "experts of other widths": ("expert_linear_int", {"weight": packed_experts()[0][..., :3]}, "weight"),
+    "one index for all tokens": ("expert_linear_int", {"index": torch.zeros(1, 2, dtype=torch.int64)}, "index"),
+    "experts without rows": ("expert_linear_a16", {"weight": packed_experts()[0][:, :0]}, "weight"),
     "8-bit scales of i8": ("linear_w8a16", {"weight_scale": torch.ones(N, 1, dtype=torch.int8)}, "weight_scale"),
     "8-bit scales of f64": ("linear_w8a16", {"weight_scale": real(N, 1).double()}, "weight_scale"),
     "a bias of one for 8 bits": ("linear_w8a16", {"bias": real(1)}, "bias"),

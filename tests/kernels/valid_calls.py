@@ -33,6 +33,12 @@ def packed() -> tuple[Tensor, Tensor]:
     return pack_int4(codes), scale
 
 
+def packed_experts() -> tuple[Tensor, Tensor]:
+    """u8[4, N, C / 2] and f32[4, N, 1]."""
+    codes, scale = quantize_dynamic(real(4 * N, C))
+    return pack_int4(codes).unflatten(0, (4, N)), scale.unflatten(0, (4, N))
+
+
 def cache(bits: int) -> tuple[Tensor, Tensor]:
     """u8[B, HKV, S, D bits / 8] and f32[B, HKV, S, 2]."""
     return kv_write(real(B, HKV, S, D), bits)
@@ -62,6 +68,11 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(real(B, 1, 1, S + 1), 0.3, real(H * D), False, real(4, 4), real(8, 8), real(H * D), 4, 0.9, 8),
     ),
     "expert_linear": lambda: (real(ROWS, 1, C), real(4, N, C), torch.tensor([[0, 3], [1, 2], [2, 2]])),
+    "expert_linear_a16": lambda: (real(ROWS, 1, C), *packed_experts(), torch.tensor([[0, 3], [1, 2], [2, 2]])),
+    "expert_linear_int": lambda: (
+        *(*quantize_dynamic(real(ROWS, 1, C)), *packed_experts(), torch.tensor([[0, 3], [1, 2], [2, 2]])),
+        *(torch.float32, 4),
+    ),
     "gated_delta": lambda: (
         *(real(B, S, H, D), real(B, S, H, D), real(B, S, H, 7), -real(B, S, H).abs(), real(B, S, H).sigmoid()),
         real(B, H, D, 7),

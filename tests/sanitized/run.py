@@ -12,7 +12,7 @@ from asan_tree import ROOT, build, environment
 
 KERNELS = (
     *("native", "native_cells", "native_codes", "native_gates", "native_tape"),
-    *("linear", "linear_int", "linear_w4a16", "linear_w8a16", "attention_kv", "kv_write"),
+    *("linear", "linear_int", "linear_w4a16", "linear_w8a16", "expert_linear_int", "attention_kv", "kv_write"),
     *("rope", "hadamard", "kronecker", "quantize_dynamic", "rmsnorm_quantize", "layernorm_quantize"),
     *("activation", "activation_quantize", "transform_quantize", "rope_kv_write", "attention_step"),
 )

@@ -62,6 +62,7 @@ from qpcompile.files import sha256, staged_folder
 from qpcompile.ir.names import Name
 from qpcompile.ir.operators import SPECS
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, VISION, Program
+from qpcompile.kernels.expert_linear.placeholder import split_experts
 from qpcompile.kernels.linear_w4a16 import onnx_contrib
 from qpcompile.runtime.arguments import input_kinds
 from qpcompile.runtime.model_inputs import is_encoder_decoder
@@ -254,6 +255,7 @@ def _language_models(
 
 def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.Model:
     model = to_onnx(name, part, (examples[0], examples[1]), (TORCH, OWN | FAST if fast else OWN))
+    split_experts(model)
     if fast:
         model.metadata_props[onnx_runner.IN_PLACE] = "past_key_values" if name == DECODE else ""
         (onnx_contrib.lower_few_rows if name == DECODE else onnx_contrib.lower_many_rows)(model)
