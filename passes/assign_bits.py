@@ -29,6 +29,7 @@ from qpcompile.ir.program import Graph, Program
 from qpcompile.quantization.basis import weight_name
 from qpcompile.quantization.bit_budget import HIGH, LOW, Site, raised
 from qpcompile.quantization.loss_sensitivity import LOSS_SENSITIVITY, LossSensitivity, loss_sensitivity
+from qpcompile.quantization.products import rows_of
 from qpcompile.quantization.rounding_error import Reader, input_cost, readers, weight_cost
 from qpcompile.recipe.plan import SiteBits
 from qpcompile.recipe.quantize import QuantizeScheme
@@ -137,7 +138,7 @@ def _sites(program: Program, sensitivity: LossSensitivity, cost: Cost) -> Iterat
                 )
             statistics = inputs[fact.site].to(on.device)
             weights = {
-                own.site: on.weight(graph.module, weight_name(linear)).detach()
+                own.site: rows_of(on.weight(graph.module, weight_name(linear)).detach())
                 for linear in stub.users
                 if (own := stub_fact(linear.args[1])) is not None  # type: ignore[arg-type]
             }

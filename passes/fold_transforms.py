@@ -22,12 +22,13 @@ from typing import ClassVar
 from torch import fx
 
 from qpcompile.calibration.statistics import CALIBRATION
-from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, layer_of, tidy
+from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, layer_of, tidy
 from qpcompile.ir.node_facts import stub_fact
-from qpcompile.ir.operators import HADAMARD, KRONECKER, QUANT_STUB
+from qpcompile.ir.operators import EXPERT_LINEAR, HADAMARD, KRONECKER, QUANT_STUB
 from qpcompile.ir.program import HEAD, Graph, Program
 from qpcompile.ir.shapes import value
 from qpcompile.quantization.basis import Basis, Change, change_basis, weight_name
+from qpcompile.quantization.products import PRODUCTS
 from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
@@ -61,9 +62,13 @@ class FoldTransforms:
 
 def _apply(graph: Graph, basis: Basis, rotate_keys: bool) -> bool:
     changed = bool(basis.tensors)
-    for linear in list(calls(graph, aten.linear.default)):
+    for linear in list(calls(graph, *PRODUCTS)):
         if (name := basis.biases.get(weight_name(linear))) is not None:
-            linear.args = (*linear.args[:2], add_tensor(graph, name, get_tensor(graph.module, name), linear))
+            bias = add_tensor(graph, name, get_tensor(graph.module, name), linear)
+            if is_call(linear, EXPERT_LINEAR):
+                _add_to_experts(graph, linear, bias)
+            else:
+                linear.args = (*linear.args[:2], bias)
     for stub in list(calls(graph, QUANT_STUB)):
         fact = stub_fact(stub)
         if fact is None:
@@ -74,6 +79,13 @@ def _apply(graph: Graph, basis: Basis, rotate_keys: bool) -> bool:
             changed |= _rotate_key(graph, stub)
     tidy(graph)
     return changed
+
+
+def _add_to_experts(graph: Graph, product: fx.Node, bias: fx.Node) -> None:
+    """Add a bias of each expert, f[E, N], to the product of every slot."""
+    own = call(graph, product.next, aten.index.Tensor, bias, [product.args[2]], like=product)
+    total = call(graph, own.next, aten.add.Tensor, product, own, like=product)
+    product.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
 def _transform(graph: Graph, stub: fx.Node, change: Change, name: str) -> None:

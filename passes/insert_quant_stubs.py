@@ -4,6 +4,8 @@
       -> %s = qpcompile::quant_stub(%x)      activation, one per input, shared by the linears that read it
          %w = qpcompile::quant_stub(@q_proj.weight)
          %y = aten::linear(%s, %w)
+    %y = qpcompile::expert_linear(%x, @experts.down_proj, %i)
+      -> the same, with one weight stub for all experts of a layer; a weight that is stored transposed is turned once
 
 Stubs are identity operators annotated with site, role and layer for later passes.
 """
@@ -13,19 +15,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from qpcompile.errors import RecipeError
 from qpcompile.ir.attention import appended
-from qpcompile.ir.edit import aten, call, calls, is_call, layer_of, through_shape_ops, tidy
+from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, layer_of, through_shape_ops, tidy
 from qpcompile.ir.node_facts import Role, StubFact, set_fact, stub_fact
 from qpcompile.ir.operators import EXPERT_LINEAR, QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program, component_of
 from qpcompile.ir.shapes import value
 from qpcompile.recipe.plan import LeftOut
 from qpcompile.recipe.quantize import HEAD_NAME, QuantizeScheme, matches_name
+from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
+Turned = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Weights of experts that are stored transposed, by address, and their transposes: graphs share them."""
+TURNED = "_turned"
+"""The end of the name of a transposed weight."""
 SCOPES = {VISION: "vision", PROJECTOR: "projector", PREFILL: "language", DECODE: "language"}
 
 
@@ -46,13 +54,14 @@ class InsertQuantStubs:
         if scheme is None:
             return False
         left_out: list[LeftOut] = []
+        turned: Turned = {}
         changed = False
         for graph in program.graphs.values():
             changed |= _stub_linears(graph, scheme, left_out)
+            changed |= _stub_experts(graph, scheme, left_out, turned, Placement.of(program))
             if graph.name in (PREFILL, DECODE) and scheme.kv_cache.bits != 16:
                 changed |= _stub_caches(graph)
             tidy(graph)
-            left_out += _experts(graph)
         _check_patterns(program, scheme)
         unique = {(item.graph, item.name): item for item in (*program.plan.left_out, *left_out)}
         program.plan = program.plan.changed(left_out=tuple(unique.values()))
@@ -91,15 +100,62 @@ def _stub_linears(graph: Graph, scheme: QuantizeScheme, left_out: list[LeftOut])
     return changed
 
 
-def _experts(graph: Graph) -> list[LeftOut]:
-    """The weights of experts, which no quantized operator takes yet."""
-    weights = [through_shape_ops(node.args[1]) for node in calls(graph, EXPERT_LINEAR)]  # type: ignore[arg-type]
-    return [
-        LeftOut(
-            graph=graph.name, name=f"{graph.owner}.{weight.target}", reason="weights of experts have no 4-bit kernel"
-        )
-        for weight in weights
-    ]
+def _stub_experts(graph: Graph, scheme: QuantizeScheme, left_out: list[LeftOut], turned: Turned, on: Placement) -> bool:
+    stubs: dict[tuple[fx.Node, object], fx.Node] = {}
+    changed = False
+    for product in list(calls(graph, EXPERT_LINEAR)):
+        x, weight, index = product.args
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        if is_call(x, QUANT_STUB):
+            continue
+        name = _experts_name(graph, weight)
+        if reason := _left_out(graph, scheme, name) or _left_out_experts(scheme, weight):
+            left_out.append(LeftOut(graph=graph.name, name=name, reason=reason))
+            continue
+        _check_width(name, int(value(weight).shape[2]), scheme)
+        weight = _turn_weight(graph, product, weight, turned, on)
+        # Experts that read one input by different choices have different statistics.
+        if (x, index) not in stubs:
+            stubs[x, index] = _stub(graph, product, x, name, "activation")
+        product.replace_input_with(x, stubs[x, index])
+        product.replace_input_with(weight, _stub(graph, product, weight, name, "weight"))
+        changed = True
+    return changed
+
+
+def _experts_name(graph: Graph, weight: fx.Node) -> str:
+    """The dotted name of a weight of experts: it is a parameter itself, and has nothing below it."""
+    target = str(through_shape_ops(weight).target).removesuffix(TURNED)
+    return ".".join(part for part in (graph.owner, target) if part)
+
+
+def _left_out_experts(scheme: QuantizeScheme, weight: fx.Node) -> str | None:
+    if scheme.simulation == "qvlm":
+        return "the simulation of Q-VLM has no experts"
+    source = weight.args[0] if _is_turned(weight) else weight
+    if not isinstance(source, fx.Node) or source.op != "get_attr":
+        return "the graph computes the weights of these experts"
+    return None
+
+
+def _is_turned(weight: fx.Node) -> bool:
+    """Whether a weight of experts is stored as f[E, K, N]."""
+    return is_call(weight, aten.transpose.int) and sorted(axis % 3 for axis in weight.args[1:]) == [1, 2]  # type: ignore[operator]
+
+
+def _turn_weight(graph: Graph, product: fx.Node, weight: fx.Node, turned: Turned, on: Placement) -> fx.Node:
+    """The weight f[E, N, K] of a product as a tensor of its own; `turned`: by the address of what is stored."""
+    if weight.op == "get_attr":
+        return weight
+    source = weight.args[0]
+    assert isinstance(source, fx.Node)
+    stored = get_tensor(graph.module, str(source.target))
+    key = stored.data_ptr()
+    if key not in turned:
+        turned[key] = stored, on.keep(stored.detach().transpose(1, 2).contiguous())
+    made = add_tensor(graph, f"{source.target}{TURNED}", turned[key][1], product)
+    product.replace_input_with(weight, made)
+    return made
 
 
 def _check_width(name: str, width: int, scheme: QuantizeScheme) -> None:
@@ -161,6 +217,11 @@ def _check_patterns(program: Program, scheme: QuantizeScheme) -> None:
         for graph in program.graphs.values()
         for linear in calls(graph, aten.linear.default)
         if (name := site_name(graph, linear)) is not None
+    }
+    names |= {
+        _experts_name(graph, through_shape_ops(product.args[1], extra=(QUANT_STUB,)))  # type: ignore[arg-type]
+        for graph in program.graphs.values()
+        for product in calls(graph, EXPERT_LINEAR)
     }
     for pattern in scheme.ignore:
         # Presets name the head as most models do; no head has 4 bits, whatever its name.

@@ -6,6 +6,10 @@
      %y = qpcompile::linear_int(%q, @w_packed, @w_scale, @b)           activations in 4 or 8 bits
   or %y = qpcompile::linear_w4a16(%x, @w_packed, @w_scale, @b)          activations left as they are
      and linear_w8a16 with 8-bit weights, which are stored unpacked as @w_codes
+
+%y = expert_linear(quant_stub(%x), quant_stub(@w), %i)
+  -> %y = qpcompile::expert_linear_int(%q, @w_packed, @w_scale, %i)    activations in 4 or 8 bits
+  or %y = qpcompile::expert_linear_a16(%x, @w_packed, @w_scale, %i)     activations left as they are
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,18 +28,19 @@ from qpcompile.errors import CalibrationError, RecipeError
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.edit import (
     add_tensor,
-    aten,
     before_cast,
     call,
     calls,
     drop_tensor,
     get_tensor,
     is_call,
-    operands,
     tidy,
 )
 from qpcompile.ir.node_facts import QuantizedFact, set_fact, stub_fact
 from qpcompile.ir.operators import (
+    EXPERT_LINEAR,
+    EXPERT_LINEAR_A16,
+    EXPERT_LINEAR_INT,
     LINEAR_INT,
     LINEAR_W4A16,
     LINEAR_W8A16,
@@ -49,8 +54,8 @@ from qpcompile.kernels.linear_int.packing import packed_width, stored_codes
 from qpcompile.progress import track
 from qpcompile.quantization.basis import weight_name
 from qpcompile.quantization.grids import CHANGED, GRIDS
+from qpcompile.quantization.products import PRODUCTS, bias_of, rows_of, solve_weight, solving_cost
 from qpcompile.quantization.site_bits import inputs_at, weights_at
-from qpcompile.quantization.solve import output_error, solve
 from qpcompile.quantization.static_scales import select_scale, static_scales
 from qpcompile.recipe.plan import KEPT, Site
 from qpcompile.recipe.quantize import QuantizeScheme
@@ -58,8 +63,27 @@ from qpcompile.runtime.placement import Placement
 from qpcompile.stages import Stage
 
 _LOG = logging.getLogger("qpcompile")
-Solved = tuple[torch.Tensor, torch.Tensor, float]
-"""Stored codes (kernels/linear_int/packing.py), their scales, and the output error."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Codes of a weight as they are stored (kernels/linear_int/packing.py), their scales, and the error of the output.
+
+    unseen: of the experts whose weights they are, how many no calibration token chose; None without statistics.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    error: float
+    unseen: int | None = None
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a checkpoint of this compile holds beside the codes, as in `_Stored`."""
+
+    error: float
+    unseen: int | None
 
 
 @dataclass(frozen=True)
@@ -67,20 +91,19 @@ class _Place:
     """The linears that read one weight, with their graphs, and what an interrupted compile has solved."""
 
     readers: list[tuple[Graph, fx.Node]]
-    kept: Solved | None
+    kept: _Stored | None
 
     def cost(self) -> float:
         """About the multiplications of solving it: nothing if that is done."""
         graph, linear = self.readers[0]
-        rows, columns = get_tensor(graph.module, weight_name(linear)).shape
-        return 0.0 if self.kept is not None else columns**2 * float(rows + columns)
+        return 0.0 if self.kept is not None else solving_cost(get_tensor(graph.module, weight_name(linear)))
 
 
 @dataclass(frozen=True)
 class _Found:
     """The codes of a weight. said: what a quantized checkpoint had for it. new: solved now, and not saved yet."""
 
-    solved: Solved
+    solved: _Stored
     said: str | None = None
     new: bool = False
 
@@ -116,11 +139,11 @@ class QuantizeWeights:
         waiting = (_Place(readers, _kept(*readers[0], scheme, checkpoint)) for readers in places.values())
         with track("quantize_weights", sum(map(len, places.values())), shown=ranks.leads) as step:
             for place, found in ranks.spread(waiting, _Place.cost, work):
-                readers, (codes, scale, error) = place.readers, found.solved
+                readers, solved = place.readers, found.solved
                 if found.new:
-                    title = _title(readers[0][1])
-                    checkpoint.save(title, {"stored": codes, "scale": scale}, {"error": error})
-                solved = on.keep(codes), on.keep(scale), error
+                    title, facts = _title(readers[0][1]), {"error": solved.error, "unseen": solved.unseen}
+                    checkpoint.save(title, {"stored": solved.codes, "scale": solved.scale}, facts)
+                solved = replace(solved, codes=on.keep(solved.codes), scale=on.keep(solved.scale))
                 # In prefill and decode at once: the full-precision weight is then freed.
                 for graph, linear in readers:
                     site = _replace(graph, linear, scheme, calibration, solved, quantized, on)
@@ -135,6 +158,7 @@ class QuantizeWeights:
         made = [site for by_name in sites.values() for site in by_name.values()]
         program.plan = program.plan.changed(sites=(*program.plan.sites, *made))
         _tell(made)
+        _tell_unseen(made)
         return bool(made)
 
 
@@ -148,11 +172,23 @@ def _tell(sites: list[Site]) -> None:
         _LOG.warning("%d linears keep the codes of the checkpoint%s", len(kept), f"; {why}" if why else "")
 
 
+def _tell_unseen(sites: list[Site]) -> None:
+    """Log how many experts were solved without tokens of their own."""
+    unseen = {site.name: site.unseen_experts for site in sites if site.unseen_experts}
+    if unseen:
+        _LOG.warning(
+            "%d experts, in %d weights, were chosen by no calibration token: they are rounded by the tokens of the "
+            "others; more samples reach more of them (calibration.samples)",
+            sum(unseen.values()),
+            len(unseen),
+        )
+
+
 def _places(program: Program) -> dict[str, list[tuple[Graph, fx.Node]]]:
     """Site -> the linears that read its weight, with their graphs."""
     found: dict[str, list[tuple[Graph, fx.Node]]] = {}
     for graph in program.graphs.values():
-        for linear in calls(graph, aten.linear.default):
+        for linear in calls(graph, *PRODUCTS):
             stub = linear.args[1]
             if is_call(stub, QUANT_STUB) and (fact := stub_fact(stub)) is not None:
                 found.setdefault(fact.site, []).append((graph, linear))
@@ -164,7 +200,7 @@ def _replace(
     linear: fx.Node,
     scheme: QuantizeScheme,
     calibration: Calibration,
-    solved: Solved,
+    solved: _Stored,
     quantized: dict[fx.Node, tuple[fx.Node, fx.Node]],
     on: Placement,
 ) -> Site:
@@ -173,11 +209,12 @@ def _replace(
     assert isinstance(stub, fx.Node) and isinstance(weight_stub, fx.Node)
     fact, group = stub_fact(weight_stub), stub_fact(stub)
     assert fact is not None and group is not None
-    stored, scale, error = solved
     name, inputs, weights = weight_name(linear), inputs_at(group, scheme), weights_at(fact, scheme)
-    weight = add_tensor(graph, f"{name}_{'packed' if weights.bits == 4 else 'codes'}", stored, linear)
-    factor = add_tensor(graph, f"{name}_scale", scale, linear)
-    bias = operands(linear)["bias"]
+    weight = add_tensor(graph, f"{name}_{'packed' if weights.bits == 4 else 'codes'}", solved.codes, linear)
+    factor = add_tensor(graph, f"{name}_scale", solved.scale, linear)
+    # What follows the codes and scales of a weight: the choice of experts, or a bias.
+    experts = is_call(linear, EXPERT_LINEAR)
+    last = linear.args[2] if experts else bias_of(linear)
     if inputs.bits != 16:
         if stub not in quantized:
             pair = _quantize_input(graph, stub, scheme, calibration, on)
@@ -187,10 +224,11 @@ def _replace(
             )
         codes, step = quantized[stub]
         dtype = value(linear).dtype
-        new = call(graph, linear, LINEAR_INT, codes, step, weight, factor, bias, dtype, inputs.bits, like=linear)
+        target = EXPERT_LINEAR_INT if experts else LINEAR_INT
+        new = call(graph, linear, target, codes, step, weight, factor, last, dtype, inputs.bits, like=linear)
     else:
-        operator_ = LINEAR_W4A16 if weights.bits == 4 else LINEAR_W8A16
-        new = call(graph, linear, operator_, stub.args[0], weight, factor, bias, like=linear)
+        target = EXPERT_LINEAR_A16 if experts else LINEAR_W4A16 if weights.bits == 4 else LINEAR_W8A16
+        new = call(graph, linear, target, stub.args[0], weight, factor, last, like=linear)
     kernel = str(new.target.name())  # type: ignore[union-attr]
     set_fact(new, QuantizedFact((fact.site,), kernel))
     linear.replace_all_uses_with(new)
@@ -199,8 +237,9 @@ def _replace(
         name=fact.site,
         weight_bits=weights.bits,
         activation_bits=inputs.bits,
-        error=error,
+        error=solved.error,
         kernel=kernel,
+        unseen_experts=solved.unseen,
     )
 
 
@@ -239,7 +278,7 @@ def _quantize_input(
             do="give samples that use it, add it to quantize.ignore, or set quantize.activations.granularity to token",
         )
     weights = [on.weight(graph.module, weight_name(linear)).detach() for linear in stub.users]
-    scales = static_scales(statistics.to(on.device), torch.cat(weights), inputs)
+    scales = static_scales(statistics.to(on.device), torch.cat([rows_of(weight) for weight in weights]), inputs)
     scale = select_scale(graph, stub, scales.to(on.home), fact.site.replace(".", "_"))
     return call(graph, stub, QUANTIZE_STATIC, x, scale, inputs.bits)
 
@@ -251,7 +290,7 @@ def _title(linear: fx.Node) -> str:
     return f"{QuantizeWeights.name} {fact.site}"
 
 
-def _kept(graph: Graph, linear: fx.Node, scheme: QuantizeScheme, checkpoint: Checkpoint) -> Solved | None:
+def _kept(graph: Graph, linear: fx.Node, scheme: QuantizeScheme, checkpoint: Checkpoint) -> _Stored | None:
     """The codes and scales of a linear's weight that an interrupted compile has solved."""
     fact = stub_fact(linear.args[1])  # type: ignore[arg-type]
     assert fact is not None
@@ -259,18 +298,19 @@ def _kept(graph: Graph, linear: fx.Node, scheme: QuantizeScheme, checkpoint: Che
     with checkpoint.found(_title(linear)) as kept:
         if kept is None:
             return None
-        rows, columns = get_tensor(graph.module, weight_name(linear)).shape
+        *rows, columns = get_tensor(graph.module, weight_name(linear)).shape
         groups = columns // (weights.kernel_group or columns)
         packed = weights.bits == 4
-        stored = ((rows, packed_width(columns)), torch.uint8) if packed else ((rows, columns), torch.int8)
-        expected = {"stored": stored, "scale": ((rows, groups), torch.float32)}
+        stored = ((*rows, packed_width(columns)), torch.uint8) if packed else ((*rows, columns), torch.int8)
+        expected = {"stored": stored, "scale": ((*rows, groups), torch.float32)}
         codes, scale = kept.fits(expected).values()
-        return codes, scale, kept.read(dict[str, float])["error"]
+        facts = kept.read(_Facts)
+        return _Stored(codes, scale, facts.error, facts.unseen)
 
 
 def _own_codes(
     program: Program, graph: Graph, linear: fx.Node, scheme: QuantizeScheme
-) -> tuple[str | None, Solved | None]:
+) -> tuple[str | None, _Stored | None]:
     """What a quantized checkpoint gives for a linear: in words, None for others; and its codes, if they are of the grid
     that the recipe asks for.
     """
@@ -286,25 +326,23 @@ def _own_codes(
     why = grid.mismatch(weight, asked) if codes is not None else CHANGED
     if codes is None or why:
         return why, None
-    return KEPT, (stored_codes(codes, asked.bits), grid.scale, 0.0)
+    return KEPT, _Stored(stored_codes(codes, asked.bits), grid.scale, 0.0)
 
 
-def _solve(graph: Graph, linear: fx.Node, scheme: QuantizeScheme, calibration: Calibration, on: Placement) -> Solved:
+def _solve(graph: Graph, linear: fx.Node, scheme: QuantizeScheme, calibration: Calibration, on: Placement) -> _Stored:
     group, fact = (stub_fact(argument) for argument in linear.args[:2] if isinstance(argument, fx.Node))
     assert group is not None and fact is not None
     weight, asked = on.weight(graph.module, weight_name(linear)).detach(), weights_at(fact, scheme)
     size = asked.kernel_group
-    if size and weight.shape[1] % size:
+    if size and weight.shape[-1] % size:
         raise RecipeError(
-            f"{fact.site} has {weight.shape[1]} inputs, which {size} does not divide",
+            f"{fact.site} has {weight.shape[-1]} inputs, which {size} does not divide",
             where="quantize.weights.group_size",
             do="choose a size that divides the widths, granularity: channel, or add the linear to quantize.ignore",
         )
-    statistics = calibration.inputs.get(group.site)
-    moments = None if statistics is None or statistics.moments is None else statistics.moments.to(on.device)
-    codes, scale = solve(weight, moments, asked)
-    error = output_error(weight, codes, scale, moments)
-    return on.back(stored_codes(codes, asked.bits)), on.back(scale), error
+    solved = solve_weight(weight, group.site, calibration.inputs, asked, on.device)
+    stored = stored_codes(rows_of(solved.codes), asked.bits).unflatten(0, weight.shape[:-1])
+    return _Stored(on.back(stored), on.back(solved.scale), solved.error, solved.unseen)
 
 
 def _drop_stubs(graph: Graph, roles: tuple[str, ...]) -> None:

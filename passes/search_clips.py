@@ -24,6 +24,7 @@ from qpcompile.ir.node_facts import StubFact, set_fact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
 from qpcompile.ir.program import Graph, Program
 from qpcompile.quantization.basis import weight_name
+from qpcompile.quantization.products import rows_of
 from qpcompile.quantization.rounding_error import RATIOS, rounding_errors
 from qpcompile.quantization.site_bits import inputs_at
 from qpcompile.recipe.quantize import ActivationScheme
@@ -63,7 +64,7 @@ class SearchClips:
 
         def search(site: str) -> float:
             graph, _, fact = stubs[site][0]
-            weights = [on.weight(graph.module, name).detach() for name in names(site)]
+            weights = [rows_of(on.weight(graph.module, name).detach()) for name in names(site)]
             return best_clip(inputs[site].to(on.device), torch.cat(weights), inputs_at(fact, scheme))
 
         for site, clip in program.ranks.spread(stubs, size, search):

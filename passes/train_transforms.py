@@ -43,6 +43,7 @@ from qpcompile.quantization.basis import weight_name
 from qpcompile.quantization.block_sums import SumsOfMatrix, SumsOfRows
 from qpcompile.quantization.fake_quant import fake_quantize
 from qpcompile.quantization.learned_transform import LearnedTransform, carried, kronecker_rows, rounded
+from qpcompile.quantization.products import rows_of
 from qpcompile.quantization.site_bits import inputs_at, weights_at
 from qpcompile.quantization.training_time import TrainingTime
 from qpcompile.ranks import windows
@@ -250,7 +251,7 @@ class _Training:
             moments = statistics.moments or SecondMoments(None, statistics.rows)
             tokens = moments.factor
             second = SumsOfMatrix(sizes, moments.dense()) if tokens is None else SumsOfRows(sizes, [tokens])
-            weights = [self.on.weight(self.graph.module, name).detach() for name in names]
+            weights = [rows_of(self.on.weight(self.graph.module, name).detach()) for name in names]
             learned.begin(second, SumsOfRows(sizes, weights))
 
     def _look(self, node: fx.Node, value: Any) -> Any:
@@ -340,10 +341,10 @@ class _Training:
                 if graph.owner == self.graph.owner:
                     self._fold_graph(graph, learned, moved)
             for site, (left, right) in learned.items():
-                if site in self.calibration.inputs:
-                    statistics = self.calibration.inputs[site].to(self.on.device)
+                for name in self.calibration.names(site):
+                    statistics = self.calibration.inputs[name].to(self.on.device)
                     moved_statistics = carried(statistics, left.double(), right.double())
-                    self.calibration.inputs[site] = moved_statistics.to(self.on.home)
+                    self.calibration.inputs[name] = moved_statistics.to(self.on.home)
 
     def _fold_graph(
         self, graph: Graph, learned: dict[str, tuple[torch.Tensor, torch.Tensor]], moved: dict[str, torch.Tensor]

@@ -1,7 +1,7 @@
 """ONNX export of products per expert on stored weights: a placeholder for each operator, split into those of linears.
 
     y = ExpertLinearInt(q, scale, weight, weight_scale, index)
-      ->  for each expert:  rows = NonZero(index == expert);  y[rows] = LinearInt(q[rows], scale[rows], weight[expert], ...)
+      ->  for each expert:  r = NonZero(index == expert);  y[r] = LinearInt(q[r], scale[r], weight[expert], ...)
 
 A translation sees weights without data, and a placeholder of a linear needs an initializer of its own: experts are
 split once there is data, before the placeholders of linears are lowered (linear_int/placeholder.py).
@@ -24,10 +24,10 @@ EXPERT_LINEAR_A16 = placeholder_op(NAMES[1], ("x", "weight", "weight_scale", "in
 
 
 def split_experts(model: ir.Model) -> None:
-    """Replace the placeholders of products per expert in `model`, in place, by one placeholder of a linear per expert."""
+    """Replace the placeholders of products per expert in `model`, in place, by one of a linear for each expert."""
     graph = model.graph
     for node in [node for node in graph if node.domain == DOMAIN and node.op_type in NAMES]:
-        *given, weight, scale, index = node.inputs
+        *given, _, _, index = node.inputs
         places = len(given), len(given) + 1
         stored, scales = (initializer(node, place) for place in places)
         assert index is not None

@@ -3,6 +3,8 @@
 Layer by layer: all samples run through one layer before any runs through the next, so that memory holds the statistics
 of one layer, and of each sample only the inputs of the next layer.
 
+Second moments at an input of experts are collected for each expert too, on the tokens that chose it.
+
 Several ranks share the samples, in turns of one sample each (site_sums.py); when all samples have passed a layer, every
 rank gets the statistics of all its sites.
 """
@@ -22,11 +24,11 @@ from torch import fx
 from qpcompile.calibration.blocks import Block, Look, Values, split_blocks
 from qpcompile.calibration.modality_ratios import Found, ModalityGradients
 from qpcompile.calibration.site_sums import SiteSums
-from qpcompile.calibration.statistics import ROWS, Calibration, InputStatistics, Shelf
+from qpcompile.calibration.statistics import ROWS, Calibration, InputStatistics, Shelf, expert_site
 from qpcompile.errors import CalibrationError, InputError
 from qpcompile.ir.edit import is_call
 from qpcompile.ir.node_facts import stub_fact
-from qpcompile.ir.operators import SELECT_TOKENS
+from qpcompile.ir.operators import EXPERT_LINEAR, SELECT_TOKENS
 from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
 from qpcompile.progress import track
 from qpcompile.ranks import Ranks, turns
@@ -183,20 +185,26 @@ class _Collector:
         self.walked.append(block.name)
 
     def _look(self, flow: _Flow, adds: bool = True) -> Look:
+        chosen: dict[fx.Node, torch.Tensor] = {}
+
         def look(node: fx.Node, value: Any) -> Any:
+            if node in self.choices:
+                chosen[node] = value
             if is_call(node, SELECT_TOKENS) and flow.visual is not None:
                 index, flow.counts = value
                 flow.visual = flow.visual.gather(1, index)
             fact = stub_fact(node)
             if adds and fact is not None and fact.role == "activation":
-                self._add(fact.site, value, flow)
+                visual, counts = _marks(flow, value)
+                self.sums.add(fact.site, value, visual, counts)
+                if node in self.experts and self.moments:
+                    count, index = self.experts[node]
+                    choice = chosen[index] if index in chosen else self.on.there(flow.values[index])
+                    for expert, rows in _by_expert(value, choice, counts, count):
+                        self.sums.add(expert_site(fact.site, expert), rows)
             return value
 
         return look
-
-    def _add(self, site: str, value: torch.Tensor, flow: _Flow) -> None:
-        of_tokens = flow.counts is not None and value.shape[:-1] == flow.counts.shape
-        self.sums.add(site, value, *((flow.visual, flow.counts) if of_tokens else ()))
 
     def restore(self) -> bool:
         """Restore the statistics of an interrupted compile; returns whether they are complete."""
@@ -243,14 +251,40 @@ class _Collector:
         return SiteSums(self.program.ranks, self.widths, self.moments, self.keep, self.found.inputs)
 
     @functools.cached_property
+    def stubs(self) -> dict[str, list[fx.Node]]:
+        """The activation stubs of all graphs, by site."""
+        found: dict[str, list[fx.Node]] = {}
+        for graph in self.program.graphs.values():
+            for node in graph.nodes:
+                if (fact := stub_fact(node)) is not None and fact.role == "activation":
+                    found.setdefault(fact.site, []).append(node)
+        return found
+
+    @functools.cached_property
     def widths(self) -> dict[str, int]:
-        """Channels of every activation stub, by site."""
+        """Channels of every activation stub, by site; of experts also by the name of each expert's statistics."""
+        found: dict[str, int] = {}
+        for site, stubs in self.stubs.items():
+            width = int(stubs[-1].meta["val"].shape[-1])
+            count = max((self.experts[stub][0] for stub in stubs if stub in self.experts), default=0)
+            found |= {site: width, **{expert_site(site, expert): width for expert in range(count)}}
+        return found
+
+    @functools.cached_property
+    def experts(self) -> dict[fx.Node, tuple[int, fx.Node]]:
+        """How many experts read a stub, and the choice of each token, i[N, J], by stub."""
         return {
-            fact.site: int(node.meta["val"].shape[-1])
-            for graph in self.program.graphs.values()
-            for node in graph.nodes
-            if (fact := stub_fact(node)) is not None and fact.role == "activation"
+            stub: (int(product.args[1].meta["val"].shape[0]), product.args[2])  # type: ignore[union-attr,misc]
+            for stubs in self.stubs.values()
+            for stub in stubs
+            for product in stub.users
+            if is_call(product, EXPERT_LINEAR)
         }
+
+    @functools.cached_property
+    def choices(self) -> set[fx.Node]:
+        """The choices of all tokens."""
+        return {index for _, index in self.experts.values()}
 
     def _save_gradients(self, samples: int) -> None:
         sums = {"visual": self.gradients.visual, "text": self.gradients.text}
@@ -272,6 +306,35 @@ class _Collector:
             self.gradients.visual.update({site: kept.tensors[name] for name, site in names["visual"].items()})
             self.gradients.text.update({site: kept.tensors[name] for name, site in names["text"].items()})
             return samples
+
+
+def _marks(flow: _Flow, value: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which rows of a value, f[..., C], are visual, and which count, bool[...]; None if they are not tokens.
+
+    Layers of experts flatten the tokens: f[B S, C], or f[B S, I, C].
+    """
+    if flow.counts is None or flow.visual is None:
+        return None, None
+    rows = value.shape[:-1]
+    if rows == flow.counts.shape:
+        return flow.visual, flow.counts
+    if len(rows) > 2 or rows[0] != flow.counts.numel():
+        return None, None
+    wide = (rows[0], *[1] * (len(rows) - 1))
+    visual, counts = (each.reshape(wide).expand(rows) for each in (flow.visual, flow.counts))
+    return visual, counts
+
+
+def _by_expert(
+    x: torch.Tensor, choice: torch.Tensor, counts: torch.Tensor | None, experts: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """x: f[N, I, C], choice: i[N, J], counts: bool[N, I] -> each expert that was chosen, and its rows, f[n, C]."""
+    slots = choice.unflatten(1, (x.shape[1], -1))
+    for expert in range(experts):
+        own = (slots == expert).any(dim=-1)
+        rows = x[own if counts is None else own & counts]
+        if len(rows):
+            yield expert, rows
 
 
 def _in_order(flows: dict[str, list[_Flow]], ranks: Ranks) -> list[str]:

@@ -18,7 +18,7 @@ from torch import fx
 from qpcompile.calibration.blocks import run_nodes
 from qpcompile.ir.edit import aten, is_call
 from qpcompile.ir.node_facts import stub_fact
-from qpcompile.ir.operators import QUANT_STUB
+from qpcompile.ir.operators import EXPERT_LINEAR, QUANT_STUB
 from qpcompile.ir.program import Graph
 from qpcompile.runtime.placement import Placement
 
@@ -50,7 +50,7 @@ class ModalityGradients:
         outputs: dict[str, torch.Tensor] = {}
 
         def look(node: fx.Node, value: torch.Tensor) -> torch.Tensor:
-            source = node.args[0] if is_call(node, aten.linear.default) else None
+            source = node.args[0] if is_call(node, aten.linear.default, EXPERT_LINEAR) else None
             if is_call(source, QUANT_STUB) and (fact := stub_fact(source)) is not None:
                 value.retain_grad()
                 outputs[fact.site] = value
@@ -67,9 +67,11 @@ class ModalityGradients:
             torch.nn.functional.cross_entropy(scores, scores.detach().argmax(dim=-1)).backward()
         found: Found = {}
         for site, output in outputs.items():
-            if output.grad is None or output.shape[:2] != visual.shape:
+            # Of experts: f[B S, J, O].
+            tokens = output.shape[:2] == visual.shape or len(output) == visual.numel()
+            if output.grad is None or not tokens:
                 continue
-            size = output.grad.abs().mean(dim=-1)
+            size = output.grad.abs().reshape(*visual.shape, -1).mean(dim=-1)
             own, other = (
                 on.back(torch.stack([size[chosen].sum(), chosen.sum().to(size.dtype)]))
                 for chosen in (visual & valid, valid & ~visual)

@@ -45,6 +45,17 @@ class SecondMoments:
         """The same on a device."""
         return self._each(lambda tensor: tensor.to(device))
 
+    def times(self, share: float) -> SecondMoments:
+        """Each token counted `share` times; a copy."""
+        factor = None if self.factor is None else self.factor * share**0.5
+        return SecondMoments(None if self.matrix is None else self.matrix * share, factor)
+
+    def joined(self, other: SecondMoments) -> SecondMoments:
+        """Of the tokens of both, in memory of its own."""
+        if self.factor is not None and other.factor is not None:
+            return self.plus(other.factor)
+        return SecondMoments(self.dense() + other.dense())
+
     def plus(self, rows: torch.Tensor) -> SecondMoments:
         """With the tokens f32[n, C] as well; a matrix is changed in place."""
         if self.factor is None:

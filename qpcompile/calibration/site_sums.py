@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from qpcompile.calibration.statistics import InputStatistics
+from qpcompile.calibration.statistics import InputStatistics, of_expert
 from qpcompile.errors import CalibrationError
 from qpcompile.ranks import Ranks, Tensors, shares
 
@@ -97,4 +97,5 @@ class SiteSums:
             found = self.before.get(site)
             empty = InputStatistics.empty(value.shape[-1], self.moments, value.device)
             self._growing[site] = empty if found is None else found.copy().to(value.device)
-        self._growing[site].add(value, self.keep, visual, counts)
+        # Of the tokens of an expert, only the moments are read.
+        self._growing[site].add(value, 0 if of_expert(site) else self.keep, visual, counts)

@@ -184,6 +184,16 @@ class Shelf(MutableMapping[str, InputStatistics]):
         return made
 
 
+def expert_site(site: str, expert: int) -> str:
+    """The name of the statistics of the tokens that chose one expert, at the input of experts called `site`."""
+    return f"{site}[{expert}]"
+
+
+def of_expert(name: str) -> bool:
+    """Whether statistics with this name are of the tokens of one expert: no module path has brackets."""
+    return name.endswith("]")
+
+
 @dataclass
 class Calibration:
     """The result of calibration: input statistics per group of sites, the loss sensitivity of visual against text
@@ -193,6 +203,10 @@ class Calibration:
     inputs: Shelf = field(default_factory=Shelf)
     ratios: dict[str, float] = field(default_factory=dict)
     samples: int = 0
+
+    def names(self, site: str) -> list[str]:
+        """The names of the statistics of a site: its own, and those of its experts, as far as there are any."""
+        return [name for name in self.inputs if name == site or name.startswith(f"{site}[")]
 
 
 CALIBRATION: Measurement[Calibration] = Measurement("calibration")

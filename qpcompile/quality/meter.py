@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16, QUANTIZE_DYNAMIC, QUANTIZE_STATIC
+from qpcompile.ir.operators import (
+    EXPERT_LINEAR_A16,
+    EXPERT_LINEAR_INT,
+    LINEAR_INT,
+    LINEAR_W4A16,
+    LINEAR_W8A16,
+    QUANTIZE_DYNAMIC,
+    QUANTIZE_STATIC,
+)
 from qpcompile.ir.program import Graph, Program
 from qpcompile.progress import track
 from qpcompile.quality.answers import Agreement, Answer, answer, compare, free_answer
@@ -153,6 +161,9 @@ class _Unrounded(PlacedInterpreter):
             x, _, stored, scale, bias, dtype, _, *residual = args
             y = _product(x.to(dtype), stored, scale, bias)
             return y + residual[0] if residual else y
+        if target is EXPERT_LINEAR_INT:
+            x, _, stored, scale, index, dtype, _ = args
+            return EXPERT_LINEAR_A16(x.to(dtype), stored, scale, index)
         return super().call_function(target, args, kwargs)
 
 

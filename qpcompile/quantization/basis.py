@@ -7,7 +7,7 @@ m is the mean of T D x over the calibration tokens: the common component is then
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,7 @@ from qpcompile.ir.program import Graph
 from qpcompile.ir.shapes import value
 from qpcompile.kernels.hadamard.reference import factors, hadamard_matrix
 from qpcompile.quantization.basis_change import BasisChange, rotation
+from qpcompile.quantization.products import bias_of, matrices_of, rows_of
 from qpcompile.quantization.scale_search import search_scale
 from qpcompile.recipe.quantize import QuantizeScheme
 from qpcompile.runtime.placement import Placement
@@ -126,15 +127,14 @@ class _Finder:
         assert isinstance(x, fx.Node)
         linears = list(stub.users)
         names = [weight_name(linear) for linear in linears]
-        channels = get_tensor(self.graph.module, names[0]).shape[1]
+        channels = get_tensor(self.graph.module, names[0]).shape[-1]
         rotate = self.scheme.transform != "none"
         scale = self._balance(site, names, rotate) if scaled else None
         turn = BasisChange(channels, rotate, scale, self.on.device)
         if scale is not None or rotate:
             for name in names:
-                self.update(name, turn.weights(self.tensor(name)))
-            if (found := self.statistics(site)) is not None:
-                self.keep(site, turn.statistics(found))
+                self._turn(name, turn)
+            self._move(site, turn.statistics)
         folded = scale is not None and self._fold_scale(x, stub, scale)
         rest = None if scale is None or folded else scale.float()
         shift = self._center(site, linears)
@@ -147,6 +147,19 @@ class _Finder:
             shift = None if shift is None else shift.float()
             self.basis.nodes[site] = Change(rotate=rotate, scale=rest, factors=learned, shift=shift).to(self.on.home)
 
+    def _turn(self, name: str, turn: BasisChange) -> None:
+        """Change the basis of a weight's inputs; those of experts one after the other."""
+        weight = self.on.weight(self.graph.module, name).detach()
+        made = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for old, new in zip(matrices_of(weight), matrices_of(made), strict=True):
+            new.copy_(turn.weights(old.double()))
+        self._put(name, made)
+
+    def _move(self, site: str, change: Callable[[InputStatistics], InputStatistics]) -> None:
+        """Replace the statistics of a site, and of its experts, if there are any."""
+        for name in self.calibration.names(site):
+            self.keep(name, change(self.calibration.inputs[name].to(self.on.device)))
+
     def _center(self, site: str, linears: list[fx.Node]) -> torch.Tensor | None:
         """Fold the mean of a site's transformed input into biases; returns the shift to subtract, f64[C]."""
         least, statistics = self.scheme.center, self.statistics(site)
@@ -158,7 +171,7 @@ class _Finder:
             return None
         for linear in linears:
             self._add_bias(linear, self.tensor(weight_name(linear)) @ mean)
-        self.keep(site, statistics.shifted(mean))
+        self._move(site, lambda found: found.shifted(mean))
         return mean
 
     def _fold_shift(self, x: fx.Node, stub: fx.Node, shift: torch.Tensor) -> bool:
@@ -170,7 +183,7 @@ class _Finder:
         return True
 
     def _add_bias(self, linear: fx.Node, more: torch.Tensor) -> None:
-        """Add f64[N] to the bias of a linear, creating it if there is none."""
+        """Add f64[N], or f64[E, N] of experts, to the bias of a linear, creating it if there is none."""
         name = self.bias_name(linear)
         if name is not None:
             self.update(name, self.tensor(name) + more)
@@ -196,13 +209,17 @@ class _Finder:
         if self.scheme.scaling != "none":
             ratio = self.calibration.ratios.get(site, 1.0)
             importance = torch.where(statistics.visual, ratio, 1.0)
-            wide = torch.cat([self.tensor(name) for name in names])
+            wide = torch.cat([self._rows(name) for name in names])
             turn = rotation(wide.shape[1], rotate, wide.device)
             return search_scale(statistics.rows, wide, turn, self.scheme, importance)
         if strength is None:
             return None
-        weights = torch.stack([self.tensor(name).abs().amax(dim=0) for name in names]).amax(dim=0)
+        weights = torch.stack([self._rows(name).abs().amax(dim=0).double() for name in names]).amax(dim=0)
         return _inverse_smoothing(statistics.largest.double(), weights, strength)
+
+    def _rows(self, name: str) -> torch.Tensor:
+        """The rows of a weight in its own type, those of all experts: f[rows, C], on the device."""
+        return rows_of(self.on.weight(self.graph.module, name).detach())
 
     def _carry(self, site: str, blocks: torch.Tensor) -> None:
         """Carry the statistics of a site through block_diag(blocks), blocks: f64[H, D, D]."""
@@ -305,8 +322,8 @@ def weight_name(linear: fx.Node) -> str:
 
 
 def _bias_name(linear: fx.Node) -> str | None:
-    bias = operands(linear)["bias"]
-    return str(bias.target) if isinstance(bias, fx.Node) else None
+    bias = bias_of(linear)
+    return None if bias is None else str(bias.target)
 
 
 def _inverse_smoothing(inputs: torch.Tensor, weights: torch.Tensor, strength: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from qpcompile.calibration.statistics import CALIBRATION, InputStatistics
-from qpcompile.ir.edit import aten, calls, get_tensor
+from qpcompile.ir.edit import calls, get_tensor
 from qpcompile.ir.measurements import Measurement
 from qpcompile.ir.node_facts import StubFact, stub_fact
 from qpcompile.ir.operators import QUANT_STUB
@@ -17,8 +17,8 @@ from qpcompile.kernels.kv_read.reference import kv_read
 from qpcompile.kernels.kv_write.reference import kv_write
 from qpcompile.kernels.linear_int.packing import codes_of, stored_codes
 from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
+from qpcompile.quantization.products import PRODUCTS, rows_of, solve_weight, solving_cost
 from qpcompile.quantization.site_bits import cache_at, inputs_at, weights_at
-from qpcompile.quantization.solve import solve
 from qpcompile.recipe.quantize import QuantizeScheme
 from qpcompile.runtime.placement import Placement
 
@@ -54,7 +54,7 @@ class StubRounding:
         if (scheme := program.recipe.quantize) is None:
             return None
         read_by: dict[str, str] = {}
-        for linear in calls(program.graphs[PREFILL], aten.linear.default):
+        for linear in calls(program.graphs[PREFILL], *PRODUCTS):
             read, own = (stub_fact(node) if isinstance(node, fx.Node) else None for node in linear.args[:2])
             if own is not None and read is not None:
                 read_by[own.site] = read.site
@@ -74,7 +74,7 @@ class StubRounding:
             stored, scale = self._solved(x, fact)
             self._weights[fact.site] = self.on.keep(stored), self.on.keep(scale)
         stored, scale = self.on.there(self._weights[fact.site])
-        value = _widened(codes_of(stored, x.shape[1]), scale, x.dtype)
+        value = _widened(codes_of(stored, x.shape[-1]), scale, x.dtype).view(x.shape)
         if value.nbytes <= self._room:
             self._room -= value.nbytes
             self._values[fact.site] = value
@@ -93,8 +93,7 @@ class StubRounding:
         }
 
         def cost(site: str) -> float:
-            rows, columns = get_tensor(graph.module, asked[site][0]).shape
-            return columns**2 * float(rows + columns)
+            return solving_cost(get_tensor(graph.module, asked[site][0]))
 
         def work(site: str) -> tuple[torch.Tensor, torch.Tensor]:
             name, fact = asked[site]
@@ -104,11 +103,10 @@ class StubRounding:
             self._weights[site] = self.on.keep(stored), self.on.keep(scale)
 
     def _solved(self, weight: torch.Tensor, fact: StubFact) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes as they are stored, and scales, at home."""
-        found, scheme = self.inputs.get(self.read_by.get(fact.site, "")), weights_at(fact, self.scheme)
-        moments = None if found is None or found.moments is None else found.moments.to(self.on.device)
-        codes, scale = solve(weight, moments, scheme)
-        return self.on.back(stored_codes(codes, scheme.bits)), self.on.back(scale)
+        """Codes as they are stored and scales, those of experts as of one matrix of all their rows, at home."""
+        scheme = weights_at(fact, self.scheme)
+        solved = solve_weight(weight, self.read_by.get(fact.site, ""), self.inputs, scheme, self.on.device)
+        return self.on.back(stored_codes(rows_of(solved.codes), scheme.bits)), self.on.back(rows_of(solved.scale))
 
 
 ROUNDING: Measurement[StubRounding] = Measurement("rounding")

@@ -59,7 +59,7 @@ class LearnedTransform(nn.Module):
         return rounded(kronecker_rows(x, left, right), scheme.kernel_group, torch.sigmoid(self.clip), scheme.bits)
 
     def weights(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight: f[N, C] -> W (L kron R)^-1: f32[N, C]."""
+        """weight: f[..., C] -> W (L kron R)^-1: f32[..., C]."""
         left, right = self.factors()
         return kronecker_rows(weight, torch.linalg.inv(left).T, torch.linalg.inv(right).T)
 

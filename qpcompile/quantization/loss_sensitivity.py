@@ -25,11 +25,14 @@ from torch.nn import functional
 
 from qpcompile.calibration.blocks import run_nodes
 from qpcompile.calibration.collect import run_sample
-from qpcompile.ir.edit import aten, is_call
+from qpcompile.ir.edit import is_call
 from qpcompile.ir.measurements import Measurement
 from qpcompile.ir.node_facts import stub_fact
+from qpcompile.ir.operators import EXPERT_LINEAR
 from qpcompile.ir.program import HEAD, PREFILL, Graph, Program
+from qpcompile.ir.shapes import value as shape_of
 from qpcompile.progress import track
+from qpcompile.quantization.products import PRODUCTS
 from qpcompile.runtime.machine import Machine
 from qpcompile.runtime.placement import Placement
 
@@ -87,9 +90,14 @@ class _Gradients:
         """One call of the decoder, forward and backward; returns its results."""
 
         def look(node: fx.Node, value: Any) -> Any:
-            fact = stub_fact(node.args[1]) if is_call(node, aten.linear.default) else None  # type: ignore[arg-type]
-            if fact is not None and value.requires_grad and value.shape[:-1] == visual.shape:
-                value.register_hook(lambda gradient: self._note(fact.site, gradient, visual, valid))
+            fact = stub_fact(node.args[1]) if is_call(node, *PRODUCTS) else None  # type: ignore[arg-type]
+            if fact is None or not value.requires_grad:
+                return value
+            # f[B S, J, O]: a token chooses J of the E experts, and errors are those of all rows of the weight.
+            routed = is_call(node, EXPERT_LINEAR) and len(value) == visual.numel()
+            experts = len(shape_of(node.args[1])) if routed else 1  # type: ignore[arg-type]
+            if routed or value.shape[:-1] == visual.shape:
+                value.register_hook(lambda gradient: self._note(fact.site, gradient / experts**0.5, visual, valid))
             return value
 
         with torch.enable_grad():
@@ -111,7 +119,7 @@ class _Gradients:
         return {path: result.detach() for path, result in self.on.back(results).items()}
 
     def _note(self, site: str, gradient: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor) -> None:
-        size = gradient.float().square().mean(dim=-1) / 2
+        size = gradient.float().square().mean(dim=-1).reshape(*visual.shape, -1).sum(dim=-1) / 2
         sums = self.sums.setdefault(site, [0.0, 0.0])
         for place, chosen in enumerate((visual & valid, valid & ~visual)):
             sums[place] += float(size[chosen].sum())

@@ -5,6 +5,7 @@ The solvers are the files of solvers/, as solver.py describes them.
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 
 import torch
@@ -47,6 +48,14 @@ def output_error(
     weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: SecondMoments | None
 ) -> float:
     """||(W - Q) X|| / ||W X|| from the second moments; without them, the error of the weights themselves."""
+    error, full = output_energies(weight, codes, scale, moments)
+    return math.sqrt(max(error, 0.0) / max(full, 1e-30))
+
+
+def output_energies(
+    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: SecondMoments | None
+) -> tuple[float, float]:
+    """||(W - Q) X||^2 and ||W X||^2, as `output_error` takes them."""
 
     def energy(rows: torch.Tensor) -> torch.Tensor:
         return rows.square().sum(dtype=torch.float64) if moments is None else moments.energy(rows)
@@ -57,7 +66,7 @@ def output_error(
         difference = wide - expand(scale[part], wide.shape[1]) * codes[part].float()
         error += energy(difference)
         full += energy(wide)
-    return float((error.clamp(min=0) / full.clamp(min=1e-30)).sqrt())
+    return float(error), float(full)
 
 
 def _scales(weight: torch.Tensor, moments: SecondMoments | None, scheme: WeightScheme) -> torch.Tensor:

@@ -59,6 +59,8 @@ def select_scale(graph: Graph, stub: fx.Node, scales: torch.Tensor, name: str) -
     visual = add_tensor(graph, f"static.{name}_visual", scales[:1].clone(), stub)
     text = add_tensor(graph, f"static.{name}_text", scales[1:].clone(), stub)
     wide = call(graph, stub, aten.unsqueeze.default, mask, -1)
+    if value(stub).shape[:2] != value(wide).shape[:2]:
+        wide = call(graph, stub, aten.reshape.default, wide, [-1, *[1] * (value(stub).dim() - 1)])
     return call(graph, stub, aten.where.self, wide, visual, text)
 
 
@@ -75,7 +77,9 @@ def visual_mask(graph: Graph, stub: fx.Node) -> fx.Node | None:
         if is_call(node, SELECT_TOKENS):
             mask = _kept(graph, node, mask)
     shape, size = value(stub).shape, value(mask).shape
-    return mask if len(shape) == 3 and same(shape[1], size[1]) else None
+    # Layers of experts flatten the tokens: [B S, C], or [B S, I, C].
+    flat = same(shape[0], size[0] * size[1])
+    return mask if flat or (len(shape) == 3 and same(shape[1], size[1])) else None
 
 
 def _kept(graph: Graph, select: fx.Node, mask: fx.Node) -> fx.Node:

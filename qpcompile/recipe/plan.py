@@ -89,6 +89,12 @@ class Site(Section):
         default=None,
         description="Of a model from a quantized checkpoint: `kept`, or why its weights were rounded again.",
     )
+    unseen_experts: int | None = Field(
+        default=None,
+        ge=0,
+        description="Experts that no calibration token chose, solved by the tokens of the others; null: no experts, "
+        "or no statistics.",
+    )
 
 
 class SiteBits(Section):

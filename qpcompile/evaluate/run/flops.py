@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16
+from qpcompile.ir.operators import (
+    EXPERT_LINEAR,
+    EXPERT_LINEAR_A16,
+    EXPERT_LINEAR_INT,
+    LINEAR_INT,
+    LINEAR_W4A16,
+    LINEAR_W8A16,
+)
 from qpcompile.ir.program import PROJECTOR, VISION, Graph, Program, component_of
 from qpcompile.runtime.machine import Machine, execute_graph
 
@@ -89,10 +96,16 @@ def _linear_on_floats(x: Sequence[int], weight: Sequence[int], *_: Any, out_shap
     return 2 * math.prod(x) * weight[0]
 
 
+def _expert_linear(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    """x: [N, I, K] -> [N, J, O]: one product per slot."""
+    return 2 * math.prod(out_shape) * x[-1]
+
+
 # Operators missing in PyTorch's counter: attention on the CPU, and our linears.
 OURS = (
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention),
     (LINEAR_INT.overloadpacket, _linear),
     (LINEAR_W4A16.overloadpacket, _linear_on_floats),
     (LINEAR_W8A16.overloadpacket, _linear_on_floats),
+    *((each.overloadpacket, _expert_linear) for each in (EXPERT_LINEAR, EXPERT_LINEAR_INT, EXPERT_LINEAR_A16)),
 )

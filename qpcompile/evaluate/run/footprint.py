@@ -10,11 +10,21 @@ import torch
 from torch import fx
 
 from qpcompile.ir.edit import aten, get_tensor
-from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16
+from qpcompile.ir.operators import (
+    EXPERT_LINEAR,
+    EXPERT_LINEAR_A16,
+    EXPERT_LINEAR_INT,
+    LINEAR_INT,
+    LINEAR_W4A16,
+    LINEAR_W8A16,
+)
 from qpcompile.ir.program import PREFILL, Program
 from qpcompile.ir.structure import CACHE_ARGUMENT
 
-LINEARS = (aten.linear.default, LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16)
+LINEARS = (
+    *(aten.linear.default, LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16),
+    *(EXPERT_LINEAR, EXPERT_LINEAR_INT, EXPERT_LINEAR_A16),
+)
 
 
 def decoder_linear_bytes(program: Program) -> int:
