@@ -62,6 +62,21 @@ def _experts(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torc
     return (own * weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
 
 
+def _chosen_experts(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Llama 4's experts on the tokens that chose them; transformers multiplies every token by every expert, and those
+    that were not chosen by zero.
+
+    hidden_states: f[..., C] -> f[N, C], and the router's logits f[N, E].
+    """
+    hidden = hidden_states.reshape(-1, self.hidden_dim)
+    scores, logits = self.router(hidden)
+    shares, index = scores.topk(self.top_k, dim=1)
+    first, second = (matrix.transpose(1, 2) for matrix in (self.experts.gate_up_proj, self.experts.down_proj))
+    gate, up = EXPERT_LINEAR(hidden.unsqueeze(1) * shares.unsqueeze(-1), first, index).chunk(2, dim=-1)
+    routed = EXPERT_LINEAR(up * self.experts.act_fn(gate), second, index)
+    return self.shared_expert(hidden) + routed.sum(dim=1), logits
+
+
 def _loops_over_experts(part: torch.nn.Module) -> bool:
     """Whether a module is a family's own loop over experts, with the weights and arguments of transformers' interface.
 
@@ -148,6 +163,9 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
+# Layers that run all experts on all tokens, by the name of their class.
+MIXTURES: dict[str, Callable[..., Any]] = {"Llama4TextMoe": _chosen_experts}
+
 # Functions of the modules of families that are replaced while tracing, by name.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch_chunk_gated_delta_rule": _gated_delta,
@@ -185,6 +203,8 @@ def traceable(module: torch.nn.Module, adapted: bool = True) -> Iterator[None]:
         for kind in kinds:
             if adapted and (adapter := ADAPTERS.get(kind.__name__)):
                 stack.enter_context(mock.patch.object(kind, "forward", adapter.forward))
+            if mixture := MIXTURES.get(kind.__name__):
+                stack.enter_context(mock.patch.object(kind, "forward", mixture))
             if kind in looping:
                 stack.enter_context(mock.patch.object(kind, "forward", _experts))
             if hasattr(kind, "_deepstack_process"):

@@ -2,6 +2,8 @@
 
     linear layers on codes           %q, %s = quantize_dynamic(%x); linear_int(%q, %s, W)  ->  linear_w4a16(%x, W)
                                      with the same 4-bit weights; activations are rounded to 8 bits inside the operator
+    experts on codes                 expert_linear_int(%q, %s, W, %i)  ->  expert_linear_a16(%x, W, %i), as for linears;
+                                     8-bit weights remain a float product per expert
     8-bit weights                    linear_int(%q, %s, W), linear_w8a16(%x, W)  ->  linear_w8(%x, W), the same weights
     the head                         linear(%x, W)  ->  linear_w8(%x, W'), 8-bit weights in blocks of 128
     token embeddings                 embedding(W, %ids)  ->  embedding_16, 16 bits per number
@@ -34,6 +36,8 @@ from qpcompile.ir.edit import aten, get_tensor, is_call, set_tensor
 from qpcompile.ir.operators import (
     ACTIVATION,
     ACTIVATION_QUANTIZE,
+    EXPERT_LINEAR_A16,
+    EXPERT_LINEAR_INT,
     HADAMARD,
     KRONECKER,
     LAYERNORM_QUANTIZE,
@@ -140,8 +144,9 @@ def _float_activations(part: Part) -> None:
         gate.meta["val"] = value(node)
         node.replace_all_uses_with(gate)
     sources: dict[fx.Node, fx.Node | None] = {}
-    for node in calls(part, LINEAR_INT):
-        codes, _, weight, weight_scale, bias, dtype, _, *residual = node.args
+    for node in calls(part, LINEAR_INT, EXPERT_LINEAR_INT):
+        # last: a bias, or which experts were chosen.
+        codes, _, weight, weight_scale, last, dtype, _, *residual = node.args
         pair = codes.args[0] if is_call(codes, operator.getitem) else None
         if not isinstance(pair, fx.Node):
             continue
@@ -153,7 +158,8 @@ def _float_activations(part: Part) -> None:
                 source = put(part, node, aten.to.dtype, source, dtype, like=node)
             packed = value(weight).dtype == torch.uint8  # type: ignore[arg-type]
             target = LINEAR_W4A16 if packed else LINEAR_W8A16
-            new = put(part, node, target, source, weight, weight_scale, bias, like=node)
+            target = EXPERT_LINEAR_A16 if node.target is EXPERT_LINEAR_INT else target
+            new = put(part, node, target, source, weight, weight_scale, last, like=node)
             new.meta["val"] = value(node)
             if residual:
                 new = put(part, node, aten.add.Tensor, new, *residual, like=node)
