@@ -20,7 +20,7 @@ from torch import fx
 
 from qpcompile.errors import RecipeError
 from qpcompile.ir.attention import appended
-from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, layer_of, through_shape_ops, tidy
+from qpcompile.ir.edit import add_tensor, aten, call, calls, get_tensor, is_call, layer_of, tidy
 from qpcompile.ir.node_facts import Role, StubFact, set_fact, stub_fact
 from qpcompile.ir.operators import EXPERT_LINEAR, QUANT_STUB
 from qpcompile.ir.program import DECODE, PREFILL, PROJECTOR, VISION, Graph, Program, component_of
@@ -125,7 +125,9 @@ def _stub_experts(graph: Graph, scheme: QuantizeScheme, left_out: list[LeftOut],
 
 def _experts_name(graph: Graph, weight: fx.Node) -> str:
     """The dotted name of a weight of experts: it is a parameter itself, and has nothing below it."""
-    target = str(through_shape_ops(weight).target).removesuffix(TURNED)
+    while weight.op == "call_function" and weight.all_input_nodes:
+        weight = weight.all_input_nodes[0]
+    target = str(weight.target).removesuffix(TURNED)
     return ".".join(part for part in (graph.owner, target) if part)
 
 
@@ -219,7 +221,7 @@ def _check_patterns(program: Program, scheme: QuantizeScheme) -> None:
         if (name := site_name(graph, linear)) is not None
     }
     names |= {
-        _experts_name(graph, through_shape_ops(product.args[1], extra=(QUANT_STUB,)))  # type: ignore[arg-type]
+        _experts_name(graph, product.args[1])  # type: ignore[arg-type]
         for graph in program.graphs.values()
         for product in calls(graph, EXPERT_LINEAR)
     }

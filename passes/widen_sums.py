@@ -27,6 +27,7 @@ from qpcompile.ir.operators import (
     ACTIVATION_QUANTIZE,
     ATTENTION_KV,
     ATTENTION_STEP,
+    EXPERT_LINEAR,
     HADAMARD,
     KRONECKER,
     LAYERNORM_QUANTIZE,
@@ -44,7 +45,7 @@ from qpcompile.stages import Stage
 # Reductions, and functions that math libraries approximate differently. Plain arithmetic is the same everywhere.
 SUMS = (
     *(aten.linear.default, aten.addmm.default, aten.matmul.default, aten.bmm.default, aten.mm.default),
-    *(*CONVOLUTIONS, aten.mean.dim, aten.layer_norm.default, RMSNORM),
+    *(*CONVOLUTIONS, aten.mean.dim, aten.layer_norm.default, RMSNORM, EXPERT_LINEAR),
     *(aten.scaled_dot_product_attention.default, SEGMENT_ATTENTION, aten.softmax.int),
 )
 FUNCTIONS = (

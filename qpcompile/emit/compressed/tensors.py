@@ -15,7 +15,7 @@ from qpcompile.emit.compressed.packing import Scheme
 from qpcompile.errors import ExportError
 from qpcompile.ir.edit import calls, get_tensor
 from qpcompile.ir.node_facts import quantized_fact
-from qpcompile.ir.operators import LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16
+from qpcompile.ir.operators import EXPERT_LINEAR_A16, EXPERT_LINEAR_INT, LINEAR_INT, LINEAR_W4A16, LINEAR_W8A16
 from qpcompile.ir.program import VISION, Graph, Program
 from qpcompile.kernels.linear_int.packing import codes_of
 from qpcompile.quantization.solver import expand
@@ -54,11 +54,15 @@ class Tensors:
 def read_tensors(program: Program, model: nn.Module) -> Tensors:
     """The tensors of a program whose transformers model is `model`, on the meta device.
 
-    Raises ExportError for a linear that the model has in another form, and for a tensor that the program does not hold
-    under its name.
+    Raises ExportError for a linear that the model has in another form, for quantized experts, and for a tensor that the
+    program does not hold under its name.
     """
     found = Tensors()
     for graph in program.graphs.values():
+        for node in calls(graph, EXPERT_LINEAR_INT, EXPERT_LINEAR_A16):
+            fact = quantized_fact(node)
+            site = node.name if fact is None else fact.sites[0]
+            raise _no_linear(site, "a weight of experts", f'"re:.*{site.split(".")[-1]}"')
         prefix = f"{graph.owner}." if graph.owner else ""
         read: set[str] = set()
         for node in calls(graph, *WEIGHTS):
@@ -108,12 +112,17 @@ def _read_linear(graph: Graph, node: fx.Node, prefix: str, model: nn.Module, fou
 def _linear(model: nn.Module, site: str) -> nn.Linear:
     module = dict(model.named_modules()).get(site)
     if not isinstance(module, nn.Linear):
-        raise ExportError(
-            f"{site} is a {type(module).__name__}; readers of the format quantize torch.nn.Linear only",
-            where=site,
-            do=f"add it to quantize.ignore: --set 'quantize.ignore=[lm_head, {site}]'",
-        )
+        raise _no_linear(site, f"a {type(module).__name__}", site)
     return module
+
+
+def _no_linear(site: str, kind: str, pattern: str) -> ExportError:
+    """The error for a quantized weight that is no linear's; pattern: what leaves it out."""
+    return ExportError(
+        f"{site} is {kind}; readers of the format quantize torch.nn.Linear only",
+        where=site,
+        do=f"add it to quantize.ignore: --set 'quantize.ignore=[lm_head, {pattern}]'",
+    )
 
 
 def _match(found: Tensors, program: Program, model: nn.Module) -> None:

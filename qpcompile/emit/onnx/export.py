@@ -255,10 +255,13 @@ def _language_models(
 
 def _model(name: str, part: Part, examples: Sequence[Feeds], fast: bool) -> ir.Model:
     model = to_onnx(name, part, (examples[0], examples[1]), (TORCH, OWN | FAST if fast else OWN))
-    split_experts(model)
     if fast:
         model.metadata_props[onnx_runner.IN_PLACE] = "past_key_values" if name == DECODE else ""
         (onnx_contrib.lower_few_rows if name == DECODE else onnx_contrib.lower_many_rows)(model)
+    split_experts(model)
+    if fast:
+        # An expert may get no rows, which the operator for many rows does not take.
+        onnx_contrib.lower_few_rows(model)
     for lower in LOWERINGS:
         lower(model)
     shapes = [value.shape for value in model.graph.outputs]
