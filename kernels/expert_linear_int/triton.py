@@ -1,4 +1,4 @@
-"""GPU kernel of expert_linear_int: one launch for all experts, on slots sorted by expert; nothing is copied to the host.
+"""GPU kernel of expert_linear_int: one launch for all experts, on slots sorted by expert, without a copy to the host.
 
 Each program multiplies the weights of one expert, OUT rows of them, by up to TOKENS slots that chose it. Which expert
 and which slots is computed on the device beforehand (`_blocks`): there are at most slots / TOKENS + experts blocks of
@@ -75,7 +75,7 @@ def expert_linear_int_kernel(
         x_row = q_ptr + source[None, :] * K
         total = tl.zeros((OUT, TOKENS), tl.int32)
         total_high = tl.zeros((OUT, TOKENS), tl.int32)
-        for step in range(0, ALL_STEPS):
+        for step in range(ALL_STEPS):
             block = step // STEPS
             byte = step % STEPS * STEP + tl.arange(0, STEP)
             at = w_row + (block * PLANE + byte)[None, :]
@@ -139,7 +139,7 @@ def expert_linear_int(
 
 def _blocks(chosen: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """chosen: i64[slots] -> the slots sorted by expert, and of each block of up to `size` slots of one expert: that
-    expert (`experts` where there is no such block), its first place among the sorted slots, and the end of the expert's.
+    expert (`experts` where there is no such block), its first place among the sorted slots, and the expert's end.
     """
     ordered, order = chosen.sort(stable=True)
     names = torch.arange(experts, device=chosen.device)

@@ -15,7 +15,9 @@ from typing import Any
 from unittest import mock
 
 from bending import bend, emptied
-from operands import BOUND, DIRECT, OPERATORS, Arguments, Draw
+from expert_operands import EXPERTS
+from operands import BOUND, DIRECT, Arguments, Draw
+from operands import OPERATORS as OTHERS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,6 +31,7 @@ from qpcompile.runtime.cpu.bind import UNFIT
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernels import native_calls
 
+OPERATORS = OTHERS | EXPERTS
 OF_SCHEMA = (
     *("Expected a value of type", "expected at most", "missing value for argument", "Overflow when unpacking"),
     "There were no tensor arguments to this function",

@@ -276,34 +276,6 @@ def segment_attention(draw: Draw) -> Arguments:
     return {**tensors, "cu_seqlens": torch.tensor([0, tokens // 2, tokens]), "scale": 0.3}
 
 
-def expert_linear(draw: Draw) -> Arguments:
-    tokens, channels = _rows(draw)
-    slots, experts = draw.choice((1, 2, 6)), draw.choice((1, 3, 8))
-    x = _f(draw, tokens, draw.choice((1, slots)), channels)
-    weight = torch.randn(experts, draw.choice((1, 5, 32)), channels).to(x.dtype)
-    return {"x": x, "weight": weight, "index": torch.randint(0, experts, (tokens, slots))}
-
-
-def expert_linear_int(draw: Draw) -> Arguments:
-    given = expert_linear_a16(draw)
-    tokens, rows, channels = given.pop("x").shape
-    q = torch.randint(-128, 128, (tokens, rows, channels), dtype=torch.int8)
-    dtype = draw.choice(FLOATS)
-    return {"q": q, "scale": _positive(tokens, rows, 1), **given, "dtype": dtype, "bits": 8}
-
-
-def expert_linear_a16(draw: Draw) -> Arguments:
-    given = expert_linear(draw)
-    (experts, features, channels), groups = given["weight"].shape, 2 if given["x"].shape[2] % 2 == 0 else 1
-    wide = torch.randint(-128, 128, (experts, features, channels), dtype=torch.int8)
-    return {
-        "x": given["x"],
-        "weight": draw.choice((_codes(experts, features, (channels + 1) // 2), wide)),
-        "weight_scale": _positive(experts, features, groups),
-        "index": given["index"],
-    }
-
-
 def gated_delta(draw: Draw) -> Arguments:
     batch, tokens, heads, width, values = draw.choice((1, 2)), draw.choice((1, 5, 70)), 2, draw.choice((1, 8)), 3
     return {
@@ -405,8 +377,7 @@ def conv2d(draw: Draw) -> Arguments:
 
 OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
     **{each.__name__: each for each in (attention_kv, attention_received, dpp_select, farthest_tokens, fuse_risk)},
-    **{each.__name__: each for each in (activation, activation_quantize, attention_step, expert_linear, gated_delta)},
-    **{each.__name__: each for each in (expert_linear_a16, expert_linear_int)},
+    **{each.__name__: each for each in (activation, activation_quantize, attention_step, gated_delta)},
     **{each.__name__: each for each in (hadamard, kronecker, kv_read, kv_write, layernorm_quantize)},
     **{each.__name__: each for each in (linear_w4a16, linear_int, linear_w8a16, merge_tokens, pivot_tokens)},
     **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_dynamic, quantize_static, rmsnorm)},

@@ -1,4 +1,4 @@
-"""Mixtures of experts, compiled: each weight of experts is packed, and a saved model answers as before it was saved."""
+"""Mixtures of experts, compiled: every expert is packed, and a saved model answers as before it was saved."""
 
 from __future__ import annotations
 
