@@ -59,8 +59,10 @@ def select_scale(graph: Graph, stub: fx.Node, scales: torch.Tensor, name: str) -
     visual = add_tensor(graph, f"static.{name}_visual", scales[:1].clone(), stub)
     text = add_tensor(graph, f"static.{name}_text", scales[1:].clone(), stub)
     wide = call(graph, stub, aten.unsqueeze.default, mask, -1)
-    if value(stub).shape[:2] != value(wide).shape[:2]:
-        wide = call(graph, stub, aten.reshape.default, wide, [-1, *[1] * (value(stub).dim() - 1)])
+    shape = value(stub).shape
+    if not same(shape[0], value(mask).shape[0]):
+        wide = call(graph, stub, aten.reshape.default, wide, [-1, *[1] * (len(shape) - 1)])
+        wide = call(graph, stub, aten.expand.default, wide, [-1, *shape[1:-1], 1])
     return call(graph, stub, aten.where.self, wide, visual, text)
 
 

@@ -17,8 +17,16 @@ from qpcompile.calibration.statistics import CALIBRATION, InputStatistics, exper
 from qpcompile.errors import RecipeError
 from qpcompile.ir.edit import aten, calls, get_tensor
 from qpcompile.ir.node_facts import stub_fact
-from qpcompile.ir.operators import EXPERT_LINEAR, EXPERT_LINEAR_A16, EXPERT_LINEAR_INT, HADAMARD, KRONECKER
+from qpcompile.ir.operators import (
+    EXPERT_LINEAR,
+    EXPERT_LINEAR_A16,
+    EXPERT_LINEAR_INT,
+    HADAMARD,
+    KRONECKER,
+    QUANTIZE_STATIC,
+)
 from qpcompile.ir.program import DECODE, PREFILL, Program
+from qpcompile.ir.shapes import value
 from qpcompile.ir.text import graph_text
 from qpcompile.kernels.linear_int.packing import codes_of
 from qpcompile.passes.fold_transforms import FoldTransforms
@@ -27,6 +35,7 @@ from qpcompile.passes.search_clips import SearchClips, best_clip
 from qpcompile.quantization.products import solve_weight
 from qpcompile.recipe.quantize import WeightScheme
 from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import VISUAL
 
 Apply = Callable[[Program, Any], bool]
 TOKENS = {"x": torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1))}
@@ -240,6 +249,32 @@ def test_clips_are_searched_through_all_experts(apply: Apply) -> None:
         fact, dense = stub_fact(product.args[0]), get_tensor(graph.module, site.removeprefix("model."))  # type: ignore[arg-type]
         assert fact is not None and fact.site == site
         assert fact.clip == best_clip(inputs[site], dense.detach().flatten(0, 1), scheme.activations)
+
+
+def test_static_scales_follow_tokens_in_one_list(apply: Apply) -> None:
+    """Text tokens of layers that flatten tokens get the scale of text."""
+
+    class Named(Decoder):
+        def forward(self, inputs_embeds: Tensor) -> Tensor:
+            return self.layers[0](inputs_embeds)
+
+    visual = torch.zeros(2, 5, dtype=torch.bool)
+    visual[:, :3] = True
+    feeds = {"inputs_embeds": torch.where(visual[..., None], TOKENS["x"] / 50, TOKENS["x"])}
+    graph = traced(Named(), feeds)
+    expected = run(graph, **feeds)["y"]
+    settings = ["quantize.weights.bits=8", "quantize.activations.granularity=modality"]
+    program = stubbed(graph, recipe=recipe(*settings, "quantize.activations.clip_search=false"))
+    inputs = program.measured[CALIBRATION].inputs
+    for site, factor in zip(SITES, (0.02, 0.001), strict=True):
+        found = inputs[site]
+        found.visual[:32] = False
+        found.rows[found.visual] *= factor
+    assert apply(program, QuantizeWeights())
+    scales = [value(node.args[1]).shape for node in calls(graph, QUANTIZE_STATIC)]  # type: ignore[arg-type]
+    assert [len(shape) for shape in scales] == [3, 3] and [shape[1] for shape in scales] == [1, 2]
+    found = run(graph, **feeds, **{VISUAL: visual})["y"]
+    assert relative(found[visual], expected[visual]) < 0.05 and relative(found[~visual], expected[~visual]) < 0.05
 
 
 def test_prefill_and_decode_share_turned_weights(apply: Apply) -> None:
