@@ -110,7 +110,7 @@ def _own(graph: ir.Graph, value: ir.Value, array: np.ndarray, expert: int) -> ir
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(np.ascontiguousarray(array[expert]), name=name)
-    own = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    own = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
     graph.register_initializer(own)
     return own
 

@@ -12,6 +12,8 @@ from torch import fx, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicIndexedLayer
 from transformers.masking_utils import sdpa_mask
+from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from qpcompile.capture.adapters import traceable
 from qpcompile.capture.capture import name_crossing
@@ -155,6 +157,25 @@ def test_a_loop_over_experts_is_one_product_per_expert() -> None:
     near = nn.Sequential(nn.Linear(4, 4))
     with traceable(near):
         assert near(x).shape == (5, 4)
+
+
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_experts_of_all_tokens_are_those_that_tokens_chose(chosen: int) -> None:
+    """Llama 4's layer of experts: transformers multiplies all tokens by all of them, most by zero."""
+    torch.manual_seed(0)
+    config = Llama4TextConfig(hidden_size=8, intermediate_size=6, num_local_experts=4, num_experts_per_tok=chosen)
+    layer = Llama4TextMoe(config).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x, other = torch.randn(2, 5, 8), torch.randn(3, 7, 8)
+    shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    with traceable(layer), torch.no_grad():
+        exported = torch.export.export(layer, (x,), dynamic_shapes=shapes).module()
+    assert sum(is_call(node, EXPERT_LINEAR) for node in exported.graph.nodes) == 2
+    with torch.no_grad():
+        for tokens in (x, other):
+            for found, expected in zip(exported(tokens), layer(tokens), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def _graph(name: str, grows: bool) -> Graph:

@@ -62,7 +62,7 @@ def test_written_out() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_paths_equal_the_reference(shape: tuple[int, ...], bits: int, weight_bits: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        operands = *case(shape, bits, weight_bits), dtype
+        operands: tuple[Any, ...] = (*case(shape, bits, weight_bits), dtype)
         expected = reference.expert_linear_int(*operands)
         assert torch.equal(expert_linear_int(*operands, bits), expected)
         if native.available() and shape[0]:
@@ -86,11 +86,11 @@ def test_many_slots_equal_the_reference() -> None:
 @pytest.mark.parametrize("weight_bits", [4, 8])
 def test_float_activations_equal_the_reference(shape: tuple[int, ...], weight_bits: int) -> None:
     tokens, rows, _, _, _, channels, *_ = shape
-    *weight, index = case(shape, 8, weight_bits)[2:]
+    weight, weight_scale, index = case(shape, 8, weight_bits)[2:]
     x = torch.randn(tokens, rows, channels)
-    expected = float_reference.expert_linear_a16(x, *weight, index)
-    torch.testing.assert_close(expert_linear_a16(x, *weight, index), expected, rtol=1e-5, atol=5e-5)
-    half = expert_linear_a16(x.bfloat16(), *weight, index)
+    expected = float_reference.expert_linear_a16(x, weight, weight_scale, index)
+    torch.testing.assert_close(expert_linear_a16(x, weight, weight_scale, index), expected, rtol=1e-5, atol=5e-5)
+    half = expert_linear_a16(x.bfloat16(), weight, weight_scale, index)
     assert (half.float() - expected).norm() <= 1e-2 * expected.norm()
 
 

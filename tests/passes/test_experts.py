@@ -8,7 +8,7 @@ from typing import Any
 import expecttest
 import pytest
 import torch
-from programs import changed_recipe, relative, run, stubbed, traced
+from programs import HERE, changed_recipe, relative, run, stubbed, traced
 from torch import Tensor, nn
 from toy_decoder import HIDDEN
 
@@ -32,6 +32,7 @@ from qpcompile.kernels.linear_int.packing import codes_of
 from qpcompile.passes.fold_transforms import FoldTransforms
 from qpcompile.passes.quantize_weights import QuantizeWeights
 from qpcompile.passes.search_clips import SearchClips, best_clip
+from qpcompile.quality.meter import _unrounded
 from qpcompile.quantization.products import solve_weight
 from qpcompile.recipe.quantize import WeightScheme
 from qpcompile.recipe.recipe import Recipe
@@ -153,7 +154,7 @@ BITS = [(4, 4, 0.4), (4, 8, 0.3), (8, 8, 0.03), (4, 16, 0.3), (8, 16, 0.03)]
 @pytest.mark.parametrize("solver", ["gptq", "rtn"])
 @pytest.mark.parametrize("kind", ["", "transposed"])
 def test_numbers(apply: Apply, weight_bits: int, bits: int, most: float, solver: str, kind: str) -> None:
-    graph, module = traced(Decoder(kind), TOKENS), Decoder()
+    graph, plain = traced(Decoder(kind), TOKENS), traced(Decoder(), TOKENS).module
     expected = run(graph, **TOKENS)["y"]
     settings = [f"quantize.weights.{key}" for key in (f"solver={solver}", f"bits={weight_bits}")]
     settings += [f"quantize.activations.bits={bits}", "quantize.activations.clip_search=false"]
@@ -163,13 +164,13 @@ def test_numbers(apply: Apply, weight_bits: int, bits: int, most: float, solver:
     assert not list(calls(graph, EXPERT_LINEAR)) and not program.plan.left_out[2:]
     products = list(calls(graph, EXPERT_LINEAR_A16 if bits == 16 else EXPERT_LINEAR_INT))
     assert len(products) == 2
-    experts = module.layers[0].experts
-    for product, dense in zip(products, (experts.gate_up_proj, experts.down_proj), strict=True):
+    for product, site in zip(products, SITES, strict=True):
+        dense = get_tensor(plain, site.removeprefix("model.")).detach()
         place = 1 if bits == 16 else 2
         stored, scale = (get_tensor(graph.module, str(node.target)) for node in product.args[place : place + 2])  # type: ignore[union-attr]
         assert stored.nbytes == dense.numel() * weight_bits // 8 and scale.shape == (*dense.shape[:2], 1)
         codes = torch.stack([codes_of(own, dense.shape[2]) for own in stored])
-        assert relative(codes * scale, dense.detach()) < (0.2 if weight_bits == 4 else 0.01)
+        assert relative(codes * scale, dense) < (0.2 if weight_bits == 4 else 0.01)
     sites = [site for site in program.plan.sites if "experts" in site.name]
     assert [site.name for site in sites] == sorted(SITES)
     assert all(site.error is not None and 0 < site.error < 0.3 for site in sites)
@@ -254,7 +255,11 @@ def test_clips_are_searched_through_all_experts(apply: Apply) -> None:
 def test_static_scales_follow_tokens_in_one_list(apply: Apply) -> None:
     """Text tokens of layers that flatten tokens get the scale of text."""
 
-    class Named(Decoder):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = Decoder().layers
+
         def forward(self, inputs_embeds: Tensor) -> Tensor:
             return self.layers[0](inputs_embeds)
 
@@ -336,3 +341,15 @@ def test_flat_tokens_are_marked_like_those_in_rows() -> None:
         assert visual.reshape(4, -1).all(dim=1).tolist() == [True, False, False, False]
         assert counts.reshape(4, -1).any(dim=1).tolist() == [True, True, False, True]
     assert _marks(flow, torch.zeros(5, 8)) == (None, None)
+
+
+def test_unrounded_activations_reach_the_experts(apply: Apply) -> None:
+    """What the meter of a compile's cost runs: quantized weights, activations as they are."""
+    graph = traced(Decoder(), TOKENS)
+    program = stubbed(graph, recipe=recipe("quantize.activations.bits=4", "quantize.activations.clip_search=false"))
+    other = stubbed(traced(Decoder(), TOKENS), recipe=recipe("quantize.activations.bits=16"))
+    for each in (program, other):
+        assert apply(each, QuantizeWeights())
+    found = _unrounded(HERE)(program.graphs[PREFILL], dict(TOKENS))["y"]
+    assert relative(found, run(other.graphs[PREFILL], **TOKENS)["y"]) < 1e-6
+    assert relative(run(graph, **TOKENS)["y"], found) > 1e-3

@@ -1,5 +1,10 @@
 """expert_linear_int and expert_linear_a16 on a GPU against their references: awkward shapes, the widths of models."""
 
+# Operands are unpacked from tuples of unknown length.
+# pyright: reportCallIssue=false
+
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +18,7 @@ from qpcompile.kernels.quantize_dynamic.reference import quantize_dynamic
 SHAPES = [(5, 1, 2, 4, 33, 45), (1, 1, 8, 128, 1536, 2048), (300, 8, 8, 16, 512, 768), (0, 1, 2, 4, 6, 12)]
 
 
-def operands(shape: tuple[int, ...], bits: int, weight_bits: int) -> tuple[torch.Tensor, ...]:
+def operands(shape: tuple[int, ...], bits: int, weight_bits: int) -> tuple[Any, ...]:
     tokens, rows, slots, experts, outputs, channels = shape
     q, scale = quantize_dynamic(torch.randn(tokens, rows, channels, device="cuda"), 0, 1.0, bits)
     codes, weight_scale = quantize_dynamic(torch.randn(experts * outputs, channels, device="cuda"), 0, 1.0, weight_bits)

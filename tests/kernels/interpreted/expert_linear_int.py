@@ -1,8 +1,12 @@
 """Cases for expert_linear_int's Triton kernel under Triton's interpreter; test_triton_interpreter.py runs this file."""
 
+# Operands are unpacked from tuples of unknown length.
+# pyright: reportCallIssue=false
+
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
 
 from qpcompile.kernels.expert_linear_int import reference
 from qpcompile.kernels.expert_linear_int import triton as kernels
@@ -15,7 +19,7 @@ SMALL = Tile(out=32, tokens=16, step=64, warps=4, stages=2)
 SHAPES = [(5, 1, 2, 4, 33, 45), (1, 1, 1, 1, 1, 1), (40, 3, 3, 5, 70, 256), (9, 2, 4, 30, 5, 96), (0, 1, 2, 4, 6, 12)]
 
 
-def operands(shape: tuple[int, ...], bits: int, weight_bits: int, groups: int = 1) -> tuple[Tensor, ...]:
+def operands(shape: tuple[int, ...], bits: int, weight_bits: int, groups: int = 1) -> tuple[Any, ...]:
     tokens, rows, slots, experts, outputs, channels = shape
     made = torch.Generator().manual_seed(0)
     q, scale = quantize_dynamic(torch.randn(tokens, rows, channels, generator=made), 0, 1.0, bits)
