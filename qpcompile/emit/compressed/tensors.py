@@ -62,7 +62,9 @@ def read_tensors(program: Program, model: nn.Module) -> Tensors:
         for node in calls(graph, EXPERT_LINEAR_INT, EXPERT_LINEAR_A16):
             fact = quantized_fact(node)
             site = node.name if fact is None else fact.sites[0]
-            raise _no_linear(site, "a weight of experts", f'"re:.*{site.split(".")[-1]}"')
+            raise _no_linear(
+                site, "a weight of experts", f'"re:.*[.]{site.rpartition(".")[0].rpartition(".")[2]}[.].*"'
+            )
         prefix = f"{graph.owner}." if graph.owner else ""
         read: set[str] = set()
         for node in calls(graph, *WEIGHTS):
