@@ -17,12 +17,15 @@ from one import answer, compiled_by
 
 import qpcompile
 from qpcompile.capture.capture import capture
+from qpcompile.emit.compressed.tensors import read_tensors
+from qpcompile.errors import ExportError
 from qpcompile.evaluate.run.footprint import decoder_linear_bytes
 from qpcompile.ir.edit import calls
 from qpcompile.ir.operators import EXPERT_LINEAR, EXPERT_LINEAR_A16, EXPERT_LINEAR_INT
 from qpcompile.ir.program import DECODE, PREFILL, Program
 from qpcompile.ir.shapes import value
 from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.host import empty_host
 
 FAMILY = "qwen3_vl_moe"
 slow = pytest.mark.slow
@@ -63,6 +66,9 @@ def test_every_expert_is_packed(tmp_path: Path, family: str, preset: str, change
         assert stored in types and types <= {torch.uint8, torch.int8}
     # An eighth of float32, and scales, which weigh much in layers of 64 channels.
     assert decoder_linear_bytes(compiled.program) < full * (0.3 if stored == torch.uint8 else 0.4)
+    host = compiled.program.host
+    with pytest.raises(ExportError, match=r"is a weight of experts(.|\n)*experts\[.\]"):
+        read_tensors(compiled.program, empty_host(type(host), host.config))  # type: ignore[arg-type]
     compiled.save_pretrained(tmp_path / "out")
     loaded = qpcompile.load(tmp_path / "out")
     for inputs in cases.values():
