@@ -147,8 +147,7 @@ def export_onnx(
         if not mute:
             write_js(aside)
         double = {name: float64_operators(aside / f"{name}.onnx") for name in models}
-        said = readme(program, [*numbers, _float64(double)], mute, functions)
-        (aside / "README.md").write_text(said, encoding="utf-8")
+        (aside / "README.md").write_text(readme(program, [*numbers, _float64(double)], mute, functions), "utf-8")
         if target == GENAI:
             write_genai(program, aside)
         _write_manifest(aside, numbers, double)
