@@ -1,6 +1,6 @@
 """Take every family of the zoo through every step, each in a process of its own with a time limit.
 
-    python tests/zoo/run.py [--write] [--out FOLDER] [--seconds 300] [--steps build capture none ...] [FAMILY ...]
+    python tests/zoo/run.py [--write] [--out FOLDER] [--seconds 300] [--workers 2] [--steps build ...] [FAMILY ...]
 
 FOLDER gets a file per family; a family that has one is not run again, so that an interrupted run goes on. At the end
 the table is printed.
@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib import metadata
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +55,48 @@ def warm() -> None:
         torch.export.export(torch.nn.Linear(2, 2), (torch.ones(2, 2),))
 
 
-def run_family(name: str, target: Path, steps: list[str], seconds: int) -> dict[str, Any]:
-    """Run one family in a fork, which has the libraries already; "died" or "slow" says that it did not end."""
-    worker = multiprocessing.get_context("fork").Process(target=one.main, args=(name, target, steps))
-    worker.start()
-    worker.join(seconds)
-    ended, reason = ("died", f"exit code {worker.exitcode}") if worker.exitcode else ("", "")
+def run_families(
+    wanted: Sequence[str], folder: Path, steps: list[str], seconds: int, workers: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run families in forks, which have the libraries already, `workers` at a time, and give each with its rows; those
+    that have a file in the folder come first.
+    """
+    done = {name: folder / f"{name}.json" for name in wanted if (folder / f"{name}.json").exists()}
+    for name, path in done.items():
+        yield name, json.loads(path.read_text())
+    waiting = [name for name in wanted if name not in done]
+    running: dict[str, tuple[Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            name = waiting.pop(0)
+            arguments = (name, folder / f"{name}.partial", steps)
+            worker = multiprocessing.get_context("fork").Process(target=one.main, args=arguments)
+            worker.start()
+            running[name] = worker, time.monotonic() + seconds
+        left = min(end for _, end in running.values()) - time.monotonic()
+        connection.wait([worker.sentinel for worker, _ in running.values()], max(left, 0.0))
+        for name, (worker, end) in list(running.items()):
+            late = time.monotonic() >= end
+            if late or not worker.is_alive():
+                del running[name]
+                yield name, _ended(worker, folder / f"{name}.partial", seconds)
+
+
+def _ended(worker: Any, partial: Path, seconds: int) -> dict[str, Any]:
+    """The rows of a worker that has ended, or that has had its time; "died" or "slow" says that it did not end well."""
+    ended, reason = "", ""
     if worker.is_alive():
         worker.kill()
-        worker.join()
         ended, reason = "slow", f"not done after {seconds} s"
-    rows: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    worker.join()
+    if not ended and worker.exitcode:
+        ended, reason = "died", f"exit code {worker.exitcode}"
+    rows: dict[str, Any] = json.loads(partial.read_text()) if partial.exists() else {}
     if ended:
         rows["end"] = {"result": ended, "reason": reason, "seconds": seconds}
-        target.write_text(json.dumps(rows, indent=1))
+    partial.write_text(json.dumps(rows, indent=1))
+    # Only what has ended counts: an interrupted run does a family again.
+    partial.replace(partial.with_suffix(".json"))
     return rows
 
 
@@ -96,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("zoo-results"))
     parser.add_argument("--seconds", type=int, default=300)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="families at a time")
     parser.add_argument("--steps", nargs="*", default=list(one.STEPS))
     parser.add_argument("--write", action="store_true", help="make the table that ships from everything in --out")
     parser.add_argument("families", nargs="*")
@@ -104,11 +137,12 @@ def main() -> None:
     ordered = [*(name for name in FIRST if name in names()), *(name for name in names() if name not in FIRST)]
     rows: dict[str, dict[str, Any]] = {}
     warm()
-    for name in asked.families or ordered:
-        target = asked.out / f"{name}.json"
-        done = json.loads(target.read_text()) if target.exists() else None
-        rows[name] = done or run_family(name, target, asked.steps, asked.seconds)
-        print(name, {step: cell["result"] for step, cell in rows[name].items()}, flush=True)
+    wanted, started = asked.families or ordered, time.monotonic()
+    for name, row in run_families(wanted, asked.out, asked.steps, asked.seconds, asked.workers):
+        rows[name] = row
+        minutes = (time.monotonic() - started) / 60
+        said = {step: cell["result"] for step, cell in row.items()}
+        print(f"{len(rows)} of {len(wanted)}, {minutes:.1f} min: {name} {said}", flush=True)
     print(table(rows, asked.steps))
     if asked.write:
         write(asked.out)
