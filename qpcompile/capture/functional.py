@@ -30,9 +30,10 @@ _VIEWS = frozenset(
     {
         *(aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.expand.default),
         *(aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default),
-        *(aten.narrow.default, aten.flatten.using_ints, aten.unflatten.int, aten.alias.default, aten.detach.default),
+        *(aten.narrow.default, aten.flatten.using_ints, aten.unflatten.int, aten.detach.default),
         *(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.t.default),
-        *(aten.view_as.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.diagonal.default),
+        *(aten.view_as.default, aten.contiguous.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout),
+        *(aten.diagonal.default, aten.alias.default),
     }
 )
 # Operators whose result is their first argument itself, unless they change its type or device.
@@ -113,15 +114,29 @@ def _views(written: fx.Node) -> list[fx.Node]:
     return views
 
 
+def _sources(view: fx.Node) -> list[fx.Node]:
+    """The values that a value may be a view of, up to the one whose memory it is."""
+    found: list[fx.Node] = []
+    while view.op == "call_function" and view.target in _VIEWS:
+        source = view.args[0]
+        assert isinstance(source, fx.Node)
+        found.append(view := source)
+    return found
+
+
 def _is_shared(views: list[fx.Node], node: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether the memory that `node` writes got another name before, none of `views`, that is read after it."""
-    if views[-1].op != "placeholder" and views[-1].target in _VIEWS:
+    above = _sources(views[-1])
+    if above and above[-1].op != "call_function":
+        return True  # an input's or a weight's memory, by another name
+    if any(order.get(reader, -1) > order[node] for name in above for reader in name.users):
         return True
-    names = list(views)
+    names = [*views, *above]
+    known = set(names)
     while names:
         for user in names.pop().users:
             is_early = order.get(user, -1) < order[node]
-            if is_early and user.op == "call_function" and user.target in _VIEWS and user not in views:
+            if is_early and user.op == "call_function" and user.target in _VIEWS and user not in known:
                 if any(order.get(reader, -1) > order[node] for reader in user.users):
                     return True
                 names.append(user)

@@ -57,6 +57,19 @@ def stored_in_a_row(x: Tensor, y: Tensor) -> Tensor:
     return z
 
 
+def through_a_cast_of_a_view(x: Tensor, y: Tensor) -> Tensor:
+    # Nobody reads the view, or what it is a view of, again.
+    z = torch.ops.aten.to.dtype_layout((x * 2).view(-1, 3).detach(), dtype=torch.float32, layout=torch.strided)
+    z += y.view(-1, 3)
+    return z + z.sum()
+
+
+def through_a_view_of_an_input(x: Tensor, y: Tensor) -> Tensor:
+    z = x.view(-1, 3)
+    z += y.view(-1, 3)
+    return z * 2
+
+
 def through_a_transpose(x: Tensor, y: Tensor) -> Tensor:
     z = x * 2
     z.t().mul_(y.t())
@@ -74,7 +87,7 @@ X, Y = torch.arange(1.0, 7.0).view(2, 3), torch.full((2, 3), 4.0)
 
 
 def test_results_are_returned_and_inputs_stay() -> None:
-    for function in (divided, stored, stored_as_it_is, through_views, stored_in_a_row):
+    for function in (divided, stored, stored_as_it_is, through_views, stored_in_a_row, through_a_cast_of_a_view):
         expected = function(X.clone(), Y.clone())
         module = traced(function, X.clone(), Y.clone())
         assert len(writing(module)) == 1
@@ -113,7 +126,7 @@ def test_twice_changes_nothing() -> None:
 
 
 def test_memory_with_another_name_stays_written() -> None:
-    for function in (through_a_transpose, with_a_view_read_later):
+    for function in (through_a_transpose, with_a_view_read_later, through_a_view_of_an_input):
         module = traced(function, X.clone(), Y.clone())
         text = str(module.graph)
         make_functional(module)
