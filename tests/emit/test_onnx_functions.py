@@ -255,6 +255,7 @@ REFUSED: dict[str, tuple[onnx.ModelProto, str]] = {
         "qpcompile.other",
     ),
     "none of that name": (calling(own_function(node("Abs"), name="other")), "qpcompile.hidden"),
+    "a name of 0.1 MB": (calling(own_function(node("Abs"), name="n" * 100_000)), "function 'qpcompile.n"),
     "twice": (calling(own_function(node("Abs")), own_function(node("Neg"))), "two functions 'hidden'"),
     "attributes": (calling(with_default(own_function(node("Abs")))), "attributes"),
 }

@@ -52,6 +52,8 @@ CONTRIB_OPERATORS = frozenset(
 
 # Of functions, which hold what is listed above and call no other.
 OWN = "qpcompile"
+# onnxruntime writes a function's name before each name in it.
+LONGEST_FUNCTION_NAME = 128
 
 # Field numbers of onnx.proto: messages by name, with what is read of each. A number that is missing here is refused
 # where it holds code or names a file (training, sparse tensors) and let be where it is only text.
@@ -219,7 +221,7 @@ def _check_function(function: memoryview, weights: int) -> str:
             domains.append(_text(value))
         elif number == _FUNCTION_NODE:
             list(_check_node(_message(value), weights, DEEPEST, {}))
-    if len(names) != 1 or domains != [OWN]:
+    if len(names) != 1 or domains != [OWN] or len(names[0]) > LONGEST_FUNCTION_NAME:
         raise ValueError(f"no export writes the function {'.'.join((*domains, *names))[:100]!r}")
     return names[0]
 
