@@ -15,6 +15,7 @@ from qpcompile.cli.options import ARTIFACT_HELP, Debug, Device
 from qpcompile.cli.terminal import note, told_as_text
 from qpcompile.errors import CalibrationError, InputError
 from qpcompile.picture import read_picture
+from qpcompile.runtime.model_inputs import new_tokens
 
 HELP = "/image FILE adds a picture to your next message, /new begins again, /quit or Ctrl-D ends"
 
@@ -76,8 +77,7 @@ def _chat(artifact: Path, images: Sequence[Path], max_new_tokens: int) -> None:
                 inputs = chat_inputs(processor, [asked], ["this message"])
                 streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
                 tokens = compiled.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-                new = tokens[:, inputs["input_ids"].shape[1] :]
-                answer = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+                answer = processor.batch_decode(new_tokens(inputs, tokens), skip_special_tokens=True)[0].strip()
                 said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
                 conversation, pictures = [*asked, said], []
         except (CalibrationError, InputError) as error:

@@ -23,6 +23,7 @@ from qpcompile.errors import CalibrationError
 from qpcompile.picture import read_picture
 from qpcompile.recipe.plan import Plan
 from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.model_inputs import new_tokens
 
 Sample = tuple[str | PathLike[str] | Image.Image, str]
 
@@ -180,7 +181,7 @@ def _overlay(
     ids = inputs["input_ids"][0]
     visual = (ids == machine.host.config.image_token_id).nonzero()[:, 0]
     kept = {layer: positions[0] for layer, positions in machine.kept_tokens(inputs).items()}
-    answer = machine.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, len(ids) :]
+    answer = new_tokens(inputs, machine.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False))[0]
     seen = seen_picture(picture, inputs, processor)
     data, width, height = _embedded(seen)
     return Overlay(

@@ -17,6 +17,7 @@ from qpcompile.errors import CalibrationError
 from qpcompile.inspect.overlay import ANSWER_TOKENS
 from qpcompile.progress import track
 from qpcompile.runtime.machine import Machine
+from qpcompile.runtime.model_inputs import new_tokens
 
 # Answers that a report shows side by side; all are counted.
 SHOWN = 12
@@ -98,7 +99,7 @@ class _Asked:
 
     def ask(self, inputs: dict[str, Any], processor: Any) -> None:
         """One greedy answer, up to its end."""
-        new = self._answer(inputs).sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        new = new_tokens(inputs, self._answer(inputs).sequences)
         self.answers.append(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
 
     def time(self, inputs: dict[str, Any]) -> None:

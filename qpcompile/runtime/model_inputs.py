@@ -46,6 +46,24 @@ def prompt_of(inputs: Mapping[str, Any]) -> torch.Tensor:
     return inputs[IDS] if inputs.get(DECODER_IDS) is None else inputs[DECODER_IDS]
 
 
+def new_tokens(inputs: Mapping[str, Any], sequences: Any) -> list[list[int]]:
+    """sequences: i64[B, S + T], a tensor or an array that `generate` returned for `inputs` -> the T tokens of each row.
+
+    They follow the prompt. A decoder that reads what an encoder makes of it starts with one token of its own instead.
+    """
+    prompts = prompt_of(inputs).tolist()
+    return [after_prompt(prompt, row) for prompt, row in zip(prompts, sequences.tolist(), strict=True)]
+
+
+def after_prompt(prompt: list[int], row: list[int]) -> list[int]:
+    """One row of `new_tokens`, as far as it is generated.
+
+    Whose prompt it begins with is seen by the tokens: `generate` may be any callable. An answer that is itself the
+    prompt of an encoder would have its picture tokens in it.
+    """
+    return row[len(prompt) :] if row[: len(prompt)] == prompt else row[1:]
+
+
 def vocabulary_size(host: Any) -> int:
     """Number of rows of the token embedding, which a graph may hold."""
     return int(host.config.get_text_config().vocab_size)

@@ -47,6 +47,22 @@ class Scripted:
         return torch.cat([ids, torch.tensor(padded)], dim=1)
 
 
+class WithEncoder(Scripted):
+    """The same with an encoder: its decoder starts with a token of its own, not with the prompt."""
+
+    def generate(self, **inputs: Any) -> torch.Tensor:
+        tokens = super().generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        return torch.cat([torch.full((len(tokens), 1), END), tokens], dim=1)
+
+
+def test_answers_after_an_encoder_are_whole(processor: Any, questions: list[Question]) -> None:
+    """The decoder's first token is left out, and nothing else, also where an answer is longer than the prompt."""
+    answers = ["red", "red star " * 40, "", "7", "blue"]
+    asked = [Question(q.image, q.question, text, (), q.where) for q, text in zip(questions, answers, strict=True)]
+    score = accuracy(WithEncoder(processor, answers).generate, processor, asked, batch_size=2)
+    assert score.correct == 5 and list(score.answers) == [text.strip() for text in answers]
+
+
 def test_right_answers_are_counted(processor: Any, questions: list[Question]) -> None:
     answers = [question.answer for question in questions]
     answers[3] = "circle" if answers[3] != "circle" else "star"

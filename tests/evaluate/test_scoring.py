@@ -95,6 +95,24 @@ def test_the_most_probable_choice_wins(bed: tuple[Any, Any], choices: tuple[str,
     assert choose(model.generate, processor, asked) == expected
 
 
+def test_choices_after_an_encoder(bed: tuple[Any, Any]) -> None:
+    """The decoder starts with one token of its own: whatever is likeliest there, a choice is generated whole."""
+    _, processor = bed
+    asked = [question("where?", "", ("top left heart", "white")), question("what?", "", ("red star", "blue"))]
+
+    def generate(prefix_allowed_tokens_fn: Any, **_: Any) -> torch.Tensor:
+        rows = torch.full((len(asked), 1), processor.tokenizer.eos_token_id)
+        for _step in range(4):
+            # The first choice's token, of a greedy decoder that finds it likeliest.
+            firsts = [processor.tokenizer.encode(each.choices[0], add_special_tokens=False) for each in asked]
+            allowed = [prefix_allowed_tokens_fn(place, row) for place, row in enumerate(rows)]
+            new = [next((t for t in row if t in first), row[0]) for row, first in zip(allowed, firsts, strict=True)]
+            rows = torch.cat([rows, torch.tensor(new)[:, None]], dim=1)
+        return rows
+
+    assert choose(generate, processor, asked) == ["top left heart", "red star"]
+
+
 def test_questions_of_a_batch_have_their_own_choices(bed: tuple[Any, Any]) -> None:
     model, processor = bed
     asked = [question("what color is the heart?", "", ("red", "blue")), question("where?", "", ("star", "7", "no"))]

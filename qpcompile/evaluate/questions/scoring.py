@@ -17,20 +17,21 @@ from typing import Any
 import torch
 
 from qpcompile.capture.data_folder import Question, question_inputs
+from qpcompile.runtime.model_inputs import after_prompt, new_tokens
 
 
 def choose(generate: Callable[..., Any], processor: Any, questions: Sequence[Question]) -> list[str]:
     """The most probable choice of each question of a batch; every question has choices."""
     tokenizer = processor.tokenizer
     inputs = question_inputs(processor, questions)
-    length = inputs["input_ids"].shape[1]
+    prompts = inputs["input_ids"].tolist()
     rows = [[tuple(tokenizer.encode(choice, add_special_tokens=False)) for choice in q.choices] for q in questions]
     short = all(len(tokens) == 1 for row in rows for tokens in row)
     end = () if short else (tokenizer.eos_token_id,)
     allowed = [[(*tokens, *end) for tokens in row] for row in rows]
 
     def continuations(row: int, ids: torch.Tensor) -> list[int]:
-        past = tuple(ids.tolist()[length:])
+        past = tuple(after_prompt(prompts[row], ids.tolist()))
         following = {
             tokens[len(past)] for tokens in allowed[row] if tokens[: len(past)] == past and len(tokens) > len(past)
         }
@@ -47,7 +48,7 @@ def choose(generate: Callable[..., Any], processor: Any, questions: Sequence[Que
         )
     return [
         question.choices[_index(row, new)]
-        for question, row, new in zip(questions, allowed, tokens[:, length:].tolist(), strict=True)
+        for question, row, new in zip(questions, allowed, new_tokens(inputs, tokens), strict=True)
     ]
 
 

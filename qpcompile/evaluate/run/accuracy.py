@@ -14,8 +14,9 @@ import torch
 from qpcompile.capture.data_folder import Question, check_questions, question_inputs
 from qpcompile.errors import CalibrationError
 from qpcompile.progress import track
+from qpcompile.runtime.model_inputs import new_tokens
 
-# (**model inputs, max_new_tokens=...) -> i64[B, S + T], prompt and answer, as a tensor or an array.
+# (**model inputs, max_new_tokens=...) -> i64[B, S + T], the decoder's prompt and the answer, as a tensor or an array.
 Generate = Callable[..., Any]
 
 
@@ -72,8 +73,7 @@ def answer(generate: Generate, processor: Any, questions: Sequence[Question], ma
     inputs = question_inputs(processor, questions)
     with torch.no_grad():
         tokens = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    length = inputs["input_ids"].shape[1]
-    new = [row[length:] for row in tokens.tolist()]
+    new = new_tokens(inputs, tokens)
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 

@@ -24,6 +24,7 @@ from qpcompile.errors import CalibrationError, ModelError
 from qpcompile.picture import read_picture
 from qpcompile.pipeline import compile
 from qpcompile.progress import track
+from qpcompile.runtime.model_inputs import new_tokens
 
 MAX_NEW_TOKENS = 1024
 # Settings with the same name in lmms-eval's tasks and transformers' generate.
@@ -99,7 +100,7 @@ class LmmsModel(lmms):
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in made.items()}
         with torch.no_grad():
             tokens = self.model.generate(**inputs, **_settings(batch[0].args[2]))
-        texts = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = self.processor.batch_decode(new_tokens(inputs, tokens), skip_special_tokens=True)
         return [_until(text, batch[0].args[2].get("until") or []) for text in texts]
 
     def _conversation(self, request: Instance, place: str) -> Conversation:
