@@ -279,6 +279,24 @@ def test_functions_may_not_make_a_graph_huge(tmp_path: Path, monkeypatch: pytest
         check_graph(path, 0)
 
 
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_a_call_may_not_make_the_names_in_a_function_huge(tmp_path: Path, place: str) -> None:
+    """Names of a call stand for those of its function, wherever these are read."""
+    model, path = calling(own_function(node("Abs"))), tmp_path / "decode.onnx"
+    first, second = model.graph.node
+    for name in ("n" * folder_module.LONGEST_NAME, "n" * (folder_module.LONGEST_NAME + 1)):
+        if place == "input":
+            model.graph.input[0].name = first.input[0] = name
+        else:
+            first.output[0] = second.input[0] = name
+        path.write_bytes(model.SerializeToString())
+        if len(name) > folder_module.LONGEST_NAME:
+            with pytest.raises(RunnerError, match="a name of 513 bytes"):
+                check_graph(path, 0)
+        else:
+            check_graph(path, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("preset", ["joint-30", "w4a4kv4"])

@@ -52,8 +52,9 @@ CONTRIB_OPERATORS = frozenset(
 
 # Of functions, which hold what is listed above and call no other.
 OWN = "qpcompile"
-# onnxruntime writes a function's name before each name in it.
-LONGEST_FUNCTION_NAME = 128
+# Bytes of a function's name, and of the names of what a call takes and gives: onnxruntime writes them again for each
+# node of the function.
+LONGEST_NAME = 512
 
 # Field numbers of onnx.proto: messages by name, with what is read of each. A number that is missing here is refused
 # where it holds code or names a file (training, sparse tensors) and let be where it is only text.
@@ -61,7 +62,7 @@ _MODEL_GRAPH, _MODEL_FUNCTION, _MODEL_REFUSED = 7, 25, {20: "training steps"}
 _FUNCTION_NAME, _FUNCTION_NODE, _FUNCTION_DOMAIN = 1, 7, 10
 _FUNCTION_REFUSED = {6: "functions with attributes", 11: "functions with attributes", 13: "overloaded functions"}
 _GRAPH_NODE, _GRAPH_TENSOR, _GRAPH_REFUSED = 1, 5, {15: "sparse tensors"}
-_NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_NODE_VALUES, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = (1, 2), 4, 5, 7
 _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_REFUSED = (
     (5, 10),
     (6, 11),
@@ -221,7 +222,7 @@ def _check_function(function: memoryview, weights: int) -> str:
             domains.append(_text(value))
         elif number == _FUNCTION_NODE:
             list(_check_node(_message(value), weights, DEEPEST, {}))
-    if len(names) != 1 or domains != [OWN] or len(names[0]) > LONGEST_FUNCTION_NAME:
+    if len(names) != 1 or domains != [OWN] or len(names[0].encode()) > LONGEST_NAME:
         raise ValueError(f"no export writes the function {'.'.join((*domains, *names))[:100]!r}")
     return names[0]
 
@@ -238,9 +239,11 @@ def _check_graph(graph: memoryview, weights: int, depth: int, functions: Contain
 
 
 def _check_node(node: memoryview, weights: int, depth: int, functions: Container[str]) -> Iterator[str]:
-    operators, domains = list[str](), list[str]()
+    operators, domains, longest = list[str](), list[str](), 0
     for number, value in _fields(node):
-        if number == _NODE_OPERATOR:
+        if number in _NODE_VALUES:
+            longest = max(longest, len(_message(value)))
+        elif number == _NODE_OPERATOR:
             operators.append(_text(value))
         elif number == _NODE_DOMAIN:
             domains.append(_text(value))
@@ -255,6 +258,8 @@ def _check_node(node: memoryview, weights: int, depth: int, functions: Container
     if len(operators) != 1 or operators[0] not in allowed:
         raise ValueError(f"no export writes the operator {'.'.join((*domains, *operators))[:100]!r}")
     if domains == [OWN]:
+        if longest > LONGEST_NAME:
+            raise ValueError(f"a call has a name of {longest} bytes; at most {LONGEST_NAME} are loaded")
         yield operators[0]
 
 
