@@ -145,9 +145,12 @@ def test_sums_are_those_of_one_process(lengths: list[int], size: int, moments: b
             assert all(torch.equal(tensor, expected[name]) for name, tensor in statistics.tensors().items())
 
 
-def test_numbers_that_are_not_finite_are_refused() -> None:
-    sums = SiteSums(Ranks(), {"layer.3": 2}, False, keep=1, before={})
-    sums.add("layer.3", torch.tensor([[1.0, torch.inf]]))
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(("moments", "largest"), [(False, torch.inf), (True, torch.inf), (True, 1e25)])
+def test_numbers_that_are_not_finite_are_refused(moments: bool, largest: float, tokens: int) -> None:
+    """Nor those whose second moments are not, held as tokens or as a matrix."""
+    sums = SiteSums(Ranks(), {"layer.3": 8}, moments, keep=1, before={})
+    sums.add("layer.3", torch.tensor([[1.0] * 7 + [largest]]).expand(tokens, -1))
     with pytest.raises(CalibrationError, match="not finite"):
         sums.take(torch.device("cpu"))
 

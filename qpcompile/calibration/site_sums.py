@@ -70,11 +70,13 @@ class SiteSums:
     def take(self, home: torch.device) -> dict[str, InputStatistics]:
         """The finished statistics of all sites that were called, on all ranks, in the order of the graphs; at home.
 
-        Raises CalibrationError for numbers that are not finite.
+        Raises CalibrationError for numbers that are not finite, or whose second moments are not.
         """
         grown, self._growing = self._growing, {}
         for site, statistics in grown.items():
-            if not torch.isfinite(statistics.largest).all():
+            # Squares of finite numbers may be infinite.
+            sums = statistics.largest if statistics.moments is None else statistics.moments.diagonal
+            if not torch.isfinite(sums).all():
                 raise CalibrationError(
                     "calibration produced numbers that are not finite",
                     where=site,

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from qpcompile.calibration.statistics import InputStatistics, expert_site
+from qpcompile.errors import CalibrationError
 from qpcompile.ir.edit import aten, is_call, operands
 from qpcompile.ir.operators import EXPERT_LINEAR
 from qpcompile.quantization.solve import output_energies, solve
@@ -66,6 +67,8 @@ def solve_weight(
 
     An expert gets the moments of the tokens that chose it, and of K mean tokens of all experts: those of fewer tokens
     than channels have no full rank, and for one that no token chose they are all that is known.
+
+    Raises CalibrationError for moments that the recipe's solver cannot use.
     """
     shared = inputs.get(site)
     moments = None if shared is None or shared.moments is None else shared.moments.to(device)
@@ -79,7 +82,14 @@ def solve_weight(
             own = moments.times(matrix.shape[1] / max(shared.tokens, 1))
             if found is not None and found.moments is not None:
                 own = own.joined(found.moments.to(device))
-        solved, scale = solve(matrix, own, scheme)
+        try:
+            solved, scale = solve(matrix, own, scheme)
+        except torch.linalg.LinAlgError as cause:
+            raise CalibrationError(
+                "the second moments of the inputs have no inverse: numbers are not finite, or too small to square",
+                where=site,
+                do="check the samples and the model's weights, or choose quantize.weights.solver rtn",
+            ) from cause
         lost, whole = output_energies(matrix, solved, scale, own)
         error, full = error + lost, full + whole
         codes.append(solved)

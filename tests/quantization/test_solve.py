@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from qpcompile.calibration import second_moments
 from qpcompile.calibration.second_moments import SecondMoments
+from qpcompile.calibration.statistics import InputStatistics
+from qpcompile.errors import CalibrationError
+from qpcompile.quantization.products import solve_weight
 from qpcompile.quantization.solve import output_error, solve
 from qpcompile.quantization.solvers.gptq import LEAST_DAMPING, _inverse_rows
 from qpcompile.recipe.quantize import WeightScheme
@@ -147,3 +151,34 @@ def test_gptq_of_few_tokens_is_that_of_their_matrix(channels: int, tokens: int) 
     assert output_error(weight, one, scale, matrix_of(x)) < 0.5 * output_error(
         weight, *solve(weight, None, scheme()), matrix_of(x)
     )
+
+
+HARD = {
+    "a channel 1e4 times the others": lambda x: x * torch.where(torch.arange(x.shape[1]) == 5, 1e4, 1.0),
+    "a token 1e4 times the others": lambda x: x * torch.where(torch.arange(len(x)) == 5, 1e4, 1.0)[:, None],
+    "one token, many times": lambda x: x[:1].expand(len(x), -1),
+    "channels that are constant": lambda x: torch.where(torch.arange(x.shape[1]) % 2 == 0, 3.0, x),
+    "channels that never fire": lambda x: torch.where(torch.arange(x.shape[1]) % 3 == 0, 0.0, x),
+    "sixteen bits": lambda x: x.bfloat16().float(),
+    "nothing": lambda x: x * 0,
+}
+
+
+@pytest.mark.parametrize("change", HARD.values(), ids=list(HARD))
+def test_gptq_of_hard_tokens_is_that_of_their_matrix(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    made = torch.Generator().manual_seed(0)
+    x, weight = change(correlated(640, tokens=100)), torch.randn(16, 640, generator=made)
+    asked = scheme(solver="gptq")
+    (few, scale), (many, _) = (solve(weight, moments, asked) for moments in (SecondMoments(None, x), matrix_of(x)))
+    assert int((few != many).sum()) <= 0.02 * few.numel()
+    errors = [output_error(weight, codes, scale, matrix_of(x)) for codes in (few, many)]
+    assert errors[0] <= errors[1] + 1e-3
+
+
+@pytest.mark.parametrize("tokens", [2, 400])
+def test_moments_without_an_inverse_are_refused(tokens: int) -> None:
+    statistics = InputStatistics.empty(8, moments=True)
+    statistics.add(correlated(8, tokens=tokens) * torch.nan)
+    with pytest.raises(CalibrationError, match="have no inverse") as error:
+        solve_weight(torch.ones(4, 8), "layer.3", {"layer.3": statistics}, scheme(solver="gptq"), torch.device("cpu"))
+    assert error.value.where == "layer.3"
