@@ -51,8 +51,8 @@ def new_tokens(inputs: Mapping[str, Any], sequences: Any) -> list[list[int]]:
 
     They follow the prompt. A decoder that reads what an encoder makes of it starts with one token of its own instead.
     """
-    prompts = prompt_of(inputs).tolist()
-    return [after_prompt(prompt, row) for prompt, row in zip(prompts, sequences.tolist(), strict=True)]
+    prompts: Any = prompt_of(inputs)
+    return [after_prompt(prompt, row) for prompt, row in zip(prompts.tolist(), sequences.tolist(), strict=True)]
 
 
 def after_prompt(prompt: list[int], row: list[int]) -> list[int]:

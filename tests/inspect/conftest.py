@@ -38,8 +38,8 @@ class TinyProcessor:
             "pixel_values": pixels.permute(0, 3, 1, 2) / 255,
         }
 
-    def decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> str:
-        return " ".join(str(token) for token in ids.tolist())
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(str(token) for token in ids)
 
     def batch_decode(self, rows: list[list[int]] | torch.Tensor, skip_special_tokens: bool) -> list[str]:
         return [" ".join(f"<{token}>" for token in torch.as_tensor(row).tolist()) for row in rows]
