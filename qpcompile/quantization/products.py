@@ -84,7 +84,7 @@ def solve_weight(
                 own = own.joined(found.moments.to(device))
         try:
             solved, scale = solve(matrix, own, scheme)
-        except torch.linalg.LinAlgError as cause:
+        except torch.linalg.LinAlgError as cause:  # pyright: ignore[reportPrivateImportUsage]
             raise CalibrationError(
                 "the second moments of the inputs have no inverse: numbers are not finite, or too small to square",
                 where=site,

@@ -22,7 +22,7 @@ graph prefill of model
 %6 = operator.getitem(%4, 1) : f32[B, S0, 1]
 @layers.1.up.weight_packed : u8[4, 2]
 @layers.1.up.weight_scale : f32[4, 1]
-%7 = qpcompile::linear_int(%5, %6, @layers.1.up.weight_packed, @layers.1.up.weight_scale, None, f32, 4, 4) : f32[B, S0, 4]
+%7 = qpcompile::linear_int(%5, %6, @layers.1.up.weight_packed, @layers.1.up.weight_scale, None, f32, 4) : f32[B, S0, 4]
 # top
 %8 = aten::sym_size.int(%0, 0) : int B
 # layers.1

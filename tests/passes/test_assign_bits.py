@@ -80,14 +80,14 @@ def test_golden(apply: Apply) -> None:
 %1 = qpcompile::quantize_dynamic(%0, 0, 1.0, 4)
 @layers.0.gate_proj.weight_packed
 @layers.0.gate_proj.weight_scale
-%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32, 4, 4)
+%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32, 4)
 @layers.0.up_proj.weight_packed
 @layers.0.up_proj.weight_scale
-%6 = qpcompile::linear_int(%2, %3, @layers.0.up_proj.weight_packed, @layers.0.up_proj.weight_scale, None, f32, 4, 4)
+%6 = qpcompile::linear_int(%2, %3, @layers.0.up_proj.weight_packed, @layers.0.up_proj.weight_scale, None, f32, 4)
 %8 = qpcompile::quantize_dynamic(%7, 0, 1.0, 8)
 @layers.0.down_proj.weight_codes
 @layers.0.down_proj.weight_scale
-%11 = qpcompile::linear_int(%9, %10, @layers.0.down_proj.weight_codes, @layers.0.down_proj.weight_scale, None, f32, 4, 8)\
+%11 = qpcompile::linear_int(%9, %10, @layers.0.down_proj.weight_codes, @layers.0.down_proj.weight_scale, None, f32, 8)\
 """,
     )
     bits = {(entry.part, entry.name.rpartition(".")[2]): entry.bits for entry in program.plan.bits}

@@ -91,10 +91,10 @@ graph prefill of model
 # layers.0
 @layers.0.gate_proj.weight_packed : u8[12, 4]
 @layers.0.gate_proj.weight_scale : f32[12, 1]
-%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32, 4, 4) : f32[B, S0, 12]
+%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32, 4) : f32[B, S0, 12]
 @layers.0.up_proj.weight_packed : u8[12, 4]
 @layers.0.up_proj.weight_scale : f32[12, 1]
-%5 = qpcompile::linear_int(%2, %3, @layers.0.up_proj.weight_packed, @layers.0.up_proj.weight_scale, None, f32, 4, 4) : f32[B, S0, 12]
+%5 = qpcompile::linear_int(%2, %3, @layers.0.up_proj.weight_packed, @layers.0.up_proj.weight_scale, None, f32, 4) : f32[B, S0, 12]
 # top
 %6 = qpcompile::activation_quantize(%4, %5, 'silu', None, True, None, None, None, 0, 1.0, 4) : (i8[B, S0, 12], f32[B, S0, 1])
 %7 = operator.getitem(%6, 0) : i8[B, S0, 12]
@@ -102,7 +102,7 @@ graph prefill of model
 # layers.0
 @layers.0.down_proj.weight_packed : u8[8, 6]
 @layers.0.down_proj.weight_scale : f32[8, 1]
-%9 = qpcompile::linear_int(%7, %8, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32, 4, 4) : f32[B, S0, 8]
+%9 = qpcompile::linear_int(%7, %8, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32, 4) : f32[B, S0, 8]
 return y = %9
 """,  # noqa: E501
     )

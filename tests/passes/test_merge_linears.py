@@ -127,7 +127,7 @@ graph prefill of model
 @parts.0_1_2.weight : u8[18, 4]
 @parts.0_1_2.scale : f32[18, 1]
 @parts.0_1_2.bias : f32[18]
-%4 = qpcompile::linear_int(%2, %3, @parts.0_1_2.weight, @parts.0_1_2.scale, @parts.0_1_2.bias, f32, 4, 4) : f32[2, 5, 18]
+%4 = qpcompile::linear_int(%2, %3, @parts.0_1_2.weight, @parts.0_1_2.scale, @parts.0_1_2.bias, f32, 4) : f32[2, 5, 18]
 %5 = aten::slice.Tensor(%4, 2, 0, 8) : f32[2, 5, 8]
 %6 = aten::relu(%5) : f32[2, 5, 8]
 %7 = aten::slice.Tensor(%4, 2, 8, 12) : f32[2, 5, 4]

@@ -57,7 +57,7 @@ graph prefill of model
 %3 = operator.getitem(%1, 1) : f32[B, S0, 1]
 @layers.0.gate_proj.weight_packed : u8[12, 4]
 @layers.0.gate_proj.weight_scale : f32[12, 1]
-%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32, 4, 4) : f32[B, S0, 12]
+%4 = qpcompile::linear_int(%2, %3, @layers.0.gate_proj.weight_packed, @layers.0.gate_proj.weight_scale, None, f32, 4) : f32[B, S0, 12]
 %5 = aten::silu(%4) : f32[B, S0, 12]
 @layers.0.up_proj.weight : f32[12, 8]
 %6 = aten::linear(%0, @layers.0.up_proj.weight) : f32[B, S0, 12]
@@ -67,7 +67,7 @@ graph prefill of model
 %10 = operator.getitem(%8, 1) : f32[B, S0, 1]
 @layers.0.down_proj.weight_packed : u8[8, 6]
 @layers.0.down_proj.weight_scale : f32[8, 1]
-%11 = qpcompile::linear_int(%9, %10, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32, 4, 4) : f32[B, S0, 8]
+%11 = qpcompile::linear_int(%9, %10, @layers.0.down_proj.weight_packed, @layers.0.down_proj.weight_scale, None, f32, 4) : f32[B, S0, 8]
 return y = %11
 """,  # noqa: E501
     )
