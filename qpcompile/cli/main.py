@@ -29,7 +29,6 @@ from qpcompile.emit.artifact.folder_kind import is_onnx_folder
 from qpcompile.emit.onnx.runtimes import fast_form
 from qpcompile.picture import read_picture
 from qpcompile.recipe.recipe import Recipe
-from qpcompile.runtime.model_inputs import new_tokens
 from qpcompile.write_errors import shown
 
 # Questions of a data folder that an export asks of both sides.
@@ -154,6 +153,8 @@ def run_command(
             return
         compiled = load_artifact(folder)
         processor = need_processor(compiled.processor, folder)
+        from qpcompile.runtime.model_inputs import new_tokens
+
         inputs = chat_inputs(processor, [about_picture(picture, question)], [f"--image {image}, --question"])
         tokens = compiled.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         typer.echo(processor.batch_decode(new_tokens(inputs, tokens), skip_special_tokens=True)[0].strip())

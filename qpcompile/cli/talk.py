@@ -15,7 +15,6 @@ from qpcompile.cli.options import ARTIFACT_HELP, Debug, Device
 from qpcompile.cli.terminal import note, told_as_text
 from qpcompile.errors import CalibrationError, InputError
 from qpcompile.picture import read_picture
-from qpcompile.runtime.model_inputs import new_tokens
 
 HELP = "/image FILE adds a picture to your next message, /new begins again, /quit or Ctrl-D ends"
 
@@ -57,6 +56,8 @@ def _chat(artifact: Path, images: Sequence[Path], max_new_tokens: int) -> None:
     compiled = load_artifact(artifact)
     processor = need_processor(compiled.processor, artifact)
     from transformers import TextStreamer
+
+    from qpcompile.runtime.model_inputs import new_tokens
 
     note(HELP)
     conversation: Conversation = []
