@@ -1,7 +1,8 @@
 """Operand rule of `qpcompile::expert_linear_int`."""
 
+from qpcompile.kernels.linear_int.rule import GROUPS
 from qpcompile.kernels.quantize_dynamic.reference import BITS
-from qpcompile.kernels.rules import FLOAT_TYPE, Relation, Rule, multiple, one_of
+from qpcompile.kernels.rules import FLOAT_TYPE, Rule, multiple, one_of
 
 RULE = Rule(
     "qpcompile::expert_linear_int",
@@ -18,12 +19,7 @@ RULE = Rule(
         multiple("index", "J", "I"),
         multiple("scale", "K", "G"),
         multiple("weight_scale", "K", "Gw"),
-        Relation(
-            "weight_scale",
-            "G and Gw must be equal, or one of them 1",
-            ("G", "Gw"),
-            lambda ours, theirs: ours == theirs or 1 in (ours, theirs),
-        ),
+        GROUPS,
     ),
     gives=("=dtype[N, J, O]",),
     empty="N",

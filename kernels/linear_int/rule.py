@@ -3,6 +3,13 @@
 from qpcompile.kernels.quantize_dynamic.reference import BITS
 from qpcompile.kernels.rules import FLOAT_TYPE, Relation, Rule, multiple, one_of
 
+GROUPS = Relation(
+    "weight_scale",
+    "G and Gw must be equal, or one of them 1",
+    ("G", "Gw"),
+    lambda ours, theirs: ours == theirs or 1 in (ours, theirs),
+)
+"""Groups of inputs and of weights, of operators on both."""
 RULE = Rule(
     "qpcompile::linear_int",
     {
@@ -18,12 +25,7 @@ RULE = Rule(
     relations=(
         multiple("scale", "K", "G"),
         multiple("weight_scale", "K", "Gw"),
-        Relation(
-            "weight_scale",
-            "G and Gw must be equal, or one of them 1",
-            ("G", "Gw"),
-            lambda ours, theirs: ours == theirs or 1 in (ours, theirs),
-        ),
+        GROUPS,
     ),
     gives=("=dtype[..., N]",),
     empty="...",

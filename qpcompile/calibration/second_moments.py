@@ -43,7 +43,7 @@ class SecondMoments:
 
     def to(self, device: torch.device) -> SecondMoments:
         """The same on a device."""
-        return self._each(lambda tensor: tensor.to(device))
+        return SecondMoments(*(None if held is None else held.to(device) for held in (self.matrix, self.factor)))
 
     def times(self, share: float) -> SecondMoments:
         """Each token counted `share` times; a copy."""
@@ -122,9 +122,6 @@ class SecondMoments:
             more = tokens * torch.outer(shift[part], shift)
             made[part] = (self.matrix[part].double() - less + more).float()
         return SecondMoments(made)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SecondMoments:
-        return SecondMoments(*(None if held is None else change(held) for held in (self.matrix, self.factor)))
 
 
 def strips(rows: int) -> list[slice]:
