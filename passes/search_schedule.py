@@ -26,7 +26,6 @@ from itertools import islice
 from typing import Any, ClassVar
 
 from qpcompile.calibration.drop_gradients import drop_costs
-from qpcompile.errors import PlanError
 from qpcompile.ir.program import HEAD, PREFILL, Program
 from qpcompile.passes.trial_costs import ALL_TOKENS, TrialCosts
 from qpcompile.progress import track
@@ -68,7 +67,6 @@ class SearchSchedule:
         tokens = program.recipe.tokens
         if tokens.method == "none" or not isinstance(PRUNERS[tokens.method], Joint) or CHOSEN in program.measured:
             return False
-        _check(program)
         options = options_of(JointOptions, program.recipe)
         count = min(self.count, options.trial_samples)
         answers = record_answers(program, islice(self.samples, count), count, options.answer_tokens)
@@ -84,23 +82,6 @@ class SearchSchedule:
         del search, rounding
         gc.collect()
         return False
-
-
-def _check(program: Program) -> None:
-    """Refuse what the search does not measure."""
-    tokens = program.recipe.tokens
-    if tokens.keep_of != "mean":
-        raise PlanError(
-            "joint searches schedules with one mean; it chooses the share after the last cut itself",
-            where="tokens.keep_of",
-            do="write mean",
-        )
-    if tokens.compact_scored_layer:
-        raise PlanError(
-            "joint measures answers that see what prefill saw, also in the layers that score",
-            where="tokens.compact_scored_layer",
-            do="write false",
-        )
 
 
 class _Search:

@@ -1,6 +1,7 @@
 """Candidates of the search for a score and a schedule, and the order in which they are tried.
 
-first    every score at a few schedules, and every single method with its own schedule
+first    every score at a few schedules, and every single method with its own schedule; where the mean does not let the
+         first layer see all tokens, scores inside the decoder are tried after a cut before it
 second   the best scores with all schedules: cuts inside the decoder, before it, and both
 """
 
@@ -26,6 +27,8 @@ LEFT_OUT: tuple[str, ...] = (
     "pyramiddrop: it cuts inside a layer",
     "dart: it selects by the keys of one layer only",
 )
+# The score of a cut before the decoder while scores inside it are compared.
+AHEAD = "cdpruner"
 # How many scores of each kind are combined with all schedules.
 BEST_BEFORE, BEST_INSIDE = 2, 2
 
@@ -66,8 +69,8 @@ CHOSEN: Measurement[Chosen] = Measurement("chosen")
 def first_trials(program: Program, methods: dict[str, Pruner], visual: int) -> tuple[list[Trial], list[str]]:
     """The first round, for prompts with `visual` visual tokens; and the single methods that are left out, with why."""
     mean, depth = program.recipe.tokens.keep, len(program.layers)
-    whole = steps(mean, depth, visual, 1.0)
-    few = [whole[place] for place in sorted({0, len(whole) // 2, len(whole) - 1})] if whole else []
+    possible = next((found for head in HEADS if (found := steps(mean, depth, visual, head))), [])
+    few = [possible[place] for place in sorted({0, len(possible) // 2, len(possible) - 1})] if possible else []
     share = flat(mean, depth, visual)
     trials = [_trial(share, name, "", name.partition(" ")[0]) for name in BEFORE]
     left = list(LEFT_OUT)
@@ -76,7 +79,7 @@ def first_trials(program: Program, methods: dict[str, Pruner], visual: int) -> t
             trials.append(_single(program, methods[name], name, score))
         except PlanError as error:
             left.append(f"{name}: {error.what}")
-    trials += [_trial(shares, "", score) for score in INSIDE for shares in few]
+    trials += [_trial(shares, AHEAD, score) for score in INSIDE for shares in few]
     return _distinct(trials), left
 
 
@@ -97,12 +100,12 @@ def second_trials(program: Program, visual: int, before: Sequence[str], inside: 
 
 
 def best_scores(ranked: Iterable[Trial]) -> tuple[list[str], list[str]]:
-    """The best scores before and inside the decoder, by the order of the trials that use one score only."""
+    """The best scores before the decoder, by the order of the trials that cut there only, and inside it."""
     before, inside = dict[str, None](), dict[str, None]()
     for trial in ranked:
-        names = {score for _, _, score in trial.drops}
-        if len(names) == 1 and RANDOM not in names:
-            (before if trial.layers[0] == INPUT else inside).setdefault(names.pop())
+        layer, _, name = trial.drops[-1]
+        if name != RANDOM:
+            (before if layer == INPUT else inside).setdefault(name)
     return list(before)[:BEST_BEFORE], list(inside)[:BEST_INSIDE]
 
 

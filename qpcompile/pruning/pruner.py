@@ -273,6 +273,15 @@ class Configurable(Protocol):
 
 
 @runtime_checkable
+class Particular(Protocol):
+    """A method that does not work with every setting."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise RecipeError for settings it does not work with, before anything is measured."""
+        ...
+
+
+@runtime_checkable
 class RiskFuser(Protocol):
     """A method that fuses the quantization risk into its score if the recipe asks for it (pruning/risk.py)."""
 

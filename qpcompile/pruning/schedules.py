@@ -3,7 +3,7 @@
 A schedule is the share of visual tokens that each decoder layer sees, k_0 >= k_1 >= ... >= k_{L-1}, mean given.
 
     flat        k, k, k, k, ...            one cut before the decoder
-    step        a, .., a, k, .., k         share a for the first b layers, a = 1 or a cut before the decoder
+    step        a, .., a, k, .., k         share a for the first b layers, a of HEADS: below 1, a cut before the decoder
     two steps   1, .., 1, a, .., a, k, ..  all tokens for the first b layers, share a for some more
 
 Shares are multiples of one token on a prompt with `tokens` of them, k is rounded down and the remainder goes to a: no
@@ -22,7 +22,7 @@ from qpcompile.errors import PlanError
 
 Shares = tuple[float, ...]
 
-HEADS = (1.0, 0.75, 0.5)
+HEADS = (1.0, 0.75, 0.5, 0.25)
 MIDDLES = (0.5, 0.25)
 PLACES = 5
 

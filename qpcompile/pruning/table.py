@@ -6,7 +6,7 @@ from importlib import import_module
 
 from qpcompile.errors import RecipeError
 from qpcompile.ir.operators import PIVOT_TOKENS
-from qpcompile.pruning.pruner import Configurable, Pruner, RiskFuser, options_of
+from qpcompile.pruning.pruner import Configurable, Particular, Pruner, RiskFuser, options_of
 from qpcompile.recipe.choices import METHODS
 from qpcompile.recipe.quantize import Section
 from qpcompile.recipe.recipe import Recipe
@@ -25,9 +25,13 @@ class NoOptions(Section):
 
 
 def check_method(recipe: Recipe) -> None:
-    """Raise RecipeError for options that the recipe's pruning method does not have, before anything is measured."""
+    """Raise RecipeError for options and settings that the recipe's pruning method does not take, before anything is
+    measured.
+    """
     method = PRUNERS.get(recipe.tokens.method)
     options_of(method.options if isinstance(method, Configurable) else NoOptions, recipe)
+    if isinstance(method, Particular):
+        method.check(recipe)
     centers = recipe.quantize is not None and recipe.quantize.kv_cache.center
     if centers and method is not None and PIVOT_TOKENS in method.operators:
         raise RecipeError(

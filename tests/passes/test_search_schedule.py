@@ -12,7 +12,7 @@ import torch
 from programs import HERE, captured, changed_recipe, fresh
 
 from qpcompile.calibration.drop_gradients import drop_costs
-from qpcompile.errors import OutputError, PlanError
+from qpcompile.errors import OutputError, RecipeError
 from qpcompile.ir import checkpoint as checkpoints
 from qpcompile.ir.checkpoint import Checkpoint
 from qpcompile.ir.edit import get_tensor, set_tensor
@@ -26,6 +26,7 @@ from qpcompile.passes.plan_token_budget import PlanTokenBudget
 from qpcompile.passes.search_schedule import SearchSchedule, _Search
 from qpcompile.passes.trial_costs import ALL_TOKENS, TrialCosts
 from qpcompile.pruning.candidates import CHOSEN, IN_DECODER, Chosen, Trial
+from qpcompile.pruning.table import check_method
 from qpcompile.quality.answers import answer_of, compare
 from qpcompile.quality.recorded import Answered, record_answers
 from qpcompile.recipe.choice import Score
@@ -180,8 +181,9 @@ def test_only_joint_pays_for_it(apply: Apply) -> None:
     ],
 )
 def test_what_is_not_measured_is_refused(setting: str, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        SearchSchedule(samples("one"), 1).run(ready(*JOINT, setting))
+    check_method(changed_recipe("none", *JOINT))
+    with pytest.raises(RecipeError, match=message):
+        check_method(changed_recipe("none", *JOINT, setting))
 
 
 def test_a_stopped_search_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

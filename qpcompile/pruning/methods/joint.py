@@ -16,6 +16,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import fx
 
+from qpcompile.errors import RecipeError
 from qpcompile.ir.program import Program
 from qpcompile.pruning.candidates import CHOSEN
 from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule
@@ -44,6 +45,21 @@ class Joint:
 
     operators: ClassVar[Operators] = SCORE_OPERATORS
     options: ClassVar[type[Section]] = JointOptions
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what the search does not measure."""
+        if recipe.tokens.keep_of != "mean":
+            raise RecipeError(
+                "joint searches schedules with one mean; it chooses the share after the last cut itself",
+                where="tokens.keep_of",
+                do="write mean",
+            )
+        if recipe.tokens.compact_scored_layer:
+            raise RecipeError(
+                "joint measures answers that see what prefill saw, also in the layers that score",
+                where="tokens.compact_scored_layer",
+                do="write false",
+            )
 
     def profiles(self, recipe: Recipe) -> bool:
         """Candidates are evaluated on samples."""
