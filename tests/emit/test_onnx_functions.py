@@ -279,6 +279,33 @@ def test_functions_may_not_make_a_graph_huge(tmp_path: Path, monkeypatch: pytest
         check_graph(path, 0)
 
 
+# One node more than fits, tensors, values, operands of a node, texts of an attribute, and calls of a function.
+MANY = {
+    "nodes": lambda model: model.graph.node.extend([node("Abs")] * 300),
+    "tensors": lambda model: model.graph.initializer.extend([onnx.numpy_helper.from_array(np.zeros(1))] * 300),
+    "values": lambda model: model.graph.value_info.extend([onnx.ValueInfoProto(name="v")] * 300),
+    "operands": lambda model: model.graph.node[0].input.extend([""] * 300),
+    "texts": lambda model: model.graph.node[1].attribute.append(onnx.helper.make_attribute("t", ["x"] * 300)),
+    "calls": lambda model: model.graph.node.extend([model.graph.node[0]] * 20),
+    "a function": lambda model: model.functions[0].node.extend([node("Abs")] * 300),
+}
+
+
+@pytest.mark.parametrize("add", MANY.values(), ids=list(MANY))
+def test_a_graph_of_very_many_small_parts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add: Callable[[onnx.ModelProto], None]
+) -> None:
+    """A runtime needs a hundred times the bytes of a file that holds nothing but nodes or names."""
+    monkeypatch.setattr(folder_module, "MOST_PARTS", 200)
+    model, path = calling(own_function(*[node("Abs")] * 5)), tmp_path / "decode.onnx"
+    path.write_bytes(model.SerializeToString())
+    check_graph(path, 0)
+    add(model)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(RunnerError, match="more than 200 operands"):
+        check_graph(path, 0)
+
+
 @pytest.mark.parametrize("place", ["input", "output"])
 def test_a_call_may_not_make_the_names_in_a_function_huge(tmp_path: Path, place: str) -> None:
     """Names of a call stand for those of its function, wherever these are read."""

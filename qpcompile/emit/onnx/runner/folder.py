@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ SETTINGS = ("config.json", "generation_config.json")
 TOKENIZER, PICTURES, CHAT = "tokenizer.json", "pictures.json", "chat.json"
 FORMAT, VERSION = "qpcompile-onnx", 1
 MOST_TEXT, MOST_GRAPH, MOST_WEIGHTS, MOST_FILES, DEEPEST, DEEPEST_TEXT = 2**22, 2**28, 2**40, 64, 8, 64
+MOST_PARTS = (
+    2**21
+)  # operands, attributes, tensors and the like of a graph: each takes a runtime a hundred times its bytes
 # Numbers and axes of one tensor of a graph, whatever the weights file holds.
 MOST_NUMBERS, MOST_AXES = 2**36, 8
 NEW_FOLDER = "get the folder again from where it was exported, or export the model again"
@@ -71,6 +75,7 @@ _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_REFUSED = (
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 9, 13, 14
 _TENSOR_REFUSED: dict[int, str] = dict.fromkeys((3, 4, 5, 6, 7, 10, 11), "numbers that are not raw bytes")
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_PART = ""  # what a walk gives for each part; a call of a function is also its name
 # TensorProto.DataType -> bits: float, uint8, int8, ..., uint4 and int4. Text is not among them.
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -195,43 +200,52 @@ def check_graph(path: Path, weights: int) -> None:
 
 
 def _check_model(model: memoryview, weights: int) -> None:
-    graphs, functions = list[memoryview](), dict[str, int]()
+    graphs, functions, sizes = list[memoryview](), dict[str, int](), dict[str, int]()
     for number, value in _fields(model, _MODEL_REFUSED):
         if number == _MODEL_GRAPH:
             graphs.append(_message(value))
         elif number == _MODEL_FUNCTION:
-            name = _check_function(_message(value), weights)
+            name, parts = _check_function(_message(value), weights)
             if name in functions:
                 raise ValueError(f"it has two functions {name[:100]!r}")
-            functions[name] = len(value)
+            functions[name], sizes[name] = parts, len(value)
     if len(graphs) != 1:
         raise ValueError(f"it holds {len(graphs)} graphs")
-    calls = Counter(_check_graph(graphs[0], weights, DEEPEST, functions))
-    inlined = len(graphs[0]) + sum(functions[name] * count for name, count in calls.items())
+    calls = _counted(_check_graph(graphs[0], weights, DEEPEST, functions))
+    own = calls.pop(_PART, 0)
+    inlined = len(graphs[0]) + sum(sizes[name] * count for name, count in calls.items())
     if inlined > MOST_GRAPH:
         raise ValueError(f"it has {inlined} bytes with its functions in place; at most {MOST_GRAPH} are loaded")
+    if own + sum(parts * (1 + calls[name]) for name, parts in functions.items()) > MOST_PARTS:
+        raise ValueError(f"it has more than {MOST_PARTS} operands, attributes and tensors with its functions in place")
 
 
-def _check_function(function: memoryview, weights: int) -> str:
-    """The name of a function, which calls no other."""
-    names, domains = list[str](), list[str]()
+def _counted(parts: Iterator[str]) -> Counter[str]:
+    """The number of parts, and how often each function is called; no further than soon after too many."""
+    return Counter(islice(parts, 2 * MOST_PARTS + 2))  # the node of a call is a part, too
+
+
+def _check_function(function: memoryview, weights: int) -> tuple[str, int]:
+    """The name of a function, which calls no other, and its number of parts."""
+    names, domains, parts = list[str](), list[str](), 0
     for number, value in _fields(function, _FUNCTION_REFUSED):
         if number == _FUNCTION_NAME:
             names.append(_text(value))
         elif number == _FUNCTION_DOMAIN:
             domains.append(_text(value))
         elif number == _FUNCTION_NODE:
-            list(_check_node(_message(value), weights, DEEPEST, {}))
+            parts += _counted(_check_node(_message(value), weights, DEEPEST, {}))[_PART]
     if len(names) != 1 or domains != [OWN] or len(names[0].encode()) > LONGEST_NAME:
         raise ValueError(f"no export writes the function {'.'.join((*domains, *names))[:100]!r}")
-    return names[0]
+    return names[0], parts
 
 
 def _check_graph(graph: memoryview, weights: int, depth: int, functions: Container[str]) -> Iterator[str]:
-    """Gives the name of a function for each call of it."""
+    """Gives _PART for each part, and the name of a function for each call of it."""
     if not depth:
         raise ValueError(f"graphs in graphs are more than {DEEPEST} deep")
     for number, value in _fields(graph, _GRAPH_REFUSED):
+        yield _PART
         if number == _GRAPH_NODE:
             yield from _check_node(_message(value), weights, depth, functions)
         elif number == _GRAPH_TENSOR:
@@ -241,6 +255,7 @@ def _check_graph(graph: memoryview, weights: int, depth: int, functions: Contain
 def _check_node(node: memoryview, weights: int, depth: int, functions: Container[str]) -> Iterator[str]:
     operators, domains, longest = list[str](), list[str](), 0
     for number, value in _fields(node):
+        yield _PART
         if number in _NODE_VALUES:
             longest = max(longest, len(_message(value)))
         elif number == _NODE_OPERATOR:
@@ -249,6 +264,7 @@ def _check_node(node: memoryview, weights: int, depth: int, functions: Container
             domains.append(_text(value))
         elif number == _NODE_ATTRIBUTE:
             for part, content in _fields(_message(value), _ATTRIBUTE_REFUSED):
+                yield _PART
                 if part in _ATTRIBUTE_TENSORS:
                     _check_tensor(_message(content), weights)
                 elif part in _ATTRIBUTE_GRAPHS:
