@@ -21,13 +21,13 @@ def wide_type(x: Tensor) -> torch.dtype:
 
 
 def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Apply `function` to tensors [..., C] of one shape, a few hundred rows at a time; results are [..., *].
+    """Apply `function` to tensors [..., C] of one shape, a few hundred rows at a time; results are [..., *], contiguous.
 
     Its buffers then stay in the cache: in float64 it takes two thirds of the time at 2,640 rows of 320 channels.
     """
     leading = tensors[0].shape[:-1]
     if leading.numel() <= ROWS:
-        return function(*tensors)
+        return tuple(part.contiguous() for part in function(*tensors))
     pieces = zip(*[tensor.reshape(-1, tensor.shape[-1]).split(ROWS) for tensor in tensors], strict=True)
     results = zip(*[function(*piece) for piece in pieces], strict=True)
     return tuple(torch.cat(parts).reshape(*leading, -1) for parts in results)
