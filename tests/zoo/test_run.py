@@ -19,7 +19,7 @@ import run
 STEPS = ["build", "capture"]
 
 
-def stand_in(name: str, target: Path, steps: list[str]) -> None:
+def stand_in(name: str, target: Path, steps: list[str], shape: str = "standard") -> None:
     """A family: the name says how it ends."""
     row = {step: {"result": "ok", "seconds": 0.1, "reason": ""} for step in steps}
     target.write_text(json.dumps(dict(list(row.items())[:1])))
