@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qpcompile.capture.boundary import component
+from qpcompile.capture.logits import HALF, logits_apart
 from qpcompile.capture.record import TWO_TOKENS, Call, Recording, find_components, record, whole_cache
 from qpcompile.capture.sample import PICTURES, two_rows
 from qpcompile.capture.sets_of_values import graphs_of_values
@@ -31,8 +32,8 @@ from qpcompile.runtime.machine import Machine, visual_tokens
 from qpcompile.runtime.model_inputs import with_prompt
 from qpcompile.runtime.prepare import IDS
 
-# Largest distance of logits from the model's, of their spread: in float32, and where types of 16 bits round.
-EXACT, HALF = 1e-2, 0.25
+# Largest distance of logits from the model's, of their spread, in float32.
+EXACT = 1e-2
 # Tokens of a decoder's own prompt while tracing, so that their number is not one.
 MORE = 3
 # Components that may stay transformers' code on the host if they cannot be traced for every size of picture. The plan
@@ -128,13 +129,10 @@ def _check_whole(program: Program, sample: dict[str, Any], alone: Recording) -> 
     try:
         with Machine(program) as machine:
             answer = machine.generate(**copy.deepcopy(sample), **(plain_settings(program.host) | TWO_TOKENS))
-        found = torch.stack(answer.logits, dim=1).float()
+        found = torch.stack(answer.logits, dim=1)
     except (InputError, CalibrationError, RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
         raise _differs(program, f"they do not run: {type(error).__name__}: {first_line(error)}") from error
-    expected = alone.logits.float()
-    spread: Any = expected - expected.mean(dim=-1, keepdim=True)
-    distance: Any = found - expected
-    far = float(distance.norm() / spread.norm().clamp(min=1e-30))
+    far = logits_apart(found, alone.logits)
     if not far <= (HALF if half else EXACT):
         raise _differs(program, f"their logits are {far:.2g} of the spread off")
 

@@ -150,6 +150,5 @@ def _empty(value: Any) -> bool:
     return all(map(_empty, value)) if is_list(value) else value is None
 
 
-
 def _refused(graph: Graph, what: str) -> CaptureError:
     return CaptureError(f"{graph.name} was called with {what}", where=graph.owner or graph.name, do=_DO)

@@ -223,7 +223,9 @@ def corrections(shape: Shape) -> dict[str, Family]:
         "idefics2": Family({}, lambda _: make.views(shape.side)),
         "idefics3": Family({}, lambda _: make.views(shape.side)),
         "smolvlm": Family({}, lambda _: make.views(shape.side)),
-        "granite_docling": Family({"scale_factor": 2 if shape.side % (4 * shape.patch) else 4}, lambda _: make.flagged_views(shape.side)),
+        "granite_docling": Family(
+            {"scale_factor": 2 if shape.side % (4 * shape.patch) else 4}, lambda _: make.flagged_views(shape.side)
+        ),
         "aria": Family({"projector_patch_to_query_dict": {shape.patches: 4}}),
         "chameleon": Family(
             {

@@ -174,9 +174,11 @@ def _fitted(rope: dict[str, Any], head: int) -> dict[str, Any]:
         return {key: _fitted(value, head) if isinstance(value, dict) else value for key, value in rope.items()}
     count = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
     first, last = rope["mrope_section"][0], rope["mrope_section"][-1]
-    small, half = count // 4, (count - count // 4) // 2
-    sections = [small, half, count - small - half]
-    return {**rope, "mrope_section": sections if first <= last else sections[::-1]}
+    small = count // 4
+    half = (count - small) // 2
+    # Height and width may have to have equal shares.
+    sections = [small, half, count - small - half] if first <= last else [half, half, count - 2 * half]
+    return {**rope, "mrope_section": sections}
 
 
 def per_layer(kinds: Iterable[str], count: int) -> list[str]:
