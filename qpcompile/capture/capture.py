@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qpcompile.capture.boundary import component
 from qpcompile.capture.logits import HALF, logits_apart
 from qpcompile.capture.record import TWO_TOKENS, Call, Recording, find_components, record, whole_cache
-from qpcompile.capture.sample import PICTURES, two_rows
+from qpcompile.capture.sample import PICTURES, PerToken, two_rows
 from qpcompile.capture.sets_of_values import graphs_of_values
 from qpcompile.capture.text_alone import learn_absent
 from qpcompile.capture.trace import check_call, check_sizes, trace
@@ -36,6 +36,9 @@ from qpcompile.runtime.prepare import IDS
 EXACT = 1e-2
 # Tokens of a decoder's own prompt while tracing, so that their number is not one.
 MORE = 3
+# How two rows are made of a sample, until the model takes them: inputs may have as many entries as the prompt by chance
+# (patches of a picture), and floating-point ones may have an entry per token (places on a page).
+WAYS: tuple[tuple[int, PerToken], ...] = ((0, "integers"), (-1, "integers"), (0, "none"), (0, "all"))
 # Components that may stay transformers' code on the host if they cannot be traced for every size of picture. The plan
 # says so: what they compute is neither quantized nor exported.
 ON_HOST = (VISION, PROJECTOR)
@@ -149,8 +152,8 @@ def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, 
     """Two rows made of a sample, and what the model calls on them. Raises CaptureError if it takes none of them."""
     pad = model.generation_config.pad_token_id
     first: CaptureError | None = None
-    for axis in (0, -1):
-        prompt = two_rows(with_prompt(model, sample, MORE), pad if isinstance(pad, int) else 0, axis)
+    for axis, per_token in WAYS:
+        prompt = two_rows(with_prompt(model, sample, MORE), pad if isinstance(pad, int) else 0, axis, per_token)
         try:
             return prompt, record(model, prompt)
         except CaptureError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,7 @@ PICTURES = ("pixel_values", "image_patches", "flattened_patches", "images")
 # Inputs with a row per prompt, like others that have an entry per token; everything else has a row per picture (or per
 # patch), of at most so many numbers where it tells their sizes.
 MOST_COLUMNS = 4
+PerToken = Literal["integers", "none", "all"]
 ROWS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
 
 
@@ -54,7 +55,7 @@ def _error(problem: str, inputs: dict[str, Any]) -> CalibrationError:
     )
 
 
-def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0) -> dict[str, Any]:
+def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0, per_token: PerToken = "integers") -> dict[str, Any]:
     """At least two rows, one token longer: row 0 left-padded, the others with their last token also prepended.
 
     So no axis has size 1, and no mask is all ones (which transformers would omit).
@@ -63,6 +64,7 @@ def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0) -> dict[str, Any]:
         inputs: one or more rows, as the processor returns them; of an encoder-decoder model, with the decoder's ids.
         pad: id of the padding token.
         axis: the axis on which pixels are repeated; some processors put the patches of all pictures side by side.
+        per_token: which inputs beside ROWS have an entry per token, of those whose first sizes are the prompt's.
     """
     check_sample(inputs, prompt=DECODER_IDS not in inputs)
     ids = inputs.get("input_ids")
@@ -75,8 +77,9 @@ def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0) -> dict[str, Any]:
             continue
         side = axis if value.is_floating_point() and value.ndim > 2 else 0
         rows = torch.cat([value, value], dim=side) if shape[0] == 1 else value
-        per_token = not value.is_floating_point() and value.ndim > 1 and shape[1] > MOST_COLUMNS
-        if ids is not None and (key in ROWS or per_token) and value.shape[:2] == shape:
+        asked = per_token == "all" or (per_token == "integers" and not value.is_floating_point())
+        counted = asked and value.ndim > 1 and shape[1] > MOST_COLUMNS
+        if ids is not None and (key in ROWS or counted) and value.shape[:2] == shape:
             rows = torch.cat([rows[:, -1:], rows], dim=1)  # the last token is text, the first may not be
             if key in (fills := {"input_ids": pad, "attention_mask": 0}):
                 rows[0, 0] = fills[key]

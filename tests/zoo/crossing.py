@@ -41,7 +41,7 @@ def crossing(shape: Shape) -> dict[str, Family]:
         ),
         "blip": Family(tokens=0, text=False, several=False),
         "git": Family(tokens=0),
-        "udop": Family(tokens=0),
+        "udop": Family(tokens=0, beside=make.boxes, text=False, several=False),
         "pix2struct": Family(
             {
                 "vision_config.patch_embed_hidden_size": 3 * shape.small**2,

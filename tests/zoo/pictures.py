@@ -285,6 +285,12 @@ def questions(inputs: Inputs) -> Inputs:
     return {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
 
 
+def boxes(inputs: Inputs) -> Inputs:
+    """Where each token is on its page: left, top, right and bottom, f[B, S, 4]."""
+    places = torch.rand(*inputs["input_ids"].shape, 4, generator=torch.Generator().manual_seed(8))
+    return {"bbox": places.sort(dim=-1).values}
+
+
 def encoder_only(inputs: Inputs) -> Inputs:
     """A prompt of nothing but the picture; where pictures are rows of patches, with a mask of those that are real."""
     patches = inputs.get("flattened_patches")
