@@ -20,7 +20,7 @@ from transformers.exporters import exporter_dynamo
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import _OUTPUT_FLAGS
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from qpcompile.capture.adapters import attending_in_segments, table_of, traceable
 from qpcompile.capture.boundary import component, first_line

@@ -271,7 +271,7 @@ def test_layers_with_states_keep_all_tokens_beside_them() -> None:
     mixed.update_conv_state(torch.ones(1, 2, 4), conv_kernel_size=4, state_idx=1)
     for layer in (mixed, window):
         layer.update(torch.ones(1, 1, 5, 4), torch.ones(1, 1, 5, 4))
-        assert layer.keys.shape[2] == 5 and layer.get_mask_sizes(1) == (6, 0)
+        assert layer.keys is not None and layer.keys.shape[2] == 5 and layer.get_mask_sizes(1) == (6, 0)
 
 
 def test_a_prompt_that_the_model_starts_itself() -> None:
