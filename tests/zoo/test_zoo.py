@@ -12,7 +12,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))
 
 from models import build, names
-from shape import SHAPES, Shape
+from shape import Shape
 from shrink import per_layer, shrunk
 
 from qpcompile.capture.capture import recorded
@@ -38,7 +38,8 @@ def test_a_configuration_shrinks_by_its_keys() -> None:
 def test_sections_of_rotary_frequencies_add_up_to_those_of_a_head() -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
     for head, sections in ((16, [3, 3, 2]), (24, [4, 4, 4]), (32, [6, 6, 4])):
-        config = shrunk(transformers.Ernie4_5_VLMoeConfig, {"text_config.rope_parameters": rope}, Shape(head=head))
+        shape = Shape(width=4 * head, head=head)
+        config = shrunk(transformers.Ernie4_5_VLMoeConfig, {"text_config.rope_parameters": rope}, shape)
         assert config.text_config.rope_parameters["mrope_section"] == sections
 
 
