@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="make the table that ships from everything in --out")
     parser.add_argument("families", nargs="*")
     asked = parser.parse_args()
+    if asked.write and asked.shape != "standard":
+        parser.error("--write makes the table of the standard shape")
     asked.out.mkdir(parents=True, exist_ok=True)
     ordered = [*(name for name in FIRST if name in names()), *(name for name in names() if name not in FIRST)]
     rows: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,29 @@
+"""Families in shapes that showed what the standard one does not: answers are the model's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from one import Road
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("gemma3", "odd"),  # a window longer than the prompts: masks are omitted
+        ("qwen3_5", "suite"),  # a prompt shorter than the kernel of a convolution
+        ("inkling2", "standard"),  # a window beside a layer's states
+        ("udop", "standard"),  # places of tokens, which are no integers
+    ],
+)
+def test_answers_are_the_models(name: str, shape: str) -> None:
+    road = Road(name, shape)
+    road.build()
+    road.capture()
+    road.none()
