@@ -152,8 +152,10 @@ def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, 
     """Two rows made of a sample, and what the model calls on them. Raises CaptureError if it takes none of them."""
     pad = model.generation_config.pad_token_id
     first: CaptureError | None = None
+    visual = visual_tokens(model.config).tolist()
     for axis, per_token in WAYS:
-        prompt = two_rows(with_prompt(model, sample, MORE), pad if isinstance(pad, int) else 0, axis, per_token)
+        filled = pad if isinstance(pad, int) else 0
+        prompt = two_rows(with_prompt(model, sample, MORE), filled, axis, per_token, visual)
         try:
             return prompt, record(model, prompt)
         except CaptureError as error:
