@@ -9,7 +9,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import one
 from one import Road
+
+from qpcompile.ir.program import PREFILL
+from qpcompile.pruning.pruner import attention_layers
 
 
 @pytest.mark.slow
@@ -27,3 +31,14 @@ def test_answers_are_the_models(name: str, shape: str) -> None:
     road.build()
     road.capture()
     road.none()
+
+
+@pytest.mark.slow
+def test_a_searched_schedule_cuts_after_layers_that_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(one.RECIPES, "joint", ("joint-30-w4a8", []))
+    road = Road("qwen3_5", "odd")
+    road.build()
+    road.capture()
+    road.recipe("joint")
+    program = road.compiled["joint"].program
+    assert {cut.layer for cut in program.plan.cuts} <= {-1, *attention_layers(road.program.graphs[PREFILL])}
