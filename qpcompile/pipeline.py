@@ -73,7 +73,8 @@ def compile(
         model: a transformers model, or the folder or hub name of one. The model itself is not modified; if the caller
             keeps it, its weights stay in memory in addition to the compiled ones.
         recipe: the name of a preset, the path of a YAML file, or a Recipe.
-        processor: the transformers processor; loaded with the model if a folder or name is given.
+        processor: the transformers processor; loaded with the model if a folder or name is given. A folder without one
+            is compiled if `calibration` is model inputs.
         calibration: model inputs as `processor(...)` returns them (any iterable), or the path of a data folder.
         after: called after each pass with its PassRun and the program, for reports and dumps.
         resume: a checkpoint folder for the long passes; an interrupted compile resumes from it. Only one compile can
@@ -99,11 +100,12 @@ def compile(
     recipe = Recipe.load(recipe)
     check_method(recipe)
     ranks = ranks or Ranks()
+    inputs = calibration is not None and not isinstance(calibration, (str, PathLike))
     with _progress(resume, ranks) as progress:
         source, held = (model, None) if isinstance(model, (str, PathLike)) else (None, model)
         del model
         if source is not None:
-            held, processor = load_model(source, processor)
+            held, processor = load_model(source, processor, inputs)
         else:
             check_model(held)
         assert held is not None
@@ -115,7 +117,7 @@ def compile(
         while True:
             if held is None:
                 assert source is not None
-                held = load_model(source, processor)[0]
+                held = load_model(source, processor, inputs)[0]
             example = samples.example() if samples else blank_sample(held, processor)
             program = capture(held, example, recipe, islice(samples or (), MOST_SAMPLES))
             program.device, program.offload, program.ranks = computes, kept_in, ranks

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
 
@@ -123,6 +124,21 @@ def _weighted_rows(
     return (torch.nn.functional.embedding(indices, table) * per_sample_weights.unsqueeze(-1)).sum(dim=1)
 
 
+def _whole_conv_state(self: Any, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A convolution's state of a prompt of any length, in place of transformers' branch on prompts that are shorter.
+
+    conv_states: f[B, C, S]; the state is the last tokens of it after as many zeros, and the convolution is causal.
+    """
+    size, place = kwargs.get("conv_kernel_size"), kwargs.get("state_idx", 0)
+    if size is None or self.has_previous_state[place] or self.record_past:
+        return _UPDATE_CONV_STATE(self, conv_states, *args, **kwargs)
+    _UPDATE_CONV_STATE(self, torch.nn.functional.pad(conv_states, (size, 0)), *args, **kwargs)
+    return conv_states
+
+
+_UPDATE_CONV_STATE = LinearAttentionLayer.update_conv_state
+
+
 def _broadcast_mask(mask_function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A mask by broadcasting, in place of transformers' vmap over its four axes, which a graph cannot hold."""
 
@@ -193,6 +209,7 @@ def traceable(module: torch.nn.Module, adapted: bool = True) -> Iterator[None]:
         stack.enter_context(mock.patch.object(ALL_EXPERTS_FUNCTIONS, "get_interface", lambda *_: _experts))
         stack.enter_context(mock.patch("torch.nn.functional.embedding_bag", _weighted_rows))
         stack.enter_context(mock.patch("transformers.masking_utils._vmap_expansion_sdpa", _broadcast_mask))
+        stack.enter_context(mock.patch.object(LinearAttentionLayer, "update_conv_state", _whole_conv_state))
         # Only vmap needs it: a lookup is an operator of its own there.
         stack.enter_context(mock.patch("transformers.masking_utils.TransformGetItemToIndex", nullcontext))
         kinds = {type(part) for part in module.modules()}

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qpcompile.capture.boundary import component
+from qpcompile.capture.logits import HALF, logits_apart
 from qpcompile.capture.record import TWO_TOKENS, Call, Recording, find_components, record, whole_cache
-from qpcompile.capture.sample import PICTURES, two_rows
+from qpcompile.capture.sample import PICTURES, PerToken, two_rows
 from qpcompile.capture.sets_of_values import graphs_of_values
 from qpcompile.capture.text_alone import learn_absent
 from qpcompile.capture.trace import check_call, check_sizes, trace
@@ -31,10 +32,13 @@ from qpcompile.runtime.machine import Machine, visual_tokens
 from qpcompile.runtime.model_inputs import with_prompt
 from qpcompile.runtime.prepare import IDS
 
-# Largest distance of logits from the model's, of their spread: in float32, and where types of 16 bits round.
-EXACT, HALF = 1e-2, 0.25
+# Largest distance of logits from the model's, of their spread, in float32.
+EXACT = 1e-2
 # Tokens of a decoder's own prompt while tracing, so that their number is not one.
 MORE = 3
+# How two rows are made of a sample, until the model takes them: inputs may have as many entries as the prompt by chance
+# (patches of a picture), and floating-point ones may have an entry per token (places on a page).
+WAYS: tuple[tuple[int, PerToken], ...] = ((0, "integers"), (-1, "integers"), (0, "none"), (0, "all"))
 # Components that may stay transformers' code on the host if they cannot be traced for every size of picture. The plan
 # says so: what they compute is neither quantized nor exported.
 ON_HOST = (VISION, PROJECTOR)
@@ -128,13 +132,10 @@ def _check_whole(program: Program, sample: dict[str, Any], alone: Recording) -> 
     try:
         with Machine(program) as machine:
             answer = machine.generate(**copy.deepcopy(sample), **(plain_settings(program.host) | TWO_TOKENS))
-        found = torch.stack(answer.logits, dim=1).float()
+        found = torch.stack(answer.logits, dim=1)
     except (InputError, CalibrationError, RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
         raise _differs(program, f"they do not run: {type(error).__name__}: {first_line(error)}") from error
-    expected = alone.logits.float()
-    spread: Any = expected - expected.mean(dim=-1, keepdim=True)
-    distance: Any = found - expected
-    far = float(distance.norm() / spread.norm().clamp(min=1e-30))
+    far = logits_apart(found, alone.logits)
     if not far <= (HALF if half else EXACT):
         raise _differs(program, f"their logits are {far:.2g} of the spread off")
 
@@ -151,8 +152,10 @@ def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, 
     """Two rows made of a sample, and what the model calls on them. Raises CaptureError if it takes none of them."""
     pad = model.generation_config.pad_token_id
     first: CaptureError | None = None
-    for axis in (0, -1):
-        prompt = two_rows(with_prompt(model, sample, MORE), pad if isinstance(pad, int) else 0, axis)
+    visual = visual_tokens(model.config).tolist()
+    for axis, per_token in WAYS:
+        filled = pad if isinstance(pad, int) else 0
+        prompt = two_rows(with_prompt(model, sample, MORE), filled, axis, per_token, visual)
         try:
             return prompt, record(model, prompt)
         except CaptureError as error:

@@ -41,15 +41,18 @@ _LOG = logging.getLogger("qpcompile")
 NAMED = 4
 LONGEST = 300
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# What a processor is saved as, or its tokenizer.
+PROCESSOR_FILES = ("*processor*", "*token*", "vocab*", "merges*", "chat_template*", "*.tiktoken", "*.spm")
 WHOLE = "give the folder or the hub name of a whole model that transformers.AutoModelForImageTextToText loads"
 
 
-def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, Any]:
+def load_model(source: Source, processor: Any = None, inputs: bool = False) -> tuple[PreTrainedModel, Any]:
     """Load model and processor from a folder or hub name; code from either is never run.
 
     The weights of a folder with safetensors stay in its files (mapped_weights.py).
 
-    processor: used instead of the folder's own.
+    processor: used instead of the folder's own. inputs: whether the caller has inputs of the model, so that a folder
+    without any file of a processor is loaded without one.
 
     Raises ModelError for anything that does not load completely: missing or damaged files, missing or unexpected
     tensors, non-finite weights, quantized weights of a format that quantized.py does not read, adapters.
@@ -60,7 +63,7 @@ def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, 
         if Path(source).is_dir() and quantization(Path(source)) is not None:
             model, found = load_dequantized(Path(source), config)
             _refuse_other_tensors(source, found)
-            return check_model(model.eval(), str(source)), load_processor(source) if processor is None else processor
+            return check_model(model.eval(), str(source)), _processor(source, processor, inputs)
         if Path(source).is_dir():
             refuse_larger(config, tensor_shapes(Path(source)), str(source))
         if Path(source).is_dir() and can_map(Path(source), config):
@@ -77,7 +80,18 @@ def load_model(source: Source, processor: Any = None) -> tuple[PreTrainedModel, 
         raise _does_not_load(source, error) from error
     _refuse_damaged_snapshot(source)
     _refuse_other_tensors(source, found)
-    return check_model(model.eval(), str(source)), load_processor(source) if processor is None else processor
+    return check_model(model.eval(), str(source)), _processor(source, processor, inputs)
+
+
+def _processor(source: Source, given: Any, inputs: bool) -> Any:
+    if given is not None:
+        return given
+    if inputs and Path(source).is_dir() and not any(next(Path(source).glob(name), None) for name in PROCESSOR_FILES):
+        _LOG.warning(
+            "%s has no processor: the compiled model takes inputs as the samples are, and no questions", source
+        )
+        return None
+    return load_processor(source)
 
 
 def read_config(source: Source) -> Any:

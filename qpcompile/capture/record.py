@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
 
@@ -147,11 +148,16 @@ def whole_cache(model: PreTrainedModel, used: object = None) -> Cache:
     if not any(map(_has_more, cache.layers)):
         return DynamicCache()
     # The length of a cache is that of its first layer which may have keys: layers without any have to stay.
-    kept: list[Any] = [
-        layer if _has_more(layer) or isinstance(layer, DummyLayer) else DynamicLayer() for layer in cache.layers
-    ]
+    kept: list[Any] = [whole_layer(layer) for layer in cache.layers]
     cache.layers = kept
     return cache
+
+
+def whole_layer(layer: Any) -> Any:
+    """A layer of a cache without a window; one that keeps states keeps them beside all tokens."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin) and isinstance(layer, DynamicSlidingWindowLayer):
+        return LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+    return layer if _has_more(layer) or isinstance(layer, DummyLayer) else DynamicLayer()
 
 
 def _has_more(layer: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +16,7 @@ PICTURES = ("pixel_values", "image_patches", "flattened_patches", "images")
 # Inputs with a row per prompt, like others that have an entry per token; everything else has a row per picture (or per
 # patch), of at most so many numbers where it tells their sizes.
 MOST_COLUMNS = 4
+PerToken = Literal["integers", "none", "all"]
 ROWS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
 
 
@@ -54,8 +56,14 @@ def _error(problem: str, inputs: dict[str, Any]) -> CalibrationError:
     )
 
 
-def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0) -> dict[str, Any]:
-    """At least two rows, one token longer: row 0 left-padded, the others with their last token also prepended.
+def two_rows(
+    inputs: dict[str, Any],
+    pad: int,
+    axis: int = 0,
+    per_token: PerToken = "integers",
+    visual: Sequence[int] = (),
+) -> dict[str, Any]:
+    """At least two rows, one token longer: row 0 left-padded, the others with a token of text also prepended.
 
     So no axis has size 1, and no mask is all ones (which transformers would omit).
 
@@ -63,10 +71,13 @@ def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0) -> dict[str, Any]:
         inputs: one or more rows, as the processor returns them; of an encoder-decoder model, with the decoder's ids.
         pad: id of the padding token.
         axis: the axis on which pixels are repeated; some processors put the patches of all pictures side by side.
+        visual: ids of picture tokens, each of which has its features: a prompt may end, or begin, with them.
+        per_token: which inputs beside ROWS have an entry per token, of those whose first sizes are the prompt's.
     """
     check_sample(inputs, prompt=DECODER_IDS not in inputs)
     ids = inputs.get("input_ids")
     shape = inputs[DECODER_IDS].shape if ids is None else ids.shape
+    text = _last_text(ids, visual) if ids is not None else 0
     masked = {"attention_mask": torch.ones_like(ids)} if ids is not None else {}
     longer: dict[str, Any] = {}
     for key, value in {**masked, **inputs}.items():
@@ -75,10 +86,18 @@ def two_rows(inputs: dict[str, Any], pad: int, axis: int = 0) -> dict[str, Any]:
             continue
         side = axis if value.is_floating_point() and value.ndim > 2 else 0
         rows = torch.cat([value, value], dim=side) if shape[0] == 1 else value
-        per_token = not value.is_floating_point() and value.ndim > 1 and shape[1] > MOST_COLUMNS
-        if ids is not None and (key in ROWS or per_token) and value.shape[:2] == shape:
-            rows = torch.cat([rows[:, -1:], rows], dim=1)  # the last token is text, the first may not be
+        asked = per_token == "all" or (per_token == "integers" and not value.is_floating_point())
+        counted = asked and value.ndim > 1 and shape[1] > MOST_COLUMNS
+        if ids is not None and (key in ROWS or counted) and value.shape[:2] == shape:
+            rows = torch.cat([rows[:, text : text + 1], rows], dim=1)
             if key in (fills := {"input_ids": pad, "attention_mask": 0}):
                 rows[0, 0] = fills[key]
         longer[key] = rows
     return longer
+
+
+def _last_text(ids: torch.Tensor, visual: Sequence[int]) -> int:
+    """The last token, of ids i64[B, S], that is of text in every row; the last of all if there is none."""
+    of_text = (~torch.isin(ids, torch.tensor(visual, dtype=ids.dtype))).all(dim=0)
+    found = of_text.nonzero()
+    return int(found[-1]) if len(found) else ids.shape[1] - 1

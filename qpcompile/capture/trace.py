@@ -20,6 +20,7 @@ from transformers.exporters import exporter_dynamo
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import _OUTPUT_FLAGS
+from transformers.utils.generic import ModelOutput
 
 from qpcompile.capture.adapters import attending_in_segments, table_of, traceable
 from qpcompile.capture.boundary import component, first_line
@@ -64,6 +65,7 @@ def trace(name: str, owner: str, module: torch.nn.Module, call: Call) -> Graph:
             exported = _exported(name, owner, module, {**arguments, **flags}, axes)
     finally:
         hook.remove()
+    call.output = _returned(exported, call.output)
     graph = _graph(name, owner, exported, arguments, call)
     spread_packed_rows(graph)
     graph.constants = {
@@ -119,6 +121,15 @@ def _graph(
         if node.op == "get_attr":
             node.meta["val"] = stand_in(graph, get_tensor(graph.module, str(node.target)))
     return graph
+
+
+def _returned(exported: torch.export.ExportedProgram, output: Any) -> Any:
+    """A recorded output without what only a call with ids returns, like a mask made of them: graphs take embeddings."""
+    spec = exported.call_spec.out_spec
+    keys = spec.context if spec is not None else None
+    if not isinstance(output, ModelOutput) or not isinstance(keys, list):
+        return output
+    return type(output)(**{key: value for key, value in output.items() if key in keys})
 
 
 def _one_token_count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

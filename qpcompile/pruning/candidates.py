@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from qpcompile.errors import PlanError
 from qpcompile.ir.measurements import Measurement
-from qpcompile.ir.program import Program
+from qpcompile.ir.program import PREFILL, Program
 from qpcompile.pruning.mean import final_keep
-from qpcompile.pruning.pruner import INPUT, Pruner
+from qpcompile.pruning.pruner import INPUT, Pruner, attention_layers
 from qpcompile.pruning.schedules import HEADS, Shares, drops_of, flat, steps, two_steps
 from qpcompile.pruning.scores import BEFORE, INSIDE, RANDOM
 from qpcompile.recipe.choice import Drop, Score
@@ -68,32 +68,37 @@ CHOSEN: Measurement[Chosen] = Measurement("chosen")
 
 def first_trials(program: Program, methods: dict[str, Pruner], visual: int) -> tuple[list[Trial], list[str]]:
     """The first round, for prompts with `visual` visual tokens; and the single methods that are left out, with why."""
-    mean, depth = program.recipe.tokens.keep, len(program.layers)
-    possible = next((found for head in HEADS if (found := steps(mean, depth, visual, head))), [])
+    mean, depth, scoring = program.recipe.tokens.keep, len(program.layers), attention_layers(program.graphs[PREFILL])
+    possible = next((found for head in HEADS if (found := steps(mean, depth, visual, head, scoring))), [])
     few = [possible[place] for place in sorted({0, len(possible) // 2, len(possible) - 1})] if possible else []
     share = flat(mean, depth, visual)
     trials = [_trial(share, name, "", name.partition(" ")[0]) for name in BEFORE]
     left = list(LEFT_OUT)
     for name, score in IN_DECODER.items():
         try:
-            trials.append(_single(program, methods[name], name, score))
+            trial = _single(program, methods[name], name, score)
         except PlanError as error:
             left.append(f"{name}: {error.what}")
+            continue
+        if other := sorted({*trial.layers} - {*scoring, INPUT}):
+            left.append(f"{name}: layers {other} have no attention to score by")
+            continue
+        trials.append(trial)
     trials += [_trial(shares, AHEAD, score) for score in INSIDE for shares in few]
     return _distinct(trials), left
 
 
 def second_trials(program: Program, visual: int, before: Sequence[str], inside: Sequence[str]) -> list[Trial]:
     """The second round: all schedules for the best scores, best ones first."""
-    mean, depth = program.recipe.tokens.keep, len(program.layers)
-    trials = [_trial(shares, "", score) for score in inside for shares in steps(mean, depth, visual, 1.0)]
-    trials += [_trial(shares, "", score) for score in inside[:1] for shares in two_steps(mean, depth, visual)]
+    mean, depth, scoring = program.recipe.tokens.keep, len(program.layers), attention_layers(program.graphs[PREFILL])
+    trials = [_trial(shares, "", score) for score in inside for shares in steps(mean, depth, visual, 1.0, scoring)]
+    trials += [_trial(shares, "", score) for score in inside[:1] for shares in two_steps(mean, depth, visual, scoring)]
     pairs = [(ahead, score) for number, ahead in enumerate(before) for score in inside[: len(inside) - number]]
     for ahead, score in pairs:
         trials += [
             _trial(shares, ahead, score)
             for head in HEADS
-            for shares in steps(mean, depth, visual, head)
+            for shares in steps(mean, depth, visual, head, scoring)
             if shares[0] < 1
         ]
     return _distinct(trials)

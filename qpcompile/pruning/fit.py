@@ -18,7 +18,7 @@ from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.ir.shapes import add_input, add_output, value
 from qpcompile.kernels.token_scores.normalize import normalize_metric
 from qpcompile.pruning.methods.quota import weighted_scores
-from qpcompile.pruning.pruner import Point
+from qpcompile.pruning.pruner import Point, attention_layers
 from qpcompile.pruning.scores import FITTED
 from qpcompile.recipe.plan import Cut
 from qpcompile.recipe.tokens import TokenScheme
@@ -33,7 +33,8 @@ Weights = dict[tuple[str, int], tuple[float, ...]]
 
 
 def cue_graph(program: Program) -> Graph:
-    """The prefill graph without cuts, and the cues after every layer but the last as outputs `cue.LAYER.NUMBER`.
+    """The prefill graph without cuts, and as outputs `cue.LAYER.NUMBER` the cues after every layer but the last that
+    can score tokens.
 
     Its inputs VISUAL and VALID, bool[B, S], mark the tokens that are visual, and the prompt's.
     """
@@ -42,7 +43,7 @@ def cue_graph(program: Program) -> Graph:
     batch, length = embeddings.shape[:2]
     visual = add_input(graph, VISUAL, (batch, length), torch.bool)
     valid = add_input(graph, VALID, (batch, length), torch.bool)
-    for layer in range(len(program.layers) - 1):
+    for layer in sorted(attention_layers(graph) - {len(program.layers) - 1}):
         cut = Cut(layer=layer, ratio=1.0, numerator=1, denominator=1)
         before = first_node_of_layer(graph, layer + 1)
         point = Point(graph, before, cut, program.recipe, visual, valid, None, valid, length, visual)

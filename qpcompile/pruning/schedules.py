@@ -14,6 +14,7 @@ among early layers.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import floor
 
 import numpy as np
@@ -32,22 +33,27 @@ def flat(mean: float, depth: int, tokens: int) -> Shares:
     return (_budget(mean, depth, tokens) // depth / tokens,) * depth
 
 
-def steps(mean: float, depth: int, tokens: int, head: float) -> list[Shares]:
-    """`head`, or slightly more, for the first layers, and one share for the others."""
+def steps(mean: float, depth: int, tokens: int, head: float, scoring: Collection[int] | None = None) -> list[Shares]:
+    """`head`, or slightly more, for the first layers, and one share for the others.
+
+    scoring: the layers after which a share may fall, None for all: those that can score tokens.
+    """
     budget, first = _budget(mean, depth, tokens), floor(head * tokens)
-    found = [_step(first, border, budget, depth, tokens) for border in _borders(first, budget, depth)]
+    found = [_step(first, border, budget, depth, tokens) for border in _borders(first, budget, depth, 0, scoring)]
     return [tuple(count / tokens for count in counts) for counts in dict.fromkeys(found) if counts]
 
 
-def two_steps(mean: float, depth: int, tokens: int) -> list[Shares]:
-    """All tokens for the first layers, then a share of MIDDLES, then less."""
+def two_steps(mean: float, depth: int, tokens: int, scoring: Collection[int] | None = None) -> list[Shares]:
+    """All tokens for the first layers, then a share of MIDDLES, then less. scoring: as of `steps`."""
     budget = _budget(mean, depth, tokens)
     found: list[tuple[int, ...]] = []
     for middle in MIDDLES:
         share = floor(middle * tokens)
-        for border in _borders(tokens, budget, depth):
+        for border in _borders(tokens, budget, depth, 0, scoring):
             left, layers = budget - tokens * border, depth - border
-            tails = (_step(share, second, left, layers, share) for second in _borders(share, left, layers))
+            tails = (
+                _step(share, second, left, layers, share) for second in _borders(share, left, layers, border, scoring)
+            )
             found += [(tokens,) * border + tail for tail in tails if tail]
     return [tuple(count / tokens for count in counts) for counts in dict.fromkeys(found)]
 
@@ -72,10 +78,16 @@ def _budget(mean: float, depth: int, tokens: int) -> int:
     return budget
 
 
-def _borders(head: int, budget: int, depth: int) -> list[int]:
-    """Layers where a share may fall below `head`, from 1 to the last one that the budget allows."""
+def _borders(head: int, budget: int, depth: int, before: int, scoring: Collection[int] | None) -> list[int]:
+    """Layers where a share may fall below `head`, from 1 to the last one that the budget allows; `before` layers come
+    before the first.
+    """
     last = min(depth - 1, budget // max(head, 1))
-    return sorted({int(place) for place in np.rint(np.geomspace(1, last, min(PLACES, last)))}) if last else []
+    allowed = [border for border in range(1, last + 1) if scoring is None or before + border - 1 in scoring]
+    if not allowed:
+        return []
+    places = np.rint(np.geomspace(1, last, min(PLACES, last))).tolist()
+    return sorted({min(allowed, key=lambda border: abs(border - place)) for place in places})
 
 
 def _step(head: int, border: int, budget: int, depth: int, most: int) -> tuple[int, ...]:

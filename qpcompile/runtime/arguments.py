@@ -144,8 +144,10 @@ def _refuse_other(graph: Graph, name: str, value: Any) -> None:
 
 
 def _empty(value: Any) -> bool:
-    """Whether a nested value is empty, like the features of no pictures."""
-    return (is_mapping(value) or is_list(value)) and len(value) == 0
+    """Whether a nested value has nothing in it, like the features of no pictures, or masks that all are omitted."""
+    if is_mapping(value):
+        return all(map(_empty, value.values()))
+    return all(map(_empty, value)) if is_list(value) else value is None
 
 
 def _refused(graph: Graph, what: str) -> CaptureError:

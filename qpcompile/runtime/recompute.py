@@ -49,8 +49,8 @@ from qpcompile.ir.types import value_types
 from qpcompile.runtime.generation_options import plain_settings
 from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.machine import Machine
-from qpcompile.runtime.model_inputs import with_prompt
-from qpcompile.runtime.prepare import EMBEDDINGS
+from qpcompile.runtime.model_inputs import DECODER_IDS, with_prompt
+from qpcompile.runtime.prepare import EMBEDDINGS, MASK
 from qpcompile.runtime.recorded_answer import RecordedAnswer, Tensors, hidden_path, of_tokens
 
 # Number of tokens decoded with the cache.
@@ -67,7 +67,8 @@ TOPK = aten.topk.default
 def check_decode(program: Program, machine: Machine, sample: dict[str, Any]) -> None:
     """Answer `sample` with and without the cache, on the machine that users will get.
 
-    sample: inputs of `generate`; only the first row is compared.
+    sample: inputs of `generate`; only the first row with the least padding is compared: some families count the
+    positions of an answer from the padded prompt.
     Raises InvariantError if the two disagree: the compiled model must not be used.
     """
     answer, sample = _Answer(program, machine), with_prompt(program.host, sample)
@@ -182,6 +183,7 @@ class _Answer:
         self.recorded = RecordedAnswer(machine)
         self.cache = CompiledCache(0)
         self.again = self.moved = torch.empty(0)
+        self.row = 0
         self.whole: dict[Name, Tensor] = {}
 
     @property
@@ -193,33 +195,33 @@ class _Answer:
         """Decode STEPS tokens after the first one."""
         settings = plain_settings(self.program.host)
         settings |= {"max_new_tokens": STEPS + 1, "min_new_tokens": STEPS + 1}
-        self.cache = CompiledCache(len(self.program.layers))
+        self.cache, self.row = CompiledCache(len(self.program.layers)), _fullest(sample)
         with self.recorded.recording():
             self.machine.generate(**{**sample, **settings, CACHE_ARGUMENT: self.cache})
 
     def stepwise(self) -> Tensor:
         """Logits of each step, f[T, V]; hidden states if the program has no head."""
-        return torch.cat([step[:1, -1] for step in self.logits or self.recorded.hidden])
+        return torch.cat([step[self.row, -1:] for step in self.logits or self.recorded.hidden])
 
     def recompute(self, sample: dict[str, Any]) -> None:
         """Compute the longer prompt at once."""
         self.recorded.run_whole(sample, self._forced)
 
     def stored(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, decoded, recomputed) of the first layer's cache for the first row's new tokens: [1, H, T, ...]."""
-        first = min(path.layer for path in self.whole)
+        """(name, decoded, recomputed) of the first layer's cache for the compared row's new tokens: [1, H, T, ...]."""
+        first, row = min(path.layer for path in self.whole), slice(self.row, self.row + 1)
         for path, tensor in self.whole.items():
             if path.layer == first:
-                yield path, self.cache.tensors[path][:1, :, -STEPS:], tensor[:1, :, -STEPS:]
+                yield path, self.cache.tensors[path][row, :, -STEPS:], tensor[row, :, -STEPS:]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the answer's steps, f[T, V], from the head's input."""
         rows = hidden[:, -len(self.recorded.feeds) :]
         head = self.program.graphs.get(HEAD)
         if head is None or not self.logits:
-            return rows[0]
+            return rows[self.row]
         with torch.no_grad():
-            return head({head.inputs[0]: rows})[head.outputs[0]][0]
+            return head({head.inputs[0]: rows})[head.outputs[0]][self.row]
 
     def _forced(self, graph: Graph, whole: Tensors) -> None:
         results = self._run(graph, whole)
@@ -233,6 +235,12 @@ class _Answer:
         with torch.no_grad():
             results = _Whole(self.program, graph, self.cache, len(self.recorded.feeds) - 1).run(*feeds.values())
         return dict(zip(graph.outputs, results, strict=True))
+
+
+def _fullest(sample: dict[str, Any]) -> int:
+    """The first row of a prompt, i64[B, S], with the least padding."""
+    mask = sample.get(MASK)
+    return int(mask.sum(dim=1).argmax()) if isinstance(mask, Tensor) and DECODER_IDS not in sample else 0
 
 
 def _last_bits(values: Tensor) -> Tensor:

@@ -127,6 +127,23 @@ def test_two_rows_pads_one_row_and_adds_no_picture_token() -> None:
     assert doubled["pixel_values"].shape[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("ids", "first"),
+    [
+        ([[90, 90, 5, 7]], [0, 7]),
+        ([[5, 7, 90, 90]], [0, 7]),  # ends with its picture
+        ([[5, 7, 90], [5, 90, 8]], [0, 5]),  # of text in every row
+        ([[90, 90]], [0, 90]),  # nothing else
+    ],
+)
+def test_two_rows_prepend_text(ids: list[list[int]], first: list[int]) -> None:
+    inputs = {"input_ids": torch.tensor(ids), "pixel_values": torch.zeros(1, 3, 4, 4)}
+    inputs["token_type_ids"] = inputs["input_ids"] * 2
+    doubled = two_rows(inputs, pad=0, visual=[90, 91])
+    assert doubled["input_ids"][:, 0].tolist() == first
+    assert doubled["token_type_ids"][1, 0] == 2 * first[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_last_bits_of_16_bit_types_are_no_other_branch(dtype: torch.dtype) -> None:
     expected = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -10,18 +10,25 @@ import pytest
 import torch
 from torch import fx, nn
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicIndexedLayer
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
+from qpcompile.capture import capture as capturing
 from qpcompile.capture.adapters import traceable
 from qpcompile.capture.capture import name_crossing
-from qpcompile.capture.record import whole_cache
+from qpcompile.capture.record import whole_cache, whole_layer
 from qpcompile.capture.sample import two_rows
 from qpcompile.capture.samples import Samples
 from qpcompile.capture.trace import fixed_axes
-from qpcompile.errors import CalibrationError
+from qpcompile.errors import CalibrationError, CaptureError
 from qpcompile.ir.edit import is_call, layer_of
 from qpcompile.ir.names import names
 from qpcompile.ir.operators import EXPERT_LINEAR
@@ -208,6 +215,63 @@ def test_what_tokens_see_of_pictures_grows_with_the_prompt() -> None:
     sizes = torch.tensor([[1, 2, 3]])
     short = {"input_ids": ids[:, :3], "pixel_values": inputs["pixel_values"], "image_grid_thw": sizes}
     assert two_rows(short, pad=0)["image_grid_thw"].tolist() == [[1, 2, 3]] * 2
+
+
+class Taking(nn.Module):
+    """A model that takes inputs of some sizes only, for `recorded`."""
+
+    generation_config = SimpleNamespace(pad_token_id=0)
+    config = SimpleNamespace()
+
+    def __init__(self, sizes: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "attempts"),
+    [
+        ({"patch_mask": (2, 7), "boxes": (2, 6)}, 1),
+        ({"patch_mask": (2, 6), "boxes": (2, 6)}, 3),  # as many patches as tokens, by chance
+        ({"patch_mask": (2, 7), "boxes": (2, 7)}, 4),  # where on a page each token is
+    ],
+)
+def test_inputs_with_the_sizes_of_the_prompt_are_read_as_the_model_takes_them(
+    sizes: dict[str, tuple[int, int]], attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[dict[str, Any]] = []
+
+    def record(model: Any, prompt: dict[str, Any]) -> str:
+        tried.append(prompt)
+        if any(prompt[key].shape[:2] != size for key, size in model.sizes.items()):
+            raise CaptureError("sizes differ")
+        return "recording"
+
+    monkeypatch.setattr(capturing, "record", record)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    mask, boxes = torch.ones(1, 6, dtype=torch.long), torch.arange(24.0).view(1, 6, 4)
+    sample = {"input_ids": ids, "pixel_values": torch.zeros(1, 3, 4, 4), "patch_mask": mask, "boxes": boxes}
+    prompt, recording = capturing.recorded(Taking(sizes), sample)  # type: ignore[arg-type]
+    assert recording == "recording" and prompt is tried[-1] and len(tried) == attempts
+    assert prompt["input_ids"].shape == (2, 7) and prompt["pixel_values"].shape == (2, 3, 4, 4)
+    if attempts == 4:
+        assert prompt["boxes"][1, :2, 0].tolist() == [20.0, 0.0]
+    with pytest.raises(CaptureError, match="sizes differ"):
+        capturing.recorded(Taking({"boxes": (2, 5)}), sample)  # type: ignore[arg-type]
+
+
+def test_layers_with_states_keep_all_tokens_beside_them() -> None:
+    layers = (
+        LinearAttentionAndSlidingWindowAttentionLayer(sliding_window=3, number_of_states=2),
+        DynamicSlidingWindowLayer(sliding_window=3),
+        LinearAttentionLayer(),
+    )
+    mixed, window, states = map(whole_layer, layers)
+    assert states is layers[2] and type(window) is DynamicLayer
+    mixed.update_conv_state(torch.ones(1, 2, 4), conv_kernel_size=4, state_idx=1)
+    for layer in (mixed, window):
+        layer.update(torch.ones(1, 1, 5, 4), torch.ones(1, 1, 5, 4))
+        assert layer.keys is not None and layer.keys.shape[2] == 5 and layer.get_mask_sizes(1) == (6, 0)
 
 
 def test_a_prompt_that_the_model_starts_itself() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from programs import traced
+from programs import program_of, traced
 from torch import Tensor, nn
 
+from qpcompile.capture import text_alone
 from qpcompile.capture.capture import capture
+from qpcompile.capture.logits import logits_apart
 from qpcompile.errors import CalibrationError
-from qpcompile.ir.program import PREFILL, Graph
+from qpcompile.ir.program import PREFILL, Graph, Program
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.machine import Machine
 from qpcompile.runtime.prepare import ABSENT, PICTURES_AT, absent_inputs
@@ -58,6 +62,42 @@ def test_a_mask_of_picture_tokens_has_an_entry_for_each_token() -> None:
     graph.constants |= {f"{ABSENT}.{PICTURES_AT}": 0}
     (found,) = absent_inputs(graph, {"inputs_embeds": EMBEDS}, 0).values()
     assert found.shape == (3, 4) and found.dtype == torch.int64 and not bool(found.any())
+
+
+@pytest.mark.parametrize(
+    ("half", "distances", "told"),
+    [
+        (False, {0: 1e-4}, 0),
+        (False, {0: 2e-3, 1: 1e-4}, 1),
+        (False, {0: 2e-3, 1: 2e-3}, None),  # neither
+        (True, {0: 0.2, 1: 0.04}, 1),  # where types of 16 bits round, the nearer
+        (True, {0: 0.04, 1: 0.2}, 0),
+        (True, {0: 0.3, 1: float("inf")}, None),
+    ],
+)
+def test_the_rows_that_give_the_models_answer_are_told(
+    half: bool, distances: dict[int, float], told: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def far(program: Program, *_: object) -> float:
+        tried.append(program.graphs[PREFILL].constants[f"{ABSENT}.features"])
+        return distances[tried[-1]]
+
+    monkeypatch.setattr(text_alone, "_far", far)
+    host = nn.Linear(1, 1, dtype=torch.bfloat16 if half else torch.float32)
+    host.dtype = host.weight.dtype  # type: ignore[assignment]
+    program = dataclasses.replace(program_of(decoder(None)), host=host)
+    model = SimpleNamespace(config=SimpleNamespace(image_token_id=9), generate=lambda **_: answer)
+    answer = SimpleNamespace(logits=(torch.zeros(2, 5),) * 2)
+    text_alone.learn_absent(program, model, {"input_ids": torch.tensor([[1, 9, 2]])})
+    assert tried == list(distances)
+    assert program.graphs[PREFILL].constants.get(f"{ABSENT}.features") == told
+
+
+@pytest.mark.parametrize(("found", "far"), [([[[0.0, 1.0]]], 0.0), ([[[1.0, 2.0]]], 2.0), ([[[0.0]]], float("inf"))])
+def test_logits_are_compared_by_their_spread(found: list[list[list[float]]], far: float) -> None:
+    assert logits_apart(torch.tensor(found), torch.tensor([[[0.0, 1.0]]])) == far
 
 
 @pytest.mark.slow

@@ -42,6 +42,19 @@ def test_by_hand() -> None:
     assert (1.0, 0.5, 0.05, 0.05) in two_steps(0.4, 4, 100)
 
 
+@given(st.floats(0.02, 0.99), st.integers(2, 80), st.integers(60, 3000), st.integers(2, 6))
+def test_shares_fall_after_layers_that_can_score_only(mean: float, depth: int, tokens: int, every: int) -> None:
+    scoring = range(every - 1, depth, every)
+    found = two_steps(mean, depth, tokens, scoring)
+    for head in HEADS:
+        assert steps(mean, depth, tokens, head, range(depth)) == steps(mean, depth, tokens, head)
+        found += steps(mean, depth, tokens, head, scoring)
+    assert two_steps(mean, depth, tokens, range(depth)) == two_steps(mean, depth, tokens)
+    assert {layer for shares in found for layer, _ in drops_of(shares)} <= {-1, *scoring}
+    assert found or mean * depth < every
+    assert steps(mean, depth, tokens, 1.0, []) == two_steps(mean, depth, tokens, []) == []
+
+
 def test_drops_of_a_schedule() -> None:
     assert drops_of((1.0, 1.0, 0.4, 0.1)) == ((1, 0.4), (2, 0.1))
     assert drops_of((0.5, 0.5, 0.5)) == ((-1, 0.5),)

@@ -62,6 +62,7 @@ def test_positions_of_text_alone_are_positions_on_every_axis() -> None:
         {"output_hidden_states": -2, "strategy": "default"},
         {"return_dict": True, "output_attentions": False, "output_router_logits": None},
         {"features": [], "sizes": {}},
+        {"masks": {"full_attention": None, "sliding_attention": None}, "parts": [None, []]},
     ],
 )
 def test_what_changes_nothing_is_let_through(graph: Graph, arguments: dict[str, Any]) -> None:
@@ -79,6 +80,7 @@ def test_what_changes_nothing_is_let_through(graph: Graph, arguments: dict[str, 
         ({"return_dict": False}, "return_dict=False, and its graph was traced with return_dict=True"),
         ({"strategy": "full"}, "strategy='full', and its graph was traced with strategy='default'"),
         ({"scale": 0.5}, "scale=0.5, and its graph was traced without it"),
+        ({"masks": {"full": None, "kind": 1}}, "masks={'full': None, 'kind': 1}, and its graph was traced without it"),
         ({"flag": False}, "flag=False, and its graph was traced without it"),
     ],
 )

@@ -89,6 +89,27 @@ def test_a_wrong_position_is_found(machine: Machine) -> None:
         check(machine)
 
 
+def test_of_several_rows_the_one_with_the_least_padding_is_compared(machine: Machine) -> None:
+    def late_in(row: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        def change(given: dict[str, Any]) -> dict[str, Any]:
+            if given["inputs_embeds"].shape[1] > 1:
+                return given
+            later = given["position_ids"].expand(2, -1).clone()
+            later[row] += 1
+            return {**given, "position_ids": later}
+
+        return change
+
+    assert captured()[1]["padded"]["attention_mask"].sum(dim=1).argmax() == 1
+    own = machine.host.get_submodule(machine.program.graphs[PREFILL].owner).forward
+    called(machine, late_in(0))
+    check(machine, "padded")
+    machine.host.get_submodule(machine.program.graphs[PREFILL].owner).forward = own
+    called(machine, late_in(1))
+    with pytest.raises(InvariantError, match=r"logits are .* of their spread off"):
+        check(machine, "padded")
+
+
 def test_a_token_that_is_not_appended_is_found(machine: Machine) -> None:
     machine.execute = not_appended
     with pytest.raises(InvariantError, match=r"logits are .* of their spread off"):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from models import Cases, Inputs, build
+from shape import SHAPES
 
 import qpcompile
 from qpcompile.capture.capture import capture
@@ -77,13 +78,13 @@ def compiled_by(program: Program, preset: str, changes: list[str], samples: list
 class Road:
     """The steps of one family; each reads what earlier ones left."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, shape: str) -> None:
+        self.name, self.shape = name, SHAPES[shape]
         self.compiled: dict[str, CompiledVLM] = {}
         self.note = ""
 
     def build(self) -> None:
-        self.model, self.cases = build(self.name)
+        self.model, self.cases = build(self.name, self.shape)
 
     def capture(self) -> None:
         self.program = capture(self.model, copy.deepcopy(self.cases["one"]), Recipe.load("none"))
@@ -163,10 +164,10 @@ def attempt(step: Callable[[], None]) -> dict[str, Any]:
 NEEDS = {"capture": "build", "none": "capture", "save": "none", "onnx": "none"} | dict.fromkeys(RECIPES, "capture")
 
 
-def main(name: str, target: Path, steps: list[str]) -> None:
+def main(name: str, target: Path, steps: list[str], shape: str = "standard") -> None:
     """Run the steps and write the file after each."""
     torch.set_num_threads(1)
-    road, rows = Road(name), dict[str, dict[str, Any]]()
+    road, rows = Road(name, shape), dict[str, dict[str, Any]]()
     for step in steps:
         if step in NEEDS and (step not in steps or rows.get(NEEDS[step], {}).get("result") not in ("ok", "different")):
             continue

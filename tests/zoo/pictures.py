@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from shrink import IMAGE
+from shape import Shape
 
 Inputs = dict[str, Any]
 Pictures = Callable[[Sequence[int]], Inputs]
-# Rows and columns of patches of even and odd pictures: neither fills windows of 4 x 4 patches.
-GRIDS = ((6, 4), (10, 6))
 
 
 def noise(picture: int, *shape: int) -> torch.Tensor:
@@ -23,7 +21,7 @@ def noise(picture: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(100 + picture))
 
 
-def stacked(size: int = 32, name: str = "pixel_values", frames: int = 0, **more: Any) -> Pictures:
+def stacked(size: int, name: str = "pixel_values", frames: int = 0, **more: Any) -> Pictures:
     """One square of pixels per picture, or several frames; `more` are inputs with the same value in every row."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
@@ -34,43 +32,44 @@ def stacked(size: int = 32, name: str = "pixel_values", frames: int = 0, **more:
     return pictures
 
 
-def tiles(most: int = 3, size: int = 32) -> Pictures:
+def tiles(size: int, most: int = 3) -> Pictures:
     """Any-resolution pictures: an overview and tiles; the even ones are wide (3 views), the odd ones tall (3)."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
         pixels = torch.zeros(len(numbers), most, 3, size, size)
         for row, number in enumerate(numbers):
             pixels[row, :3] = noise(number, 3, 3, size, size)
-        sizes = [(26, 60) if number % 2 == 0 else (64, 20) for number in numbers]
+        part = size // 16
+        sizes = [(13 * part, 30 * part) if number % 2 == 0 else (32 * part, 10 * part) for number in numbers]
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
     return pictures
 
 
-def packed(channels: int, grid: str = "image_grid_thw", axes: int = 3, **more: Any) -> Pictures:
+def packed(shape: Shape, channels: int, grid: str = "image_grid_thw", axes: int = 3, **more: Any) -> Pictures:
     """Patches of all pictures in one list, with the grid of each: `channels` values per patch."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
-        grids = [(1, *GRIDS[number % 2])[-axes:] for number in numbers]
-        rows = [noise(number, GRIDS[number % 2][0] * GRIDS[number % 2][1], channels) for number in numbers]
+        grids = [(1, *shape.grids[number % 2])[-axes:] for number in numbers]
+        rows = [noise(number, shape.grids[number % 2][0] * shape.grids[number % 2][1], channels) for number in numbers]
         inputs = {"pixel_values": torch.cat(rows), grid: torch.tensor(grids)}
         return inputs | {key: torch.stack([value] * len(numbers)) for key, value in more.items()}
 
     return pictures
 
 
-def patches(side: int, grid: str = "image_grid_thw") -> Pictures:
+def patches(shape: Shape, side: int, grid: str = "image_grid_thw") -> Pictures:
     """As `packed`, each patch a square: f[N, 3, side, side]."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
-        inputs = packed(3 * side * side, grid)(numbers)
+        inputs = packed(shape, 3 * side * side, grid)(numbers)
         inputs["pixel_values"] = inputs["pixel_values"].view(-1, 3, side, side)
         return inputs
 
     return pictures
 
 
-def views(size: int = 32) -> Pictures:
+def views(size: int) -> Pictures:
     """Two views of one picture in even rows; odd ones have a view, then a blank one that the model drops."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
@@ -83,12 +82,12 @@ def views(size: int = 32) -> Pictures:
     return pictures
 
 
-def framed(side: int = 8, frame: int = 64) -> Pictures:
+def framed(side: int) -> Pictures:
     """Pictures of several sizes in one frame, with their sizes; multiples of two patches of `side` pixels."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
         sizes = [(6 * side, 4 * side) if number % 2 == 0 else (4 * side, 8 * side) for number in numbers]
-        pixels = torch.zeros(len(numbers), 3, frame, frame)
+        pixels = torch.zeros(len(numbers), 3, 8 * side, 8 * side)
         for row, (number, (height, width)) in enumerate(zip(numbers, sizes, strict=True)):
             pixels[row, :, :height, :width] = noise(number, 3, height, width)
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
@@ -96,30 +95,29 @@ def framed(side: int = 8, frame: int = 64) -> Pictures:
     return pictures
 
 
-def padded_patches(channels: int) -> Pictures:
+def padded_patches(shape: Shape, channels: int) -> Pictures:
     """A row of patches per picture, padded to the longest of all pictures, with grids and a mask."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
-        most = max(rows * columns for rows, columns in GRIDS)
-        pixels = torch.zeros(len(numbers), most, channels)
-        mask = torch.zeros(len(numbers), most, dtype=torch.long)
+        pixels = torch.zeros(len(numbers), shape.most, channels)
+        mask = torch.zeros(len(numbers), shape.most, dtype=torch.long)
         for row, number in enumerate(numbers):
-            count = GRIDS[number % 2][0] * GRIDS[number % 2][1]
+            count = shape.grids[number % 2][0] * shape.grids[number % 2][1]
             pixels[row, :count], mask[row, :count] = noise(number, count, channels), 1
-        shapes = torch.tensor([GRIDS[number % 2] for number in numbers])
+        shapes = torch.tensor([shape.grids[number % 2] for number in numbers])
         return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
     return pictures
 
 
-def positioned_patches(channels: int, name: str = "image_position_ids", most: int = 60) -> Pictures:
+def positioned_patches(shape: Shape, channels: int, name: str = "image_position_ids") -> Pictures:
     """A row of patches per picture with the (x, y) of each patch, -1 for padding."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
-        pixels = torch.zeros(len(numbers), most, channels)
-        places = torch.full((len(numbers), most, 2), -1)
+        pixels = torch.zeros(len(numbers), shape.most, channels)
+        places = torch.full((len(numbers), shape.most, 2), -1)
         for row, number in enumerate(numbers):
-            rows, columns = GRIDS[number % 2]
+            rows, columns = shape.grids[number % 2]
             pixels[row, : rows * columns] = noise(number, rows * columns, channels)
             grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
             places[row, : rows * columns] = grid
@@ -159,7 +157,7 @@ def local_views(size: int, side: int, grid: bool = False) -> Pictures:
     return pictures
 
 
-def flagged_views(size: int = 32) -> Pictures:
+def flagged_views(size: int) -> Pictures:
     """Two views of one picture in even rows, one and a blank one in odd rows, with a flag per view."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
@@ -179,17 +177,17 @@ def rows_of_patches(channels: int, count: int = 16) -> Pictures:
     return pictures
 
 
-def pixel_lists(pixels: int) -> Pictures:
+def pixel_lists(shape: Shape, pixels: int) -> Pictures:
     """For each token of a picture its pixels, each with three colours: f[N, pixels, 3], with the grid of tokens."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
-        inputs = packed(3 * pixels)(numbers)
+        inputs = packed(shape, 3 * pixels)(numbers)
         return inputs | {"pixel_values": inputs["pixel_values"].view(-1, pixels, 3)}
 
     return pictures
 
 
-def aspect_tiles(tiles: int = 2, size: int = 32) -> Pictures:
+def aspect_tiles(size: int, tiles: int = 2) -> Pictures:
     """One picture per row in up to two tiles, with the number of its aspect ratio and which tiles are real."""
 
     def pictures(numbers: Sequence[int]) -> Inputs:
@@ -205,16 +203,16 @@ def aspect_tiles(tiles: int = 2, size: int = 32) -> Pictures:
     return pictures
 
 
-def described_patches(channels: int, name: str = "flattened_patches", most: int = 60) -> Pictures:
+def described_patches(shape: Shape, channels: int, name: str = "flattened_patches") -> Pictures:
     """A row of patches per picture, each after its row and column from 1: f[n, most, 2 + channels].
 
     Zeros fill the rows of smaller pictures.
     """
 
     def pictures(numbers: Sequence[int]) -> Inputs:
-        pixels = torch.zeros(len(numbers), most, 2 + channels)
+        pixels = torch.zeros(len(numbers), shape.most, 2 + channels)
         for place, number in enumerate(numbers):
-            rows, columns = GRIDS[number % 2]
+            rows, columns = shape.grids[number % 2]
             grid = torch.cartesian_prod(torch.arange(1, rows + 1), torch.arange(1, columns + 1)).float()
             pixels[place, : rows * columns] = torch.cat([grid, noise(number, rows * columns, channels)], dim=1)
         return {name: pixels}
@@ -244,33 +242,53 @@ def _by_row(inputs: Inputs, *names: str) -> Inputs:
     return {name: torch.cat([each, torch.zeros_like(each)], dim=1)[:, :2] for name, each in rows.items()}
 
 
-def _seen(inputs: Inputs) -> torch.Tensor:
+def _seen(inputs: Inputs, image: int) -> torch.Tensor:
     """Which of two pictures of its row a token sees: those whose token came before, bool[B, S, 2]."""
-    return (inputs["input_ids"] == IMAGE).cumsum(dim=1)[:, :, None] > torch.arange(2)
+    return (inputs["input_ids"] == image).cumsum(dim=1)[:, :, None] > torch.arange(2)
 
 
-def seen_tiles(inputs: Inputs) -> Inputs:
+def seen_tiles(image: int) -> Callable[[Inputs], Inputs]:
     """Pictures in tiles by row, and which tiles a token attends to, i64[B, S, 2, tiles]."""
-    squeezed = {name: inputs[name].squeeze(1) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
-    rows = _by_row(inputs | squeezed, *squeezed)
-    rows["aspect_ratio_mask"][..., 0] = 1
-    return rows | {"cross_attention_mask": _seen(inputs)[..., None].long() * rows["aspect_ratio_mask"][:, None]}
+
+    def beside(inputs: Inputs) -> Inputs:
+        squeezed = {name: inputs[name].squeeze(1) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        rows = _by_row(inputs | squeezed, *squeezed)
+        rows["aspect_ratio_mask"][..., 0] = 1
+        return rows | {
+            "cross_attention_mask": _seen(inputs, image)[..., None].long() * rows["aspect_ratio_mask"][:, None]
+        }
+
+    return beside
 
 
-def seen_pictures(inputs: Inputs) -> Inputs:
+def seen_pictures(image: int) -> Callable[[Inputs], Inputs]:
     """Pictures by row, and which of them a token attends to, i64[B, S, 2]."""
-    return _by_row(inputs, "pixel_values") | {"image_attention_mask": _seen(inputs).long()}
+
+    def beside(inputs: Inputs) -> Inputs:
+        return _by_row(inputs, "pixel_values") | {"image_attention_mask": _seen(inputs, image).long()}
+
+    return beside
 
 
-def marked(inputs: Inputs) -> Inputs:
+def marked(image: int) -> Callable[[Inputs], Inputs]:
     """Which tokens stand for pictures, as an input of its own."""
-    return {"image_embeds_position_mask": (inputs["input_ids"] == IMAGE).long()}
+
+    def beside(inputs: Inputs) -> Inputs:
+        return {"image_embeds_position_mask": (inputs["input_ids"] == image).long()}
+
+    return beside
 
 
 def questions(inputs: Inputs) -> Inputs:
     """The question that a Q-Former reads beside every picture."""
     ids = torch.randint(3, 80, (len(inputs["pixel_values"]), 6), generator=torch.Generator().manual_seed(7))
     return {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+
+
+def boxes(inputs: Inputs) -> Inputs:
+    """Where each token is on its page: left, top, right and bottom, f[B, S, 4]."""
+    places = torch.rand(*inputs["input_ids"].shape, 4, generator=torch.Generator().manual_seed(8))
+    return {"bbox": places.sort(dim=-1).values}
 
 
 def encoder_only(inputs: Inputs) -> Inputs:

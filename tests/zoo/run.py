@@ -23,6 +23,7 @@ from typing import Any
 import one
 import torch
 from models import names
+from shape import SHAPES
 from transformers.exporters.utils import apply_patches
 
 from qpcompile.cli import families
@@ -56,7 +57,7 @@ def warm() -> None:
 
 
 def run_families(
-    wanted: Sequence[str], folder: Path, steps: list[str], seconds: int, workers: int
+    wanted: Sequence[str], folder: Path, steps: list[str], seconds: int, workers: int, shape: str = "standard"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run families in forks, which have the libraries already, `workers` at a time, and give each with its rows; those
     that have a file in the folder come first.
@@ -69,7 +70,7 @@ def run_families(
     while waiting or running:
         while waiting and len(running) < workers:
             name = waiting.pop(0)
-            arguments = (name, folder / f"{name}.partial", steps)
+            arguments = (name, folder / f"{name}.partial", steps, shape)
             worker = multiprocessing.get_context("fork").Process(target=one.main, args=arguments)
             worker.start()
             running[name] = worker, time.monotonic() + seconds
@@ -130,15 +131,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="families at a time")
     parser.add_argument("--steps", nargs="*", default=list(one.STEPS))
+    parser.add_argument("--shape", choices=SHAPES, default="standard", help="the sizes of the models and prompts")
     parser.add_argument("--write", action="store_true", help="make the table that ships from everything in --out")
     parser.add_argument("families", nargs="*")
     asked = parser.parse_args()
+    if asked.write and asked.shape != "standard":
+        parser.error("--write makes the table of the standard shape")
     asked.out.mkdir(parents=True, exist_ok=True)
     ordered = [*(name for name in FIRST if name in names()), *(name for name in names() if name not in FIRST)]
     rows: dict[str, dict[str, Any]] = {}
     warm()
     wanted, started = asked.families or ordered, time.monotonic()
-    for name, row in run_families(wanted, asked.out, asked.steps, asked.seconds, asked.workers):
+    for name, row in run_families(wanted, asked.out, asked.steps, asked.seconds, asked.workers, asked.shape):
         rows[name] = row
         minutes = (time.monotonic() - started) / 60
         said = {step: cell["result"] for step, cell in row.items()}

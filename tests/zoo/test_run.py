@@ -19,7 +19,7 @@ import run
 STEPS = ["build", "capture"]
 
 
-def stand_in(name: str, target: Path, steps: list[str]) -> None:
+def stand_in(name: str, target: Path, steps: list[str], shape: str = "standard") -> None:
     """A family: the name says how it ends."""
     row = {step: {"result": "ok", "seconds": 0.1, "reason": ""} for step in steps}
     target.write_text(json.dumps(dict(list(row.items())[:1])))
@@ -63,7 +63,7 @@ def test_what_has_a_file_is_not_run_again_and_what_was_interrupted_is(
 def test_several_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that wait for each other end only if both run."""
 
-    def waiting(name: str, target: Path, steps: list[str]) -> None:
+    def waiting(name: str, target: Path, steps: list[str], shape: str) -> None:
         (tmp_path / f"{name} is here").touch()
         while len(list(tmp_path.glob("* is here"))) < 2:
             time.sleep(0.02)

@@ -12,7 +12,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))
 
 from models import build, names
-from shrink import IMAGE, LAYERS, per_layer, shrunk
+from shape import Shape
+from shrink import per_layer, shrunk
 
 from qpcompile.capture.capture import recorded
 from qpcompile.cli import families
@@ -27,10 +28,19 @@ MISSING = (ImportError,)
 
 
 def test_a_configuration_shrinks_by_its_keys() -> None:
-    config = shrunk(transformers.LlavaConfig, {"image_seq_length": 16, "vision_config.patch_size": 4})
-    assert config.text_config.num_hidden_layers == LAYERS and config.vision_config.num_hidden_layers == 2
+    shape = Shape(layers=5, tower_layers=2, special=77)
+    config = shrunk(transformers.LlavaConfig, {"image_seq_length": 16, "vision_config.patch_size": 4}, shape)
+    assert config.text_config.num_hidden_layers == 5 and config.vision_config.num_hidden_layers == 2
     assert config.vision_config.patch_size == 4 and config.image_seq_length == 16
-    assert config.image_token_id == IMAGE
+    assert config.image_token_id == 77
+
+
+def test_sections_of_rotary_frequencies_add_up_to_those_of_a_head() -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+    for head, sections in ((16, [3, 3, 2]), (24, [4, 4, 4]), (32, [6, 6, 4])):
+        shape = Shape(width=4 * head, head=head)
+        config = shrunk(transformers.Ernie4_5_VLMoeConfig, {"text_config.rope_parameters": rope}, shape)
+        assert config.text_config.rope_parameters["mrope_section"] == sections
 
 
 def test_layers_of_every_kind_stay() -> None:
