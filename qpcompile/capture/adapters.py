@@ -124,15 +124,17 @@ def _weighted_rows(
     return (torch.nn.functional.embedding(indices, table) * per_sample_weights.unsqueeze(-1)).sum(dim=1)
 
 
-def _whole_conv_state(self: Any, conv_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _whole_conv_state(
+    self: Any, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+) -> torch.Tensor:
     """A convolution's state of a prompt of any length, in place of transformers' branch on prompts that are shorter.
 
     conv_states: f[B, C, S]; the state is the last tokens of it after as many zeros, and the convolution is causal.
     """
-    size, place = kwargs.get("conv_kernel_size"), kwargs.get("state_idx", 0)
-    if size is None or self.has_previous_state[place] or self.record_past:
-        return _UPDATE_CONV_STATE(self, conv_states, *args, **kwargs)
-    _UPDATE_CONV_STATE(self, torch.nn.functional.pad(conv_states, (size, 0)), *args, **kwargs)
+    kwargs |= {"state_idx": state_idx, "conv_kernel_size": conv_kernel_size}
+    if conv_kernel_size is None or self.has_previous_state[state_idx] or self.record_past:
+        return _UPDATE_CONV_STATE(self, conv_states, **kwargs)
+    _UPDATE_CONV_STATE(self, torch.nn.functional.pad(conv_states, (conv_kernel_size, 0)), **kwargs)
     return conv_states
 
 

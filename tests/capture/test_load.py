@@ -76,22 +76,6 @@ def test_a_whole_checkpoint_loads_with_its_own_numbers(whole: Path) -> None:
     assert type(processor).__name__ == "LlavaProcessor" and not model.training
 
 
-def test_a_folder_without_a_processor_loads_for_those_who_have_inputs(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    for path in folder.iterdir():
-        if path not in (config, weights):
-            path.unlink()
-    model, processor = load_model(folder, inputs=True)
-    assert processor is None and not model.training and "has no processor" in caplog.text
-    assert load_model(folder, "given", inputs=True)[1] == "given"
-    assert "the processor of" in refused(folder).what
-    (folder / "preprocessor_config.json").write_text("{}")  # a part of one is damage
-    with pytest.raises(ModelError, match="the processor of"):
-        load_model(folder, inputs=True)
-
-
 @pytest.mark.parametrize("build", FAMILIES, ids=lambda build: build.__name__)
 def test_families_come_back_as_they_were_saved(build: Callable[[], Any], tmp_path: Path) -> None:
     model, _ = build()
