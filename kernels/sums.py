@@ -21,7 +21,7 @@ def wide_type(x: Tensor) -> torch.dtype:
 
 
 def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Apply `function` to tensors [..., C] of one shape, a few hundred rows at a time; results are [..., *], contiguous.
+    """Apply `function` to tensors [..., C] of one shape, a few hundred rows at a time: [..., *] each, contiguous.
 
     Its buffers then stay in the cache: in float64 it takes two thirds of the time at 2,640 rows of 320 channels.
     """
