@@ -86,8 +86,8 @@ def two_rows(
             continue
         side = axis if value.is_floating_point() and value.ndim > 2 else 0
         rows = torch.cat([value, value], dim=side) if shape[0] == 1 else value
-        asked = per_token == "all" or (per_token == "integers" and not value.is_floating_point())
-        counted = asked and value.ndim > 1 and shape[1] > MOST_COLUMNS
+        asked = per_token == "integers" and not value.is_floating_point() and shape[1] > MOST_COLUMNS
+        counted = (asked or per_token == "all") and value.ndim > 1
         if ids is not None and (key in ROWS or counted) and value.shape[:2] == shape:
             rows = torch.cat([rows[:, text : text + 1], rows], dim=1)
             if key in (fills := {"input_ids": pad, "attention_mask": 0}):

@@ -90,7 +90,9 @@ class RecordedAnswer:
         text = ids[0][~torch.isin(ids[0], visual_tokens(self.machine.host.config).to(ids.device))]
         fill: dict[str, int] = {"input_ids": int(text[-1]), DECODER_IDS: int(text[-1]), MASK: 1}
         longer = dict(sample)
-        for key, tensor in sample.items():
+        # An encoder's prompt stays, though it may be as long as the decoder's.
+        for key in [key for key in sample if DECODER_IDS not in sample or key.startswith("decoder_")]:
+            tensor = sample[key]
             if isinstance(tensor, Tensor) and tensor.shape[:2] == ids.shape and not tensor.is_floating_point():
                 # What a token sees of pictures, new tokens see as the last one does.
                 last = tensor[:, -1:] if tensor.ndim > 2 else tensor.new_full((len(ids), 1), fill.get(key, 0))

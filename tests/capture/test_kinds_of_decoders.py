@@ -215,6 +215,7 @@ def test_what_tokens_see_of_pictures_grows_with_the_prompt() -> None:
     sizes = torch.tensor([[1, 2, 3]])
     short = {"input_ids": ids[:, :3], "pixel_values": inputs["pixel_values"], "image_grid_thw": sizes}
     assert two_rows(short, pad=0)["image_grid_thw"].tolist() == [[1, 2, 3]] * 2
+    assert two_rows(short | {"boxes": torch.zeros(1, 3, 4)}, pad=0, per_token="all")["boxes"].shape == (2, 4, 4)
 
 
 class Taking(nn.Module):

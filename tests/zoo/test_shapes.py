@@ -24,6 +24,7 @@ from qpcompile.pruning.pruner import attention_layers
         ("qwen3_5", "suite"),  # a prompt shorter than the kernel of a convolution
         ("inkling2", "standard"),  # a window beside a layer's states
         ("udop", "standard"),  # places of tokens, which are no integers
+        ("udop", "suite"),  # prompts of one token, of encoder and decoder
     ],
 )
 def test_answers_are_the_models(name: str, shape: str) -> None:
