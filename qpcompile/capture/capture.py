@@ -151,10 +151,9 @@ def _differs(program: Program, what: str) -> CaptureError:
 def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, Any], Recording]:
     """Two rows made of a sample, and what the model calls on them. Raises CaptureError if it takes none of them."""
     pad = model.generation_config.pad_token_id
+    filled, visual = pad if isinstance(pad, int) else 0, visual_tokens(model.config).tolist()
     first: CaptureError | None = None
-    visual = visual_tokens(model.config).tolist()
     for axis, per_token in WAYS:
-        filled = pad if isinstance(pad, int) else 0
         prompt = two_rows(with_prompt(model, sample, MORE), filled, axis, per_token, visual)
         try:
             return prompt, record(model, prompt)

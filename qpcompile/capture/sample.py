@@ -71,8 +71,8 @@ def two_rows(
         inputs: one or more rows, as the processor returns them; of an encoder-decoder model, with the decoder's ids.
         pad: id of the padding token.
         axis: the axis on which pixels are repeated; some processors put the patches of all pictures side by side.
-        visual: ids of picture tokens, each of which has its features: a prompt may end, or begin, with them.
         per_token: which inputs beside ROWS have an entry per token, of those whose first sizes are the prompt's.
+        visual: ids of picture tokens, each of which has its features: a prompt may end, or begin, with them.
     """
     check_sample(inputs, prompt=DECODER_IDS not in inputs)
     ids = inputs.get("input_ids")

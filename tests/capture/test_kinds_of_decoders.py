@@ -33,7 +33,7 @@ from qpcompile.ir.edit import is_call, layer_of
 from qpcompile.ir.names import names
 from qpcompile.ir.operators import EXPERT_LINEAR
 from qpcompile.ir.program import DECODE, PREFILL, Graph
-from qpcompile.ir.structure import cached_tokens, named_tensors
+from qpcompile.ir.structure import CACHE_ARGUMENT, cached_tokens, named_tensors
 from qpcompile.runtime.model_inputs import with_prompt
 from qpcompile.runtime.prepare import embedded
 
@@ -323,7 +323,7 @@ def test_positions_that_a_decoder_counts_by_ids_are_given_with_embeddings() -> N
     assert embedded(Counting(), {"input_ids": ids})["position_ids"].tolist() == [[0, 1, 2], [1, 2, 3]]
     cache = DynamicCache()
     cache.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4), 0)
-    step = embedded(Counting(), {"input_ids": ids[:, :1] + 1, "past_key_values": cache})
+    step = embedded(Counting(), {"input_ids": ids[:, :1] + 1, CACHE_ARGUMENT: cache})
     assert step["position_ids"].tolist() == [[4], [4]]
     given = torch.zeros(2, 3, dtype=torch.long)
     assert embedded(Counting(), {"input_ids": ids, "position_ids": given})["position_ids"] is given
