@@ -80,7 +80,8 @@ class RiskScheme(Section):
     """The 4-bit quantization risk of each visual token as a score: QAPruner."""
 
     fuse: bool = Field(
-        default=False, description="Fuse the risk into the score of quota or visionzip; qapruner always does."
+        default=False,
+        description="Fuse the risk into the score of a method that has one per token; qapruner always does.",
     )
     metric: Metric = Field(
         default="complex",

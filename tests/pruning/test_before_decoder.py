@@ -24,13 +24,14 @@ from qpcompile.ir.text import graph_text
 from qpcompile.pass_list import passes
 from qpcompile.passes.canonicalize import Canonicalize
 from qpcompile.passes.insert_token_cuts import InsertTokenCuts
-from qpcompile.pruning.pruner import INPUT
-from qpcompile.pruning.table import check_method
+from qpcompile.pruning.pruner import INPUT, RiskFuser
+from qpcompile.pruning.table import PRUNERS, check_method
 from qpcompile.recipe.plan import Cut
 
 Array = np.ndarray[Any, Any]
 KEEP = 0.4
 METHODS = ("cdpruner", "qapruner", "divprune", "trim", "dart")
+IN_DECODER = ("fastv", "pyramiddrop", "quota", "sparsevlm")
 
 
 @functools.cache
@@ -176,12 +177,16 @@ def test_alpha_one_is_cdpruner_and_alpha_zero_the_risk_alone() -> None:
 
 
 @pytest.mark.slow
-def test_the_risk_changes_what_quota_and_visionzip_keep() -> None:
+def test_the_risk_changes_what_methods_keep() -> None:
     _, cases, _ = captured()
-    for method, more in (("quota", ("tokens.candidate_layers=[0]",)), ("visionzip", ())):
-        plain, fused = (kept(method, cases["longer"], *more, *risk) for risk in ((), ("tokens.risk.fuse=true",)))
-        none = kept(method, cases["longer"], *more, "tokens.risk.fuse=true", "tokens.risk.alpha=1.0",
-                    "tokens.risk.dynamic_alpha=false")  # fmt: skip
+    fusers = [name for name, method in PRUNERS.items() if isinstance(method, RiskFuser)]
+    assert len(fusers) == 7
+    for method in fusers:
+        # Without a share, three quarters of prumerge_plus' tokens are spaced evenly, whatever the scores.
+        more = ("tokens.candidate_layers=[0]",) if method in IN_DECODER else ("tokens.spread_share=0.0",)
+        risk = (*more, "tokens.risk.fuse=true", "tokens.risk.dynamic_alpha=false")
+        plain = kept(method, cases["longer"], *more)
+        none, fused = (kept(method, cases["longer"], *risk, f"tokens.risk.alpha={alpha}") for alpha in (1.0, 0.0))
         assert plain == none != fused, method
 
 
@@ -193,10 +198,11 @@ def test_dart_cuts_behind_the_second_layer_once() -> None:
 
 
 def test_risk_of_a_method_that_has_none_is_refused() -> None:
-    recipe = changed_recipe("none", "tokens.method=trim", "tokens.keep=0.5", "tokens.risk.fuse=true")
-    with pytest.raises(RecipeError, match="trim cannot fuse the risk") as caught:
+    recipe = changed_recipe("none", "tokens.method=divprune", "tokens.keep=0.5", "tokens.risk.fuse=true")
+    with pytest.raises(RecipeError, match="divprune cannot fuse the risk") as caught:
         check_method(recipe)
-    assert caught.value.do == "write false, or choose one of quota, visionzip"
+    able = "fastv, prumerge_plus, pyramiddrop, quota, sparsevlm, trim, visionzip"
+    assert caught.value.do == f"write false, or choose one of {able}"
 
 
 def test_golden_scores() -> None:

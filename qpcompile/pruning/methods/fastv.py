@@ -8,7 +8,7 @@ Source: "FastV" (arXiv 2403.06764), section 4, with K = 2. Both variants of its 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
@@ -16,6 +16,7 @@ from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
 from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, one_layer
 from qpcompile.pruning.queries import attention_from, last
+from qpcompile.pruning.risk import with_risk
 from qpcompile.recipe.recipe import Recipe
 
 LAYER = 1
@@ -26,6 +27,7 @@ class FastV:
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (TOKEN_SCORES,)
+    fuses_risk: ClassVar[Literal[True]] = True
 
     def profiles(self, recipe: Recipe) -> bool:
         """The layer is fixed."""
@@ -37,7 +39,7 @@ class FastV:
 
     def scores(self, point: Point) -> fx.Node:
         """Attention from the last token, in the layer before the cut."""
-        return attention_from(point, last(point), point.attention())
+        return with_risk(point, attention_from(point, last(point), point.attention()))
 
 
 METHOD: Pruner = FastV()

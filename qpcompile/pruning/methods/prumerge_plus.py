@@ -14,7 +14,7 @@ appends for all dropped ones is omitted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
@@ -36,6 +36,7 @@ class PruMergePlus:
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (ATTENTION_RECEIVED, SPREAD_TOKENS, MERGE_TOKENS)
+    fuses_risk: ClassVar[Literal[True]] = True
 
     def profiles(self, recipe: Recipe) -> bool:
         """Nothing is measured."""

@@ -12,7 +12,7 @@ Source: "PyramidDrop" (arXiv 2410.17247), section 3.2, and its code for which la
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
@@ -24,6 +24,7 @@ from qpcompile.ir.program import Graph, Program
 from qpcompile.ir.rematerialize import needed_for, readers_of
 from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, attention_node, cut_layers, layers_after
 from qpcompile.pruning.queries import attention_from, last
+from qpcompile.pruning.risk import with_risk
 from qpcompile.recipe.recipe import Recipe
 
 PARTS = (1 / 4, 2 / 4, 3 / 4)
@@ -34,6 +35,7 @@ class PyramidDrop:
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (TOKEN_SCORES,)
+    fuses_risk: ClassVar[Literal[True]] = True
 
     def profiles(self, recipe: Recipe) -> bool:
         """The layers are fixed."""
@@ -70,7 +72,7 @@ class PyramidDrop:
 
     def scores(self, point: Point) -> fx.Node:
         """Attention from the last token, in the layer after the cut."""
-        return attention_from(point, last(point), point.attention(point.layer + 1))
+        return with_risk(point, attention_from(point, last(point), point.attention(point.layer + 1)))
 
 
 METHOD: Pruner = PyramidDrop()

@@ -12,7 +12,7 @@ Source: "SparseVLM" (arXiv 2410.04417), sections 3.2 and 3.3; cuts and lists fro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from torch import fx
@@ -21,6 +21,7 @@ from qpcompile.ir.operators import TOKEN_SCORES
 from qpcompile.ir.program import Program
 from qpcompile.pruning.pruner import Operators, Point, Pruner, Schedule, cut_layers, layers_after
 from qpcompile.pruning.queries import attention_from, raters
+from qpcompile.pruning.risk import with_risk
 from qpcompile.recipe.recipe import Recipe
 
 PARTS = (2 / 32, 6 / 32, 16 / 32)
@@ -33,6 +34,7 @@ class SparseVLM:
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (TOKEN_SCORES,)
+    fuses_risk: ClassVar[Literal[True]] = True
 
     def profiles(self, recipe: Recipe) -> bool:
         """The layers are fixed."""
@@ -45,7 +47,7 @@ class SparseVLM:
 
     def scores(self, point: Point) -> fx.Node:
         """Attention from the raters, in the layer before the cut."""
-        return attention_from(point, raters(point), point.attention())
+        return with_risk(point, attention_from(point, raters(point), point.attention()))
 
 
 def list_ratios(keep: float, cuts: int) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ the number of outliers, and the mean of the dropped tokens is not appended: it w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
@@ -16,6 +16,7 @@ from qpcompile.errors import PlanError
 from qpcompile.ir.operators import TEXT_RELEVANCE
 from qpcompile.pruning.before_decoder import BeforeDecoder, text_relevance
 from qpcompile.pruning.pruner import Operators, Point, Pruner
+from qpcompile.pruning.risk import with_risk
 from qpcompile.recipe.recipe import Recipe
 
 
@@ -24,6 +25,7 @@ class Trim(BeforeDecoder):
     """See the module's docstring."""
 
     operators: ClassVar[Operators] = (TEXT_RELEVANCE,)
+    fuses_risk: ClassVar[Literal[True]] = True
 
     def left_out(self, recipe: Recipe, text: bool, attention: bool) -> tuple[str, ...]:
         """Nothing; PlanError where there is no text to compare with."""
@@ -36,8 +38,8 @@ class Trim(BeforeDecoder):
         return ()
 
     def scores(self, point: Point) -> fx.Node:
-        """The relevance itself."""
-        return point.only_visual(text_relevance(point))
+        """The relevance, with the risk if asked: QAPruner's selection as its text has it, by the score alone."""
+        return point.only_visual(with_risk(point, text_relevance(point)))
 
 
 METHOD: Pruner = Trim()
