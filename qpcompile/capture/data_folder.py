@@ -39,6 +39,12 @@ class Question:
         """The place; for a question that is not from a file the picture's path, or the text."""
         return self.place or str(self.image or self.question[:80])
 
+    @property
+    def picture(self) -> Path:
+        """The path of the picture of a question that has one, as every question of a data folder does."""
+        assert self.image is not None
+        return self.image
+
 
 def read_questions(folder: Path) -> list[Question]:
     """All lines of a data folder, each validated, including that its picture exists.
@@ -69,8 +75,7 @@ def first_pictures(folder: Path, count: int) -> list[tuple[Path, str]]:
     """The first `count` pictures of a data folder, each with the first question about it."""
     first: dict[Path, str] = {}
     for question in read_questions(folder):
-        if question.image is not None:
-            first.setdefault(question.image, question.question)
+        first.setdefault(question.picture, question.question)
     return list(first.items())[:count]
 
 

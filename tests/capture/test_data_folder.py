@@ -126,7 +126,7 @@ def test_pictures_anywhere(folder: Path) -> None:
     (folder / "a.png").rename(outside)
     (folder / "link.png").symlink_to(outside)
     for name in (str(outside), "../outside.png", "link.png"):
-        assert only(folder, GOOD | {"image": name}).image.resolve() == outside
+        assert only(folder, GOOD | {"image": name}).picture.resolve() == outside
 
 
 def test_first_pictures_are_different_ones(folder: Path) -> None:
@@ -245,7 +245,7 @@ def test_any_value_of_any_key_is_a_question_or_refused(folder: Path, changes: di
     except CalibrationError as error:
         assert error.where and error.where.endswith("line 1") and error.do
     else:
-        assert question.image.is_file() and all(
+        assert question.picture.is_file() and all(
             isinstance(text, str) and text for text in (question.question, question.answer)
         )
         assert not question.choices or question.answer in question.choices

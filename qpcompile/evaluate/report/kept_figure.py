@@ -87,8 +87,7 @@ def _last(kept: dict[str, list[int]]) -> set[int]:
 
 
 def _draw(axes: Axes, question: Question, kept: set[int], count: int) -> None:
-    assert question.image is not None
-    picture = read_picture(question.image, where=question.where)
+    picture = read_picture(question.picture, where=question.where)
     grid = token_grid(*picture.size, count)
     axes.imshow(picture)
     axes.set_xticks([])

@@ -39,7 +39,7 @@ def group_table(title: str, found: Sequence[Group]) -> str:
     if first is None or not first.groups:
         return ""
     lines = [
-        ("quantizer", "pruner", "share", "variant", *heads(first.groups)),
+        ("quantizer", "pruner", "share", "variant", *map(_in_line, heads(first.groups))),
         ("---",) * (5 + len(first.groups)),
         (COUNTED, "", "", "", *counts(first.groups, first.questions)),
     ]
@@ -48,3 +48,8 @@ def group_table(title: str, found: Sequence[Group]) -> str:
         place = (key.quantizer or "full precision", key.pruner, f"{key.share:g}", key.variant or "")
         lines.append((*place, *percents([row.groups for row in group.rows], [row.accuracy for row in group.rows])))
     return "\n".join([f"## {title}\n", *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def _in_line(name: str) -> str:
+    """A name from a data folder as it may stand in a cell of Markdown."""
+    return " ".join(name.split()).replace("|", "\\|")
