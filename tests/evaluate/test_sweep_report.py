@@ -153,7 +153,7 @@ def test_table_of_groups_of_questions(plan: SweepPlan, results: list[CellResult]
     text = (tmp_path / "out" / "tables.md").read_text()
     shown = text.split("## one: accuracy in % by group of questions\n\n")[1].split("\n\n")[0].splitlines()
     assert shown[:4] == [
-        r"| quantizer | pruner | share | variant | A\|B | C | average |",
+        r"| quantizer | pruner | share | variant | A\|B | C | avg |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| questions |  |  |  | 4 | 6 | 10 |",
         "| full precision |  | 1 |  | 100.00 | 83.33 | 90.00 |",

@@ -12,7 +12,7 @@ from qpcompile.evaluate.report.groups import Group
 from qpcompile.evaluate.run.rows import GroupScore
 
 Scores = Mapping[str, GroupScore]
-ALL = "average"
+ALL = "avg"
 COUNTED = "questions"
 
 
