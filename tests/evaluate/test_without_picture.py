@@ -24,7 +24,7 @@ from qpcompile.evaluate.questions.data_sets import read_data
 from qpcompile.evaluate.questions.scienceqa import COLUMNS
 from qpcompile.evaluate.run import examiner as examiner_module
 from qpcompile.evaluate.run.evaluation import Exam, Subject, ask, check_without_picture, evaluate, group_scores
-from qpcompile.evaluate.run.examiner import Examiner
+from qpcompile.evaluate.run.examiner import Examiner, artifact_row
 from qpcompile.evaluate.run.rows import GroupScore, Row, RowFolder, Scoring
 from qpcompile.evaluate.run.workbench import Workbench
 from qpcompile.recipe.recipe import Recipe
@@ -44,7 +44,7 @@ PROBLEMS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five problems; the first one has a picture, which a test with a limit of one needs."""
+    """The five PROBLEMS, all of the split test."""
     folder = tmp_path_factory.mktemp("scienceqa")
     problems = {}
     for number, (subject, grade, hint, shown, choices) in enumerate(PROBLEMS):
@@ -87,15 +87,17 @@ def examiner(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def rows(examiner: Examiner) -> list[Row]:
-    """Full precision, and four bits with a third of the visual tokens."""
-    return recipe_rows(examiner, ["quota-30"], FAST, [0])
+def compiled(examiner: Examiner) -> CompiledVLM:
+    """In four bits, with a third of the visual tokens."""
+    return examiner.bench.compile(Recipe.load("quota-30").with_overrides(FAST))
 
 
 @pytest.fixture(scope="module")
-def compiled(examiner: Examiner, rows: list[Row]) -> CompiledVLM:
-    del rows  # which come first, so that the compile shares what they have measured
-    return examiner.bench.compile(Recipe.load("quota-30").with_overrides(FAST))
+def rows(examiner: Examiner, compiled: CompiledVLM) -> list[Row]:
+    """Full precision, and the compiled model, which is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examiner.bench, "compile", lambda recipe: compiled)
+        return recipe_rows(examiner, ["quota-30"], FAST, [0])
 
 
 @pytest.mark.parametrize("scoring", ["choice", "text"])
@@ -225,6 +227,16 @@ def test_the_command_prints_the_table(rows: list[Row], model: Path, data: Path, 
         assert questions == ["questions", "2", "2", "1", "2", "3", "1", "3", "2", "5"]
         accuracies = [score.accuracy for score in rows[0].groups.values()] + [rows[0].accuracy]
         assert first[1:] == [f"{100 * accuracy:.2f}" for accuracy in accuracies]
+
+
+def test_an_artifact_has_the_same_scores(
+    rows: list[Row], compiled: CompiledVLM, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = artifact_row("out", compiled, compiled.processor, exam(data), None)
+    assert (found.groups, found.visual_tokens, found.flops) == (rows[1].groups, VISUAL, rows[1].flops)
+    monkeypatch.setattr(compiled.machine, "generate", refuse_as_ours)
+    with pytest.raises(CalibrationError, match="takes no question without a picture"):
+        artifact_row("out", compiled, compiled.processor, exam(data), None)
 
 
 # Models that need a picture

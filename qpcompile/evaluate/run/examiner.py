@@ -112,6 +112,8 @@ def artifact_row(source: str, compiled: CompiledVLM, processor: object, exam: Ex
     id = identity(model_digest(source), compiled.recipe, exam, None)
     if kept is not None and (found := kept.get(id)):
         return found
+    check_questions(processor, exam.questions)
+    check_without_picture(compiled.generate, processor, exam.questions)
     token = compiled.config.image_token_id
     # Counting binds the host to another machine; rebind it to the model's afterwards.
     prompts = prompt_sizes(exam, processor, token, lambda inputs: picture_flops(compiled.program, inputs))
