@@ -34,7 +34,7 @@ def test_compile_save_load_and_answer(tmp_path: Path) -> None:
     assert torch.equal(compiled.generate(**inputs, **settings), expected)
     # transformers' own pipeline takes a compiled model.
     pipe = pipeline("image-text-to-text", model=loaded, processor=loaded.processor)
-    picture = {"type": "image", "image": Image.open(BEDS / "calibration" / "llava" / question.image)}
+    picture = {"type": "image", "image": Image.open(BEDS / "calibration" / "llava" / question.picture)}
     chat: Any = [{"role": "user", "content": [picture, {"type": "text", "text": question.question}]}]
     (answer,) = pipe(text=chat, max_new_tokens=NEW, do_sample=False, return_full_text=False)
     (text,) = processor.batch_decode(expected[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

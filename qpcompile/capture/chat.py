@@ -24,9 +24,10 @@ from qpcompile.special_tokens import control_tokens, placeholders
 Conversation = list[dict[str, Any]]
 
 
-def about_picture(picture: Image.Image, question: str) -> Conversation:
-    """The conversation of one question about one picture."""
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+def about_picture(picture: Image.Image | None, question: str) -> Conversation:
+    """The conversation of one question about one picture, or about none."""
+    shown = [] if picture is None else [{"type": "image", "image": picture}]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
 
 
 def need_processor(processor: Any, source: str | Path) -> Any:

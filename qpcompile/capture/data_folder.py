@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qpcompile.capture.chat import about_picture, chat_inputs, check_texts
+from qpcompile.capture.chat import Conversation, about_picture, chat_inputs, check_texts
 from qpcompile.capture.data_line import MOST_LINE_BYTES, LineError, parse_line
 from qpcompile.errors import CalibrationError
 from qpcompile.picture import check_picture, read_picture
@@ -22,18 +22,28 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a data folder. `place` is its location in errors: the file and the line."""
+    """One line of a data folder, or a problem of ScienceQA, which may have no picture.
 
-    image: Path
+    `place` is its location in errors: the file and the line. `groups` are those it counts in.
+    """
+
+    image: Path | None
     question: str
     answer: str
     choices: tuple[str, ...] = ()
     place: str = field(default="", compare=False)
+    groups: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
-        """The place, or the picture's path for a question that is not from a file."""
-        return self.place or str(self.image)
+        """The place; for a question that is not from a file the picture's path, or the text."""
+        return self.place or str(self.image or self.question[:80])
+
+    @property
+    def picture(self) -> Path:
+        """The path of the picture of a question that has one, as every question of a data folder does."""
+        assert self.image is not None
+        return self.image
 
 
 def read_questions(folder: Path) -> list[Question]:
@@ -65,14 +75,15 @@ def first_pictures(folder: Path, count: int) -> list[tuple[Path, str]]:
     """The first `count` pictures of a data folder, each with the first question about it."""
     first: dict[Path, str] = {}
     for question in read_questions(folder):
-        first.setdefault(question.image, question.question)
+        first.setdefault(question.picture, question.question)
     return list(first.items())[:count]
 
 
 def check_pictures(questions: Sequence[Question]) -> None:
     """Refuse files that are not pictures, judging by their headers."""
     for image, where in {question.image: question.where for question in reversed(questions)}.items():
-        check_picture(image, where=where)
+        if image is not None:
+            check_picture(image, where=where)
 
 
 def check_questions(processor: Any, questions: Sequence[Question]) -> None:
@@ -84,8 +95,12 @@ def check_questions(processor: Any, questions: Sequence[Question]) -> None:
 
 def question_inputs(processor: Any, questions: Sequence[Question]) -> dict[str, Any]:
     """Model inputs for a batch of questions, padded on the left, as `model.generate` takes them."""
-    asked = [about_picture(read_picture(q.image, where=q.where), q.question) for q in questions]
-    return chat_inputs(processor, asked, [question.where for question in questions])
+    return chat_inputs(processor, [_conversation(each) for each in questions], [each.where for each in questions])
+
+
+def _conversation(question: Question) -> Conversation:
+    picture = None if question.image is None else read_picture(question.image, where=question.where)
+    return about_picture(picture, question.question)
 
 
 def _question(folder: Path, raw: bytes, place: str) -> Question:
@@ -94,7 +109,7 @@ def _question(folder: Path, raw: bytes, place: str) -> Question:
     if not is_file(image):
         do = "put it in the folder" if "://" not in line.image else "pictures are files: load it into the folder first"
         raise LineError(f"the picture {line.image[:200]} is missing, or is not a file", do)
-    return Question(image, line.question, line.answer, line.choices, place)
+    return Question(image, line.question, line.answer, line.choices, place, line.groups)
 
 
 def is_file(path: Path) -> bool:

@@ -2,7 +2,8 @@
 
     {"image": "00000.png", "question": "what color is the star?", "answer": "red", "choices": ["red", "blue"]}
 
-Numbers as answers or choices keep the text in the file: 0 is "0", 1.50 is "1.50". Other keys are foreign columns and
+"groups" names the groups that a question counts in: subjects, grades. Numbers as answers, choices or groups keep the
+text in the file: 0 is "0", 1.50 is "1.50". Other keys are foreign columns and
 are ignored; a common alias of a missing key is refused.
 """
 
@@ -23,8 +24,9 @@ _MEANT = {
     "choice": "choices",
     "options": "choices",
     "option": "choices",
+    "group": "groups",
 }
-KEYS = ("image", "question", "answer", "choices")
+KEYS = ("image", "question", "answer", "choices", "groups")
 
 
 class LineError(ValueError):
@@ -43,6 +45,7 @@ class Line:
     question: str
     answer: str
     choices: tuple[str, ...]
+    groups: tuple[str, ...]
 
 
 class _Number(str):
@@ -60,7 +63,7 @@ def parse_line(raw: bytes) -> Line:
     image = _text(entry, "image")
     question = _text(entry, "question")
     answer = _text(entry, "answer", numbers=True).strip()
-    return Line(image, question, answer, _choices(entry, answer))
+    return Line(image, question, answer, _choices(entry, answer), _texts(entry, "groups"))
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -116,19 +119,25 @@ def _as_text(value: Any, name: str, numbers: bool) -> str:
 
 def _choices(entry: dict[str, Any], answer: str) -> tuple[str, ...]:
     """The choices of a line, without surrounding spaces; none where the key is missing or null."""
-    given = entry.get("choices")
+    found = _texts(entry, "choices")
+    if entry.get("choices") is not None and len(found) < 2:
+        raise LineError(f"choices has {len(found)} entries", "give at least two, or leave choices out")
+    if found and answer not in found:
+        raise LineError(f"the answer {answer[:80]!r} is none of the choices", "write the answer as one of the choices")
+    return found
+
+
+def _texts(entry: dict[str, Any], key: str) -> tuple[str, ...]:
+    """A list of different texts or numbers, without surrounding spaces; none where the key is missing or null."""
+    given = entry.get(key)
     if given is None:
         return ()
     if not isinstance(given, list):
-        raise LineError(f"choices is {_kind(given)}, not a list", 'write a list: ["red", "blue"]')
-    found = tuple(_as_text(choice, f"choices[{index}]", True).strip() for index, choice in enumerate(given))
-    if len(found) < 2:
-        raise LineError(f"choices has {len(found)} entries", "give at least two, or leave choices out")
+        raise LineError(f"{key} is {_kind(given)}, not a list", 'write a list: ["red", "blue"]')
+    found = tuple(_as_text(text, f"{key}[{index}]", True).strip() for index, text in enumerate(given))
     if len(set(found)) < len(found):
-        twice = next(choice for choice in found if found.count(choice) > 1)
-        raise LineError(f"choices holds {twice[:80]!r} twice", "give every choice once")
-    if answer not in found:
-        raise LineError(f"the answer {answer[:80]!r} is none of the choices", "write the answer as one of the choices")
+        twice = next(text for text in found if found.count(text) > 1)
+        raise LineError(f"{key} holds {twice[:80]!r} twice", "give each one once")
     return found
 
 

@@ -152,14 +152,16 @@ def eval_command(
 def ask_once(source: str, exam: Exam) -> None:
     """Ask all questions and print the accuracy."""
     from qpcompile.capture.right_answers import right_answers
-    from qpcompile.evaluate.run.evaluation import ask
+    from qpcompile.evaluate.run.evaluation import ask, group_scores
 
     model, processor = open_model(source)
     started = time.monotonic()
     answers = ask(model.generate, processor, exam, "answer")
-    correct = sum(right_answers(exam.questions, answers))
+    right = right_answers(exam.questions, answers)
+    correct, asked = sum(right), len(right)
     note(f"{time.monotonic() - started:.1f} s, batches of {exam.batch_size}")
-    typer.echo(f"accuracy {correct / len(answers):.4f} ({correct} of {len(answers)})")
+    typer.echo(f"accuracy {correct / asked:.4f} ({correct} of {asked})")
+    terminal.show_groups([(Path(source).name, group_scores(exam.questions, right), correct / asked)], asked)
 
 
 def sweep_command(

@@ -58,6 +58,11 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [_cells(row, full) for row in rows]
 
 
+def named(row: Row) -> str:
+    """A row's name, with its seed."""
+    return row.name if row.seed is None else f"{row.name}, seed {row.seed}"
+
+
 def _cells(row: Row, full: Row | None) -> tuple[str, ...]:
     kept = "-"
     if full is not None and full.correct and row.recipe is not None:

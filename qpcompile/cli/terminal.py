@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qpcompile.cli.doctor import Diagnosis
     from qpcompile.cli.dry_run import Forecast
     from qpcompile.compiled import CompiledVLM
+    from qpcompile.evaluate.report.question_groups import Scores
     from qpcompile.evaluate.run.rows import Row
     from qpcompile.ranks import Ranks
     from qpcompile.recipe.plan import Plan, Site
@@ -287,11 +288,23 @@ def show_model(compiled: CompiledVLM) -> None:
 
 def show_rows(rows: Sequence[Row]) -> None:
     """Print a table of results."""
-    from qpcompile.cli.evaluate import HEADS, HEADS_MEAN, table_cells
+    from qpcompile.cli.evaluate import HEADS, HEADS_MEAN, named, table_cells
 
     out = console()
     out.print(table("results, 95 % intervals by paired bootstrap", HEADS, table_cells(rows)))
     out.print(HEADS_MEAN)
+    show_groups([(named(row), row.groups, row.accuracy) for row in rows], rows[0].questions)
+
+
+def show_groups(rows: Sequence[tuple[str, Scores, float]], questions: int) -> None:
+    """Print name, scores by group of questions and accuracy of rows, if the questions are in groups."""
+    from qpcompile.evaluate.report.question_groups import COUNTED, counts, heads, percents
+
+    _, scores, _ = rows[0]
+    if scores:
+        lines = [(COUNTED, *counts(scores, questions))]
+        lines += [(name, *percents([found], [accuracy])) for name, found, accuracy in rows]
+        console().print(table("accuracy in % by group of questions", ("row", *heads(scores)), lines))
 
 
 def _cuts(plan: Plan) -> list[tuple[str, ...]]:

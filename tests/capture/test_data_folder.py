@@ -98,6 +98,11 @@ def test_blank_lines_are_counted(folder: Path) -> None:
     assert [question.place.rsplit(" ", 1)[1] for question in read_questions(folder)] == ["1", "3"]
 
 
+def test_groups_of_a_line(folder: Path) -> None:
+    assert only(folder, GOOD | {"groups": [" animals ", 7]}).groups == ("animals", "7")
+    assert [only(folder, GOOD | {"groups": given}).groups for given in (None, [])] == [(), ()]
+
+
 def test_other_columns_have_no_meaning(folder: Path) -> None:
     extra = {
         "id": 7,
@@ -121,7 +126,7 @@ def test_pictures_anywhere(folder: Path) -> None:
     (folder / "a.png").rename(outside)
     (folder / "link.png").symlink_to(outside)
     for name in (str(outside), "../outside.png", "link.png"):
-        assert only(folder, GOOD | {"image": name}).image.resolve() == outside
+        assert only(folder, GOOD | {"image": name}).picture.resolve() == outside
 
 
 def test_first_pictures_are_different_ones(folder: Path) -> None:
@@ -181,6 +186,11 @@ LINES: dict[str, tuple[Any, str]] = {
     "choices list": (GOOD | {"choices": ["red", ["blue"]]}, r"choices\[1\] is a list"),
     "choices null": (GOOD | {"choices": ["red", None]}, r"choices\[1\] is null"),
     "choices empty": (GOOD | {"choices": ["red", ""]}, r"choices\[1\] is empty"),
+    "groups of another kind": (GOOD | {"groups": "animals"}, "groups is a text, not a list"),
+    "a group of another kind": (GOOD | {"groups": [["animals"]]}, r"groups\[0\] is a list, not a text or a number"),
+    "an empty group": (GOOD | {"groups": [" "]}, r"groups\[0\] is empty"),
+    "groups twice": (GOOD | {"groups": ["a", "b", "a "]}, "groups holds 'a' twice"),
+    "groups by another name": (GOOD | {"group": ["a"]}, "the key 'group' is unknown"),
     "choices twice": (GOOD | {"choices": ["red", "blue", "red "]}, "choices holds 'red' twice"),
     "choices without the answer": (GOOD | {"choices": ["green", "blue"]}, "the answer 'red' is none of the choices"),
 }
@@ -235,7 +245,7 @@ def test_any_value_of_any_key_is_a_question_or_refused(folder: Path, changes: di
     except CalibrationError as error:
         assert error.where and error.where.endswith("line 1") and error.do
     else:
-        assert question.image.is_file() and all(
+        assert question.picture.is_file() and all(
             isinstance(text, str) and text for text in (question.question, question.answer)
         )
         assert not question.choices or question.answer in question.choices

@@ -130,7 +130,7 @@ def questions(model: CompiledVLM, count: int) -> dict[str, Any]:
     asked = read_data(DATA)[:count]
     return chat_inputs(
         model.processor,
-        [about_picture(read_picture(each.image), each.question) for each in asked],
+        [about_picture(read_picture(each.picture), each.question) for each in asked],
         [each.where for each in asked],
     )
 

@@ -245,6 +245,6 @@ def test_testbeds_answer_as_the_module(name: str, tmp_path: Path) -> None:
     model.export_onnx(tmp_path / "out")
     runner = Runner(tmp_path / "out", threads=1)
     for question in read_data(data)[:20]:
-        seen = Image.open(question.image)
+        seen = Image.open(question.picture)
         wanted = said(model, [asked(seen, question=question.question)], new_tokens=8)
-        assert runner.answer(question.image, question.question, max_new_tokens=8) == wanted
+        assert runner.answer(question.picture, question.question, max_new_tokens=8) == wanted

@@ -110,7 +110,7 @@ def answered(adapter: Any, docs: list[list[dict[str, Any]]]) -> dict[str, Any]:
 def test_the_adapter_asks_as_eval_does(adapter: Any) -> None:
     questions = read_questions(DATA)[:3]
     docs = [
-        [{"type": "image", "image": Image.open(question.image)}, {"type": "text", "text": question.question}]
+        [{"type": "image", "image": Image.open(question.picture)}, {"type": "text", "text": question.question}]
         for question in questions
     ]
     ours, theirs = question_inputs(AutoProcessor.from_pretrained(TESTBED / "llava"), questions), answered(adapter, docs)

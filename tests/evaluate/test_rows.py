@@ -75,7 +75,7 @@ def test_nothing_is_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(examiner_module, "evaluate", lambda *_, **__: pytest.fail("computed again"))
     rows = recipe_rows(Examiner(MODEL, exam(), DATA, RowFolder(folder)), ["quota-30"], FAST, [1, 0])
     assert [row.seed for row in rows] == [None, 1, 0]
-    assert table_cells(rows)[0][3] == "-" and "(" in table_cells(rows)[1][3]
+    assert table_cells(rows)[0][4] == "-" and "(" in table_cells(rows)[1][4]
 
 
 def test_an_id_depends_on_all_that_matters(tmp_path: Path) -> None:

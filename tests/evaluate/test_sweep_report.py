@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from qpcompile.errors import OutputError, PlanError
 from qpcompile.evaluate.report import tables
 from qpcompile.evaluate.report.figures import ablation_figure, figure_bytes, profile_figure, profiles, retention_figure
 from qpcompile.evaluate.report.groups import full_precision, groups
+from qpcompile.evaluate.report.question_groups import group_table
 from qpcompile.evaluate.report.sweep_report import write_sweep
 from qpcompile.evaluate.run.row_runner import Ask, InProcess, all_rows
-from qpcompile.evaluate.run.rows import Row, RowFolder
+from qpcompile.evaluate.run.rows import GroupScore, Row, RowFolder
 from qpcompile.evaluate.sweep.plan import BASE, SweepPlan, cells
 from qpcompile.evaluate.sweep.sweep import CellResult, _result
 from tests.evaluate.full_disk import contents, fill
@@ -136,6 +138,33 @@ def test_a_sweep_leaves_files(plan: SweepPlan, results: list[CellResult], tmp_pa
     for name in linked:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "out" / name).with_suffix(".svg").is_file()
+
+
+def test_table_of_groups_of_questions(plan: SweepPlan, results: list[CellResult], tmp_path: Path) -> None:
+    """The first four and the last six questions are groups; cells are means over seeds, refused rows are left out."""
+
+    def grouped(found: Row) -> Row:
+        scores = {"A|B": GroupScore(right=found.right[:4].count("1"), questions=4)}
+        scores["C"] = GroupScore(right=found.right[4:].count("1"), questions=6)
+        return found.model_copy(update={"groups": scores})
+
+    made = [replace(result, row=result.row and grouped(result.row)) for result in results]
+    write_sweep(plan, made, tmp_path / "out", "a command")
+    text = (tmp_path / "out" / "tables.md").read_text()
+    shown = text.split("## one: accuracy in % by group of questions\n\n")[1].split("\n\n")[0].splitlines()
+    assert shown[:4] == [
+        r"| quantizer | pruner | share | variant | A\|B | C | avg |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| questions |  |  |  | 4 | 6 | 10 |",
+        "| full precision |  | 1 |  | 100.00 | 83.33 | 90.00 |",
+    ]
+    # Seeds with three and with two of six right.
+    assert "| low | quota | 0.5 |  | 100.00 | 41.67 | 65.00 |" in shown
+    assert "| low | quota | 0.5 | rank | 100.00 | 8.33 | 45.00 |" in shown
+    assert not any("| vtw | 0.25 |" in line for line in shown)
+    write_sweep(plan, results, tmp_path / "none", "a command")
+    assert "by group of questions" not in (tmp_path / "none" / "tables.md").read_text()
+    assert group_table("of refused rows", [group for group in groups(made) if not group.rows]) == ""
 
 
 def test_full_precision_is_the_models_own(results: list[CellResult]) -> None:

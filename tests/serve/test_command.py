@@ -31,7 +31,7 @@ def test_a_signal_stops_it_after_the_answers_that_are_asked_for(model: CompiledV
         lines = iter(server.stderr)
         port = next(found.group(1) for line in lines if (found := re.search(r"running on http://[\d.]+:(\d+)", line)))
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-        picture = {"type": "image_url", "image_url": {"url": as_uri(QUESTION.image)}}
+        picture = {"type": "image_url", "image_url": {"url": as_uri(QUESTION.picture)}}
         messages: Any = [{"role": "user", "content": [picture, {"type": "text", "text": QUESTION.question}]}]
         stream = client.chat.completions.create(model="out", messages=messages, stream=True)
         server.send_signal(signal.SIGTERM)
@@ -59,7 +59,7 @@ def test_a_conversation_of_several_turns(model: CompiledVLM, monkeypatch: pytest
         "/quit",
         "lost",
     ]
-    command = ["chat", "out", "--image", str(QUESTION.image), "--max-new-tokens", "4"]
+    command = ["chat", "out", "--image", str(QUESTION.picture), "--max-new-tokens", "4"]
     found = CliRunner().invoke(main.app, command, input="\n".join(lines))
     assert found.exit_code == 0, found.output
     told: list[dict[str, Any]] = []
@@ -68,7 +68,7 @@ def test_a_conversation_of_several_turns(model: CompiledVLM, monkeypatch: pytest
         if text is None:
             told = []
             continue
-        picture = [] if told or text == "hello" else [{"type": "image", "image": read_picture(QUESTION.image)}]
+        picture = [] if told or text == "hello" else [{"type": "image", "image": read_picture(QUESTION.picture)}]
         told = [*told, {"role": "user", "content": [*picture, {"type": "text", "text": text}]}]
         answer = text_of(model, chat_inputs(model.processor, [told], ["a test"]), 4)
         told = [*told, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]

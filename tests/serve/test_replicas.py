@@ -160,7 +160,7 @@ def processes() -> list[psutil.Process]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_replica_that_is_killed_loses_only_what_it_had(replicas: str, model: CompiledVLM, stream: bool) -> None:
     clients, each = 8, 12
-    picture = {"type": "image_url", "image_url": {"url": as_uri(QUESTION.image)}}
+    picture = {"type": "image_url", "image_url": {"url": as_uri(QUESTION.picture)}}
     messages: Any = [{"role": "user", "content": [picture, {"type": "text", "text": QUESTION.question}]}]
     expected = text_of(model, question_inputs(model.processor, [QUESTION]), TOKENS)
     asked = {"model": "out", "messages": messages, "max_completion_tokens": TOKENS}

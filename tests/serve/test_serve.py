@@ -28,7 +28,7 @@ def client(address: str, **settings: Any) -> openai.OpenAI:
 def about(number: int) -> list[Any]:
     """The messages of one question about its picture."""
     question = QUESTIONS[number]
-    picture = {"type": "image_url", "image_url": {"url": as_uri(question.image)}}
+    picture = {"type": "image_url", "image_url": {"url": as_uri(question.picture)}}
     return [{"role": "user", "content": [picture, {"type": "text", "text": question.question}]}]
 
 

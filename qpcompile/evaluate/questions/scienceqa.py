@@ -1,11 +1,13 @@
-"""ScienceQA in its official layout: multiple-choice questions about pictures.
+"""ScienceQA in its official layout: multiple-choice questions, about half of them about a picture.
 
-    problems.json          {"7": {"question", "choices": [...], "answer": 1, "hint", "image": "image.png" or null, ...}}
+    problems.json          {"7": {"question", "choices": [...], "answer": 1, "hint", "image": "image.png" or null,
+                                  "subject": "natural science", "grade": "grade7", ...}}
     pid_splits.json        {"train": [...], "val": [...], "test": ["7", ...]}
     images/test/7/image.png
 
-Questions without a picture are left out. The prompt holds the hint, the question and the lettered choices; the answer
-is the letter. Source: "Learn to Explain" (arXiv 2209.09513) and its released data set.
+The prompt holds the hint, the question and the lettered choices; the answer is the letter. A question counts in the
+groups of its subject, its context and its grade: COLUMNS, the columns of published tables. Source: "Learn to Explain"
+(arXiv 2209.09513) and its released data set.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -22,12 +24,19 @@ from qpcompile.capture.data_folder import Question, is_file
 from qpcompile.errors import CalibrationError
 
 PROBLEMS, SPLITS = "problems.json", "pid_splits.json"
+_GRADE = "grade"
 _SEE = "see docs: data, ScienceQA"
+Subject = Literal["natural science", "social science", "language science"]
+SUBJECTS: dict[str, str] = dict(zip(get_args(Subject), ("NAT", "SOC", "LAN"), strict=True))
+# Text context is a hint, and a question may have both kinds of context.
+TEXT, IMAGE, NO_CONTEXT = "TXT", "IMG", "NO"
+LOWER, UPPER = "G1-6", "G7-12"
+COLUMNS = (*SUBJECTS.values(), TEXT, IMAGE, NO_CONTEXT, LOWER, UPPER)
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
 def read_scienceqa(folder: Path, split: str = "test") -> list[Question]:
-    """The questions with pictures of one split, in its order. Raises CalibrationError for what is missing."""
+    """The questions of one split, in its order. Raises CalibrationError for what is missing."""
     problems, splits = _json(folder / PROBLEMS), _json(folder / SPLITS)
     if split not in splits:
         raise CalibrationError(
@@ -39,11 +48,10 @@ def read_scienceqa(folder: Path, split: str = "test") -> list[Question]:
             f"the split {split!r} is not a list of problem numbers as texts", where=str(folder / SPLITS), do=_SEE
         )
     pictures = folder / "images" / split
-    return [question for number in numbers for question in _questions(folder, pictures / number, number, problems)]
+    return [_question(folder, pictures / number, number, problems) for number in numbers]
 
 
-def _questions(folder: Path, pictures: Path, number: str, problems: Mapping[str, Any]) -> list[Question]:
-    """The question of one problem; none where it has no picture."""
+def _question(folder: Path, pictures: Path, number: str, problems: Mapping[str, Any]) -> Question:
     place = f"{folder / PROBLEMS}, problem {number}"
     try:
         problem = _Problem.model_validate(problems.get(number))
@@ -53,23 +61,25 @@ def _questions(folder: Path, pictures: Path, number: str, problems: Mapping[str,
         raise CalibrationError(
             f"the problem is not in ScienceQA's format: {name}: {found['msg']}",
             where=place,
-            do="give question, choices, answer (an index of them) and image",
+            do="give question, choices, answer (an index of them), subject, grade, and any hint and image",
         ) from error
-    if not problem.image:
-        return []
     letters = tuple(ascii_uppercase[: len(problem.choices)])
     options = [f"{letter}. {choice}" for letter, choice in zip(letters, problem.choices, strict=True)]
-    lines = [f"Context: {problem.hint}"] * bool(problem.hint.strip()) + [problem.question, *options, INSTRUCTION]
-    image = pictures / problem.image
-    if not is_file(image):
+    hinted = bool(problem.hint.strip())
+    lines = [f"Context: {problem.hint}"] * hinted + [problem.question, *options, INSTRUCTION]
+    image = pictures / problem.image if problem.image else None
+    if image is not None and not is_file(image):
         raise CalibrationError(
             f"the picture of problem {number} is missing: {image}", where=place, do="unpack the split's pictures"
         )
-    return [Question(image, "\n".join(lines), letters[problem.answer], letters, place)]
+    context = [TEXT] * hinted + [IMAGE] * (image is not None) or [NO_CONTEXT]
+    grade = LOWER if int(problem.grade.removeprefix(_GRADE)) <= 6 else UPPER
+    groups = (SUBJECTS[problem.subject], *context, grade)
+    return Question(image, "\n".join(lines), letters[problem.answer], letters, place, groups)
 
 
 class _Problem(BaseModel):
-    """What is read of a problem; grade, subject, lecture and the like are not."""
+    """What is read of a problem; topic, lecture, solution and the like are not."""
 
     model_config = ConfigDict(strict=True)
 
@@ -78,6 +88,8 @@ class _Problem(BaseModel):
     answer: Annotated[int, Field(ge=0)]
     image: str | None = None
     hint: str = ""
+    subject: Subject
+    grade: Annotated[str, Field(pattern=f"^{_GRADE}([1-9]|1[0-2])$")]
 
     @field_validator("hint", mode="before")
     @classmethod

@@ -48,7 +48,10 @@ def kept_figure(
     share: float,
     questions: Sequence[Question],
 ) -> Figure | None:
-    """A row of pictures per quantizer, dropped tokens darkened; None if nothing is dropped or there is no grid."""
+    """A row of pictures per quantizer, dropped tokens darkened; None if nothing is dropped or there is no grid.
+
+    questions: the first that have a picture.
+    """
     rows = {name: _by_place(factorial(found, bed, name)).get((pruner, share)) for name in quantizers}
     drawn = {name: row for name, row in rows.items() if row is not None and any(row.kept)}
     if not drawn:
@@ -84,7 +87,7 @@ def _last(kept: dict[str, list[int]]) -> set[int]:
 
 
 def _draw(axes: Axes, question: Question, kept: set[int], count: int) -> None:
-    picture = read_picture(question.image, where=question.where)
+    picture = read_picture(question.picture, where=question.where)
     grid = token_grid(*picture.size, count)
     axes.imshow(picture)
     axes.set_xticks([])

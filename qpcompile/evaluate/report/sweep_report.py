@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from qpcompile.evaluate.questions.data_sets import read_data
-from qpcompile.evaluate.report import tables
+from qpcompile.evaluate.report import question_groups, tables
 from qpcompile.evaluate.report.figures import ablation_figure, figure_bytes, profile_figure, profiles, retention_figure
 from qpcompile.evaluate.report.groups import Group, groups
 from qpcompile.evaluate.report.kept_figure import PICTURES, agreements, kept_figure
@@ -26,6 +26,10 @@ def write_sweep(plan: SweepPlan, results: Sequence[CellResult], out: Path, comma
         made = tables.bed_tables(plan, found, bed.name)
         every |= made
         parts += [tables.markdown(title, table) for title, table in made.items()]
+        by_group = question_groups.group_table(
+            f"{bed.name}: accuracy in % by group of questions", [group for group in found if group.key.bed == bed.name]
+        )
+        parts += [by_group] if by_group else []
         shared = agreements(found, bed.name, list(plan.quantizers))
         if len(plan.quantizers) > 1 and shared:
             first, *_, last = plan.quantizers
@@ -44,7 +48,7 @@ def bed_figures(plan: SweepPlan, found: Sequence[Group], bed: Bed) -> dict[str, 
     figures |= {f"ablation-{name}": ablation_figure(found, bed.name, name) for name in plan.ablations}
     figures["profile"] = profile_figure(bed.name, profiles(found, bed.name))
     pruner = plan.reference or next(iter(plan.pruners))
-    questions = read_data(Path(bed.data))[:PICTURES]
+    questions = [each for each in read_data(Path(bed.data)) if each.image is not None][:PICTURES]
     for share in plan.shares:
         drawn = kept_figure(found, bed.name, list(plan.quantizers), pruner, share, questions)
         figures[f"kept-{100 * share:g}"] = drawn

@@ -14,9 +14,9 @@ Line = dict[str, str | float]
 
 PREFACE = """Accuracy and retention (accuracy over full precision's) in %, means over calibration seeds; `±` is the
 standard deviation over seeds, brackets are 95 % intervals of a paired bootstrap over questions. Tokens are visual
-tokens: mean over questions and decoder layers, and in the last layer. FLOPs: of the same prompt with every token in
-every layer, tower and projector included, 4-bit products counted like others. Weights and KV cache of one answer in
-bytes: codes and scales as stored, what stays in floating point as fp16."""
+tokens: mean over decoder layers and questions with a picture, and in the last layer. FLOPs: of the same prompt with
+every token in every layer, tower and projector included, 4-bit products counted like others. Weights and KV cache of
+one answer in bytes: codes and scales as stored, what stays in floating point as fp16."""
 
 WORDS: Mapping[str, str] = {
     "quantizer": "quantizer",

@@ -17,12 +17,14 @@ from qpcompile.capture.data_folder import Question, check_questions, question_in
 from qpcompile.capture.right_answers import right_answers
 from qpcompile.compiled import CompiledVLM
 from qpcompile.emit.artifact.weights import stored_tensors
+from qpcompile.errors import CalibrationError, QPCompileError
 from qpcompile.evaluate.questions.data_sets import folder_digest, questions_digest
+from qpcompile.evaluate.questions.scienceqa import COLUMNS
 from qpcompile.evaluate.questions.scoring import choose
 from qpcompile.evaluate.run.accuracy import Generate, answer
 from qpcompile.evaluate.run.flops import Decoder
 from qpcompile.evaluate.run.footprint import cache_footprint
-from qpcompile.evaluate.run.rows import Row, Scoring, row_id
+from qpcompile.evaluate.run.rows import GroupScore, Row, Scoring, row_id
 from qpcompile.progress import track
 from qpcompile.recipe.plan import Plan
 from qpcompile.recipe.recipe import Recipe
@@ -46,6 +48,12 @@ class Exam:
     def digest(self) -> str:
         """Hash of the questions."""
         return questions_digest(self.questions)
+
+    @property
+    def sized(self) -> list[int]:
+        """Places of the questions that sizes are means over: those with a picture; all where none has one."""
+        places = range(len(self.questions))
+        return [place for place in places if self.questions[place].image is not None] or list(places)
 
 
 @dataclass(frozen=True)
@@ -140,13 +148,15 @@ def evaluate(
     answers = ask(subject.generate, subject.processor, exam, name)
     seconds = time.monotonic() - started
     right = right_answers(exam.questions, answers)
+    sized = exam.sized
+    asked, prompts = [exam.questions[place] for place in sized], [prompts[place] for place in sized]
     plan = subject.plan
     layers = subject.config.get_text_config().num_hidden_layers
     seen = [plan.visual_tokens(prompt.visual, prompt.text) if plan else (prompt.visual,) * layers for prompt in prompts]
     decoder = Decoder.of(subject.config)
     flops = [p.picture_flops + decoder.prompt(counts, p.text) for p, counts in zip(prompts, seen, strict=True)]
     whole = [p.picture_flops + decoder.prompt((p.visual,) * layers, p.text) for p in prompts]
-    some = [question_inputs(subject.processor, [question]) for question in exam.questions[:CACHES_MEASURED]]
+    some = [question_inputs(subject.processor, [question]) for question in asked[:CACHES_MEASURED]]
     return Row(
         id=id,
         name=name,
@@ -165,6 +175,7 @@ def evaluate(
         accuracy=sum(right) / len(right),
         right="".join("1" if mark else "0" for mark in right),
         answers=tuple(answers),
+        groups=group_scores(exam.questions, right),
         visual_tokens=_mean([prompt.visual for prompt in prompts]),
         mean_visual_tokens=_mean([sum(counts) / len(counts) for counts in seen]),
         final_visual_tokens=_mean([counts[-1] for counts in seen]),
@@ -182,7 +193,7 @@ def evaluate(
 def prompt_sizes(
     exam: Exam, processor: Any, image_token: int, picture_flops: Callable[[dict[str, Any]], int]
 ) -> list[Prompt]:
-    """Sizes of every question's prompt. `picture_flops` is called once per picture size."""
+    """Sizes of every question's prompt. `picture_flops` is called once per picture size, and once without a picture."""
     known: dict[str, int] = {}
     sizes = []
     with track("prompt sizes", len(exam.questions)) as step:
@@ -212,26 +223,62 @@ def source_digest() -> str:
 def ask(generate: Generate, processor: Any, exam: Exam, name: str) -> list[str]:
     """One answer per question, in order, asked in batches; `name` is the title of the progress bar."""
     check_questions(processor, exam.questions)
-    answers: list[str] = []
+    check_without_picture(generate, processor, exam.questions)
+    answers: dict[int, str] = {}
     with track(name, len(exam.questions)) as step:
-        for batch in _batches(exam):
+        for places in _batches(exam):
+            batch = [exam.questions[place] for place in places]
             if exam.scoring == "choice" and batch[0].choices:
-                answers += choose(generate, processor, batch)
+                given = choose(generate, processor, batch)
             else:
-                answers += answer(generate, processor, batch, exam.max_new_tokens)
+                given = answer(generate, processor, batch, exam.max_new_tokens)
+            answers |= zip(places, given, strict=True)
             for _ in batch:
                 step()
-    return answers
+    return [answers[place] for place in range(len(exam.questions))]
 
 
-def _batches(exam: Exam) -> list[list[Question]]:
-    """Batches of consecutive questions with the same kind of scoring."""
-    batches: list[list[Question]] = []
-    for question in exam.questions:
-        if not batches or len(batches[-1]) == exam.batch_size or bool(batches[-1][0].choices) != bool(question.choices):
-            batches.append([])
-        batches[-1].append(question)
-    return batches
+def check_without_picture(generate: Generate, processor: Any, questions: Sequence[Question]) -> None:
+    """Ask the first question that has no picture for one token. Raises CalibrationError if the model takes none."""
+    question = next((each for each in questions if each.image is None), None)
+    if question is None:
+        return
+    try:
+        inputs = question_inputs(processor, [question])
+        with torch.no_grad():
+            generate(**inputs, max_new_tokens=1, do_sample=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model that needs pictures says so in its own way
+        cause = error.what if isinstance(error, QPCompileError) else f"{type(error).__name__}: {error}"
+        raise CalibrationError(
+            f"the model takes no question without a picture: {cause}",
+            where=question.where,
+            do="take another model, or leave the questions without a picture out: of ScienceQA, their numbers in "
+            "pid_splits.json",
+        ) from error
+
+
+def _batches(exam: Exam) -> list[list[int]]:
+    """Places of the questions of each batch: of one kind of scoring, all with a picture or none.
+
+    A prompt without a picture is short: beside one with a picture most of its row would be padding.
+    """
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for place, question in enumerate(exam.questions):
+        kinds.setdefault((bool(question.choices), question.image is None), []).append(place)
+    size = exam.batch_size
+    return [places[first : first + size] for places in kinds.values() for first in range(0, len(places), size)]
+
+
+def group_scores(questions: Sequence[Question], right: Sequence[bool]) -> dict[str, GroupScore]:
+    """The score of each group that questions count in: ScienceQA's columns, then others as they come."""
+    marks: dict[str, list[bool]] = {}
+    for question, mark in zip(questions, right, strict=True):
+        for name in question.groups:
+            marks.setdefault(name, []).append(mark)
+    names = [*(name for name in COLUMNS if name in marks), *(name for name in marks if name not in COLUMNS)]
+    return {name: GroupScore(right=sum(marks[name]), questions=len(marks[name])) for name in names}
 
 
 def _kept(subject: Subject, inputs: dict[str, Any]) -> dict[str, list[int]]:

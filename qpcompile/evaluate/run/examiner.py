@@ -5,18 +5,29 @@ from __future__ import annotations
 import time
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qpcompile.capture.data_folder import read_questions
+from qpcompile.capture.data_folder import check_questions, read_questions
 from qpcompile.compiled import CompiledVLM
 from qpcompile.evaluate.questions.data_sets import questions_digest
-from qpcompile.evaluate.run.evaluation import Exam, Prompt, Subject, evaluate, identity, model_digest, prompt_sizes
+from qpcompile.evaluate.run.evaluation import (
+    Exam,
+    Prompt,
+    Subject,
+    check_without_picture,
+    evaluate,
+    identity,
+    model_digest,
+    prompt_sizes,
+)
 from qpcompile.evaluate.run.flops import picture_flops
 from qpcompile.evaluate.run.rows import Row, RowFolder
 from qpcompile.evaluate.run.shared_features import SharedFeatures
 from qpcompile.evaluate.run.workbench import Workbench
 from qpcompile.recipe.recipe import Recipe
+from qpcompile.runtime.machine import Machine
 
 
 class Examiner:
@@ -52,7 +63,8 @@ class Examiner:
 
     def compute(self, name: str, recipe: Recipe | None) -> Row:
         """Compute the row of a recipe; of the model itself where it is None. Stores nothing."""
-        bench, started = self.bench, time.monotonic()
+        # First, since a compile is long: this asks whether the model takes the questions.
+        bench, prompts, started = self.bench, self.prompts, time.monotonic()
         if recipe is None:
             subject = Subject.full_precision(bench.model, bench.processor)
         else:
@@ -63,7 +75,7 @@ class Examiner:
         return evaluate(
             subject,
             self.exam,
-            self.prompts,
+            prompts,
             name=name,
             model=self.source,
             id=self.id(recipe),
@@ -81,10 +93,18 @@ class Examiner:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """Sizes of all prompts, measured on the captured graphs."""
+        """Sizes of all prompts, measured on the captured graphs. Raises CalibrationError for questions that the model,
+        or its graphs, do not take.
+        """
+        model: Any = self.bench.model
+        processor, questions = self.bench.processor, self.exam.questions
+        check_questions(processor, questions)
+        check_without_picture(model.generate, processor, questions)
         program, _ = self.bench.captured(Recipe())
-        token = self.bench.model.config.image_token_id
-        return prompt_sizes(self.exam, self.bench.processor, token, lambda inputs: picture_flops(program, inputs))
+        with Machine(program) as machine:
+            check_without_picture(machine.generate, processor, questions)
+        token = model.config.image_token_id
+        return prompt_sizes(self.exam, processor, token, lambda inputs: picture_flops(program, inputs))
 
 
 def artifact_row(source: str, compiled: CompiledVLM, processor: object, exam: Exam, kept: RowFolder | None) -> Row:
@@ -92,6 +112,8 @@ def artifact_row(source: str, compiled: CompiledVLM, processor: object, exam: Ex
     id = identity(model_digest(source), compiled.recipe, exam, None)
     if kept is not None and (found := kept.get(id)):
         return found
+    check_questions(processor, exam.questions)
+    check_without_picture(compiled.generate, processor, exam.questions)
     token = compiled.config.image_token_id
     # Counting binds the host to another machine; rebind it to the model's afterwards.
     prompts = prompt_sizes(exam, processor, token, lambda inputs: picture_flops(compiled.program, inputs))

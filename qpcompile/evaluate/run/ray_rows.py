@@ -78,7 +78,7 @@ class Station:
     @classmethod
     def of(cls, examiner: Examiner) -> Station:
         """What a worker needs to be such an examiner."""
-        questions = tuple(replace(each, image=each.image.absolute()) for each in examiner.exam.questions)
+        questions = tuple(replace(each, image=each.image and each.image.absolute()) for each in examiner.exam.questions)
         source = Path(examiner.source)
         return cls(
             str(source.absolute()) if source.is_dir() else examiner.source,

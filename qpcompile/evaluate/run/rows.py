@@ -28,8 +28,22 @@ FULL_PRECISION = "full precision"
 Scoring = Literal["choice", "text"]
 
 
+class GroupScore(Section):
+    """Right answers to a group of questions."""
+
+    right: int = Field(ge=0, description="Right answers.")
+    questions: int = Field(ge=1, description="Questions of the group.")
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.right / self.questions
+
+
 class Row(Section):
-    """One model under one recipe on one set of questions. Means are over questions."""
+    """One model under one recipe on one set of questions. Sizes are means over questions that have a picture; over all
+    where none has one.
+    """
 
     id: str = Field(description="Hash of all that the result depends on.")
     name: str = Field(description="Name of the row in tables.")
@@ -48,6 +62,7 @@ class Row(Section):
     accuracy: float = Field(ge=0, le=1, description="correct / questions.")
     right: str = Field(pattern="^[01]+$", description="One digit per question: 1 right.")
     answers: tuple[str, ...] = Field(strict=False, description="The answers.")
+    groups: dict[str, GroupScore] = Field(default_factory=dict, description="Group of questions -> its score.")
     visual_tokens: float = Field(description="Visual tokens of a prompt.")
     mean_visual_tokens: float = Field(description="Visual tokens that a decoder layer processes, mean over layers.")
     final_visual_tokens: float = Field(description="Visual tokens that the last layer processes.")
@@ -119,12 +134,25 @@ def _json(value: Any) -> bytes:
 
 
 def _csv(rows: list[dict[str, Any]]) -> bytes:
-    """All scalar fields; of the recipe the settings in which rows usually differ."""
+    """All scalar fields, recipe and versions as text, and accuracy and questions of each group."""
     text = io.StringIO()
-    heads = [name for name in Row.model_fields if name not in ("recipe", "versions", "answers", "plan", "kept")]
-    writer = csv.DictWriter(text, [*heads, "recipe", "versions"], lineterminator="\n")
+    apart = ("recipe", "versions", "answers", "groups", "plan", "kept")
+    heads = [name for name in Row.model_fields if name not in apart]
+    lines = [
+        {name: row[name] for name in heads}
+        | {name: json.dumps(row[name]) for name in ("recipe", "versions")}
+        | {head: value for name, score in row["groups"].items() for head, value in _group_cells(name, score)}
+        for row in rows
+    ]
+    found = dict.fromkeys(head for line in lines for head in line)
+    writer = csv.DictWriter(text, list(dict.fromkeys([*heads, "recipe", "versions", *found])), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        texts = {name: json.dumps(row[name]) for name in ("recipe", "versions")}
-        writer.writerow({**{name: row[name] for name in heads}, **texts})
+    writer.writerows(lines)
     return text.getvalue().encode()
+
+
+def _group_cells(name: str, score: dict[str, int]) -> list[tuple[str, float]]:
+    return [
+        (f"accuracy of {name}", score["right"] / score["questions"]),
+        (f"questions of {name}", score["questions"]),
+    ]
