@@ -39,16 +39,18 @@ MORE = 3
 # How two rows are made of a sample, until the model takes them: inputs may have as many entries as the prompt by chance
 # (patches of a picture), and floating-point ones may have an entry per token (places on a page).
 WAYS: tuple[tuple[int, PerToken], ...] = ((0, "integers"), (-1, "integers"), (0, "none"), (0, "all"))
+DECODER = (PREFILL, DECODE, HEAD)
 # Components that may stay transformers' code on the host if they cannot be traced for every size of picture. The plan
 # says so: what they compute is neither quantized nor exported.
 ON_HOST = (VISION, PROJECTOR)
-# The component and the index of its call that each graph is traced from.
+# The component and the index of its call that each graph is traced from. The decoder is first: no graph of it is a
+# refusal, which takes seconds then.
 SOURCES = (
-    (VISION, "vision", 0),
-    (PROJECTOR, "projector", 0),
     (PREFILL, "language", 0),
     (DECODE, "language", 1),
     (HEAD, "head", 0),
+    (VISION, "vision", 0),
+    (PROJECTOR, "projector", 0),
 )
 
 
@@ -94,6 +96,8 @@ def capture(
             on_host.append(left)
             continue
         graphs[name] = graph
+    # In the order of an answer.
+    graphs = {**{name: graph for name, graph in graphs.items() if name not in DECODER}, **graphs}
     name_crossing(graphs)
     graphs[PREFILL].constants |= rows_of_states(graphs[PREFILL], recording, prompt, visual_tokens(model.config))
     if VISION in graphs and VALUES not in graphs[VISION].constants:

@@ -42,6 +42,10 @@ ONE: dict[str, Function] = {
     "tanh gelu": lambda x, i, b: aten.gelu.default(x, approximate="tanh"),
     "softmax": lambda x, i, b: aten.softmax.int(x, -1),
     "clamp": lambda x, i, b: aten.clamp.default(x, -0.5, 0.25),
+    "infinities": lambda x, i, b: aten.nan_to_num.default(aten.log.default(x), 2.0, None, -9.0),
+    "no numbers": lambda x, i, b: aten.nan_to_num.default(
+        aten.div.Tensor(aten.relu.default(x), aten.unsqueeze.default(aten.sub.Tensor(i, 2), -1))
+    ),
     "clamp below": lambda x, i, b: aten.clamp.default(i, min=2),
     "comparison of mixed types": lambda x, i, b: aten.gt.Scalar(i, 1.5),
     "inequality": lambda x, i, b: aten.ne.Scalar(i, 2),
