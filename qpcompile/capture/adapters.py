@@ -20,7 +20,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
 
-from qpcompile.ir.operators import EXPERT_LINEAR, GATED_DELTA, SEGMENT_ATTENTION
+from qpcompile.ir.operators import CHANNEL_DELTA, EXPERT_LINEAR, GATED_DELTA, SEGMENT_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _loops_over_experts(part: torch.nn.Module) -> bool:
     return stacked and hasattr(part, "_apply_gate") and taken == ["top_k_index", "top_k_weights"]
 
 
-def _gated_delta(
+def _delta(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -100,9 +100,10 @@ def _gated_delta(
     use_qk_l2norm_in_kernel: bool = False,
     **_options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gated delta rule as one operator, in place of transformers' loop over chunks or tokens.
+    """A delta rule as one operator, in place of transformers' loop over chunks or tokens.
 
-    query, key: f[B, S, Hk, D], value: f[B, S, H, E], g, beta: f[B, S, H], initial_state: f[B, H, D, E] or None: zeros.
+    query, key: f[B, S, Hk, D], value: f[B, S, H, E], beta: f[B, S, H], initial_state: f[B, H, D, E] or None: zeros;
+    g: f[B, S, H], or f[B, S, H, D] where each channel of a key decays at its own rate.
     """
     heads, width = value.shape[2], key.shape[3]
     if key.shape[2] != heads:
@@ -114,7 +115,8 @@ def _gated_delta(
         )
     if initial_state is None:
         initial_state = value.new_zeros((value.shape[0], heads, width, value.shape[3]), dtype=torch.float32)
-    return GATED_DELTA(query * width**-0.5, key, value, g, beta, initial_state.float())
+    rule = GATED_DELTA if g.ndim == 3 else CHANNEL_DELTA
+    return rule(query * width**-0.5, key, value, g, beta, initial_state.float())
 
 
 def _weighted_rows(
@@ -218,8 +220,10 @@ METHODS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {"get_p
 
 # Functions of the modules of families that are replaced while tracing, by name.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "torch_chunk_gated_delta_rule": _gated_delta,
-    "torch_recurrent_gated_delta_rule": _gated_delta,
+    "torch_chunk_gated_delta_rule": _delta,
+    "torch_recurrent_gated_delta_rule": _delta,
+    "chunk_kimi_delta_attention": _delta,
+    "recurrent_kimi_delta_attention": _delta,
 }
 
 

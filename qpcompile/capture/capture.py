@@ -11,7 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qpcompile.capture.boundary import component
+from qpcompile.capture.decoder_layers import layers_of, name_other_layers
 from qpcompile.capture.logits import HALF, logits_apart
+from qpcompile.capture.longer import refuse_bound
 from qpcompile.capture.record import TWO_TOKENS, Call, Recording, find_components, record, whole_cache
 from qpcompile.capture.sample import PICTURES, PerToken, two_rows
 from qpcompile.capture.sets_of_values import graphs_of_values
@@ -20,10 +22,9 @@ from qpcompile.capture.trace import check_call, check_sizes, trace
 from qpcompile.capture.unread import drop_unread
 from qpcompile.capture.visual_path import rows_of_states, visual_path
 from qpcompile.errors import CalibrationError, CaptureError, InputError
-from qpcompile.ir.edit import layer_of
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import CACHE_ARGUMENT
-from qpcompile.recipe.plan import Layer, LeftOut, Plan
+from qpcompile.recipe.plan import LeftOut, Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.fixed_values import VALUES
 from qpcompile.runtime.generation_options import first_line, plain_settings
@@ -98,6 +99,8 @@ def capture(
         graphs[name] = graph
     # In the order of an answer.
     graphs = {**{name: graph for name, graph in graphs.items() if name not in DECODER}, **graphs}
+    for name in (PREFILL, DECODE):
+        name_other_layers(graphs[name])
     name_crossing(graphs)
     graphs[PREFILL].constants |= rows_of_states(graphs[PREFILL], recording, prompt, visual_tokens(model.config))
     if VISION in graphs and VALUES not in graphs[VISION].constants:
@@ -108,7 +111,7 @@ def capture(
     with component("transformers' code around the graphs cannot be kept", type(model).__name__):
         host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
     host.generation_config = copy.deepcopy(model.generation_config)
-    layers = _layers(graphs[PREFILL])
+    layers = layers_of(graphs[PREFILL])
     program = Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=layers, left_out=tuple(on_host)))
     # Running binds a host to its program: run a copy, on the same tensors.
     tensors = [*host.parameters(), *host.buffers()]
@@ -117,6 +120,7 @@ def capture(
         drop_unread(dataclasses.replace(program, host=own), prompt)
     _check_whole(dataclasses.replace(program, host=own), sample, alone)
     learn_absent(dataclasses.replace(program, host=own), model, sample)
+    refuse_bound(dataclasses.replace(program, host=own), model, sample)
     return program
 
 
@@ -203,15 +207,3 @@ def _own_weights(graphs: dict[str, Graph]) -> set[str]:
             if node.op == "get_attr":
                 held.add(prefix + str(node.target))
     return held
-
-
-def _layers(prefill: Graph) -> tuple[Layer, ...]:
-    """The decoder's layers, found in the module stack of the prefill graph."""
-    indices = sorted({index for node in prefill.nodes if (index := layer_of(node)) is not None})
-    if not indices:
-        raise CaptureError(
-            "no decoder layers were found in the prefill graph",
-            where=prefill.owner,
-            do="report this family: its decoder names its layers in a way that is not known",
-        )
-    return tuple(Layer(index=index, name=f"{prefill.owner}.layers.{index}") for index in indices)

@@ -53,7 +53,9 @@ def test_decoder_that_reads_values_names_component_and_line(monkeypatch: pytest.
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     traces = [name for name, *_ in SOURCES]
-    monkeypatch.setattr("qpcompile.capture.capture.trace", lambda name, *given: traces.remove(name) or trace(name, *given))
+    monkeypatch.setattr(
+        "qpcompile.capture.capture.trace", lambda name, *given: traces.remove(name) or trace(name, *given)
+    )
     with pytest.raises(CaptureError, match="prefill cannot be traced") as error:
         capture(model, cases["one"], NONE)
     assert traces == [name for name, *_ in SOURCES[1:]]  # it was the first: a refusal takes seconds

@@ -221,7 +221,9 @@ def corrections(shape: Shape) -> dict[str, Family]:
         "qianfan_ocr": Family(
             {"vision_config.image_size": [shape.side] * 2, "vision_config.patch_size": [shape.patch] * 2}
         ),
-        "idefics2": Family({}, lambda _: make.views(shape.side)),
+        "idefics2": Family(
+            {"perceiver_config.resampler_n_heads": 2 * shape.tower_heads}, lambda _: make.views(shape.side)
+        ),
         "idefics3": Family({}, lambda _: make.views(shape.side)),
         "smolvlm": Family({}, lambda _: make.views(shape.side)),
         "granite_docling": Family(

@@ -153,7 +153,7 @@ SHAPES = {
         begin=20,
         end=21,
         pad=22,
-    ),    # Two layers, one key-value head, three heads, an odd number of merged tokens, other biases and activations.
+    ),  # Two layers, one key-value head, three heads, an odd number of merged tokens, other biases and activations.
     "other": Shape(
         layers=2,
         width=48,
