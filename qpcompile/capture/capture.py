@@ -160,15 +160,27 @@ def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, 
     """Two rows made of a sample, and what the model calls on them. Raises CaptureError if it takes none of them."""
     pad = model.generation_config.pad_token_id
     filled, visual = pad if isinstance(pad, int) else 0, visual_tokens(model.config).tolist()
+    given = with_prompt(model, sample, MORE)
+    more = _longer_by(model, given)
     first: CaptureError | None = None
     for axis, per_token in WAYS:
-        prompt = two_rows(with_prompt(model, sample, MORE), filled, axis, per_token, visual)
+        prompt = two_rows(given, filled, axis, per_token, visual, more)
         try:
             return prompt, record(model, prompt)
         except CaptureError as error:
             first = first or error
     assert first is not None
     raise first
+
+
+def _longer_by(model: PreTrainedModel, prompt: dict[str, Any]) -> int:
+    """How many tokens are added to a prompt for tracing: one, or as many as make three chunks of those in which layers of
+    the decoder go through a prompt, since a number of one is taken for a constant.
+    """
+    decoder = model.get_submodule(find_components(model)["language"])
+    sizes = [size for part in decoder.modules() if isinstance(size := getattr(part, "chunk_size", None), int)]
+    ids = prompt.get("input_ids")
+    return max(1, 2 * max(sizes, default=0) + 1 - ids.shape[1]) if ids is not None else 1
 
 
 def _refuse_both(call: Call, owner: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from families import llava
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from qpcompile.capture.capture import capture
+from qpcompile.capture.capture import capture, recorded
 from qpcompile.capture.longer import first_refused
 from qpcompile.errors import CaptureError
 from qpcompile.ir.program import PREFILL
@@ -49,6 +49,18 @@ def test_a_loop_over_chunks_is_refused_with_its_line(monkeypatch: pytest.MonkeyP
     ) as error:
         capture(model, cases["one"], NONE)
     assert error.value.where is not None and "more(hidden_states)" in error.value.where
+
+
+def test_a_prompt_is_traced_with_three_chunks_of_layers_that_have_some() -> None:
+    model, cases = llava()
+    tokens = cases["one"]["input_ids"].shape[1]
+    assert recorded(model, cases["one"])[0]["input_ids"].shape == (2, tokens + 1)
+    model.model.language_model.layers[1].mlp.chunk_size = tokens
+    prompt, recording = recorded(model, cases["one"])
+    assert prompt["input_ids"].shape == prompt["attention_mask"].shape == (2, 2 * tokens + 1)
+    assert prompt["attention_mask"].sum().item() == 2 * (2 * tokens + 1) - 1  # one token of padding
+    call = recording.first("language")
+    assert call is not None and call.inputs["inputs_embeds"].shape[1] == 2 * tokens + 1
 
 
 def test_a_branch_of_no_effect_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
