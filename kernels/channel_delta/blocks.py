@@ -9,12 +9,16 @@ CHUNK = 32
 
 def channel_delta(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes as in reference.py."""
-    operands = [each.float().transpose(1, 2) for each in (q, k, v, decay, beta)]
-    y = state.new_empty(*operands[0].shape[:3], v.shape[3])
+    queries, keys, values = (each.float().transpose(1, 2) for each in (q, k, v))
+    decays, betas = (each.float().transpose(1, 2) for each in (decay, beta))
+    y = state.new_empty(*queries.shape[:3], v.shape[3])
     state = state.clone()
     for start in range(0, q.shape[1], CHUNK):
         part = slice(start, start + CHUNK)
-        y[:, :, part], state = _chunk(*(each[:, :, part] for each in operands), state)
+        q_part, k_part, v_part, decay_part, beta_part = (
+            each[:, :, part] for each in (queries, keys, values, decays, betas)
+        )
+        y[:, :, part], state = _chunk(q_part, k_part, v_part, decay_part, beta_part, state)
     return y.transpose(1, 2).contiguous().to(q.dtype), state
 
 

@@ -73,8 +73,9 @@ def split_flags(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def without_unread(module: torch.nn.Module, graph: Graph, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of `module`, the graph's component on the host, without texts and numbers that none of its
-    code reads: transformers hands some settings of a model on to its tower, where nothing is called like them.
+    """The arguments of a call without texts and numbers that no code of `module`, the component on the host, reads.
+
+    transformers hands some settings of a model on to its tower, where nothing is called like them.
     """
     taken = _signature(type(module).forward).parameters
     known = {*taken, *graph.constants, *(path.root for path in graph.inputs)}
@@ -86,7 +87,7 @@ def without_unread(module: torch.nn.Module, graph: Graph, data: Mapping[str, Any
 
 
 def _is_read(module: torch.nn.Module, name: str) -> bool:
-    """Whether the files with a component's code, or with the attention that its layers may call, have a name in them."""
+    """Whether the files with a component's code, or with the attention that its layers call, have a name in them."""
     homes = {kind.__module__ for part in module.modules() for kind in type(part).__mro__}
     homes = {home for home in homes if not home.startswith(("torch.", "builtins", *_SHARED))}
     homes |= {home for home in list(sys.modules) if home.startswith(_ATTENTION)}
