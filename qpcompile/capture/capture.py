@@ -174,8 +174,8 @@ def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, 
 
 
 def _longer_by(model: PreTrainedModel, prompt: dict[str, Any]) -> int:
-    """How many tokens are added to a prompt for tracing: one, or what makes it three chunks where layers go through it in
-    chunks, since one chunk is taken for a constant.
+    """How many tokens are added to a prompt for tracing: one, or what makes it three chunks where layers go through it
+    in chunks, since one chunk is taken for a constant.
     """
     decoder = model.get_submodule(find_components(model)["language"])
     sizes = [size for part in decoder.modules() if isinstance(size := getattr(part, "chunk_size", None), int)]
