@@ -27,6 +27,11 @@ def picture(x: Any) -> Any:
     return aten.unsqueeze.default(aten.slice.Tensor(x, 1, 0, 2), 1)
 
 
+def _nothing(empty: Any, x: Any) -> Any:
+    """f[B, S, 2, 0]."""
+    return aten.view.default(empty, [aten.sym_size.int(x, 0), aten.sym_size.int(x, 1), 2, 0])
+
+
 # name -> function of x: f32[B, S, 6], i: i64[B, S] in 0..4 and b: bool[B, S].
 ONE: dict[str, Function] = {
     "arithmetic": lambda x, i, b: aten.sub.Tensor(aten.div.Tensor(aten.mul.Tensor(x, 3), 7), x, alpha=2),
@@ -78,6 +83,9 @@ ONE: dict[str, Function] = {
         [operator.floordiv(operator.sub(aten.sym_size.int(x, 1), 1), 2)], 3.0
     ),
     "constant sizes": lambda x, i, b: aten.add.Tensor(x, operator.pow(aten.sym_size.int(x, 2), 2)),
+    "views of nothing": lambda x, i, b: aten.cat.default(
+        [x, aten.flatten.using_ints(_nothing(aten.slice.Tensor(x, 2, 0, 0), x), 2)], -1
+    ),
     "expand": lambda x, i, b: aten.expand.default(aten.slice.Tensor(x, 1, 0, 1), [-1, aten.sym_size.int(x, 1), -1]),
     "repeat": lambda x, i, b: aten.repeat.default(x, [1, 2, 3]),
     "repeat each": lambda x, i, b: aten.repeat_interleave.self_int(x, 3, 1),

@@ -147,7 +147,7 @@ def _nan_to_num(
     out: TensorInfo, x: Any, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
 ) -> Any:
     limits = torch.finfo(out.dtype)
-    numbers = op.Where(op.IsNaN(x), cast(nan or 0.0, out.dtype), x)
+    numbers = op.Where(op.Equal(x, x), x, cast(nan or 0.0, out.dtype))
     for infinite, given in ((float("inf"), posinf), (float("-inf"), neginf)):
         value = given if given is not None else limits.max if infinite > 0 else limits.min
         numbers = op.Where(op.Equal(numbers, cast(infinite, out.dtype)), cast(value, out.dtype), numbers)
