@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, helper, save
 from onnx_ir import serde
 from torch import fx
 
-from qpcompile.emit.onnx.export import OWN, TORCH
+from qpcompile.emit.onnx.export import DATA, OWN, TORCH, _check_graph
 from qpcompile.emit.onnx.translate.nodes import axis_names, to_onnx
 from qpcompile.emit.onnx.wrap import Part
 from qpcompile.errors import ExportError
@@ -265,6 +267,19 @@ def test_writes_that_another_view_would_see_are_refused() -> None:
 def test_operators_nobody_translated_are_refused() -> None:
     with pytest.raises(ExportError, match=r"aten.erfinv.default has no translation"):
         check(lambda x, i, b: aten.erfinv.default(x))
+
+
+def test_a_graph_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
+    """A shape that its own input contradicts, which only ONNX's checker finds."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in "xy")
+    wanted = helper.make_tensor("shape", TensorProto.INT64, [3], [2, 3, 0])
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
+    graph = helper.make_graph([node], "test", [x], [y], [wanted])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "prefill.onnx")
+    (tmp_path / DATA).write_bytes(b"")
+    with pytest.raises(ExportError, match="it is not valid ONNX") as error:
+        _check_graph(tmp_path / "prefill.onnx")
+    assert error.value.where == "prefill.onnx"
 
 
 def test_indices_by_mask_are_refused() -> None:
