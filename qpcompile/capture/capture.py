@@ -65,8 +65,9 @@ def capture(
     Raises ModelError for a model that is not a VLM and CaptureError, with the component and the line of the model's
     code, if tracing fails or the graph differs from eager.
     """
-    find_components(model)  # refuses a model that is not a VLM, before running it
-    prompt, recording = recorded(model, sample)
+    components = find_components(model)  # refuses a model that is not a VLM, before running it
+    more = longer_by(model.get_submodule(components["language"]), sample)
+    prompt, recording = recorded(model, sample, more)
     alone = record(model, sample)
     graphs: dict[str, Graph] = {}
     on_host: list[LeftOut] = []
@@ -156,12 +157,14 @@ def _differs(program: Program, what: str) -> CaptureError:
     )
 
 
-def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, Any], Recording]:
-    """Two rows made of a sample, and what the model calls on them. Raises CaptureError if it takes none of them."""
+def recorded(model: PreTrainedModel, sample: dict[str, Any], more: int = 1) -> tuple[dict[str, Any], Recording]:
+    """Two rows made of a sample, longer by `more` tokens, and what the model calls on them.
+
+    Raises CaptureError if it takes none of them.
+    """
     pad = model.generation_config.pad_token_id
     filled, visual = pad if isinstance(pad, int) else 0, visual_tokens(model.config).tolist()
     given = with_prompt(model, sample, MORE)
-    more = _longer_by(model, given)
     first: CaptureError | None = None
     for axis, per_token in WAYS:
         prompt = two_rows(given, filled, axis, per_token, visual, more)
@@ -173,11 +176,10 @@ def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, 
     raise first
 
 
-def _longer_by(model: PreTrainedModel, prompt: dict[str, Any]) -> int:
+def longer_by(decoder: torch.nn.Module, prompt: dict[str, Any]) -> int:
     """How many tokens are added to a prompt for tracing: one, or what makes it three chunks where layers go through it
     in chunks, since one chunk is taken for a constant.
     """
-    decoder = model.get_submodule(find_components(model)["language"])
     sizes = [size for part in decoder.modules() if isinstance(size := getattr(part, "chunk_size", None), int)]
     ids = prompt.get("input_ids")
     return max(1, 2 * max(sizes, default=0) + 1 - ids.shape[1]) if ids is not None else 1

@@ -9,7 +9,7 @@ import torch
 from families import llava
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from qpcompile.capture.capture import capture, recorded
+from qpcompile.capture.capture import capture, longer_by, recorded
 from qpcompile.capture.longer import first_refused
 from qpcompile.errors import CaptureError
 from qpcompile.ir.program import PREFILL
@@ -54,9 +54,11 @@ def test_a_loop_over_chunks_is_refused_with_its_line(monkeypatch: pytest.MonkeyP
 def test_a_prompt_is_traced_with_three_chunks_of_layers_that_have_some() -> None:
     model, cases = llava()
     tokens = cases["one"]["input_ids"].shape[1]
-    assert recorded(model, cases["one"])[0]["input_ids"].shape == (2, tokens + 1)
-    model.model.language_model.layers[1].mlp.chunk_size = tokens
-    prompt, recording = recorded(model, cases["one"])
+    decoder = model.model.language_model
+    assert longer_by(decoder, cases["one"]) == 1
+    decoder.layers[1].mlp.chunk_size = tokens
+    assert longer_by(decoder, cases["one"]) == tokens + 1
+    prompt, recording = recorded(model, cases["one"], tokens + 1)
     assert prompt["input_ids"].shape == prompt["attention_mask"].shape == (2, 2 * tokens + 1)
     assert prompt["attention_mask"].sum().item() == 2 * (2 * tokens + 1) - 1  # one token of padding
     call = recording.first("language")
