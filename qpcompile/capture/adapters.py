@@ -15,11 +15,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
 
-from qpcompile.ir.operators import EXPERT_LINEAR, GATED_DELTA, SEGMENT_ATTENTION
+from qpcompile.ir.operators import CHANNEL_DELTA, EXPERT_LINEAR, GATED_DELTA, SEGMENT_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _loops_over_experts(part: torch.nn.Module) -> bool:
     return stacked and hasattr(part, "_apply_gate") and taken == ["top_k_index", "top_k_weights"]
 
 
-def _gated_delta(
+def _delta(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -99,9 +100,10 @@ def _gated_delta(
     use_qk_l2norm_in_kernel: bool = False,
     **_options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gated delta rule as one operator, in place of transformers' loop over chunks or tokens.
+    """A delta rule as one operator, in place of transformers' loop over chunks or tokens.
 
-    query, key: f[B, S, Hk, D], value: f[B, S, H, E], g, beta: f[B, S, H], initial_state: f[B, H, D, E] or None: zeros.
+    query, key: f[B, S, Hk, D], value: f[B, S, H, E], beta: f[B, S, H], initial_state: f[B, H, D, E] or None: zeros;
+    g: f[B, S, H], or f[B, S, H, D] where each channel of a key decays at its own rate.
     """
     heads, width = value.shape[2], key.shape[3]
     if key.shape[2] != heads:
@@ -113,7 +115,8 @@ def _gated_delta(
         )
     if initial_state is None:
         initial_state = value.new_zeros((value.shape[0], heads, width, value.shape[3]), dtype=torch.float32)
-    return GATED_DELTA(query * width**-0.5, key, value, g, beta, initial_state.float())
+    rule = GATED_DELTA if g.ndim == 3 else CHANNEL_DELTA
+    return rule(query * width**-0.5, key, value, g, beta, initial_state.float())
 
 
 def _weighted_rows(
@@ -139,6 +142,34 @@ def _whole_conv_state(
 
 
 _UPDATE_CONV_STATE = LinearAttentionLayer.update_conv_state
+
+
+class _KeepAll(TorchFunctionMode):
+    """Keep what a mask along one axis would drop, `x[:, keep]`: the number of what is kept is in no graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
+            whole = slice(None)
+            args = (args[0], tuple(whole if _is_mask(each) else each for each in args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim == 1
+
+
+def _whole_pools(pools: Callable[..., Any]) -> Callable[..., Any]:
+    """Groups of tokens that an indexer chooses from, as many as a row without padding fills, in place of those that are
+    valid in some row: the same where a row has no padding, and else more that are never chosen.
+    """
+
+    def pooled(self: Any, packed_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with _KeepAll():
+            found = pools(self, packed_states)
+        whole = packed_states.shape[1] // self.index_kpool
+        return tuple(each[:, :whole] for each in found)
+
+    return pooled
 
 
 def _broadcast_mask(mask_function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -184,10 +215,15 @@ ADAPTERS: dict[str, Adapter] = {
 # Layers that run all experts on all tokens, by the name of their class.
 MIXTURES: dict[str, Callable[..., Any]] = {"Llama4TextMoe": _chosen_experts}
 
+# Methods that are wrapped while tracing, by name.
+METHODS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {"get_pooled_states": _whole_pools}
+
 # Functions of the modules of families that are replaced while tracing, by name.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "torch_chunk_gated_delta_rule": _gated_delta,
-    "torch_recurrent_gated_delta_rule": _gated_delta,
+    "torch_chunk_gated_delta_rule": _delta,
+    "torch_recurrent_gated_delta_rule": _delta,
+    "chunk_kimi_delta_attention": _delta,
+    "recurrent_kimi_delta_attention": _delta,
 }
 
 
@@ -226,6 +262,8 @@ def traceable(module: torch.nn.Module, adapted: bool = True) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(kind, "forward", mixture))
             if kind in looping:
                 stack.enter_context(mock.patch.object(kind, "forward", _experts))
+            for name in METHODS.keys() & vars(kind).keys():
+                stack.enter_context(mock.patch.object(kind, name, METHODS[name](vars(kind)[name])))
             if hasattr(kind, "_deepstack_process"):
                 stack.enter_context(mock.patch.object(kind, "_deepstack_process", _add_deepstack))
         yield

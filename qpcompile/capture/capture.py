@@ -11,7 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qpcompile.capture.boundary import component
+from qpcompile.capture.decoder_layers import layers_of, name_other_layers
 from qpcompile.capture.logits import HALF, logits_apart
+from qpcompile.capture.longer import refuse_bound
 from qpcompile.capture.record import TWO_TOKENS, Call, Recording, find_components, record, whole_cache
 from qpcompile.capture.sample import PICTURES, PerToken, two_rows
 from qpcompile.capture.sets_of_values import graphs_of_values
@@ -20,10 +22,9 @@ from qpcompile.capture.trace import check_call, check_sizes, trace
 from qpcompile.capture.unread import drop_unread
 from qpcompile.capture.visual_path import rows_of_states, visual_path
 from qpcompile.errors import CalibrationError, CaptureError, InputError
-from qpcompile.ir.edit import layer_of
 from qpcompile.ir.program import DECODE, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program
 from qpcompile.ir.structure import CACHE_ARGUMENT
-from qpcompile.recipe.plan import Layer, LeftOut, Plan
+from qpcompile.recipe.plan import LeftOut, Plan
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.fixed_values import VALUES
 from qpcompile.runtime.generation_options import first_line, plain_settings
@@ -39,16 +40,18 @@ MORE = 3
 # How two rows are made of a sample, until the model takes them: inputs may have as many entries as the prompt by chance
 # (patches of a picture), and floating-point ones may have an entry per token (places on a page).
 WAYS: tuple[tuple[int, PerToken], ...] = ((0, "integers"), (-1, "integers"), (0, "none"), (0, "all"))
+DECODER = (PREFILL, DECODE, HEAD)
 # Components that may stay transformers' code on the host if they cannot be traced for every size of picture. The plan
 # says so: what they compute is neither quantized nor exported.
 ON_HOST = (VISION, PROJECTOR)
-# The component and the index of its call that each graph is traced from.
+# The component and the index of its call that each graph is traced from. The decoder is first: no graph of it is a
+# refusal, which takes seconds then.
 SOURCES = (
-    (VISION, "vision", 0),
-    (PROJECTOR, "projector", 0),
     (PREFILL, "language", 0),
     (DECODE, "language", 1),
     (HEAD, "head", 0),
+    (VISION, "vision", 0),
+    (PROJECTOR, "projector", 0),
 )
 
 
@@ -62,8 +65,9 @@ def capture(
     Raises ModelError for a model that is not a VLM and CaptureError, with the component and the line of the model's
     code, if tracing fails or the graph differs from eager.
     """
-    find_components(model)  # refuses a model that is not a VLM, before running it
-    prompt, recording = recorded(model, sample)
+    components = find_components(model)  # refuses a model that is not a VLM, before running it
+    more = longer_by(model.get_submodule(components["language"]), sample)
+    prompt, recording = recorded(model, sample, more)
     alone = record(model, sample)
     graphs: dict[str, Graph] = {}
     on_host: list[LeftOut] = []
@@ -94,6 +98,10 @@ def capture(
             on_host.append(left)
             continue
         graphs[name] = graph
+    # In the order of an answer.
+    graphs = {**{name: graph for name, graph in graphs.items() if name not in DECODER}, **graphs}
+    for name in (PREFILL, DECODE):
+        name_other_layers(graphs[name])
     name_crossing(graphs)
     graphs[PREFILL].constants |= rows_of_states(graphs[PREFILL], recording, prompt, visual_tokens(model.config))
     if VISION in graphs and VALUES not in graphs[VISION].constants:
@@ -104,7 +112,7 @@ def capture(
     with component("transformers' code around the graphs cannot be kept", type(model).__name__):
         host = fill_host(empty_host(type(model), model.config), host_tensors(model, held), model.dtype)
     host.generation_config = copy.deepcopy(model.generation_config)
-    layers = _layers(graphs[PREFILL])
+    layers = layers_of(graphs[PREFILL])
     program = Program(graphs, host, layers, recipe, Plan(recipe=recipe, layers=layers, left_out=tuple(on_host)))
     # Running binds a host to its program: run a copy, on the same tensors.
     tensors = [*host.parameters(), *host.buffers()]
@@ -113,6 +121,7 @@ def capture(
         drop_unread(dataclasses.replace(program, host=own), prompt)
     _check_whole(dataclasses.replace(program, host=own), sample, alone)
     learn_absent(dataclasses.replace(program, host=own), model, sample)
+    refuse_bound(dataclasses.replace(program, host=own), model, sample)
     return program
 
 
@@ -148,19 +157,32 @@ def _differs(program: Program, what: str) -> CaptureError:
     )
 
 
-def recorded(model: PreTrainedModel, sample: dict[str, Any]) -> tuple[dict[str, Any], Recording]:
-    """Two rows made of a sample, and what the model calls on them. Raises CaptureError if it takes none of them."""
+def recorded(model: PreTrainedModel, sample: dict[str, Any], more: int = 1) -> tuple[dict[str, Any], Recording]:
+    """Two rows made of a sample, longer by `more` tokens, and what the model calls on them.
+
+    Raises CaptureError if it takes none of them.
+    """
     pad = model.generation_config.pad_token_id
     filled, visual = pad if isinstance(pad, int) else 0, visual_tokens(model.config).tolist()
+    given = with_prompt(model, sample, MORE)
     first: CaptureError | None = None
     for axis, per_token in WAYS:
-        prompt = two_rows(with_prompt(model, sample, MORE), filled, axis, per_token, visual)
+        prompt = two_rows(given, filled, axis, per_token, visual, more)
         try:
             return prompt, record(model, prompt)
         except CaptureError as error:
             first = first or error
     assert first is not None
     raise first
+
+
+def longer_by(decoder: torch.nn.Module, prompt: dict[str, Any]) -> int:
+    """How many tokens are added to a prompt for tracing: one, or what makes it three chunks where layers go through it
+    in chunks, since one chunk is taken for a constant.
+    """
+    sizes = [size for part in decoder.modules() if isinstance(size := getattr(part, "chunk_size", None), int)]
+    ids = prompt.get("input_ids")
+    return max(1, 2 * max(sizes, default=0) + 1 - ids.shape[1]) if ids is not None else 1
 
 
 def _refuse_both(call: Call, owner: str) -> None:
@@ -199,15 +221,3 @@ def _own_weights(graphs: dict[str, Graph]) -> set[str]:
             if node.op == "get_attr":
                 held.add(prefix + str(node.target))
     return held
-
-
-def _layers(prefill: Graph) -> tuple[Layer, ...]:
-    """The decoder's layers, found in the module stack of the prefill graph."""
-    indices = sorted({index for node in prefill.nodes if (index := layer_of(node)) is not None})
-    if not indices:
-        raise CaptureError(
-            "no decoder layers were found in the prefill graph",
-            where=prefill.owner,
-            do="report this family: its decoder names its layers in a way that is not known",
-        )
-    return tuple(Layer(index=index, name=f"{prefill.owner}.layers.{index}") for index in indices)

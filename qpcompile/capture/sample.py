@@ -62,8 +62,9 @@ def two_rows(
     axis: int = 0,
     per_token: PerToken = "integers",
     visual: Sequence[int] = (),
+    more: int = 1,
 ) -> dict[str, Any]:
-    """At least two rows, one token longer: row 0 left-padded, the others with a token of text also prepended.
+    """At least two rows, `more` tokens longer: text is prepended, whose first token in row 0 is padding.
 
     So no axis has size 1, and no mask is all ones (which transformers would omit).
 
@@ -89,7 +90,7 @@ def two_rows(
         asked = per_token == "integers" and not value.is_floating_point() and shape[1] > MOST_COLUMNS
         counted = (asked or per_token == "all") and value.ndim > 1
         if ids is not None and (key in ROWS or counted) and value.shape[:2] == shape:
-            rows = torch.cat([rows[:, text : text + 1], rows], dim=1)
+            rows = torch.cat([*[rows[:, text : text + 1]] * more, rows], dim=1)
             if key in (fills := {"input_ids": pad, "attention_mask": 0}):
                 rows[0, 0] = fills[key]
         longer[key] = rows

@@ -33,7 +33,7 @@ _EXACT = 1e-3
 def learn_absent(program: Program, model: Any, sample: dict[str, Any]) -> None:
     """Add to the constants of the decoder's graphs how many rows of zeros stand for inputs of pictures, if any do."""
     graphs = program.language
-    prompt = _text_alone(model, sample)
+    prompt = text_alone(model, sample)
     if prompt is None or not any(map(_of_pictures, graphs)):
         return
     try:
@@ -46,7 +46,7 @@ def learn_absent(program: Program, model: Any, sample: dict[str, Any]) -> None:
     for count in counts:
         told = [dataclasses.replace(graph, constants=graph.constants | _told(graph, count)) for graph in graphs]
         tried = dataclasses.replace(program, graphs=program.graphs | {graph.name: graph for graph in told})
-        far = _far(tried, prompt, torch.stack(expected, dim=1))
+        far = far_from_model(tried, prompt, torch.stack(expected, dim=1))
         if far < nearest:
             nearest, best = far, count
         if far <= _EXACT:
@@ -56,7 +56,7 @@ def learn_absent(program: Program, model: Any, sample: dict[str, Any]) -> None:
             graph.constants |= _told(graph, best)
 
 
-def _text_alone(model: Any, sample: dict[str, Any]) -> dict[str, Any] | None:
+def text_alone(model: Any, sample: dict[str, Any]) -> dict[str, Any] | None:
     """Two rows of a prompt with text in place of its picture tokens; None for a model without prompts of that kind."""
     ids = sample.get("input_ids")
     if ids is None or is_encoder_decoder(model):
@@ -79,7 +79,7 @@ def _told(graph: Graph, count: int) -> dict[str, int]:
     return {f"{ABSENT}.{name}": count for name in _of_pictures(graph)}
 
 
-def _far(program: Program, prompt: dict[str, Any], expected: torch.Tensor) -> float:
+def far_from_model(program: Program, prompt: dict[str, Any], expected: torch.Tensor) -> float:
     """How far the graphs' answer to a prompt is from the model's, infinitely if they give none."""
     try:
         with Machine(program) as machine:

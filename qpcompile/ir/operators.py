@@ -19,6 +19,7 @@ ACTIVATION_QUANTIZE = ours.activation_quantize.default
 ATTENTION_KV = ours.attention_kv.default
 ATTENTION_RECEIVED = ours.attention_received.default
 ATTENTION_STEP = ours.attention_step.default
+CHANNEL_DELTA = ours.channel_delta.default
 DPP_SELECT = ours.dpp_select.default
 EXPERT_LINEAR = ours.expert_linear.default
 EXPERT_LINEAR_A16 = ours.expert_linear_a16.default

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +29,10 @@ IGNORED = {
     "logits_to_keep": "rows are cut out by the host, of what the decoder returns and before the head sees them",
 }
 POSITIONS = "position_ids"
+# Functions that layers call by the name of an attention.
+_ATTENTION = ("transformers.integrations.", "transformers.modeling_flash", "transformers.masking_utils")
+# Base classes of every model, which call no layers.
+_SHARED = ("transformers.utils.", "transformers.generation.", "transformers.integrations.", "transformers.modeling_")
 # The value of a flag that was not given when the graph was traced.
 ABSENT: dict[str, Any] = {
     "return_dict": True,
@@ -64,6 +70,37 @@ def split_flags(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     said = {name: value for name, value in arguments.items() if value is not None and name not in IGNORED}
     flags = {name: value for name, value in said.items() if name in FLAGS}
     return flags, {name: value for name, value in said.items() if name not in FLAGS}
+
+
+def without_unread(module: torch.nn.Module, graph: Graph, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call without texts and numbers that no code of `module`, the component on the host, reads.
+
+    transformers hands some settings of a model on to its tower, where nothing is called like them.
+    """
+    taken = _signature(type(module).forward).parameters
+    known = {*taken, *graph.constants, *(path.root for path in graph.inputs)}
+    return {
+        name: value
+        for name, value in data.items()
+        if name in known or not isinstance(value, (str, bool, int, float)) or _is_read(module, name)
+    }
+
+
+def _is_read(module: torch.nn.Module, name: str) -> bool:
+    """Whether the files with a component's code, or with the attention that its layers call, have a name in them."""
+    homes = {kind.__module__ for part in module.modules() for kind in type(part).__mro__}
+    homes = {home for home in homes if not home.startswith(("torch.", "builtins", *_SHARED))}
+    homes |= {home for home in list(sys.modules) if home.startswith(_ATTENTION)}
+    return any(_mentions(home, name) for home in homes)
+
+
+@functools.cache
+def _mentions(home: str, name: str) -> bool:
+    """Whether the source of a module has a name in it; one that cannot be read may have any."""
+    try:
+        return re.search(rf"\b{re.escape(name)}\b", inspect.getsource(sys.modules[home])) is not None
+    except (KeyError, OSError, TypeError):
+        return True
 
 
 def refuse_unknown(graph: Graph, flags: Mapping[str, Any], data: Mapping[str, Any]) -> None:

@@ -16,7 +16,15 @@ from qpcompile.errors import CalibrationError, CaptureError, InputError, KernelE
 from qpcompile.ir.names import CACHE, STATE, Name
 from qpcompile.ir.program import DECODE, EMBED, HEAD, PREFILL, PROJECTOR, VISION, Graph, Program, component_of
 from qpcompile.ir.structure import CACHE_ARGUMENT, named_tensors, rebuild
-from qpcompile.runtime.arguments import Kinds, fitted, input_kinds, keyword_arguments, refuse_unknown, split_flags
+from qpcompile.runtime.arguments import (
+    Kinds,
+    fitted,
+    input_kinds,
+    keyword_arguments,
+    refuse_unknown,
+    split_flags,
+    without_unread,
+)
 from qpcompile.runtime.fixed_values import VALUES, of_call, of_values, said, varying
 from qpcompile.runtime.generation_options import CACHES, first_line, plain_settings, settle
 from qpcompile.runtime.kv_cache import CompiledCache
@@ -263,7 +271,8 @@ class Machine:
         Raises CaptureError for what the graph was not traced with, InputError for tensors of another kind.
         """
         flags, data = split_flags(arguments)
-        data = prepare(self.host.get_submodule(graph.owner), data, graph.constants.get(TABLE))
+        module = self.host.get_submodule(graph.owner)
+        data = prepare(module, without_unread(module, graph, data), graph.constants.get(TABLE))
         refuse_unknown(graph, flags, data)
         return self._fitted(graph, data)
 

@@ -10,7 +10,7 @@ from families import llava
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from qpcompile.capture.capture import capture
+from qpcompile.capture.capture import SOURCES, capture
 from qpcompile.capture.sample import two_rows
 from qpcompile.capture.trace import _alike, trace
 from qpcompile.errors import CalibrationError, CaptureError, ModelError
@@ -52,8 +52,13 @@ def test_decoder_that_reads_values_names_component_and_line(monkeypatch: pytest.
         return original(self, hidden_states, **kwargs)
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    traces = [name for name, *_ in SOURCES]
+    monkeypatch.setattr(
+        "qpcompile.capture.capture.trace", lambda name, *given: traces.remove(name) or trace(name, *given)
+    )
     with pytest.raises(CaptureError, match="prefill cannot be traced") as error:
         capture(model, cases["one"], NONE)
+    assert traces == [name for name, *_ in SOURCES[1:]]  # it was the first: a refusal takes seconds
     assert error.value.where is not None and "if hidden_states.sum() > 1e9:" in error.value.where
     assert "model.language_model" in error.value.where and "test_capture_errors.py" in error.value.where
 

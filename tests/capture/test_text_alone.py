@@ -84,7 +84,7 @@ def test_the_rows_that_give_the_models_answer_are_told(
         tried.append(program.graphs[PREFILL].constants[f"{ABSENT}.features"])
         return distances[tried[-1]]
 
-    monkeypatch.setattr(text_alone, "_far", far)
+    monkeypatch.setattr(text_alone, "far_from_model", far)
     host = nn.Linear(1, 1, dtype=torch.bfloat16 if half else torch.float32)
     host.dtype = host.weight.dtype  # type: ignore[assignment]
     program = dataclasses.replace(program_of(decoder(None)), host=host)

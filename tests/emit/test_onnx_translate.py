@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, helper, save
 from onnx_ir import serde
 from torch import fx
 
-from qpcompile.emit.onnx.export import OWN, TORCH
+from qpcompile.emit.onnx.export import DATA, OWN, TORCH, _check_graph
 from qpcompile.emit.onnx.translate.nodes import axis_names, to_onnx
 from qpcompile.emit.onnx.wrap import Part
 from qpcompile.errors import ExportError
@@ -25,6 +27,11 @@ Function = Callable[..., Any]
 def picture(x: Any) -> Any:
     """f[B, 1, 2, 6], of a size that does not vary."""
     return aten.unsqueeze.default(aten.slice.Tensor(x, 1, 0, 2), 1)
+
+
+def _nothing(empty: Any, x: Any) -> Any:
+    """f[B, S, 2, 0]."""
+    return aten.view.default(empty, [aten.sym_size.int(x, 0), aten.sym_size.int(x, 1), 2, 0])
 
 
 # name -> function of x: f32[B, S, 6], i: i64[B, S] in 0..4 and b: bool[B, S].
@@ -42,6 +49,10 @@ ONE: dict[str, Function] = {
     "tanh gelu": lambda x, i, b: aten.gelu.default(x, approximate="tanh"),
     "softmax": lambda x, i, b: aten.softmax.int(x, -1),
     "clamp": lambda x, i, b: aten.clamp.default(x, -0.5, 0.25),
+    "infinities": lambda x, i, b: aten.nan_to_num.default(aten.log.default(x), 2.0, None, -9.0),
+    "no numbers": lambda x, i, b: aten.nan_to_num.default(
+        aten.div.Tensor(aten.relu.default(x), aten.unsqueeze.default(aten.sub.Tensor(i, 2), -1))
+    ),
     "clamp below": lambda x, i, b: aten.clamp.default(i, min=2),
     "comparison of mixed types": lambda x, i, b: aten.gt.Scalar(i, 1.5),
     "inequality": lambda x, i, b: aten.ne.Scalar(i, 2),
@@ -74,6 +85,9 @@ ONE: dict[str, Function] = {
         [operator.floordiv(operator.sub(aten.sym_size.int(x, 1), 1), 2)], 3.0
     ),
     "constant sizes": lambda x, i, b: aten.add.Tensor(x, operator.pow(aten.sym_size.int(x, 2), 2)),
+    "views of nothing": lambda x, i, b: aten.cat.default(
+        [x, aten.flatten.using_ints(_nothing(aten.slice.Tensor(x, 2, 0, 0), x), 2)], -1
+    ),
     "expand": lambda x, i, b: aten.expand.default(aten.slice.Tensor(x, 1, 0, 1), [-1, aten.sym_size.int(x, 1), -1]),
     "repeat": lambda x, i, b: aten.repeat.default(x, [1, 2, 3]),
     "repeat each": lambda x, i, b: aten.repeat_interleave.self_int(x, 3, 1),
@@ -253,6 +267,19 @@ def test_writes_that_another_view_would_see_are_refused() -> None:
 def test_operators_nobody_translated_are_refused() -> None:
     with pytest.raises(ExportError, match=r"aten.erfinv.default has no translation"):
         check(lambda x, i, b: aten.erfinv.default(x))
+
+
+def test_a_graph_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
+    """A shape that its own input contradicts, which only ONNX's checker finds."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in "xy")
+    wanted = helper.make_tensor("shape", TensorProto.INT64, [3], [2, 3, 0])
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
+    graph = helper.make_graph([node], "test", [x], [y], [wanted])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "prefill.onnx")
+    (tmp_path / DATA).write_bytes(b"")
+    with pytest.raises(ExportError, match="it is not valid ONNX") as error:
+        _check_graph(tmp_path / "prefill.onnx")
+    assert error.value.where == "prefill.onnx"
 
 
 def test_indices_by_mask_are_refused() -> None:

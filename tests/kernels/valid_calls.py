@@ -73,6 +73,10 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(*quantize_dynamic(real(ROWS, 1, C)), *packed_experts(), torch.tensor([[0, 3], [1, 2], [2, 2]])),
         *(torch.float32, 4),
     ),
+    "channel_delta": lambda: (
+        *(real(B, S, H, D), real(B, S, H, D), real(B, S, H, 7), -real(B, S, H, D).abs(), real(B, S, H).sigmoid()),
+        real(B, H, D, 7),
+    ),
     "gated_delta": lambda: (
         *(real(B, S, H, D), real(B, S, H, D), real(B, S, H, 7), -real(B, S, H).abs(), real(B, S, H).sigmoid()),
         real(B, H, D, 7),

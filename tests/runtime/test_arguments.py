@@ -15,7 +15,7 @@ from qpcompile.ir.program import DECODE, PREFILL, VISION, Graph
 from qpcompile.ir.structure import CACHE_ARGUMENT
 from qpcompile.ir.types import TYPE, parse_type
 from qpcompile.recipe.recipe import Recipe
-from qpcompile.runtime.arguments import IGNORED, fitted, input_kinds, refuse_unknown, split_flags
+from qpcompile.runtime.arguments import IGNORED, fitted, input_kinds, refuse_unknown, split_flags, without_unread
 from qpcompile.runtime.machine import Machine
 
 
@@ -131,3 +131,23 @@ def test_the_cache_has_the_name_that_transformers_gives_it() -> None:
     again = machine._language(**step, **{CACHE_ARGUMENT: answer[CACHE_ARGUMENT]}, use_cache=False)
     assert again[CACHE_ARGUMENT] is None and machine.last is not None and machine.last.seen == 6
     assert machine.program.graphs[DECODE].constants["use_cache"] is True
+
+
+class Taking(torch.nn.Module):
+    """A component that hands arguments on, and reads one of them."""
+
+    def forward(self, x: torch.Tensor, strategy: str = "default", **kwargs: Any) -> torch.Tensor:
+        return x * kwargs.get("factor", 1.0)
+
+
+def test_settings_that_no_code_of_a_component_reads_are_left_out(graph: Graph) -> None:
+    nowhere = "_".join(["aspect", "of", "nothing"])  # this file is read as well
+    read = {"strategy": "full", "factor": 2.0, "is_causal": True, "use_cache": False, "features": [1]}
+    given = {**read, nowhere: "anyres", f"{nowhere}s": torch.ones(1)}
+    assert without_unread(Taking(), graph, given) == {key: value for key, value in given.items() if key != nowhere}
+
+
+def test_code_that_cannot_be_read_may_read_anything(graph: Graph) -> None:
+    hidden = type("Hidden", (Taking,), {"__module__": "no.such.module"})
+    given = {"_".join(["aspect", "of", "nothing"]): "anyres"}
+    assert without_unread(hidden(), graph, given) == given

@@ -287,6 +287,11 @@ def gated_delta(draw: Draw) -> Arguments:
     }
 
 
+def channel_delta(draw: Draw) -> Arguments:
+    operands = gated_delta(draw)
+    return operands | {"decay": -torch.rand_like(operands["k"])}
+
+
 def select_tokens(draw: Draw) -> Arguments:
     batch, tokens, rest = _picked(draw)
     return {"scores": torch.rand(batch, tokens), "keep": draw.randint(0, tokens), "quota": rest["budget"]}
@@ -377,7 +382,7 @@ def conv2d(draw: Draw) -> Arguments:
 
 OPERATORS: dict[str, Callable[[Draw], Arguments]] = {
     **{each.__name__: each for each in (attention_kv, attention_received, dpp_select, farthest_tokens, fuse_risk)},
-    **{each.__name__: each for each in (activation, activation_quantize, attention_step, gated_delta)},
+    **{each.__name__: each for each in (activation, activation_quantize, attention_step, channel_delta, gated_delta)},
     **{each.__name__: each for each in (hadamard, kronecker, kv_read, kv_write, layernorm_quantize)},
     **{each.__name__: each for each in (linear_w4a16, linear_int, linear_w8a16, merge_tokens, pivot_tokens)},
     **{each.__name__: each for each in (quant_stub, quantization_risk, quantize_dynamic, quantize_static, rmsnorm)},

@@ -211,6 +211,7 @@ def corrections(shape: Shape) -> dict[str, Family]:
                 "deepstack_layer_map": [(-2, 0), (-1, 1)],
                 "spatial_target_layers": [2],
                 "vision_config.hidden_size": 64,
+                "vision_config.num_attention_heads": 4,
             },
             lambda _: make.tiles(shape.side),
         ),
@@ -220,7 +221,9 @@ def corrections(shape: Shape) -> dict[str, Family]:
         "qianfan_ocr": Family(
             {"vision_config.image_size": [shape.side] * 2, "vision_config.patch_size": [shape.patch] * 2}
         ),
-        "idefics2": Family({}, lambda _: make.views(shape.side)),
+        "idefics2": Family(
+            {"perceiver_config.resampler_n_heads": 2 * shape.tower_heads}, lambda _: make.views(shape.side)
+        ),
         "idefics3": Family({}, lambda _: make.views(shape.side)),
         "smolvlm": Family({}, lambda _: make.views(shape.side)),
         "granite_docling": Family(
@@ -245,6 +248,7 @@ def corrections(shape: Shape) -> dict[str, Family]:
                 "vq_config.base_channels": 32,
                 "vq_config.channel_multiplier": [1, 1],
                 "vq_config.hidden_size": 32,
+                "vq_config.num_attention_heads": 2,
                 "vq_config.num_res_blocks": 1,
                 "vq_config.attn_resolutions": [],
                 "vq_config.embed_dim": 4,

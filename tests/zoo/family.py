@@ -12,7 +12,8 @@ from pictures import Inputs, Pictures
 
 def one_size(config: Any) -> Pictures:
     """Squares of the size that the tower is made for."""
-    tower = getattr(config, "vision_config", config)
+    whole = getattr(config, "encoder", config)
+    tower = getattr(whole, "vision_config", whole)
     size = getattr(tower, "image_size", 32)
     return make.stacked(size[0] if isinstance(size, (list, tuple)) else size)
 

@@ -13,7 +13,8 @@ class Shape:
     tower*: the same of the vision tower. side, patch: pixels of a picture, and of a patch of it; small: pixels of a
     patch where pictures are packed. grids: rows and columns of patches of even and odd pictures. words: text tokens of
     the prompts, before and after their pictures. tied: whether the head is the embedding; None leaves the default.
-    special: the id of the first of ten special tokens; begin, end, pad: ids of three more.
+    special: the id of the first of ten special tokens; begin, end, pad: ids of three more. other: whether biases are
+    where they are not by default, and activations others.
     """
 
     layers: int = 3
@@ -40,6 +41,7 @@ class Shape:
     begin: int = 1
     end: int = 2
     pad: int = 0
+    other: bool = False
 
     @property
     def patches(self) -> int:
@@ -151,5 +153,30 @@ SHAPES = {
         begin=20,
         end=21,
         pad=22,
+    ),  # Two layers, one key-value head, three heads, an odd number of merged tokens, other biases and activations.
+    "other": Shape(
+        layers=2,
+        width=48,
+        inner=72,
+        heads=3,
+        groups=1,
+        experts=3,
+        window=9,
+        tower=24,
+        tower_inner=56,
+        tower_heads=3,
+        tower_layers=3,
+        side=40,
+        patch=4,
+        small=2,
+        grids=((2, 6), (4, 2)),
+        words=(2, 5, 0, 11, 7, 1, 1, 4, 6, 1, 2, 9),
+        tied=True,
+        vocabulary=300,
+        special=140,
+        begin=298,
+        end=297,
+        pad=299,
+        other=True,
     ),
 }

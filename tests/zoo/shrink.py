@@ -112,6 +112,7 @@ def _tower(shape: Shape) -> dict[str, Any]:
     }
 
 
+_OTHER_ACTIVATION = {"silu": "gelu", "gelu": "relu", "gelu_pytorch_tanh": "gelu", "quick_gelu": "gelu", "relu2": "silu"}
 # Lists with an entry per layer.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types")
 _TOWERS = (
@@ -160,12 +161,22 @@ def shrunk(kind: type[PretrainedConfig], changes: Mapping[str, Any], shape: Shap
         settings[key] = (
             shrunk(part_kind, inner, shape, f"{path}.{key}") if issubclass(part_kind, PretrainedConfig) else part
         )
+    if shape.other:
+        settings |= _others(defaults)
     if shape.tied is not None and "tie_word_embeddings" in known:
         settings["tie_word_embeddings"] = shape.tied
     if rope := given.get("rope_parameters"):
         head = given.get("head_dim") or settings.get("head_dim") or shape.width // shape.heads
         given["rope_parameters"] = _fitted(rope, head)
     return kind(**{**settings, **given})
+
+
+def _others(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Biases where there are none by default, none where there are, and other activations."""
+    biases = {key: not value for key, value in defaults.items() if "bias" in key and isinstance(value, bool)}
+    kinds = ("hidden_act", "hidden_activation", "projector_hidden_act")
+    given = {key: value for key, value in defaults.items() if key in kinds and value in _OTHER_ACTIVATION}
+    return biases | {key: _OTHER_ACTIVATION[value] for key, value in given.items()}
 
 
 def _fitted(rope: dict[str, Any], head: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from qpcompile.recipe.recipe import Recipe
 pytestmark = pytest.mark.slow
 
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "exaone4_5")
-FRAMES = ("llava_next_video", "video_llava")
+FRAMES = ("llava_next_video", "video_llava", "llava_onevision")
 
 
 @pytest.mark.parametrize("name", [*GRIDS, *FRAMES])

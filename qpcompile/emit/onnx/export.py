@@ -127,7 +127,6 @@ def export_onnx(
             finish(model, functions)
         save_models(models, aside)
         for name in models:
-            onnx.checker.check_model(str(aside / f"{name}.onnx"), full_check=True)
             _check_graph(aside / f"{name}.onnx")
         numbers = CHANGES if fast else AS_MODULE[program.recipe.numerics]
         _write_texts(program, aside)
@@ -313,13 +312,13 @@ def _check_settings(program: Program) -> None:
 
 
 def _check_graph(path: Path) -> None:
-    """The runner only accepts listed operators: refuse to write a graph that it would reject."""
+    """Refuse to write a graph that is not ONNX, or has operators that the runner does not list."""
     try:
+        onnx.checker.check_model(str(path), full_check=True)
         check_graph(path, (path.parent / DATA).stat().st_size)
-    except RunnerError as error:
-        raise ExportError(
-            error.what, where=path.name, do="report it: emit/onnx/runner/folder.py lacks an operator"
-        ) from error
+    except (RunnerError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        what = error.what if isinstance(error, RunnerError) else f"it is not valid ONNX: {' '.join(str(error).split())}"
+        raise ExportError(what, where=path.name, do="report it: emit/onnx/translate, or runner/folder.py") from error
 
 
 def _check_inputs(name: str, part: Part, masks: Sequence[str] = ()) -> None:

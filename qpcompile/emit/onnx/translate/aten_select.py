@@ -143,6 +143,17 @@ def _size_of_all(_: Any, x: Any) -> Any:
     return op.Size(x) if any(isinstance(size, ir.Value) for size in sizes) else torch.Size(sizes).numel()
 
 
+def _nan_to_num(
+    out: TensorInfo, x: Any, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Any:
+    limits = torch.finfo(out.dtype)
+    numbers = op.Where(op.Equal(x, x), x, cast(nan or 0.0, out.dtype))
+    for infinite, given in ((float("inf"), posinf), (float("-inf"), neginf)):
+        value = given if given is not None else limits.max if infinite > 0 else limits.min
+        numbers = op.Where(op.Equal(numbers, cast(infinite, out.dtype)), cast(value, out.dtype), numbers)
+    return numbers
+
+
 def table() -> dict[Any, Translation]:
     """Operator overload -> translation."""
     return {
@@ -174,5 +185,6 @@ def table() -> dict[Any, Translation]:
             op.Greater(x, cast(0.0, out.dtype)), x, op.Mul(x, cast(slope, out.dtype))
         ),
         aten.relu6.default: lambda out, x: op.Min(op.Max(x, cast(0.0, out.dtype)), cast(6.0, out.dtype)),
+        aten.nan_to_num.default: _nan_to_num,
         aten.sym_numel.default: _size_of_all,
     }

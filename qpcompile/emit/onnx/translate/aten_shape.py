@@ -27,6 +27,8 @@ def _reshape(out: TensorInfo, x: Any, shape: Any) -> Any:
     # What torch works out may be known, so that another size can be worked out.
     sizes = [known if size == -1 and known else size for size, known in zip(shape, out.shape, strict=True)]
     sizes += [2] * (out.dtype == COMPLEX)
+    if 0 in out.shape:  # the axis has no entries, where 0 otherwise stands for the size of x
+        return op.Reshape(x, sizes, allowzero=1)
     sizes = [0 if axis < len(x.shape) and _same(size, x.shape[axis]) else size for axis, size in enumerate(sizes)]
     varying = [index for index, size in enumerate(sizes) if isinstance(size, ir.Value)]
     if len(varying) == 1 and -1 not in sizes:
