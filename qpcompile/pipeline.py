@@ -49,7 +49,7 @@ from qpcompile.ranks import Ranks
 from qpcompile.recipe.plan import CalibrationUsed
 from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime.placement import compute_device
-from qpcompile.runtime.recompute import check_decode
+from qpcompile.runtime.recompute import check_answers
 from qpcompile.versions import package_versions, tell_newer
 
 _LOG = logging.getLogger("qpcompile")
@@ -212,9 +212,9 @@ def compile_captured(
     program.plan = program.plan.changed(calibration=used, versions=package_versions())
     with defects(program, "binding"):
         compiled = CompiledVLM(program, processor)
-    sample = next(iter(samples)) if samples else blank_sample(program.host, processor)
+    asked = samples or [blank_sample(program.host, processor)]
     with defects(program, "the final check"):
-        check_decode(program, compiled.machine, sample)
+        check_answers(program, compiled.machine, asked)
     if measured_by is not None:
         program.plan = program.plan.changed(quality=measured_by.finish(compiled.machine, raised))
     return compiled

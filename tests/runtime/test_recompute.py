@@ -23,7 +23,7 @@ from qpcompile.recipe.recipe import Recipe
 from qpcompile.runtime import recompute
 from qpcompile.runtime.kv_cache import CompiledCache
 from qpcompile.runtime.machine import Machine, execute_graph
-from qpcompile.runtime.recompute import EXACT, ROUNDED, STEPS, UNRELATED, check_decode
+from qpcompile.runtime.recompute import EXACT, ROUNDED, STEPS, UNRELATED, check_answers, check_decode
 
 Tensors = dict[str, Tensor]
 
@@ -154,6 +154,46 @@ def test_defects_are_found_where_values_are_rounded(rounded: Rounded) -> None:
     called(machine, late)
     with pytest.raises(InvariantError, match=r"logits are .* off|stored of new tokens, .* off"):
         check_decode(machine.program, machine, sample)
+
+
+@pytest.mark.parametrize(
+    ("preset", "off", "passes_as"),
+    [
+        *(("w4a4kv4", off, True) for off in ((), ("one",), ("longer", "pictures"))),
+        *(("w4a4kv4", off, False) for off in (("one", "longer"), ("one", "pictures"), ("one", "longer", "pictures"))),
+        ("none", ("one",), False),
+    ],
+)
+def test_with_codes_one_answer_may_be_off_by_chance(
+    monkeypatch: pytest.MonkeyPatch, preset: str, off: tuple[str, ...], passes_as: bool
+) -> None:
+    machine = Machine(fresh(Recipe.load(preset)))
+
+    def checked(program: Program, machine: Machine, sample: str) -> None:
+        if sample in off:
+            raise InvariantError(f"{sample} is off", where="here", do="nothing")
+
+    monkeypatch.setattr(recompute, "check_decode", checked)
+    samples: Any = ["one", "longer", "pictures", "never asked"]
+    if passes_as:
+        check_answers(machine.program, machine, samples)
+        return
+    with pytest.raises(InvariantError, match="one is off"):
+        check_answers(machine.program, machine, samples)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_without_two_others_the_first_answer_counts(monkeypatch: pytest.MonkeyPatch, others: int) -> None:
+    machine = Machine(fresh(Recipe.load("w4a4kv4")))
+    results = iter([InvariantError("the first is off", where="here", do="nothing"), None])
+
+    def checked(*given: Any) -> None:
+        if (result := next(results)) is not None:
+            raise result
+
+    monkeypatch.setattr(recompute, "check_decode", checked)
+    with pytest.raises(InvariantError, match="the first is off"):
+        check_answers(machine.program, machine, [{}] * (1 + others))
 
 
 @pytest.mark.slow
