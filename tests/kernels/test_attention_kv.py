@@ -13,6 +13,7 @@ from qpcompile.kernels.attention_kv import cpu, reference
 from qpcompile.kernels.attention_kv.op import OVERLOAD, attention_kv
 from qpcompile.kernels.kv_read.reference import kv_read
 from qpcompile.kernels.kv_write.op import kv_write
+from qpcompile.kernels.native import library as native
 
 BITS = [(4, 4), (8, 8), (8, 4), (4, 8)]
 """Of the codes of keys and of values."""
@@ -90,6 +91,18 @@ def test_by_hand() -> None:
         scale = float(np.log(2) / (2**k_bits - 1))
         y = attention_kv(torch.ones(1, 1, 1, 1), *k, *v, None, scale, k_bits, v_bits)
         assert y.item() == pytest.approx(3 / 3 + 12 * 2 / 3, rel=0.005)
+
+
+# Keys of 32, 36, 48 and 64 bytes are multiplied in registers where one row reads them; of 30 and 68 bytes not.
+@pytest.mark.skipif(not native.available(), reason=native.library().problem or "compiled")
+@pytest.mark.parametrize("head_dim", [60, 64, 72, 96, 128, 136])
+@pytest.mark.parametrize("keys", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 33])
+@pytest.mark.usefixtures("poison")
+def test_one_row_in_c_at_every_level(keys: int, head_dim: int) -> None:
+    inputs = make((2, 3, 3, 1, keys, head_dim), "per_head")
+    expected = torch.from_numpy(naive(*inputs)).float()
+    for level in range(native.library().level + 1):
+        torch.testing.assert_close(cpu._native(*inputs, level=level), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

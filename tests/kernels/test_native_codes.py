@@ -1,4 +1,6 @@
-"""Linear layers on 8-bit weights in C are bit-identical to the reference on every instruction set of this machine."""
+"""Linear layers in C on 8-bit weights, and on 4-bit ones for any number of prompts, are bit-identical to the reference
+on every instruction set of this machine.
+"""
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 from qpcompile.errors import KernelError
 from qpcompile.kernels.linear_int import cpu as linear_cpu
 from qpcompile.kernels.linear_int import reference as linear
+from qpcompile.kernels.linear_int.packing import pack_int4
 from qpcompile.kernels.native import library as native
 
 pytestmark = [
@@ -33,6 +36,17 @@ def test_linears_of_8_bit_weights_are_the_reference(
         for term, dtype in ((None, torch.float32), (bias, torch.bfloat16)):
             found = linear_cpu._in_c(q, scale, weight, weight_scale, term, dtype, level)
             assert torch.equal(found, linear.linear_int(q, scale, weight, weight_scale, term, dtype))
+
+
+@levels
+@pytest.mark.parametrize("tokens", range(1, 18))
+@pytest.mark.parametrize(("columns", "features"), [(30, 5), (128, 4), (256, 67), (300, 33), (512, 64)])
+def test_packed_linears_of_any_number_of_prompts(columns: int, features: int, tokens: int, level: int) -> None:
+    torch.manual_seed(columns + tokens)
+    weight = pack_int4(torch.randint(-8, 8, (features, columns), dtype=torch.int8)), torch.rand(features, 1)
+    q, scale = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8), torch.rand(tokens, 1)
+    found = linear_cpu._in_c(q, scale, *weight, None, torch.float32, level)
+    assert torch.equal(found, linear.linear_int(q, scale, *weight, None, torch.float32))
 
 
 @levels
